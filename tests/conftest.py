@@ -1,0 +1,20 @@
+import os
+
+# Tests never compile for, or wait for, a device that this machine happens to have.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.random as jr
+import pytest
+
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def getkey():
+    """Gives a fresh key at each call, the same ones in each run."""
+    keys = iter(jr.split(jr.key(0), 1000))
+    return lambda: next(keys)
