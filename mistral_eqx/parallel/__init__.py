@@ -1,0 +1,2 @@
+from .collectives import psum as psum
+from .strategy import SINGLE as SINGLE, Strategy as Strategy
