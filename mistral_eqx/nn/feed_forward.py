@@ -1,0 +1,24 @@
+"""The gated feed-forward layer."""
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float
+
+from .linear import Linear
+
+
+class FeedForward(eqx.Module):
+    """SwiGLU ([Shazeer, 2020](https://arxiv.org/abs/2002.05202)): `down(silu(gate(x)) * up(x))`.
+
+    **Attributes:**
+
+    - `gate_proj`, `up_proj`: `embed` to `hidden`.
+    - `down_proj`: `hidden` to `embed`.
+    """
+
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+
+    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

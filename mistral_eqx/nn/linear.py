@@ -1,0 +1,32 @@
+"""A linear layer over named dimensions, column- or row-parallel by what its strategy splits."""
+
+import equinox as eqx
+from jaxtyping import Array, Float
+
+from ..parallel import SINGLE, Strategy, psum
+from .weight import AbstractWeight
+
+
+class Linear(eqx.Module):
+    """Contracts named input dimensions into named output dimensions, without a bias.
+
+    If the strategy splits an output dimension, the layer is column-parallel: each device has its part of the result
+    and nothing is exchanged. If it splits an input dimension, the layer is row-parallel: the partial sums are added
+    up, in the layer's only collective ([Megatron-LM](https://arxiv.org/abs/1909.08053)).
+
+    **Attributes:**
+
+    - `weight`: how the map is stored.
+    - `in_dims`, `out_dims`: names of the contracted and of the resulting dimensions, such as `"embed"` and
+        `"kv_heads q_per_kv head_dim"`.
+    - `strategy`: which dimensions are split over which mesh axes.
+    """
+
+    weight: AbstractWeight
+    in_dims: str = eqx.field(static=True)
+    out_dims: str = eqx.field(static=True)
+    strategy: Strategy = SINGLE
+
+    def __call__(self, x: Float[Array, "batch seq *in"]) -> Float[Array, "batch seq *out"]:
+        y = self.weight.contract(x, self.in_dims, self.out_dims).astype(x.dtype)
+        return psum(y, self.in_dims, self.strategy)

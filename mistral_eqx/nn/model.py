@@ -1,0 +1,176 @@
+"""The language model."""
+
+import math
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ..config import MistralConfig
+from ..parallel import SINGLE, Strategy
+from .attention import Attention, visible
+from .block import Block
+from .cache import Cache
+from .embedding import Embedding, Unembedding
+from .feed_forward import FeedForward
+from .linear import Linear
+from .norm import RMSNorm
+from .rotary import Rotary
+from .weight import DenseWeight
+
+
+class Mistral(eqx.Module):
+    """A dense decoder of the Mistral family ([Mistral 7B](https://arxiv.org/abs/2310.06825)).
+
+    ```python
+    logits = eqx.filter_jit(model)(ids)
+    ```
+
+    **Attributes:**
+
+    - `embedding`, `blocks`, `norm`: the layers, in the order in which they are applied.
+    - `head`: the output head, or `None` if it is the embedding table.
+    - `rotary`: the positions' angles, shared by all blocks.
+    - `config`: the sizes of the whole model, for limits and for writing it to a file. No layer computes with them:
+        inside `shard_map` every count is that of this device's arrays.
+    """
+
+    embedding: Embedding
+    blocks: tuple[Block, ...]
+    norm: RMSNorm
+    head: Unembedding | None
+    rotary: Rotary
+    config: MistralConfig = eqx.field(static=True)
+
+    @classmethod
+    def init(
+        cls,
+        config: MistralConfig,
+        *,
+        key: PRNGKeyArray,
+        dtype: DTypeLike = jnp.float32,
+        strategy: Strategy = SINGLE,
+    ) -> "Mistral":
+        """A model with random weights.
+
+        Weights are normal with standard deviation 0.02; those that write to the residual stream have it divided by
+        the root of the number of such writes, so that the stream keeps its size
+        ([GPT-2](https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf)).
+
+        **Arguments:**
+
+        - `config`: the sizes.
+        - `key`: for the random numbers.
+        - `dtype`: of all weights.
+        - `strategy`: the leaf of every layer that says how it is split.
+        """
+        embed_key, head_key, *block_keys = jr.split(key, 2 + config.layers)
+        table = (config.vocab, config.embed)
+        return cls(
+            embedding=Embedding(DenseWeight.init(table, 0.02, key=embed_key, dtype=dtype), strategy),
+            blocks=tuple(
+                _block(config, window, key, dtype, strategy)
+                for window, key in zip(config.windows, block_keys, strict=True)
+            ),
+            norm=RMSNorm(jnp.ones(config.embed, dtype), config.norm_eps),
+            head=None
+            if config.tied
+            else Unembedding(DenseWeight.init(table, 0.02, key=head_key, dtype=dtype), strategy),
+            rotary=Rotary.init(config.head_dim, config.rope_theta),
+            config=config,
+        )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The precision of the activations."""
+        return self.norm.weight.dtype
+
+    def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocab"]:
+        """The logits of the token after each one of `ids`; float32 for a 16-bit model."""
+        hidden, _ = self.hidden(ids)
+        return self.logits(hidden)
+
+    def hidden(
+        self,
+        ids: Int[Array, "batch seq"],
+        positions: Int[Array, "batch seq"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
+        """The last layer's output, which `logits` turns into logits.
+
+        **Arguments:**
+
+        - `ids`: tokens, shape `(batch, seq)`.
+        - `positions`: where each token stands in its row's text, -1 for padding; 0, 1, ... unless given.
+        - `cache`: earlier tokens' keys and values. It must have `seq` free slots: a slot past the end would overwrite
+            the last ones.
+
+        **Returns:** activations, shape `(batch, seq, embed)`, and the cache with these tokens added.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+        if cache is None:
+            slot, kv_positions, layers = jnp.zeros((), jnp.int32), positions, (None,) * len(self.blocks)
+        else:
+            slot, layers = cache.used, cache.layers
+            kv_positions = lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
+        rotation = self.rotary(positions)
+        masks = {
+            window: visible(positions, kv_positions, window)
+            for window in {block.attention.window for block in self.blocks}
+        }
+        x = self.embedding(ids)
+        updated = []
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x, layer = block(x, rotation, masks[block.attention.window], layer, slot)
+            updated.append(layer)
+        if cache is not None:
+            cache = Cache(tuple(updated), kv_positions, slot + ids.shape[1])
+        return self.norm(x), cache
+
+    def logits(self, hidden: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:
+        """The output head, applied to what `hidden` returned or to a part of it."""
+        head = Unembedding(self.embedding.weight, self.embedding.strategy) if self.head is None else self.head
+        return head(hidden)
+
+
+def _block(config: MistralConfig, window: int | None, key: PRNGKeyArray, dtype: DTypeLike, strategy: Strategy) -> Block:
+    keys = iter(jr.split(key, 7))
+    residual = 0.02 / math.sqrt(2 * config.layers)
+    sizes = {
+        "embed": config.embed,
+        "hidden": config.hidden,
+        "kv_heads": config.kv_heads,
+        "q_per_kv": config.q_per_kv,
+        "head_dim": config.head_dim,
+    }
+
+    def linear(in_dims: str, out_dims: str, std: float = 0.02) -> Linear:
+        shape = tuple(sizes[dim] for dim in f"{out_dims} {in_dims}".split())
+        weight = DenseWeight.init(shape, std, key=next(keys), dtype=dtype)
+        return Linear(weight, in_dims, out_dims, strategy)
+
+    def norm() -> RMSNorm:
+        return RMSNorm(jnp.ones(config.embed, dtype), config.norm_eps)
+
+    return Block(
+        attention_norm=norm(),
+        attention=Attention(
+            q_proj=linear("embed", "kv_heads q_per_kv head_dim"),
+            k_proj=linear("embed", "kv_heads head_dim"),
+            v_proj=linear("embed", "kv_heads head_dim"),
+            o_proj=linear("kv_heads q_per_kv head_dim", "embed", residual),
+            scale=1 / math.sqrt(config.head_dim),
+            window=window,
+            strategy=strategy,
+        ),
+        feed_forward_norm=norm(),
+        feed_forward=FeedForward(
+            gate_proj=linear("embed", "hidden"),
+            up_proj=linear("embed", "hidden"),
+            down_proj=linear("hidden", "embed", residual),
+        ),
+    )
