@@ -76,6 +76,11 @@ class Cache(eqx.Module):
         """The number of slots in each row."""
         return self.positions.shape[1]
 
+    @property
+    def next_positions(self) -> Int[Array, " batch"]:
+        """The position after each row's last token; 0 in an empty row."""
+        return jnp.max(self.positions, axis=1) + 1
+
     def grow(self, kv_seq: int) -> "Cache":
         """A copy with `kv_seq` slots, at least as many as there are."""
         more = kv_seq - self.kv_seq

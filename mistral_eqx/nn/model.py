@@ -1,6 +1,7 @@
 """The language model."""
 
 import math
+from typing import overload
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -93,6 +94,16 @@ class Mistral(eqx.Module):
         hidden, _ = self.hidden(ids)
         return self.logits(hidden)
 
+    @overload
+    def hidden(
+        self, ids: Int[Array, "batch seq"], positions: Int[Array, "batch seq"] | None = None, cache: None = None
+    ) -> tuple[Float[Array, "batch seq embed"], None]: ...
+
+    @overload
+    def hidden(
+        self, ids: Int[Array, "batch seq"], positions: Int[Array, "batch seq"] | None, cache: Cache
+    ) -> tuple[Float[Array, "batch seq embed"], Cache]: ...
+
     def hidden(
         self,
         ids: Int[Array, "batch seq"],
@@ -104,14 +115,16 @@ class Mistral(eqx.Module):
         **Arguments:**
 
         - `ids`: tokens, shape `(batch, seq)`.
-        - `positions`: where each token stands in its row's text, -1 for padding; 0, 1, ... unless given.
+        - `positions`: where each token stands in its row's text, -1 for padding. Unless given, the tokens
+            follow those in the cache, or start at 0.
         - `cache`: earlier tokens' keys and values. It must have `seq` free slots: a slot past the end would overwrite
             the last ones.
 
         **Returns:** activations, shape `(batch, seq, embed)`, and the cache with these tokens added.
         """
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+            start = jnp.zeros(ids.shape[0], jnp.int32) if cache is None else cache.next_positions
+            positions = start[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
         if cache is None:
             slot, kv_positions, layers = jnp.zeros((), jnp.int32), positions, (None,) * len(self.blocks)
         else:
@@ -120,7 +133,7 @@ class Mistral(eqx.Module):
         rotation = self.rotary(positions)
         masks = {
             window: visible(positions, kv_positions, window)
-            for window in {block.attention.window for block in self.blocks}
+            for window in dict.fromkeys(block.attention.window for block in self.blocks)
         }
         x = self.embedding(ids)
         updated = []

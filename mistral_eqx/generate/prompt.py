@@ -1,0 +1,74 @@
+"""Prompts of many lengths in one array."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+
+Prompts: TypeAlias = Sequence[Sequence[int]] | np.ndarray | Int[Array, "batch seq"]
+
+
+def bucket(length: int, *, smallest: int, per_octave: int) -> int:
+    """The least of a few sizes that holds `length`, so that many lengths share a compiled program.
+
+    **Arguments:**
+
+    - `length`: what must fit.
+    - `smallest`: the first size, a power of two.
+    - `per_octave`: how many sizes there are between one power of two and the next, a power of two.
+
+    **Returns:** `smallest` or more; less than `1 / per_octave` of it is unused beyond `smallest`.
+    """
+    if length <= smallest:
+        return smallest
+    step = max(1, 2 ** ((length - 1).bit_length() - 1) // per_octave)
+    return -(-length // step) * step
+
+
+def checked_prompts(prompts: Prompts, vocab: int) -> list[list[int]]:
+    """The prompts as lists of ids.
+
+    **Raises:** `ValueError` if there is none, one is empty, or an id is outside the vocabulary.
+    """
+    rows = [np.asarray(prompt) for prompt in prompts]
+    if not rows:
+        raise ValueError("There is no prompt; give at least one list of token ids.")
+    for number, row in enumerate(rows):
+        if row.size == 0:
+            raise ValueError(
+                f"Prompt {number} is empty; give at least one token id, such as the tokenizer's beginning of text."
+            )
+        if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
+            raise ValueError(f"Prompt {number} must be a flat list of token ids, not {prompts[number]!r}.")
+        if row.min() < 0 or row.max() >= vocab:
+            wrong = int(row[(row < 0) | (row >= vocab)][0])
+            raise ValueError(
+                f"Prompt {number} has the token id {wrong}, outside the vocabulary of {vocab}; "
+                "was it made by another model's tokenizer?"
+            )
+    return [row.tolist() for row in rows]
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], length: int, starts: Sequence[int] | None = None
+) -> tuple[Int[Array, "batch seq"], Int[Array, "batch seq"]]:
+    """One array for rows of several lengths, which end together.
+
+    **Arguments:**
+
+    - `rows`: token ids.
+    - `length`: the width of the result.
+    - `starts`: the position of each row's first token; 0 unless given.
+
+    **Returns:** ids and positions, both of shape `(batch, length)`; the position of padding is -1.
+    """
+    ids = np.zeros((len(rows), length), np.int32)
+    positions = np.full((len(rows), length), -1, np.int32)
+    for index, row in enumerate(rows):
+        first = length - len(row)
+        ids[index, first:] = row
+        positions[index, first:] = np.arange(len(row)) + (starts[index] if starts else 0)
+    return jnp.asarray(ids), jnp.asarray(positions)

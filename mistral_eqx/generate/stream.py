@@ -1,0 +1,122 @@
+"""Tokens as they are decoded."""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+from ..nn import Cache, Mistral
+from .loop import Decoding, Request, capacity, prompt_width
+from .prompt import Prompts, checked_prompts, pad_left
+from .sampler import Sampler
+
+
+def stream(
+    model: Mistral,
+    prompts: Prompts,
+    *,
+    max_new_tokens: int,
+    sampler: Sampler | None = None,
+    eos_id: int | Sequence[int] | None = None,
+    key: Key[Array, "..."] | None = None,
+) -> Iterator[np.ndarray]:
+    """Like [`mistral_eqx.generate`][], but yields each token as soon as it is decoded.
+
+    It runs the same compiled loop, one token an entry; the next one is being decoded while the caller has the last.
+
+    **Arguments:** those of `generate`.
+
+    **Returns:** an iterator over int32 arrays of shape `(batch,)`: one token a row, -1 for a row that has ended. It
+    stops when all rows have ended, or after `max_new_tokens`.
+
+    **Raises:** `ValueError` as `generate` does, at the call.
+    """
+    rows = checked_prompts(prompts, model.config.vocab)
+    request = Request.init(model, rows, max_new_tokens, sampler or Sampler(), eos_id, key)
+
+    def tokens() -> Iterator[np.ndarray]:
+        for decoding, _ in _steps(request, *request.start(rows)):
+            yield np.where(np.asarray(decoding.lengths) == np.asarray(decoding.step), decoding.token, -1)
+
+    return tokens()
+
+
+def _steps(request: Request, decoding: Decoding, cache: Cache) -> Iterator[tuple[Decoding, Cache]]:
+    """The state after each token, with the cache as the steps after it left it.
+
+    The first token is out before the loop is compiled; from then on a token is shown while the next is decoded.
+    """
+    yield decoding, cache
+    for step in range(2, request.max_new_tokens + 1):
+        last = decoding
+        decoding, cache = request.decode(last, cache, step)
+        if step > 2:
+            yield last, cache
+        if np.all(np.asarray(last.ended)):
+            return
+    if request.max_new_tokens > 1:
+        yield decoding, cache
+
+
+class Conversation:
+    """One text that grows by turns, with the keys and values of all that was read.
+
+    ```python
+    chat = Conversation(model)
+    for token in chat.reply(ids, max_new_tokens=200, eos_id=tokenizer.eos_ids):
+        ...
+    ```
+    """
+
+    def __init__(self, model: Mistral):
+        self._model = model
+        self._ids: list[int] = []
+        self._cache: Cache | None = None
+
+    def reply(
+        self,
+        ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampler: Sampler | None = None,
+        eos_id: int | Sequence[int] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Iterator[int]:
+        """Continues the whole text so far.
+
+        **Arguments:**
+
+        - `ids`: the whole text, from its first token on. What it has in common with the text before is not read
+            again.
+        - `max_new_tokens`, `sampler`, `eos_id`, `key`: as in [`mistral_eqx.generate`][].
+
+        **Returns:** an iterator over new tokens, an end token included. It may be left early.
+
+        **Raises:** `ValueError` as `generate` does, at the call.
+        """
+        (row,) = checked_prompts([ids], self._model.config.vocab)
+        request = Request.init(self._model, [row], max_new_tokens, sampler or Sampler(), eos_id, key)
+
+        def tokens() -> Iterator[int]:
+            state = self._read(request, row)
+            self._ids = list(row)
+            for decoding, self._cache in _steps(request, *state):
+                token = int(decoding.token[0])
+                self._ids.append(token)
+                yield token
+
+        return tokens()
+
+    def _read(self, request: Request, row: list[int]) -> tuple[Decoding, Cache]:
+        cache, self._cache = self._cache, None
+        # An interrupted step leaves a cache that was given away and not replaced.
+        if cache is None or any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
+            return request.start([row])
+        common = next((at for at, (old, new) in enumerate(zip(self._ids, row, strict=False)) if old != new), None)
+        common = min(len(self._ids), len(row)) if common is None else common
+        # At least one token is read again, for its logits.
+        known = min(common, int(cache.next_positions[0]), len(row) - 1)
+        ids, positions = pad_left([row[known:]], prompt_width(len(row) - known), starts=[known])
+        slots = capacity(int(cache.used) + ids.shape[1] + request.max_new_tokens)
+        return request.read(ids, positions, cache.grow(max(slots, cache.kv_seq)).keep(known))
