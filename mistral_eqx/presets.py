@@ -1,0 +1,93 @@
+"""Shapes of published models by name, for random initialisation and for planning."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from .config import MistralConfig
+
+
+def _mistral(
+    *,
+    vocab: int,
+    max_positions: int,
+    rope_theta: float,
+    embed: int = 4096,
+    hidden: int = 14336,
+    layers: int = 32,
+    pattern: tuple[int | None, ...] = (None,),
+) -> MistralConfig:
+    """What Mistral's models have in common: 8 key/value heads, 4 queries each, 128 entries a head."""
+    return MistralConfig(
+        vocab=vocab,
+        embed=embed,
+        hidden=hidden,
+        layers=layers,
+        kv_heads=8,
+        q_per_kv=4,
+        head_dim=128,
+        rope_theta=rope_theta,
+        norm_eps=1e-5,
+        max_positions=max_positions,
+        windows=pattern * (layers // len(pattern)),
+        bos_id=1,
+        eos_ids=(2,),
+    )
+
+
+def _gpt(*, layers: int, heads: int, embed: int) -> MistralConfig:
+    """The depth and width of a small minGPT, in this architecture, over bytes: no tokenizer is needed to train one."""
+    return MistralConfig(
+        vocab=256,
+        embed=embed,
+        hidden=4 * embed,
+        layers=layers,
+        kv_heads=heads,
+        q_per_kv=1,
+        head_dim=embed // heads,
+        rope_theta=10_000.0,
+        norm_eps=1e-5,
+        max_positions=1024,
+        windows=(None,) * layers,
+    )
+
+
+PRESETS: Mapping[str, MistralConfig] = MappingProxyType(
+    {
+        "smollm2-135m": MistralConfig(
+            vocab=49152,
+            embed=576,
+            hidden=1536,
+            layers=30,
+            kv_heads=3,
+            q_per_kv=3,
+            head_dim=64,
+            rope_theta=100_000.0,
+            norm_eps=1e-5,
+            max_positions=8192,
+            windows=(None,) * 30,
+            tied=True,
+            bos_id=1,
+            eos_ids=(2,),
+        ),
+        "7b-v0.1": _mistral(vocab=32_000, max_positions=32_768, rope_theta=1e4, pattern=(4096,)),
+        "7b-v0.2": _mistral(vocab=32_000, max_positions=32_768, rope_theta=1e6),
+        "7b-v0.3": _mistral(vocab=32_768, max_positions=32_768, rope_theta=1e6),
+        "mathstral-7b": _mistral(vocab=32_768, max_positions=32_768, rope_theta=1e6),
+        "nemo-12b": _mistral(vocab=131_072, max_positions=128_000, rope_theta=1e6, embed=5120, layers=40),
+        "small-3-24b": _mistral(
+            vocab=131_072, max_positions=32_768, rope_theta=1e8, embed=5120, hidden=32_768, layers=40
+        ),
+        # One layer in four sees everything, the others the last 32768 positions.
+        "ministral-8b": _mistral(
+            vocab=131_072,
+            max_positions=131_072,
+            rope_theta=1e8,
+            hidden=12_288,
+            layers=36,
+            pattern=(None, 32_768, 32_768, 32_768),
+        ),
+        "gpt-nano": _gpt(layers=3, heads=3, embed=48),
+        "gpt-micro": _gpt(layers=4, heads=4, embed=128),
+        "gpt-mini": _gpt(layers=6, heads=6, embed=192),
+    }
+)
