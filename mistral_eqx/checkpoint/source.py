@@ -1,0 +1,139 @@
+"""From an index into a tensor of the model to rows and columns of a file, and back."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..config import MistralConfig
+from .names import EMBEDDING, HEAD, Row, is_derived, rows
+from .reader import Checkpoint, LazyTensor, read_rows
+
+
+Index = tuple[slice, ...]
+
+
+def file_order(row: Row, config: MistralConfig, format: str) -> np.ndarray:
+    """Which row of a file's tensor makes each row of the model's, all the model's leading axes taken as one.
+
+    **Arguments:**
+
+    - `row`: the tensor.
+    - `config`: the sizes.
+    - `format`: of the file. In Hugging Face's, the entries `2 i` and `2 i + 1` of a head, which the rotary embedding
+        turns together, stand at `i` and `i + head_dim / 2`.
+
+    **Returns:** a permutation, shape `(rows,)`.
+    """
+    count = row.file_shape(config)[0]
+    if format != "hf" or not row.rotary:
+        return np.arange(count)
+    pairs = config.head_dim // 2
+    within_head = np.arange(config.head_dim).reshape(2, pairs).T.reshape(-1)
+    heads = np.arange(0, count, config.head_dim)
+    return (heads[:, None] + within_head[None, :]).reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A tensor of the model that stands in a file.
+
+    **Attributes:**
+
+    - `row`: its names and dimensions.
+    - `tensor`: where it is read from.
+    - `config`: the sizes of the whole model.
+    - `format`: of the file.
+    """
+
+    row: Row
+    tensor: LazyTensor
+    config: MistralConfig
+    format: str
+
+    def locate(self, index: Sequence[slice]) -> tuple[np.ndarray, np.ndarray | None, tuple[int, ...]]:
+        """Finds a part of the model's tensor in the file.
+
+        **Arguments:**
+
+        - `index`: one slice for each of the model's axes, as `jax.make_array_from_callback` asks for a shard.
+
+        **Returns:** the rows of the file's tensor in the part's order, its columns likewise (`None` for all of them),
+        and the part's shape.
+        """
+        shape = self.row.shape(self.config)
+        out_axes = len(self.row.out_dims.split())
+        order = file_order(self.row, self.config, self.format).reshape(shape[:out_axes])[tuple(index[:out_axes])]
+        if out_axes == len(shape):
+            return order.reshape(-1), None, order.shape
+        inner = np.arange(self.tensor.shape[1]).reshape(shape[out_axes:])[tuple(index[out_axes:])]
+        columns = None if inner.size == self.tensor.shape[1] else inner.reshape(-1)
+        return order.reshape(-1), columns, (*order.shape, *inner.shape)
+
+    def read(self, dtype: np.dtype, index: Sequence[slice] | None = None, *, check: bool = False) -> np.ndarray:
+        """Reads the model's tensor, or the part of it that `index` names, in the model's order and shape."""
+        if index is None:
+            index = (slice(None),) * len(self.row.shape(self.config))
+        order, columns, shape = self.locate(index)
+        return read_rows(self.tensor, dtype, rows=order, columns=columns, check=check).reshape(shape)
+
+
+def sources(checkpoint: Checkpoint) -> list[Source]:
+    """Finds each tensor of the model in a checkpoint, and something wrong with them before anything is read.
+
+    **Arguments:**
+
+    - `checkpoint`: an opened checkpoint.
+
+    **Returns:** one source a tensor, in the model's order.
+
+    **Raises:** `ValueError` that names a tensor that is missing, that the model does not have, or whose shape is not
+    the one that the config asks for.
+    """
+    config, format, tensors = checkpoint.config, checkpoint.format, checkpoint.tensors
+    wanted = {row.name(format): row for row in rows(config)}
+    for name, row in wanted.items():
+        expected = row.file_shape(config)
+        if name not in tensors:
+            hint = " (or mark the embeddings as tied there, if the head is the embedding table)" if row is HEAD else ""
+            raise ValueError(
+                f"{str(checkpoint.path)!r} has no tensor {name!r}, which its config asks for in shape {expected}; "
+                f"fetch the checkpoint again, or correct the config{hint}."
+            )
+        if tensors[name].shape != expected:
+            raise ValueError(
+                f"The tensor {name!r} of {str(checkpoint.path)!r} has shape {tensors[name].shape}, but its config asks "
+                f"for {expected}; the weights and the config belong to different models: fetch both again together."
+            )
+    for name in tensors:
+        if name in wanted or is_derived(name, format):
+            continue
+        if name == HEAD.name(format):
+            _expect_same(checkpoint, EMBEDDING.name(format), name)
+            continue
+        if name == "rope_freqs.weight":
+            raise ValueError(
+                f"{str(checkpoint.path)!r} has a tensor 'rope_freqs.weight': it scales the rotary embedding as Llama 3 "
+                "does, which is not supported; use a model without it."
+            )
+        raise ValueError(
+            f"{str(checkpoint.path)!r} has a tensor {name!r}, for which a model with its config has no place; the "
+            "weights belong to another kind of model, or the config tells too few layers."
+        )
+    return [Source(row, tensors[name], config, format) for name, row in wanted.items()]
+
+
+def _expect_same(checkpoint: Checkpoint, table: str, head: str):
+    # Some files of tied models store the table twice. If the two differ, the config is wrong.
+    first, second = checkpoint.tensors[table], checkpoint.tensors[head]
+    step = first.rows_per_chunk
+    same = first.shape == second.shape and all(
+        np.array_equal(first.rows(start, stop), second.rows(start, stop))
+        for start in range(0, first.shape[0], step)
+        for stop in [min(start + step, first.shape[0])]
+    )
+    if not same:
+        raise ValueError(
+            f"The config of {str(checkpoint.path)!r} says that the head is the embedding table, but the tensors "
+            f"{head!r} and {table!r} differ; mark the embeddings as not tied in the config."
+        )

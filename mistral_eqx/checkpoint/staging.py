@@ -1,0 +1,57 @@
+"""A folder that appears under its name only when everything in it has been written."""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def staged(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Gives a folder to write into, and moves it to its place at the end.
+
+    **Arguments:**
+
+    - `target`: where the folder will stand. Folders above it are made.
+    - `overwrite`: whether a checkpoint that stands there is replaced, with all its files.
+
+    **Returns:** a context manager for a hidden folder beside `target`. If the block raises, it is removed and `target`
+    is as it was; if the process is killed, it stays behind under its hidden name.
+
+    **Raises:** `ValueError` if something stands there that may not be replaced.
+    """
+    target = Path(target).expanduser().resolve()
+    _expect_free(target, overwrite)
+    tag = uuid.uuid4().hex[:8]
+    folder = target.with_name(f".{target.name}.partial-{tag}")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        _expect_free(target, overwrite)
+        replaced = target.with_name(f".{target.name}.replaced-{tag}")
+        if target.exists():
+            target.rename(replaced)
+        folder.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _expect_free(target: Path, overwrite: bool):
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{str(target)!r} is a file, but a checkpoint is written as a folder; give another path.")
+    names = {file.name for file in target.iterdir()}
+    if not names:
+        return
+    if not overwrite:
+        raise ValueError(
+            f"The folder {str(target)!r} is not empty; give another path, or allow it to be replaced (overwrite)."
+        )
+    if not names & {"config.json", "params.json"}:
+        raise ValueError(
+            f"The folder {str(target)!r} holds no checkpoint but other files, which would be lost; give another path."
+        )

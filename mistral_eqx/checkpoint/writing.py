@@ -1,0 +1,250 @@
+"""From a model, or from another checkpoint, to the files of a checkpoint."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from ..config import MistralConfig
+from ..nn import Mistral
+from . import hf, mistral, safetensors
+from .hub import locate
+from .loading import Progress, path_of, supported_dtype
+from .names import Row, rows
+from .opening import open_checkpoint
+from .reader import CHUNK_BYTES, DTYPES, read_rows
+from .source import Source, file_order, sources
+from .staging import staged
+
+
+Format = Literal["hf", "mistral"]
+
+# What else belongs to a model: its tokenizer, its chat template, and the defaults of text generation.
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model*",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """What will be written: `chunks` are asked for when it is its turn."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunks: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def save(
+    model: Mistral,
+    path: str | os.PathLike[str],
+    *,
+    format: Format = "hf",
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+):
+    """Writes a model to a folder that other programs can read.
+
+    Loading it gives every weight bit for bit. The tokenizer is no part of the model: copy its files into the folder.
+
+    **Arguments:**
+
+    - `model`: a model with dense weights.
+    - `path`: the folder. It appears when it is complete.
+    - `format`: `"hf"` for `config.json` and `model.safetensors`, which transformers loads; `"mistral"` for
+        `params.json` and `consolidated.safetensors`.
+    - `max_shard_size`: the largest size of a file of weights, in bytes or such as `"500MB"` and `"2GiB"`; a model that
+        needs several gets an index. A single tensor is never divided.
+    - `overwrite`: whether a checkpoint that already stands there is replaced, with all its files.
+
+    **Raises:** `ValueError` if the format has no place for one of the weights, or the folder may not be written.
+    """
+    config = model.config
+    arrays = {
+        path_of(keys): leaf
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(model)[0]
+        if isinstance(leaf, jax.Array | np.ndarray)
+    }
+    arrays.pop("rotary.inv_freq", None)
+    order = list(rows(config))
+    for row in order:
+        if row.path not in arrays:
+            raise ValueError(
+                f"The model has no dense weight {row.path!r}, which its config asks for; merge its adapters and "
+                "dequantise it before it is saved."
+            )
+        found = arrays[row.path]
+        if found.shape != row.shape(config) or found.dtype not in DTYPES.values():
+            raise ValueError(
+                f"The model's weight {row.path!r} is {found.dtype} of shape {found.shape}, but its config asks for "
+                f"{row.shape(config)}, in {', '.join(DTYPES)}; cast it, or correct the config."
+            )
+    if surplus := sorted(set(arrays) - {row.path for row in order}):
+        raise ValueError(
+            f"The model has a weight {surplus[0]!r}, for which a checkpoint has no place; merge its adapters and "
+            "dequantise it before it is saved."
+        )
+    tensors = [_from_array(row, arrays[row.path], config, format) for row in order]
+    with staged(path, overwrite=overwrite) as folder:
+        _write(folder, config, tensors, format, max_shard_size)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    format: Format,
+    dtype: DTypeLike | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+):
+    """Writes a checkpoint in another format or dtype. The model is never in memory, only a few rows of it.
+
+    Files of the tokenizer that lie beside the weights are copied along.
+
+    **Arguments:**
+
+    - `source`: what [`mistral_eqx.load`][] takes.
+    - `target`, `format`, `max_shard_size`, `overwrite`: as for [`mistral_eqx.save`][].
+    - `dtype`: of all weights; the source's main dtype unless given, and float32 for quantised files.
+    - `progress`: called after each tensor with the bytes read so far and those there are in all.
+
+    **Raises:** `ValueError` that names what is wrong with the source, or if the target may not be written.
+    """
+    checkpoint = open_checkpoint(locate(source))
+    wanted = checkpoint.dtype if dtype is None else supported_dtype(dtype)
+    found = sources(checkpoint)
+    total, done = sum(part.tensor.nbytes for part in found), 0
+
+    def report(nbytes: int):
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    tensors = [_from_source(part, wanted, format, report) for part in found]
+    with staged(target, overwrite=overwrite) as folder:
+        _write(folder, checkpoint.config, tensors, format, max_shard_size)
+        if checkpoint.path.is_dir():
+            for pattern in _COMPANIONS:
+                for file in checkpoint.path.glob(pattern):
+                    shutil.copyfile(file, folder / file.name)
+
+
+def _from_array(row: Row, array: jax.Array | np.ndarray, config: MistralConfig, format: Format) -> _Tensor:
+    shape = row.file_shape(config)
+
+    def chunks() -> Iterator[np.ndarray]:
+        flat = _on_host(array).reshape(shape)
+        for model_rows in _model_rows(row, config, format, flat.dtype):
+            yield flat[model_rows]
+
+    return _Tensor(row.name(format), shape, np.dtype(array.dtype), chunks)
+
+
+def _from_source(source: Source, dtype: np.dtype, format: Format, report: Callable[[int], None]) -> _Tensor:
+    row, config = source.row, source.config
+
+    def chunks() -> Iterator[np.ndarray]:
+        order = file_order(row, config, source.format)
+        for model_rows in _model_rows(row, config, format, dtype):
+            yield read_rows(source.tensor, dtype, rows=order[model_rows])
+        report(source.tensor.nbytes)
+
+    return _Tensor(row.name(format), row.file_shape(config), dtype, chunks)
+
+
+def _model_rows(row: Row, config: MistralConfig, format: Format, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The rows of the model's tensor in the order in which a file has them, a chunk at a time."""
+    count, *width = row.file_shape(config)
+    order = np.argsort(file_order(row, config, format))
+    step = max(1, CHUNK_BYTES // (int(np.prod(width)) * dtype.itemsize))
+    for start in range(0, count, step):
+        yield order[start : start + step]
+
+
+def _on_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    if isinstance(array, np.ndarray):
+        return array
+    try:
+        # An array keeps the numpy copy that is made of it, so make it of one that is dropped.
+        return np.asarray(jax.device_put(array, jax.local_devices(backend="cpu")[0]))
+    except RuntimeError:
+        return np.asarray(array)
+
+
+def _write(folder: Path, config: MistralConfig, tensors: list[_Tensor], format: Format, max_shard_size: int | str):
+    """Writes the config and the weights, divided among as few files as the size allows."""
+    shards = _shards(tensors, _bytes(max_shard_size))
+    dtype = max({tensor.dtype for tensor in tensors}, key=lambda kind: _total(tensors, kind))
+    if format == "hf":
+        settings_file, settings = "config.json", {**config.to_hf(), "torch_dtype": dtype.name}
+        single, index = hf.WEIGHTS, hf.INDEX
+    elif format == "mistral":
+        settings_file, settings = "params.json", config.to_params_json()
+        single, index = mistral.WEIGHTS, mistral.INDEX
+    else:
+        raise ValueError(f"There is no format {format!r} to write; give 'hf' or 'mistral'.")
+    _write_json(folder / settings_file, settings)
+    stem = single.removesuffix(".safetensors")
+    placed: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = single if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+        placed |= {tensor.name: name for tensor in shard}
+        safetensors.write(
+            folder / name, [(tensor.name, tensor.shape, tensor.dtype, tensor.chunks()) for tensor in shard]
+        )
+    if len(shards) > 1:
+        size = sum(tensor.nbytes for tensor in tensors)
+        _write_json(folder / index, {"metadata": {"total_size": size}, "weight_map": placed})
+
+
+def _total(tensors: list[_Tensor], dtype: np.dtype) -> int:
+    return sum(int(np.prod(tensor.shape)) for tensor in tensors if tensor.dtype == dtype)
+
+
+def _write_json(path: Path, content: dict[str, Any]):
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(tensors: list[_Tensor], limit: int) -> list[list[_Tensor]]:
+    shards: list[list[_Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _bytes(size: int | str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if match is None or match[2].upper() not in _UNITS or not float(match[1]) > 0:
+        raise ValueError(f"The size {size!r} cannot be read; give bytes, or a number with a unit such as '5GB'.")
+    return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))
