@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ..parallel import SINGLE, Strategy, psum
@@ -79,11 +80,54 @@ class Attention(eqx.Module):
         if cache is not None:
             cache = cache.update(k, v, slot)
             k, v = cache.k, cache.v
-        wide = at_least_float32(x.dtype)
-        scores = jnp.einsum("bsgqd,bgtd->bgqst", q, k, preferred_element_type=wide) * self.scale
-        scores = psum(scores, "head_dim", self.strategy)
+        scores = psum(_contract_head_dim(q, k), "head_dim", self.strategy) * self.scale
         # A finite number, for a query that is padding sees no key at all.
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(wide).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        context = jnp.einsum("bgqst,bgtd->bsgqd", weights, v)
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
+        context = _contract_kv_seq(jax.nn.softmax(scores, axis=-1), v).astype(x.dtype)
         return self.o_proj(context), cache
+
+
+def _contract_head_dim(
+    q: Float[Array, "batch seq kv_heads q_per_kv head_dim"], k: Float[Array, "batch kv_heads kv_seq head_dim"]
+) -> Float[Array, "batch kv_heads q_per_kv seq kv_seq"]:
+    batch, seq, kv_heads, q_per_kv, head_dim = q.shape
+    queries = jnp.transpose(q, (0, 2, 3, 1, 4)).reshape(batch * kv_heads, q_per_kv * seq, head_dim)
+    keys = k.reshape(batch * kv_heads, -1, head_dim)
+    if seq == 1 and q.dtype == jnp.float32:
+        scores = lax.platform_dependent(queries, keys, cpu=_scores_elementwise, default=_scores_matmul)
+    else:
+        scores = _scores_matmul(queries, keys)
+    return scores.reshape(batch, kv_heads, q_per_kv, seq, -1)
+
+
+def _contract_kv_seq(
+    weights: Float[Array, "batch kv_heads q_per_kv seq kv_seq"], v: Float[Array, "batch kv_heads kv_seq head_dim"]
+) -> Float[Array, "batch seq kv_heads q_per_kv head_dim"]:
+    batch, kv_heads, q_per_kv, seq, kv_seq = weights.shape
+    rows = weights.reshape(batch * kv_heads, q_per_kv * seq, kv_seq).astype(v.dtype)
+    values = v.reshape(batch * kv_heads, kv_seq, -1)
+    if seq == 1 and v.dtype == jnp.float32:
+        context = lax.platform_dependent(rows, values, cpu=_context_elementwise, default=_context_matmul)
+    else:
+        context = _context_matmul(rows, values)
+    return jnp.transpose(context.reshape(batch, kv_heads, q_per_kv, seq, -1), (0, 3, 1, 2, 4))
+
+
+# Batch and heads are one dimension here: XLA on CPU has no 16-bit matrix product over two of them. For a single
+# query it also copies all keys and values before a float32 product; multiplied entry by entry they are read in place.
+
+
+def _scores_matmul(queries: Array, keys: Array) -> Array:
+    return jnp.einsum("bqd,bkd->bqk", queries, keys, preferred_element_type=at_least_float32(queries.dtype))
+
+
+def _scores_elementwise(queries: Array, keys: Array) -> Array:
+    return jnp.sum(queries[:, :, None, :] * keys[:, None, :, :], axis=3)
+
+
+def _context_matmul(weights: Array, values: Array) -> Array:
+    return jnp.einsum("bqk,bkd->bqd", weights, values, preferred_element_type=at_least_float32(values.dtype))
+
+
+def _context_elementwise(weights: Array, values: Array) -> Array:
+    return jnp.sum(weights[:, :, :, None] * values[:, None, :, :], axis=2)

@@ -3,10 +3,13 @@
 from typing import TYPE_CHECKING
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt16
+
+from .precision import from_bits, to_bits
 
 
 if TYPE_CHECKING:
@@ -17,10 +20,27 @@ class LayerCache(eqx.Module):
     """The keys and values of one layer.
 
     `kv_seq` comes after `kv_heads`, so that attention reads each head's keys as one block of memory.
+
+    **Attributes:**
+
+    - `k_buffer`, `v_buffer`: keys and values, or the bits of 16-bit ones, which is how XLA on CPU can replace one
+        slot without rewriting all of them.
+    - `dtype`: the precision of keys and values.
     """
 
-    k: Float[Array, "batch kv_heads kv_seq head_dim"]
-    v: Float[Array, "batch kv_heads kv_seq head_dim"]
+    k_buffer: Float[Array, "batch kv_heads kv_seq head_dim"] | UInt16[Array, "batch kv_heads kv_seq head_dim"]
+    v_buffer: Float[Array, "batch kv_heads kv_seq head_dim"] | UInt16[Array, "batch kv_heads kv_seq head_dim"]
+    dtype: jnp.dtype = eqx.field(static=True)
+
+    @property
+    def k(self) -> Float[Array, "batch kv_heads kv_seq head_dim"]:
+        """The keys, as floats."""
+        return from_bits(self.k_buffer, self.dtype)
+
+    @property
+    def v(self) -> Float[Array, "batch kv_heads kv_seq head_dim"]:
+        """The values, as floats."""
+        return from_bits(self.v_buffer, self.dtype)
 
     def update(
         self,
@@ -29,10 +49,17 @@ class LayerCache(eqx.Module):
         slot: Int[Array, ""],
     ) -> "LayerCache":
         """Writes new keys and values at `slot` and the slots after it."""
+        bits = self.k_buffer.dtype == jnp.uint16
         return LayerCache(
-            lax.dynamic_update_slice_in_dim(self.k, k, slot, axis=2),
-            lax.dynamic_update_slice_in_dim(self.v, v, slot, axis=2),
+            lax.dynamic_update_slice_in_dim(self.k_buffer, to_bits(k) if bits else k, slot, axis=2),
+            lax.dynamic_update_slice_in_dim(self.v_buffer, to_bits(v) if bits else v, slot, axis=2),
+            self.dtype,
         )
+
+    def grow(self, slots: int) -> "LayerCache":
+        """A copy with `slots` more slots."""
+        more = ((0, 0), (0, 0), (0, slots), (0, 0))
+        return LayerCache(jnp.pad(self.k_buffer, more), jnp.pad(self.v_buffer, more), self.dtype)
 
 
 class Cache(eqx.Module):
@@ -53,7 +80,15 @@ class Cache(eqx.Module):
     used: Int[Array, ""]
 
     @classmethod
-    def init(cls, config: "MistralConfig", batch: int, kv_seq: int, dtype: DTypeLike = jnp.float32) -> "Cache":
+    def init(
+        cls,
+        config: "MistralConfig",
+        batch: int,
+        kv_seq: int,
+        dtype: DTypeLike = jnp.float32,
+        *,
+        platform: str | None = None,
+    ) -> "Cache":
         """An empty cache.
 
         **Arguments:**
@@ -62,11 +97,15 @@ class Cache(eqx.Module):
         - `batch`: rows.
         - `kv_seq`: slots in each row.
         - `dtype`: of keys and values; the model's.
+        - `platform`: where the cache will be, such as `"cpu"` or `"tpu"`; JAX's default backend unless given. On a
+            CPU 16-bit floats are held as their bits.
         """
-        shape = (batch, config.kv_heads, kv_seq, config.head_dim)
+        dtype = jnp.dtype(dtype)
+        bits = dtype.itemsize == 2 and (platform or jax.default_backend()) == "cpu"
+        shape, stored = (batch, config.kv_heads, kv_seq, config.head_dim), jnp.uint16 if bits else dtype
         return cls(
             # No two buffers may be one: each is donated to the loop that updates it.
-            tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)),
+            tuple(LayerCache(jnp.zeros(shape, stored), jnp.zeros(shape, stored), dtype) for _ in range(config.layers)),
             jnp.full((batch, kv_seq), -1, jnp.int32),
             jnp.zeros((), jnp.int32),
         )
@@ -86,9 +125,8 @@ class Cache(eqx.Module):
         more = kv_seq - self.kv_seq
         if more < 0:
             raise ValueError(f"A cache of {self.kv_seq} slots cannot grow to {kv_seq}; ask for at least as many.")
-        slots = ((0, 0), (0, 0), (0, more), (0, 0))
         return Cache(
-            tuple(LayerCache(jnp.pad(layer.k, slots), jnp.pad(layer.v, slots)) for layer in self.layers),
+            tuple(layer.grow(more) for layer in self.layers),
             jnp.pad(self.positions, ((0, 0), (0, more)), constant_values=-1),
             self.used,
         )

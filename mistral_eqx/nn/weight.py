@@ -1,15 +1,17 @@
 """How a weight is stored and contracted: the one place that chooses a lowering for the platform."""
 
 import abc
+from functools import partial
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .precision import at_least_float32
+from .precision import at_least_float32, from_bits, to_bits
 
 
 class AbstractWeight(eqx.Module):
@@ -54,33 +56,54 @@ class DenseWeight(AbstractWeight):
         return cls(jr.normal(key, shape, dtype) * jnp.asarray(std, dtype))
 
     def contract(self, x: Float[Array, "batch seq *in"], in_dims: str, out_dims: str) -> Float[Array, "batch seq *out"]:
-        batch_seq = x.shape[:2]
-        out_shape = self.value.shape[: len(out_dims.split())]
-        columns = x[0, 0].size
-        y = _matmul(self.value.reshape(-1, columns), x.reshape(-1, columns))
-        return y.reshape(*batch_seq, *out_shape)
+        inner = len(in_dims.split())
+        if x.shape[:2] == (1, 1) and x.dtype.itemsize == 2:
+            return lax.platform_dependent(
+                self.value, x, cpu=partial(_one_row_cpu, inner=inner), default=partial(_weight_first, inner=inner)
+            )
+        return _weight_first(self.value, x, inner)
 
     def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
-        return self.value[ids]
+        return _rows(self.value, ids)
 
     def dims(self, in_dims: str, out_dims: str) -> dict[str, str]:
         return {"value": f"{out_dims} {in_dims}"}
 
 
-def _matmul(weight: Float[Array, "out in"], x: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
-    if x.shape[0] == 1 and x.dtype != jnp.float32:
-        return lax.platform_dependent(weight, x, cpu=_matvec_cpu, default=_weight_first)
-    return _weight_first(weight, x)
+@jax.custom_jvp
+def _rows(table: Array, ids: Array) -> Array:
+    if table.dtype.itemsize == 2:
+        return lax.platform_dependent(table, ids, cpu=_rows_of_bits, default=_rows_of_floats)
+    return _rows_of_floats(table, ids)
 
 
-def _weight_first(weight: Array, x: Array) -> Array:
+@_rows.defjvp
+def _rows_jvp(primals, tangents):
+    # Bits have no gradient, and rows are linear in the table.
+    (table, ids), (tangent, _) = primals, tangents
+    return _rows(table, ids), _rows_of_floats(tangent, ids)
+
+
+def _rows_of_floats(table: Array, ids: Array) -> Array:
+    return table[ids]
+
+
+def _rows_of_bits(table: Array, ids: Array) -> Array:
+    # Bound to the ids, the table's bits cannot be computed ahead of a decoding loop, which would copy it.
+    table, ids = lax.optimization_barrier((table, ids))
+    return from_bits(to_bits(table)[ids], table.dtype)
+
+
+def _weight_first(weight: Array, x: Array, inner: int) -> Array:
     # With the weight as the left operand XLA on CPU reads it as it is stored; as the right one it makes a
-    # transposed copy of it at each call. Other platforms do not mind.
-    over_columns = (((1,), (1,)), ((), ()))
-    return lax.dot_general(weight, x, over_columns, preferred_element_type=at_least_float32(x.dtype)).T
+    # transposed copy of it at each call. On TPU its dimensions are contracted as they are: merged into one, those
+    # of heads would not fit the tiles in which the weight lies in memory, and it would be copied.
+    contracted = tuple(range(weight.ndim - inner, weight.ndim)), tuple(range(2, x.ndim))
+    y = lax.dot_general(weight, x, (contracted, ((), ())), preferred_element_type=at_least_float32(x.dtype))
+    return jnp.moveaxis(y, (-2, -1), (0, 1))
 
 
-def _matvec_cpu(weight: Array, x: Array) -> Array:
+def _one_row_cpu(weight: Array, x: Array, inner: int) -> Array:
     # XLA on CPU has a path of its own for a single row, which first turns a 16-bit weight into a float32 copy.
     # Two rows take the library's kernel, which reads the weight once, as it is.
-    return _weight_first(weight, jnp.broadcast_to(x, (2, x.shape[1])))[:1]
+    return _weight_first(weight, jnp.concatenate([x, x]), inner)[:1]
