@@ -68,7 +68,7 @@ class LazyTensor(abc.ABC):
         first, *rest = parts or [slice(None)]
         wanted = range(self.shape[0])[first]
         if isinstance(wanted, int):
-            return self.rows(wanted, wanted + 1)[(0, *rest)].copy()
+            return np.array(self.rows(wanted, wanted + 1)[(0, *rest)])
         low, high = (min(wanted), max(wanted) + 1) if wanted else (0, 0)
         block = self.rows(low, high)
         picked = slice(wanted.start - low, None, wanted.step) if wanted else slice(None)

@@ -1,0 +1,106 @@
+"""Small random models and checkpoints, and how a test changes their files."""
+
+import dataclasses
+import json
+
+import equinox as eqx
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mistral_eqx.checkpoint.loading import path_of
+from mistral_eqx.checkpoint.names import rows
+from mistral_eqx.config import MistralConfig
+from mistral_eqx.nn import Mistral, Rotary
+
+
+# Three query heads a key/value head, and heads that are together wider than the residual stream.
+TINY = MistralConfig(
+    vocab=80,
+    embed=32,
+    hidden=64,
+    layers=2,
+    kv_heads=2,
+    q_per_kv=3,
+    head_dim=16,
+    rope_theta=1e4,
+    norm_eps=1e-5,
+    max_positions=64,
+    windows=(None, None),
+    bos_id=1,
+    eos_ids=(2,),
+)
+
+
+def tiny(**changes):
+    """The small config, with some of its fields changed."""
+    return dataclasses.replace(TINY, **changes)
+
+
+def random_model(config, key, dtype=jnp.float32):
+    """A model in which no two weights are alike, the norms' included. Drawn by numpy: nothing is compiled for it."""
+    numbers = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    skeleton = eqx.filter_eval_shape(Mistral.init, config, key=key, dtype=dtype)
+    skeleton = eqx.tree_at(lambda model: model.rotary, skeleton, Rotary.init(config.head_dim, config.rope_theta))
+
+    def draw(leaf):
+        return jax.device_put(numbers.normal(size=leaf.shape).astype(leaf.dtype))
+
+    return jax.tree.map(lambda leaf: draw(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, skeleton)
+
+
+def weights(model):
+    """The model's arrays by their paths, as numpy has them."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    return {path_of(path): np.asarray(leaf) for path, leaf in leaves if isinstance(leaf, jax.Array)}
+
+
+def assert_same_weights(first, second):
+    """Checks that two models are equal bit for bit, dtypes included."""
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    for path, array in first.items():
+        assert array.dtype == second[path].dtype, path
+        assert array.tobytes() == second[path].tobytes(), path
+
+
+def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, *, metadata=(), tensors=()):
+    """Writes a model as llama.cpp's converter does: matrices of one kind, vectors in float32."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.layers)
+    writer.add_context_length(config.max_positions)
+    writer.add_embedding_length(config.embed)
+    writer.add_feed_forward_length(config.hidden)
+    writer.add_head_count(config.q_heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_token_list([f"token {number}" for number in range(config.vocab)])
+    writer.add_token_scores([0.5] * config.vocab)
+    writer.add_bos_token_id(config.bos_id)
+    writer.add_eos_token_id(config.eos_ids[0])
+    for key, value in metadata:
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    arrays = weights(model)
+    for row in rows(config):
+        array = arrays[row.path].astype(np.float32).reshape(row.file_shape(config))
+        vector = array.ndim == 1
+        raw = array if vector else gguf.quants.quantize(array, kind)
+        writer.add_tensor(row.gguf, raw, raw_dtype=gguf.GGMLQuantizationType.F32 if vector else kind)
+    for name, array in tensors:
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def edit_json(path, **changes):
+    """Changes keys of a JSON file; `None` is written as null."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -1,0 +1,377 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from mistral_eqx.config import MistralConfig
+from mistral_eqx.presets import PRESETS
+
+
+HF_7B = {
+    "architectures": ["MistralForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.34.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+
+HF_SMOLLM2 = {
+    "_name_or_path": "somewhere",
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+    "transformers_version": "4.42.3",
+    "use_cache": True,
+    "vocab_size": 49152,
+}
+
+PARAMS_7B = {
+    "dim": 4096,
+    "n_layers": 32,
+    "head_dim": 128,
+    "hidden_dim": 14336,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "norm_eps": 1e-05,
+    "sliding_window": 4096,
+    "vocab_size": 32000,
+}
+
+GGUF_SMOLLM2 = {
+    "general.architecture": "llama",
+    "general.type": "model",
+    "general.name": "SmolLM2",
+    "llama.block_count": 30,
+    "llama.context_length": 8192,
+    "llama.embedding_length": 576,
+    "llama.feed_forward_length": 1536,
+    "llama.attention.head_count": 9,
+    "llama.attention.head_count_kv": 3,
+    "llama.rope.freq_base": 100000.0,
+    "llama.attention.layer_norm_rms_epsilon": 9.999999747378752e-06,
+    "llama.vocab_size": 49152,
+    "llama.rope.dimension_count": 64,
+    "tokenizer.ggml.tokens": ["a"] * 49152,
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "general.quantization_version": 2,
+}
+
+
+@st.composite
+def fields(draw):
+    """What makes a config; made in the test, for the type checker draws random numbers of its own."""
+    size = st.integers(1, 2**17)
+    layers = draw(st.integers(1, 12))
+    window = st.none() | st.just(draw(st.integers(1, 10**6)))
+    return {
+        "vocab": draw(size),
+        "embed": draw(size),
+        "hidden": draw(size),
+        "layers": layers,
+        "kv_heads": draw(st.integers(1, 16)),
+        "q_per_kv": draw(st.integers(1, 8)),
+        "head_dim": 2 * draw(st.integers(1, 128)),
+        "rope_theta": draw(st.floats(1.0, 1e9)),
+        "norm_eps": draw(st.floats(1e-8, 1e-3)),
+        "max_positions": draw(size),
+        "windows": tuple(draw(st.lists(window, min_size=layers, max_size=layers))),
+        "tied": draw(st.booleans()),
+        "bos_id": draw(st.none() | st.integers(0, 100)),
+        "eos_ids": tuple(draw(st.lists(st.integers(0, 100), max_size=3, unique=True))),
+    }
+
+
+@given(fields())
+def test_hf_round_trip(fields):
+    config = MistralConfig(**fields)
+    assert MistralConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+@given(fields(), st.lists(st.none() | st.integers(1, 9), min_size=1, max_size=4))
+def test_params_json_round_trip(fields, pattern):
+    config = MistralConfig(**{**fields, "layers": 3 * len(pattern), "windows": tuple(pattern) * 3})
+    settings = json.loads(json.dumps(config.to_params_json()))
+    assert MistralConfig.from_params_json(settings) == config
+    written = settings.get("sliding_window")
+    assert not isinstance(written, list) or len(written) <= len(pattern)
+
+
+@given(st.floats(1.0, 1e9, width=32), st.floats(2**-30, 2**-10, width=32))
+def test_gguf_keeps_every_float32(theta, eps):
+    keys = {"llama.rope.freq_base": theta, "llama.attention.layer_norm_rms_epsilon": eps}
+    config = MistralConfig.from_gguf({**GGUF_SMOLLM2, **keys})
+    assert np.float32(config.rope_theta) == np.float32(theta)
+    assert np.float32(config.norm_eps) == np.float32(eps)
+
+
+def test_published_configs_are_the_presets():
+    assert MistralConfig.from_hf(HF_7B) == PRESETS["7b-v0.1"]
+    assert MistralConfig.from_hf(HF_SMOLLM2) == PRESETS["smollm2-135m"]
+    assert MistralConfig.from_params_json(PARAMS_7B) == PRESETS["7b-v0.1"]
+    assert MistralConfig.from_gguf(GGUF_SMOLLM2, tied=True) == PRESETS["smollm2-135m"]
+
+
+def test_published_parameter_counts():
+    assert {name: config.parameters for name, config in PRESETS.items() if not name.startswith("gpt-")} == {
+        "smollm2-135m": 134_515_008,
+        "7b-v0.1": 7_241_732_096,
+        "7b-v0.2": 7_241_732_096,
+        "7b-v0.3": 7_248_023_552,
+        "mathstral-7b": 7_248_023_552,
+        "nemo-12b": 12_247_782_400,
+        "small-3-24b": 23_572_403_200,
+        "ministral-8b": 8_019_808_256,
+    }
+
+
+def test_trap_default_that_hides_a_wrong_config():
+    # mistral without the key has transformers' window of 4096; null means none; the rope base has its own default.
+    absent = {key: value for key, value in HF_7B.items() if key not in ("sliding_window", "rope_theta")}
+    assert set(MistralConfig.from_hf(absent).windows) == {4096}
+    assert MistralConfig.from_hf(absent).rope_theta == 10000.0
+    assert set(MistralConfig.from_hf({**HF_7B, "sliding_window": None}).windows) == {None}
+    # Wherever the rope base stands, it is found.
+    for spelling in (
+        {"rope_theta": 1e6},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        {"rope_theta": 1e6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        {"rope_theta": 1000000, "rope_scaling": None},
+        {"rope_scaling": {"type": "default", "rope_theta": 1e6}},
+    ):
+        assert MistralConfig.from_hf({**absent, **spelling}).rope_theta == 1e6
+    contradiction = {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    with pytest.raises(
+        ValueError, match=r"rope_theta 10000\.0 and rope_parameters\.rope_theta 1000000\.0, which contr"
+    ):
+        MistralConfig.from_hf({**absent, **contradiction})
+    # What this package writes tells both, for old and new readers.
+    written = PRESETS["7b-v0.2"].to_hf()
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 1e6
+    assert "sliding_window" in written
+    assert written["sliding_window"] is None
+
+
+def test_windows_that_alternate():
+    settings = {**HF_7B, "model_type": "ministral", "num_hidden_layers": 4, "sliding_window": 7}
+    kinds = ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"]
+    assert MistralConfig.from_hf({**settings, "layer_types": kinds}).windows == (None, 7, 7, 7)
+    assert MistralConfig.from_hf(settings).windows == (7, 7, 7, 7)
+    with pytest.raises(ValueError, match=r"has 4 layer_types for 5 layers"):
+        MistralConfig.from_hf({**settings, "num_hidden_layers": 5, "layer_types": kinds})
+    with pytest.raises(ValueError, match=r"sliding_attention among its layer_types but no sliding_window"):
+        MistralConfig.from_hf({**settings, "sliding_window": None, "layer_types": kinds})
+    with pytest.raises(ValueError, match=r"sets layer_types to 'chunked_attention'"):
+        MistralConfig.from_hf({**settings, "layer_types": ["chunked_attention"] * 4})
+    for key in ("sliding_window", "_sliding_window"):
+        params = {**PARAMS_7B, "n_layers": 8, "sliding_window": None, key: [None, 9, 9, 9]}
+        assert MistralConfig.from_params_json(params).windows == (None, 9, 9, 9) * 2
+    with pytest.raises(ValueError, match=r"pattern of 3 layers, which does not divide the 8"):
+        MistralConfig.from_params_json({**PARAMS_7B, "n_layers": 8, "sliding_window": [None, 9, 9]})
+    assert MistralConfig.from_hf(PRESETS["ministral-8b"].to_hf()) == PRESETS["ministral-8b"]
+    assert PRESETS["ministral-8b"].to_params_json()["sliding_window"] == [None, 32768, 32768, 32768]
+    several = dataclasses.replace(PRESETS["gpt-nano"], windows=(4, 8, None))
+    with pytest.raises(ValueError, match=r"windows of 4 and 8 positions, but config\.json has a place for one"):
+        several.to_hf()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model_type": "mixtral"}, r"model_type 'mixtral', which is not supported"),
+        ({"model_type": None}, r"model_type None, which is not supported"),
+        ({"architectures": ["MixtralForCausalLM"]}, r"names the architecture 'MixtralForCausalLM'"),
+        ({"hidden_act": "gelu"}, r"has hidden_act 'gelu', which is not supported; supported is 'silu' and 'swish'"),
+        ({"attention_bias": True}, r"sets attention_bias to True, which this package does not compute"),
+        ({"mlp_bias": True}, r"sets mlp_bias to True"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"sets quantization_config to"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"asks for the rope type 'linear' in rope_scaling"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"asks for the rope type 'llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, r"the rope type 'yarn' in rope_parameters"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, r"sets rope_parameters to"),
+        ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, r"sets rope_parameters\.factor to 2\.0"),
+        ({"partial_rotary_factor": 0.5}, r"has partial_rotary_factor 0\.5, which is not supported"),
+        ({"rope_interleaved": True}, r"sets rope_interleaved to True"),
+        ({"final_logit_softcapping": 30.0}, r"sets final_logit_softcapping to 30\.0"),
+        ({"num_local_experts": 8}, r"sets num_local_experts to 8"),
+        ({"num_attention_heads": 30, "head_dim": 128}, r"30 query heads and 8 key/value heads"),
+        ({"num_attention_heads": 24, "head_dim": None}, r"width 4096 does not divide among 24 heads; add head_dim"),
+        ({"vocab_size": "32000"}, r"has vocab_size '32000', but it must be an integer"),
+        ({"hidden_size": 0, "head_dim": 128}, r"embed is 0, but it must be positive"),
+        ({"head_dim": 127}, r"head_dim is 127, but it must be even"),
+        ({"tie_word_embeddings": 1}, r"tie_word_embeddings 1, but it must be true or false"),
+        ({"rope_theta": "big"}, r"rope_theta 'big', but it must be a number"),
+        ({"sliding_window": 0}, r"window of 0, but a query sees at least itself"),
+    ],
+)
+def test_hf_refuses_by_name(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        MistralConfig.from_hf({**HF_7B, **change})
+
+
+def test_hf_refuses_a_window_of_llama():
+    with pytest.raises(ValueError, match=r"sets sliding_window to 4096"):
+        MistralConfig.from_hf({**HF_SMOLLM2, "sliding_window": 4096})
+
+
+def test_hf_ignores_what_has_no_effect():
+    harmless = {"temperature": 0.3, "pad_token_id": 5, "_attn_implementation": "sdpa", "num_experts": 0, "new": None}
+    assert MistralConfig.from_hf({**HF_7B, **harmless}) == MistralConfig.from_hf(HF_7B)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"moe": {"num_experts": 8, "num_experts_per_tok": 2}}, r"sets moe to"),
+        ({"lora": {"rank": 64}}, r"sets lora to"),
+        ({"vision_encoder": {"hidden_size": 1024}}, r"sets vision_encoder to"),
+        ({"yarn": {"factor": 16}}, r"sets yarn to"),
+        ({"quantization": {"qformat_weight": "fp8"}}, r"sets quantization to"),
+        ({"use_biases": True}, r"sets use_biases to True"),
+        ({"model_type": "mamba"}, r"has model_type 'mamba'"),
+        ({"causal": False}, r"has causal False"),
+        ({"_sliding_window": 8}, r"contradict each other"),
+        ({"sliding_window": "wide"}, r"must be an integer, null, or a list"),
+        ({"vocab_size": -1}, r"vocab is -1, but it must be positive"),
+    ],
+)
+def test_params_json_refuses_by_name(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        MistralConfig.from_params_json({**PARAMS_7B, **change})
+
+
+def test_params_json_needs_its_sizes():
+    for key in PARAMS_7B.keys() - {"sliding_window"}:
+        with pytest.raises(ValueError, match=rf"does not tell {key}, without which"):
+            MistralConfig.from_params_json({name: value for name, value in PARAMS_7B.items() if name != key})
+
+
+def test_params_json_of_later_releases():
+    later = {**PARAMS_7B, "sliding_window": None, "rope_theta": 1e6, "max_seq_len": 131072, "tied_embeddings": True}
+    later |= {"model_type": "transformer", "use_biases": False, "max_batch_size": 0, "moe": None, "activation": "silu"}
+    config = MistralConfig.from_params_json(later)
+    assert (config.rope_theta, config.max_positions, config.tied) == (1e6, 131072, True)
+    assert set(config.windows) == {None}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"general.architecture": "qwen2"}, r"has general\.architecture 'qwen2', which is not supported"),
+        ({"general.type": "adapter"}, r"has general\.type 'adapter'"),
+        ({"split.count": 3}, r"has split\.count 3"),
+        ({"llama.rope.scaling.type": "linear"}, r"has llama\.rope\.scaling\.type 'linear'"),
+        ({"llama.rope.scaling.factor": 4.0}, r"has llama\.rope\.scaling\.factor 4\.0"),
+        ({"llama.rope.dimension_count": 32}, r"has llama\.rope\.dimension_count 32, which .* supported is 64"),
+        ({"llama.attention.value_length": 32}, r"has llama\.attention\.value_length 32"),
+        ({"llama.expert_count": 8}, r"sets llama\.expert_count to 8"),
+        ({"llama.logit_scale": 0.5}, r"sets llama\.logit_scale to 0\.5"),
+        ({"llama.attention.head_count": [9, 9]}, r"head_count \[9, 9\], but it must be an integer"),
+    ],
+)
+def test_gguf_refuses_by_name(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        MistralConfig.from_gguf({**GGUF_SMOLLM2, **change})
+
+
+def test_gguf_derives_what_old_files_leave_out():
+    short = {
+        key: value for key, value in GGUF_SMOLLM2.items() if key not in ("llama.vocab_size", "llama.rope.freq_base")
+    }
+    config = MistralConfig.from_gguf(short)
+    assert (config.vocab, config.rope_theta, config.head_dim) == (49152, 10000.0, 64)
+    nemo = {**GGUF_SMOLLM2, "llama.attention.key_length": 128, "llama.rope.dimension_count": 128}
+    assert MistralConfig.from_gguf({**nemo, "llama.attention.value_length": 128}).head_dim == 128
+    assert set(MistralConfig.from_gguf({**short, "llama.attention.sliding_window": 64}).windows) == {64}
+    assert MistralConfig.from_gguf({**short, "tokenizer.ggml.eot_token_id": 7}).eos_ids == (2, 7)
+    for key in ("llama.block_count", "llama.context_length", "llama.attention.layer_norm_rms_epsilon"):
+        with pytest.raises(ValueError, match=rf"does not tell {key}"):
+            MistralConfig.from_gguf({name: value for name, value in GGUF_SMOLLM2.items() if name != key})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"windows": (None, None)}, r"has 2 windows for 3 layers; give one entry a layer"),
+        ({"windows": (None, None, 0)}, r"window of 0"),
+        ({"head_dim": 15}, r"head_dim is 15, but it must be even"),
+        ({"layers": 0, "windows": ()}, r"layers is 0, but it must be positive"),
+        ({"rope_theta": float("nan")}, r"rope_theta is nan, but it must be positive"),
+        ({"norm_eps": 0.0}, r"norm_eps is 0\.0, but it must be positive"),
+    ],
+)
+def test_config_refuses_impossible_sizes(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dataclasses.replace(PRESETS["gpt-nano"], **change)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("model_type", ["mistral", "ministral", "llama"])
+def test_absent_keys_have_the_defaults_of_transformers(model_type):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoConfig.for_model(model_type)
+    config = MistralConfig.from_hf({"model_type": model_type})
+    assert config.vocab == theirs.vocab_size
+    assert config.embed == theirs.hidden_size
+    assert config.hidden == theirs.intermediate_size
+    assert config.layers == theirs.num_hidden_layers
+    assert config.kv_heads == theirs.num_key_value_heads
+    assert config.q_heads == theirs.num_attention_heads
+    assert config.head_dim == (theirs.head_dim or theirs.hidden_size // theirs.num_attention_heads)
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert config.norm_eps == theirs.rms_norm_eps
+    assert config.max_positions == theirs.max_position_embeddings
+    assert set(config.windows) == {getattr(theirs, "sliding_window", None)}
+    assert config.tied == theirs.tie_word_embeddings
+    assert config.bos_id == theirs.bos_token_id
+    assert config.eos_ids == (theirs.eos_token_id,)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", PRESETS)
+def test_transformers_reads_what_is_written(name):
+    transformers = pytest.importorskip("transformers")
+    config = PRESETS[name]
+    settings = config.to_hf()
+    theirs = transformers.AutoConfig.for_model(**settings)
+    assert MistralConfig.from_hf(theirs.to_dict()) == config
+    assert theirs.rope_parameters == {"rope_type": "default", "rope_theta": config.rope_theta}
