@@ -1,0 +1,7 @@
+from .chat import encode_chat as encode_chat, render_chat as render_chat
+from .detokenizer import Detokenizer as Detokenizer
+from .huggingface import HuggingFaceTokenizer as HuggingFaceTokenizer
+from .load import load_tokenizer as load_tokenizer
+from .sentencepiece import SentencePieceTokenizer as SentencePieceTokenizer
+from .tekken import TekkenTokenizer as TekkenTokenizer
+from .tokenizer import AbstractTokenizer as AbstractTokenizer

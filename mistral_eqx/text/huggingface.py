@@ -1,0 +1,213 @@
+"""Vocabularies that the `tokenizers` library runs."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, final
+
+from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
+
+from .settings import read_json, read_settings
+from .tokenizer import AbstractTokenizer, control_pattern
+
+
+_SPACE = "\u2581"
+
+
+def _byte_level() -> dict[str, int]:
+    """The printable character by which byte-level BPE writes each byte."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(0x100) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}
+
+
+_BYTES = _byte_level()
+
+
+@final
+class HuggingFaceTokenizer(AbstractTokenizer):
+    """A vocabulary of the `tokenizers` library: a `tokenizer.json`, or one that was built from a GGUF file."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        name: str,
+        bos_id: int | None,
+        eos_ids: Iterable[int],
+        adds_bos: bool,
+        chat_template: str | None = None,
+        prefixes_space: bool = False,
+    ):
+        """**Arguments:**
+
+        - `tokenizer`: will be changed so that names of control tokens in a text are text.
+        - `name`: where it came from, for messages.
+        - `bos_id`, `eos_ids`, `adds_bos`, `chat_template`: as in `AbstractTokenizer`.
+        - `prefixes_space`: whether a text that starts without white space gets a space in front.
+
+        **Raises:** `ValueError` if its decoder is of a kind that cannot be run token by token.
+        """
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._first = tokenizer
+        self._later = _without_prefix(tokenizer)
+        self._byte_level, self._strips = _decoding(tokenizer, name)
+        self._added = tokenizer.get_added_tokens_decoder()
+        self._prefixes_space = prefixes_space
+        self.name = name
+        self.vocab = max(tokenizer.get_vocab_size(with_added_tokens=True), *(id + 1 for id in self._added), 0)
+        self.bos_id = bos_id
+        self.eos_ids = tuple(dict.fromkeys(eos_ids))
+        self.adds_bos = adds_bos
+        self.chat_template = chat_template
+        self.control_tokens = {token.content: id for id, token in self._added.items() if token.special}
+        self.control_pattern = _pattern(token for token in self._added.values() if token.special)
+        self.release_file = None
+
+    def encode_plain(self, text: str, *, first: bool) -> list[int]:
+        if self._prefixes_space and first and text and not text[0].isspace():
+            text = f" {text}"
+        return (self._first if first else self._later).encode(text, add_special_tokens=False).ids
+
+    def token_bytes(self, id: int, *, first: bool) -> bytes:
+        if id in self._added:
+            return self._added[id].content.encode()
+        # The ids of a vocabulary may have gaps.
+        token = self._first.id_to_token(id) or ""
+        if self._byte_level:
+            return bytes(_BYTES[c] for c in token) if all(c in _BYTES for c in token) else token.encode()
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes([int(token[3:-1], 16)])
+        if first and self._strips:
+            token = token.removeprefix(_SPACE)
+        return token.replace(_SPACE, " ").encode()
+
+
+def _pattern(tokens: Iterable[AddedToken]):
+    """Finds control tokens with the white space that some of them swallow."""
+    kinds: dict[tuple[bool, bool, bool], list[str]] = {}
+    for token in tokens:
+        kinds.setdefault((token.lstrip, token.rstrip, token.single_word), []).append(token.content)
+    return control_pattern(
+        [
+            (
+                (r"\s*" if lstrip else "") + (r"(?<!\w)" if word else ""),
+                names,
+                (r"(?!\w)" if word else "") + (r"\s*" if rstrip else ""),
+            )
+            for (lstrip, rstrip, word), names in kinds.items()
+        ]
+    )
+
+
+def _without_prefix(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer for what follows a control token, where a space in front is only for the start of a text."""
+
+    def is_first(step: Mapping[str, Any]) -> bool:
+        return step["type"] == "Metaspace" and step["prepend_scheme"] == "first"
+
+    def changed(step: Mapping[str, Any]) -> dict[str, Any]:
+        return {**step, "prepend_scheme": "never"} if is_first(step) else dict(step)
+
+    if not any(is_first(step) for step in _steps(tokenizer.pre_tokenizer, "pretokenizers")):
+        return tokenizer
+    content = json.loads(tokenizer.to_str())
+    step = content["pre_tokenizer"]
+    if step["type"] == "Sequence":
+        step["pretokenizers"] = [changed(inner) for inner in step["pretokenizers"]]
+    else:
+        content["pre_tokenizer"] = changed(step)
+    later = Tokenizer.from_str(json.dumps(content))
+    later.encode_special_tokens = True
+    return later
+
+
+def _decoding(tokenizer: Tokenizer, name: str) -> tuple[bool, bool]:
+    """Whether tokens are written in byte-level characters, and whether the first one loses its leading space."""
+    steps = _steps(tokenizer.decoder, "decoders")
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return True, False
+    if kinds == ["Metaspace"] and steps[0]["replacement"] == _SPACE:
+        return False, steps[0]["prepend_scheme"] != "never"
+    known = [
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
+    if steps in (known, known[:3]):
+        return False, len(steps) == 4
+    raise ValueError(
+        f"The decoder {' + '.join(kinds) or 'null'} of {name} is none that Mistral-like models use, so its tokens "
+        "cannot be turned into text one by one; use another tokenizer.json."
+    )
+
+
+def _steps(component: Any, parts: str) -> list[dict[str, Any]]:
+    """What a part of a tokenizer does, step by step."""
+    if component is None:
+        return []
+    state = json.loads(component.__getstate__())
+    return state[parts] if state["type"] == "Sequence" else [state]
+
+
+def read_tokenizer_json(path: Path) -> HuggingFaceTokenizer:
+    """Reads a `tokenizer.json` and the settings beside it.
+
+    **Raises:** `ValueError` if it is damaged, or its tokens cannot be turned into text one by one.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(f"{path} is no tokenizer.json, or it is damaged ({error}); fetch it again.") from error
+    _cut_like_tekken(tokenizer, path.with_name("tekken.json"))
+    settings = read_settings(path.parent)
+    for token, id in settings.added_tokens.items():
+        if tokenizer.token_to_id(token) != id:
+            raise ValueError(
+                f"The settings in {path.parent} give the token {token!r} the id {id}, and {path.name} does not; "
+                "are both files of the same model?"
+            )
+    bos_id = settings.bos_id
+    if settings.bos_token is not None:
+        bos_id = _id(tokenizer, settings.bos_token, path)
+    eos_ids = list(settings.eos_ids)
+    if settings.eos_token is not None:
+        eos_ids.insert(0, _id(tokenizer, settings.eos_token, path))
+    add_bos = settings.add_bos
+    if add_bos is None:
+        # What the file's own last step puts around an empty text.
+        add_bos = bos_id is not None and bos_id in tokenizer.encode("", add_special_tokens=True).ids
+    return HuggingFaceTokenizer(
+        tokenizer,
+        name=str(path),
+        bos_id=bos_id,
+        eos_ids=eos_ids,
+        adds_bos=add_bos and bos_id is not None,
+        chat_template=settings.chat_template,
+    )
+
+
+def _cut_like_tekken(tokenizer: Tokenizer, original: Path):
+    """Takes the expression that finds words from the `tekken.json` beside, if there is one.
+
+    Some of Mistral's folders hold a `tokenizer.json` that was converted with another model's expression.
+    """
+    pattern = read_json(original).get("config", {}).get("pattern")
+    if pattern is not None and [step["type"] for step in _steps(tokenizer.decoder, "decoders")] == ["ByteLevel"]:
+        cut = pre_tokenizers.Split(Regex(pattern), "isolated")
+        write = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, write])
+
+
+def _id(tokenizer: Tokenizer, token: str, path: Path) -> int:
+    id = tokenizer.token_to_id(token)
+    if id is None:
+        raise ValueError(
+            f"The settings in {path.parent} name the token {token!r}, which {path.name} does not have; "
+            "are both files of the same model?"
+        )
+    return id

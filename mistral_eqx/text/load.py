@@ -1,0 +1,55 @@
+"""From a file or folder to its tokenizer."""
+
+import os
+import re
+from pathlib import Path
+
+from .gguf_vocabulary import read_gguf_tokenizer
+from .huggingface import read_tokenizer_json
+from .sentencepiece import read_sentencepiece
+from .tekken import TekkenTokenizer
+from .tokenizer import AbstractTokenizer
+
+
+_SENTENCEPIECE = re.compile(r"\.model(?:\.v(\d+)(?:m\d+)?)?$")
+_KNOWN = "a tokenizer.json, a tekken.json, a tokenizer.model (or .model.v1, .v2, ...) or a .gguf"
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> AbstractTokenizer:
+    """Reads a tokenizer.
+
+    **Arguments:**
+
+    - `path`: a folder, which may hold a `tokenizer.json`, a `tekken.json` or a `tokenizer.model` (looked for in that
+        order), one of these files, or a `.gguf` file.
+
+    **Returns:** the tokenizer, with the chat template and the special tokens that the files beside it name.
+
+    **Raises:** `ValueError` if there is nothing at `path`, or nothing that is known, or it is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"There is no file or folder {path}; a tokenizer is {_KNOWN}.")
+    if path.is_dir():
+        path = _in_folder(path)
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty; fetch it again.")
+    if path.suffix.lower() == ".gguf":
+        return read_gguf_tokenizer(path)
+    if path.suffix == ".json":
+        return TekkenTokenizer(path) if "tekken" in path.name else read_tokenizer_json(path)
+    if _SENTENCEPIECE.search(path.name):
+        return read_sentencepiece(path)
+    raise ValueError(f"{path} is no tokenizer by its name: {_KNOWN}.")
+
+
+def _in_folder(folder: Path) -> Path:
+    for name in ("tokenizer.json", "tekken.json"):
+        if (folder / name).is_file():
+            return folder / name
+    # Where Mistral ships one vocabulary under several names, the version tells the format of conversations.
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    models = {file: match for file in files if (match := _SENTENCEPIECE.search(file.name))}
+    if not models:
+        raise ValueError(f"The folder {folder} has no tokenizer, which is {_KNOWN}.")
+    return max(models, key=lambda file: int(models[file][1] or 0))

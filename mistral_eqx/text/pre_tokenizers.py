@@ -1,0 +1,63 @@
+"""How byte-level vocabularies of GGUF files cut a text into words before they merge."""
+
+import dataclasses
+
+from tokenizers import Regex, normalizers, pre_tokenizers
+
+
+@dataclasses.dataclass(frozen=True)
+class PreTokenizer:
+    """What the one word `tokenizer.ggml.pre` stands for.
+
+    **Attributes:**
+
+    - `patterns`: each cuts the pieces that the one before it left, and what it finds and what lies between are pieces.
+    - `ignores_merges`: whether a word that is a token is that token, however its merges would go.
+    - `adds_bos`: whether a text starts with the token for it when the file does not say.
+    - `composes`: whether accents are joined to their letters first.
+    """
+
+    patterns: tuple[str, ...]
+    ignores_merges: bool = False
+    adds_bos: bool = False
+    composes: bool = False
+
+    def build(self) -> pre_tokenizers.PreTokenizer:
+        """The cutting, and after it the writing of bytes as characters."""
+        cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.patterns]
+        return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+    def normalizer(self) -> normalizers.Normalizer | None:
+        """What is done to a text before it is cut."""
+        return normalizers.NFC() if self.composes else None
+
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def _llama3(digits: str) -> str:
+    return (
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+_LLAMA3 = PreTokenizer((_llama3(r"\p{N}{1,3}"),), ignores_merges=True, adds_bos=True)
+
+PRE_TOKENIZERS = {
+    # What llama.cpp does by that name; the converters write it for vocabularies that they did not recognise.
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "gpt-2": PreTokenizer((_GPT2,)),
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "llama-bpe": _LLAMA3,
+    "qwen2": PreTokenizer((_llama3(r"\p{N}"),), composes=True),
+    "smollm": PreTokenizer((r"\p{N}", _GPT2)),
+    "tekken": PreTokenizer((_TEKKEN,), ignores_merges=True, adds_bos=True),
+}

@@ -1,0 +1,98 @@
+"""What the small JSON files beside a vocabulary say about it."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is said of the tokens and of conversations; `None` or nothing where nothing is said.
+
+    **Attributes:**
+
+    - `bos_token`, `eos_token`: the text of the tokens that start and end a text.
+    - `bos_id`, `eos_ids`: the ids that the model's own configuration gives for them.
+    - `add_bos`: whether a text starts with the token that starts a text.
+    - `chat_template`: the jinja2 template for conversations.
+    - `added_tokens`: tokens that were added to the vocabulary, with their ids.
+    """
+
+    bos_token: str | None
+    eos_token: str | None
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    add_bos: bool | None
+    chat_template: str | None
+    added_tokens: Mapping[str, int]
+
+
+def read_settings(folder: Path) -> Settings:
+    """Reads `tokenizer_config.json` and its like, as far as they are there.
+
+    **Raises:** `ValueError` if one of them is damaged.
+    """
+    try:
+        return _settings(folder)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"The settings of the tokenizer in {folder} are not of the form that Hugging Face's tokenizer_config.json "
+            f"and config.json have ({type(error).__name__}: {error}); fetch them again."
+        ) from error
+
+
+def _settings(folder: Path) -> Settings:
+    tokenizer = read_json(folder / "tokenizer_config.json")
+    special = read_json(folder / "special_tokens_map.json")
+    # The model's configuration lists all ids that end a text where the tokenizer's names one.
+    model = {**read_json(folder / "config.json"), **read_json(folder / "generation_config.json")}
+    eos_ids = model.get("eos_token_id")
+    added = {_text(token): int(id) for id, token in tokenizer.get("added_tokens_decoder", {}).items()}
+    return Settings(
+        bos_token=_text(tokenizer.get("bos_token", special.get("bos_token"))),
+        eos_token=_text(tokenizer.get("eos_token", special.get("eos_token"))),
+        bos_id=model.get("bos_token_id"),
+        eos_ids=() if eos_ids is None else tuple(eos_ids) if isinstance(eos_ids, list) else (eos_ids,),
+        add_bos=tokenizer.get("add_bos_token"),
+        chat_template=_chat_template(folder, tokenizer.get("chat_template")),
+        added_tokens={text: id for text, id in added.items() if text is not None}
+        | read_json(folder / "added_tokens.json"),
+    )
+
+
+def _chat_template(folder: Path, configured: Any) -> str | None:
+    """The template for a conversation without tools; a file of its own wins."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8; a chat template is plain text.") from error
+    if configured is None:
+        configured = read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(configured, list):
+        return {entry["name"]: entry["template"] for entry in configured}.get("default")
+    return configured
+
+
+def _text(token: Any) -> str | None:
+    """The text of a token that is written as such or with its properties."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, an empty one if there is no such file.
+
+    **Raises:** `ValueError` if it is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON ({error}); fetch it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}; fetch it again.")
+    return content

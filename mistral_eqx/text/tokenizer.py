@@ -1,0 +1,163 @@
+"""What every tokenizer can do, whichever file it came from."""
+
+import abc
+import functools
+import operator
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import SupportsIndex
+
+
+class AbstractTokenizer(abc.ABC):
+    """Text to token ids and back.
+
+    To write your own, set the attributes in `__init__` and define `encode_plain` and `token_bytes`.
+
+    **Attributes:**
+
+    - `name`: where the tokenizer came from, for messages.
+    - `vocab`: number of token ids, from 0 to `vocab - 1`.
+    - `bos_id`, `eos_ids`: the token that starts a text, if any, and those that end one.
+    - `adds_bos`: whether `encode` starts with `bos_id` when it is not told.
+    - `chat_template`: the jinja2 template that the file carries for conversations, if any.
+    - `control_tokens`: the text of each token that means something to the model and is no text, with its id.
+    - `control_pattern`: finds control tokens in a text; what matches the group that took part is the token.
+    - `release_file`: Mistral's own tokenizer file, if it came from one: it fixes the format of conversations.
+    """
+
+    name: str
+    vocab: int
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    adds_bos: bool
+    chat_template: str | None
+    control_tokens: Mapping[str, int]
+    control_pattern: re.Pattern[str]
+    release_file: Path | None
+
+    @abc.abstractmethod
+    def encode_plain(self, text: str, *, first: bool) -> list[int]:
+        """The ids of a text in which nothing is a control token.
+
+        **Arguments:**
+
+        - `text`: may be empty.
+        - `first`: whether it begins what is being encoded; `False` for what follows a control token.
+
+        **Returns:** the ids, without one for the beginning of the text.
+        """
+
+    @abc.abstractmethod
+    def token_bytes(self, id: int, *, first: bool) -> bytes:
+        """The bytes of UTF-8 that a token stands for, perhaps part of a character.
+
+        **Arguments:**
+
+        - `id`: less than `vocab` and not negative.
+        - `first`: whether no token comes before it; sentencepiece then drops the space that it adds when it encodes.
+
+        **Returns:** its bytes; for a control token those of its name.
+        """
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of the control tokens."""
+        return frozenset(self.control_tokens.values())
+
+    def encode(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
+        """Turns text into token ids.
+
+        **Arguments:**
+
+        - `text`: any text, also the empty one.
+        - `add_bos`: whether the ids start with `bos_id`; `None` does what the tokenizer's file says.
+        - `parse_special`: whether the name of a control token in `text`, such as `<|im_start|>`, stands for that token.
+            Without it such a name is text like any other, so that a user's words cannot pass for a template's.
+
+        **Returns:** the ids.
+
+        **Raises:** `ValueError` if `text` has half a surrogate pair, or `add_bos` asks for a token that there is not.
+        """
+        add_bos = self.adds_bos if add_bos is None else add_bos
+        if add_bos and self.bos_id is None:
+            raise ValueError(f"{self.name} has no token for the beginning of a text; leave out add_bos=True.")
+        ids = self.encode_segments(self.segments(text) if parse_special else [text])
+        return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
+
+    def segments(self, text: str) -> list[str | int]:
+        """`text` cut at the control tokens that it names: plain texts, and the ids of the tokens between them."""
+        segments, end = [], 0
+        for match in self.control_pattern.finditer(text):
+            segments += [text[end : match.start()], self.control_tokens[match[match.lastindex or 0]]]
+            end = match.end()
+        return [*segments, text[end:]]
+
+    def encode_segments(self, segments: Iterable[str | int]) -> list[int]:
+        """The ids of plain texts and of the control tokens between them."""
+        ids: list[int] = []
+        first = True
+        for segment in segments:
+            if isinstance(segment, int):
+                ids.append(segment)
+                first = False
+            elif segment:
+                try:
+                    segment.encode()
+                except UnicodeEncodeError as error:
+                    raise ValueError(
+                        f"The text has half a surrogate pair at position {error.start}, which is no character; "
+                        "read it with the right encoding."
+                    ) from error
+                ids += self.encode_plain(segment, first=first)
+                first = False
+        return ids
+
+    def decode(self, ids: Iterable[SupportsIndex], *, skip_special: bool = True) -> str:
+        """Turns token ids into text.
+
+        **Arguments:**
+
+        - `ids`: ints, or an integer array of one dimension.
+        - `skip_special`: whether control tokens leave no trace; otherwise their names appear.
+
+        **Returns:** the text; bytes that are no UTF-8 become U+FFFD.
+
+        **Raises:** `ValueError` if an id is outside the vocabulary.
+        """
+        parts: list[bytes] = []
+        for id in ids:
+            id = self.checked_id(id)
+            if not (skip_special and id in self.special_ids):
+                parts.append(self.token_bytes(id, first=not parts))
+        return b"".join(parts).decode(errors="replace")
+
+    def checked_id(self, id: SupportsIndex) -> int:
+        """`id` as an int.
+
+        **Raises:** `ValueError` if it is outside the vocabulary.
+        """
+        id = operator.index(id)
+        if not 0 <= id < self.vocab:
+            raise ValueError(
+                f"The token id {id} is outside the vocabulary of {self.vocab} of {self.name}; "
+                "was it made by another model?"
+            )
+        return id
+
+
+def control_pattern(groups: Sequence[tuple[str, Iterable[str], str]]) -> re.Pattern[str]:
+    """Finds the longest control token at a place.
+
+    **Arguments:**
+
+    - `groups`: for each a regular expression that comes before its tokens, the tokens, and one that comes after.
+
+    **Returns:** an expression with one group for each that has tokens.
+    """
+    branches = []
+    for before, tokens, after in groups:
+        names = sorted(tokens, key=len, reverse=True)
+        if names:
+            branches.append(f"{before}({'|'.join(map(re.escape, names))}){after}")
+    return re.compile("|".join(branches) or r"(?!)")

@@ -1,0 +1,169 @@
+import json
+
+import pytest
+from fixtures.text import tiny
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
+
+from mistral_eqx.text import HuggingFaceTokenizer, load_tokenizer
+
+
+def test_byte_level_ids_are_those_of_the_library(tmp_path):
+    reference = tiny.byte_level_json(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    assert tokenizer.vocab == reference.get_vocab_size()
+    for text in tiny.TEXTS:
+        ids = reference.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text, parse_special=True) == ids
+        assert tokenizer.decode(ids) == reference.decode(ids)
+        assert tokenizer.decode(ids, skip_special=False) == reference.decode(ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_metaspace_ids_are_those_of_the_library(tmp_path, scheme):
+    reference = tiny.metaspace_json(tmp_path, scheme)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    texts = [*tiny.TEXTS, "a</s>hello", "<s>a</s> hello [INST]a", "[REF]hello<s>", "hello</s>"]
+    for text in texts:
+        ids = reference.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text, parse_special=True) == ids
+        assert tokenizer.decode(ids) == reference.decode(ids)
+        assert tokenizer.decode(ids, skip_special=False) == reference.decode(ids, skip_special_tokens=False)
+        assert not set(tokenizer.encode(text)) & tokenizer.special_ids
+
+
+def test_white_space_that_a_control_token_swallows(tmp_path):
+    reference = tiny.byte_level_json(tmp_path)
+    reference.add_special_tokens(
+        [
+            AddedToken("<right>", rstrip=True, normalized=False),
+            AddedToken("<left>", lstrip=True, normalized=False),
+            AddedToken("<word>", single_word=True, normalized=False),
+        ]
+    )
+    reference.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in ("a <right> \n b", "a <left> \n b", "a  <left><right>  b", "a<word>b <word> b", "<word>"):
+        ids = reference.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text, parse_special=True) == ids
+
+
+def test_truncation_and_padding_of_the_file_are_not_kept(tmp_path):
+    reference = tiny.byte_level_json(tmp_path)
+    reference.enable_truncation(4)
+    reference.enable_padding(length=16)
+    reference.save(str(tmp_path / "tokenizer.json"))
+    assert len(load_tokenizer(tmp_path).encode("xyz" * 10)) == 30
+
+
+def test_beginning_and_end_of_text(tmp_path):
+    reference = tiny.byte_level_json(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.adds_bos) == (None, (), False)
+
+    tiny.write_json(tmp_path / "config.json", {"bos_token_id": 1, "eos_token_id": 0})
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.adds_bos) == (1, (0,), False)
+
+    tiny.write_json(tmp_path / "generation_config.json", {"eos_token_id": [2, 0]})
+    tiny.write_json(tmp_path / "special_tokens_map.json", {"eos_token": {"content": "<|endoftext|>"}})
+    assert load_tokenizer(tmp_path).eos_ids == (0, 2)
+
+    tiny.write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<|im_end|>", "add_bos_token": True})
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.eos_ids, tokenizer.encode("a")[0]) == ((2, 0), 1)
+
+    (tmp_path / "tokenizer_config.json").unlink()
+    reference.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    reference.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode("a") == [1, *load_tokenizer(tmp_path).encode("a", add_bos=False)]
+
+
+def test_chat_template_in_all_its_places(tmp_path):
+    tiny.byte_level_json(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    assert load_tokenizer(tmp_path).chat_template is None
+    tiny.write_json(tmp_path / "chat_template.json", {"chat_template": "one"})
+    assert load_tokenizer(tmp_path).chat_template == "one"
+    tiny.write_json(config, {"chat_template": "two"})
+    assert load_tokenizer(tmp_path).chat_template == "two"
+    named = [{"name": "tool_use", "template": "three"}, {"name": "default", "template": "four"}]
+    tiny.write_json(config, {"chat_template": named})
+    assert load_tokenizer(tmp_path).chat_template == "four"
+    tiny.write_json(config, {"chat_template": named[:1]})
+    assert load_tokenizer(tmp_path).chat_template is None
+    (tmp_path / "chat_template.jinja").write_text("five\n")
+    assert load_tokenizer(tmp_path).chat_template == "five\n"
+
+
+def test_trap_words_are_cut_like_in_the_tekken_file_beside(tmp_path):
+    reference = tiny.byte_level_json(tmp_path)
+    assert len(load_tokenizer(tmp_path).encode("123")) == 1
+    pattern = json.dumps({"config": {"pattern": r"\p{N}|\P{N}+"}})
+    (tmp_path / "tekken.json").write_text(pattern)
+    assert len(load_tokenizer(tmp_path).encode("123")) == 3
+    reference.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\p{N}|\P{N}+"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    for text in tiny.TEXTS:
+        assert load_tokenizer(tmp_path).encode(text, parse_special=True) == reference.encode(text).ids
+
+
+def test_trap_16_bit_token_ids_overflow_large_vocabularies(tmp_path):
+    reference = tiny.byte_level_json(tmp_path)
+    content = json.loads(reference.to_str())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 131_071, "content": "<far>"})
+    content["model"]["vocab"]["<far>"] = 131_071
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab == 131_072
+    assert tokenizer.encode("a<far>", parse_special=True)[-1] == 131_071
+    assert tokenizer.decode([131_071], skip_special=False) == "<far>"
+    # An id between that no token has is no text.
+    assert tokenizer.decode([70_000]) == ""
+
+
+def test_an_unknown_decoder_is_refused_by_name(tmp_path):
+    reference = tiny.byte_level_json(tmp_path)
+    reference.decoder = decoders.WordPiece()
+    reference.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"The decoder WordPiece of .*tokenizer\.json is none that"):
+        load_tokenizer(tmp_path)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    tiny.byte_level_json(tmp_path)
+    content = (tmp_path / "tokenizer.json").read_text()
+    for wrong in (content[:1000], "{}", "[1, 2]", "\0"):
+        (tmp_path / "tokenizer.json").write_text(wrong)
+        with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer\.json, or it is damaged"):
+            load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"add_bos_token": ')
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is no valid JSON"):
+        load_tokenizer(tmp_path)
+    config.write_text("[]")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json must hold a JSON object, not a list"):
+        load_tokenizer(tmp_path)
+    config.write_text('{"added_tokens_decoder": []}')
+    with pytest.raises(ValueError, match=r"The settings of the tokenizer in .* are not of the form"):
+        load_tokenizer(tmp_path)
+    config.write_text('{"bos_token": "<s>"}')
+    with pytest.raises(ValueError, match=r"name the token '<s>', which tokenizer\.json does not have"):
+        load_tokenizer(tmp_path)
+    for added in ({"3": {"content": "<new>"}}, {"7": {"content": "<|im_end|>"}}):
+        tiny.write_json(config, {"added_tokens_decoder": added})
+        with pytest.raises(ValueError, match=r"give the token '<.*>' the id \d, and tokenizer\.json does not"):
+            load_tokenizer(tmp_path)
+    tiny.write_json(config, {"added_tokens_decoder": {"2": {"content": "<|im_end|>"}}})
+    assert load_tokenizer(tmp_path).vocab
+
+
+def test_the_given_file_is_read(tmp_path):
+    reference = tiny.byte_level_json(tmp_path)
+    (tmp_path / "tokenizer.json").rename(tmp_path / "my_tokenizer.json")
+    assert isinstance(reference, Tokenizer)
+    assert load_tokenizer(tmp_path / "my_tokenizer.json").encode("hello") == reference.encode("hello").ids

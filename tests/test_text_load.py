@@ -1,0 +1,40 @@
+import os
+
+import pytest
+from fixtures.text import tiny
+
+from mistral_eqx.text import AbstractTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
+
+
+def test_a_folder_offers_what_is_first_in_the_order(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(tiny.sentencepiece_model())
+    assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
+    tiny.byte_level_json(tmp_path)
+    assert isinstance(load_tokenizer(tmp_path), HuggingFaceTokenizer)
+
+
+def test_a_path_may_be_text(tmp_path):
+    path = tiny.write_gguf(tmp_path / "tiny.gguf", **tiny.byte_level_metadata())
+    tokenizer = load_tokenizer(os.fspath(path))
+    assert isinstance(tokenizer, AbstractTokenizer)
+    assert tokenizer.name == str(path)
+
+
+def test_what_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"There is no file or folder .*nowhere; a tokenizer is a tokenizer\.json, "):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"The folder .* has no tokenizer, which is a tokenizer\.json, a tekken\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_is_not_known(tmp_path):
+    (tmp_path / "vocab.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match=r"vocab\.txt is no tokenizer by its name: a tokenizer\.json"):
+        load_tokenizer(tmp_path / "vocab.txt")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tekken.json", "tokenizer.model", "tokenizer.model.v3", "a.gguf"])
+def test_what_is_empty(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"{name} is empty; fetch it again\."):
+        load_tokenizer(tmp_path / name)

@@ -1,0 +1,79 @@
+import shutil
+
+import pytest
+from fixtures.text import tiny
+
+from mistral_eqx.text import SentencePieceTokenizer, load_tokenizer
+
+
+RELEASED = [
+    "tokenizer.model.v1",
+    "mistral_instruct_tokenizer_240216.model.v2",
+    "mistral_instruct_tokenizer_240323.model.v3",
+    "mistral_instruct_tokenizer_241114.model.v7",
+]
+
+
+@pytest.fixture(scope="module")
+def data():
+    return pytest.importorskip("mistral_common.tokens.tokenizers.mistral").MistralTokenizer._data_path()
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_files_give_the_ids_of_mistral_common(data, name):
+    from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer as Reference
+
+    tokenizer, reference = load_tokenizer(data / name), Reference(data / name)
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    assert (tokenizer.vocab, tokenizer.bos_id, tokenizer.eos_ids) == (reference.n_words, 1, (2,))
+    assert tokenizer.special_ids == reference.special_ids
+    for text in tiny.TEXTS:
+        ids = tokenizer.encode(text)
+        assert ids == reference.encode(text, bos=True, eos=False)
+        assert tokenizer.encode(text, add_bos=False) == ids[1:]
+        assert tokenizer.decode(ids) == reference.decode(ids)
+
+
+def test_control_tokens_are_tokens_from_version_3_on(data):
+    text = "[INST] Hello[/INST]"
+    first, third = (load_tokenizer(data / RELEASED[n]) for n in (0, 2))
+    assert 3 not in first.encode(text, parse_special=True)
+    # What follows a control token gets no space in front: the text has the one that belongs there.
+    assert third.encode(text, parse_special=True) == [1, 3, *third.encode("Hello", add_bos=False), 4]
+    assert not set(third.encode(text)[1:]) & third.special_ids
+
+
+def test_an_unknown_token_is_decoded_as_sentencepiece_does(data):
+    tokenizer = load_tokenizer(data / RELEASED[0])
+    assert tokenizer.decode([0]) == " \u2047 "
+
+
+def test_settings_beside_the_file(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(tiny.sentencepiece_model())
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.adds_bos, tokenizer.chat_template) == (True, None)
+    tiny.write_json(tmp_path / "tokenizer_config.json", {"add_bos_token": False, "chat_template": "{{ 1 }}"})
+    tiny.write_json(tmp_path / "generation_config.json", {"eos_token_id": [3, 2]})
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.adds_bos, tokenizer.chat_template, tokenizer.eos_ids) == (False, "{{ 1 }}", (2, 3))
+
+
+def test_tokens_that_the_file_does_not_have_are_refused(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(tiny.sentencepiece_model())
+    tiny.write_json(tmp_path / "added_tokens.json", {"<extra>": len(tiny.PIECES), "</s>": 2})
+    with pytest.raises(ValueError, match=r"adds '<extra>' to the tokens of tokenizer\.model, which does not have it"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("part", [0.3, 0.999])
+def test_a_cut_file_is_refused(tmp_path, data, part):
+    content = (data / RELEASED[0]).read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(content[: int(len(content) * part)])
+    with pytest.raises(ValueError, match=r"tokenizer\.model is no sentencepiece model, or it is damaged"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_versioned_name_wins(tmp_path, data):
+    shutil.copy(data / RELEASED[0], tmp_path / "tokenizer.model")
+    shutil.copy(data / RELEASED[2], tmp_path / "tokenizer.model.v3")
+    assert load_tokenizer(tmp_path).vocab == 32768
