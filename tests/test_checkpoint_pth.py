@@ -1,0 +1,150 @@
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoint_fixtures import assert_same_weights, random_model, tiny, weights
+
+from mistral_eqx.checkpoint import convert, load, open_checkpoint
+from mistral_eqx.checkpoint.names import rows
+
+
+def to_torch(torch, array):
+    """A tensor of torch with the same bits, bfloat16 included."""
+    bits = np.ascontiguousarray(array).view({2: np.int16, 4: np.int32}[array.itemsize])
+    return torch.from_numpy(bits.copy()).view(getattr(torch, array.dtype.name))
+
+
+def state(torch, model):
+    """The tensors of a release, by Mistral's names."""
+    arrays, config = weights(model), model.config
+    return {row.mistral: to_torch(torch, arrays[row.path].reshape(row.file_shape(config))) for row in rows(config)}
+
+
+def release(folder, config):
+    """A folder with the settings of a release, and the weights still missing."""
+    folder.mkdir()
+    (folder / "params.json").write_text(json.dumps(config.to_params_json()))
+    return folder
+
+
+def test_without_torch_the_remedy_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    folder = release(tmp_path / "release", tiny())
+    (folder / "consolidated.00.pth").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"torch, which is not installed; run pip install 'mistral-eqx\[torch\]'"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_one_file(dtype, getkey, tmp_path):
+    torch = pytest.importorskip("torch")
+    model = random_model(tiny(), getkey(), dtype)
+    folder = release(tmp_path / "release", model.config)
+    tensors = {**state(torch, model), "rope.freqs": torch.ones(8)}
+    torch.save(tensors, folder / "consolidated.00.pth")
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.format, checkpoint.dtype) == ("mistral", np.dtype(dtype))
+    assert_same_weights(load(folder), model)
+    part = checkpoint.tensors["layers.0.attention.wq.weight"][5:9, 2:4]
+    expected = weights(model)["blocks.0.attention.q_proj.weight.value"].reshape(96, 32)[5:9, 2:4]
+    assert part.tobytes() == expected.tobytes()
+    convert(folder, tmp_path / "hf", format="hf")
+    assert_same_weights(load(tmp_path / "hf"), model)
+
+
+@pytest.mark.parity
+def test_files_with_tensors_of_their_own(getkey, tmp_path):
+    torch = pytest.importorskip("torch")
+    model = random_model(tiny(), getkey())
+    folder = release(tmp_path / "release", model.config)
+    tensors = list(state(torch, model).items())
+    torch.save(dict(tensors[:9]), folder / "consolidated.00.pth")
+    torch.save(dict(tensors[9:]), folder / "consolidated.01.pth")
+    assert_same_weights(load(folder), model)
+
+
+@pytest.mark.parity
+def test_files_of_a_tensor_parallel_run(getkey, tmp_path):
+    torch = pytest.importorskip("torch")
+    model = random_model(tiny(), getkey())
+    folder = release(tmp_path / "release", model.config)
+    columns = ("attention.wo.weight", "feed_forward.w2.weight", "tok_embeddings.weight")
+    for rank in range(2):
+        part = {
+            name: tensor if tensor.ndim == 1 else tensor.chunk(2, dim=int(name.endswith(columns)))[rank].clone()
+            for name, tensor in state(torch, model).items()
+        }
+        torch.save(part, folder / f"consolidated.{rank:02}.pth")
+    assert_same_weights(load(folder), model)
+    wo = open_checkpoint(folder).tensors["layers.0.attention.wo.weight"]
+    assert (wo.shape, wo.nbytes) == ((32, 96), 4 * 32 * 96)
+    wq = open_checkpoint(folder).tensors["layers.0.attention.wq.weight"]
+    assert np.array_equal(wq[40:60], state(torch, model)["layers.0.attention.wq.weight"].numpy()[40:60])
+    torch.save({"layers.0.attention.wq.weight": torch.ones(7, 32)}, folder / "consolidated.02.pth")
+    with pytest.raises(ValueError, match=r"parts of the tensor 'layers\.0\.attention\.wq\.weight' .* do not make up"):
+        load(folder)
+
+
+@pytest.mark.parity
+def test_what_is_no_mapping_of_tensors_is_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    folder = release(tmp_path / "release", tiny())
+    file = folder / "consolidated.00.pth"
+    for content in (b"", b"garbage", b"PK\3\4 garbage"):
+        file.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"consolidated\.00\.pth' cannot be read as weights of torch \(.*\); fetch"
+        ):
+            load(folder)
+    torch.save([torch.ones(2)], file)
+    with pytest.raises(ValueError, match=r"does not hold a mapping from names to tensors"):
+        load(folder)
+    torch.save({"norm.weight": torch.ones(2, dtype=torch.int64)}, file)
+    with pytest.raises(ValueError, match=r"tensor 'norm\.weight' of .* has the dtype torch\.int64, which is not supp"):
+        load(folder)
+    torch.save({"norm.weight": torch.ones(32)}, file)
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"cannot be read as weights of torch"):
+        load(folder)
+
+
+class Payload:
+    """Would run code when it is unpickled."""
+
+    def __reduce__(self):
+        return (open, ("/nonexistent/never-written", "w"))
+
+
+@pytest.mark.parity
+def test_code_in_a_pickle_is_never_run(tmp_path):
+    torch = pytest.importorskip("torch")
+    folder = release(tmp_path / "release", tiny())
+    torch.save({"norm.weight": Payload()}, folder / "consolidated.00.pth")
+    with pytest.raises(ValueError, match=r"cannot be read as weights of torch \(Weights only load failed"):
+        load(folder)
+
+
+@pytest.mark.parity
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_trap_a_whole_torch_model_in_memory(getkey, tmp_path):
+    torch = pytest.importorskip("torch")
+    folder = release(tmp_path / "release", tiny(vocab=2**19))
+    table = torch.ones(2**19, 32)
+    torch.save({"tok_embeddings.weight": table}, folder / "consolidated.00.pth")
+    del table
+    tensor = open_checkpoint(folder).tensors["tok_embeddings.weight"]
+    before, worst = _resident(), 0
+    for start in range(0, tensor.shape[0], 2**14):
+        assert tensor.rows(start, start + 2**14).all()
+        worst = max(worst, _resident())
+    # 64 MB were read, 2 MB at a time; what was read does not stay.
+    assert worst - before < 16 * 2**20
+
+
+def _resident():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
