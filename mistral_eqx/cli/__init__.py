@@ -1,0 +1,51 @@
+"""The command line. What a command needs is imported inside it, so that help is there at once."""
+
+import importlib.metadata
+import sys
+from typing import Annotated
+
+import typer
+
+from .chat import chat
+from .convert import convert
+from .errors import OneSentence
+from .generate import generate
+from .inspect import inspect
+from .options import Debug
+
+
+app = typer.Typer(
+    cls=OneSentence,
+    help="Language models of the Mistral family, from a checkpoint to text.",
+    epilog="Fetched models and compiled programs are kept in a folder that the variable MISTRAL_EQX_CACHE moves.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for command in (generate, chat, inspect, convert):
+    app.command()(command)
+
+
+def _show_version(wanted: bool):
+    if wanted:
+        typer.echo(f"mistral-eqx {importlib.metadata.version('mistral-eqx')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+    debug: Debug = False,
+):
+    pass
+
+
+def main():
+    """Runs the command line on this process's arguments."""
+    # A terminal that cannot show a character gets a question mark in its place, not an end in the middle of a text.
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    app()

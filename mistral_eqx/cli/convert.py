@@ -1,0 +1,53 @@
+"""`mistral-eqx convert`: a checkpoint of any format, written as one of two."""
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+
+
+class Format(enum.StrEnum):
+    """Formats that can be written."""
+
+    HF = "hf"
+    MISTRAL = "mistral"
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint's folder, a .gguf file, a preset or a hub id such as 'owner/name'.")
+    ],
+    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    format: Annotated[Format, typer.Option("--format", help="Hugging Face's layout, or Mistral's.")] = Format.HF,
+    dtype: Annotated[
+        options.DType | None, typer.Option("--dtype", help="Precision to write; the source's own unless given.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="The most a file of weights may have, such as 5GB.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+    debug: options.Debug = False,
+):
+    """Write a checkpoint in another format.
+
+    The model is never in memory as a whole, and the files of its tokenizer are copied along. The target appears under its name only when it is complete.
+    """
+    from ..checkpoint import convert
+    from .loading import locate
+    from .progress import progress_bar
+
+    path = locate(source)
+    with progress_bar("Converting") as bar:
+        convert(
+            path,
+            target,
+            format=format.value,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=bar,
+        )
+    typer.echo(f"Wrote {target} ({sum(file.stat().st_size for file in target.iterdir()) / 1e6:,.0f} MB).", err=True)
+    if path.suffix.lower() == ".gguf":
+        typer.echo(f"The tokenizer stays in {path}; put the original model's beside the weights.", err=True)

@@ -1,0 +1,92 @@
+"""`mistral-eqx generate`: a prompt's continuation."""
+
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from . import options
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to continue; '-', or nothing where stdin is piped, reads stdin.")
+    ] = None,
+    model: options.Model = options.DEFAULT_MODEL,
+    max_new_tokens: options.MaxNewTokens = 64,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    seed: options.Seed = 0,
+    dtype: options.LoadDType = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the token that ends a text.")] = False,
+    check: options.Check = False,
+    debug: options.Debug = False,
+):
+    """Continue a prompt.
+
+    The continuation goes to stdout as it is decoded, without the prompt; figures go to stderr. The likeliest token is
+    taken each time unless --temperature, --top-k or --top-p is given.
+    """
+    text = _read_prompt(prompt)
+
+    import jax.random as jr
+
+    import mistral_eqx as mx
+
+    from ..text import Detokenizer
+    from .loading import load, load_tokenizer, locate
+    from .report import Stopwatch
+
+    sampler = mx.Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    path = locate(model)
+    start = time.perf_counter()
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer.encode(text)
+    weights = load(path, dtype, check)
+    loading = time.perf_counter() - start
+
+    detokenizer = Detokenizer(tokenizer)
+    stopwatch = Stopwatch(len(ids))
+    interrupted = False
+    tokens = mx.stream(
+        weights,
+        [ids],
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        eos_id=None if ignore_eos else tokenizer.eos_ids,
+        key=jr.key(seed),
+    )
+    try:
+        for (token,) in tokens:
+            stopwatch.tick()
+            _write(detokenizer.push(int(token)))
+    except KeyboardInterrupt:
+        interrupted = True
+    _write(detokenizer.flush() + "\n")
+    typer.echo(stopwatch.line(loading), err=True)
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is None and sys.stdin.isatty():
+        raise ValueError("There is no prompt; give one as an argument, or pipe it in.")
+    if prompt is None or prompt == "-":
+        try:
+            # The newline at the end is the pipe's or the editor's, hardly ever meant.
+            prompt = sys.stdin.read().removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"The prompt on stdin is not {error.encoding.upper()} text: {error.reason}.") from error
+    if not prompt:
+        raise ValueError("The prompt is empty; give some text to continue.")
+    return prompt
+
+
+def _write(text: str):
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()

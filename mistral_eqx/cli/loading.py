@@ -1,0 +1,64 @@
+"""From the name of a model to the model and its tokenizer, with progress bars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+
+if TYPE_CHECKING:
+    from ..nn import Mistral
+    from ..text import AbstractTokenizer
+
+
+def locate(name: str) -> Path:
+    """The file or folder of a model, fetched under a progress bar if it is not here yet."""
+    from ..checkpoint import hub
+    from .progress import progress_bar
+
+    fetched = 0
+    with progress_bar(f"Fetching {name}") as bar:
+
+        def report(done: int, total: int):
+            nonlocal fetched
+            fetched = total
+            bar(done, total)
+
+        path = hub.locate(name, progress=report)
+    if fetched:
+        typer.echo(f"Fetched {name} ({fetched / 1e6:.0f} MB) to {path.parent}.", err=True)
+    return path
+
+
+def load_tokenizer(path: Path) -> AbstractTokenizer:
+    """The tokenizer of the model at `path`; a folder without a model is refused as such, not for its tokenizer."""
+    import mistral_eqx as mx
+
+    from ..checkpoint import open_checkpoint
+
+    if path.is_dir():
+        open_checkpoint(path)
+    return mx.load_tokenizer(path)
+
+
+def load(path: Path, dtype: str | None, check: bool) -> Mistral:
+    """The model, loaded under a progress bar; what gets compiled for it is kept for the next run."""
+    import mistral_eqx as mx
+
+    from .progress import progress_bar
+
+    _keep_compiled_programs()
+    with progress_bar("Loading") as bar:
+        return mx.load(path, dtype=dtype, check=check, progress=bar)
+
+
+def _keep_compiled_programs():
+    import jax
+
+    from ..checkpoint import hub
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(hub.cache_folder() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -1,0 +1,48 @@
+"""Options that several commands take, so that they read the same everywhere."""
+
+import enum
+from typing import Annotated
+
+import typer
+
+
+DEFAULT_MODEL = "smollm2-135m"
+DEBUG = "mistral_eqx.debug"
+
+
+class DType(enum.StrEnum):
+    """Precisions a model can be loaded in or written in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def _remember(context: typer.Context, wanted: bool) -> bool:
+    if wanted:
+        context.meta[DEBUG] = True
+    return wanted
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="A checkpoint's folder, a .gguf file, a preset or a hub id such as 'owner/name'."
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="How many tokens to add at most.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(help="Divides the logits: below 1 is more cautious, 0 always takes the likeliest token."),
+]
+TopK = Annotated[int | None, typer.Option(help="Draw among this many of the likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Draw among the fewest tokens whose probabilities sum to this much.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Where the random numbers start.")]
+LoadDType = Annotated[
+    DType | None, typer.Option("--dtype", help="Precision to load in; the checkpoint's own unless given.")
+]
+Check = Annotated[bool, typer.Option("--check", help="Refuse weights that are not finite numbers.")]
+# Nothing in a command reads it: `errors.OneSentence` finds it in the context.
+Debug = Annotated[
+    bool, typer.Option("--debug", callback=_remember, is_eager=True, help="Show the traceback of an error.")
+]

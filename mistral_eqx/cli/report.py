@@ -1,0 +1,82 @@
+"""The figures after a text: how much was read and written, how fast, in how much memory."""
+
+import functools
+import sys
+import time
+
+
+class Stopwatch:
+    """Measures one generation, from the token ids of the prompt on.
+
+    **Arguments:**
+
+    - `prompt`: how many tokens the prompt has.
+    """
+
+    def __init__(self, prompt: int):
+        self._prompt = prompt
+        self._times = [time.perf_counter()]
+        self._compiling = [_compiling().seconds]
+
+    def tick(self):
+        """Notes that a token is there."""
+        self._times.append(time.perf_counter())
+        self._compiling.append(_compiling().seconds)
+
+    def line(self, loading: float | None = None) -> str:
+        """The figures in one line.
+
+        The time to the first token is what the user waited, and the time spent compiling is told beside it. The rate
+        of decoding leaves that time out: it is spent once, and hardly at all in the next run.
+
+        **Arguments:**
+
+        - `loading`: seconds that it took to load the model, if that is to be told.
+        """
+        figures = [f"{self._prompt} prompt tokens"]
+        if loading is not None:
+            figures.append(f"loaded in {loading:.2f} s")
+        if len(self._times) > 1:
+            compiling = self._compiling[1] - self._compiling[0]
+            note = f" ({compiling:.2f} s of it compiling)" if compiling >= 0.05 else ""
+            figures.append(f"first token after {self._times[1] - self._times[0]:.2f} s{note}")
+        if len(self._times) > 2:
+            more = len(self._times) - 2
+            compiling = self._compiling[-1] - self._compiling[1]
+            note = f" (after {compiling:.2f} s of compiling)" if compiling >= 0.05 else ""
+            seconds = self._times[-1] - self._times[1] - compiling
+            figures.append(f"{more} more at {more / max(seconds, 1e-9):.1f} tokens/s{note}")
+        memory = peak_memory()
+        if memory is not None:
+            figures.append(f"peak memory {memory / 1e6:,.0f} MB")
+        return " | ".join(figures)
+
+
+class _CompileClock:
+    """Adds up the time in which JAX traces and compiles."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self, event: str, seconds: float, **_: str | int):
+        if event.startswith("/jax/core/compile/"):
+            self.seconds += seconds
+
+
+@functools.cache
+def _compiling() -> _CompileClock:
+    import jax
+
+    clock = _CompileClock()
+    jax.monitoring.register_event_duration_secs_listener(clock)
+    return clock
+
+
+def peak_memory() -> int | None:
+    """The most memory, in bytes, that this process has had; `None` where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

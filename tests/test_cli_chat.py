@@ -1,0 +1,78 @@
+import jax.random as jr
+import pytest
+from cli_fixtures import assert_refused, run, save_tiny_model
+
+import mistral_eqx as mx
+from mistral_eqx.generate import Conversation
+from mistral_eqx.text import encode_chat
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path, monkeypatch):
+    # The cache of compiled programs is a setting of the whole process: other tests are to run without it.
+    monkeypatch.setattr("mistral_eqx.cli.loading._keep_compiled_programs", lambda: None)
+    monkeypatch.setenv("MISTRAL_EQX_CACHE", str(tmp_path / "cache"))
+
+
+def replies(model, turns, *, system=None, max_new_tokens):
+    """What the library answers, each turn read from the beginning."""
+    tokenizer, weights = mx.load_tokenizer(model), mx.load(model)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    texts = []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        ids = encode_chat(tokenizer, messages)
+        out = mx.generate(weights, [ids], max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_ids, key=jr.key(0))
+        texts.append(tokenizer.decode(out.tokens[0, : int(out.lengths[0])].tolist()))
+        messages.append({"role": "assistant", "content": texts[-1]})
+    return texts
+
+
+def test_each_line_of_a_pipe_is_a_turn_of_one_conversation(tiny):
+    result = run("chat", "--model", tiny, "-n", 5, input="Hello\n\nAgain\n")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "".join(text + "\n" for text in replies(tiny, ["Hello", "Again"], max_new_tokens=5))
+    assert result.stderr == ""
+
+
+def test_reset_forgets_and_exit_leaves(tiny):
+    once = run("chat", "--model", tiny, "-n", 5, "--system", "Be brief", input="Hello\n").stdout
+    assert once == replies(tiny, ["Hello"], system="Be brief", max_new_tokens=5)[0] + "\n"
+    turns = "Hello\n/reset\nHello\n/exit\nHello\n"
+    assert run("chat", "--model", tiny, "-n", 5, "--system", "Be brief", input=turns).stdout == 2 * once
+
+
+def test_a_full_context_is_one_sentence(tmp_path):
+    small = save_tiny_model(tmp_path / "small", max_positions=64)
+    result = run("chat", "--model", small, "-n", 5, input="x" * 100)
+    assert_refused(result, "The conversation fills the model's context of 64 tokens", "/reset")
+    # A reply gets no longer than the room that is left.
+    assert run("chat", "--model", small, "-n", 500, input="Hello").exit_code == 0
+
+
+def test_a_model_without_a_chat_template_is_refused(tiny, tmp_path):
+    for file in tiny.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert_refused(run("chat", "--model", tmp_path, input="Hello"), "chat template")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--top-p", "1.5"), ("--max-new-tokens", "0"), ("--top-k", "-2")])
+def test_bad_options_are_refused_by_name(tiny, option, value):
+    assert_refused(run("chat", "--model", tiny, option, value, input="Hello"), f"{option} is {value}")
+
+
+def test_ctrl_c_ends_a_piped_conversation(tiny, monkeypatch):
+    def reply(*args, **options):
+        yield 10
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Conversation, "reply", reply)
+    result = run("chat", "--model", tiny, input="Hello\nAgain\n")
+    assert result.exit_code == 130
+    assert result.stdout == mx.load_tokenizer(tiny).decode([10]) + "\n"

@@ -1,0 +1,207 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import jax.random as jr
+import pytest
+from cli_fixtures import assert_refused, run, save_tiny_model
+
+import mistral_eqx as mx
+from mistral_eqx import cli
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path, monkeypatch):
+    # The cache of compiled programs is a setting of the whole process: other tests are to run without it.
+    monkeypatch.setattr("mistral_eqx.cli.loading._keep_compiled_programs", lambda: None)
+    monkeypatch.setenv("MISTRAL_EQX_CACHE", str(tmp_path / "cache"))
+
+
+def continuation(model, text, **options):
+    """What the library says of the same prompt."""
+    tokenizer = mx.load_tokenizer(model)
+    out = mx.generate(mx.load(model), [tokenizer.encode(text)], key=jr.key(0), **options)
+    return tokenizer.decode(out.tokens[0, : int(out.lengths[0])].tolist())
+
+
+def process(*arguments, cache, **options):
+    """Starts the command as a process of its own, which has signals and pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "mistral_eqx", *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "MISTRAL_EQX_CACHE": str(cache)},
+        **options,
+    )
+
+
+def test_the_continuation_is_on_stdout_and_figures_on_stderr(tiny):
+    result = run("generate", "Call me", "--model", tiny, "-n", 9, "--ignore-eos")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == continuation(tiny, "Call me", max_new_tokens=9) + "\n"
+    (line,) = result.stderr.splitlines()
+    assert re.fullmatch(
+        r"8 prompt tokens \| loaded in [\d.]+ s \| first token after [\d.]+ s( \(.*\))? \| "
+        r"8 more at [\d.]+ tokens/s( \(.*\))? \| peak memory [\d,]+ MB",
+        line,
+    )
+
+
+def test_sampling_options_reach_the_sampler(tiny):
+    options = ("--temperature", 5.0, "--top-k", 40, "--top-p", 0.99, "--ignore-eos", "-n", 20)
+    first = run("generate", "Call me", "--model", tiny, *options)
+    again = run("generate", "Call me", "--model", tiny, *options)
+    other = run("generate", "Call me", "--model", tiny, *options, "--seed", 1)
+    sampler = mx.Sampler(temperature=5.0, top_k=40, top_p=0.99)
+    assert first.stdout == continuation(tiny, "Call me", max_new_tokens=20, sampler=sampler) + "\n"
+    assert first.stdout == again.stdout != other.stdout
+
+
+def test_a_text_ends_at_the_end_token_unless_told_otherwise(tiny, monkeypatch):
+    ids = iter([[5], [6], [1]])
+    asked = {}
+
+    def stream(model, prompts, **options):
+        asked.update(options)
+        return ids
+
+    monkeypatch.setattr(mx, "stream", stream)
+    result = run("generate", "Call me", "--model", tiny)
+    assert asked["eos_id"] == (1,)
+    assert result.stdout == mx.load_tokenizer(tiny).decode([5, 6]) + "\n"
+    run("generate", "Call me", "--model", tiny, "--ignore-eos")
+    assert asked["eos_id"] is None
+
+
+@pytest.mark.parametrize("arguments", [("-",), ()])
+def test_the_prompt_may_come_from_stdin(tiny, arguments):
+    expected = run("generate", "Call\nme", "--model", tiny, "-n", 5).stdout
+    assert run("generate", *arguments, "--model", tiny, "-n", 5, input="Call\nme\n").stdout == expected
+
+
+def test_the_weights_are_cast_on_request(tiny, monkeypatch):
+    dtypes = []
+    load = mx.load
+    monkeypatch.setattr(mx, "load", lambda *args, dtype, **options: dtypes.append(dtype) or load(*args, **options))
+    run("generate", "Call me", "--model", tiny, "-n", 2, "--dtype", "bfloat16")
+    run("generate", "Call me", "--model", tiny, "-n", 2)
+    assert dtypes == ["bfloat16", None]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["", "--model", "{tiny}"], ["The prompt is empty"]),
+        (["hi", "--model", "{tiny}", "--top-p", "1.5"], ["--top-p is 1.5"]),
+        (["hi", "--model", "{tiny}", "--top-k", "0"], ["--top-k is 0"]),
+        (["hi", "--model", "{tiny}", "--temperature=-1"], ["temperature is -1"]),
+        (["hi", "--model", "{tiny}", "--max-new-tokens", "-3"], ["--max-new-tokens is -3"]),
+        (["hi", "--model", "{tiny}", "--seed", "-1"], ["--seed"]),
+        (["hi", "--model", "{tiny}", "--dtype", "int8"], ["--dtype", "bfloat16"]),
+        (["hi", "--model", "{tiny}", "--bogus"], ["No such option: --bogus"]),
+        (["x" * 300, "--model", "{tiny}"], ["context of 256 tokens"]),
+        (["hi", "--model", "{tiny}", "-n", "10000"], ["context of 256 tokens"]),
+        (["hi", "--model", "smolm2-135m"], ["'smolm2-135m'", "Did you mean 'smollm2-135m'?"]),
+        (["hi", "--model", "7b-v0.1"], ["'7b-v0.1' is only a shape"]),
+        (["hi", "--model", "{empty}"], ["{empty}"]),
+        (["hi", "--model", "{empty}/absent.gguf"], ["{empty}/absent.gguf"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(tiny, tmp_path, arguments, words):
+    places = {"tiny": str(tiny), "empty": str(tmp_path / "empty")}
+    (tmp_path / "empty").mkdir()
+    result = run("generate", *(argument.format(**places) for argument in arguments))
+    assert_refused(result, *(word.format(**places) for word in words))
+
+
+def test_a_damaged_checkpoint_is_one_sentence(tiny, tmp_path):
+    for file in tiny.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (weights,) = tmp_path.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert_refused(run("generate", "hi", "--model", tmp_path), str(weights))
+
+
+def test_check_refuses_weights_that_are_not_finite(tiny, tmp_path):
+    import jax.numpy as jnp
+
+    model = mx.load(tiny)
+    broken = model.blocks[1].feed_forward_norm.weight.at[3].set(jnp.nan)
+    import equinox as eqx
+
+    model = eqx.tree_at(lambda model: model.blocks[1].feed_forward_norm.weight, model, broken)
+    mx.save(model, tmp_path / "broken", format="hf")
+    (tmp_path / "broken" / "tokenizer.json").write_bytes((tiny / "tokenizer.json").read_bytes())
+    assert_refused(run("generate", "hi", "--model", tmp_path / "broken", "--check"), "post_attention_layernorm.weight")
+
+
+@pytest.mark.parametrize("arguments", [("generate", "hi", "--debug"), ("--debug", "generate", "hi")])
+def test_debug_shows_the_traceback(arguments):
+    result = run(*arguments, "--model", "absent.gguf")
+    assert isinstance(result.exception, ValueError)
+    assert "absent.gguf" in str(result.exception)
+
+
+def test_ctrl_c_keeps_what_was_decoded(tiny, monkeypatch):
+    def stream(*args, **options):
+        yield [10]
+        yield [11]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mx, "stream", stream)
+    result = run("generate", "Call me", "--model", tiny)
+    assert result.exit_code == 130
+    assert result.stdout == mx.load_tokenizer(tiny).decode([10, 11]) + "\n"
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and pipes of Unix")
+def test_a_signal_and_a_closed_pipe_are_quiet(tmp_path):
+    model = save_tiny_model(tmp_path / "model", max_positions=200_000)
+    arguments = ("generate", "Call me", "--model", model, "--ignore-eos", "-n", 50_000)
+    with process(*arguments, cache=tmp_path) as interrupted, process(*arguments, cache=tmp_path) as closed:
+        first = [child.stdout.read(20) for child in (interrupted, closed)]
+        interrupted.send_signal(signal.SIGINT)
+        closed.stdout.close()
+        rest, figures = interrupted.communicate(timeout=60)
+        silence = closed.stderr.read()
+    assert [len(text) for text in first] == [20, 20]
+    assert rest.endswith(b"\n")
+    assert b"tokens/s" in figures
+    assert b"Traceback" not in figures
+    assert silence == b""
+    assert (interrupted.returncode, closed.returncode) == (130, 141)
+    # Compiled programs are kept for the next run.
+    assert any((tmp_path / "xla").iterdir())
+
+
+def test_version():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert re.fullmatch(r"mistral-eqx \d+\.\d+\.\d+\S*\n", result.stdout)
+
+
+def test_help_is_there_without_jax():
+    script = (
+        "import sys\n"
+        "from mistral_eqx.cli import app\n"
+        "app(['generate', '--help'], standalone_mode=False)\n"
+        "print(sorted({'jax', 'rich.progress', 'tokenizers', 'numpy'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "Continue a prompt." in result.stdout
+    assert result.stdout.endswith("[]\n")
+
+
+def test_every_command_is_in_the_help():
+    result = run("--help")
+    for command in cli.app.registered_commands:
+        assert f"  {command.callback.__name__} " in result.stdout
