@@ -31,7 +31,8 @@ def convert(
 ):
     """Write a checkpoint in another format.
 
-    The model is never in memory as a whole, and the files of its tokenizer are copied along. The target appears under its name only when it is complete.
+    The model is never in memory as a whole, and the files of its tokenizer are copied along. The target appears under
+    its name only when it is complete.
     """
     from ..checkpoint import convert
     from .loading import locate
