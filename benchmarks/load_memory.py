@@ -1,0 +1,145 @@
+"""How much memory does loading a checkpoint take?
+
+Makes a random bfloat16 checkpoint of 7B-like layers in several files, loads and converts it in processes of their own,
+and compares their peak resident memory with the budget:
+
+    load:     1.10 x the loaded weights + the largest tensor + 400 MB of runtime
+    convert:  400 MB of runtime + one file of weights (it stays far below: nothing but a few rows is in memory)
+
+    python benchmarks/load_memory.py --layers 6 --json load_memory.json
+
+Needs Linux, which keeps the peak of each process, and room for twice the checkpoint in the temporary folder.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from mistral_eqx.checkpoint import open_checkpoint
+from mistral_eqx.checkpoint.names import rows
+from mistral_eqx.checkpoint.reader import DTYPES
+from mistral_eqx.checkpoint.safetensors import write
+from mistral_eqx.presets import PRESETS
+
+
+RUNTIME = 400 * 10**6
+
+# VmHWM is the largest resident set that the process ever had, pages of mapped files included.
+CHILD = """
+import json, sys, time
+start = time.perf_counter()
+from mistral_eqx.checkpoint import convert, load
+imported = time.perf_counter()
+action, source, dtype, target = sys.argv[1:]
+weights = 0
+if action == "load":
+    import equinox as eqx, jax
+    model = load(source, dtype=dtype or None)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array)))
+elif action == "convert":
+    convert(source, target, format="mistral", dtype=dtype or None)
+else:
+    import jax
+    jax.devices()
+done = time.perf_counter()
+peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps({"peak": peak, "weights": weights, "seconds": done - imported}))
+"""
+
+
+def make_checkpoint(folder: Path, layers: int, shard_bytes: int):
+    """Writes random weights, a tensor at a time."""
+    config = dataclasses.replace(PRESETS["7b-v0.3"], layers=layers, windows=(None,) * layers)
+    dtype = DTYPES["bfloat16"]
+    shards: list[list] = [[]]
+    size = 0
+    for row in rows(config):
+        nbytes = int(np.prod(row.file_shape(config))) * dtype.itemsize
+        if shards[-1] and size + nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(row)
+        size += nbytes
+    numbers = np.random.default_rng(0)
+    # Bits of small positive numbers: drawing normal ones would take longer than everything else here.
+    noise = numbers.integers(0x3C00, 0x3D00, size=2**20, dtype=np.uint16)
+
+    def random(shape):
+        for start in range(0, shape[0], 256):
+            part = (min(256, shape[0] - start), *shape[1:])
+            yield np.resize(np.roll(noise, int(numbers.integers(2**20))), part).view(dtype)
+
+    placed = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        shapes = [(row.hf, row.file_shape(config)) for row in shard]
+        write(folder / name, [(tensor, shape, dtype, random(shape)) for tensor, shape in shapes])
+        placed |= {row.hf: name for row in shard}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+
+
+def run(action: str, source: Path, dtype: str, target: Path) -> dict:
+    """One measurement in a process of its own."""
+    arguments = [action, str(source), dtype, str(target)]
+    # On the CPU the weights themselves are resident memory, which makes this the strictest case.
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=True, env=environment
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=6, help="6 layers make a checkpoint of 3.2 GB")
+    parser.add_argument("--folder", type=Path, default=None, help="where to put it; the system's temporary folder")
+    parser.add_argument("--json", type=Path, default=None, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(dir=arguments.folder, prefix="load-memory-"))
+    try:
+        source = folder / "hf"
+        source.mkdir()
+        start = time.perf_counter()
+        make_checkpoint(source, arguments.layers, shard_bytes=10**9)
+        tensors = open_checkpoint(source).tensors
+        stored = sum(tensor.nbytes for tensor in tensors.values())
+        largest = max(int(np.prod(tensor.shape)) for tensor in tensors.values())
+        print(f"made {stored / 1e9:.2f} GB in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        report = {"checkpoint_bytes": stored, "machine": platform.processor() or platform.machine(), "runs": []}
+        report["runtime_alone"] = run("nothing", source, "", folder)["peak"]
+        for action, dtype in (("load", ""), ("load", "float16"), ("load", "float32"), ("convert", "")):
+            found = run(action, source, dtype, folder / "converted")
+            itemsize = {"": 2, "float16": 2, "float32": 4}[dtype]
+            shard = 0 if action == "load" else 10**9
+            bound = 1.10 * found["weights"] + RUNTIME + (largest * itemsize if action == "load" else shard)
+            found |= {"action": action, "dtype": dtype or "as stored", "bound": int(bound)}
+            found["within"] = found["peak"] <= bound
+            report["runs"].append(found)
+            shutil.rmtree(folder / "converted", ignore_errors=True)
+            print(
+                f"{action:8} {found['dtype']:10} weights {found['weights'] / 1e9:5.2f} GB   "
+                f"peak {found['peak'] / 1e9:5.2f} GB   bound {bound / 1e9:5.2f} GB   {found['seconds']:5.1f} s   "
+                f"{'within' if found['within'] else 'ABOVE THE BOUND'}"
+            )
+        print(json.dumps(report))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not all(found["within"] for found in report["runs"]):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
