@@ -276,7 +276,12 @@ class MistralConfig:
         document = _Document(metadata, "The GGUF metadata")
         document.expect("general.architecture", ("llama",), None)
         document.expect("general.type", ("model", None), None)
-        document.expect("split.count", (0, 1, None), None)
+        parts = document.optional_integer("split.count", None) or 1
+        if parts > 1:
+            raise ValueError(
+                f"The GGUF file is one of {parts} parts; put them together first, with llama.cpp's "
+                "llama-gguf-split --merge."
+            )
         document.expect("llama.rope.scaling.type", ("none", None), None)
         document.expect("llama.rope.scaling.factor", (0.0, 1.0, None), None)
         document.expect("llama.attention.causal", (True, None), None)
@@ -506,6 +511,11 @@ def _hf_rope_theta(document: _Document) -> float:
 def _hf_windows(document: _Document, layers: int, default: int | None) -> tuple[int | None, ...]:
     # llama has no window at all: there the key is left in the document, to be refused if it is set.
     window = document.optional_integer("sliding_window", default) if default is not None else None
+    if document.take("use_sliding_window", None) is False and window is not None:
+        raise ValueError(
+            f"config.json has a sliding_window of {window} and use_sliding_window false, and programs differ in which "
+            "of them they heed; set sliding_window to null, or remove use_sliding_window."
+        )
     kinds = document.take("layer_types", None)
     if kinds is None:
         return (window,) * layers

@@ -74,8 +74,7 @@ def test_what_transformers_saves_is_loaded(model, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_weights_travel_bit_for_bit(dtype, getkey, tmp_path):
-    import torch
-
+    torch = pytest.importorskip("torch")
     model = random_model(tiny(), getkey(), jnp.dtype(dtype))
     save(model, tmp_path / "ours")
     theirs = from_pretrained(tmp_path / "ours", dtype="auto")

@@ -232,6 +232,7 @@ def test_windows_that_alternate():
         ({"partial_rotary_factor": 0.5}, r"has partial_rotary_factor 0\.5, which is not supported"),
         ({"rope_interleaved": True}, r"sets rope_interleaved to True"),
         ({"final_logit_softcapping": 30.0}, r"sets final_logit_softcapping to 30\.0"),
+        ({"use_sliding_window": False}, r"has a sliding_window of 4096 and use_sliding_window false"),
         ({"num_local_experts": 8}, r"sets num_local_experts to 8"),
         ({"num_attention_heads": 30, "head_dim": 128}, r"30 query heads and 8 key/value heads"),
         ({"num_attention_heads": 24, "head_dim": None}, r"width 4096 does not divide among 24 heads; add head_dim"),
@@ -298,7 +299,7 @@ def test_params_json_of_later_releases():
     [
         ({"general.architecture": "qwen2"}, r"has general\.architecture 'qwen2', which is not supported"),
         ({"general.type": "adapter"}, r"has general\.type 'adapter'"),
-        ({"split.count": 3}, r"has split\.count 3"),
+        ({"split.count": 3}, r"is one of 3 parts; put them together first, with llama\.cpp's llama-gguf-split --merge"),
         ({"llama.rope.scaling.type": "linear"}, r"has llama\.rope\.scaling\.type 'linear'"),
         ({"llama.rope.scaling.factor": 4.0}, r"has llama\.rope\.scaling\.factor 4\.0"),
         ({"llama.rope.dimension_count": 32}, r"has llama\.rope\.dimension_count 32, which .* supported is 64"),
