@@ -58,14 +58,9 @@ class DenseWeight(AbstractWeight):
 
     def contract(self, x: Float[Array, "batch seq *in"], in_dims: str, out_dims: str) -> Float[Array, "batch seq *out"]:
         inner = len(in_dims.split())
-        if inner > 1 or (x.shape[:2] == (1, 1) and x.dtype.itemsize == 2):
-            return lax.platform_dependent(
-                self.value,
-                x,
-                cpu=partial(_contract_cpu, inner=inner),
-                default=partial(_contract_as_stored, inner=inner),
-            )
-        return _contract_flat(self.value, x, inner)
+        return lax.platform_dependent(
+            self.value, x, cpu=partial(_contract_cpu, inner=inner), default=partial(_contract_as_stored, inner=inner)
+        )
 
     def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
         return _rows(self.value, ids)
@@ -98,26 +93,19 @@ def _rows_of_bits(table: Array, ids: Array) -> Array:
     return from_bits(to_bits(table)[ids], table.dtype)
 
 
-def _contract_flat(weight: Array, x: Array, inner: int) -> Array:
-    # With the weight as the left operand XLA on CPU reads it as it is stored; as the right one it makes a
-    # transposed copy of it at each call. More than one contracted dimension keeps it from its fast kernels.
-    outer, columns = weight.shape[: weight.ndim - inner], math.prod(x.shape[2:])
-    weight, rows = weight.reshape(-1, columns), x.reshape(-1, columns)
-    y = lax.dot_general(weight, rows, (((1,), (1,)), ((), ())), preferred_element_type=at_least_float32(x.dtype)).T
-    return y.reshape(*x.shape[:2], *outer)
-
-
-def _contract_cpu(weight: Array, x: Array, inner: int) -> Array:
-    if x.shape[:2] == (1, 1) and x.dtype.itemsize == 2:
-        # XLA on CPU has a path of its own for a single row, which first turns a 16-bit weight into a float32 copy.
-        # Two rows take the library's kernel, which reads the weight once, as it is.
-        return _contract_flat(weight, jnp.concatenate([x, x]), inner)[:1]
-    return _contract_flat(weight, x, inner)
-
-
 def _contract_as_stored(weight: Array, x: Array, inner: int) -> Array:
-    # Merged into one dimension, heads and their entries would not fit the tiles in which a TPU holds the weight: it
-    # would be copied.
     contracted = tuple(range(weight.ndim - inner, weight.ndim)), tuple(range(2, x.ndim))
     y = lax.dot_general(weight, x, (contracted, ((), ())), preferred_element_type=at_least_float32(x.dtype))
     return jnp.moveaxis(y, (-2, -1), (0, 1))
+
+
+def _contract_cpu(weight: Array, x: Array, inner: int) -> Array:
+    # The fast kernels of XLA on CPU want matrices. They read the left operand as it is stored, but make a transposed
+    # copy of the right one at each call: so the weight comes first.
+    (batch, seq), outer, columns = x.shape[:2], weight.shape[: weight.ndim - inner], math.prod(x.shape[2:])
+    weight, x = weight.reshape(-1, columns), x.reshape(-1, columns)
+    if batch * seq == 1 and x.dtype.itemsize == 2:
+        # A single row takes a path of its own, which first turns a 16-bit weight into a float32 copy. Two do not.
+        x = jnp.concatenate([x, x])
+    y = lax.dot_general(weight, x, (((1,), (1,)), ((), ())), preferred_element_type=at_least_float32(x.dtype))
+    return y.T[: batch * seq].reshape(batch, seq, *outer)
