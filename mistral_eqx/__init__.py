@@ -1,0 +1,21 @@
+"""Mistral-family language models in JAX and Equinox."""
+
+from . import nn as nn
+from .checkpoint import convert as convert, load as load, save as save
+from .config import MistralConfig as MistralConfig
+from .generate import (
+    Conversation as Conversation,
+    Generated as Generated,
+    Sampler as Sampler,
+    generate as generate,
+    stream as stream,
+)
+from .nn import Mistral as Mistral
+from .parallel import SINGLE as SINGLE, Strategy as Strategy
+from .presets import PRESETS as PRESETS
+from .text import (
+    Detokenizer as Detokenizer,
+    encode_chat as encode_chat,
+    load_tokenizer as load_tokenizer,
+    render_chat as render_chat,
+)

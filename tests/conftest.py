@@ -1,5 +1,6 @@
 import os
 
+
 # Tests never compile for, or wait for, a device that this machine happens to have.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -18,3 +19,11 @@ def getkey():
     """Gives a fresh key at each call, the same ones in each run."""
     keys = iter(jr.split(jr.key(0), 1000))
     return lambda: next(keys)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path():
+    """The GGUF file of the default model, fetched if this machine does not have it yet."""
+    from mistral_eqx.checkpoint import locate
+
+    return locate("smollm2-135m")

@@ -21,7 +21,7 @@ def test_a_path_may_be_text(tmp_path):
 
 
 def test_what_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"There is no file or folder .*nowhere; a tokenizer is a tokenizer\.json, "):
+    with pytest.raises(ValueError, match=r"There is no file, folder or preset '.*nowhere'; give "):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"The folder .* has no tokenizer, which is a tokenizer\.json, a tekken\.json"):
         load_tokenizer(tmp_path)

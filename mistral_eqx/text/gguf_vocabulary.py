@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from .gguf_metadata import read_gguf_metadata
+from ..checkpoint.gguf import read_gguf
 from .huggingface import HuggingFaceTokenizer
 from .pre_tokenizers import PRE_TOKENIZERS
 from .sentencepiece import SentencePieceTokenizer
@@ -29,7 +29,11 @@ def read_gguf_tokenizer(path: Path) -> AbstractTokenizer:
 
     **Raises:** `ValueError` if the file is damaged, lacks a part, or has a vocabulary of another kind.
     """
-    metadata = read_gguf_metadata(path)
+    metadata, _ = read_gguf(path)
+    for token in _required(metadata, "tokens", path):
+        # Bytes that are no UTF-8 come from the reader as lone surrogates.
+        if not token.isascii() and any("\ud800" <= character <= "\udfff" for character in token):
+            raise ValueError(f"{path} is damaged: its vocabulary has the token {token!r}, no UTF-8; fetch it again.")
     kind = _required(metadata, "model", path)
     if kind == "llama":
         return _sentencepiece(metadata, path)

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from ..checkpoint.hub import locate
 from .gguf_vocabulary import read_gguf_tokenizer
 from .huggingface import read_tokenizer_json
 from .sentencepiece import read_sentencepiece
@@ -20,16 +21,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> AbstractTokenizer:
 
     **Arguments:**
 
-    - `path`: a folder, which may hold a `tokenizer.json`, a `tekken.json` or a `tokenizer.model` (looked for in that
-        order), one of these files, or a `.gguf` file.
+    - `path`: a folder, which may hold a `tokenizer.json`, a `tekken.json`, a `tokenizer.model` or a single `.gguf`
+        file (looked for in that order), one of these files, or a name that [`mistral_eqx.checkpoint.locate`][] finds.
 
     **Returns:** the tokenizer, with the chat template and the special tokens that the files beside it name.
 
     **Raises:** `ValueError` if there is nothing at `path`, or nothing that is known, or it is damaged.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"There is no file or folder {path}; a tokenizer is {_KNOWN}.")
+    path = locate(path)
     if path.is_dir():
         path = _in_folder(path)
     if not path.stat().st_size:
@@ -50,6 +49,9 @@ def _in_folder(folder: Path) -> Path:
     # Where Mistral ships one vocabulary under several names, the version tells the format of conversations.
     files = [file for file in sorted(folder.iterdir()) if file.is_file()]
     models = {file: match for file in files if (match := _SENTENCEPIECE.search(file.name))}
+    ggufs = [file for file in files if file.suffix.lower() == ".gguf"]
+    if not models and len(ggufs) == 1:
+        return ggufs[0]
     if not models:
         raise ValueError(f"The folder {folder} has no tokenizer, which is {_KNOWN}.")
     return max(models, key=lambda file: int(models[file][1] or 0))
