@@ -27,10 +27,11 @@ for command in (generate, chat, inspect, convert):
     app.command()(command)
 
 
-def _show_version(wanted: bool):
+def _show_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"mistral-eqx {importlib.metadata.version('mistral-eqx')}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

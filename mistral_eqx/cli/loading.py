@@ -59,6 +59,7 @@ def _keep_compiled_programs():
 
     from ..checkpoint import hub
 
-    if jax.config.jax_compilation_cache_dir is None:
+    # Whoever has named a folder of their own keeps it.
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(hub.cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

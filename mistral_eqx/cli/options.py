@@ -1,7 +1,7 @@
 """Options that several commands take, so that they read the same everywhere."""
 
 import enum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +18,8 @@ class DType(enum.StrEnum):
     FLOAT16 = "float16"
 
 
-def _remember(context: typer.Context, wanted: bool) -> bool:
+def _remember(context: Any, wanted: bool) -> bool:
+    # typer finds out by its place that the first argument is the context, which is no `typer.Context` by its class.
     if wanted:
         context.meta[DEBUG] = True
     return wanted

@@ -58,9 +58,9 @@ class _CompileClock:
     def __init__(self):
         self.seconds = 0.0
 
-    def __call__(self, event: str, seconds: float, **_: str | int):
+    def __call__(self, event: str, duration_secs: float, **kwargs: str | int):
         if event.startswith("/jax/core/compile/"):
-            self.seconds += seconds
+            self.seconds += duration_secs
 
 
 @functools.cache
