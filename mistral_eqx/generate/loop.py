@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int, Key
 
@@ -178,11 +179,19 @@ class Request:
             if not sampler.greedy:
                 raise ValueError("Sampling draws random numbers; give a key, such as key=jax.random.key(0).")
             key = jr.key(0)
+        if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+            raise ValueError("The key must be one that jax.random.key made, such as key=jax.random.key(0).")
         if key.ndim == 0:
             key = jax.vmap(jr.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
         elif key.shape != (batch,):
             raise ValueError(f"There are {batch} prompts and keys of shape {key.shape}; give one key, or one a prompt.")
-        ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
+        ends = np.ravel([] if eos_id is None else eos_id)
+        for end in ends:
+            if not 0 <= end < model.config.vocab:
+                raise ValueError(
+                    f"The end token {end} is outside the vocabulary of {model.config.vocab}; leave out eos_id if "
+                    "nothing is to stop early."
+                )
         return cls(model, sampler, jnp.asarray(ends, jnp.int32), key, max_new_tokens)
 
     def start(self, rows: list[list[int]]) -> tuple[Decoding, Cache]:
@@ -212,7 +221,11 @@ class Request:
 
 
 def prompt_width(longest: int) -> int:
-    """The number of columns in which prompts of at most `longest` tokens are read: at most an eighth is padding."""
+    """The number of columns in which prompts of at most `longest` tokens are read.
+
+    Beyond 16 columns less than an eighth of them is padding. A prompt of more than one chunk takes whole chunks, so
+    that each width is still one program.
+    """
     return bucket(longest, smallest=16, per_octave=8) if longest <= _CHUNK else -(-longest // _CHUNK) * _CHUNK
 
 
@@ -252,12 +265,13 @@ def generate(
     `(batch,)`.
 
     **Raises:** `ValueError` if a prompt is empty, has an id outside the vocabulary, or does not fit into the context
-    with its new tokens; if a sampler draws and there is no key.
+    with its new tokens; if an end token is outside the vocabulary; if a sampler draws and there is no key.
     """
     rows = checked_prompts(prompts, model.config.vocab)
     request = Request.init(model, rows, max_new_tokens, sampler or Sampler(), eos_id, key)
     decoding, cache = request.start(rows)
-    decoding, _ = request.decode(decoding, cache, max_new_tokens)
+    if max_new_tokens > 1:
+        decoding, _ = request.decode(decoding, cache, max_new_tokens)
     columns = jnp.arange(max_new_tokens)[None, :]
     tokens = jnp.where(columns < decoding.step, decoding.tokens[:, :max_new_tokens], decoding.token[:, None])
     return Generated(tokens, decoding.lengths)

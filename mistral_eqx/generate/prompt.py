@@ -1,14 +1,15 @@
 """Prompts of many lengths in one array."""
 
+import reprlib
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
 
-Prompts: TypeAlias = Sequence[Sequence[int]] | np.ndarray | Int[Array, "batch seq"]
+Prompts: TypeAlias = Sequence[Sequence[int] | np.ndarray | Int[Array, " _"]] | np.ndarray | Int[Array, "batch seq"]
 
 
 def bucket(length: int, *, smallest: int, per_octave: int) -> int:
@@ -31,25 +32,32 @@ def bucket(length: int, *, smallest: int, per_octave: int) -> int:
 def checked_prompts(prompts: Prompts, vocab: int) -> list[list[int]]:
     """The prompts as lists of ids.
 
-    **Raises:** `ValueError` if there is none, one is empty, or an id is outside the vocabulary.
+    **Raises:** `ValueError` if there is none, one is empty or no list of integers, or an id is outside the vocabulary.
     """
-    rows = [np.asarray(prompt) for prompt in prompts]
+    rows = [_checked_prompt(number, prompt, vocab) for number, prompt in enumerate(prompts)]
     if not rows:
         raise ValueError("There is no prompt; give at least one list of token ids.")
-    for number, row in enumerate(rows):
-        if row.size == 0:
-            raise ValueError(
-                f"Prompt {number} is empty; give at least one token id, such as the tokenizer's beginning of text."
-            )
-        if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
-            raise ValueError(f"Prompt {number} must be a flat list of token ids, not {prompts[number]!r}.")
-        if row.min() < 0 or row.max() >= vocab:
-            wrong = int(row[(row < 0) | (row >= vocab)][0])
-            raise ValueError(
-                f"Prompt {number} has the token id {wrong}, outside the vocabulary of {vocab}; "
-                "was it made by another model's tokenizer?"
-            )
-    return [row.tolist() for row in rows]
+    return rows
+
+
+def _checked_prompt(number: int, prompt: Any, vocab: int) -> list[int]:
+    try:
+        row = np.asarray(prompt)
+    except ValueError:  # lists of several lengths in one
+        row = None
+    if row is not None and row.size == 0:
+        raise ValueError(
+            f"Prompt {number} is empty; give at least one token id, such as the tokenizer's beginning of text."
+        )
+    if row is None or row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
+        raise ValueError(f"Prompt {number} is {reprlib.repr(prompt)}, but it must be a flat list of token ids.")
+    if row.min() < 0 or row.max() >= vocab:
+        wrong = int(row[(row < 0) | (row >= vocab)][0])
+        raise ValueError(
+            f"Prompt {number} has the token id {wrong}, outside the vocabulary of {vocab}; "
+            "was it made by another model's tokenizer?"
+        )
+    return row.tolist()
 
 
 def pad_left(

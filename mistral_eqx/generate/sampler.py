@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 
 class Sampler(eqx.Module):
@@ -41,7 +41,8 @@ class Sampler(eqx.Module):
             temperature = top_k = top_p = None
         elif temperature is None:
             temperature = 1.0
-        self.temperature = None if temperature is None else np.asarray(temperature, np.float32)
+        # No draw tells these bounds from greedy and from uniform; beyond them a float32 would become 0 or infinity.
+        self.temperature = None if temperature is None else np.asarray(np.clip(temperature, 1e-30, 1e30), np.float32)
         self.top_k = top_k
         self.top_p = None if top_p is None else np.asarray(top_p, np.float32)
 
@@ -69,15 +70,33 @@ class Sampler(eqx.Module):
         if self.temperature is None:
             return logits
         logits = logits / self.temperature.astype(logits.dtype)
-        vocab = logits.shape[-1]
-        if self.top_k is None and self.top_p is None:
-            return logits
-        # The candidates, largest first: what top_k leaves, or everything.
-        largest = lax.top_k(logits, vocab if self.top_k is None else min(self.top_k, vocab))[0]
-        least = largest[:, -1:]
+        if self.top_k is not None:
+            largest = lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0]
+            # The minimum, and not the last one: of that XLA on CPU makes a sort of all logits.
+            logits = jnp.where(logits < jnp.min(largest, axis=-1, keepdims=True), -jnp.inf, logits)
         if self.top_p is not None:
-            probabilities = jax.nn.softmax(largest, axis=-1)
-            before = jnp.cumsum(probabilities, axis=-1) - probabilities
-            kept = before < self.top_p.astype(logits.dtype)
-            least = jnp.min(jnp.where(kept, largest, jnp.inf), axis=-1, keepdims=True)
-        return jnp.where(logits < least, -jnp.inf, logits)
+            logits = jnp.where(_in_nucleus(logits, self.top_p), logits, -jnp.inf)
+        return logits
+
+
+def _in_nucleus(logits: Float[Array, "batch vocab"], top_p: Array | np.ndarray) -> Bool[Array, "batch vocab"]:
+    """Which tokens are in the smallest set whose probabilities sum to `top_p`.
+
+    Bisection finds the least probability of that set, bit by bit: 32 sums over a vocabulary take a small part of the
+    time of a sort.
+    """
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    # The bits of floats that are not negative, taken as integers, are in the floats' order.
+    order = lax.bitcast_convert_type(probabilities, jnp.int32)
+    # What is left out is summed, and not what stays: the sum of what stays is 1 before the last of many tokens.
+    most = (1 - top_p).astype(jnp.float32)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = high - (high - low) // 2
+        left_out = jnp.sum(jnp.where(order < middle, probabilities, 0), axis=-1, keepdims=True)
+        return jnp.where(left_out <= most, middle, low), jnp.where(left_out <= most, high, middle - 1)
+
+    bounds = jnp.min(order, axis=-1, keepdims=True), jnp.max(order, axis=-1, keepdims=True)
+    least, _ = lax.fori_loop(0, 32, halve, bounds)
+    return order >= least

@@ -48,6 +48,8 @@ def _steps(request: Request, decoding: Decoding, cache: Cache) -> Iterator[tuple
     The first token is out before the loop is compiled; from then on a token is shown while the next is decoded.
     """
     yield decoding, cache
+    if np.all(np.asarray(decoding.ended)):
+        return
     for step in range(2, request.max_new_tokens + 1):
         last = decoding
         decoding, cache = request.decode(last, cache, step)
@@ -119,4 +121,7 @@ class Conversation:
         known = min(common, int(cache.next_positions[0]), len(row) - 1)
         ids, positions = pad_left([row[known:]], prompt_width(len(row) - known), starts=[known])
         slots = capacity(int(cache.used) + ids.shape[1] + request.max_new_tokens)
+        # What was edited away leaves its slots behind; when most of the cache is such slots, a new one is better.
+        if slots > 2 * capacity(prompt_width(len(row)) + request.max_new_tokens):
+            return request.start([row])
         return request.read(ids, positions, cache.grow(max(slots, cache.kv_seq)).keep(known))
