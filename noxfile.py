@@ -1,0 +1,61 @@
+"""Sessions: `nox -l` lists them, `nox -s NAME` runs one in a virtual environment of its own."""
+
+import nox
+
+
+nox.options.sessions = ["lint", "types", "docs", "tests", "tests_plain"]
+nox.options.error_on_missing_interpreters = True
+
+
+@nox.session
+def tests(session: nox.Session):
+    """The default suite, every annotated shape checked on the way."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "-m", "not parity", *session.posargs)
+
+
+@nox.session
+def tests_plain(session: nox.Session):
+    """The core of the suite without the import hook, as users run the package."""
+    session.install("-e", ".[test]")
+    core = ["tests/test_nn_model.py", "tests/test_generate_loop.py", "tests/test_checkpoint_loading.py"]
+    session.run("pytest", "-m", "not parity", "-o", "addopts=--strict-markers --strict-config -ra", *core)
+
+
+@nox.session
+def parity(session: nox.Session):
+    """Comparisons, live, with torch, transformers and mistral-common."""
+    # pip, and this release: other resolvers and releases take a build for GPUs, of several gigabytes.
+    session.install("torch==2.13.0")
+    session.install("-e", ".[test]", "transformers>=5.23,<6")
+    session.run("pytest", "-m", "parity", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session):
+    """Style and common mistakes."""
+    session.install("ruff>=0.14")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session):
+    """Static types. basedpyright is the pyright that comes as a whole from the package index."""
+    session.install("-e", ".[test]", "basedpyright>=1.31")
+    session.run("basedpyright", "--pythonpath", f"{session.virtualenv.location}/bin/python")
+
+
+@nox.session
+def docs(session: nox.Session):
+    """The documentation pages, into site/."""
+    session.install("-e", ".[docs]")
+    session.run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session):
+    """The comparison with other programs; takes a quiet machine and some minutes to build llama.cpp."""
+    session.install("torch==2.13.0")
+    session.install("-e", ".[bench]")
+    session.run("python", "benchmarks/peers.py", *session.posargs)
