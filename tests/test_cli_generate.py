@@ -102,7 +102,7 @@ def test_the_weights_are_cast_on_request(tiny, monkeypatch):
         (["", "--model", "{tiny}"], ["The prompt is empty"]),
         (["hi", "--model", "{tiny}", "--top-p", "1.5"], ["--top-p is 1.5"]),
         (["hi", "--model", "{tiny}", "--top-k", "0"], ["--top-k is 0"]),
-        (["hi", "--model", "{tiny}", "--temperature=-1"], ["temperature is -1"]),
+        (["hi", "--model", "{tiny}", "--temperature=-1"], ["--temperature is -1"]),
         (["hi", "--model", "{tiny}", "--max-new-tokens", "-3"], ["--max-new-tokens is -3"]),
         (["hi", "--model", "{tiny}", "--seed", "-1"], ["--seed"]),
         (["hi", "--model", "{tiny}", "--dtype", "int8"], ["--dtype", "bfloat16"]),

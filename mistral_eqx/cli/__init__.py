@@ -1,6 +1,7 @@
 """The command line. What a command needs is imported inside it, so that help is there at once."""
 
 import importlib.metadata
+import io
 import sys
 from typing import Annotated
 
@@ -48,5 +49,6 @@ def main():
     """Runs the command line on this process's arguments."""
     # A terminal that cannot show a character gets a question mark in its place, not an end in the middle of a text.
     for output in (sys.stdout, sys.stderr):
-        output.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="replace")
     app()

@@ -15,7 +15,9 @@ from .options import DEBUG
 _UsageError: Any = typer.BadParameter.__base__
 
 # A message of the library names its argument; here that is an option. A path that has such a word stays as it is.
-_ARGUMENT = re.compile(r"(?<![^\s(])(max_new_tokens|top_k|top_p|max_shard_size|(?<=\()overwrite)(?![^\s,;.)])")
+_ARGUMENT = re.compile(
+    r"(?<![^\s(])(max_new_tokens|top_k|top_p|max_shard_size|^temperature|(?<=\()overwrite)(?![^\s,;.)])"
+)
 
 
 class OneSentence(TyperGroup):
