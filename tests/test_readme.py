@@ -1,0 +1,31 @@
+"""The README's tour, run as it stands."""
+
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+
+README = Path(__file__).parents[1] / "README.md"
+SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_tour_runs(smollm2_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert len(SNIPPETS) == 5
+    names = {}
+    printed = []
+    for snippet in SNIPPETS:
+        exec(compile(snippet, "README.md", "exec"), names)
+        printed.append(capsys.readouterr().out)
+    call, batch, stream, training, _ = printed
+    assert call == " Paris\n"
+    assert len(batch.splitlines()) == 2
+    assert len(stream) > 20
+    before, after = map(float, training.split("->"))
+    assert after < before
+    saved, loaded = (names[name].blocks[0].attention_norm.weight for name in ("trained", "again"))
+    assert loaded.dtype == jnp.bfloat16
+    assert (saved.astype(jnp.bfloat16) == loaded).all()
