@@ -1,0 +1,277 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from generation_fixtures import count_compilations, refused
+from hypothesis import given, settings, strategies as st
+
+from mistral_eqx.generate import Sampler
+
+
+DRAWS = 2000
+
+filtered = eqx.filter_jit(lambda sampler, logits: sampler.filter(logits))
+drawn = eqx.filter_jit(lambda sampler, logits, keys: sampler(logits, keys))
+
+
+def draws(sampler, logits, key, number=DRAWS):
+    """Many independent tokens for one row of logits."""
+    return np.asarray(drawn(sampler, jnp.tile(jnp.asarray(logits)[None], (number, 1)), jr.split(key, number)))
+
+
+def filter_by_definition(logits, temperature=1.0, top_k=None, top_p=None):
+    """What `Sampler.filter` should do to one row, by sorting."""
+    logits = logits.astype(np.float64) / temperature
+    if top_k is not None:
+        logits = np.where(logits < np.sort(logits)[::-1][: min(top_k, logits.size)][-1], -np.inf, logits)
+    if top_p is not None:
+        order = np.argsort(-logits, kind="stable")
+        needed = 1 + int(np.argmax(np.cumsum(softmax(logits)[order]) >= top_p - 1e-12))
+        logits = np.where(logits < logits[order[needed - 1]], -np.inf, logits)
+    return logits
+
+
+def softmax(logits):
+    exponentials = np.exp(logits - np.max(logits))
+    return exponentials / exponentials.sum()
+
+
+def assert_distributed(tokens, probabilities):
+    """Pearson's test: what cannot be drawn is not, and the rest is as frequent as it should be."""
+    counts = np.bincount(tokens, minlength=len(probabilities))
+    possible = probabilities > 0
+    assert counts[~possible].sum() == 0
+    expected = probabilities[possible] * len(tokens)
+    assert expected.min() > 5
+    freedom = possible.sum() - 1
+    # Above the mean by four standard deviations.
+    assert np.sum((counts[possible] - expected) ** 2 / expected) < freedom + 4 * np.sqrt(2 * freedom)
+
+
+# Probabilities of 1/2, 1/4, 1/8, 1/16, 1/16, in no order.
+HALVES = np.log2(np.array([1 / 8, 1 / 2, 1 / 16, 1 / 4, 1 / 16], np.float32)) * np.log(2).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"temperature": 0.5}, [0, 1, 2, 3, 4]),
+        ({"top_k": 1}, [1]),
+        ({"top_k": 3}, [0, 1, 3]),
+        ({"top_k": 5}, [0, 1, 2, 3, 4]),
+        ({"top_k": 100}, [0, 1, 2, 3, 4]),
+        ({"top_p": 1e-50}, [1]),
+        ({"top_p": 0.3}, [1]),
+        ({"top_p": 0.7}, [1, 3]),
+        ({"top_p": 0.8}, [0, 1, 3]),
+        ({"top_p": 1.0}, [0, 1, 2, 3, 4]),
+        ({"top_k": 2, "top_p": 0.7}, [1, 3]),
+        ({"top_k": 2, "top_p": 0.6}, [1]),
+        # The temperature comes first: at 1/2 the probabilities are 1/4 : 1/16 : 1/64 : 1/256 : 1/256.
+        ({"temperature": 0.5, "top_p": 0.7}, [1]),
+        ({"temperature": 0.5, "top_p": 0.75}, [1, 3]),
+        ({"temperature": 0.5, "top_k": 3, "top_p": 0.77}, [1, 3]),
+        # Two tokens share the border: both stay.
+        ({"top_k": 4}, [0, 1, 2, 3, 4]),
+        ({"top_p": 0.9}, [0, 1, 2, 3, 4]),
+    ],
+    ids=str,
+)
+def test_which_tokens_stay(options, kept):
+    logits = np.asarray(filtered(Sampler(**options), HALVES[None])[0])
+    assert np.flatnonzero(np.isfinite(logits)).tolist() == kept
+    np.testing.assert_allclose(logits[kept], HALVES[kept] / options.get("temperature", 1.0), rtol=1e-6)
+    assert not np.isnan(logits).any()
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    spread=st.sampled_from([0.1, 1.0, 10.0]),
+    ties=st.booleans(),
+    temperature=st.none() | st.floats(0.05, 5.0),
+    top_k=st.sampled_from([None, 1, 7, 40, 1000]),
+    top_p=st.none() | st.floats(0.01, 1.0),
+)
+def test_the_filter_does_what_its_definition_says(seed, spread, ties, temperature, top_k, top_p):
+    logits = np.random.default_rng(seed).normal(size=(3, 50)).astype(np.float32) * np.float32(spread)
+    if ties:
+        logits = np.round(logits)
+    sampler = Sampler(temperature, top_k, top_p)
+    actual = np.asarray(filtered(sampler, logits))
+    for row, got in zip(logits, actual, strict=True):
+        if sampler.greedy:
+            np.testing.assert_array_equal(got, row)
+            continue
+        expected = filter_by_definition(row, temperature or 1.0, top_k, top_p)
+        # A sum that is top_p but for rounding may fall on either side of it; a token less likely than this is
+        # never drawn.
+        doubtful = np.zeros(row.size, bool)
+        if top_p is not None:
+            after_top_k = filter_by_definition(row, temperature or 1.0, top_k)
+            probabilities = softmax(after_top_k)
+            before = np.array([probabilities[after_top_k > value].sum() for value in after_top_k])
+            doubtful = (np.abs(before - top_p) < 1e-5) | ((probabilities < 1e-9) & (top_p > 1 - 1e-5))
+        np.testing.assert_array_equal(np.isfinite(got)[~doubtful], np.isfinite(expected)[~doubtful])
+        both = np.isfinite(got) & np.isfinite(expected)
+        np.testing.assert_allclose(got[both], expected[both], rtol=1e-5)
+
+
+def test_a_top_p_of_one_leaves_out_nothing_of_a_large_vocabulary(getkey):
+    # Summed from the likeliest on, the probabilities of so many tokens reach 1 long before the last of them.
+    logits = jr.normal(getkey(), (1, 50_000)) * 3
+    assert np.isfinite(filtered(Sampler(top_p=1.0), logits)).all()
+
+
+def test_a_sampler_without_arguments_takes_the_likeliest(getkey):
+    logits = jr.normal(getkey(), (4, 50))
+    best = np.argmax(logits, axis=-1).tolist()
+    keys = jr.split(getkey(), 4)
+    for sampler in (Sampler(), Sampler(temperature=0.0), Sampler(temperature=0.0, top_k=5, top_p=0.5)):
+        assert sampler.greedy
+        assert drawn(sampler, logits, keys).tolist() == best
+        np.testing.assert_array_equal(sampler.filter(logits), logits)
+    assert not any(sampler.greedy for sampler in (Sampler(temperature=0.1), Sampler(top_k=1), Sampler(top_p=0.1)))
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-50, 1e-38, 1e-10, 1e10, 1e38, 1e300])
+@pytest.mark.parametrize("others", [{}, {"top_k": 20, "top_p": 0.99}], ids=["alone", "together"])
+def test_extreme_temperatures_are_greedy_or_uniform(temperature, others, getkey):
+    logits = (jr.normal(getkey(), (50,)) * 10).at[3].set(0.0)
+    sampler = Sampler(temperature=temperature, **others)
+    assert np.isfinite(filtered(sampler, logits[None])).any()
+    assert not np.isnan(filtered(sampler, logits[None])).any()
+    tokens = draws(sampler, logits, getkey(), 1000)
+    candidates = 20 if others else 50
+    if temperature < 1:
+        assert set(tokens.tolist()) == {int(np.argmax(logits))}
+    else:
+        assert len(set(tokens.tolist())) == candidates
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 1.0}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.7}, {"temperature": 1.5, "top_k": 3}],
+    ids=str,
+)
+def test_draws_are_as_frequent_as_their_probabilities(options, getkey):
+    probabilities = softmax(filter_by_definition(HALVES, **options))
+    assert_distributed(draws(Sampler(**options), HALVES, getkey()), probabilities)
+
+
+def test_trap_categorical_of_softmax_undoes_the_top_p_filter(getkey):
+    # A softmax turns what was left out into a logit of 0, not far below the largest one of at most 1.
+    logits = np.linspace(0, 5, 50, dtype=np.float32)
+    sampler = Sampler(top_p=0.5)
+    nucleus = np.isfinite(filter_by_definition(logits, top_p=0.5))
+    assert 2 <= nucleus.sum() <= 10
+    tokens = draws(sampler, logits, getkey())
+    assert nucleus[tokens].all()
+    # Nor are the tokens inside it made as likely as each other.
+    assert_distributed(tokens, softmax(filter_by_definition(logits, top_p=0.5)))
+
+
+def test_trap_temperature_alone_crashed(getkey):
+    for options in ({"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}):
+        tokens = drawn(Sampler(**options), jr.normal(getkey(), (2, 50)), jr.split(getkey(), 2))
+        assert tokens.shape == (2,)
+        assert tokens.dtype == jnp.int32
+
+
+def test_a_row_draws_what_it_draws_alone(getkey):
+    logits, keys = jr.normal(getkey(), (8, 50)), jr.split(getkey(), 8)
+    sampler = Sampler(temperature=2.0, top_k=30, top_p=0.95)
+    together = drawn(sampler, logits, keys)
+    alone = [drawn(sampler, logits[row : row + 1], keys[row : row + 1])[0] for row in range(8)]
+    assert together.tolist() == [int(token) for token in alone]
+    # Equal rows with keys of their own draw on their own.
+    assert len(set(draws(sampler, logits[0], getkey(), 100).tolist())) > 10
+
+
+def test_another_temperature_or_top_p_compiles_nothing(getkey):
+    logits, keys = jr.normal(getkey(), (2, 50)), jr.split(getkey(), 2)
+    drawn(Sampler(temperature=0.7, top_k=10, top_p=0.9), logits, keys)
+    with count_compilations() as compiled:
+        cold = drawn(Sampler(temperature=1e-3, top_k=10, top_p=1.0), logits, keys)
+        drawn(Sampler(top_k=10, top_p=0.2), logits, keys)
+    assert not compiled
+    # It was not forgotten either.
+    assert cold.tolist() == np.argmax(logits, axis=-1).tolist()
+    with count_compilations() as compiled:
+        drawn(Sampler(top_k=11, top_p=0.2), logits, keys)
+    assert compiled.total() == 1
+
+
+def test_a_sampler_is_a_pytree_with_two_arrays():
+    first, second = Sampler(temperature=0.5, top_k=3, top_p=0.9), Sampler(temperature=0.7, top_k=3, top_p=0.8)
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    assert [leaf.dtype for leaf in jax.tree.leaves(first)] == [np.float32, np.float32]
+    assert jax.tree.leaves(Sampler()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": -0.1}, ["temperature is -0.1", "0 (greedy) or a positive number"]),
+        ({"temperature": float("inf")}, ["temperature is inf"]),
+        ({"temperature": float("nan")}, ["temperature is nan"]),
+        ({"top_k": 0}, ["top_k is 0", "at least 1"]),
+        ({"top_k": -3}, ["top_k is -3", "at least 1"]),
+        ({"top_p": 0.0}, ["top_p is 0.0", "above 0 and at most 1"]),
+        ({"top_p": 1.5}, ["top_p is 1.5", "above 0 and at most 1"]),
+        ({"top_p": -0.5}, ["top_p is -0.5"]),
+        ({"top_p": float("nan")}, ["top_p is nan"]),
+        # A greedy sampler does not hide a mistake.
+        ({"temperature": 0, "top_p": 2}, ["top_p is 2"]),
+    ],
+    ids=str,
+)
+def test_values_outside_their_range_are_refused(options, words):
+    with refused(*words):
+        Sampler(**options)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7},
+        {"temperature": 3.0},
+        {"top_k": 1},
+        {"top_k": 40},
+        {"top_k": 5000},
+        {"top_p": 0.1},
+        {"top_p": 0.9},
+        {"top_p": 0.999},
+        {"temperature": 0.6, "top_k": 40},
+        {"temperature": 1.5, "top_p": 0.8},
+        {"top_k": 20, "top_p": 0.5},
+        {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
+    ],
+    ids=str,
+)
+def test_the_filter_equals_that_of_transformers(options, ties, getkey):
+    torch = pytest.importorskip("torch")
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits = np.array(jr.normal(getkey(), (16, 1000)) * 4)
+    if ties:
+        logits = np.round(logits * 4) / 4
+    warpers = [("temperature", "Temperature"), ("top_k", "TopK"), ("top_p", "TopP")]
+    scores = torch.from_numpy(logits)
+    for option, name in warpers:
+        if option in options:
+            scores = getattr(process, f"{name}LogitsWarper")(options[option])(None, scores)
+    expected = scores.numpy()
+    actual = np.asarray(filtered(Sampler(**options), logits))
+    assert np.isfinite(expected).any()
+    if not ties:
+        np.testing.assert_array_equal(np.isfinite(actual), np.isfinite(expected))
+    for got, theirs in zip(actual, expected, strict=True):
+        both = np.isfinite(got) & np.isfinite(theirs)
+        assert both.sum() == np.isfinite(theirs).sum()
+        np.testing.assert_allclose(got[both], theirs[both], rtol=1e-6)
+        # Of several tokens at the border transformers keeps some by the order of its sort; here they all stay.
+        assert (got[np.isfinite(got) & ~both] == got[both].min()).all()
