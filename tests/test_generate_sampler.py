@@ -125,6 +125,12 @@ def test_a_top_p_of_one_leaves_out_nothing_of_a_large_vocabulary(getkey):
     assert np.isfinite(filtered(Sampler(top_p=1.0), logits)).all()
 
 
+def test_top_p_tells_tokens_apart_that_are_nearly_as_likely():
+    logits = np.concatenate([[-80], np.linspace(0, 1e-3, 50)]).astype(np.float32)
+    kept = np.isfinite(filtered(Sampler(top_p=0.51), logits[None])[0])
+    assert np.flatnonzero(kept).tolist() == list(range(25, 51))
+
+
 def test_a_sampler_without_arguments_takes_the_likeliest(getkey):
     logits = jr.normal(getkey(), (4, 50))
     best = np.argmax(logits, axis=-1).tolist()

@@ -1,14 +1,13 @@
 """Decoding: one compiled `lax.while_loop`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int, Key
 
@@ -185,7 +184,7 @@ class Request:
             key = jax.vmap(jr.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
         elif key.shape != (batch,):
             raise ValueError(f"There are {batch} prompts and keys of shape {key.shape}; give one key, or one a prompt.")
-        ends = np.ravel([] if eos_id is None else eos_id)
+        ends = [] if eos_id is None else list(eos_id) if isinstance(eos_id, Iterable) else [eos_id]
         for end in ends:
             if not 0 <= end < model.config.vocab:
                 raise ValueError(
