@@ -1,0 +1,500 @@
+"""How fast does one stream decode, and how long until its first token, here and with transformers and llama.cpp?
+
+All read the same weights, those of the preset `smollm2-135m`: llama.cpp the quantised file as it is, the others its
+weights in float32 or rounded to bfloat16. They get the same token ids, decode greedily and never stop early.
+
+    python benchmarks/peers.py --json peers.json
+    python benchmarks/peers.py --write
+
+The second puts the table into the README beside this file. transformers (with torch) and llama-cpp-python take part
+if they are installed: `pip install torch==2.13.0 && pip install -e ".[bench]"`.
+
+Each contender runs in a process of its own, which ends before the next one starts, once a round. Rounds follow each
+other, so that a machine that slows down does so for all. Run nothing beside it: threads that wait for each other in a
+busy loop, as those of llama.cpp do, come to a standstill when one of them has to share its core. The table tells if the
+machine was not quiet; its figures are then worth nothing.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+MODEL = "smollm2-135m"
+REFERENCE = "transformers float32"
+# Decoding is also measured after a prompt so short that attention costs next to nothing.
+SHORT = 32
+# A machine is quiet as long as other programs take no more of its processors than this.
+QUIET_PERCENT = 5.0
+README = Path(__file__).with_name("README.md")
+TIMES = "\N{MULTIPLICATION SIGN}"
+BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
+
+TEXT = """
+The clock in the tower of our town hall was built by a watchmaker who had never made anything larger than a man's
+fist. When the council asked him whether he could do it, he said that a wheel does not know how big it is, and went
+home to draw. It took him four years. The frame was cast in an iron works down by the river, and on a wet morning in
+March sixteen horses pulled it up the hill, while children ran beside the cart and counted the turns of its wheels.
+The weights hang in a shaft that goes down through three floors, and somebody has to wind them up again every second
+day. For most of two centuries that was the work of one family, who lived in two rooms below the bells and were said
+to be a little deaf.
+
+A clock of this kind has four parts, and each of them can be understood by itself. The first is the weight, which
+wants to fall and gives the whole its strength. The second is a train of wheels, which turns the slow fall of the
+weight into the fast motion of the hands. The third is the pendulum, a rod of dry pine as long as a tall man, which
+swings once in two seconds whatever the weight may do. The fourth, and the cleverest, is the escapement: a small
+anchor of hardened steel that rocks with the pendulum, and at every swing lets exactly one tooth of a wheel go by. In
+return the tooth gives the anchor a push, so light that you can hardly feel it with your finger, and this is enough to
+keep the pendulum from coming to rest. What you hear as the ticking of a clock is the sound of a falling weight being
+stopped and released again.
+
+Warm weather used to be the great enemy of its makers. In summer an iron rod grows longer by the width of a few hairs,
+the pendulum swings more slowly, and by the end of the month the whole town is late for church. Wood hardly minds the
+heat, but it drinks the damp of autumn. The watchmaker knew this, so he boiled his rod in oil and painted it seven
+times, and he hung a jar of mercury from its lower end: in the heat the mercury rises by just as much as the rod goes
+down. When the tower was repaired in the year of the flood, the engineers wanted to put an electric motor in its
+place, and
+"""
+
+Generate = Callable[[list[int], int], list[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What every contender is given.
+
+    **Attributes:**
+
+    - `file`: the GGUF file.
+    - `folder`: its weights in float32, as transformers reads them.
+    - `long`, `short`: the prompts.
+    - `new_tokens`: how many tokens to decode after each.
+    - `repetitions`: how often, in one process.
+    - `threads`: for those who want to be told.
+    """
+
+    file: Path
+    folder: Path
+    long: list[int]
+    short: list[int]
+    new_tokens: int
+    repetitions: int
+    threads: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One row of the table.
+
+    **Attributes:**
+
+    - `name`: what it is called there.
+    - `needs`: the modules without which it is left out.
+    - `start`: loads the model; runs in the contender's own process.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    start: Callable[[Task], Generate]
+
+
+def start_mistral_eqx(task: Task, dtype: str, streamed: bool) -> Generate:
+    import numpy as np
+
+    import mistral_eqx as mx
+
+    model = mx.load(task.file, dtype=dtype)
+
+    def at_once(ids: list[int], new_tokens: int) -> list[int]:
+        return np.asarray(mx.generate(model, [ids], max_new_tokens=new_tokens).tokens)[0].tolist()
+
+    def one_by_one(ids: list[int], new_tokens: int) -> list[int]:
+        return [int(token[0]) for token in mx.stream(model, [ids], max_new_tokens=new_tokens)]
+
+    return one_by_one if streamed else at_once
+
+
+def start_transformers(task: Task, dtype: str) -> Generate:
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(task.threads)
+    model = transformers.AutoModelForCausalLM.from_pretrained(task.folder, dtype=getattr(torch, dtype))
+    model.generation_config.eos_token_id = None
+
+    def generate(ids: list[int], new_tokens: int) -> list[int]:
+        prompt = torch.tensor([ids])
+        whole = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=False
+        )
+        return whole[0, len(ids) :].tolist()
+
+    return generate
+
+
+def start_llama_cpp(task: Task) -> Generate:
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        str(task.file),
+        n_ctx=len(task.long) + task.new_tokens,
+        n_threads=task.threads,
+        n_threads_batch=task.threads,
+        n_gpu_layers=0,
+        verbose=False,
+    )
+
+    def generate(ids: list[int], new_tokens: int) -> list[int]:
+        # Otherwise it finds the prompt of the last repetition in its cache, and reads nothing.
+        model.reset()
+        tokens = model.generate(ids, temp=0.0, reset=False)
+        return [next(tokens) for _ in range(new_tokens)]
+
+    return generate
+
+
+CONTENDERS = (
+    *(
+        Contender(
+            f"transformers {dtype}", ("torch", "transformers"), functools.partial(start_transformers, dtype=dtype)
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+    Contender("llama.cpp, Q4_1 as it is", ("llama_cpp",), start_llama_cpp),
+    *(
+        Contender(
+            f"mistral_eqx {dtype}, {'stream' if streamed else 'generate'}",
+            (),
+            functools.partial(start_mistral_eqx, dtype=dtype, streamed=streamed),
+        )
+        for dtype in ("float32", "bfloat16")
+        for streamed in (False, True)
+    ),
+)
+
+
+def measure(start: Callable[[Task], Generate], task: Task) -> dict[str, Any]:
+    """One contender in one round, in the process that calls this.
+
+    **Returns:** what was measured: a list with one entry a repetition, or a number.
+    """
+
+    def timed(ids: list[int], new_tokens: int) -> tuple[float, list[int]]:
+        begin = time.perf_counter()
+        tokens = generate(ids, new_tokens)
+        seconds = time.perf_counter() - begin
+        if len(tokens) != new_tokens:
+            raise RuntimeError(f"{len(tokens)} tokens came where {new_tokens} were asked for.")
+        return seconds, tokens
+
+    def rate(ids: list[int]) -> tuple[float, float, float]:
+        first, _ = timed(ids, 1)
+        whole, _ = timed(ids, task.new_tokens)
+        return first, whole, (task.new_tokens - 1) / (whole - first)
+
+    begin = time.perf_counter()
+    generate = start(task)
+    loading = time.perf_counter() - begin
+    cold, tokens = timed(task.long, task.new_tokens)
+    rate(task.long)
+    rate(task.short)
+    after_long = [rate(task.long) for _ in range(task.repetitions)]
+    after_short = [rate(task.short) for _ in range(task.repetitions)]
+    return {
+        "decode_after_short": [rate for _, _, rate in after_short],
+        "decode_after_long": [rate for _, _, rate in after_long],
+        "first_token_seconds": [first for first, _, _ in after_long],
+        "compile_seconds": cold - statistics.median(whole for _, whole, _ in after_long),
+        "load_seconds": loading,
+        "peak_bytes": peak_bytes(),
+        "processor_seconds": time.process_time(),
+        "tokens": tokens,
+    }
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had, pages of mapped files included."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not what getrusage tells: there a process begins with the peak of the one that started it.
+        return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM"))
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def export(file: Path, folder: Path):
+    """Writes the weights that transformers reads: by itself it would need `accelerate` for a GGUF file."""
+    import mistral_eqx as mx
+
+    mx.save(mx.load(file, dtype="float32"), folder)
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function in a new Python that ends with the call."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def run(task: Task, rounds: int, contenders: list[Contender]) -> dict[str, Any]:
+    """All rounds; each begins with another contender, so that none always follows the same one."""
+    measured: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in contenders}
+    others = []
+    for number in range(rounds):
+        turn = number % len(contenders)
+        for contender in contenders[turn:] + contenders[:turn]:
+            begin, before = time.perf_counter(), machine_seconds() - time.process_time()
+            found = in_own_process(measure, contender.start, task)
+            taken = machine_seconds() - time.process_time() - before - found["processor_seconds"]
+            others.append(100 * taken / ((os.cpu_count() or 1) * (time.perf_counter() - begin)))
+            measured[contender.name].append(found)
+            print(
+                f"round {number + 1} of {rounds}: {contender.name:28} "
+                f"{statistics.median(found['decode_after_short']):6.1f} tokens/s, "
+                f"first token after {statistics.median(found['first_token_seconds']):.2f} s",
+                file=sys.stderr,
+            )
+    return {"measured": measured, "others_percent": others}
+
+
+def machine_seconds() -> float:
+    """The processor time that all programs of this machine together have used, or had taken away by its host."""
+    times = psutil.cpu_times()._asdict()
+    # Linux counts the time of guests as time of their hosts too.
+    return sum(times.values()) - sum(times.get(name, 0.0) for name in ("idle", "iowait", "guest", "guest_nice"))
+
+
+def summary(name: str, rounds: list[dict[str, Any]], reference: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """Medians and extremes over all repetitions of all rounds, and the medians' ratios to the reference."""
+    result: dict[str, Any] = {"name": name}
+    for figure in ("decode_after_short", "decode_after_long", "first_token_seconds"):
+        values = [value for found in rounds for value in found[figure]]
+        median = statistics.median(values)
+        result[figure] = {"median": median, "least": min(values), "most": max(values)}
+        if reference is not None:
+            result[figure]["ratio"] = median / statistics.median(v for found in reference for v in found[figure])
+    for figure in ("compile_seconds", "load_seconds", "peak_bytes"):
+        result[figure] = statistics.median(found[figure] for found in rounds)
+    result["tokens"] = rounds[0]["tokens"]
+    if reference is not None:
+        pairs = enumerate(zip(result["tokens"], reference[0]["tokens"], strict=True))
+        result["equal_tokens"] = next((at for at, (mine, theirs) in pairs if mine != theirs), len(result["tokens"]))
+    return result
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on, besides the programs."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.open() if line.startswith("model name")]
+        name = names[0] if names else name
+    return {
+        "processor": name,
+        "cores": usable_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in ("mistral-eqx", "jax", "equinox", "torch", "transformers", "llama-cpp-python"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table and what one must know to read it."""
+    long, short = report["prompt_tokens"], report["short_prompt_tokens"]
+    header = [
+        "",
+        f"tokens/s after a prompt of {short}",
+        TIMES,
+        f"tokens/s after {long}",
+        TIMES,
+        f"first token of {long}, s",
+        TIMES,
+        "compile, s",
+        "peak, GB",
+        "equal tokens",
+    ]
+    lines = [header, [":--", *["--:"] * (len(header) - 1)]]
+    for row in report["contenders"]:
+        cells = [row["name"]]
+        for figure, digits in (("decode_after_short", 1), ("decode_after_long", 1), ("first_token_seconds", 2)):
+            found = row[figure]
+            spread = f"{found['least']:.{digits}f} to {found['most']:.{digits}f}"
+            cells += [f"{found['median']:.{digits}f} ({spread})", f"{found['ratio']:.2f}" if "ratio" in found else ""]
+        cells += [f"{max(row['compile_seconds'], 0.0):.1f}", f"{row['peak_bytes'] / 1e9:.2f}"]
+        cells.append(f"{row['equal_tokens']} of {len(row['tokens'])}" if "equal_tokens" in row else "")
+        lines.append(cells)
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    host = report["machine"]
+    notes = [
+        f"{host['processor']}, {host['cores']} cores, {host['memory_bytes'] / 2**30:.0f} GiB, {host['system']}, "
+        f"Python {host['python']}, {report['date']}; "
+        + ", ".join(f"{package} {version}" for package, version in report["versions"].items())
+        + ".",
+        f"{report['new_tokens']} new tokens; rounds: {report['rounds']}, repetitions in each: {report['repetitions']}; "
+        "medians of all, with the least and the most.",
+    ]
+    if (most := max(report["others_percent"])) > QUIET_PERCENT:
+        notes.append(f"**The machine was not quiet: other programs took up to {most:.0f} % of it. Measure again.**")
+    notes += [f"Left out: {name}, because {module} is not installed." for name, module in report["left_out"].items()]
+    # Outside the table, lines are as short as those of the rest of the README.
+    return "\n\n".join([table, textwrap.fill(" ".join(notes), 120, break_on_hyphens=False, break_long_words=False)])
+
+
+def write(block: str):
+    """Replaces what stands between the marks in the README."""
+    before, begin, rest = README.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        sys.exit(f"{README.name} lacks the marks {BEGIN} and {END}, between which the table goes; put them back.")
+    README.write_text(f"{before}{BEGIN}\n\n{block}\n\n{END}{after}")
+
+
+def show(report: dict[str, Any], decode: Callable[[list[int]], str]):
+    """For the terminal: the figures, and how each text goes on."""
+    from rich.console import Console
+    from rich.table import Table
+
+    long, short = report["prompt_tokens"], report["short_prompt_tokens"]
+    table = Table(caption="medians; in brackets the ratio to transformers float32")
+    for column in ("", f"tok/s after {short}", f"tok/s after {long}", f"first token of {long}", "compile", "peak"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
+
+    def cell(found: dict[str, float], digits: int, unit: str = "") -> str:
+        return f"{found['median']:.{digits}f}{unit}" + (f" ({found['ratio']:.2f})" if "ratio" in found else "")
+
+    for row in report["contenders"]:
+        table.add_row(
+            row["name"],
+            cell(row["decode_after_short"], 1),
+            cell(row["decode_after_long"], 1),
+            cell(row["first_token_seconds"], 2, " s"),
+            f"{max(row['compile_seconds'], 0.0):.1f} s",
+            f"{row['peak_bytes'] / 1e9:.2f} GB",
+        )
+    console = Console()
+    console.print(table)
+    if (most := max(report["others_percent"])) > QUIET_PERCENT:
+        console.print(f"The machine was not quiet: other programs took up to {most:.0f} % of it. Measure again.")
+    for row in report["contenders"]:
+        equal = f"{row['equal_tokens']} of {len(row['tokens'])} equal" if "equal_tokens" in row else ""
+        console.print(
+            f"{row['name']:28} {equal:15} {decode(row['tokens'][:10])!r}", markup=False, highlight=False, soft_wrap=True
+        )
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--new-tokens", type=positive, default=64, help="how many tokens to decode (64)")
+    parser.add_argument("--prompt-tokens", type=positive, default=400, help="the length of the long prompt (400)")
+    parser.add_argument("--rounds", type=positive, default=3, help="how often each contender is started (3)")
+    parser.add_argument("--repetitions", type=positive, default=3, help="measurements in each round (3)")
+    parser.add_argument("--json", type=Path, default=None, help="write all figures to this file")
+    parser.add_argument("--markdown", action="store_true", help="print the README's table")
+    parser.add_argument("--write", action="store_true", help="put that table into the README")
+    arguments = parser.parse_args()
+    if arguments.new_tokens < 2:
+        parser.error("--new-tokens must be at least 2: the rate is taken over the tokens after the first.")
+    # All of them compute on the CPU, compile anew, and look for nothing on a network.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "HF_HUB_OFFLINE": "1"}
+
+    import mistral_eqx as mx
+    from mistral_eqx.checkpoint import locate
+
+    file = locate(MODEL)
+    tokenizer = mx.load_tokenizer(file)
+    ids = tokenizer.encode(" ".join(TEXT.split()))
+    if not SHORT <= arguments.prompt_tokens <= len(ids):
+        parser.error(f"--prompt-tokens must be from {SHORT} to {len(ids)}, as long as the text in this file is.")
+    missing = {
+        contender.name: module
+        for contender in CONTENDERS
+        for module in contender.needs
+        if importlib.util.find_spec(module) is None
+    }
+    for name, module in missing.items():
+        print(f"Left out: {name}, because {module} is not installed.", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="peers-") as temporary:
+        folder = Path(temporary) / "float32"
+        in_own_process(export, file, folder)
+        task = Task(
+            file=file,
+            folder=folder,
+            long=ids[: arguments.prompt_tokens],
+            short=ids[:SHORT],
+            new_tokens=arguments.new_tokens,
+            repetitions=arguments.repetitions,
+            threads=usable_cores(),
+        )
+        found = run(task, arguments.rounds, [contender for contender in CONTENDERS if contender.name not in missing])
+    measured = found["measured"]
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "versions": versions(),
+        "prompt_tokens": len(task.long),
+        "short_prompt_tokens": len(task.short),
+        "new_tokens": task.new_tokens,
+        "rounds": arguments.rounds,
+        "repetitions": task.repetitions,
+        "left_out": missing,
+        "contenders": [summary(name, rounds, measured.get(REFERENCE)) for name, rounds in measured.items()],
+        **found,
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    if arguments.write:
+        write(markdown(report))
+    if arguments.markdown:
+        print(markdown(report))
+    else:
+        show(report, tokenizer.decode)
+    for row in report["contenders"]:
+        if row["name"].startswith("mistral_eqx float32") and row.get("equal_tokens", task.new_tokens) < task.new_tokens:
+            sys.exit(f"{row['name']} decoded other tokens than {REFERENCE} did: two different models were measured.")
+
+
+if __name__ == "__main__":
+    main()
