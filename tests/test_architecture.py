@@ -1,0 +1,235 @@
+"""What may import what, read from the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mistral_eqx
+
+
+PACKAGE = Path(mistral_eqx.__file__).parent
+NAME = PACKAGE.name
+
+# What each room sees, besides itself and other people's packages. A room that is not here sees nothing.
+SEES = {
+    "config": set(),
+    "presets": {"config"},
+    "parallel": set(),
+    "nn": {"config", "parallel"},
+    "quant": {"config", "parallel", "nn"},
+    "lora": {"config", "parallel", "nn", "quant"},
+    "checkpoint": {"config", "presets", "parallel", "nn", "quant", "lora"},
+    # A tokenizer is found and its GGUF header read as a model's is.
+    "text": {"config", "presets", "checkpoint"},
+    # From one checkpoint to another, its tokenizer included.
+    "conversion": {"checkpoint", "text"},
+    "generate": {"config", "parallel", "nn"},
+    "train": {"config", "parallel", "nn", "lora"},
+    "plan": {"config", "presets", "parallel", "nn", "generate", "train"},
+}
+# `python -m mistral_eqx`, and what it runs, see everything; the public names come from everywhere but there.
+EVERYTHING = {"cli", "__main__"}
+
+# Functions of `jax.lax` that exchange something between devices.
+COLLECTIVES = {
+    "psum",
+    "pmean",
+    "pmax",
+    "pmin",
+    "psum_scatter",
+    "all_gather",
+    "all_to_all",
+    "ppermute",
+    "pshuffle",
+    "pswapaxes",
+    "pbroadcast",
+    "ragged_all_to_all",
+}
+
+
+def _files():
+    return {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def _room(file):
+    return file.removesuffix(".py").split("/")[0]
+
+
+def _imported(file, tree):
+    """The full names of all modules and names that a file imports, wherever in it, with the statement's line."""
+    package = [NAME, *file.split("/")[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def _edges(file, tree):
+    """The rooms that a file sees; `__init__` stands for the package itself."""
+    for name, line in _imported(file, tree):
+        parts = name.split(".")
+        if parts[0] == NAME:
+            room = parts[1] if len(parts) > 1 else "__init__"
+            inside = (PACKAGE / room).is_dir() or (PACKAGE / f"{room}.py").exists()
+            yield (room if inside else "__init__"), line
+
+
+def _violations(files):
+    for file, tree in files.items():
+        room = _room(file)
+        for seen, line in _edges(file, tree):
+            if room == seen or room in EVERYTHING:
+                continue
+            allowed = seen not in EVERYTHING if room == "__init__" else seen in SEES.get(room, set())
+            if not allowed:
+                yield f"{file}:{line} imports {seen}"
+
+
+def test_imports_run_downward_only():
+    files = _files()
+    assert {"nn/model.py", "parallel/strategy.py", "checkpoint/loading.py", "generate/loop.py"} <= files.keys()
+    assert {_room(file) for file in files} - EVERYTHING - {"__init__"} <= SEES.keys()
+    assert list(_violations(files)) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("nn/x.py", "from ..generate import loop"),
+        ("nn/x.py", "from ..checkpoint.hub import locate"),
+        ("nn/deep/x.py", "from ...text import load_tokenizer"),
+        ("nn/x.py", "def f():\n    import mistral_eqx.quant"),
+        ("nn/x.py", "from .. import presets"),
+        ("nn/x.py", "from mistral_eqx import load"),
+        ("parallel/x.py", "from ..nn import Linear"),
+        ("generate/x.py", "from ..checkpoint import load"),
+        ("checkpoint/x.py", "from ..cli.errors import fail"),
+        ("config.py", "from .presets import PRESETS"),
+        ("__init__.py", "from .cli import main"),
+        ("newroom/x.py", "from ..nn import Linear"),
+    ],
+)
+def test_an_import_upward_would_be_seen(file, line):
+    found = list(_violations({file: ast.parse(line)}))
+    # The name of a room that is not built yet counts as the package's own.
+    assert len(found) == 1
+
+
+def test_torch_and_transformers_stay_out():
+    found = {
+        (file, name.split(".")[0])
+        for file, tree in _files().items()
+        for name, _ in _imported(file, tree)
+        if name.split(".")[0] in ("torch", "transformers")
+    }
+    assert found == {("checkpoint/pth.py", "torch")}
+    # There it is imported in functions alone: without torch the package still imports.
+    top = [node for node in _files()["checkpoint/pth.py"].body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not any("torch" in ast.unparse(node) for node in top)
+
+
+def _collectives(tree):
+    """The lines on which a collective is named, as an attribute or by an import from JAX."""
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in COLLECTIVES
+            and ast.unparse(node.value) in ("lax", "jax.lax")
+        ):
+            yield node.lineno
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jax"):
+            yield from (node.lineno for alias in node.names if alias.name in COLLECTIVES)
+
+
+def test_one_file_names_collectives():
+    named = {file for file, tree in _files().items() if list(_collectives(tree))}
+    assert named == {"parallel/collectives.py"}
+    for text in ("y = jax.lax.all_gather(x, 'tp')", "from jax.lax import psum", "lax.ppermute"):
+        assert list(_collectives(ast.parse(text)))
+
+
+def _classes(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+
+
+def _is_abstract(node):
+    return any(
+        "abstractmethod" in ast.unparse(decorator)
+        for method in node.body
+        if isinstance(method, ast.FunctionDef)
+        for decorator in method.decorator_list
+    )
+
+
+def _inherit_wrongly(classes):
+    """Modules that inherit from one that is not abstract, or are abstract under another name than `Abstract...`."""
+    by_name = {node.name: node for node in classes}
+    modules = {"Module"}
+    while more := {
+        name
+        for name, node in by_name.items()
+        if name not in modules and any(ast.unparse(base).split(".")[-1] in modules for base in node.bases)
+    }:
+        modules |= more
+    for name in modules - {"Module"}:
+        node = by_name[name]
+        if _is_abstract(node) != name.startswith("Abstract"):
+            yield f"{name} is abstract or has an abstract name, but not both"
+        for base in node.bases:
+            parent = ast.unparse(base).split(".")[-1]
+            if parent in by_name and not _is_abstract(by_name[parent]):
+                yield f"{name} inherits from {parent}, which is final"
+        if "super()" in ast.unparse(node):
+            yield f"{name} calls super()"
+
+
+def test_every_module_is_abstract_or_final():
+    classes = [node for tree in _files().values() for node in _classes(tree)]
+    assert {"Linear", "AbstractWeight", "DenseWeight", "Mistral", "Cache"} <= {node.name for node in classes}
+    assert list(_inherit_wrongly(classes)) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "class A(eqx.Module): x: int\nclass B(A): y: int",
+        "class A(eqx.Module):\n    @abc.abstractmethod\n    def f(self): ...",
+        "class AbstractA(eqx.Module): x: int",
+        "class A(eqx.Module):\n    def __init__(self):\n        super().__init__()",
+    ],
+)
+def test_a_module_that_is_neither_would_be_seen(text):
+    assert list(_inherit_wrongly(_classes(ast.parse(text))))
+
+
+def test_modules_do_not_ask_where_they_run_or_what_they_have():
+    asked = {
+        (file, ast.unparse(node.func))
+        for file, tree in _files().items()
+        for node in ast.walk(tree)
+        if _room(file) == "nn" and isinstance(node, ast.Call)
+    }
+    asked = {(file, name) for file, name in asked if name in ("hasattr", "isinstance", "jax.default_backend")}
+    # A cache is made before there is an array that could tell its device.
+    assert asked == {("nn/cache.py", "jax.default_backend")}
+
+
+def test_importing_the_package_starts_no_device():
+    """A program may still choose its platform and its number of devices afterwards."""
+    check = (
+        "import sys, mistral_eqx\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
+        "import jax\n"
+        "jax.config.update('jax_num_cpu_devices', 3)\n"
+        "assert jax.device_count() == 3\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

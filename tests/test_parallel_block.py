@@ -1,0 +1,66 @@
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from model_fixtures import SMALL, relative_error, small_model
+from sharding_fixtures import mesh, sharded, specs, with_strategy
+
+from mistral_eqx.nn import LayerCache, visible
+from mistral_eqx.parallel import SINGLE, Strategy
+
+
+CONFIG = dataclasses.replace(SMALL, layers=1, windows=(5,), kv_heads=4)
+KV_SEQ = 9
+HEADS, HEAD_DIM = "kv_heads@tp hidden@tp", "head_dim@tp hidden@tp"
+
+
+def _apply(block, rotary, x, layer):
+    """A block on seven tokens, six in one piece and the last one alone."""
+    positions = jnp.arange(7, dtype=jnp.int32)[None]
+    slots = jnp.where(jnp.arange(KV_SEQ) < 7, jnp.arange(KV_SEQ), -1).astype(jnp.int32)[None]
+    outputs = []
+    for at in (slice(0, 6), slice(6, 7)):
+        mask = visible(positions[:, at], slots, block.attention.window)
+        y, layer = block(x[:, at], rotary(positions[:, at]), mask, layer, jnp.asarray(at.start, jnp.int32))
+        outputs.append(y)
+    return jnp.concatenate(outputs, axis=1), layer
+
+
+@pytest.mark.parametrize(
+    ("layout", "all_reduces", "devices", "dtype"),
+    [
+        pytest.param(layout, all_reduces, devices, dtype, id=f"{name}_{devices}_{dtype}")
+        for name, layout, all_reduces in (("heads", HEADS, 2), ("head_dim", HEAD_DIM, 3))
+        for devices, dtype in ((2, "float32"), (4, "float32"), (4, "bfloat16"))
+    ],
+)
+def test_a_block_on_several_devices_is_the_one_on_one(layout, all_reduces, devices, dtype):
+    """By heads a block adds up twice: after attention and after the feed-forward layer; by `head_dim` the scores too.
+
+    The cache is split as the heads are, and the angles as `head_dim` is.
+    """
+    strategy = Strategy(layout)
+    model = small_model(config=CONFIG, dtype=dtype)
+    block, rotary = model.blocks[0], model.rotary
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 7, CONFIG.embed)), dtype)
+    buffer = jnp.zeros((1, CONFIG.kv_heads, KV_SEQ, CONFIG.head_dim), dtype)
+    layer = LayerCache(buffer, buffer, jnp.dtype(dtype))
+    expected, expected_layer = eqx.filter_jit(_apply)(with_strategy(block, SINGLE), rotary, x, layer)
+
+    split = strategy.spec("batch kv_heads kv_seq head_dim")
+    layers = jax.tree.map(lambda buffer: split, layer)
+    block = with_strategy(block, strategy)
+    in_specs = (specs(block), jax.tree.map(lambda angles: strategy.spec("head_dim"), rotary), P(), layers)
+    (found, found_layer), collectives = sharded(
+        _apply, mesh(devices), (block, rotary, x, layer), in_specs, (P(), layers)
+    )
+    assert collectives == {"all_reduce": 2 * all_reduces}
+    bound = 2e-6 if dtype == "float32" else 2**-6
+    assert relative_error(found, expected) < bound
+    assert relative_error(found_layer.k, expected_layer.k) < bound
+    assert found_layer.k.addressable_shards[0].data.size == buffer.size // devices
+    assert block.attention.scale == pytest.approx(CONFIG.head_dim**-0.5)
