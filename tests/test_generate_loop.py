@@ -45,10 +45,10 @@ def test_greedy_tokens_are_those_of_forward_passes_over_the_whole_text(changes):
 
 
 def test_prompts_that_are_read_in_several_pieces_and_fill_the_context():
-    model = talking_model(max_positions=526)
-    prompts = random_prompts(520, 40)
+    model = talking_model(max_positions=1006)
+    prompts = random_prompts(1000, 40)
     out = generate(model, prompts, max_new_tokens=6)
-    assert out.tokens.tolist() == greedy_without_cache(model, prompts, 6, width=526)
+    assert out.tokens.tolist() == greedy_without_cache(model, prompts, 6, width=1006)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])

@@ -121,14 +121,16 @@ def test_the_filter_does_what_its_definition_says(seed, spread, ties, temperatur
 
 def test_a_top_p_of_one_leaves_out_nothing_of_a_large_vocabulary(getkey):
     # Summed from the likeliest on, the probabilities of so many tokens reach 1 long before the last of them.
-    logits = jr.normal(getkey(), (1, 50_000)) * 3
+    logits = jr.normal(getkey(), (8, 50_000)) * 3
     assert np.isfinite(filtered(Sampler(top_p=1.0), logits)).all()
 
 
 def test_top_p_tells_tokens_apart_that_are_nearly_as_likely():
     logits = np.concatenate([[-80], np.linspace(0, 1e-3, 50)]).astype(np.float32)
-    kept = np.isfinite(filtered(Sampler(top_p=0.51), logits[None])[0])
-    assert np.flatnonzero(kept).tolist() == list(range(25, 51))
+    # Each of fifty has a fiftieth of the probability; the last ones are the likeliest.
+    for number in (5, 17, 26, 40, 49):
+        kept = np.isfinite(filtered(Sampler(top_p=(number - 0.5) / 50), logits[None])[0])
+        assert np.flatnonzero(kept).tolist() == list(range(51 - number, 51))
 
 
 def test_a_sampler_without_arguments_takes_the_likeliest(getkey):
