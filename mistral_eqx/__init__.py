@@ -1,8 +1,9 @@
 """Mistral-family language models in JAX and Equinox."""
 
 from . import nn as nn
-from .checkpoint import convert as convert, load as load, save as save
+from .checkpoint import load as load, save as save
 from .config import MistralConfig as MistralConfig
+from .conversion import convert as convert
 from .generate import (
     Conversation as Conversation,
     Generated as Generated,

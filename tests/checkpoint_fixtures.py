@@ -8,6 +8,7 @@ import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fixtures.text import tiny as vocabularies
 
 from mistral_eqx.checkpoint.loading import path_of
 from mistral_eqx.checkpoint.names import rows
@@ -65,8 +66,11 @@ def assert_same_weights(first, second):
         assert array.tobytes() == second[path].tobytes(), path
 
 
-def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, *, metadata=(), tensors=()):
-    """Writes a model as llama.cpp's converter does: matrices of one kind, vectors in float32."""
+def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, *, metadata=(), tensors=(), vocabulary=None):
+    """Writes a model as llama.cpp's converter does: matrices of one kind, vectors in float32.
+
+    Unless a vocabulary is given, there are only names of tokens, from which no tokenizer can be made.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.layers)
@@ -80,10 +84,13 @@ def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, *, metadata=(), 
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_token_list([f"token {number}" for number in range(config.vocab)])
-    writer.add_token_scores([0.5] * config.vocab)
-    writer.add_bos_token_id(config.bos_id)
-    writer.add_eos_token_id(config.eos_ids[0])
+    if vocabulary is None:
+        writer.add_token_list([f"token {number}" for number in range(config.vocab)])
+        writer.add_token_scores([0.5] * config.vocab)
+        writer.add_bos_token_id(config.bos_id)
+        writer.add_eos_token_id(config.eos_ids[0])
+    else:
+        vocabularies.add_vocabulary(writer, vocabulary)
     for key, value in metadata:
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     arrays = weights(model)

@@ -100,14 +100,15 @@ def test_an_unknown_format(getkey, tmp_path):
     assert listing(tmp_path) == []
 
 
-def test_companions_are_copied_along(getkey, tmp_path):
+def test_more_files_appear_with_the_conversion(getkey, tmp_path):
     save(random_model(tiny(), getkey()), tmp_path / "hf")
-    names = ["tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tekken.json", "generation_config.json"]
-    for name in (*names, "README.md", "secret.txt"):
-        (tmp_path / "hf" / name).write_text(name)
-    convert(tmp_path / "hf", tmp_path / "out", format="mistral")
-    assert listing(tmp_path / "out") == sorted([*names, "params.json", "consolidated.safetensors"])
-    assert (tmp_path / "out" / "tekken.json").read_text() == "tekken.json"
+
+    def add(folder):
+        assert not (tmp_path / "out").exists()
+        (folder / "more.txt").write_text("more")
+
+    convert(tmp_path / "hf", tmp_path / "out", format="mistral", finish=add)
+    assert listing(tmp_path / "out") == ["consolidated.safetensors", "more.txt", "params.json"]
 
 
 def test_conversion_reports_every_byte(getkey, tmp_path):

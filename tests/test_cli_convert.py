@@ -1,6 +1,8 @@
 import equinox as eqx
 import pytest
+from checkpoint_fixtures import random_model, tiny as tiny_config, write_gguf
 from cli_fixtures import assert_refused, run, save_tiny_model
+from fixtures.text import tiny as vocabularies
 
 import mistral_eqx as mx
 
@@ -20,6 +22,34 @@ def test_there_and_back_is_the_same_model(tiny, tmp_path):
     assert (tmp_path / "hf" / "config.json").exists()
     assert (tmp_path / "hf" / "tokenizer.json").exists()
     assert eqx.tree_equal(mx.load(tiny), mx.load(tmp_path / "mistral"), mx.load(tmp_path / "hf"))
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_what_comes_out_of_a_gguf_generates_the_same_text(getkey, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("mistral_eqx.cli.loading._keep_compiled_programs", lambda: None)
+    metadata = getattr(vocabularies, f"{kind}_metadata")(chat_template=vocabularies.CHATML)
+    model = random_model(tiny_config(vocab=len(metadata["tokens"])), getkey())
+    source = write_gguf(tmp_path / "model.gguf", model, vocabulary=metadata)
+    result = run("convert", source, tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"Wrote {tmp_path / 'out'} (")
+    for command in (["generate", "hello the 12"], ["chat"]):
+        texts = [
+            run(*command, "--model", model, "-n", 12, input="hello\n").stdout for model in (source, tmp_path / "out")
+        ]
+        assert texts[0] == texts[1]
+        assert len(texts[0]) > 1
+
+
+def test_a_vocabulary_that_cannot_be_read_may_be_left_out(getkey, tmp_path):
+    metadata = vocabularies.byte_level_metadata(pre="chameleon")
+    model = random_model(tiny_config(vocab=len(metadata["tokens"])), getkey())
+    source = write_gguf(tmp_path / "model.gguf", model, vocabulary=metadata)
+    assert_refused(run("convert", source, tmp_path / "out"), "'chameleon'", "leave the tokenizer out (--no-tokenizer).")
+    assert not (tmp_path / "out").exists()
+    assert run("convert", source, tmp_path / "out", "--no-tokenizer").exit_code == 0
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_dtype_and_shard_size_are_kept(tiny, tmp_path):

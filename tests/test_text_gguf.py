@@ -54,7 +54,7 @@ def test_token_that_is_no_text(tmp_path):
     token = tiny.sentencepiece_metadata()["tokens"][-1].encode()
     content = path.read_bytes()
     path.write_bytes(content.replace(token, b"\xff" * len(token)))
-    with pytest.raises(ValueError, match="is damaged: its vocabulary has the token .*, no UTF-8"):
+    with pytest.raises(ValueError, match=r"is damaged: its vocabulary has the token .*, no UTF-8"):
         load_tokenizer(path)
 
 

@@ -1,5 +1,6 @@
 """The same ids and texts as transformers'."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 from fixtures.text import templates, tiny
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
+from mistral_eqx import presets
 from mistral_eqx.text import encode_chat, load_tokenizer, render_chat
 
 
@@ -102,6 +104,75 @@ def test_the_template_of_smollm2(smollm2_path, smollm2):
     assert ids != smollm2.apply_chat_template(hostile, add_generation_prompt=True, return_dict=False)
     assert tokenizer.decode(ids, skip_special=False) == render_chat(tokenizer, hostile)
     assert (ids.count(1), ids.count(2)) == (3, 2)
+
+
+def save_with_config(tokenizer, folder):
+    """What a conversion writes, but the weights."""
+    config = dataclasses.replace(
+        presets.PRESETS["gpt-nano"], vocab=tokenizer.vocab, bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids
+    )
+    tokenizer.save(folder)
+    tiny.write_json(folder / "config.json", config.to_hf())
+
+
+def test_transformers_loads_the_tokenizer_of_smollm2_that_is_written(transformers, smollm2_path, tmp_path):
+    tokenizer = load_tokenizer(smollm2_path)
+    save_with_config(tokenizer, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == tokenizer.vocab
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_ids[0])
+    for case in tiny.RECORDED:
+        ids = theirs(case["text"]).input_ids
+        assert ids == tokenizer.encode(case["text"], parse_special=True)
+        # The recorded ids are those of a text whose control tokens are letters.
+        assert theirs.decode(case["ids"]) == tokenizer.decode(case["ids"], skip_special=False) == case["text"]
+        if not any(name in case["text"] for name in tokenizer.control_tokens):
+            assert ids == case["ids"]
+    for conversation in templates.CONVERSATIONS:
+        text = theirs.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        assert text == render_chat(tokenizer, conversation)
+        ids = theirs.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+        assert ids == encode_chat(tokenizer, conversation)
+
+
+def test_transformers_starts_a_text_where_the_file_says_so(transformers, tmp_path):
+    metadata = tiny.byte_level_metadata(add_bos_token=True, pre="llama-bpe", eot_token_id=0)
+    tokenizer = load_tokenizer(tiny.write_gguf(tmp_path / "tiny.gguf", **metadata))
+    save_with_config(tokenizer, tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in tiny.TEXTS:
+        assert theirs(text).input_ids == tokenizer.encode(text, parse_special=True)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 0]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"])
+def test_transformers_loads_a_sentencepiece_vocabulary_that_is_written(transformers, data, tmp_path, name):
+    """Of a model of type `mistral`, where a `tokenizer.model` alone would lose the space in front."""
+    original = load_tokenizer(data / name)
+    processor = original._first
+    kinds = {tiny.UNKNOWN: processor.is_unknown, tiny.CONTROL: processor.is_control, tiny.BYTE: processor.is_byte}
+    ids = range(original.vocab)
+    metadata = tiny.sentencepiece_metadata(
+        tokens=[processor.id_to_piece(id) for id in ids],
+        scores=[processor.get_score(id) for id in ids],
+        token_type=[next((kind for kind, holds in kinds.items() if holds(id)), tiny.NORMAL) for id in ids],
+        chat_template=templates.MISTRAL_3,
+    )
+    tokenizer = load_tokenizer(tiny.write_gguf(tmp_path / "tiny.gguf", **metadata))
+    save_with_config(tokenizer, tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    again = load_tokenizer(tmp_path / "out")
+    for text in [*tiny.TEXTS, *(" " * count + "a" for count in range(1, 40)), "[INST] Hi[/INST] Yo</s>[INST]b[/INST]"]:
+        assert again.encode(text) == original.encode(text)
+        ids = original.encode(text, parse_special=True)
+        assert again.encode(text, parse_special=True) == ids
+        # transformers takes the name of the unknown token for the token.
+        if "<unk>" not in text:
+            assert theirs(text).input_ids == ids
+        assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids) == again.decode(ids)
+    for conversation in templates.CONVERSATIONS:
+        ids = theirs.apply_chat_template(conversation, return_dict=False)
+        assert encode_chat(again, conversation) == encode_chat(tokenizer, conversation) == ids
 
 
 def test_a_mistral_template_on_its_own_vocabulary(transformers, data, tmp_path):

@@ -56,12 +56,24 @@ def test_settings_beside_the_file(tmp_path):
     tiny.write_json(tmp_path / "generation_config.json", {"eos_token_id": [3, 2]})
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.adds_bos, tokenizer.chat_template, tokenizer.eos_ids) == (False, "{{ 1 }}", (2, 3))
+    tiny.write_json(tmp_path / "special_tokens_map.json", {"bos_token": {"content": "[INST]"}, "eos_token": "[REF]"})
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (3, (260, 2, 3))
 
 
 def test_tokens_that_the_file_does_not_have_are_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(tiny.sentencepiece_model())
     tiny.write_json(tmp_path / "added_tokens.json", {"<extra>": len(tiny.PIECES), "</s>": 2})
     with pytest.raises(ValueError, match=r"adds '<extra>' to the tokens of tokenizer\.model, which does not have it"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_named_token_that_the_file_does_not_have_is_refused(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(tiny.sentencepiece_model())
+    tiny.write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<|im_end|>"})
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.model name the token '<\|im_end\|>', which it does not have; use a"
+    ):
         load_tokenizer(tmp_path)
 
 

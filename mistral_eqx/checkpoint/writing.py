@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -26,19 +25,6 @@ from .staging import staged
 
 
 Format = Literal["hf", "mistral"]
-
-# What else belongs to a model: its tokenizer, its chat template, and the defaults of text generation.
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model*",
-    "tekken.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +51,8 @@ def save(
 ):
     """Writes a model to a folder that other programs can read.
 
-    Loading it gives every weight bit for bit. The tokenizer is no part of the model: copy its files into the folder.
+    Loading it gives every weight bit for bit. The tokenizer is no part of the model:
+    [`mistral_eqx.text.AbstractTokenizer.save`][] writes it into the same folder.
 
     **Arguments:**
 
@@ -118,10 +105,9 @@ def convert(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     progress: Progress | None = None,
+    finish: Callable[[Path], None] | None = None,
 ):
-    """Writes a checkpoint in another format or dtype. The model is never in memory, only a few rows of it.
-
-    Files of the tokenizer that lie beside the weights are copied along.
+    """Writes config and weights of a checkpoint in another format or dtype; [`mistral_eqx.convert`][] has more.
 
     **Arguments:**
 
@@ -129,6 +115,7 @@ def convert(
     - `target`, `format`, `max_shard_size`, `overwrite`: as for [`mistral_eqx.save`][].
     - `dtype`: of all weights; the source's main dtype unless given, and float32 for quantised files.
     - `progress`: called after each tensor with the bytes read so far and those there are in all.
+    - `finish`: called with the folder that will be `target`, to put more into it before it appears.
 
     **Raises:** `ValueError` that names what is wrong with the source, or if the target may not be written.
     """
@@ -146,10 +133,8 @@ def convert(
     tensors = [_from_source(part, wanted, format, report) for part in found]
     with staged(target, overwrite=overwrite) as folder:
         _write(folder, checkpoint.config, tensors, format, max_shard_size)
-        if checkpoint.path.is_dir():
-            for pattern in _COMPANIONS:
-                for file in checkpoint.path.glob(pattern):
-                    shutil.copyfile(file, folder / file.name)
+        if finish is not None:
+            finish(folder)
 
 
 def _from_array(row: Row, array: jax.Array | np.ndarray, config: MistralConfig, format: Format) -> _Tensor:

@@ -27,28 +27,29 @@ def convert(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="The most a file of weights may have, such as 5GB.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Write config and weights alone.")] = False,
     debug: options.Debug = False,
 ):
     """Write a checkpoint in another format.
 
-    The model is never in memory as a whole, and the files of its tokenizer are copied along. The target appears under
-    its name only when it is complete.
+    The model is never in memory as a whole. Its tokenizer goes along, also one that is in a .gguf file. The target
+    appears under its name only when it is complete.
     """
-    from ..checkpoint import convert
+    import mistral_eqx as mx
+
     from .loading import locate
     from .progress import progress_bar
 
     path = locate(source)
     with progress_bar("Converting") as bar:
-        convert(
+        mx.convert(
             path,
             target,
             format=format.value,
             dtype=dtype,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
+            tokenizer=not no_tokenizer,
             progress=bar,
         )
     typer.echo(f"Wrote {target} ({sum(file.stat().st_size for file in target.iterdir()) / 1e6:,.0f} MB).", err=True)
-    if path.suffix.lower() == ".gguf":
-        typer.echo(f"The tokenizer stays in {path}; put the original model's beside the weights.", err=True)

@@ -1,9 +1,11 @@
 """What a user sees when something is wrong: one sentence, and exit code 2."""
 
+import contextlib
 import os
 import re
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -16,8 +18,10 @@ _UsageError: Any = typer.BadParameter.__base__
 
 # A message of the library names its argument; here that is an option. A path that has such a word stays as it is.
 _ARGUMENT = re.compile(
-    r"(?<![^\s(])(max_new_tokens|top_k|top_p|max_shard_size|^temperature|(?<=\()overwrite)(?![^\s,;.)])"
+    r"(?<![^\s(])(max_new_tokens|top_k|top_p|max_shard_size|^temperature|(?<=\()(?:overwrite|tokenizer=False))"
+    r"(?![^\s,;.)])"
 )
+_OPTIONS = {"tokenizer=False": "--no-tokenizer"}
 
 
 class OneSentence(TyperGroup):
@@ -27,27 +31,43 @@ class OneSentence(TyperGroup):
     a signal ends, both without a word.
     """
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args:
+            return super().parse_args(ctx, args)  # which shows the help
+        with _one_sentence(ctx):
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _one_sentence(ctx):
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-        except BrokenPipeError:
-            # Else Python would try to write the rest at exit, and complain.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(141) from None
-        except _UsageError as error:
-            _end(error.format_message())
-        except OSError as error:
-            if ctx.meta.get(DEBUG):
-                raise
-            _end(f"{error.filename or 'A file'} cannot be used: {error.strerror or error}.")
-        except ValueError as error:
-            if ctx.meta.get(DEBUG):
-                raise
-            _end(_ARGUMENT.sub(lambda name: "--" + name[0].replace("_", "-"), str(error)))
 
 
-def _end(sentence: str):
+@contextlib.contextmanager
+def _one_sentence(ctx: Any) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        # Else Python would try to write the rest at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from None
+    except _UsageError as error:
+        _end(error.format_message())
+    except OSError as error:
+        if ctx.meta.get(DEBUG):
+            raise
+        _end(f"{error.filename or 'A file'} cannot be used: {error.strerror or error}.")
+    except ValueError as error:
+        if ctx.meta.get(DEBUG):
+            raise
+        _end(_ARGUMENT.sub(lambda name: _option(name[0]), str(error)))
+
+
+def _option(argument: str) -> str:
+    return _OPTIONS.get(argument, "--" + argument.replace("_", "-"))
+
+
+def _end(sentence: str) -> NoReturn:
     typer.echo(f"Error: {' '.join(sentence.split())}", err=True)
     raise typer.Exit(2)

@@ -4,17 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from ..checkpoint.gguf import read_gguf
-from .huggingface import HuggingFaceTokenizer
+from .huggingface import SPACE_PREFIX, HuggingFaceTokenizer
 from .pre_tokenizers import PRE_TOKENIZERS
 from .sentencepiece import SentencePieceTokenizer
-from .sentencepiece_model import write_model
+from .sentencepiece_model import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, write_model
 from .tokenizer import AbstractTokenizer
-
-
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 
 def read_gguf_tokenizer(path: Path) -> AbstractTokenizer:
@@ -49,15 +46,17 @@ def _sentencepiece(metadata: Mapping[str, Any], path: Path) -> SentencePieceToke
     tokens, types = _required(metadata, "tokens", path), _required(metadata, "token_type", path)
     scores = _required(metadata, "scores", path)
     _same_length(path, tokens=tokens, token_type=types, scores=scores)
-    normal = [score for score, kind in zip(scores, types, strict=True) if kind == _NORMAL]
+    normal = [score for score, kind in zip(scores, types, strict=True) if kind == NORMAL]
     if len(normal) > 1 and min(normal) == max(normal):
         raise ValueError(
             f"All scores of the vocabulary of {path} are equal (tokenizer.ggml.scores), so it does not say which "
             "tokens to join first; use the model's folder with its tokenizer.json."
         )
     bos_id, eos_ids = _ends(metadata, path, len(tokens))
+    eos_id = metadata.get("tokenizer.ggml.eos_token_id")
+    pieces = list(zip(tokens, scores, types, strict=True))
     model = write_model(
-        list(zip(tokens, scores, types, strict=True)),
+        pieces,
         add_dummy_prefix=metadata.get("tokenizer.ggml.add_space_prefix", True),
         remove_extra_whitespaces=metadata.get("tokenizer.ggml.remove_extra_whitespaces", False),
         precompiled_charsmap=bytes(metadata.get("tokenizer.ggml.precompiled_charsmap", [])),
@@ -65,10 +64,12 @@ def _sentencepiece(metadata: Mapping[str, Any], path: Path) -> SentencePieceToke
     return SentencePieceTokenizer(
         model,
         name=str(path),
-        bos_id=bos_id,
+        bos_token=None if bos_id is None else tokens[bos_id],
+        eos_token=None if eos_id is None else tokens[eos_id],
         eos_ids=eos_ids,
         adds_bos=metadata.get("tokenizer.ggml.add_bos_token", True),
         chat_template=metadata.get("tokenizer.chat_template"),
+        pieces=pieces,
     )
 
 
@@ -91,14 +92,17 @@ def _byte_level(metadata: Mapping[str, Any], path: Path) -> HuggingFaceTokenizer
         tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=cutting.ignores_merges))
     except Exception as error:  # the library raises nothing more precise
         raise ValueError(f"The merges of {path} do not fit its vocabulary ({error}); fetch it again.") from error
-    if (normalizer := cutting.normalizer()) is not None:
-        tokenizer.normalizer = normalizer
+    changes = cutting.normalizers()
+    if metadata.get("tokenizer.ggml.add_space_prefix", False):
+        changes += SPACE_PREFIX
+    if changes:
+        tokenizer.normalizer = normalizers.Sequence(changes)
     tokenizer.pre_tokenizer = cutting.build()
     tokenizer.decoder = decoders.ByteLevel()
     kinds = [(token, kind) for token, kind in zip(tokens, types, strict=True) if token]
-    special = [token for token, kind in kinds if kind in (_UNKNOWN, _CONTROL)]
+    special = [token for token, kind in kinds if kind in (UNKNOWN, CONTROL)]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    own = [token for token, kind in kinds if kind == _USER_DEFINED]
+    own = [token for token, kind in kinds if kind == USER_DEFINED]
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in own])
     bos_id, eos_ids = _ends(metadata, path, len(tokens))
     return HuggingFaceTokenizer(
@@ -108,7 +112,6 @@ def _byte_level(metadata: Mapping[str, Any], path: Path) -> HuggingFaceTokenizer
         eos_ids=eos_ids,
         adds_bos=bos_id is not None and metadata.get("tokenizer.ggml.add_bos_token", cutting.adds_bos),
         chat_template=metadata.get("tokenizer.chat_template"),
-        prefixes_space=metadata.get("tokenizer.ggml.add_space_prefix", False),
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, final
 
-from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
 from .settings import read_json, read_settings
 from .tokenizer import AbstractTokenizer, control_pattern
@@ -23,6 +23,10 @@ def _byte_level() -> dict[str, int]:
 
 _BYTES = _byte_level()
 
+# Put a space in front of a text that starts without white space. (The library cannot replace nothing by something.)
+SPACE_PREFIX = [normalizers.Prepend(" "), normalizers.Replace(Regex(r"\A (?=\s)"), "")]
+_PREFIX_STEPS = [json.loads(step.__getstate__()) for step in SPACE_PREFIX]
+
 
 @final
 class HuggingFaceTokenizer(AbstractTokenizer):
@@ -37,14 +41,12 @@ class HuggingFaceTokenizer(AbstractTokenizer):
         eos_ids: Iterable[int],
         adds_bos: bool,
         chat_template: str | None = None,
-        prefixes_space: bool = False,
     ):
         """**Arguments:**
 
         - `tokenizer`: will be changed so that names of control tokens in a text are text.
         - `name`: where it came from, for messages.
         - `bos_id`, `eos_ids`, `adds_bos`, `chat_template`: as in `AbstractTokenizer`.
-        - `prefixes_space`: whether a text that starts without white space gets a space in front.
 
         **Raises:** `ValueError` if its decoder is of a kind that cannot be run token by token.
         """
@@ -55,7 +57,6 @@ class HuggingFaceTokenizer(AbstractTokenizer):
         self._later = _without_prefix(tokenizer)
         self._byte_level, self._strips = _decoding(tokenizer, name)
         self._added = tokenizer.get_added_tokens_decoder()
-        self._prefixes_space = prefixes_space
         self.name = name
         self.vocab = max(tokenizer.get_vocab_size(with_added_tokens=True), *(id + 1 for id in self._added), 0)
         self.bos_id = bos_id
@@ -67,8 +68,6 @@ class HuggingFaceTokenizer(AbstractTokenizer):
         self.release_file = None
 
     def encode_plain(self, text: str, *, first: bool) -> list[int]:
-        if self._prefixes_space and first and text and not text[0].isspace():
-            text = f" {text}"
         return (self._first if first else self._later).encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, id: int, *, first: bool) -> bytes:
@@ -83,6 +82,16 @@ class HuggingFaceTokenizer(AbstractTokenizer):
         if first and self._strips:
             token = token.removeprefix(_SPACE)
         return token.replace(_SPACE, " ").encode()
+
+    def write_vocabulary(self, folder: Path) -> Mapping[str, Any]:
+        if self.adds_bos and self.bos_id is not None and self._first.post_processor is None:
+            # Where other programs look for what starts a text; here it is never run.
+            token = self._first.id_to_token(self.bos_id)
+            self._first.post_processor = processors.TemplateProcessing(
+                single=[token, "$A"], pair=[token, "$A", f"{token}:1", "$B:1"], special_tokens=[(token, self.bos_id)]
+            )
+        self._first.save(str(folder / "tokenizer.json"))
+        return {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def _pattern(tokens: Iterable[AddedToken]):
@@ -104,21 +113,18 @@ def _pattern(tokens: Iterable[AddedToken]):
 
 def _without_prefix(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer for what follows a control token, where a space in front is only for the start of a text."""
-
-    def is_first(step: Mapping[str, Any]) -> bool:
-        return step["type"] == "Metaspace" and step["prepend_scheme"] == "first"
-
-    def changed(step: Mapping[str, Any]) -> dict[str, Any]:
-        return {**step, "prepend_scheme": "never"} if is_first(step) else dict(step)
-
-    if not any(is_first(step) for step in _steps(tokenizer.pre_tokenizer, "pretokenizers")):
+    normalizing = _steps(tokenizer.normalizer, "normalizers")
+    cutting = _steps(tokenizer.pre_tokenizer, "pretokenizers")
+    prefixed = all(step in normalizing for step in _PREFIX_STEPS)
+    kept = [step for step in normalizing if not prefixed or step not in _PREFIX_STEPS]
+    changed = [
+        {**step, "prepend_scheme": "never"} if step.get("prepend_scheme") == "first" else step for step in cutting
+    ]
+    if kept == normalizing and changed == cutting:
         return tokenizer
     content = json.loads(tokenizer.to_str())
-    step = content["pre_tokenizer"]
-    if step["type"] == "Sequence":
-        step["pretokenizers"] = [changed(inner) for inner in step["pretokenizers"]]
-    else:
-        content["pre_tokenizer"] = changed(step)
+    content["normalizer"] = {"type": "Sequence", "normalizers": kept}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": changed}
     later = Tokenizer.from_str(json.dumps(content))
     later.encode_special_tokens = True
     return later

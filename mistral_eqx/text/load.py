@@ -28,9 +28,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> AbstractTokenizer:
 
     **Raises:** `ValueError` if there is nothing at `path`, or nothing that is known, or it is damaged.
     """
-    path = locate(path)
-    if path.is_dir():
-        path = _in_folder(path)
+    path = tokenizer_file(locate(path))
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty; fetch it again.")
     if path.suffix.lower() == ".gguf":
@@ -42,7 +40,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> AbstractTokenizer:
     raise ValueError(f"{path} is no tokenizer by its name: {_KNOWN}.")
 
 
-def _in_folder(folder: Path) -> Path:
+def tokenizer_file(path: Path) -> Path:
+    """`path` itself, or the file in the folder `path` from which its tokenizer is read.
+
+    **Raises:** `ValueError` if the folder has none.
+    """
+    if not path.is_dir():
+        return path
+    folder = path
     for name in ("tokenizer.json", "tekken.json"):
         if (folder / name).is_file():
             return folder / name

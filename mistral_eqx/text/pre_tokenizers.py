@@ -27,9 +27,9 @@ class PreTokenizer:
         cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.patterns]
         return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
-    def normalizer(self) -> normalizers.Normalizer | None:
+    def normalizers(self) -> list[normalizers.Normalizer]:
         """What is done to a text before it is cut."""
-        return normalizers.NFC() if self.composes else None
+        return [normalizers.NFC()] if self.composes else []
 
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

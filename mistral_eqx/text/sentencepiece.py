@@ -1,16 +1,20 @@
 """Vocabularies that the sentencepiece library reads."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from sentencepiece import SentencePieceProcessor
 
+from .huggingface import HuggingFaceTokenizer
+from .sentencepiece_merges import with_merges
 from .settings import read_settings
 from .tokenizer import AbstractTokenizer, control_pattern
 
 
 _SPACE = "\u2581"
+# What a model would change that changes more of a text than its spaces.
+_PROBE = " A  \u212b\u2460\ufb01e\u0301\u3000 "
 # A message of protobuf takes fields that come after it as its own: `normalizer_spec { add_dummy_prefix: false }`.
 _WITHOUT_PREFIX = b"\x1a\x02\x18\x00"
 
@@ -28,21 +32,25 @@ class SentencePieceTokenizer(AbstractTokenizer):
         model: bytes,
         *,
         name: str,
-        bos_id: int | None = None,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
         eos_ids: Iterable[int] = (),
         adds_bos: bool = True,
         chat_template: str | None = None,
         release_file: Path | None = None,
+        pieces: Sequence[tuple[str, float, int]] | None = None,
     ):
         """**Arguments:**
 
         - `model`: the content of a `.model` file.
         - `name`: where it came from, for messages.
-        - `bos_id`: overrides what `model` says.
-        - `eos_ids`: tokens that end a text, beside the one of `model`.
+        - `bos_token`: the token that starts a text, if it is not the one of `model`.
+        - `eos_token`, `eos_ids`: tokens that end a text, beside the one of `model`.
         - `adds_bos`, `chat_template`, `release_file`: as in `AbstractTokenizer`.
+        - `pieces`: text, score and type of each token, if `model` was made of them. From these `save` makes a
+            `tokenizer.json` too, unless the model changes texts before it cuts them.
 
-        **Raises:** `ValueError` if `model` is no sentencepiece model.
+        **Raises:** `ValueError` if `model` is no sentencepiece model, or does not have one of the tokens.
         """
         try:
             self._first = SentencePieceProcessor(model_proto=model)
@@ -58,14 +66,24 @@ class SentencePieceTokenizer(AbstractTokenizer):
         controls = [id for id in range(self.vocab) if self._first.is_control(id)]
         self.control_tokens = {self._first.id_to_piece(id): id for id in controls}
         self.control_pattern = control_pattern([("", self.control_tokens, "")])
-        own_bos = self._first.bos_id()
-        self.bos_id = bos_id if bos_id is not None else own_bos if own_bos >= 0 else None
-        own = [id for id in [self._first.eos_id()] if id >= 0]
-        self.eos_ids = tuple(dict.fromkeys([*own, *eos_ids]))
+        bos_id = self._first.bos_id() if bos_token is None else self._id(bos_token)
+        self.bos_id = bos_id if bos_id >= 0 else None
+        named = [] if eos_token is None else [self._id(eos_token)]
+        self.eos_ids = tuple(dict.fromkeys(id for id in [*named, self._first.eos_id(), *eos_ids] if id >= 0))
         self.adds_bos = adds_bos and self.bos_id is not None
         self.chat_template = chat_template
         self.release_file = release_file
+        self._pieces = pieces
         self._strips = self._first.encode("a") != self._later.encode("a")
+
+    def _id(self, token: str) -> int:
+        id = self._first.piece_to_id(token)
+        if self._first.id_to_piece(id) != token:
+            raise ValueError(
+                f"The settings beside {self.name} name the token {token!r}, which it does not have; "
+                "use a folder that has a tokenizer.json too."
+            )
+        return id
 
     def encode_plain(self, text: str, *, first: bool) -> list[int]:
         return (self._first if first else self._later).encode(text)
@@ -80,6 +98,23 @@ class SentencePieceTokenizer(AbstractTokenizer):
             piece = piece.removeprefix(_SPACE)
         return piece.replace(_SPACE, " ").encode()
 
+    def write_vocabulary(self, folder: Path) -> Mapping[str, Any]:
+        # The version at the end of a release file's name tells the format of its conversations.
+        version = self.release_file.name.rpartition(".model")[2] if self.release_file is not None else ""
+        (folder / f"tokenizer.model{version}").write_bytes(self._first.serialized_model_proto())
+        normalized = ((" " if self._strips else "") + _PROBE).replace(" ", _SPACE)
+        all_bytes = sum(self._first.is_byte(id) for id in range(self.vocab)) == 256
+        if self._pieces is None or not all_bytes or self._first.normalize(_PROBE) != normalized:
+            return {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": self._strips}
+        # From the other file transformers makes a tokenizer without the space in front, if the model's type is mistral.
+        return HuggingFaceTokenizer(
+            with_merges(self._pieces, add_prefix=self._strips),
+            name=self.name,
+            bos_id=self.bos_id,
+            eos_ids=self.eos_ids,
+            adds_bos=self.adds_bos,
+        ).write_vocabulary(folder)
+
 
 def read_sentencepiece(path: Path) -> SentencePieceTokenizer:
     """Reads a `.model` file and the settings beside it.
@@ -90,6 +125,8 @@ def read_sentencepiece(path: Path) -> SentencePieceTokenizer:
     tokenizer = SentencePieceTokenizer(
         path.read_bytes(),
         name=str(path),
+        bos_token=settings.bos_token,
+        eos_token=settings.eos_token,
         eos_ids=settings.eos_ids,
         adds_bos=settings.add_bos is not False,
         chat_template=settings.chat_template,

@@ -4,12 +4,13 @@ import struct
 from collections.abc import Iterable
 
 
+# The types of tokens, which GGUF numbers alike.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 # Numbers of the fields in sentencepiece_model.proto, and of BPE among the kinds of model.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _PIECE, _SCORE, _TYPE = 1, 2, 3
 _MODEL_TYPE, _BYTE_FALLBACK, _BPE = 3, 35, 2
 _CHARSMAP, _ADD_PREFIX, _REMOVE_SPACES = 2, 3, 4
-_BYTE = 6
 
 
 def write_model(
@@ -23,7 +24,7 @@ def write_model(
 
     **Arguments:**
 
-    - `pieces`: text, score and type of each token; sentencepiece and GGUF number the types alike.
+    - `pieces`: text, score and type of each token.
     - `add_dummy_prefix`: whether a text gets a space in front.
     - `remove_extra_whitespaces`: whether runs of spaces become one.
     - `precompiled_charsmap`: replacements of characters, in sentencepiece's own form.
@@ -32,7 +33,7 @@ def write_model(
     """
     pieces = list(pieces)
     # The library wants all 256 byte tokens or none.
-    byte_fallback = sum(kind == _BYTE for _, _, kind in pieces) == 256
+    byte_fallback = sum(kind == BYTE for _, _, kind in pieces) == 256
     message = b"".join(
         _bytes(_PIECES, _bytes(_PIECE, text.encode()) + _float(_SCORE, score) + _int(_TYPE, kind))
         for text, score, kind in pieces

@@ -2,9 +2,25 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+
+# All files, as patterns of their names, by which a folder says what its tokenizer is.
+FILES = (
+    "tokenizer.json",
+    "tekken.json",
+    "*.model",
+    "*.model.v[0-9]*",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# The model's, which lists all ids that end a text.
+GENERATION = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +63,7 @@ def _settings(folder: Path) -> Settings:
     tokenizer = read_json(folder / "tokenizer_config.json")
     special = read_json(folder / "special_tokens_map.json")
     # The model's configuration lists all ids that end a text where the tokenizer's names one.
-    model = {**read_json(folder / "config.json"), **read_json(folder / "generation_config.json")}
+    model = {**read_json(folder / "config.json"), **read_json(folder / GENERATION)}
     eos_ids = model.get("eos_token_id")
     added = {_text(token): int(id) for id, token in tokenizer.get("added_tokens_decoder", {}).items()}
     return Settings(
@@ -60,6 +76,44 @@ def _settings(folder: Path) -> Settings:
         added_tokens={text: id for text, id in added.items() if text is not None}
         | read_json(folder / "added_tokens.json"),
     )
+
+
+def write_settings(
+    folder: Path,
+    *,
+    bos: tuple[int, str] | None,
+    eos: Sequence[tuple[int, str]],
+    add_bos: bool,
+    chat_template: str | None,
+    **more: Any,
+):
+    """Writes `tokenizer_config.json`, and `generation_config.json` if several tokens end a text.
+
+    **Arguments:**
+
+    - `folder`: where.
+    - `bos`, `eos`: id and text of the token that starts a text, and of those that end one.
+    - `add_bos`, `chat_template`: as in `Settings`.
+    - `more`: other keys of `tokenizer_config.json`.
+    """
+    configuration = {
+        **more,
+        "bos_token": None if bos is None else bos[1],
+        "eos_token": eos[0][1] if eos else None,
+        "add_bos_token": add_bos,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    if chat_template is not None:
+        configuration["chat_template"] = chat_template
+    _write_json(folder / "tokenizer_config.json", configuration)
+    if len(eos) > 1:
+        ids = {"bos_token_id": None if bos is None else bos[0], "eos_token_id": [id for id, _ in eos]}
+        _write_json(folder / GENERATION, ids)
+
+
+def _write_json(path: Path, content: dict[str, Any]):
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _chat_template(folder: Path, configured: Any) -> str | None:

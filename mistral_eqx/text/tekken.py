@@ -1,8 +1,10 @@
 """Mistral's tekken vocabularies, through the mistral-common library."""
 
 import importlib.util
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from .settings import read_settings
 from .tokenizer import AbstractTokenizer, control_pattern
@@ -43,10 +45,14 @@ class TekkenTokenizer(AbstractTokenizer):
         names = {id: self._tekken.id_to_piece(id) for id in sorted(self._tekken.special_ids)}
         self.control_tokens = {name: id for id, name in names.items()}
         self.control_pattern = control_pattern([("", self.control_tokens, "")])
-        self.release_file = path
+        self.release_file = self._path = path
 
     def encode_plain(self, text: str, *, first: bool) -> list[int]:
         return self._tekken.encode(text, bos=False, eos=False)
 
     def token_bytes(self, id: int, *, first: bool) -> bytes:
         return self._tekken.id_to_byte_piece(id, special_token_policy=self._named)
+
+    def write_vocabulary(self, folder: Path) -> Mapping[str, Any]:
+        shutil.copyfile(self._path, folder / "tekken.json")
+        return {}

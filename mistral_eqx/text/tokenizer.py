@@ -3,16 +3,21 @@
 import abc
 import functools
 import operator
+import os
 import re
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
+
+from .settings import FILES, GENERATION, write_settings
 
 
 class AbstractTokenizer(abc.ABC):
     """Text to token ids and back.
 
-    To write your own, set the attributes in `__init__` and define `encode_plain` and `token_bytes`.
+    To write your own, set the attributes in `__init__` and define `encode_plain`, `token_bytes` and
+    `write_vocabulary`.
 
     **Attributes:**
 
@@ -58,6 +63,18 @@ class AbstractTokenizer(abc.ABC):
         - `first`: whether no token comes before it; sentencepiece then drops the space that it adds when it encodes.
 
         **Returns:** its bytes; for a control token those of its name.
+        """
+
+    @abc.abstractmethod
+    def write_vocabulary(self, folder: Path) -> Mapping[str, Any]:
+        """Writes the tokens, for [`mistral_eqx.text.AbstractTokenizer.save`][].
+
+        **Arguments:**
+
+        - `folder`: an empty one.
+
+        **Returns:** what `tokenizer_config.json` says beside the attributes, such as the `tokenizer_class` that
+        transformers is to take.
         """
 
     @functools.cached_property
@@ -131,6 +148,44 @@ class AbstractTokenizer(abc.ABC):
             if not (skip_special and id in self.special_ids):
                 parts.append(self.token_bytes(id, first=not parts))
         return b"".join(parts).decode(errors="replace")
+
+    def save(self, folder: str | os.PathLike[str]):
+        """Writes the files from which [`mistral_eqx.text.load_tokenizer`][] makes this tokenizer again.
+
+        They are those of Hugging Face: the vocabulary as `tokenizer.json`, `tokenizer.model` or `tekken.json`, and
+        `tokenizer_config.json` with the tokens that start and end a text and the chat template. Where several tokens
+        end a text, `generation_config.json` lists them.
+
+        **Arguments:**
+
+        - `folder`: that of a model, or another. It is made if it is not there; each file appears when it is complete.
+
+        **Raises:** `ValueError` if `folder` holds files of a tokenizer already, with which these would be mixed up.
+        """
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        names = (*FILES, GENERATION) if len(self.eos_ids) > 1 else FILES
+        if there := sorted(file.name for name in names for file in folder.glob(name)):
+            raise ValueError(
+                f"The folder {str(folder)!r} holds {there[0]!r} already; remove it, or give another folder."
+            )
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer.partial-") as partial:
+            more = self.write_vocabulary(Path(partial))
+            vocabulary = list(Path(partial).iterdir())
+            write_settings(
+                Path(partial),
+                bos=None if self.bos_id is None else (self.bos_id, self._name_of(self.bos_id)),
+                eos=[(id, self._name_of(id)) for id in self.eos_ids],
+                add_bos=self.adds_bos,
+                chat_template=self.chat_template,
+                **more,
+            )
+            # A vocabulary without its settings would be another tokenizer, so it comes last.
+            for file in sorted(Path(partial).iterdir(), key=vocabulary.__contains__):
+                file.rename(folder / file.name)
+
+    def _name_of(self, id: int) -> str:
+        return self.token_bytes(id, first=False).decode(errors="replace")
 
     def checked_id(self, id: SupportsIndex) -> int:
         """`id` as an int.
