@@ -122,6 +122,22 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tiny, tmp_path, arguments, wo
     assert_refused(result, *(word.format(**places) for word in words))
 
 
+def test_a_text_that_does_not_fit_is_refused_before_the_weights_are_read(tiny, monkeypatch):
+    monkeypatch.setattr(mx, "load", lambda *args, **options: pytest.fail("the weights were read"))
+    assert_refused(run("generate", "hi", "--model", tiny, "-n", 10_000), "10000 new ones", "context of 256 tokens")
+
+
+@pytest.mark.parametrize("arguments", [["--bogus"], ["--model", "x", "generate", "hi"], ["bogus"], ["--bogus", "chat"]])
+def test_a_mistake_before_the_command_is_one_sentence_too(arguments):
+    assert_refused(run(*arguments), "No such", arguments[0])
+
+
+def test_without_a_command_there_is_help():
+    result = run()
+    assert result.exit_code == 2
+    assert "Usage: mistral-eqx" in result.stderr
+
+
 def test_a_damaged_checkpoint_is_one_sentence(tiny, tmp_path):
     for file in tiny.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -181,6 +197,34 @@ def test_a_signal_and_a_closed_pipe_are_quiet(tmp_path):
     assert (interrupted.returncode, closed.returncode) == (130, 141)
     # Compiled programs are kept for the next run.
     assert any((tmp_path / "xla").iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the shell of Unix")
+@pytest.mark.parametrize(
+    ("arguments", "closed", "code"),
+    [
+        ("generate hi --model {tiny} -n 4", ">&-", 141),
+        ("inspect {tiny}", ">&-", 141),
+        ("--help", ">&-", 141),
+        ("convert {tiny} {out}", ">&-", 0),
+        ("generate hi --model {tiny} -n 4", "2>&-", 0),
+        ("generate --model {tiny}", "<&-", 2),
+        ("generate hi --model {tiny} -n 4", "<&- >&- 2>&-", 141),
+    ],
+)
+def test_a_closed_stream_is_quiet(tiny, tmp_path, arguments, closed, code):
+    places = {"tiny": tiny, "out": tmp_path / "out"}
+    done = subprocess.run(
+        f"{sys.executable} -m mistral_eqx {arguments.format(**places)} {closed}",
+        shell=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MISTRAL_EQX_CACHE": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
 
 
 def test_version():

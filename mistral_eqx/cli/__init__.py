@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import io
+import os
 import sys
 from typing import Annotated
 
@@ -47,8 +48,26 @@ def _options(
 
 def main():
     """Runs the command line on this process's arguments."""
+    _open_closed_streams()
     # A terminal that cannot show a character gets a question mark in its place, not an end in the middle of a text.
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="replace")
     app()
+
+
+def _open_closed_streams():
+    """Puts something in the place of a stream that was closed before the process began (`<&-`, `>&-`, `2>&-`).
+
+    Each takes the lowest number that is free, its own, before another file does.
+    """
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY))
+    if sys.stdout is None:
+        # Nobody reads what is written there, so it ends as a pipe does that nobody reads any more.
+        reading, writing = os.pipe()
+        os.close(reading)
+        sys.stdout = os.fdopen(os.dup(writing), "w")
+        os.close(writing)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")

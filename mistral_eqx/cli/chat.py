@@ -31,18 +31,20 @@ def chat(
 
     import mistral_eqx as mx
 
+    from ..checkpoint import open_checkpoint
     from ..generate import Conversation
     from ..text import Detokenizer, encode_chat
-    from .loading import load, load_tokenizer, locate
+    from .loading import load, locate
     from .report import Stopwatch
 
     sampler = mx.Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
     path = locate(model)
-    tokenizer = load_tokenizer(path)
+    # All that can be refused without the weights is refused before they are read.
+    open_checkpoint(path)
+    tokenizer = mx.load_tokenizer(path)
     opening = [] if system is None else [{"role": "system", "content": system}]
-    # A model without a chat template is refused before its weights are read.
     encode_chat(tokenizer, [*opening, {"role": "user", "content": "?"}])
     weights = load(path, dtype, check)
     interactive = sys.stdin.isatty()

@@ -35,8 +35,10 @@ def generate(
 
     import mistral_eqx as mx
 
+    from ..checkpoint import open_checkpoint
+    from ..generate.loop import check_context
     from ..text import Detokenizer
-    from .loading import load, load_tokenizer, locate
+    from .loading import load, locate
     from .report import Stopwatch
 
     sampler = mx.Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -44,8 +46,11 @@ def generate(
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
     path = locate(model)
     start = time.perf_counter()
-    tokenizer = load_tokenizer(path)
+    # All that can be refused without the weights is refused before they are read.
+    context = open_checkpoint(path).config.max_positions
+    tokenizer = mx.load_tokenizer(path)
     ids = tokenizer.encode(text)
+    check_context(len(ids), max_new_tokens, context)
     weights = load(path, dtype, check)
     loading = time.perf_counter() - start
 

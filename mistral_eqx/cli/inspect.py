@@ -74,8 +74,12 @@ def _show(description: dict[str, Any]):
     from rich.console import Console
     from rich.table import Table
 
+    class Output(Console):
+        def on_broken_pipe(self):
+            raise BrokenPipeError  # the command ends as any other does that nobody reads
+
     # In a pipe or a file nothing is cut to the width of a terminal that is not there.
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = Output(width=None if sys.stdout.isatty() else 160, highlight=False)
 
     def show(title: str, columns: dict[str, str], rows: list[tuple[str, ...]]):
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")

@@ -1,4 +1,4 @@
-"""From the name of a model to the model and its tokenizer, with progress bars."""
+"""From the name of a model to the model, with progress bars."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import typer
 
 if TYPE_CHECKING:
     from ..nn import Mistral
-    from ..text import AbstractTokenizer
 
 
 def locate(name: str) -> Path:
@@ -31,17 +30,6 @@ def locate(name: str) -> Path:
     if fetched:
         typer.echo(f"Fetched {name} ({fetched / 1e6:.0f} MB) to {path.parent}.", err=True)
     return path
-
-
-def load_tokenizer(path: Path) -> AbstractTokenizer:
-    """The tokenizer of the model at `path`; a folder without a model is refused as such, not for its tokenizer."""
-    import mistral_eqx as mx
-
-    from ..checkpoint import open_checkpoint
-
-    if path.is_dir():
-        open_checkpoint(path)
-    return mx.load_tokenizer(path)
 
 
 def load(path: Path, dtype: str | None, check: bool) -> Mistral:

@@ -167,12 +167,7 @@ class Request:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
-        longest, context = max(map(len, rows)), model.config.max_positions
-        if longest + max_new_tokens > context:
-            raise ValueError(
-                f"A prompt of {longest} tokens and {max_new_tokens} new ones are more than this model's context of "
-                f"{context} tokens; shorten the prompt or ask for fewer new tokens."
-            )
+        check_context(max(map(len, rows)), max_new_tokens, model.config.max_positions)
         batch = len(rows)
         if key is None:
             if not sampler.greedy:
@@ -217,6 +212,18 @@ class Request:
         """Decodes until there are `until` new tokens, or all rows have ended."""
         kept = (self.model, decoding, self.sampler, self.ends, jnp.asarray(until, jnp.int32))
         return decode(kept, cache)
+
+
+def check_context(longest: int, max_new_tokens: int, context: int):
+    """Refuses prompts of at most `longest` tokens that do not fit into the context with their new tokens.
+
+    **Raises:** `ValueError` that tells the three numbers.
+    """
+    if longest + max_new_tokens > context:
+        raise ValueError(
+            f"A prompt of {longest} tokens and {max_new_tokens} new ones are more than this model's context of "
+            f"{context} tokens; shorten the prompt or ask for fewer new tokens."
+        )
 
 
 def prompt_width(longest: int) -> int:
