@@ -38,7 +38,7 @@ def generate(
     from ..checkpoint import open_checkpoint
     from ..generate.loop import check_context
     from ..text import Detokenizer
-    from .loading import load, locate
+    from .loading import load, locate, precision
     from .report import Stopwatch
 
     sampler = mx.Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -52,7 +52,7 @@ def generate(
     ids = tokenizer.encode(text)
     check_context(len(ids), max_new_tokens, context)
     weights = load(path, dtype, check)
-    loading = time.perf_counter() - start
+    loaded = f"loaded in {time.perf_counter() - start:.2f} s as {precision(weights)}"
 
     detokenizer = Detokenizer(tokenizer)
     stopwatch = Stopwatch(len(ids))
@@ -72,7 +72,7 @@ def generate(
     except KeyboardInterrupt:
         interrupted = True
     _write(detokenizer.flush() + "\n")
-    typer.echo(stopwatch.line(loading), err=True)
+    typer.echo(stopwatch.line(loaded), err=True)
     if interrupted:
         raise typer.Exit(130)
 

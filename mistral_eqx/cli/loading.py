@@ -40,7 +40,25 @@ def load(path: Path, dtype: str | None, check: bool) -> Mistral:
 
     _keep_compiled_programs()
     with progress_bar("Loading") as bar:
-        return mx.load(path, dtype=dtype, check=check, progress=bar)
+        model = mx.load(path, dtype=dtype, check=check, progress=bar)
+    _multiply_as_stored(model)
+    return model
+
+
+def precision(model: Mistral) -> str:
+    """How the model's matrices are multiplied, in words."""
+    import jax
+
+    chosen = jax.config.values["jax_default_matmul_precision"]
+    return model.dtype.name if chosen is None else f"{model.dtype.name}, matmul precision {chosen}"
+
+
+def _multiply_as_stored(model: Mistral):
+    """Sees to it that float32 means float32: TPUs and recent GPUs multiply in fewer bits unless told otherwise."""
+    import jax
+
+    if model.dtype == "float32" and jax.config.values["jax_default_matmul_precision"] is None:
+        jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def _keep_compiled_programs():

@@ -23,7 +23,7 @@ class Stopwatch:
         self._times.append(time.perf_counter())
         self._compiling.append(_compiling().seconds)
 
-    def line(self, loading: float | None = None) -> str:
+    def line(self, *more: str) -> str:
         """The figures in one line.
 
         The time to the first token is what the user waited, and the time spent compiling is told beside it. The rate
@@ -31,21 +31,19 @@ class Stopwatch:
 
         **Arguments:**
 
-        - `loading`: seconds that it took to load the model, if that is to be told.
+        - `more`: figures to put behind the number of prompt tokens.
         """
-        figures = [f"{self._prompt} prompt tokens"]
-        if loading is not None:
-            figures.append(f"loaded in {loading:.2f} s")
+        figures = [f"{self._prompt} prompt tokens", *more]
         if len(self._times) > 1:
             compiling = self._compiling[1] - self._compiling[0]
             note = f" ({compiling:.2f} s of it compiling)" if compiling >= 0.05 else ""
             figures.append(f"first token after {self._times[1] - self._times[0]:.2f} s{note}")
         if len(self._times) > 2:
-            more = len(self._times) - 2
+            decoded = len(self._times) - 2
             compiling = self._compiling[-1] - self._compiling[1]
             note = f" (after {compiling:.2f} s of compiling)" if compiling >= 0.05 else ""
             seconds = self._times[-1] - self._times[1] - compiling
-            figures.append(f"{more} more at {more / max(seconds, 1e-9):.1f} tokens/s{note}")
+            figures.append(f"{decoded} more at {decoded / max(seconds, 1e-9):.1f} tokens/s{note}")
         memory = peak_memory()
         if memory is not None:
             figures.append(f"peak memory {memory / 1e6:,.0f} MB")
