@@ -49,7 +49,8 @@ def test_the_continuation_is_on_stdout_and_figures_on_stderr(tiny):
     assert result.stdout == continuation(tiny, "Call me", max_new_tokens=9) + "\n"
     (line,) = result.stderr.splitlines()
     assert re.fullmatch(
-        r"8 prompt tokens \| loaded in [\d.]+ s as float32, matmul precision highest \| first token after [\d.]+ s( \(.*\))? \| "
+        r"8 prompt tokens \| loaded in [\d.]+ s as float32, matmul precision highest \| "
+        r"first token after [\d.]+ s( \(.*\))? \| "
         r"8 more at [\d.]+ tokens/s( \(.*\))? \| peak memory [\d,]+ MB",
         line,
     )

@@ -289,9 +289,9 @@ def test_trap_recompiled_every_token():
 def test_prompts_of_many_lengths_share_programs():
     model = talking_model(windows=(None,), norm_eps=3e-5)
     with count_compilations() as compiled:
-        for length in (1, 16, 17, 18, 23, 24):
+        for length in (1, 16, 17, 23, 32):
             generate(model, random_prompts(length), max_new_tokens=2)
-    assert compiled["prefill"] == 3
+    assert compiled["prefill"] == 2
     assert compiled["decode"] == 1
 
 

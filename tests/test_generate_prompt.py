@@ -13,28 +13,28 @@ quick = settings(deadline=None, max_examples=100, derandomize=True)
 
 
 @quick
-@given(length=st.integers(1, 10**6), smallest=powers_of_two, per_octave=powers_of_two)
-def test_a_bucket_holds_the_length_and_wastes_little(length, smallest, per_octave):
-    size = bucket(length, smallest=smallest, per_octave=per_octave)
-    assert size >= max(length, smallest)
-    assert size == smallest or (size - length) * per_octave < size
-    assert size <= bucket(length + 1, smallest=smallest, per_octave=per_octave)
-    assert size == bucket(size, smallest=smallest, per_octave=per_octave)
+@given(length=st.integers(1, 10**6), step=powers_of_two, per_octave=powers_of_two)
+def test_a_bucket_holds_the_length_and_wastes_little(length, step, per_octave):
+    size = bucket(length, step=step, per_octave=per_octave)
+    assert size >= max(length, step)
+    assert size % step == 0
+    assert size - length < step or (size - length) * per_octave < size
+    assert size <= bucket(length + 1, step=step, per_octave=per_octave)
+    assert size == bucket(size, step=step, per_octave=per_octave)
 
 
 @quick
-@given(exponent=st.integers(0, 9), smallest=powers_of_two, per_octave=powers_of_two)
-def test_there_are_few_buckets(exponent, smallest, per_octave):
+@given(exponent=st.integers(0, 9), step=powers_of_two, per_octave=powers_of_two)
+def test_there_are_few_buckets(exponent, step, per_octave):
     octave = range(2**exponent + 1, 2 ** (exponent + 1) + 1)
-    sizes = {bucket(length, smallest=smallest, per_octave=per_octave) for length in octave}
+    sizes = {bucket(length, step=step, per_octave=per_octave) for length in octave}
     assert len(sizes) <= per_octave
 
 
 def test_widths_of_prompts_and_capacities_of_caches():
-    assert [prompt_width(length) for length in (1, 16, 17, 24, 33, 300, 512)] == [16, 16, 18, 24, 36, 320, 512]
-    # Longer prompts are read in pieces of 512, without a last one of another size.
-    assert [prompt_width(length) for length in (513, 1024, 1025)] == [1024, 1024, 1536]
-    assert [capacity(slots) for slots in (1, 128, 129, 193, 257, 5000)] == [128, 128, 192, 256, 384, 6144]
+    lengths = (1, 16, 17, 24, 33, 128, 129, 257, 300, 512, 513, 1025)
+    assert [prompt_width(length) for length in lengths] == [16, 16, 32, 32, 48, 128, 144, 288, 320, 512, 576, 1152]
+    assert [capacity(slots) for slots in (1, 128, 129, 257, 513, 5000)] == [128, 128, 256, 384, 768, 6144]
 
 
 @quick

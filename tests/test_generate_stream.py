@@ -204,7 +204,7 @@ def test_a_conversation_outgrows_its_cache(monkeypatch):
     model = talking_model(windows=(7,))
     chat, (text,) = Conversation(model), random_prompts(90)
     prefills, known = spy(monkeypatch, "prefill"), 0
-    for heard, slots in (([], 128), ([1, 2, 3], 192), ([4, 5, 6], 192)):
+    for heard, slots in (([], 128), ([1, 2, 3], 256), ([4, 5, 6], 256)):
         text += heard
         prefills.clear()
         said = reply(chat, text, 20)

@@ -227,17 +227,14 @@ def check_context(longest: int, max_new_tokens: int, context: int):
 
 
 def prompt_width(longest: int) -> int:
-    """The number of columns in which prompts of at most `longest` tokens are read.
-
-    Beyond 16 columns less than an eighth of them is padding. A prompt of more than one chunk takes whole chunks, so
-    that each width is still one program.
-    """
-    return bucket(longest, smallest=16, per_octave=8) if longest <= _CHUNK else -(-longest // _CHUNK) * _CHUNK
+    """The number of columns in which prompts of at most `longest` tokens are read: less than an eighth is padding,
+    or less than 16 of them."""
+    return bucket(longest, step=16, per_octave=8)
 
 
 def capacity(slots: int) -> int:
-    """The size of a cache that holds `slots`: one of two in each octave, so that few loops are compiled."""
-    return bucket(slots, smallest=128, per_octave=2)
+    """The size of a cache that holds `slots`: at most two in each octave, so that few loops are compiled."""
+    return bucket(slots, step=128, per_octave=2)
 
 
 def generate(

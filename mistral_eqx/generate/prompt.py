@@ -12,21 +12,20 @@ from jaxtyping import Array, Int
 Prompts: TypeAlias = Sequence[Sequence[int] | np.ndarray | Int[Array, " _"]] | np.ndarray | Int[Array, "batch seq"]
 
 
-def bucket(length: int, *, smallest: int, per_octave: int) -> int:
+def bucket(length: int, *, step: int, per_octave: int) -> int:
     """The least of a few sizes that holds `length`, so that many lengths share a compiled program.
 
     **Arguments:**
 
     - `length`: what must fit.
-    - `smallest`: the first size, a power of two.
-    - `per_octave`: how many sizes there are between one power of two and the next, a power of two.
+    - `step`: the first size, and the least distance from one to the next; a power of two.
+    - `per_octave`: how many sizes there are at most from one power of two to the next; a power of two.
 
-    **Returns:** `smallest` or more; less than `1 / per_octave` of it is unused beyond `smallest`.
+    **Returns:** `length` or more: less than `step`, or less than `1 / per_octave` of it, is unused.
     """
-    if length <= smallest:
-        return smallest
-    step = max(1, 2 ** ((length - 1).bit_length() - 1) // per_octave)
-    return -(-length // step) * step
+    octave = 2 ** max(length - 1, 1).bit_length() // 2
+    step = max(step, octave // per_octave)
+    return max(-(-length // step), 1) * step
 
 
 def checked_prompts(prompts: Prompts, vocab: int) -> list[list[int]]:
