@@ -67,23 +67,31 @@ def recorded(variant):
 
 def prompt(variant, length):
     """A recorded prompt as a batch of one row."""
-    return jnp.asarray(recorded(variant)[f"ids_{length}"])[None]
+    return recorded(variant)[f"ids_{length}"][None]
 
 
 @eqx.filter_jit
-def run(model, ids, positions=None, cache=None):
-    """Logits at every position, and the cache."""
+def _run(model, ids, positions, cache):
     hidden, cache = model.hidden(ids, positions, cache)
     return model.logits(hidden), cache
 
 
+def run(model, ids, positions=None, cache=None):
+    """Logits at every position, and the cache.
+
+    The logits are numpy's: what a test does with them is not worth compiling.
+    """
+    logits, cache = _run(model, jnp.asarray(ids), None if positions is None else jnp.asarray(positions), cache)
+    return np.asarray(logits), cache
+
+
 def run_in_pieces(model, ids, pieces, cache):
     """Logits at every position, of ids that are read into a cache piece by piece, and the cache."""
-    logits = []
+    logits, ids = [], np.asarray(ids)
     for start, stop in zip(np.cumsum([0, *pieces[:-1]]), np.cumsum(pieces), strict=True):
         piece, cache = run(model, ids[:, start:stop], None, cache)
         logits.append(piece)
-    return jnp.concatenate(logits, axis=1), cache
+    return np.concatenate(logits, axis=1), cache
 
 
 def empty_cache(model, batch, kv_seq):
@@ -104,13 +112,13 @@ def padded(rows, width, side):
     for index, row in enumerate(rows):
         columns = slice(width - len(row), None) if side == "left" else slice(len(row))
         ids[index, columns], positions[index, columns] = row, np.arange(len(row))
-    return jnp.asarray(ids), jnp.asarray(positions)
+    return ids, positions
 
 
 def both_sides(rows, width):
     """The rows twice: padded on the left, then padded on the right."""
     sides = [padded(rows, width, side) for side in ("left", "right")]
-    return tuple(jnp.concatenate(arrays) for arrays in zip(*sides, strict=True))
+    return tuple(np.concatenate(arrays) for arrays in zip(*sides, strict=True))
 
 
 def skip_without_import_hook(request):

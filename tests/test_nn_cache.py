@@ -11,7 +11,7 @@ from mistral_eqx.nn import Cache, LayerCache
 def _filled(batch=1, kv_seq=12):
     """A model, and its cache after four tokens."""
     model = small_model()
-    ids = jnp.arange(4 * batch, dtype=jnp.int32).reshape(batch, 4)
+    ids = np.arange(4 * batch, dtype=np.int32).reshape(batch, 4)
     return model, run(model, ids, None, empty_cache(model, batch, kv_seq))[1]
 
 
@@ -60,7 +60,7 @@ def test_trap_list_of_caches_aliased_between_beams():
     """Two continuations of one cache know nothing of each other."""
     model, cache = _filled()
     before = _copy(cache)
-    first_token, second_token = (jnp.asarray([[token]], jnp.int32) for token in (7, 50))
+    first_token, second_token = (np.array([[token]], np.int32) for token in (7, 50))
     copies = [cache] * 2
     first_logits, copies[0] = run(model, first_token, None, copies[0])
     first = _copy(copies[0])
@@ -99,7 +99,7 @@ def test_grow_keeps_what_was_read():
     assert int(grown.used) == 4
     np.testing.assert_array_equal(grown.positions[:, :12], cache.positions)
     assert np.all(np.asarray(grown.positions[:, 12:]) == -1)
-    token = jnp.asarray([[7], [8]], jnp.int32)
+    token = np.array([[7], [8]], np.int32)
     np.testing.assert_allclose(run(model, token, None, grown)[0], run(model, token, None, cache)[0], atol=1e-5)
     _assert_equal(cache.grow(12), cache)
     with pytest.raises(ValueError, match="cache of 12 slots cannot grow to 11; ask for at least as many"):
@@ -108,11 +108,11 @@ def test_grow_keeps_what_was_read():
 
 def test_keep_forgets_what_comes_after():
     model, cache = _filled()
-    token = jnp.asarray([[9]], jnp.int32)
+    token = np.array([[9]], np.int32)
     kept = cache.keep(2)
     np.testing.assert_array_equal(kept.positions[0, :5], [0, 1, -1, -1, -1])
     np.testing.assert_array_equal(kept.next_positions, [2])
-    expected, _ = run(model, jnp.asarray([[0, 1, 9]], jnp.int32), None, empty_cache(model, 1, 12))
+    expected, _ = run(model, np.array([[0, 1, 9]], np.int32), None, empty_cache(model, 1, 12))
     found, after = run(model, token, None, kept)
     np.testing.assert_allclose(found[:, 0], expected[:, 2], atol=1e-5)
     # Slots that were forgotten are not written again.

@@ -51,9 +51,15 @@ def test_logits_without_a_cache(variant):
     assert relative_error(logits[0], recorded(variant)["logits_40"]) < FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("pieces", [(40,), (5,) * 8, (1,) * 40], ids=["whole", "chunks_of_5", "one_at_a_time"])
-def test_logits_with_a_cache(variant, pieces):
+@pytest.mark.parametrize(
+    ("pieces", "variant"),
+    [
+        *(pytest.param((1,) * 40, variant, id=f"one_at_a_time-{variant}") for variant in VARIANTS),
+        *(pytest.param((5,) * 8, variant, id=f"chunks_of_5-{variant}") for variant in VARIANTS),
+        *(pytest.param((40,), variant, id=f"whole-{variant}") for variant in (*WINDOWED, "gqa_3")),
+    ],
+)
+def test_logits_with_a_cache(pieces, variant):
     model = variant_model(variant)
     logits, cache = run_in_pieces(model, prompt(variant, 40), pieces, empty_cache(model, 1, 44))
     assert relative_error(logits[0], recorded(variant)["logits_40"]) < FLOAT32_TOLERANCE
@@ -98,7 +104,7 @@ def test_rows_of_many_lengths_are_decoded_as_each_alone(variant):
     for step in range(12):
         # What padding leaves in the cache lies before a row's prompt in one half, after it in the other.
         np.testing.assert_array_equal(cache.next_positions, lengths + step)
-        ids = jnp.asarray(answers["ids_40"][lengths + step])[:, None]
+        ids = answers["ids_40"][lengths + step][:, None]
         logits, cache = run(model, ids, None, cache)
         assert relative_error(logits[:, 0], answers["logits_40"][lengths + step]) < FLOAT32_TOLERANCE
 
@@ -112,10 +118,10 @@ def test_greedy_tokens_are_those_of_transformers(variant):
 
 @pytest.mark.parametrize(
     ("variant", "dtype"),
-    [*((variant, "bfloat16") for variant in VARIANTS), *((variant, "float16") for variant in (*WINDOWED, "gqa_3"))],
+    [*((variant, "bfloat16") for variant in VARIANTS), *((variant, "float16") for variant in ("alternating", "gqa_3"))],
 )
-def test_trap_16_bit_batches_on_cpu(variant, dtype):
-    """A batch of 8 in 16 bits runs, which XLA on CPU refuses for a product over two batch dimensions.
+def test_16_bit_logits(variant, dtype):
+    """They are as near to float32 as those of transformers.
 
     With 8 bits of mantissa (11 in float16) a rounding moves a number by up to 2^-9 of itself (2^-12). There are about
     ten roundings a layer, and sharp attention makes more of them: the bound is half as much again as the error of
@@ -136,10 +142,11 @@ def test_trap_16_bit_batches_on_cpu(variant, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_16_bit_cache(dtype):
+def test_trap_16_bit_batches_with_a_cache_on_cpu(dtype):
+    """XLA on CPU refuses a 16-bit product of two batch dimensions, rows and heads, but only when it runs."""
     answers = recorded("window")
     model = variant_model("window", dtype)
-    ids = jnp.broadcast_to(prompt("window", 40), (8, 40))
+    ids = np.broadcast_to(prompt("window", 40), (8, 40))
     cache = empty_cache(model, 8, 44)
     assert cache.layers[0].k.dtype == cache.layers[0].v.dtype == dtype
     logits, cache = run_in_pieces(model, ids, (8, *(1,) * 12), cache)
@@ -148,7 +155,7 @@ def test_16_bit_cache(dtype):
         assert relative_error(row, answers["logits_40"][:20]) < 1.5 * answers[f"{dtype}_error"]
 
 
-@pytest.mark.parametrize("pieces", [(40,), (5,) * 8, (3, 1, 1, 30, 1, 1, 3)])
+@pytest.mark.parametrize("pieces", [(5,) * 8, (3, 1, 1, 30, 5)], ids=["chunks", "ragged"])
 def test_a_cache_changes_nothing_in_float64(pieces):
     with jax.enable_x64(True):
         model = jax.tree.map(
@@ -288,30 +295,30 @@ def test_trap_sizes_as_globals():
 
 def test_trap_positions_of_rope_wrong_after_the_first_token():
     model = small_model()
-    ids = jnp.arange(10, dtype=jnp.int32)[None]
+    ids = np.arange(10, dtype=np.int32)[None]
     expected, _ = run(model, ids)
     _, cache = run(model, ids[:, :4], None, empty_cache(model, 1, 16))
     wrong = cache
     for at in range(4, 10):
         # The position is told or not told: it is the same one.
-        told, _ = run(model, ids[:, at : at + 1], jnp.asarray([[at]], jnp.int32), cache)
+        told, _ = run(model, ids[:, at : at + 1], np.array([[at]], np.int32), cache)
         found, cache = run(model, ids[:, at : at + 1], None, cache)
         np.testing.assert_array_equal(told, found)
         assert relative_error(found[:, 0], expected[:, at]) < FLOAT32_TOLERANCE
     # The test sees a position that stands still.
-    found, _ = run(model, ids[:, 4:5], jnp.asarray([[3]], jnp.int32), wrong)
+    found, _ = run(model, ids[:, 4:5], np.array([[3]], np.int32), wrong)
     assert relative_error(found[:, 0], expected[:, 4]) > 0.05
 
 
 def test_trap_mask_of_the_prompt_reused_while_decoding():
     """A decoded token sees the prompt, every decoded token before it and itself, and nothing that is not there yet."""
     model = small_model(config=dataclasses.replace(SMALL, layers=1, windows=(None,)))
-    ids = jnp.arange(10, dtype=jnp.int32)[None]
+    ids = np.arange(10, dtype=np.int32)[None]
     pieces = (4, *(1,) * 6)
     logits, _ = run_in_pieces(model, ids, pieces, empty_cache(model, 1, 16))
     for changed in range(10):
-        other, _ = run_in_pieces(model, ids.at[0, changed].set(50), pieces, empty_cache(model, 1, 16))
-        differs = np.asarray(jnp.max(jnp.abs(other - logits), axis=-1)[0])
+        other, _ = run_in_pieces(model, _with_token(ids, changed), pieces, empty_cache(model, 1, 16))
+        differs = np.abs(other - logits).max(axis=-1)[0]
         assert np.all(differs[:changed] == 0)
         assert np.all(differs[changed:] > 1e-3)
     # Nor does it see what happens to lie in the slots that are not used.
@@ -323,28 +330,26 @@ def test_trap_mask_of_the_prompt_reused_while_decoding():
 
 def test_a_window_hides_what_is_behind_it():
     model = small_model(config=dataclasses.replace(SMALL, layers=1, windows=(3,)))
-    ids = jnp.arange(10, dtype=jnp.int32)[None]
+    ids = np.arange(10, dtype=np.int32)[None]
     pieces = (2, *(1,) * 8)
     logits, _ = run_in_pieces(model, ids, pieces, empty_cache(model, 1, 16))
-    other, _ = run_in_pieces(model, ids.at[0, 4].set(50), pieces, empty_cache(model, 1, 16))
-    differs = np.asarray(jnp.max(jnp.abs(other - logits), axis=-1)[0]) > 0
+    other, _ = run_in_pieces(model, _with_token(ids, 4), pieces, empty_cache(model, 1, 16))
+    differs = np.any(other != logits, axis=-1)[0]
     # A query sees itself and the two before it.
     np.testing.assert_array_equal(differs, [False] * 4 + [True] * 3 + [False] * 3)
 
 
 def test_trap_growing_concatenation_compiles_anew_for_each_token():
     model = small_model()
-    ids = jnp.arange(33, dtype=jnp.int32)[None]
+    ids = np.arange(33, dtype=np.int32)[None]
     _, cache = run(model, ids[:, :3], None, empty_cache(model, 1, 33))
     shapes = jax.tree.map(jnp.shape, cache)
     with count_compilations() as compiled:
-        # Cut into tokens ahead of the count, for a slice is a program too.
-        tokens = [jnp.asarray([[token]], jnp.int32) for token in range(3, 33)]
-        _, cache = run(model, tokens[0], None, cache)
+        _, cache = run(model, ids[:, 3:4], None, cache)
         assert compiled
         compiled.clear()
-        for token in tokens[1:]:
-            _, cache = run(model, token, None, cache)
+        for at in range(4, 33):
+            _, cache = run(model, ids[:, at : at + 1], None, cache)
         assert not compiled
     assert jax.tree.map(jnp.shape, cache) == shapes
     assert int(cache.used) == 33
@@ -365,6 +370,13 @@ def test_wrong_shapes_are_refused_at_the_door(request):
     for call in wrong:
         with pytest.raises(TypeCheckError):
             call()
+
+
+def _with_token(ids, at):
+    """A copy with another token in one place."""
+    changed = ids.copy()
+    changed[0, at] = 50
+    return changed
 
 
 def _is_linear(node):
