@@ -309,19 +309,6 @@ def test_another_temperature_or_top_p_compiles_nothing():
     assert cold == generate(model, PROMPTS, max_new_tokens=10).tokens.tolist()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_loop_holds_no_second_copy_of_the_cache(dtype):
-    model = talking_model(windows=(None,) * 3, dtype=dtype)
-    cache = Cache.init(model.config, 1, 2048, dtype)
-    ends, keys, until = jnp.zeros(0, jnp.int32), jr.split(jr.key(0), 1), jnp.asarray(2000, jnp.int32)
-    decoding = loop._first(jnp.zeros((1, VOCAB)), cache, keys, Sampler(), ends, cache.kv_seq)
-    lowered = loop.decode.lower((model, decoding, Sampler(), ends, until), cache)
-    memory = lowered.compile().compiled.memory_analysis()
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
-    assert memory.alias_size_in_bytes >= size
-    assert memory.temp_size_in_bytes < size / 2
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -7,6 +7,9 @@ import numpy as np
 import numpy_reference as reference
 import pytest
 from model_fixtures import SMALL, relative_error, small_model
+from sharding_fixtures import with_strategy
+
+from mistral_eqx.parallel import Strategy
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -36,3 +39,13 @@ def test_a_tied_head_shares_its_table():
     x = jnp.ones((1, 1, 24))
     np.testing.assert_allclose(changed.logits(x), 2 * model.logits(x), rtol=1e-6)
     assert len([leaf for leaf in jax.tree.leaves(model) if eqx.is_array(leaf) and leaf.shape == (61, 24)]) == 1
+
+
+def test_trap_sharding_that_silently_does_nothing_to_the_vocabulary():
+    """A device that took its part of the table for the whole would give wrong rows without a word."""
+    split = Strategy("hidden@tp vocab@tp")
+    model = small_model()
+    with pytest.raises(ValueError, match="splits 'vocab', which the embedding and the head cannot be yet; leave that"):
+        with_strategy(model.embedding, split)(jnp.zeros((1, 2), jnp.int32))
+    with pytest.raises(ValueError, match="splits 'vocab'"):
+        with_strategy(model.head, split)(jnp.zeros((1, 2, 24)))

@@ -113,8 +113,9 @@ def _contract_kv_seq(
     return jnp.transpose(context.reshape(batch, kv_heads, q_per_kv, seq, -1), (0, 3, 1, 2, 4))
 
 
-# Batch and heads are one dimension here: XLA on CPU has no 16-bit matrix product over two of them. For a single
-# query it also copies all keys and values before a float32 product; multiplied entry by entry they are read in place.
+# Batch and heads are one dimension here: over two of them XLA on CPU compiles the bfloat16 product with the values and
+# then refuses to run it. For a single query it also copies all keys and values before a float32 product; multiplied
+# entry by entry they are read in place.
 
 
 def _scores_matmul(queries: Array, keys: Array) -> Array:

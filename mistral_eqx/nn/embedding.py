@@ -20,6 +20,7 @@ class Embedding(eqx.Module):
     strategy: Strategy = SINGLE
 
     def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
+        _refuse_split_vocab(self.strategy)
         return self.weight.rows(ids)
 
 
@@ -39,4 +40,14 @@ class Unembedding(eqx.Module):
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:
         """Computes logits, in float32 for 16-bit activations: rounding them would make equal what is not."""
+        _refuse_split_vocab(self.strategy)
         return self.weight.contract(x, "embed", "vocab")
+
+
+def _refuse_split_vocab(strategy: Strategy):
+    # A device would take its part for the whole, and give wrong rows without a word.
+    if strategy.split_over("vocab"):
+        raise ValueError(
+            f"The strategy {strategy.layout!r} splits 'vocab', which the embedding and the head cannot be yet; "
+            "leave that entry out."
+        )
