@@ -233,3 +233,10 @@ def test_importing_the_package_starts_no_device():
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", check], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_trap_tests_needed_the_7b_weights():
+    """What the tests bring along is small, and so is the one model that they fetch."""
+    files = [path for path in Path(__file__).parent.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert len(files) > 50
+    assert sum(path.stat().st_size for path in files) < 5 * 2**20
