@@ -23,7 +23,8 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Like [`mistral_eqx.generate`][], but yields each token as soon as it is decoded.
 
-    It runs the same compiled loop, one token an entry; the next one is being decoded while the caller has the last.
+    It runs the same compiled loop, which it enters anew for each token. The first one is there before the loop is
+    compiled.
 
     **Arguments:** those of `generate`.
 
@@ -43,21 +44,12 @@ def stream(
 
 
 def _steps(request: Request, decoding: Decoding, cache: Cache) -> Iterator[tuple[Decoding, Cache]]:
-    """The state after each token, with the cache as the steps after it left it.
-
-    The first token is out before the loop is compiled; from then on a token is shown while the next is decoded.
-    """
+    """The state and the cache after each token."""
     yield decoding, cache
-    if np.all(np.asarray(decoding.ended)):
-        return
     for step in range(2, request.max_new_tokens + 1):
-        last = decoding
-        decoding, cache = request.decode(last, cache, step)
-        if step > 2:
-            yield last, cache
-        if np.all(np.asarray(last.ended)):
+        if np.all(np.asarray(decoding.ended)):
             return
-    if request.max_new_tokens > 1:
+        decoding, cache = request.decode(decoding, cache, step)
         yield decoding, cache
 
 
