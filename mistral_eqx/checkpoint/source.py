@@ -10,9 +10,6 @@ from .names import EMBEDDING, HEAD, Row, is_derived, rows
 from .reader import Checkpoint, LazyTensor, read_rows
 
 
-Index = tuple[slice, ...]
-
-
 def file_order(row: Row, config: MistralConfig, format: str) -> np.ndarray:
     """Which row of a file's tensor makes each row of the model's, all the model's leading axes taken as one.
 

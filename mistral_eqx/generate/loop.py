@@ -227,8 +227,10 @@ def check_context(longest: int, max_new_tokens: int, context: int):
 
 
 def prompt_width(longest: int) -> int:
-    """The number of columns in which prompts of at most `longest` tokens are read: less than an eighth is padding,
-    or less than 16 of them."""
+    """The number of columns in which prompts of at most `longest` tokens are read.
+
+    Less than an eighth of them, or less than 16, are padding.
+    """
     return bucket(longest, step=16, per_octave=8)
 
 
