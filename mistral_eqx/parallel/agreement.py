@@ -1,0 +1,42 @@
+"""What has to be the same on all processes is compared before they run into a collective with different programs."""
+
+import hashlib
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def agree(what: str, value: str) -> None:
+    """Makes sure that all processes hold the same value.
+
+    With one process it returns at once. With several, all of them must call it, in the same order: each learns the
+    digests of the others.
+
+    **Arguments:**
+
+    - `what`: what is compared, as the sentence of the error names it, such as `"strategy"`.
+    - `value`: this process's value, as text.
+
+    **Raises:** `ValueError`, on every process, if they differ.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
+    digests = np.asarray(multihost_utils.process_allgather(digest))
+    different = np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
+    if different:
+        raise ValueError(
+            f"The {what} is not the same on all processes: {_listed(different)} from 0; start all of them with the "
+            "same arguments and files."
+        )
+
+
+def _listed(processes: list[int]) -> str:
+    """For example `"1, 2 and 3 differ"`; of many, the first ones and how many there are."""
+    if len(processes) == 1:
+        return f"{processes[0]} differs"
+    named = [str(process) for process in processes]
+    if len(named) > 8:
+        named = [*named[:7], f"{len(named) - 7} more"]
+    return f"{', '.join(named[:-1])} and {named[-1]} differ"
