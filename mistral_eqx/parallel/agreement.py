@@ -6,6 +6,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from .watch import running
+
 
 def agree(what: str, value: str) -> None:
     """Makes sure that all processes hold the same value.
@@ -30,6 +32,30 @@ def agree(what: str, value: str) -> None:
             f"The {what} is not the same on all processes: {_listed(different)} from 0; start all of them with the "
             "same arguments and files."
         )
+
+
+def share(text: str | None) -> str | None:
+    """Process 0's text, such as a prompt that only it can read, on every process.
+
+    All processes must call it, in the same order. The others wait as long as it takes: a user may be thinking.
+
+    **Arguments:**
+
+    - `text`: what to share; of the other processes it is ignored.
+
+    **Returns:** the text of process 0.
+
+    **Raises:** `ValueError` if there are several processes that [`mistral_eqx.parallel.initialize`][] did not start.
+    """
+    watch = running()
+    if watch is not None:
+        return watch.share(text)
+    if jax.process_count() > 1:
+        raise ValueError(
+            "A text cannot be shared between processes that jax.distributed.initialize started; call "
+            "mistral_eqx.parallel.initialize in its place."
+        )
+    return text
 
 
 def _listed(processes: list[int]) -> str:

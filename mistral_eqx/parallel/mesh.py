@@ -1,0 +1,185 @@
+"""Meshes of devices, on one host or several."""
+
+import atexit
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from .watch import address, meet, run
+
+
+_AXIS = re.compile(r"([a-z_0-9]+)=([0-9]+)")
+
+# JAX ends a process that hears nothing of another for this long, whether or not our own watch has noticed.
+_HEARTBEAT = 40
+
+
+def parse_axes(axes: str | Mapping[str, int]) -> dict[str, int]:
+    """Names and sizes of a mesh's axes.
+
+    **Arguments:**
+
+    - `axes`: such as `"dp=2,tp=4"` or `{"dp": 2, "tp": 4}`.
+
+    **Returns:** the size of each axis, in the order given.
+
+    **Raises:** `ValueError` if the text is not of that form, an axis comes twice or has no positive size.
+    """
+    if isinstance(axes, str):
+        sizes = {}
+        for entry in re.split(r"[\s,]+", axes.strip(" \t,")):
+            match = _AXIS.fullmatch(entry)
+            if match is None:
+                raise ValueError(
+                    f"The mesh {axes!r} must name its axes and their sizes, such as 'tp=8' or 'dp=2,tp=4'."
+                )
+            if match[1] in sizes:
+                raise ValueError(f"The mesh {axes!r} names the axis {match[1]!r} twice; keep one.")
+            sizes[match[1]] = int(match[2])
+    else:
+        sizes = dict(axes)
+    if not sizes:
+        raise ValueError("The mesh has no axes; give at least one, such as {'tp': 8}.")
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"The axis {name!r} of the mesh has size {size}; it must be at least 1.")
+    return sizes
+
+
+def make_mesh(axes: str | Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """Arranges devices along named axes.
+
+    The last axis runs over the devices that are closest to each other; with several processes the first one runs
+    across them. On a TPU the arrangement follows the torus of the chips, as `jax.make_mesh` does.
+
+    **Arguments:**
+
+    - `axes`: names and sizes of the axes, such as `"tp=8"`, `"dp=2,tp=4"` or `{"kv": 8, "rep": 2}`.
+    - `devices`: the devices to take, all there are by default; of more than the mesh holds, the first ones.
+
+    **Returns:** the mesh, whose axes are `Auto`.
+
+    **Raises:** `ValueError` if the axes are wrong, there are not enough devices, or some of several processes would
+    have no part in the mesh.
+    """
+    sizes = parse_axes(axes)
+    count = math.prod(sizes.values())
+    devices = jax.devices() if devices is None else list(devices)
+    if count > len(devices):
+        raise ValueError(
+            f"The mesh {show(sizes)} takes {count} devices and there are {len(devices)}; make it smaller"
+            f"{_virtual(devices, count)}."
+        )
+    devices = devices[:count]
+    processes = {device.process_index for device in jax.devices()}
+    missing = processes - {device.process_index for device in devices}
+    if missing and len(processes) > 1:
+        raise ValueError(
+            f"The mesh {show(sizes)} takes {count} of {jax.device_count()} devices, none of them of process "
+            f"{', '.join(map(str, sorted(missing)))}; take all devices, or start fewer processes."
+        )
+    names, shape, auto = tuple(sizes), tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
+    try:
+        return jax.make_mesh(shape, names, axis_types=auto, devices=devices)
+    except NotImplementedError:
+        # The torus has no such sides; they can still be cut out of longer ones.
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(arranged, names, axis_types=auto)
+
+
+def show(axes: Mapping[str, int]) -> str:
+    """The axes as text, such as `"dp=2,tp=4"`."""
+    return ",".join(f"{name}={size}" for name, size in axes.items())
+
+
+def _virtual(devices: Sequence[Any], count: int) -> str:
+    """What to do on a machine that has no accelerators."""
+    if any(device.platform != "cpu" for device in devices):
+        return ""
+    each = -(-count // jax.process_count())
+    where = "" if jax.process_count() == 1 else " on each process"
+    return f", or get virtual devices of the CPU by setting JAX_NUM_CPU_DEVICES={each}{where}"
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: float = 60,
+    local_device_ids: Sequence[int] | None = None,
+):
+    """Connects several processes, on one host or several, so that each sees the devices of all.
+
+    Every process calls it once, before it uses a device. From then on a process that fails or dies ends the others.
+    Without arguments they are taken from SLURM, Cloud TPU or Open MPI, as JAX finds them.
+
+    **Arguments:**
+
+    - `coordinator`: where process 0 runs and a free port there, `"host:port"`; the same for all.
+    - `num_processes`: how many processes there are.
+    - `process_id`: the number of this one, from 0.
+    - `timeout`: after how many seconds to give up on processes that do not come.
+    - `local_device_ids`: which of this host's accelerators belong to this process, if not all. Under SLURM and Open
+        MPI the default is one, after the number of the task on its host.
+
+    **Raises:** `ValueError` if it comes too late or for the second time, the arguments do not fit together, or not
+    all processes come in time.
+    """
+    # Whether devices are in use, and what started this process, JAX tells in no public place.
+    from jax._src import xla_bridge
+
+    if jax.distributed.is_initialized():
+        raise ValueError("The processes are connected already; call mistral_eqx.parallel.initialize once.")
+    if xla_bridge.backends_are_initialized():
+        raise ValueError(
+            "Devices are in use already; call mistral_eqx.parallel.initialize before the first array is made."
+        )
+    coordinator, num_processes, process_id = _places(coordinator, num_processes, process_id, timeout)
+    watch = meet(coordinator, num_processes, process_id, timeout)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            local_device_ids,
+            initialization_timeout=math.ceil(timeout),
+            heartbeat_timeout_seconds=_HEARTBEAT,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"JAX could not connect the processes at {coordinator!r}: {error}") from error
+    run(watch)
+    # What is registered last runs first: before JAX waits for the others.
+    atexit.register(watch.end)
+
+
+def _places(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: float
+) -> tuple[str, int, int]:
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        from jax._src.clusters import ClusterEnv
+
+        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, math.ceil(timeout))
+        coordinator, num_processes, process_id, _ = found
+        if coordinator is None or num_processes is None or process_id is None:
+            raise ValueError(
+                "Nothing that JAX knows (SLURM, Cloud TPU, Open MPI) started this process, so give coordinator, "
+                "num_processes and process_id."
+            )
+    if coordinator is None or num_processes is None or process_id is None:
+        raise ValueError(f"Of coordinator, num_processes and process_id {' and '.join(missing)} must be given as well.")
+    address(coordinator)
+    if num_processes < 1:
+        raise ValueError(f"num_processes is {num_processes}; it must be at least 1.")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"process_id is {process_id}; with {num_processes} processes it must be from 0 to {num_processes - 1}."
+        )
+    return coordinator, num_processes, process_id
