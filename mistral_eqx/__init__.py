@@ -12,7 +12,18 @@ from .generate import (
     stream as stream,
 )
 from .nn import Mistral as Mistral
-from .parallel import SINGLE as SINGLE, Strategy as Strategy
+from .parallel import (
+    HEAD_DIM as HEAD_DIM,
+    HEADS as HEADS,
+    HEADS_X_HEAD_DIM as HEADS_X_HEAD_DIM,
+    HEADS_X_KV_SEQ as HEADS_X_KV_SEQ,
+    KV_REPLICATED as KV_REPLICATED,
+    SEQUENCE_PARALLEL as SEQUENCE_PARALLEL,
+    SINGLE as SINGLE,
+    Strategy as Strategy,
+    einshard as einshard,
+    shard as shard,
+)
 from .presets import PRESETS as PRESETS
 from .text import (
     Detokenizer as Detokenizer,

@@ -6,41 +6,12 @@ import equinox as eqx
 import jax
 from jax.sharding import PartitionSpec
 
-from mistral_eqx.nn import Linear
-from mistral_eqx.parallel import Strategy
-
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "collective_permute")
 
 
 def mesh(devices, axis="tp"):
     return jax.make_mesh((devices,), (axis,), devices=jax.devices()[:devices])
-
-
-def with_strategy(module, strategy):
-    """The module with another strategy everywhere."""
-    return jax.tree.map(
-        lambda leaf: strategy if isinstance(leaf, Strategy) else leaf,
-        module,
-        is_leaf=lambda leaf: isinstance(leaf, Strategy),
-    )
-
-
-def specs(module):
-    """How each array of a module is split; one that no strategy speaks of is on every device."""
-
-    def of(node):
-        if not isinstance(node, Linear):
-            return PartitionSpec() if eqx.is_array(node) else None
-        dims = node.weight.dims(node.in_dims, node.out_dims)
-        split = eqx.tree_at(
-            lambda linear: [getattr(linear.weight, field) for field in dims],
-            node,
-            [node.strategy.spec(names) for names in dims.values()],
-        )
-        return jax.tree.map(lambda leaf: leaf if _is_spec(leaf) else None, split, is_leaf=_is_spec)
-
-    return jax.tree.map(of, module, is_leaf=lambda node: isinstance(node, Linear))
 
 
 def sharded(function, mesh, arguments, in_specs, out_specs):

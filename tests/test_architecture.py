@@ -17,7 +17,7 @@ NAME = PACKAGE.name
 SEES = {
     "config": set(),
     "presets": {"config"},
-    "parallel": set(),
+    "parallel": {"config"},
     "nn": {"config", "parallel"},
     "quant": {"config", "parallel", "nn"},
     "lora": {"config", "parallel", "nn", "quant"},

@@ -42,15 +42,7 @@ def _compiled_loop(dtype, batch, config=CONFIG):
     """The loop as XLA compiled it, and the bytes of the keys and values that it was compiled for."""
     cache = Cache.init(config, batch, KV_SEQ, dtype)
     none = jnp.zeros(batch, jnp.int32)
-    decoding = Decoding(
-        token=none,
-        position=none,
-        tokens=jnp.zeros((batch, KV_SEQ), jnp.int32),
-        lengths=none,
-        ended=jnp.zeros(batch, bool),
-        step=jnp.zeros((), jnp.int32),
-        keys=jr.split(jr.key(0), batch),
-    )
+    decoding = Decoding.init(none, jnp.zeros(batch, bool), jr.split(jr.key(0), batch), KV_SEQ)
     model = small_model(config=config, dtype=dtype)
     kept = (model, decoding, Sampler(), jnp.zeros(2, jnp.int32), jnp.zeros((), jnp.int32))
     return decode.lower(kept, cache).compile().compiled, _nbytes(cache.layers)

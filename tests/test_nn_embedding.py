@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_reference as reference
 import pytest
+from jax.sharding import PartitionSpec as P
 from model_fixtures import SMALL, relative_error, small_model
-from sharding_fixtures import with_strategy
+from sharding_fixtures import mesh, sharded
 
-from mistral_eqx.parallel import Strategy
+from mistral_eqx.parallel import Strategy, specs, with_strategy
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -41,11 +42,24 @@ def test_a_tied_head_shares_its_table():
     assert len([leaf for leaf in jax.tree.leaves(model) if eqx.is_array(leaf) and leaf.shape == (61, 24)]) == 1
 
 
-def test_trap_sharding_that_silently_does_nothing_to_the_vocabulary():
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_trap_sharding_that_silently_does_nothing_to_the_vocabulary(devices):
     """A device that took its part of the table for the whole would give wrong rows without a word."""
-    split = Strategy("hidden@tp vocab@tp")
-    model = small_model()
-    with pytest.raises(ValueError, match="splits 'vocab', which the embedding and the head cannot be yet; leave that"):
-        with_strategy(model.embedding, split)(jnp.zeros((1, 2), jnp.int32))
-    with pytest.raises(ValueError, match="splits 'vocab'"):
-        with_strategy(model.head, split)(jnp.zeros((1, 2, 24)))
+    model = small_model(config=dataclasses.replace(SMALL, vocab=64))
+    ids = jnp.asarray([[0, 1, 63, 31, 32]], jnp.int32)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 24)), jnp.float32)
+    strategy = Strategy("vocab@tp")
+
+    def apply(layers, ids, x):
+        embedding, head = layers
+        return embedding(ids), head(x)
+
+    layers = model.embedding, model.head
+    rows, logits = eqx.filter_jit(apply)(layers, ids, x)
+    split = with_strategy(layers, strategy)
+    in_specs, out_specs = (specs(split, strategy), P(), P()), (P(), strategy.spec("batch seq vocab"))
+    (found_rows, found_logits), collectives = sharded(apply, mesh(devices), (split, ids, x), in_specs, out_specs)
+    assert collectives == {"all_reduce": 1}
+    np.testing.assert_array_equal(found_rows, rows)
+    assert relative_error(found_logits, logits) < 1e-6
+    assert found_logits.addressable_shards[0].data.shape == (1, 5, 64 // devices)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from model_fixtures import relative_error
-from sharding_fixtures import mesh, sharded, specs, with_strategy
+from sharding_fixtures import mesh, sharded
 
 from mistral_eqx.nn import DenseWeight, Linear
-from mistral_eqx.parallel import Strategy
+from mistral_eqx.parallel import Strategy, specs, with_strategy
 
 
 HEADS = "kv_heads q_per_kv head_dim"
@@ -35,7 +35,7 @@ def test_column_parallel_exchanges_nothing(devices, dim):
     linear, x = _column(f"{dim}@tp"), _draw(2, 5, 24, seed=1)
     out = linear.strategy.spec(f"batch seq {HEADS}")
     assert "tp" in out
-    y, collectives = sharded(Linear.__call__, mesh(devices), (linear, x), (specs(linear), P()), out)
+    y, collectives = sharded(Linear.__call__, mesh(devices), (linear, x), (specs(linear, linear.strategy), P()), out)
     assert collectives == {}
     assert relative_error(y, _column()(x)) < 1e-6
     assert y.addressable_shards[0].data.size == y.size // devices
@@ -45,7 +45,7 @@ def test_column_parallel_exchanges_nothing(devices, dim):
 @pytest.mark.parametrize("dim", ["kv_heads", "head_dim"])
 def test_row_parallel_adds_up_once(devices, dim):
     linear, x = _row(f"{dim}@tp"), _draw(2, 5, 4, 3, 8, seed=1)
-    in_specs = (specs(linear), linear.strategy.spec(f"batch seq {HEADS}"))
+    in_specs = (specs(linear, linear.strategy), linear.strategy.spec(f"batch seq {HEADS}"))
     y, collectives = sharded(Linear.__call__, mesh(devices), (linear, x), in_specs, P())
     assert collectives == {"all_reduce": 1}
     assert relative_error(y, _row()(x)) < 1e-6
@@ -54,7 +54,7 @@ def test_row_parallel_adds_up_once(devices, dim):
 def test_row_parallel_over_two_axes_adds_up_once():
     linear, x = _row("kv_heads@kv head_dim@rep"), _draw(2, 5, 4, 3, 8, seed=1)
     grid = jax.make_mesh((2, 2), ("kv", "rep"), devices=jax.devices()[:4])
-    in_specs = (specs(linear), linear.strategy.spec(f"batch seq {HEADS}"))
+    in_specs = (specs(linear, linear.strategy), linear.strategy.spec(f"batch seq {HEADS}"))
     y, collectives = sharded(Linear.__call__, grid, (linear, x), in_specs, P())
     assert collectives == {"all_reduce": 1}
     assert relative_error(y, _row()(x)) < 1e-6
@@ -76,14 +76,16 @@ def test_trap_sharding_that_silently_does_nothing():
         return linear(x)
 
     linear, x = _row("kv_heads@tp"), _draw(2, 5, 4, 3, 8, seed=1)
-    in_specs = (specs(linear), linear.strategy.spec(f"batch seq {HEADS}"))
+    in_specs = (specs(linear, linear.strategy), linear.strategy.spec(f"batch seq {HEADS}"))
     sharded(look, mesh(4), (linear, x), in_specs, P())
     assert set(seen) == {((24, 1, 3, 8), (2, 5, 1, 3, 8))}
     # A layer that was not told its strategy leaves a partial sum, which may not leave the map as a whole one.
     forgotten = with_strategy(linear, Strategy())
     with pytest.raises(ValueError, match="require replication"):
         sharded(look, mesh(4), (forgotten, x), in_specs, P())
-    weight = jax.device_put(linear.weight.value, jax.NamedSharding(mesh(4), specs(linear).weight.value))
+    weight = jax.device_put(
+        linear.weight.value, jax.NamedSharding(mesh(4), specs(linear, linear.strategy).weight.value)
+    )
     assert len({shard.device for shard in weight.addressable_shards}) == 4
     assert all(shard.data.shape == (24, 1, 3, 8) for shard in weight.addressable_shards)
 
@@ -100,8 +102,8 @@ def test_gradients_inside_the_map_are_those_of_one_device(devices):
         return values(tuple(layer.weight.value for layer in layers), x)
 
     layers = (column, row)
-    split = tuple(specs(layer).weight.value for layer in layers)
-    found, _ = sharded(gradients, mesh(devices), (layers, x), (specs(layers), P()), (split, P()))
+    split = tuple(specs(layer, layer.strategy).weight.value for layer in layers)
+    found, _ = sharded(gradients, mesh(devices), (layers, x), (specs(layers, layers[0].strategy), P()), (split, P()))
     expected = gradients((_column(), _row()), x)
     jax.tree.map(lambda one, other: _assert_close(one, other), found, expected)
 

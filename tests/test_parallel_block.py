@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from model_fixtures import SMALL, relative_error, small_model
-from sharding_fixtures import mesh, sharded, specs, with_strategy
+from sharding_fixtures import mesh, sharded
 
 from mistral_eqx.nn import LayerCache, visible
-from mistral_eqx.parallel import SINGLE, Strategy
+from mistral_eqx.parallel import SINGLE, Strategy, specs, with_strategy
 
 
 CONFIG = dataclasses.replace(SMALL, layers=1, windows=(5,), kv_heads=4)
@@ -54,7 +54,7 @@ def test_a_block_on_several_devices_is_the_one_on_one(layout, all_reduces, devic
     split = strategy.spec("batch kv_heads kv_seq head_dim")
     layers = jax.tree.map(lambda buffer: split, layer)
     block = with_strategy(block, strategy)
-    in_specs = (specs(block), jax.tree.map(lambda angles: strategy.spec("head_dim"), rotary), P(), layers)
+    in_specs = (specs(block, strategy), specs(rotary, strategy), P(), layers)
     (found, found_layer), collectives = sharded(
         _apply, mesh(devices), (block, rotary, x, layer), in_specs, (P(), layers)
     )

@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given, strategies as st
 from jax.sharding import PartitionSpec as P
 from model_fixtures import small_model
-from sharding_fixtures import with_strategy
 
-from mistral_eqx.parallel import SINGLE, Strategy
+from mistral_eqx.parallel import SINGLE, Strategy, with_strategy
 
 
 def test_single_splits_nothing():
@@ -105,8 +104,8 @@ def test_one_tree_map_swaps_it_everywhere():
     model, split = small_model(), Strategy("kv_heads@tp hidden@tp vocab@tp")
     other = with_strategy(model, split)
     found = [leaf for leaf in jax.tree.leaves(other) if isinstance(leaf, Strategy)]
-    # Seven linears and the attention of each block, the embedding and the head.
-    assert found == [split] * (8 * len(model.blocks) + 2)
+    # Seven linears, two norms and the attention of each block, the embedding, the last norm and the head.
+    assert found == [split] * (10 * len(model.blocks) + 3)
     assert other.blocks[1].attention.o_proj.strategy == split
     assert [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, Strategy)] == [SINGLE] * len(found)
     arrays = zip(

@@ -1,17 +1,23 @@
 """Decoding: one compiled `lax.while_loop`."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int, Key
 
+from ..config import MistralConfig
 from ..nn import Cache, Mistral
+from ..parallel import Strategy, everywhere, place_on, pmax, specs, spmd
 from .prompt import Prompts, bucket, checked_prompts, pad_left
 from .sampler import Sampler
 
@@ -30,6 +36,7 @@ class Decoding(eqx.Module):
     - `tokens`: all new tokens so far; the column of the next one is `step`.
     - `lengths`: how many new tokens each row has, an end token included.
     - `ended`: which rows have met an end token.
+    - `unfinished`: whether there is a row that has not, on any device.
     - `step`: how many tokens were decoded.
     - `keys`: one a row; the draw of a step uses the row's key and the step.
     """
@@ -39,18 +46,39 @@ class Decoding(eqx.Module):
     tokens: Int[Array, "batch new"]
     lengths: Int[Array, " batch"]
     ended: Bool[Array, " batch"]
+    unfinished: Bool[Array, ""]
     step: Int[Array, ""]
     keys: Key[Array, " batch"]
 
-    def append(self, token: Int[Array, " batch"], ends: Int[Array, " ends"]) -> "Decoding":
+    @classmethod
+    def init(
+        cls, position: Int[Array, " batch"], ended: Bool[Array, " batch"], keys: Key[Array, " batch"], new: int
+    ) -> "Decoding":
+        """The state before the first token, with room for `new` of them."""
+        none = jnp.zeros_like(position)
+        return cls(
+            token=none,
+            position=position,
+            tokens=jnp.zeros((none.shape[0], new), jnp.int32),
+            lengths=none,
+            ended=ended,
+            unfinished=jnp.ones((), bool),
+            step=jnp.zeros((), jnp.int32),
+            keys=keys,
+        )
+
+    def append(self, token: Int[Array, " batch"], ends: Int[Array, " ends"], strategy: Strategy) -> "Decoding":
         """Adds one token a row; a row that has ended gets its end token again, and its length stays."""
         token = jnp.where(self.ended, self.token, token)
+        ended = self.ended | jnp.any(token[:, None] == ends[None, :], axis=1)
         return Decoding(
             token=token,
             position=self.position + 1,
             tokens=lax.dynamic_update_slice_in_dim(self.tokens, token[:, None], self.step, axis=1),
             lengths=jnp.where(self.ended, self.lengths, self.step + 1),
-            ended=self.ended | jnp.any(token[:, None] == ends[None, :], axis=1),
+            ended=ended,
+            # All devices leave the loop together, also those whose own rows have ended.
+            unfinished=pmax(jnp.any(~ended).astype(jnp.int32), "batch", strategy) > 0,
             step=self.step + 1,
             keys=self.keys,
         )
@@ -83,26 +111,37 @@ def prefill(
     **Returns:** the logits after the last column, shape `(batch, vocab)`, and the cache.
     """
     model, ids, positions = kept
-    hidden, cache = model.hidden(ids, positions, cache)
-    return model.logits(hidden[:, -1:])[:, 0], cache
+
+    def forward(model: Mistral, ids: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
+        hidden, cache = model.hidden(ids, positions, cache)
+        return model.logits(hidden[:, -1:])[:, 0], cache
+
+    strategy = model.strategy
+    rows, layers = strategy.spec("batch"), specs(cache, strategy)
+    in_specs, out_specs = (specs(model, strategy), rows, rows, layers), (strategy.spec("batch vocab"), layers)
+    return spmd(forward, model.mesh, in_specs, out_specs)(model, ids, positions, cache)
 
 
 @eqx.filter_jit
 def _first(
-    logits: Array, cache: Cache, keys: Key[Array, " batch"], sampler: Sampler, ends: Int[Array, " ends"], new: int
+    model: Mistral,
+    logits: Array,
+    positions: Int[Array, " batch"],
+    keys: Key[Array, " batch"],
+    ended: Bool[Array, " batch"],
+    sampler: Sampler,
+    ends: Int[Array, " ends"],
+    new: int,
 ) -> Decoding:
-    batch = logits.shape[0]
-    none = jnp.zeros(batch, jnp.int32)
-    decoding = Decoding(
-        token=none,
-        position=cache.next_positions - 1,
-        tokens=jnp.zeros((batch, new), jnp.int32),
-        lengths=none,
-        ended=jnp.zeros(batch, bool),
-        step=jnp.zeros((), jnp.int32),
-        keys=keys,
-    )
-    return decoding.append(_draw(sampler, logits, decoding), ends)
+    """The state after the first token of rows whose last token stands at `positions`."""
+    strategy, decoding = model.strategy, Decoding.init(positions, ended, keys, new)
+
+    def append(logits: Array, decoding: Decoding, sampler: Sampler, ends: Array) -> Decoding:
+        return decoding.append(_draw(sampler, logits, decoding, strategy), ends, strategy)
+
+    state = specs(decoding, strategy)
+    in_specs = strategy.spec("batch vocab"), state, specs(sampler, strategy), strategy.spec("")
+    return spmd(append, model.mesh, in_specs, state)(logits, decoding, sampler, ends)
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -119,37 +158,94 @@ def decode(
     **Returns:** the state and the cache after the last token.
     """
     model, decoding, sampler, ends, until = kept
+    strategy = model.strategy
 
-    def unfinished(carry):
-        decoding, _ = carry
-        return (decoding.step < until) & ~jnp.all(decoding.ended)
+    def loop(
+        model: Mistral, decoding: Decoding, sampler: Sampler, ends: Array, until: Array, cache: Cache
+    ) -> tuple[Decoding, Cache]:
+        def unfinished(carry):
+            decoding, _ = carry
+            return (decoding.step < until) & decoding.unfinished
 
-    def next_token(carry):
-        decoding, cache = carry
-        hidden, cache = model.hidden(decoding.token[:, None], decoding.position[:, None], cache)
-        logits = model.logits(hidden)[:, 0]
-        return decoding.append(_draw(sampler, logits, decoding), ends), cache
+        def next_token(carry):
+            decoding, cache = carry
+            hidden, cache = model.hidden(decoding.token[:, None], decoding.position[:, None], cache)
+            logits = model.logits(hidden)[:, 0]
+            return decoding.append(_draw(sampler, logits, decoding, strategy), ends, strategy), cache
 
-    return lax.while_loop(unfinished, next_token, (decoding, cache))
+        return lax.while_loop(unfinished, next_token, (decoding, cache))
+
+    state, layers, whole = specs(decoding, strategy), specs(cache, strategy), strategy.spec("")
+    in_specs = specs(model, strategy), state, specs(sampler, strategy), whole, whole, layers
+    return spmd(loop, model.mesh, in_specs, (state, layers))(model, decoding, sampler, ends, until, cache)
 
 
-def _draw(sampler: Sampler, logits: Array, decoding: Decoding) -> Int[Array, " batch"]:
+def _draw(sampler: Sampler, logits: Array, decoding: Decoding, strategy: Strategy) -> Int[Array, " batch"]:
     keys = jax.vmap(jr.fold_in, in_axes=(0, None))(decoding.keys, decoding.step)
-    return sampler(logits, keys)
+    return sampler(logits, keys, strategy)
 
 
-_grow = eqx.filter_jit(Cache.grow)
+def empty_cache(model: Mistral, batch: int, kv_seq: int) -> Cache:
+    """A cache for a model, split over the model's devices as it is."""
+    return _init_cache(model.config, batch, kv_seq, model.dtype, model.mesh, model.strategy)()
+
+
+@functools.lru_cache
+def _init_cache(
+    config: MistralConfig, batch: int, kv_seq: int, dtype: jnp.dtype, mesh: Mesh | None, strategy: Strategy
+) -> Callable[[], Cache]:
+    platform = None if mesh is None else mesh.devices.flat[0].platform
+    init = functools.partial(Cache.init, config, batch, kv_seq, dtype, platform=platform)
+    if mesh is None:
+        return init
+    split = specs(eqx.filter_eval_shape(init), strategy)
+    return jax.jit(init, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), split))
+
+
+@eqx.filter_jit
+def grow(model: Mistral, cache: Cache, kv_seq: int) -> Cache:
+    """A copy of a model's cache with `kv_seq` slots; each device adds its share to its own part."""
+    split = specs(cache, model.strategy)
+    share = kv_seq // parts(model, "kv_seq")
+    return spmd(lambda cache: cache.grow(share), model.mesh, (split,), split)(cache)
+
+
+def slots(model: Mistral, count: int) -> int:
+    """The size of a cache for `count` tokens of this model.
+
+    Where `kv_seq` is split, each device has the same share, and one slot more that a token of another one may touch.
+    """
+    shares = parts(model, "kv_seq")
+    return count if shares == 1 else (-(-count // shares) + 1) * shares
+
+
+def _rows(model: Mistral, x: np.ndarray | Array) -> Array:
+    """Puts something of each row where the model's devices have that row."""
+    mesh = model.mesh
+    return jnp.asarray(x) if mesh is None else place_on(np.asarray(x), mesh, model.strategy.spec("batch"))
+
+
+def parts(model: Mistral, dim: str) -> int:
+    """Into how many parts a dimension is split."""
+    axes = model.strategy.split_over(dim)
+    return 1 if model.mesh is None else math.prod(model.mesh.shape[axis] for axis in axes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A checked call of `generate` or `stream`: what every decoding step needs besides its state."""
+    """A checked call of `generate` or `stream`: what every decoding step needs besides its state.
+
+    **Attributes:**
+
+    - `idle`: how many rows are added to the prompts' so that `batch` can be split; they have ended from the start.
+    """
 
     model: Mistral
     sampler: Sampler
-    ends: Int[Array, " ends"]
+    ends: Int[np.ndarray, " ends"]
     keys: Key[Array, " batch"]
     max_new_tokens: int
+    idle: int
 
     @classmethod
     def init(
@@ -175,9 +271,12 @@ class Request:
             key = jr.key(0)
         if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
             raise ValueError("The key must be one that jax.random.key made, such as key=jax.random.key(0).")
+        idle = -batch % parts(model, "batch")
         if key.ndim == 0:
-            key = jax.vmap(jr.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
-        elif key.shape != (batch,):
+            key = jax.vmap(jr.fold_in, in_axes=(None, 0))(key, jnp.arange(batch + idle))
+        elif key.shape == (batch,):
+            key = jnp.concatenate([key, *[key[:1]] * idle])
+        else:
             raise ValueError(f"There are {batch} prompts and keys of shape {key.shape}; give one key, or one a prompt.")
         ends = [] if eos_id is None else list(eos_id) if isinstance(eos_id, Iterable) else [eos_id]
         for end in ends:
@@ -186,31 +285,39 @@ class Request:
                     f"The end token {end} is outside the vocabulary of {model.config.vocab}; leave out eos_id if "
                     "nothing is to stop early."
                 )
-        return cls(model, sampler, jnp.asarray(ends, jnp.int32), key, max_new_tokens)
+        key = jr.wrap_key_data(_rows(model, jr.key_data(key)), impl=jr.key_impl(key))
+        return cls(model, sampler, np.asarray(ends, np.int32), key, max_new_tokens, idle)
 
     def start(self, rows: list[list[int]]) -> tuple[Decoding, Cache]:
         """Reads the prompts into a new cache with room for all new tokens, and decodes the first token."""
         ids, positions = pad_left(rows, prompt_width(max(map(len, rows))))
         # Attention reads all of a cache: while the prompt is read, it has no slots besides the prompt's.
-        cache = Cache.init(self.model.config, ids.shape[0], ids.shape[1], self.model.dtype)
+        cache = empty_cache(self.model, len(rows) + self.idle, slots(self.model, ids.shape[1]))
         return self.read(ids, positions, cache)
 
     def read(
-        self, ids: Int[Array, "batch seq"], positions: Int[Array, "batch seq"], cache: Cache
+        self, ids: Int[np.ndarray, "rows seq"], positions: Int[np.ndarray, "rows seq"], cache: Cache
     ) -> tuple[Decoding, Cache]:
         """Reads tokens into a cache in pieces, makes room for all new tokens, and decodes the first of them."""
+        ended = np.arange(len(ids) + self.idle) >= len(ids)
+        ids, positions = (np.concatenate([x, *[x[:1]] * self.idle]) for x in (ids, positions))
         *earlier, last = (slice(start, start + _CHUNK) for start in range(0, ids.shape[1], _CHUNK))
         for piece in earlier:
-            _, cache = prefill((self.model, ids[:, piece], positions[:, piece]), cache)
-        logits, cache = prefill((self.model, ids[:, last], positions[:, last]), cache)
-        slots = capacity(int(cache.used) + self.max_new_tokens)
-        if slots > cache.kv_seq:
-            cache = _grow(cache, slots)
-        return _first(logits, cache, self.keys, self.sampler, self.ends, cache.kv_seq), cache
+            _, cache = self._prefill(ids[:, piece], positions[:, piece], cache)
+        logits, cache = self._prefill(ids[:, last], positions[:, last], cache)
+        room = slots(self.model, capacity(int(cache.used) + self.max_new_tokens))
+        if room > cache.kv_seq:
+            cache = grow(self.model, cache, room)
+        # The last column holds each row's last token.
+        at, ended = _rows(self.model, positions[:, -1]), _rows(self.model, ended)
+        return _first(self.model, logits, at, self.keys, ended, self.sampler, self.ends, cache.kv_seq), cache
+
+    def _prefill(self, ids: np.ndarray, positions: np.ndarray, cache: Cache) -> tuple[Array, Cache]:
+        return prefill((self.model, _rows(self.model, ids), _rows(self.model, positions)), cache)
 
     def decode(self, decoding: Decoding, cache: Cache, until: int) -> tuple[Decoding, Cache]:
         """Decodes until there are `until` new tokens, or all rows have ended."""
-        kept = (self.model, decoding, self.sampler, self.ends, jnp.asarray(until, jnp.int32))
+        kept = (self.model, decoding, self.sampler, self.ends, np.asarray(until, np.int32))
         return decode(kept, cache)
 
 
@@ -277,6 +384,7 @@ def generate(
     decoding, cache = request.start(rows)
     if max_new_tokens > 1:
         decoding, _ = request.decode(decoding, cache, max_new_tokens)
-    columns = jnp.arange(max_new_tokens)[None, :]
-    tokens = jnp.where(columns < decoding.step, decoding.tokens[:, :max_new_tokens], decoding.token[:, None])
-    return Generated(tokens, decoding.lengths)
+    tokens, lengths, last = (everywhere(x)[: len(rows)] for x in (decoding.tokens, decoding.lengths, decoding.token))
+    # Past the step at which all rows had ended, each repeats its end token.
+    tokens = np.where(np.arange(max_new_tokens) < int(decoding.step), tokens[:, :max_new_tokens], last[:, None])
+    return Generated(jnp.asarray(tokens), jnp.asarray(lengths))

@@ -4,7 +4,6 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
@@ -61,8 +60,8 @@ def _checked_prompt(number: int, prompt: Any, vocab: int) -> list[int]:
 
 def pad_left(
     rows: Sequence[Sequence[int]], length: int, starts: Sequence[int] | None = None
-) -> tuple[Int[Array, "batch seq"], Int[Array, "batch seq"]]:
-    """One array for rows of several lengths, which end together.
+) -> tuple[Int[np.ndarray, "batch seq"], Int[np.ndarray, "batch seq"]]:
+    """One array on the host for rows of several lengths, which end together.
 
     **Arguments:**
 
@@ -78,4 +77,4 @@ def pad_left(
         first = length - len(row)
         ids[index, first:] = row
         positions[index, first:] = np.arange(len(row)) + (starts[index] if starts else 0)
-    return jnp.asarray(ids), jnp.asarray(positions)
+    return ids, positions

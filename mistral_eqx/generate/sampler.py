@@ -8,6 +8,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from ..parallel import SINGLE, Strategy, gather, place, pmax, pmin, psum
+
 
 class Sampler(eqx.Module):
     """How the next token is chosen.
@@ -22,6 +24,8 @@ class Sampler(eqx.Module):
 
     Ties at a border stay. `temperature` and `top_p` are arrays in a compiled program: another value of them
     compiles nothing anew.
+
+    Where a strategy splits `vocab`, devices exchange candidates and sums, never logits.
 
     **Raises:** `ValueError` if a value is outside its range.
     """
@@ -51,52 +55,87 @@ class Sampler(eqx.Module):
         """Whether no random number is drawn."""
         return self.temperature is None
 
-    def __call__(self, logits: Float[Array, "batch vocab"], keys: Key[Array, " batch"]) -> Int[Array, " batch"]:
+    def __call__(
+        self, logits: Float[Array, "batch vocab"], keys: Key[Array, " batch"], strategy: Strategy = SINGLE
+    ) -> Int[Array, " batch"]:
         """Chooses one token a row.
 
         **Arguments:**
 
-        - `logits`: shape `(batch, vocab)`.
+        - `logits`: shape `(batch, vocab)`; inside `shard_map` this device's part of the vocabulary.
         - `keys`: one a row, so that what a row draws does not depend on its neighbours.
+        - `strategy`: whether `vocab` is split. The draw is the same one if it is.
 
         **Returns:** token ids, shape `(batch,)`.
         """
-        if self.greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return jax.vmap(jr.categorical)(keys, self.filter(logits)).astype(jnp.int32)
+        if not self.greedy:
+            logits = self.filter(logits, strategy)
+            part, parts = place("vocab", strategy)
+            size = logits.shape[-1]
+            # The noise of the whole vocabulary, of which only this device's part is computed: each entry of it
+            # depends on the key and its own index alone.
+            noise = jax.vmap(lambda key: jr.gumbel(key, (parts * size,), logits.dtype))(keys)
+            logits = logits + lax.dynamic_slice_in_dim(noise, part * size, size, axis=1)
+        return _argmax(logits, strategy)
 
-    def filter(self, logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
+    def filter(self, logits: Float[Array, "batch vocab"], strategy: Strategy = SINGLE) -> Float[Array, "batch vocab"]:
         """The logits from which a token is drawn: divided by the temperature, minus infinity for tokens left out."""
         if self.temperature is None:
             return logits
         logits = logits / self.temperature.astype(logits.dtype)
         if self.top_k is not None:
-            largest = lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0]
+            largest = _top_k(logits, self.top_k)
+            if strategy.split_over("vocab"):
+                # The largest of all are among the largest of each device.
+                largest = _top_k(gather(largest, "vocab", strategy, axis=1), self.top_k)
             # The minimum, and not the last one: of that XLA on CPU makes a sort of all logits.
             logits = jnp.where(logits < jnp.min(largest, axis=-1, keepdims=True), -jnp.inf, logits)
         if self.top_p is not None:
-            logits = jnp.where(_in_nucleus(logits, self.top_p), logits, -jnp.inf)
+            logits = jnp.where(_in_nucleus(logits, self.top_p, strategy), logits, -jnp.inf)
         return logits
 
 
-def _in_nucleus(logits: Float[Array, "batch vocab"], top_p: Array | np.ndarray) -> Bool[Array, "batch vocab"]:
+def _top_k(logits: Float[Array, "batch vocab"], k: int) -> Float[Array, "batch k"]:
+    return lax.top_k(logits, min(k, logits.shape[-1]))[0]
+
+
+def _argmax(logits: Float[Array, "batch vocab"], strategy: Strategy) -> Int[Array, " batch"]:
+    """The first index of the largest logit, which takes 8 bytes a row and device to agree on."""
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    part, parts = place("vocab", strategy)
+    if parts == 1:
+        return best
+    logit = jnp.max(logits, axis=-1)
+    first = jnp.where(logit == pmax(logit, "vocab", strategy), best + part * logits.shape[-1], jnp.iinfo(jnp.int32).max)
+    return pmin(first, "vocab", strategy)
+
+
+def _in_nucleus(
+    logits: Float[Array, "batch vocab"], top_p: Array | np.ndarray, strategy: Strategy
+) -> Bool[Array, "batch vocab"]:
     """Which tokens are in the smallest set whose probabilities sum to `top_p`.
 
-    Bisection finds the least probability of that set, bit by bit: 32 sums over a vocabulary take a small part of the
-    time of a sort.
+    The least probability of that set is found bit by bit: 30 sums over a vocabulary take a small part of the time of a
+    sort. Where the vocabulary is split, each exchange finds 5 bits.
     """
-    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    # The bits of floats that are not negative, taken as integers, are in the floats' order.
+    logits = logits.astype(jnp.float32)
+    weights = jnp.exp(logits - pmax(jnp.max(logits, axis=-1, keepdims=True), "vocab", strategy))
+    probabilities = weights / psum(jnp.sum(weights, axis=-1, keepdims=True), "vocab", strategy)
+    # The bits of floats that are not negative, taken as integers, are in the floats' order. Those of 1 are below 2**30.
     order = lax.bitcast_convert_type(probabilities, jnp.int32)
     # What is left out is summed, and not what stays: the sum of what stays is 1 before the last of many tokens.
     most = (1 - top_p).astype(jnp.float32)
+    bits = 5 if strategy.split_over("vocab") else 1
+    digits = np.arange(1, 2**bits, dtype=np.int32)
 
-    def halve(_, bounds):
-        low, high = bounds
-        middle = high - (high - low) // 2
-        left_out = jnp.sum(jnp.where(order < middle, probabilities, 0), axis=-1, keepdims=True)
-        return jnp.where(left_out <= most, middle, low), jnp.where(left_out <= most, high, middle - 1)
+    def next_digit(number: Array, least: Array) -> Array:
+        step = jnp.left_shift(1, 30 - bits * (number + 1))
+        candidates = least + digits[None, :] * step
+        below = order[:, None, :] < candidates[:, :, None]
+        left_out = psum(jnp.sum(jnp.where(below, probabilities[:, None, :], 0), axis=-1), "vocab", strategy)
+        return least + step * jnp.sum(left_out <= most, axis=-1, keepdims=True, dtype=jnp.int32)
 
-    bounds = jnp.min(order, axis=-1, keepdims=True), jnp.max(order, axis=-1, keepdims=True)
-    least, _ = lax.fori_loop(0, 32, halve, bounds)
-    return order >= least
+    likeliest = pmax(jnp.max(order, axis=-1, keepdims=True), "vocab", strategy)
+    # It starts at 0, in a form that tells `shard_map` along which axes rows differ.
+    least = lax.fori_loop(0, 30 // bits, next_digit, likeliest - likeliest)
+    return order >= jnp.minimum(least, likeliest)

@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from ..nn import Cache, Mistral
-from .loop import Decoding, Request, capacity, prompt_width
+from ..parallel import everywhere
+from .loop import Decoding, Request, capacity, grow, prompt_width, slots
 from .prompt import Prompts, checked_prompts, pad_left
 from .sampler import Sampler
 
@@ -38,7 +39,8 @@ def stream(
 
     def tokens() -> Iterator[np.ndarray]:
         for decoding, _ in _steps(request, *request.start(rows)):
-            yield np.where(np.asarray(decoding.lengths) == np.asarray(decoding.step), decoding.token, -1)
+            lengths, token = everywhere(decoding.lengths), everywhere(decoding.token)
+            yield np.where(lengths == int(decoding.step), token, -1)[: len(rows)]
 
     return tokens()
 
@@ -47,7 +49,7 @@ def _steps(request: Request, decoding: Decoding, cache: Cache) -> Iterator[tuple
     """The state and the cache after each token."""
     yield decoding, cache
     for step in range(2, request.max_new_tokens + 1):
-        if np.all(np.asarray(decoding.ended)):
+        if not decoding.unfinished:
             return
         decoding, cache = request.decode(decoding, cache, step)
         yield decoding, cache
@@ -96,7 +98,7 @@ class Conversation:
             state = self._read(request, row)
             self._ids = list(row)
             for decoding, self._cache in _steps(request, *state):
-                token = int(decoding.token[0])
+                token = int(everywhere(decoding.token)[0])
                 self._ids.append(token)
                 yield token
 
@@ -110,10 +112,11 @@ class Conversation:
         common = next((at for at, (old, new) in enumerate(zip(self._ids, row, strict=False)) if old != new), None)
         common = min(len(self._ids), len(row)) if common is None else common
         # At least one token is read again, for its logits.
-        known = min(common, int(cache.next_positions[0]), len(row) - 1)
+        known = min(common, int(everywhere(cache.next_positions)[0]), len(row) - 1)
         ids, positions = pad_left([row[known:]], prompt_width(len(row) - known), starts=[known])
-        slots = capacity(int(cache.used) + ids.shape[1] + request.max_new_tokens)
+        room = capacity(int(cache.used) + ids.shape[1] + request.max_new_tokens)
         # What was edited away leaves its slots behind; when most of the cache is such slots, a new one is better.
-        if slots > 2 * capacity(prompt_width(len(row)) + request.max_new_tokens):
+        if room > 2 * capacity(prompt_width(len(row)) + request.max_new_tokens):
             return request.start([row])
-        return request.read(ids, positions, cache.grow(max(slots, cache.kv_seq)).keep(known))
+        room = max(slots(self._model, room), cache.kv_seq)
+        return request.read(ids, positions, grow(self._model, cache, room).keep(known))

@@ -1,12 +1,11 @@
 """Grouped-query attention."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ..parallel import SINGLE, Strategy, psum
+from ..parallel import SINGLE, Strategy, own_slot, own_slots, pmax, psum, psum_together
 from .cache import LayerCache
 from .linear import Linear
 from .precision import at_least_float32
@@ -61,7 +60,7 @@ class Attention(eqx.Module):
         mask: Bool[Array, "batch seq kv_seq"],
         cache: LayerCache | None,
         slot: Int[Array, ""],
-    ) -> tuple[Float[Array, "batch seq embed"], LayerCache | None]:
+    ) -> tuple[Float[Array, "batch tokens embed"], LayerCache | None]:
         """Mixes values over positions.
 
         **Arguments:**
@@ -69,22 +68,26 @@ class Attention(eqx.Module):
         - `x`: activations, shape `(batch, seq, embed)`.
         - `rotation`: of the positions of `x`.
         - `mask`: which key each query sees, from `visible`.
-        - `cache`, `slot`: the keys and values of earlier tokens, and where those of `x` are written; without a cache
+        - `cache`, `slot`: the keys and values of earlier tokens, and the slot of the first of `x`; without a cache
             the keys are those of `x`.
 
         **Returns:** an array like `x`, and the cache with the new keys and values.
         """
         q = rotation(self.q_proj(x))
-        k = jnp.swapaxes(rotation(self.k_proj(x)), 1, 2)
-        v = jnp.swapaxes(self.v_proj(x), 1, 2)
+        k = own_slots(jnp.swapaxes(rotation(self.k_proj(x)), 1, 2), slot, self.strategy, axis=2)
+        v = own_slots(jnp.swapaxes(self.v_proj(x), 1, 2), slot, self.strategy, axis=2)
         if cache is not None:
-            cache = cache.update(k, v, slot)
+            cache = cache.update(k, v, own_slot(slot, self.strategy))
             k, v = cache.k, cache.v
         scores = psum(_contract_head_dim(q, k), "head_dim", self.strategy) * self.scale
         # A finite number, for a query that is padding sees no key at all.
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
-        context = _contract_kv_seq(jax.nn.softmax(scores, axis=-1), v).astype(x.dtype)
-        return self.o_proj(context), cache
+        # The softmax is divided by its sum last, so that devices with different keys can add both up before.
+        largest = pmax(lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)), "kv_seq", self.strategy)
+        weights = jnp.exp(scores - largest)
+        total = jnp.transpose(jnp.sum(weights, axis=-1, keepdims=True), (0, 3, 1, 2, 4))
+        context, total = psum_together(_contract_kv_seq(weights, v), total, "kv_seq", self.strategy)
+        return self.o_proj((context / total).astype(x.dtype)), cache
 
 
 def _contract_head_dim(

@@ -3,6 +3,7 @@
 import equinox as eqx
 from jaxtyping import Array, Bool, Float, Int
 
+from ..parallel import all_tokens
 from .attention import Attention
 from .cache import LayerCache
 from .feed_forward import FeedForward
@@ -11,7 +12,10 @@ from .rotary import Rotation
 
 
 class Block(eqx.Module):
-    """Attention, then a feed-forward layer, each on the normalised residual stream and added to it."""
+    """Attention, then a feed-forward layer, each on the normalised residual stream and added to it.
+
+    Where the strategy splits `seq`, the stream, and with it the norms, is split over tokens.
+    """
 
     attention_norm: RMSNorm
     attention: Attention
@@ -20,13 +24,14 @@ class Block(eqx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "batch seq embed"],
+        x: Float[Array, "batch tokens embed"],
         rotation: Rotation,
         mask: Bool[Array, "batch seq kv_seq"],
         cache: LayerCache | None,
         slot: Int[Array, ""],
-    ) -> tuple[Float[Array, "batch seq embed"], LayerCache | None]:
-        """Arguments and result are those of [`mistral_eqx.nn.Attention`][]."""
-        mixed, cache = self.attention(self.attention_norm(x), rotation, mask, cache, slot)
+    ) -> tuple[Float[Array, "batch tokens embed"], LayerCache | None]:
+        """Arguments and result are those of [`mistral_eqx.nn.Attention`][]; `x` may have this device's tokens only."""
+        strategy, seq = self.attention.strategy, mask.shape[1]
+        mixed, cache = self.attention(all_tokens(self.attention_norm(x), seq, strategy), rotation, mask, cache, slot)
         x = x + mixed
-        return x + self.feed_forward(self.feed_forward_norm(x)), cache
+        return x + self.feed_forward(all_tokens(self.feed_forward_norm(x), seq, strategy)), cache

@@ -1,14 +1,17 @@
 """From token ids to vectors, and from vectors to logits."""
 
-import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..parallel import SINGLE, Strategy
+from ..parallel import SINGLE, AbstractNamed, Strategy, place, psum, psum_tokens
 from .weight import AbstractWeight
 
 
-class Embedding(eqx.Module):
+class Embedding(AbstractNamed):
     """A table with one row a token.
+
+    If the strategy splits `vocab`, each device looks up the tokens whose rows it has, and the results are added up:
+    all but one are zero.
 
     **Attributes:**
 
@@ -19,15 +22,25 @@ class Embedding(eqx.Module):
     weight: AbstractWeight
     strategy: Strategy = SINGLE
 
-    def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
-        _refuse_split_vocab(self.strategy)
-        return self.weight.rows(ids)
+    def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch tokens embed"]:
+        part, parts = place("vocab", self.strategy)
+        if parts == 1:
+            return self.weight.rows(ids)
+        size = self.weight.row_count
+        row = ids - part * size
+        here = (row >= 0) & (row < size)
+        found = self.weight.rows(jnp.where(here, row, 0))
+        return psum_tokens(jnp.where(here[:, :, None], found, jnp.zeros((), found.dtype)), "vocab", self.strategy)
+
+    def array_dims(self) -> dict[str, str]:
+        return _named(self.weight)
 
 
-class Unembedding(eqx.Module):
+class Unembedding(AbstractNamed):
     """The output head: one logit a token of the vocabulary.
 
-    Its weight may be the embedding's, as in a model with tied embeddings.
+    Its weight may be the embedding's, as in a model with tied embeddings. If the strategy splits `vocab`, each device
+    has the logits of its part, and nothing is exchanged.
 
     **Attributes:**
 
@@ -40,14 +53,11 @@ class Unembedding(eqx.Module):
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:
         """Computes logits, in float32 for 16-bit activations: rounding them would make equal what is not."""
-        _refuse_split_vocab(self.strategy)
-        return self.weight.contract(x, "embed", "vocab")
+        return psum(self.weight.contract(x, "embed", "vocab"), "embed", self.strategy)
+
+    def array_dims(self) -> dict[str, str]:
+        return _named(self.weight)
 
 
-def _refuse_split_vocab(strategy: Strategy):
-    # A device would take its part for the whole, and give wrong rows without a word.
-    if strategy.split_over("vocab"):
-        raise ValueError(
-            f"The strategy {strategy.layout!r} splits 'vocab', which the embedding and the head cannot be yet; "
-            "leave that entry out."
-        )
+def _named(weight: AbstractWeight) -> dict[str, str]:
+    return {f"weight.{field}": dims for field, dims in weight.dims("embed", "vocab").items()}

@@ -20,5 +20,5 @@ class FeedForward(eqx.Module):
     up_proj: Linear
     down_proj: Linear
 
-    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch tokens embed"]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

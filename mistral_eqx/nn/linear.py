@@ -3,16 +3,17 @@
 import equinox as eqx
 from jaxtyping import Array, Float
 
-from ..parallel import SINGLE, Strategy, psum
+from ..parallel import SINGLE, AbstractNamed, Strategy, psum_tokens
 from .weight import AbstractWeight
 
 
-class Linear(eqx.Module):
+class Linear(AbstractNamed):
     """Contracts named input dimensions into named output dimensions, without a bias.
 
     If the strategy splits an output dimension, the layer is column-parallel: each device has its part of the result
     and nothing is exchanged. If it splits an input dimension, the layer is row-parallel: the partial sums are added
-    up, in the layer's only collective ([Megatron-LM](https://arxiv.org/abs/1909.08053)).
+    up, in the layer's only collective ([Megatron-LM](https://arxiv.org/abs/1909.08053)). If it splits `seq` too, each
+    device receives the sums of its own tokens only ([Korthikanti et al., 2022](https://arxiv.org/abs/2205.05198)).
 
     **Attributes:**
 
@@ -27,6 +28,9 @@ class Linear(eqx.Module):
     out_dims: str = eqx.field(static=True)
     strategy: Strategy = SINGLE
 
-    def __call__(self, x: Float[Array, "batch seq *in"]) -> Float[Array, "batch seq *out"]:
+    def __call__(self, x: Float[Array, "batch seq *in"]) -> Float[Array, "batch tokens *out"]:
         y = self.weight.contract(x, self.in_dims, self.out_dims).astype(x.dtype)
-        return psum(y, self.in_dims, self.strategy)
+        return psum_tokens(y, self.in_dims, self.strategy)
+
+    def array_dims(self) -> dict[str, str]:
+        return {f"weight.{field}": dims for field, dims in self.weight.dims(self.in_dims, self.out_dims).items()}

@@ -7,11 +7,12 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..config import MistralConfig
-from ..parallel import SINGLE, Strategy
+from ..parallel import SINGLE, Strategy, all_tokens, own_slot, own_slots, pmax, specs, spmd
 from .attention import Attention, visible
 from .block import Block
 from .cache import Cache
@@ -37,6 +38,8 @@ class Mistral(eqx.Module):
     - `rotary`: the positions' angles, shared by all blocks.
     - `config`: the sizes of the whole model, for limits and for writing it to a file. No layer computes with them:
         inside `shard_map` every count is that of this device's arrays.
+    - `mesh`: the devices over which the arrays are split, as [`mistral_eqx.shard`][] does; `None` for one device.
+        Called outside of `shard_map`, a model enters its mesh by itself.
     """
 
     embedding: Embedding
@@ -45,6 +48,7 @@ class Mistral(eqx.Module):
     head: Unembedding | None
     rotary: Rotary
     config: MistralConfig = eqx.field(static=True)
+    mesh: Mesh | None = eqx.field(static=True, default=None)
 
     @classmethod
     def init(
@@ -76,7 +80,7 @@ class Mistral(eqx.Module):
                 _block(config, window, key, dtype, strategy)
                 for window, key in zip(config.windows, block_keys, strict=True)
             ),
-            norm=RMSNorm(jnp.ones(config.embed, dtype), config.norm_eps),
+            norm=RMSNorm(jnp.ones(config.embed, dtype), config.norm_eps, strategy),
             head=None
             if config.tied
             else Unembedding(DenseWeight.init(table, 0.02, key=head_key, dtype=dtype), strategy),
@@ -89,10 +93,25 @@ class Mistral(eqx.Module):
         """The precision of the activations."""
         return self.norm.weight.dtype
 
+    @property
+    def strategy(self) -> Strategy:
+        """Which dimensions are split over which axes of the mesh."""
+        return self.embedding.strategy
+
     def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocab"]:
-        """The logits of the token after each one of `ids`; float32 for a 16-bit model."""
-        hidden, _ = self.hidden(ids)
-        return self.logits(hidden)
+        """The logits of the token after each one of `ids`; float32 for a 16-bit model.
+
+        On a mesh they are split as the strategy splits `batch` and `vocab`.
+        """
+
+        def forward(model: Mistral, ids: Array) -> Array:
+            hidden, _ = model.hidden(ids)
+            return model.logits(hidden)
+
+        rows = self.strategy.spec("batch")
+        return spmd(forward, self.mesh, (specs(self, self.strategy), rows), self.strategy.spec("batch _ vocab"))(
+            self, ids
+        )
 
     @overload
     def hidden(
@@ -122,32 +141,48 @@ class Mistral(eqx.Module):
 
         **Returns:** activations, shape `(batch, seq, embed)`, and the cache with these tokens added.
         """
-        if positions is None:
-            start = jnp.zeros(ids.shape[0], jnp.int32) if cache is None else cache.next_positions
-            positions = start[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
-        if cache is None:
-            slot, kv_positions, layers = jnp.zeros((), jnp.int32), positions, (None,) * len(self.blocks)
-        else:
-            slot, layers = cache.used, cache.layers
-            kv_positions = lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
-        rotation = self.rotary(positions)
-        masks = {
-            window: visible(positions, kv_positions, window)
-            for window in dict.fromkeys(block.attention.window for block in self.blocks)
-        }
-        x = self.embedding(ids)
-        updated = []
-        for block, layer in zip(self.blocks, layers, strict=True):
-            x, layer = block(x, rotation, masks[block.attention.window], layer, slot)
-            updated.append(layer)
-        if cache is not None:
-            cache = Cache(tuple(updated), kv_positions, slot + ids.shape[1])
-        return self.norm(x), cache
+        rows, layers = self.strategy.spec("batch"), specs(cache, self.strategy)
+        in_specs = specs(self, self.strategy), rows, rows, layers
+        out_specs = self.strategy.spec("batch _ embed"), layers
+        return spmd(_hidden, self.mesh, in_specs, out_specs)(self, ids, positions, cache)
 
     def logits(self, hidden: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:
         """The output head, applied to what `hidden` returned or to a part of it."""
-        head = Unembedding(self.embedding.weight, self.embedding.strategy) if self.head is None else self.head
-        return head(hidden)
+
+        def forward(model: Mistral, hidden: Array) -> Array:
+            embedding = model.embedding
+            head = Unembedding(embedding.weight, embedding.strategy) if model.head is None else model.head
+            return head(hidden)
+
+        in_specs = specs(self, self.strategy), self.strategy.spec("batch _ embed")
+        return spmd(forward, self.mesh, in_specs, self.strategy.spec("batch _ vocab"))(self, hidden)
+
+
+def _hidden(model: Mistral, ids: Array, positions: Array | None, cache: Cache | None) -> tuple[Array, Cache | None]:
+    strategy, seq = model.strategy, ids.shape[1]
+    if positions is None:
+        start = jnp.zeros(ids.shape[0], jnp.int32)
+        if cache is not None:
+            start = pmax(cache.next_positions, "kv_seq", strategy)
+        positions = start[:, None] + jnp.arange(seq, dtype=jnp.int32)[None, :]
+    slot = jnp.zeros((), jnp.int32) if cache is None else cache.used
+    layers = (None,) * len(model.blocks) if cache is None else cache.layers
+    kv_positions = own_slots(positions, slot, strategy, axis=1, fill=-1)
+    if cache is not None:
+        kv_positions = lax.dynamic_update_slice_in_dim(cache.positions, kv_positions, own_slot(slot, strategy), axis=1)
+    rotation = model.rotary(positions)
+    masks = {
+        window: visible(positions, kv_positions, window)
+        for window in dict.fromkeys(block.attention.window for block in model.blocks)
+    }
+    x = model.embedding(ids)
+    updated = []
+    for block, layer in zip(model.blocks, layers, strict=True):
+        x, layer = block(x, rotation, masks[block.attention.window], layer, slot)
+        updated.append(layer)
+    if cache is not None:
+        cache = Cache(tuple(updated), kv_positions, slot + seq)
+    return all_tokens(model.norm(x), seq, strategy, to="invarying"), cache
 
 
 def _block(config: MistralConfig, window: int | None, key: PRNGKeyArray, dtype: DTypeLike, strategy: Strategy) -> Block:
@@ -167,7 +202,7 @@ def _block(config: MistralConfig, window: int | None, key: PRNGKeyArray, dtype: 
         return Linear(weight, in_dims, out_dims, strategy)
 
     def norm() -> RMSNorm:
-        return RMSNorm(jnp.ones(config.embed, dtype), config.norm_eps)
+        return RMSNorm(jnp.ones(config.embed, dtype), config.norm_eps, strategy)
 
     return Block(
         attention_norm=norm(),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from ..parallel import SINGLE, Strategy, place, psum
 from .precision import at_least_float32
 
 
@@ -18,12 +19,16 @@ class RMSNorm(eqx.Module):
 
     - `weight`: one factor an entry, shape `(embed,)`.
     - `eps`: added to the mean of squares.
+    - `strategy`: which dimensions are split over which mesh axes.
     """
 
     weight: Float[Array, " embed"]
     eps: float = eqx.field(static=True)
+    strategy: Strategy = SINGLE
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         wide = x.astype(at_least_float32(x.dtype))
-        scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        _, parts = place("embed", self.strategy)
+        mean = psum(jnp.mean(wide * wide, axis=-1, keepdims=True) / parts, "embed", self.strategy)
+        scale = lax.rsqrt(mean + self.eps)
         return (wide * scale).astype(x.dtype) * self.weight.reshape(1, 1, -1)

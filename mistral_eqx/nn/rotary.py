@@ -6,6 +6,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from ..parallel import AbstractNamed
+
 
 class Rotation(eqx.Module):
     """Cosines and sines of the angle by which each pair of entries at each position is turned."""
@@ -32,7 +34,7 @@ class Rotation(eqx.Module):
         return turned.reshape(x.shape).astype(x.dtype)
 
 
-class Rotary(eqx.Module):
+class Rotary(AbstractNamed):
     """Turns pairs of entries by an angle that grows with the position
     ([RoFormer](https://arxiv.org/abs/2104.09864)).
 
@@ -54,3 +56,6 @@ class Rotary(eqx.Module):
         inv_freq = lax.stop_gradient(self.inv_freq)
         angles = positions.astype(inv_freq.dtype)[:, :, None] * inv_freq[None, None, :]
         return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+    def array_dims(self) -> dict[str, str]:
+        return {"inv_freq": "head_dim"}

@@ -18,7 +18,7 @@ from .precision import at_least_float32, from_bits, to_bits
 class AbstractWeight(eqx.Module):
     """The storage of a linear map. A layer says which dimensions are contracted; its weight knows how.
 
-    To add a storage format, subclass this and define the three methods. Inside `shard_map` the arrays are this
+    To add a storage format, subclass this and define the methods. Inside `shard_map` the arrays are this
     device's part, and so are the results: partial sums are added up by the layer, not here.
     """
 
@@ -38,6 +38,11 @@ class AbstractWeight(eqx.Module):
     @abc.abstractmethod
     def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
         """Looks up rows by their index in the first dimension, as an embedding table is read."""
+
+    @property
+    @abc.abstractmethod
+    def row_count(self) -> int:
+        """How many rows there are to look up."""
 
     @abc.abstractmethod
     def dims(self, in_dims: str, out_dims: str) -> dict[str, str]:
@@ -64,6 +69,10 @@ class DenseWeight(AbstractWeight):
 
     def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
         return _rows(self.value, ids)
+
+    @property
+    def row_count(self) -> int:
+        return self.value.shape[0]
 
     def dims(self, in_dims: str, out_dims: str) -> dict[str, str]:
         return {"value": f"{out_dims} {in_dims}"}

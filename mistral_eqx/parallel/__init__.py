@@ -1,2 +1,32 @@
-from .collectives import psum as psum
-from .strategy import SINGLE as SINGLE, Strategy as Strategy
+from .agreement import agree as agree
+from .collectives import (
+    all_tokens as all_tokens,
+    gather as gather,
+    own_slot as own_slot,
+    own_slots as own_slots,
+    place as place,
+    pmax as pmax,
+    pmin as pmin,
+    psum as psum,
+    psum_together as psum_together,
+    psum_tokens as psum_tokens,
+)
+from .shard import (
+    by_hand as by_hand,
+    einshard as einshard,
+    everywhere as everywhere,
+    place_on as place_on,
+    shard as shard,
+    with_strategy as with_strategy,
+)
+from .spmd import AbstractNamed as AbstractNamed, specs as specs, spmd as spmd
+from .strategy import (
+    HEAD_DIM as HEAD_DIM,
+    HEADS as HEADS,
+    HEADS_X_HEAD_DIM as HEADS_X_HEAD_DIM,
+    HEADS_X_KV_SEQ as HEADS_X_KV_SEQ,
+    KV_REPLICATED as KV_REPLICATED,
+    SEQUENCE_PARALLEL as SEQUENCE_PARALLEL,
+    SINGLE as SINGLE,
+    Strategy as Strategy,
+)

@@ -1,5 +1,8 @@
-"""The only file that names a collective operation."""
+"""The only file that names a collective operation, and what a device does by its place on the mesh."""
 
+import math
+
+import jax.numpy as jnp
 from jax import Array, lax
 
 from .strategy import Strategy
@@ -18,3 +21,94 @@ def psum(x: Array, dims: str, strategy: Strategy) -> Array:
     """
     axes = strategy.split_over(dims)
     return lax.psum(x, axes) if axes else x
+
+
+def pmax(x: Array, dims: str, strategy: Strategy) -> Array:
+    """The largest `x` of the devices among which any of `dims` is split; no gradient passes."""
+    axes = strategy.split_over(dims)
+    return lax.pmax(lax.stop_gradient(x), axes) if axes else x
+
+
+def pmin(x: Array, dims: str, strategy: Strategy) -> Array:
+    """The smallest `x` of the devices among which any of `dims` is split; no gradient passes."""
+    axes = strategy.split_over(dims)
+    return lax.pmin(lax.stop_gradient(x), axes) if axes else x
+
+
+def psum_together(first: Array, second: Array, dims: str, strategy: Strategy) -> tuple[Array, Array]:
+    """`psum` of two arrays in one exchange; they agree in all axes but the last."""
+    if not strategy.split_over(dims):
+        return first, second
+    both = psum(jnp.concatenate([first, second], axis=-1), dims, strategy)
+    return both[..., : first.shape[-1]], both[..., first.shape[-1] :]
+
+
+def psum_tokens(x: Array, dims: str, strategy: Strategy) -> Array:
+    """Like `psum` for the residual stream: where `strategy` splits `seq`, each device receives its own tokens only.
+
+    A length that cannot be cut into equal parts, such as the one token of a decoding step, stays whole.
+
+    **Arguments:**
+
+    - `x`: this device's partial sums for all tokens, shape `(batch, seq, ...)`.
+    - `dims`, `strategy`: as for `psum`.
+    """
+    axes = strategy.split_over(dims)
+    scattered = strategy.split_over("seq") if axes else ()
+    if not scattered or x.shape[1] % lax.axis_size(scattered):
+        return psum(x, dims, strategy)
+    rest = tuple(axis for axis in axes if axis not in scattered)
+    x = lax.psum(x, rest) if rest else x
+    return lax.psum_scatter(x, scattered, scatter_dimension=1, tiled=True)
+
+
+def all_tokens(x: Array, seq: int, strategy: Strategy, *, to: str = "varying") -> Array:
+    """Puts together the tokens that `psum_tokens` gave to each device; `x` itself if it has all `seq` of them.
+
+    **Arguments:**
+
+    - `x`: shape `(batch, tokens, ...)`.
+    - `to`: `"invarying"` if all devices are to know that they have the same. Otherwise the gradient is scattered right
+        away and not added up everywhere first.
+    """
+    return x if x.shape[1] == seq else lax.all_gather(x, strategy.split_over("seq"), axis=1, tiled=True, to=to)
+
+
+def gather(x: Array, dims: str, strategy: Strategy, *, axis: int) -> Array:
+    """Puts together the parts of all devices among which `dims` are split, along `axis`."""
+    axes = strategy.split_over(dims)
+    return lax.all_gather(x, axes, axis=axis, tiled=True, to="invarying") if axes else x
+
+
+def place(dims: str, strategy: Strategy) -> tuple[Array | int, int]:
+    """Which of the parts of `dims` this device has, and how many there are."""
+    axes = strategy.split_over(dims)
+    return (lax.axis_index(axes), lax.axis_size(axes)) if axes else (0, 1)
+
+
+def own_slots(x: Array, slot: Array, strategy: Strategy, *, axis: int, fill: int = 0) -> Array:
+    """The tokens whose keys and values this device keeps, where `strategy` splits `kv_seq`.
+
+    Slots are dealt out in turn: slot `i` belongs to device `i % devices`. So every device has the same share of the
+    tokens at every length, and a cache grows without moving any. Of `n` tokens each device gets `ceil(n / devices)`;
+    where that is one too many, the last is `fill`: written to a free slot, it is overwritten by the next token there.
+
+    **Arguments:**
+
+    - `x`: something of each token, along `axis`.
+    - `slot`: the slot of the first of them.
+    """
+    part, parts = place("kv_seq", strategy)
+    if parts == 1:
+        return x
+    tokens = x.shape[axis]
+    turns = math.ceil(tokens / parts)
+    padding = [(0, turns * parts - tokens if at == axis else 0) for at in range(x.ndim)]
+    turned = jnp.pad(x, padding, constant_values=fill).reshape(*x.shape[:axis], turns, parts, *x.shape[axis + 1 :])
+    return lax.dynamic_index_in_dim(turned, (part - slot) % parts, axis + 1, keepdims=False)
+
+
+def own_slot(slot: Array, strategy: Strategy) -> Array:
+    """Where, in this device's part of the cache, the first of the tokens goes that `own_slots` gives it."""
+    part, parts = place("kv_seq", strategy)
+    return slot if parts == 1 else (slot + (part - slot) % parts) // parts

@@ -2,12 +2,37 @@
 
 import dataclasses
 import functools
+import math
 import re
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from ..config import MistralConfig
 
 
 _ENTRY = re.compile(r"([a-z_]+)@([a-z_0-9]+(?:,[a-z_0-9]+)*)")
+
+# The sizes of these are a config's; of the others, a call's.
+_OF_CONFIG = ("vocab", "embed", "hidden", "kv_heads", "q_per_kv", "head_dim")
+_OF_CALL = ("batch", "seq", "kv_seq")
+
+# What stands together in one array: no axis can split two of one line.
+_ARRAYS = {
+    "queries, keys and their scores": "batch kv_heads q_per_kv kv_seq head_dim",
+    "q_proj": "kv_heads q_per_kv head_dim embed",
+    "gate_proj": "batch hidden embed",
+    "the embedding": "vocab embed",
+    "the logits": "batch vocab",
+    "the residual stream": "batch seq embed",
+}
+
+
+@runtime_checkable
+class _HasConfig(Protocol):
+    @property
+    def config(self) -> MistralConfig: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +40,7 @@ class Strategy:
     """Maps names of dimensions to axes of the mesh, in the spirit of einsum.
 
     A strategy is no array, so in a module it is a leaf that `equinox.filter_jit` treats as static, and one
-    `jax.tree.map` swaps it everywhere.
+    `jax.tree.map` swaps it everywhere. `strategy + "batch@dp"` is the strategy with that entry added.
 
     **Arguments:**
 
@@ -48,6 +73,9 @@ class Strategy:
             axes[dim] = names
         return axes
 
+    def __add__(self, entries: str) -> "Strategy":
+        return Strategy(f"{self.layout} {entries}".strip())
+
     def spec(self, dims: str) -> PartitionSpec:
         """How an array is split over the mesh.
 
@@ -64,5 +92,85 @@ class Strategy:
         """The mesh axes over which any of `dims` is split; empty if none is."""
         return tuple(axis for dim in dims.split() for axis in self._axes.get(dim, ()))
 
+    def check(self, model: MistralConfig | _HasConfig, mesh: Mesh | AbstractMesh):
+        """Refuses what cannot be split, before anything is traced.
+
+        **Arguments:**
+
+        - `model`: a model or its config.
+        - `mesh`: the mesh that it is to be split over.
+
+        **Raises:** `ValueError` if a dimension or an axis does not exist, if a dimension cannot be cut into as many
+        equal parts as there are devices, or if one axis splits two dimensions of one array.
+        """
+        config = model if isinstance(model, MistralConfig) else model.config
+        sizes: Mapping[str, int] = mesh.shape
+        for dim, axes in self._axes.items():
+            if dim not in _OF_CONFIG + _OF_CALL:
+                raise ValueError(
+                    f"The strategy {self.layout!r} splits {dim!r}, which is no dimension that can be split; these are: "
+                    f"{', '.join(_OF_CALL + _OF_CONFIG)}."
+                )
+            for axis in axes:
+                if axis not in sizes:
+                    raise ValueError(
+                        f"The strategy {self.layout!r} splits {dim!r} over the mesh axis {axis!r}, but the mesh has "
+                        f"{_listed(sizes)}; make a mesh with that axis, or name one of its own."
+                    )
+            devices = math.prod(sizes[axis] for axis in axes)
+            if dim in _OF_CONFIG and getattr(config, dim) % devices:
+                raise ValueError(
+                    f"{getattr(config, dim)} {dim} cannot be split over {devices} devices; {_remedy(dim, devices)}."
+                )
+            if dim == "head_dim" and config.head_dim // devices % 2:
+                raise ValueError(
+                    f"{config.head_dim} head_dim over {devices} devices would tear apart the pairs that the rotary "
+                    "embedding turns; take at most half as many devices."
+                )
+        for array, dims in _ARRAYS.items():
+            taken: dict[str, str] = {}
+            for dim in dims.split():
+                for axis in self._axes.get(dim, ()):
+                    if axis in taken:
+                        raise ValueError(
+                            f"The strategy {self.layout!r} splits {taken[axis]!r} and {dim!r} over the same axis "
+                            f"{axis!r}, and {array} {'have' if array.endswith('s') else 'has'} both; give one of them "
+                            "another axis."
+                        )
+                    taken[axis] = dim
+        for dims in ("kv_heads q_per_kv head_dim", "hidden", "vocab"):
+            missing = [axis for axis in self._axes.get("seq", ()) if axis not in self.split_over(dims)]
+            if missing:
+                raise ValueError(
+                    f"The strategy {self.layout!r} splits 'seq' over {missing[0]!r}, but none of {dims!r}; sums over "
+                    "these are what it scatters, so split one of them over that axis too."
+                )
+        if self.split_over("seq") and self.split_over("embed"):
+            raise ValueError(
+                f"The strategy {self.layout!r} splits the residual stream by 'seq' and by 'embed'; keep one of them."
+            )
+
+
+def _remedy(dim: str, devices: int) -> str:
+    match dim:
+        case "kv_heads":
+            return "use KV_REPLICATED or HEAD_DIM"
+        case "q_per_kv":
+            return "use HEADS_X_HEAD_DIM or HEADS_X_KV_SEQ, or fewer devices on that axis"
+        case "head_dim":
+            return "use fewer devices on that axis"
+        case _:
+            return f"leave {dim!r} out of the strategy, or use fewer devices on that axis"
+
+
+def _listed(names: Mapping[str, int]) -> str:
+    return ", ".join(f"{name!r} ({size})" for name, size in names.items()) or "no axes"
+
 
 SINGLE = Strategy()
+HEADS = Strategy("kv_heads@tp hidden@tp vocab@tp")
+HEAD_DIM = Strategy("head_dim@tp hidden@tp vocab@tp")
+KV_REPLICATED = Strategy("kv_heads@kv q_per_kv@rep hidden@kv,rep vocab@kv,rep")
+HEADS_X_HEAD_DIM = Strategy("kv_heads@kv head_dim@rep hidden@kv,rep vocab@kv,rep")
+HEADS_X_KV_SEQ = Strategy("kv_heads@kv kv_seq@rep hidden@kv,rep vocab@kv,rep")
+SEQUENCE_PARALLEL = Strategy("kv_heads@tp hidden@tp vocab@tp seq@tp")
