@@ -23,6 +23,7 @@ from .parallel import (
     Strategy as Strategy,
     einshard as einshard,
     shard as shard,
+    strategies as strategies,
 )
 from .presets import PRESETS as PRESETS
 from .text import (

@@ -1,4 +1,5 @@
 from .agreement import agree as agree
+from .choices import NAMED as NAMED, Choice as Choice, strategies as strategies
 from .collectives import (
     all_tokens as all_tokens,
     gather as gather,

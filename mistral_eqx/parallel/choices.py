@@ -1,0 +1,99 @@
+"""Which strategies a model can have on a number of devices."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+from ..config import MistralConfig
+from .mesh import make_mesh
+from .strategy import (
+    HEAD_DIM,
+    HEADS,
+    HEADS_X_HEAD_DIM,
+    HEADS_X_KV_SEQ,
+    KV_REPLICATED,
+    SEQUENCE_PARALLEL,
+    Strategy,
+)
+
+
+NAMED = {
+    "heads": HEADS,
+    "sequence_parallel": SEQUENCE_PARALLEL,
+    "head_dim": HEAD_DIM,
+    "kv_replicated": KV_REPLICATED,
+    "heads_x_head_dim": HEADS_X_HEAD_DIM,
+    "heads_x_kv_seq": HEADS_X_KV_SEQ,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A strategy and the mesh that it is for.
+
+    **Attributes:**
+
+    - `name`: such as `"heads"`; with copies of the model on several groups of devices, `"heads, batch over 2"`.
+    - `strategy`: which dimensions are split over which axes.
+    - `axes`: the mesh's axes and their sizes.
+    """
+
+    name: str
+    strategy: Strategy
+    axes: dict[str, int]
+
+    def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh, of these devices or of those that are there."""
+        return make_mesh(self.axes, devices)
+
+
+def strategies(config: MistralConfig, n_devices: int) -> list[Choice]:
+    """The named strategies that are legal for a model on a number of devices.
+
+    Each comes with every mesh that it can have: `tp` takes all devices, `kv` as many as there are ways to split the
+    key/value heads and `rep` the rest, and `dp`, which splits `batch`, a part of them beside one or the other.
+
+    **Arguments:**
+
+    - `config`: the model's.
+    - `n_devices`: how many devices there are.
+
+    **Returns:** the choices, those that split the weights the most first.
+    """
+    if n_devices < 1:
+        raise ValueError(f"n_devices is {n_devices}; it must be at least 1.")
+    found = []
+    for copies in _divisors(n_devices):
+        for name, strategy in NAMED.items():
+            for axes in _axes(strategy, n_devices // copies):
+                label, split = name, strategy
+                if copies > 1:
+                    label, split, axes = f"{name}, batch over {copies}", strategy + "batch@dp", {"dp": copies, **axes}
+                if _is_legal(split, config, axes):
+                    found.append(Choice(label, split, axes))
+    return found
+
+
+def _axes(strategy: Strategy, devices: int) -> Iterator[dict[str, int]]:
+    if strategy.split_over("hidden") == ("tp",):
+        if devices > 1:
+            yield {"tp": devices}
+        return
+    for rep in _divisors(devices)[1:]:
+        # On one key/value group this is `head_dim` under another name.
+        if rep < devices or strategy is not HEADS_X_HEAD_DIM:
+            yield {"kv": devices // rep, "rep": rep}
+
+
+def _is_legal(strategy: Strategy, config: MistralConfig, axes: dict[str, int]) -> bool:
+    try:
+        strategy.check(config, AbstractMesh(tuple(axes.values()), tuple(axes)))
+    except ValueError:
+        return False
+    return True
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
