@@ -1,7 +1,10 @@
 """Small random models and checkpoints, and how a test changes their files."""
 
+import contextlib
 import dataclasses
 import json
+import math
+import unittest.mock
 
 import equinox as eqx
 import gguf
@@ -10,8 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from fixtures.text import tiny as vocabularies
 
+from mistral_eqx.checkpoint import gguf as checkpoint_gguf, safetensors
 from mistral_eqx.checkpoint.loading import path_of
 from mistral_eqx.checkpoint.names import rows
+from mistral_eqx.checkpoint.ranges import read_ranges
+from mistral_eqx.checkpoint.reader import DTYPES
 from mistral_eqx.config import MistralConfig
 from mistral_eqx.nn import Mistral, Rotary
 
@@ -106,6 +112,42 @@ def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, *, metadata=(), 
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_noise(folder, config, dtype="bfloat16"):
+    """Writes a checkpoint of Hugging Face's format in a moment, a tensor at a time; small positive numbers."""
+    folder.mkdir()
+    dtype = DTYPES[dtype]
+    noise = np.random.default_rng(0).integers(0x3C00, 0x3D00, size=2**20, dtype=np.uint16)
+
+    def draw(seed, shape):
+        for start in range(0, shape[0], 1024):
+            part = (min(1024, shape[0] - start), *shape[1:])
+            yield np.resize(np.roll(noise, seed + 7919 * start), math.prod(part) * dtype.itemsize // 2).view(dtype)
+
+    described = [(row.hf, row.file_shape(config)) for row in rows(config)]
+    safetensors.write(
+        folder / "model.safetensors",
+        [(name, shape, dtype, draw(seed, shape)) for seed, (name, shape) in enumerate(described)],
+    )
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    return folder
+
+
+@contextlib.contextmanager
+def counted_reads():
+    """A list to which every range of bytes is added that is read from a file of weights, as its path and length."""
+    seen = []
+
+    def counting(path, ranges, into):
+        ranges = list(ranges)
+        seen.extend((path, nbytes) for _, nbytes in ranges)
+        read_ranges(path, ranges, into)
+
+    with contextlib.ExitStack() as patches:
+        for module in (safetensors, checkpoint_gguf):
+            patches.enter_context(unittest.mock.patch.object(module, "read_ranges", counting))
+        yield seen
 
 
 def edit_json(path, **changes):

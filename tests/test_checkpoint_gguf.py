@@ -49,6 +49,11 @@ def test_every_type_that_the_package_dequantises(kind, tmp_path):
         part = tensor[2:5, 3:9].astype(np.float32)
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(part, expected[2:5, 3:9])
+    columns = np.concatenate([np.arange(3, 9), np.arange(250, 300), np.arange(301, 512, 3)])
+    with np.errstate(all="ignore"):
+        for some in (columns, np.arange(256, 512), columns[:1]):
+            np.testing.assert_array_equal(tensor.rows(1, 5, some).astype(np.float32), expected[1:5, some])
+        assert tensor.rows(2, 2, columns).shape == (0, len(columns))
     np.testing.assert_array_equal(tensors["before"][1:3], np.ones(2))
 
 

@@ -1,6 +1,7 @@
 import json
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from checkpoint_fixtures import assert_same_weights, random_model, tiny, weights
 
 from mistral_eqx.checkpoint import convert, load, open_checkpoint
 from mistral_eqx.checkpoint.names import rows
+from mistral_eqx.parallel import Strategy
 
 
 def to_torch(torch, array):
@@ -27,6 +29,15 @@ def release(folder, config):
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps(config.to_params_json()))
     return folder
+
+
+def assert_shards_are_those_of(model, folder):
+    """Checks a split of every dimension; of columns too, within a file and across files."""
+    mesh = jax.make_mesh((2,), ("tp",), devices=jax.devices()[:2])
+    for layout in ("kv_heads@tp hidden@tp vocab@tp", "head_dim@tp hidden@tp vocab@tp", "embed@tp"):
+        loaded = load(folder, mesh=mesh, strategy=Strategy(layout))
+        assert loaded.strategy.layout == layout
+        assert_same_weights(loaded, model)
 
 
 def test_without_torch_the_remedy_is_named(tmp_path, monkeypatch):
@@ -53,6 +64,7 @@ def test_one_file(dtype, getkey, tmp_path):
     assert part.tobytes() == expected.tobytes()
     convert(folder, tmp_path / "hf", format="hf")
     assert_same_weights(load(tmp_path / "hf"), model)
+    assert_shards_are_those_of(model, folder)
 
 
 @pytest.mark.parity
@@ -79,6 +91,7 @@ def test_files_of_a_tensor_parallel_run(getkey, tmp_path):
         }
         torch.save(part, folder / f"consolidated.{rank:02}.pth")
     assert_same_weights(load(folder), model)
+    assert_shards_are_those_of(model, folder)
     wo = open_checkpoint(folder).tensors["layers.0.attention.wo.weight"]
     assert (wo.shape, wo.nbytes) == ((32, 96), 4 * 32 * 96)
     wq = open_checkpoint(folder).tensors["layers.0.attention.wq.weight"]

@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from mistral_eqx import checkpoint
 from mistral_eqx.checkpoint import open_checkpoint, reader
-from mistral_eqx.checkpoint.reader import DTYPES, LazyTensor, read_rows
+from mistral_eqx.checkpoint.reader import DTYPES, LazyTensor, read_columns, read_rows
 from mistral_eqx.checkpoint.source import sources
 
 
@@ -21,10 +21,11 @@ class Listed(LazyTensor):
         self.array = array
         self.reads = []
 
-    def rows(self, start, stop):
+    def rows(self, start, stop, columns=None):
         assert 0 <= start <= stop <= self.shape[0]
         self.reads.append((start, stop))
-        return self.array[start:stop].copy()
+        block = self.array[start:stop]
+        return block.copy() if columns is None else block[:, columns]
 
 
 INDICES = [
@@ -64,17 +65,18 @@ def test_only_the_rows_asked_for_are_read():
 
 
 @given(st.data())
-def test_rows_are_read_in_any_order(data):
-    height, width = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 5))
+def test_rows_and_sets_of_columns_are_read_in_any_order(data):
+    height, width = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 9))
     tensor = Listed(np.random.default_rng(0).normal(size=(height, width)).astype(np.float32))
     picked = data.draw(st.lists(st.integers(0, height - 1), unique=True, min_size=1))
-    columns = data.draw(st.none() | st.lists(st.integers(0, width - 1), unique=True, min_size=1))
-    found = read_rows(
-        tensor, DTYPES["bfloat16"], rows=np.array(picked), columns=None if columns is None else np.array(columns)
-    )
-    expected = tensor.array[picked] if columns is None else tensor.array[picked][:, columns]
-    assert np.array_equal(found, expected.astype(ml_dtypes.bfloat16))
-    assert sorted(row for start, stop in tensor.reads for row in range(start, stop)) == sorted(picked)
+    some = st.lists(st.integers(0, width - 1), unique=True, min_size=1)
+    sets = [np.array(columns) for columns in data.draw(st.lists(some, min_size=1, max_size=3))]
+    found = read_columns(tensor, DTYPES["bfloat16"], sets, rows=np.array(picked))
+    for part, columns in zip(found, sets, strict=True):
+        assert np.array_equal(part, tensor.array[picked][:, columns].astype(ml_dtypes.bfloat16))
+    assert np.array_equal(read_rows(tensor, tensor.dtype, rows=np.array(picked)), tensor.array[picked])
+    each_twice = sorted([*picked, *picked])
+    assert sorted(row for start, stop in tensor.reads for row in range(start, stop)) == each_twice
 
 
 def test_a_result_begins_where_a_device_can_use_it(monkeypatch):
@@ -94,11 +96,14 @@ def test_part_of_a_tensor_is_read_as_a_shard_asks_for_it(format, getkey, tmp_pat
     arrays = weights(model)
     for source in sources(open_checkpoint(path)):
         expected = arrays[source.row.path]
-        assert np.array_equal(source.read(DTYPES["float32"]), expected)
+        assert np.array_equal(source.read(DTYPES["float32"])[0], expected)
         for axis, size in enumerate(expected.shape):
-            for part in (slice(0, size // 2), slice(size // 2, size), slice(1, None, 2)):
-                index = tuple(part if axis == place else slice(None) for place in range(expected.ndim))
-                assert np.array_equal(source.read(DTYPES["float32"], index), expected[index])
+            parts = [
+                tuple(part if axis == place else slice(None) for place in range(expected.ndim))
+                for part in (slice(0, size // 2), slice(size // 2, size), slice(1, None, 2))
+            ]
+            for part, found in zip(parts, source.read(DTYPES["float32"], parts), strict=True):
+                assert np.array_equal(found, expected[part])
 
 
 def test_check_names_the_tensor_and_the_rows():

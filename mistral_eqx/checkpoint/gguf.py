@@ -12,8 +12,9 @@ import numpy as np
 
 from ..config import MistralConfig
 from .names import HEAD
+from .ranges import of_columns, read_ranges
 from .reader import DTYPES, Checkpoint, LazyTensor, main_dtype
-from .safetensors import PlainTensor, read_exactly
+from .safetensors import PlainTensor
 
 
 _PLAIN = {"F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}
@@ -34,7 +35,10 @@ _SCALARS = {
 
 
 class QuantisedTensor(LazyTensor):
-    """Blocks of a few bits an entry, turned into float32 as they are read."""
+    """Blocks of a few bits an entry, turned into float32 as they are read.
+
+    A block is read whole, even if only some of its columns are asked for.
+    """
 
     def __init__(
         self,
@@ -51,19 +55,32 @@ class QuantisedTensor(LazyTensor):
         self._path = path
         self._offset = offset
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
         if len(self.shape) == 1:
             # A vector's rows are entries, which have no address of their own: it is read whole.
             return self._dequantised(0, 1)[0, start:stop].copy()
+        if columns is not None:
+            block = gguf.GGML_QUANT_SIZES[self._kind][0]
+            within = np.unique(columns // block)
+            values = self._dequantised(start, stop, within)
+            whole = len(columns) == values.shape[1]
+            return values if whole else values[:, np.searchsorted(within, columns // block) * block + columns % block]
         inner = math.prod(self.shape[1:-1])
-        blocks = self._dequantised(start * inner, stop * inner)
-        return blocks.reshape(stop - start, *self.shape[1:])
+        values = self._dequantised(start * inner, stop * inner)
+        return values.reshape(stop - start, *self.shape[1:])
 
-    def _dequantised(self, start: int, stop: int) -> np.ndarray:
-        raw = np.empty((stop - start, self._row_bytes), np.uint8)
-        read_exactly(self._path, self._offset + start * self._row_bytes, raw)
-        if not len(raw):
-            return np.empty((0, self.shape[-1]), np.float32)
+    def _dequantised(self, start: int, stop: int, blocks: np.ndarray | None = None) -> np.ndarray:
+        count, offset = stop - start, self._offset + start * self._row_bytes
+        block, block_bytes = gguf.GGML_QUANT_SIZES[self._kind]
+        if blocks is None:
+            raw = np.empty((count, self._row_bytes), np.uint8)
+            ranges = [(offset, raw.nbytes)]
+        else:
+            raw = np.empty((count, len(blocks) * block_bytes), np.uint8)
+            ranges = of_columns(offset, count, self._row_bytes, blocks, block_bytes)
+        read_ranges(self._path, ranges, raw)
+        if not raw.size:
+            return np.empty((count, raw.shape[1] // block_bytes * block), np.float32)
         return gguf.quants.dequantize(raw, self._kind).astype(np.float32, copy=False)
 
 

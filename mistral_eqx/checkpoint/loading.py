@@ -1,5 +1,8 @@
-"""From a checkpoint to a model on its device."""
+"""From a checkpoint to a model on its devices."""
 
+import dataclasses
+import functools
+import math
 import os
 from collections.abc import Callable
 
@@ -7,15 +10,19 @@ import equinox as eqx
 import jax
 import jax.random as jr
 import numpy as np
+from jax.sharding import Mesh
 from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 
 from ..nn import Mistral
 from ..nn.rotary import Rotary
+from ..parallel import SINGLE, Strategy, agree, by_hand
 from .hub import locate
 from .opening import open_checkpoint
-from .reader import DTYPES
-from .source import sources
+from .placement import Placement
+from .processes import fingerprint, on_all
+from .reader import DTYPES, Checkpoint
+from .source import Source, sources
 
 
 Progress = Callable[[int, int], None]
@@ -27,8 +34,17 @@ def load(
     dtype: DTypeLike | None = None,
     check: bool = False,
     progress: Progress | None = None,
+    mesh: Mesh | None = None,
+    strategy: Strategy = SINGLE,
 ) -> Mistral:
     """Loads a model, one tensor at a time from its file to the device, cast on the way.
+
+    ```python
+    model = mx.load("path", mesh=jax.make_mesh((8,), ("tp",)), strategy=mx.HEADS)
+    ```
+
+    With a mesh, each process reads from the files what its own devices will hold, and no more. With several processes
+    all of them call this, and what is wrong on one of them is a `ValueError` on all.
 
     **Arguments:**
 
@@ -37,28 +53,72 @@ def load(
     - `dtype`: of all weights: `"float32"`, `"bfloat16"` or `"float16"`; the files' own unless given, and float32 for
         quantised files.
     - `check`: whether every weight is looked at, and NaN and infinity are refused.
-    - `progress`: called after each tensor with the bytes read so far and those there are in all.
+    - `progress`: called after each tensor with the bytes read so far and those there are in all, of the weights that
+        this process reads.
+    - `mesh`: the devices to put the model on; the default device unless given.
+    - `strategy`: which dimensions are split over which axes of the mesh. Unless given, each device has all of the
+        model.
 
-    **Returns:** the model.
+    **Returns:** the model, as [`mistral_eqx.shard`][] would split it.
 
-    **Raises:** `ValueError` that names what is wrong: the file, the key of the config, or the tensor.
+    **Raises:** `ValueError` that names what is wrong: the file, the key of the config, the tensor, or what the
+    strategy cannot split; with several processes also if their checkpoints, strategies, meshes or dtypes differ.
     """
-    checkpoint = open_checkpoint(locate(path))
-    wanted = checkpoint.dtype if dtype is None else supported_dtype(dtype)
-    found = sources(checkpoint)
-    total, done = sum(source.tensor.nbytes for source in found), 0
-    arrays: dict[str, jax.Array] = {}
-    for source in found:
-        array = source.read(wanted, check=check)
-        # Waiting keeps no more than one tensor on its way to the device.
-        arrays[source.row.path] = jax.block_until_ready(jax.device_put(array))
-        done += source.tensor.nbytes
-        if progress is not None:
-            progress(done, total)
+    if mesh is None and strategy != SINGLE:
+        raise ValueError(
+            f"The strategy {strategy.layout!r} splits a model over a mesh, but none is given; make one with its axes, "
+            "as in load(path, mesh=jax.make_mesh((8,), ('tp',)), strategy=...)."
+        )
+    mesh = None if mesh is None else by_hand(mesh)
+    placement = Placement(mesh, strategy)
+    if placement.several_processes:
+        agree("strategy", strategy.layout)
+        agree("mesh", placement.devices)
+
+    def prepare() -> tuple[Checkpoint, np.dtype, list[Source]]:
+        checkpoint = open_checkpoint(locate(path))
+        wanted = checkpoint.dtype if dtype is None else supported_dtype(dtype)
+        if mesh is not None:
+            strategy.check(checkpoint.config, mesh)
+        return checkpoint, wanted, sources(checkpoint, placement)
+
+    def told(prepared: tuple[Checkpoint, np.dtype, list[Source]]) -> str:
+        return fingerprint(prepared[0])
+
+    checkpoint, wanted, found = on_all("checkpoint", prepare, placement.several_processes, told)
+    if placement.several_processes:
+        agree("dtype", wanted.name)
+    read = functools.partial(_read, found, wanted, placement, check, progress)
+    arrays = on_all("content of the checkpoint", read, placement.several_processes)
     config = checkpoint.config
-    skeleton = eqx.filter_eval_shape(Mistral.init, config, key=jr.key(0), dtype=wanted)
-    skeleton = eqx.tree_at(lambda model: model.rotary, skeleton, Rotary.init(config.head_dim, config.rope_theta))
-    return _filled(skeleton, arrays)
+    inv_freq = np.asarray(Rotary.init(config.head_dim, config.rope_theta).inv_freq)
+    arrays["rotary.inv_freq"] = placement.put(
+        "head_dim", inv_freq.shape, inv_freq.dtype, lambda parts: [inv_freq[part] for part in parts]
+    )
+    skeleton = eqx.filter_eval_shape(Mistral.init, config, key=jr.key(0), dtype=wanted, strategy=strategy)
+    return dataclasses.replace(_filled(skeleton, arrays), mesh=mesh)
+
+
+def _read(
+    found: list[Source], dtype: np.dtype, placement: Placement, check: bool, progress: Progress | None
+) -> dict[str, jax.Array]:
+    """Reads what this process's devices hold, by its place in the model."""
+    sizes = [_bytes_here(source, placement) for source in found]
+    arrays: dict[str, jax.Array] = {}
+    done = 0
+    for source, size in zip(found, sizes, strict=True):
+        row, shape = source.row, source.row.shape(source.config)
+        part = functools.partial(source.read, dtype, check=check)
+        arrays[row.path] = placement.put(row.dims, shape, dtype, part)
+        done += size
+        if progress is not None:
+            progress(done, sum(sizes))
+    return arrays
+
+
+def _bytes_here(source: Source, placement: Placement) -> int:
+    shape = source.row.shape(source.config)
+    return source.tensor.nbytes * placement.entries(source.row.dims, shape) // math.prod(shape)
 
 
 def supported_dtype(dtype: DTypeLike) -> np.dtype:

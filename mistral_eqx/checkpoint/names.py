@@ -40,9 +40,14 @@ class Row:
         """The tensor's name in `"hf"`, `"mistral"` or `"gguf"`."""
         return {"hf": self.hf, "mistral": self.mistral, "gguf": self.gguf}[format]
 
+    @property
+    def dims(self) -> str:
+        """The tensor's dimensions in the model, in order."""
+        return f"{self.out_dims} {self.in_dims}".strip()
+
     def shape(self, config: MistralConfig) -> tuple[int, ...]:
         """The tensor's shape in the model."""
-        return tuple(getattr(config, dim) for dim in f"{self.out_dims} {self.in_dims}".split())
+        return tuple(getattr(config, dim) for dim in self.dims.split())
 
     def file_shape(self, config: MistralConfig) -> tuple[int, ...]:
         """The tensor's shape in a file."""

@@ -21,19 +21,23 @@ _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class TorchTensor(LazyTensor):
-    """A tensor in a file that torch has mapped."""
+    """A tensor in a file that torch has mapped.
+
+    The system reads a mapped file by pages: columns that lie closer together than a page bring their neighbours along.
+    """
 
     def __init__(self, name: str, tensor: Any, dtype: np.dtype):
         super().__init__(name, tuple(tensor.shape), dtype, _STORED[dtype.name], tensor.numel() * dtype.itemsize)
         self._tensor = tensor
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
         import torch  # pyright: ignore[reportMissingImports]
 
         part = self._tensor[start:stop]
+        wanted = part if columns is None else part[:, torch.from_numpy(columns)]
         # numpy has no bfloat16 of its own, so the bits travel as integers.
         bits = {2: torch.int16, 4: torch.int32}[self.dtype.itemsize]
-        result = part.contiguous().view(bits).numpy().view(self.dtype).copy()
+        result = wanted.contiguous().view(bits).numpy().view(self.dtype).copy()
         _drop_pages(part.data_ptr(), part.numel() * self.dtype.itemsize)
         return result
 
@@ -49,17 +53,23 @@ class ConcatenatedTensor(LazyTensor):
         self._parts = parts
         self._axis = axis
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        if self._axis == 1:
-            return np.concatenate([part.rows(start, stop) for part in self._parts], axis=1)
+    def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
         blocks, begin = [], 0
         for part in self._parts:
-            end = begin + part.shape[0]
-            low, high = max(start, begin), min(stop, end)
-            if low < high:
-                blocks.append(part.rows(low - begin, high - begin))
+            end = begin + part.shape[self._axis]
+            if self._axis == 1:
+                inside = None if columns is None else columns[(begin <= columns) & (columns < end)] - begin
+                if inside is None or len(inside):
+                    blocks.append(part.rows(start, stop, inside))
+            else:
+                low, high = max(start, begin), min(stop, end)
+                if low < high:
+                    blocks.append(part.rows(low - begin, high - begin, columns))
             begin = end
-        return np.concatenate(blocks) if blocks else np.empty((0, *self.shape[1:]), self.dtype)
+        if not blocks:
+            width = self.shape[1:] if columns is None else (len(columns),)
+            return np.empty((stop - start, *width), self.dtype)
+        return np.concatenate(blocks, axis=self._axis)
 
 
 def read_pickles(files: Sequence[Path], config: MistralConfig) -> dict[str, LazyTensor]:

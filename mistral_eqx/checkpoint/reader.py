@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from ..config import MistralConfig
+from .ranges import runs
 
 
 # How much of a tensor is read, turned into numbers and cast at once: small enough for the allocator to hand out the
@@ -28,7 +29,8 @@ class LazyTensor(abc.ABC):
     """A tensor that stays in its file until rows of it are asked for.
 
     To add a storage format, subclass this and define `rows`. It should read, not map: pages of a mapped file count as
-    resident memory for as long as the mapping stands.
+    resident memory for as long as the mapping stands. And it should read what it is asked for and no more: that is all
+    of the file that a process with a part of the model has to do with.
 
     **Attributes:**
 
@@ -47,12 +49,18 @@ class LazyTensor(abc.ABC):
         self.nbytes = nbytes
 
     @abc.abstractmethod
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Reads rows `start` to `stop - 1` of the first axis into a new array that nobody else holds."""
+    def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
+        """Reads rows of the first axis into a new array that nobody else holds.
+
+        **Arguments:**
+
+        - `start`, `stop`: rows `start` to `stop - 1`.
+        - `columns`: which columns of a matrix, ascending; all of them unless given.
+        """
 
     @property
     def rows_per_chunk(self) -> int:
-        """How many rows may be read at once."""
+        """How many rows may be read at once, even by a format that has to read them whole to find some columns."""
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         return max(1, CHUNK_BYTES // max(row_bytes, 1))
 
@@ -109,12 +117,7 @@ def main_dtype(tensors: Mapping[str, LazyTensor]) -> np.dtype:
 
 
 def read_rows(
-    tensor: LazyTensor,
-    dtype: np.dtype,
-    *,
-    rows: np.ndarray | None = None,
-    columns: np.ndarray | None = None,
-    check: bool = False,
+    tensor: LazyTensor, dtype: np.dtype, *, rows: np.ndarray | None = None, check: bool = False
 ) -> np.ndarray:
     """Reads rows of a tensor in any order, a chunk at a time, and casts them on the way.
 
@@ -123,45 +126,67 @@ def read_rows(
     - `tensor`: a matrix or a vector in a file.
     - `dtype`: the dtype of the result.
     - `rows`: which rows of the file make the rows of the result, each at most once; all in their order unless given.
-    - `columns`: likewise for the columns of a matrix.
     - `check`: whether NaN and infinity are refused.
 
     **Returns:** a new array, which begins where a device of the CPU backend can use it without a copy.
 
     **Raises:** `ValueError` that names the tensor, if `check` finds something.
     """
+    return read_columns(tensor, dtype, [None], rows=rows, check=check)[0]
+
+
+def read_columns(
+    tensor: LazyTensor,
+    dtype: np.dtype,
+    columns: Sequence[np.ndarray | None],
+    *,
+    rows: np.ndarray | None = None,
+    check: bool = False,
+) -> list[np.ndarray]:
+    """Reads several sets of columns of the same rows at once, as `read_rows` does with all columns.
+
+    Sets that stand side by side in the file are read in one piece: one by one, their rows would be many small reads.
+
+    **Arguments:**
+
+    - `columns`: for each result, which columns of the file make its columns; all in their order if `None`.
+    """
     count = tensor.shape[0] if rows is None else len(rows)
-    width = tensor.shape[1:] if columns is None else (len(columns),)
-    result = _aligned((count, *width), dtype)
     if rows is None or np.array_equal(rows, np.arange(count) + (rows[0] if count else 0)):
         places, sources = None, np.arange(count) + (0 if rows is None or not count else int(rows[0]))
     else:
         places = np.argsort(rows)
         sources = rows[places]
-    for start, stop in _runs(sources, tensor.rows_per_chunk):
+    together = None
+    if all(some is not None for some in columns):
+        together = np.unique(np.concatenate([some for some in columns if some is not None]))
+        together = None if len(together) == tensor.shape[1] else together
+    picks = [_picked(some, together) for some in columns]
+    results = [_aligned((count, *(tensor.shape[1:] if some is None else some.shape)), dtype) for some in columns]
+    for start, stop in runs(sources, tensor.rows_per_chunk):
         first = int(sources[start])
-        block = tensor.rows(first, first + stop - start)
-        if columns is not None:
-            block = block[:, columns]
+        block = tensor.rows(first, first + stop - start, together)
         # A number too large for float16 becomes infinity, which `check` finds.
         with np.errstate(over="ignore"):
             block = block.astype(dtype, copy=False)
-        result[slice(start, stop) if places is None else places[start:stop]] = block
         if check and not np.isfinite(block).all():
             raise ValueError(
                 f"The tensor {tensor.name!r} holds NaN or infinity among its rows {first} to {first + stop - start - 1}"
                 f" (as {dtype.name}); the file is damaged or was written by a training run that diverged: fetch it "
                 "again, or load it without the check."
             )
-    return result
+        for result, picked in zip(results, picks, strict=True):
+            result[slice(start, stop) if places is None else places[start:stop]] = block[(slice(None), *picked)]
+    return results
 
 
-def _runs(sources: np.ndarray, longest: int):
-    """Cuts ascending row numbers into `start, stop` of consecutive ones, none longer than `longest`."""
-    breaks = np.flatnonzero(np.diff(sources) != 1) + 1
-    for start, stop in zip([0, *breaks.tolist()], [*breaks.tolist(), len(sources)], strict=True):
-        for cut in range(start, stop, longest):
-            yield cut, min(cut + longest, stop)
+def _picked(columns: np.ndarray | None, together: np.ndarray | None) -> tuple[slice | np.ndarray, ...]:
+    """Where columns stand among those that are read `together`, which are all of them if it is `None`."""
+    if columns is None:
+        return ()
+    places = columns if together is None else np.searchsorted(together, columns)
+    # A slice is copied by rows, an index entry by entry.
+    return (slice(places[0], places[-1] + 1) if len(list(runs(places))) == 1 and len(places) else places,)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

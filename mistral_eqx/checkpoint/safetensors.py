@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .ranges import of_columns, read_ranges
 from .reader import DTYPES, LazyTensor
 
 
@@ -26,26 +27,17 @@ class PlainTensor(LazyTensor):
         self._path = path
         self._offset = offset
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        result = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        row_bytes = self.nbytes // max(self.shape[0], 1)
-        read_exactly(self._path, self._offset + start * row_bytes, result)
+    def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
+        count, row_bytes = stop - start, self.nbytes // max(self.shape[0], 1)
+        offset = self._offset + start * row_bytes
+        if columns is None:
+            result = np.empty((count, *self.shape[1:]), self.dtype)
+            ranges = [(offset, result.nbytes)]
+        else:
+            result = np.empty((count, len(columns)), self.dtype)
+            ranges = of_columns(offset, count, row_bytes, columns, self.dtype.itemsize)
+        read_ranges(self._path, ranges, result)
         return result
-
-
-def read_exactly(path: Path, offset: int, into: np.ndarray):
-    """Fills a contiguous array with the bytes of a file from `offset` on.
-
-    **Raises:** `ValueError` if the file ends before.
-    """
-    view = into.reshape(-1).view(np.uint8).data
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        while view:
-            count = file.readinto(view)
-            if not count:
-                raise ValueError(f"{str(path)!r} is truncated, it ended while it was read; fetch it again.")
-            view = view[count:]
 
 
 def read_header(path: Path) -> dict[str, LazyTensor]:

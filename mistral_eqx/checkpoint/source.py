@@ -7,7 +7,8 @@ import numpy as np
 
 from ..config import MistralConfig
 from .names import EMBEDDING, HEAD, Row, is_derived, rows
-from .reader import Checkpoint, LazyTensor, read_rows
+from .placement import ON_DEFAULT_DEVICE, Index, Placement
+from .reader import Checkpoint, LazyTensor, read_columns
 
 
 def file_order(row: Row, config: MistralConfig, format: str) -> np.ndarray:
@@ -48,7 +49,7 @@ class Source:
     config: MistralConfig
     format: str
 
-    def locate(self, index: Sequence[slice]) -> tuple[np.ndarray, np.ndarray | None, tuple[int, ...]]:
+    def locate(self, index: Index) -> tuple[np.ndarray, np.ndarray | None, tuple[int, ...]]:
         """Finds a part of the model's tensor in the file.
 
         **Arguments:**
@@ -67,20 +68,40 @@ class Source:
         columns = None if inner.size == self.tensor.shape[1] else inner.reshape(-1)
         return order.reshape(-1), columns, (*order.shape, *inner.shape)
 
-    def read(self, dtype: np.dtype, index: Sequence[slice] | None = None, *, check: bool = False) -> np.ndarray:
-        """Reads the model's tensor, or the part of it that `index` names, in the model's order and shape."""
-        if index is None:
-            index = (slice(None),) * len(self.row.shape(self.config))
-        order, columns, shape = self.locate(index)
-        return read_rows(self.tensor, dtype, rows=order, columns=columns, check=check).reshape(shape)
+    def read(self, dtype: np.dtype, parts: Sequence[Index] | None = None, *, check: bool = False) -> list[np.ndarray]:
+        """Reads parts of the model's tensor.
+
+        Of the file no more is read than these parts, as far as its format has an address for each entry.
+
+        **Arguments:**
+
+        - `dtype`: of the results.
+        - `parts`: which parts; all of the tensor as the only one unless given.
+        - `check`: whether NaN and infinity are refused.
+
+        **Returns:** an array for each part, in the model's order and shape.
+        """
+        if parts is None:
+            parts = [(slice(None),) * len(self.row.dims.split())]
+        located = [self.locate(part) for part in parts]
+        same_rows: dict[bytes, list[int]] = {}
+        for number, (order, _, _) in enumerate(located):
+            same_rows.setdefault(order.tobytes(), []).append(number)
+        arrays: dict[int, np.ndarray] = {}
+        for numbers in same_rows.values():
+            columns = [located[number][1] for number in numbers]
+            found = read_columns(self.tensor, dtype, columns, rows=located[numbers[0]][0], check=check)
+            arrays |= zip(numbers, found, strict=True)
+        return [arrays[number].reshape(shape) for number, (_, _, shape) in enumerate(located)]
 
 
-def sources(checkpoint: Checkpoint) -> list[Source]:
+def sources(checkpoint: Checkpoint, placement: Placement = ON_DEFAULT_DEVICE) -> list[Source]:
     """Finds each tensor of the model in a checkpoint, and something wrong with them before anything is read.
 
     **Arguments:**
 
     - `checkpoint`: an opened checkpoint.
+    - `placement`: tells which parts of them will be read here; all of them unless given.
 
     **Returns:** one source a tensor, in the model's order.
 
@@ -106,7 +127,7 @@ def sources(checkpoint: Checkpoint) -> list[Source]:
         if name in wanted or is_derived(name, format):
             continue
         if name == HEAD.name(format):
-            _expect_same(checkpoint, EMBEDDING.name(format), name)
+            _expect_same(checkpoint, name, placement.parts(EMBEDDING.dims, EMBEDDING.shape(config)))
             continue
         if name == "rope_freqs.weight":
             raise ValueError(
@@ -120,16 +141,20 @@ def sources(checkpoint: Checkpoint) -> list[Source]:
     return [Source(row, tensors[name], config, format) for name, row in wanted.items()]
 
 
-def _expect_same(checkpoint: Checkpoint, table: str, head: str):
+def _expect_same(checkpoint: Checkpoint, head: str, parts: Sequence[Index]):
     # Some files of tied models store the table twice. If the two differ, the config is wrong.
+    table = EMBEDDING.name(checkpoint.format)
     first, second = checkpoint.tensors[table], checkpoint.tensors[head]
-    step = first.rows_per_chunk
-    same = first.shape == second.shape and all(
-        np.array_equal(first.rows(start, stop), second.rows(start, stop))
-        for start in range(0, first.shape[0], step)
-        for stop in [min(start + step, first.shape[0])]
-    )
-    if not same:
+
+    def same(index: Index) -> bool:
+        order, columns, _ = Source(EMBEDDING, first, checkpoint.config, checkpoint.format).locate(index)
+        for chunk in np.split(order, range(first.rows_per_chunk, len(order), first.rows_per_chunk)):
+            [one], [other] = (read_columns(both, both.dtype, [columns], rows=chunk) for both in (first, second))
+            if not np.array_equal(one, other):
+                return False
+        return True
+
+    if first.shape != second.shape or not all(same(index) for index in parts):
         raise ValueError(
             f"The config of {str(checkpoint.path)!r} says that the head is the embedding table, but the tensors "
             f"{head!r} and {table!r} differ; mark the embeddings as not tied in the config."

@@ -23,13 +23,13 @@ def staged(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterat
     **Raises:** `ValueError` if something stands there that may not be replaced.
     """
     target = Path(target).expanduser().resolve()
-    _expect_free(target, overwrite)
+    expect_free(target, overwrite)
     tag = uuid.uuid4().hex[:8]
     folder = target.with_name(f".{target.name}.partial-{tag}")
     folder.mkdir(parents=True)
     try:
         yield folder
-        _expect_free(target, overwrite)
+        expect_free(target, overwrite)
         replaced = target.with_name(f".{target.name}.replaced-{tag}")
         if target.exists():
             target.rename(replaced)
@@ -39,7 +39,9 @@ def staged(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterat
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _expect_free(target: Path, overwrite: bool):
+def expect_free(target: str | os.PathLike[str], overwrite: bool):
+    """Refuses, with a `ValueError`, a target at which something stands that may not be replaced."""
+    target = Path(target).expanduser().resolve()
     if not target.exists():
         return
     if not target.is_dir():

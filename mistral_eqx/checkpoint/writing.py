@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from ..config import MistralConfig
@@ -19,9 +20,10 @@ from .hub import locate
 from .loading import Progress, path_of, supported_dtype
 from .names import Row, rows
 from .opening import open_checkpoint
+from .processes import on_all
 from .reader import CHUNK_BYTES, DTYPES, read_rows
 from .source import Source, file_order, sources
-from .staging import staged
+from .staging import expect_free, staged
 
 
 Format = Literal["hf", "mistral"]
@@ -53,6 +55,9 @@ def save(
 
     Loading it gives every weight bit for bit. The tokenizer is no part of the model:
     [`mistral_eqx.text.AbstractTokenizer.save`][] writes it into the same folder.
+
+    A model that is split over devices is put together one tensor at a time. If they belong to several processes, all
+    of these call this, and the first one writes.
 
     **Arguments:**
 
@@ -91,9 +96,28 @@ def save(
             f"The model has a weight {surplus[0]!r}, for which a checkpoint has no place; merge its adapters and "
             "dequantise it before it is saved."
         )
-    tensors = [_from_array(row, arrays[row.path], config, format) for row in order]
-    with staged(path, overwrite=overwrite) as folder:
-        _write(folder, config, tensors, format, max_shard_size)
+    several = not all(isinstance(array, np.ndarray) or array.is_fully_addressable for array in arrays.values())
+    waiting = {row.path: arrays[row.path] for row in order}
+    tensors = [_from_array(row, waiting, config, format) for row in order]
+
+    def write():
+        with staged(path, overwrite=overwrite) as folder:
+            _write(folder, config, tensors, format, max_shard_size)
+
+    def take_part():
+        try:
+            if jax.process_index() == 0:
+                write()
+        finally:
+            # The other processes give their parts of a tensor only together with this one, also if it cannot write.
+            for name in tuple(waiting):
+                _on_host(waiting.pop(name))
+
+    if not several:
+        write()
+        return
+    on_all("place to save to", lambda: jax.process_index() == 0 and expect_free(path, overwrite), several)
+    on_all("saved checkpoint", take_part, several)
 
 
 def convert(
@@ -137,15 +161,16 @@ def convert(
             finish(folder)
 
 
-def _from_array(row: Row, array: jax.Array | np.ndarray, config: MistralConfig, format: Format) -> _Tensor:
+def _from_array(row: Row, waiting: dict[str, jax.Array | np.ndarray], config: MistralConfig, format: Format) -> _Tensor:
+    """The model's tensor, which is taken out of those that are `waiting` when it is its turn."""
     shape = row.file_shape(config)
 
     def chunks() -> Iterator[np.ndarray]:
-        flat = _on_host(array).reshape(shape)
+        flat = _on_host(waiting.pop(row.path)).reshape(shape)
         for model_rows in _model_rows(row, config, format, flat.dtype):
             yield flat[model_rows]
 
-    return _Tensor(row.name(format), shape, np.dtype(array.dtype), chunks)
+    return _Tensor(row.name(format), shape, np.dtype(waiting[row.path].dtype), chunks)
 
 
 def _from_source(source: Source, dtype: np.dtype, format: Format, report: Callable[[int], None]) -> _Tensor:
@@ -170,8 +195,21 @@ def _model_rows(row: Row, config: MistralConfig, format: Format, dtype: np.dtype
 
 
 def _on_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    """Puts an array together; all processes that have parts of it must call this."""
     if isinstance(array, np.ndarray):
         return array
+    if array.is_fully_replicated:
+        return _off_device(array.addressable_data(0))
+    if not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    result = np.empty(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            result[shard.index] = _off_device(shard.data)
+    return result
+
+
+def _off_device(array: jax.Array) -> np.ndarray:
     try:
         # An array keeps the numpy copy that is made of it, so make it of one that is dropped.
         return np.asarray(jax.device_put(array, jax.local_devices(backend="cpu")[0]))
