@@ -14,6 +14,7 @@ from .errors import OneSentence
 from .generate import generate
 from .inspect import inspect
 from .options import Debug
+from .processes import leave
 
 
 app = typer.Typer(
@@ -53,7 +54,12 @@ def main():
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="replace")
-    app()
+    try:
+        app()
+    except SystemExit as ended:
+        if ended.code:
+            leave(ended.code if isinstance(ended.code, int) else 1)
+        raise
 
 
 def _open_closed_streams():

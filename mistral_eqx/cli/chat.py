@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import options
+from . import options, processes
 
 
 def chat(
@@ -19,6 +19,11 @@ def chat(
     top_p: options.TopP = None,
     seed: options.Seed = 0,
     dtype: options.LoadDType = None,
+    mesh: options.Mesh = None,
+    strategy: options.Strategy = None,
+    coordinator: options.Coordinator = None,
+    num_processes: options.NumProcesses = None,
+    process_id: options.ProcessId = None,
     check: options.Check = False,
     debug: options.Debug = False,
 ):
@@ -26,6 +31,9 @@ def chat(
 
     On a terminal it asks for each turn; ctrl-C stops a reply. Where stdin is piped, each line is a turn and the replies
     go to stdout. /reset forgets the conversation, /exit or the end of the input leaves.
+
+    With --mesh the model is split over several devices, and with --coordinator over several processes, each started
+    with the same command but for --process-id. Turns are read by process 0, and ctrl-C then ends them all.
     """
     import jax.random as jr
 
@@ -33,26 +41,31 @@ def chat(
 
     from ..checkpoint import open_checkpoint
     from ..generate import Conversation
+    from ..parallel.agreement import agree, share
     from ..text import Detokenizer, encode_chat
+    from .devices import Devices
     from .loading import load, locate
     from .report import Stopwatch
 
     sampler = mx.Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    devices = Devices(mesh, strategy, coordinator, num_processes, process_id)
     path = locate(model)
     # All that can be refused without the weights is refused before they are read.
-    open_checkpoint(path)
+    placed, split, where = devices.place(open_checkpoint(path).config)
     tokenizer = mx.load_tokenizer(path)
     opening = [] if system is None else [{"role": "system", "content": system}]
-    encode_chat(tokenizer, [*opening, {"role": "user", "content": "?"}])
-    weights = load(path, dtype, check)
-    interactive = sys.stdin.isatty()
+    first = encode_chat(tokenizer, [*opening, {"role": "user", "content": "?"}])
+    agree("command", repr((first, max_new_tokens, temperature, top_k, top_p, seed, dtype, tokenizer.eos_ids)))
+    weights = load(path, dtype, check, placed, split)
+    interactive = share("terminal" if sys.stdin.isatty() else "pipe") == "terminal"
     if interactive:
-        typer.echo("/reset forgets the conversation, /exit leaves, ctrl-C stops a reply.", err=True)
+        stops = "leaves as well" if processes.several() else "stops a reply"
+        processes.say(f"/reset forgets the conversation, /exit leaves, ctrl-C {stops}.")
 
     conversation, messages, turn = Conversation(weights), list(opening), 0
-    for text in _turns(interactive):
+    for text in _shared_turns(interactive):
         if text == "/reset":
             conversation, messages = Conversation(weights), list(opening)
             continue
@@ -64,7 +77,7 @@ def chat(
             full = f"The conversation fills the model's context of {weights.config.max_positions} tokens"
             if not interactive:
                 raise ValueError(f"{full}; put /reset on a line before the next turn.")
-            typer.echo(f"{full}; /reset starts anew.", err=True)
+            processes.say(f"{full}; /reset starts anew.")
             continue
         stopwatch, detokenizer, reply, interrupted = Stopwatch(len(ids)), Detokenizer(tokenizer), [], False
         tokens = conversation.reply(
@@ -80,15 +93,31 @@ def chat(
                 reply.append(detokenizer.push(token))
                 _write(reply[-1])
         except KeyboardInterrupt:
+            # The other processes do not know of it, and go on.
+            if processes.several():
+                raise
             interrupted = True
         reply.append(detokenizer.flush())
         _write(reply[-1] + "\n")
         if interactive:
-            typer.echo(stopwatch.line(), err=True)
+            processes.say(stopwatch.line(*([where] if where else [])))
         elif interrupted:
             raise typer.Exit(130)
         messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(reply)}]
         turn += 1
+
+
+def _shared_turns(interactive: bool) -> Iterator[str]:
+    """The turns, on all processes; process 0 reads them."""
+    from ..parallel.agreement import share
+
+    if processes.number() > 0:
+        while (text := share(None)) is not None:
+            yield text
+        return
+    for text in _turns(interactive):
+        yield share(text)
+    share(None)
 
 
 def _turns(interactive: bool) -> Iterator[str]:

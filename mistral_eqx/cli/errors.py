@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from . import processes
 from .options import DEBUG
 
 
@@ -18,7 +19,7 @@ _UsageError: Any = typer.BadParameter.__base__
 
 # A message of the library names its argument; here that is an option. A path that has such a word stays as it is.
 _ARGUMENT = re.compile(
-    r"(?<![^\s(])(max_new_tokens|top_k|top_p|max_shard_size|^temperature|(?<=\()(?:overwrite|tokenizer=False))"
+    r"(?<![^\s(])(max_new_tokens|num_processes|process_id|top_k|top_p|max_shard_size|^temperature|(?<=\()(?:overwrite|tokenizer=False))"
     r"(?![^\s,;.)])"
 )
 _OPTIONS = {"tokenizer=False": "--no-tokenizer"}
@@ -69,5 +70,6 @@ def _option(argument: str) -> str:
 
 
 def _end(sentence: str) -> NoReturn:
-    typer.echo(f"Error: {' '.join(sentence.split())}", err=True)
+    where = f" in process {processes.number()}" if processes.number() else ""
+    typer.echo(f"Error{where}: {' '.join(sentence.split())}", err=True)
     raise typer.Exit(2)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import options
+from . import options, processes
 
 
 def generate(
@@ -20,6 +20,11 @@ def generate(
     top_p: options.TopP = None,
     seed: options.Seed = 0,
     dtype: options.LoadDType = None,
+    mesh: options.Mesh = None,
+    strategy: options.Strategy = None,
+    coordinator: options.Coordinator = None,
+    num_processes: options.NumProcesses = None,
+    process_id: options.ProcessId = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the token that ends a text.")] = False,
     check: options.Check = False,
     debug: options.Debug = False,
@@ -28,31 +33,42 @@ def generate(
 
     The continuation goes to stdout as it is decoded, without the prompt; figures go to stderr. The likeliest token is
     taken each time unless --temperature, --top-k or --top-p is given.
-    """
-    text = _read_prompt(prompt)
 
+    With --mesh the model is split over several devices, and with --coordinator over several processes, each started
+    with the same command but for --process-id.
+    """
     import jax.random as jr
 
     import mistral_eqx as mx
 
     from ..checkpoint import open_checkpoint
     from ..generate.loop import check_context
+    from ..parallel.agreement import agree, share
     from ..text import Detokenizer
+    from .devices import Devices
     from .loading import load, locate, precision
     from .report import Stopwatch
 
     sampler = mx.Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    alone = (coordinator, num_processes, process_id) == (None, None, None)
+    # What is piped in reaches process 0, which has to know first that there are others.
+    text = _read_prompt(prompt) if alone or prompt not in (None, "-") else None
+    devices = Devices(mesh, strategy, coordinator, num_processes, process_id)
+    if text is None:
+        text = share(_read_prompt(prompt) if processes.number() == 0 else None)
     path = locate(model)
     start = time.perf_counter()
     # All that can be refused without the weights is refused before they are read.
-    context = open_checkpoint(path).config.max_positions
+    config = open_checkpoint(path).config
+    placed, split, where = devices.place(config)
     tokenizer = mx.load_tokenizer(path)
     ids = tokenizer.encode(text)
-    check_context(len(ids), max_new_tokens, context)
-    weights = load(path, dtype, check)
-    loaded = f"loaded in {time.perf_counter() - start:.2f} s as {precision(weights)}"
+    check_context(len(ids), max_new_tokens, config.max_positions)
+    agree("command", repr((ids, max_new_tokens, temperature, top_k, top_p, seed, dtype, ignore_eos, tokenizer.eos_ids)))
+    weights = load(path, dtype, check, placed, split)
+    loaded = [f"loaded in {time.perf_counter() - start:.2f} s as {precision(weights)}", *([where] if where else [])]
 
     detokenizer = Detokenizer(tokenizer)
     stopwatch = Stopwatch(len(ids))
@@ -72,7 +88,7 @@ def generate(
     except KeyboardInterrupt:
         interrupted = True
     _write(detokenizer.flush() + "\n")
-    typer.echo(stopwatch.line(loaded), err=True)
+    processes.say(stopwatch.line(*loaded))
     if interrupted:
         raise typer.Exit(130)
 

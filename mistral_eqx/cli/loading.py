@@ -6,11 +6,14 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
+from . import processes
 
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from ..nn import Mistral
+    from ..parallel import Strategy
 
 
 def locate(name: str) -> Path:
@@ -28,19 +31,22 @@ def locate(name: str) -> Path:
 
         path = hub.locate(name, progress=report)
     if fetched:
-        typer.echo(f"Fetched {name} ({fetched / 1e6:.0f} MB) to {path.parent}.", err=True)
+        processes.say(f"Fetched {name} ({fetched / 1e6:.0f} MB) to {path.parent}.")
     return path
 
 
-def load(path: Path, dtype: str | None, check: bool) -> Mistral:
-    """The model, loaded under a progress bar; what gets compiled for it is kept for the next run."""
+def load(path: Path, dtype: str | None, check: bool, mesh: Mesh | None, strategy: Strategy) -> Mistral:
+    """The model, loaded under a progress bar onto a mesh if there is one.
+
+    What gets compiled for it is kept for the next run.
+    """
     import mistral_eqx as mx
 
     from .progress import progress_bar
 
     _keep_compiled_programs()
     with progress_bar("Loading") as bar:
-        model = mx.load(path, dtype=dtype, check=check, progress=bar)
+        model = mx.load(path, dtype=dtype, check=check, progress=bar, mesh=mesh, strategy=strategy)
     _multiply_as_stored(model)
     return model
 

@@ -42,6 +42,24 @@ Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Where the random 
 LoadDType = Annotated[
     DType | None, typer.Option("--dtype", help="Precision to load in; the checkpoint's own unless given.")
 ]
+Mesh = Annotated[str | None, typer.Option(help="Axes of the devices and their sizes, such as 'tp=8' or 'kv=8,rep=2'.")]
+Strategy = Annotated[
+    str | None,
+    typer.Option(
+        help="How the model is split over the mesh: heads, sequence_parallel, head_dim, kv_replicated, "
+        "heads_x_head_dim, heads_x_kv_seq, or a layout such as 'kv_heads@tp hidden@tp'; the first of these that fits "
+        "unless given."
+    ),
+]
+Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        help="Where process 0 of several runs, HOST:PORT; 'auto' under SLURM, Open MPI and on Cloud TPU.",
+        metavar="HOST:PORT",
+    ),
+]
+NumProcesses = Annotated[int | None, typer.Option(help="How many processes there are.")]
+ProcessId = Annotated[int | None, typer.Option(help="The number of this one, from 0; only process 0 prints.")]
 Check = Annotated[bool, typer.Option("--check", help="Refuse weights that are not finite numbers.")]
 # Nothing in a command reads it: `errors.OneSentence` finds it in the context.
 Debug = Annotated[

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from . import processes
+
 
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that appears at the first report and is gone at the end; none if stderr is no terminal.
+    """A bar that appears at the first report and is gone at the end; none without a terminal, or if another prints.
 
     **Arguments:**
 
@@ -19,7 +21,8 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+    hidden = processes.number() > 0 or not console.is_terminal
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden)
     task = bar.add_task(title, total=None, start=False)
 
     def report(done: int, total: int):

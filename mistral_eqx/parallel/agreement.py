@@ -1,6 +1,7 @@
 """What has to be the same on all processes is compared before they run into a collective with different programs."""
 
 import hashlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,7 +35,7 @@ def agree(what: str, value: str) -> None:
         )
 
 
-def share(text: str | None) -> str | None:
+def share(text: str | None) -> Any:
     """Process 0's text, such as a prompt that only it can read, on every process.
 
     All processes must call it, in the same order. The others wait as long as it takes: a user may be thinking.

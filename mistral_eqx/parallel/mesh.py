@@ -80,7 +80,7 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[Any] | None = Non
     missing = processes - {device.process_index for device in devices}
     if missing and len(processes) > 1:
         raise ValueError(
-            f"The mesh {show(sizes)} takes {count} of {jax.device_count()} devices, none of them of process "
+            f"The mesh {show(sizes)} takes {count} of {jax.device_count()} devices, and none of process "
             f"{', '.join(map(str, sorted(missing)))}; take all devices, or start fewer processes."
         )
     names, shape, auto = tuple(sizes), tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
@@ -170,11 +170,15 @@ def _places(
         coordinator, num_processes, process_id, _ = found
         if coordinator is None or num_processes is None or process_id is None:
             raise ValueError(
-                "Nothing that JAX knows (SLURM, Cloud TPU, Open MPI) started this process, so give coordinator, "
-                "num_processes and process_id."
+                "Neither SLURM nor Cloud TPU nor Open MPI started this process, so its place cannot be found; give "
+                "coordinator, num_processes and process_id."
             )
     if coordinator is None or num_processes is None or process_id is None:
-        raise ValueError(f"Of coordinator, num_processes and process_id {' and '.join(missing)} must be given as well.")
+        there = [name for name in given if name not in missing]
+        raise ValueError(
+            f"There is {' and '.join(there)} without {' and '.join(missing)}; give all three, or "
+            "none where SLURM, Cloud TPU or Open MPI starts the processes."
+        )
     address(coordinator)
     if num_processes < 1:
         raise ValueError(f"num_processes is {num_processes}; it must be at least 1.")

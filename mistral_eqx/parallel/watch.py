@@ -32,14 +32,17 @@ class Watch:
     **Arguments:**
 
     - `process`: this process's number.
+    - `processes`: how many there are.
     - `peers`: the number and the connection of each peer.
     """
 
-    def __init__(self, process: int, peers: dict[int, socket.socket]):
-        self._process = process
+    def __init__(self, process: int, processes: int, peers: dict[int, socket.socket]):
+        self.process = process
+        self.processes = processes
         self._peers = peers
         self._lock = threading.Lock()
         self._over = threading.Event()
+        self._leaving = False
         self._texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._listen, args=(peer,), daemon=True) for peer in peers]
 
@@ -50,7 +53,7 @@ class Watch:
 
     def share(self, text: str | None) -> str | None:
         """Process 0's text, on every process; the others wait for it as long as it takes."""
-        if self._process:
+        if self.process:
             return self._texts.get()
         self._tell("text", text)
         return text
@@ -62,7 +65,7 @@ class Watch:
         """
         # A session at a prompt goes on after an exception.
         if getattr(sys, "last_value", None) is None or hasattr(sys, "ps1"):
-            self._tell("ended", self._process)
+            self._tell("ended", self.process)
         elif self._over.is_set():
             # The exception came of a peer's end, of which the thread that saw it has the last word.
             time.sleep(10 * _GRACE)
@@ -71,9 +74,10 @@ class Watch:
 
     def leave(self, code: int) -> NoReturn:
         """Ends this process for a failure of its own; the others learn of it and end as well."""
+        self._leaving = True
         self._over.set()
-        self._tell("failed", self._process)
-        if self._process == 0:
+        self._tell("failed", self.process)
+        if self.process == 0:
             # JAX aborts the others if its service, which is here, ends before they do.
             deadline = time.monotonic() + 3 * _GRACE
             for thread in self._threads:
@@ -100,19 +104,21 @@ class Watch:
             if self._over.is_set():
                 return
             self._over.set()
-        if self._process == 0:
+        if self.process == 0:
             self._tell("failed" if failed else "gone", peer)
         # When process 0 dies, JAX's service dies with it, and JAX aborts this process: there is no time to lose.
         if failed or peer != 0:
             time.sleep(_GRACE)
+            if self._leaving:
+                return
         why = (
-            f"has failed, so process {self._process} ends too; the error of process {peer} says why"
+            f"has failed, so process {self.process} ends too; the error of process {peer} says why"
             if failed
-            else f"is gone, so process {self._process} ends too; it was killed, or its machine or the network failed"
+            else f"is gone, so process {self.process} ends too; it was killed, or its machine or the network failed"
         )
         with contextlib.suppress(OSError):
             os.write(2, f"Error: Process {peer} {why}.\n".encode())
-        if self._process == 0:
+        if self.process == 0:
             time.sleep(_GRACE)
         _exit(1)
 
@@ -174,8 +180,8 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> Watc
     """
     deadline = time.monotonic() + timeout
     if process == 0:
-        return Watch(0, _receive(coordinator, processes, timeout, deadline))
-    return Watch(process, {0: _join(coordinator, processes, process, timeout, deadline)})
+        return Watch(0, processes, _receive(coordinator, processes, timeout, deadline))
+    return Watch(process, processes, {0: _join(coordinator, processes, process, timeout, deadline)})
 
 
 def _receive(coordinator: str, processes: int, timeout: float, deadline: float) -> dict[int, socket.socket]:
@@ -185,9 +191,10 @@ def _receive(coordinator: str, processes: int, timeout: float, deadline: float) 
     try:
         door = _open_door(port)
     except OSError as error:
+        why = os.strerror(error.errno or 0)
         raise ValueError(
-            f"Process 0 cannot listen at port {port} of the coordinator {coordinator!r} ({error.strerror}); choose "
-            "another port, the same on all processes."
+            f"Process 0 cannot listen at port {port} of the coordinator {coordinator!r} ({why}); choose another port, "
+            "the same on all processes."
         ) from error
     with door:
         wrong = None
@@ -196,10 +203,10 @@ def _receive(coordinator: str, processes: int, timeout: float, deadline: float) 
             try:
                 connection, _ = door.accept()
             except TimeoutError:
-                missing = [str(number) for number in range(1, processes) if number not in peers]
+                missing = ", ".join(str(number) for number in range(1, processes) if number not in peers)
                 wrong = (
-                    f"After {timeout:g} s {len(missing)} of {processes} processes have not come to the coordinator "
-                    f"{coordinator!r}: number {', '.join(missing)}; start all of them with the same coordinator."
+                    f"Of {processes} processes, number {missing} did not come to the coordinator {coordinator!r} "
+                    f"within {timeout:g} s; start all of them with the same coordinator, and look for their own errors."
                 )
                 break
             greeting = _greeting(connection)

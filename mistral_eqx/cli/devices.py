@@ -1,0 +1,173 @@
+"""From the options of the command line to the devices and the strategy."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from typing import TYPE_CHECKING
+
+from . import processes
+
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from ..config import MistralConfig
+    from ..parallel import Strategy
+
+
+class Devices:
+    """The devices that a command runs on; made before any of them is used.
+
+    **Arguments:**
+
+    - `mesh`, `strategy`, `coordinator`, `num_processes`, `process_id`: the options' texts and numbers.
+
+    **Raises:** `ValueError` if they cannot be read, do not fit together, or the other processes do not come.
+    """
+
+    def __init__(
+        self,
+        mesh: str | None,
+        strategy: str | None,
+        coordinator: str | None,
+        num_processes: int | None,
+        process_id: int | None,
+    ):
+        from ..parallel.mesh import parse_axes
+
+        self._axes = None if mesh is None else parse_axes(mesh)
+        self._wanted = None if strategy is None else read_strategy(strategy)
+        if self._axes is None and self._wanted is not None:
+            used = _axes_of(self._wanted)
+            if len(used) > 1:
+                raise ValueError(
+                    f"The strategy {strategy!r} splits over the axes {' and '.join(used)}, and no mesh says how many "
+                    f"devices each takes; add, for example, --mesh {','.join(f'{axis}=2' for axis in used)}."
+                )
+        if (coordinator, num_processes, process_id) != (None, None, None):
+            _connect(coordinator, num_processes, process_id, self._axes)
+        elif self._axes is not None:
+            _make_virtual(self._axes, 1)
+
+    def place(self, config: MistralConfig) -> tuple[Mesh | None, Strategy, str]:
+        """Finds the place of a model.
+
+        **Returns:** the mesh, if there is one; the strategy; and both in words for the line of figures, or nothing.
+        """
+        import jax
+
+        from ..parallel import SINGLE, agree
+        from ..parallel.mesh import make_mesh, show
+
+        if self._axes is None and self._wanted is None and not processes.several():
+            return None, SINGLE, ""
+        axes = self._axes
+        if axes is None:
+            # One axis over all the devices there are.
+            used = ["tp"] if self._wanted is None else _axes_of(self._wanted) or ["tp"]
+            axes = {used[0]: jax.device_count()}
+            if axes[used[0]] == 1:
+                raise ValueError(
+                    "There is one device, and nothing to split a model over; where virtual devices of the CPU will do, "
+                    f"add, for example, --mesh {used[0]}=2."
+                )
+        agree("mesh", show(axes))
+        mesh = make_mesh(axes)
+        strategy = _first_legal(config, mesh) if self._wanted is None else self._wanted
+        agree("strategy", strategy.layout)
+        strategy.check(config, mesh)
+        together = f" of {jax.process_count()} processes" if processes.several() else ""
+        return mesh, strategy, f"{_name(strategy)} on {show(axes)}{together}"
+
+
+def read_strategy(text: str) -> Strategy:
+    """A strategy from its name, with entries after it if there are any, or from its layout.
+
+    **Arguments:**
+
+    - `text`: such as `"heads"`, `"heads batch@dp"` or `"kv_heads@tp hidden@tp"`.
+    """
+    from ..parallel import Strategy
+    from ..parallel.choices import NAMED
+
+    name, _, entries = text.strip().partition(" ")
+    named = NAMED.get(name.lower().replace("-", "_"))
+    if named is not None:
+        return named + entries if entries.strip() else named
+    if "@" not in name:
+        raise ValueError(
+            f"There is no strategy {name!r}; the names are {', '.join(NAMED)}, and a layout reads "
+            "'kv_heads@tp hidden@tp'."
+        )
+    return Strategy(text.strip())
+
+
+def _connect(coordinator: str | None, num_processes: int | None, process_id: int | None, axes: dict[str, int] | None):
+    from ..parallel.mesh import initialize
+    from ..parallel.watch import running
+
+    if coordinator == "auto":
+        if (num_processes, process_id) != (None, None):
+            raise ValueError("--coordinator auto finds out --num-processes and --process-id; leave them out.")
+        coordinator = None
+    elif None in (coordinator, num_processes, process_id):
+        raise ValueError(
+            "Several processes need --coordinator, --num-processes and --process-id; give all three, or --coordinator "
+            "auto where SLURM, Cloud TPU or Open MPI starts them."
+        )
+    initialize(coordinator, num_processes, process_id)
+    watch = running()
+    assert watch is not None  # it is what `initialize` leaves behind
+    processes.become(watch.process)
+    if axes is not None:
+        _make_virtual(axes, watch.processes)
+
+
+def _make_virtual(axes: dict[str, int], count: int):
+    """Asks for as many devices of the CPU as the mesh takes; where there are accelerators, it takes those.
+
+    Whoever has asked for a number of devices gets that one.
+    """
+    import jax
+
+    asked = jax.config.values["jax_num_cpu_devices"] >= 0
+    if not asked and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        try:
+            jax.config.update("jax_num_cpu_devices", -(-math.prod(axes.values()) // count))
+        except RuntimeError:
+            # The devices of this process are in use already; the mesh says whether they are enough.
+            return
+
+
+def _axes_of(strategy: Strategy) -> list[str]:
+    """The axes that a strategy splits over, each once."""
+    return list(dict.fromkeys(re.findall(r"[^@,\s]+(?=[,\s]|$)", strategy.layout)))
+
+
+def _first_legal(config: MistralConfig, mesh: Mesh) -> Strategy:
+    """The first of the named strategies that fits both the mesh and the model."""
+    from ..parallel.choices import NAMED
+
+    refused = None
+    for strategy in NAMED.values():
+        if set(_axes_of(strategy)) <= set(mesh.axis_names):
+            try:
+                strategy.check(config, mesh)
+            except ValueError as error:
+                refused = refused or error
+            else:
+                return strategy
+    if refused is not None:
+        raise refused
+    raise ValueError(
+        f"No strategy has a name and the axes {', '.join(mesh.axis_names)}; call them tp, or kv and rep, or write the "
+        f"layout, as in --strategy 'kv_heads@{mesh.axis_names[-1]} hidden@{mesh.axis_names[-1]}'."
+    )
+
+
+def _name(strategy: Strategy) -> str:
+    from ..parallel.choices import NAMED
+
+    return next((name for name, named in NAMED.items() if named == strategy), strategy.layout)
