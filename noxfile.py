@@ -32,6 +32,13 @@ def parity(session: nox.Session):
 
 
 @nox.session
+def equality(session: nox.Session):
+    """Many more random models and strategies, each held to one device; takes a quarter of an hour."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "tests/test_equality.py", "-s", *session.posargs, env={"EQUALITY_PAIRS": "500"})
+
+
+@nox.session
 def lint(session: nox.Session):
     """Style and common mistakes."""
     session.install("ruff>=0.14")

@@ -1,6 +1,6 @@
 """Mistral-family language models in JAX and Equinox."""
 
-from . import nn as nn
+from . import nn as nn, parallel as parallel
 from .checkpoint import load as load, save as save
 from .config import MistralConfig as MistralConfig
 from .conversion import convert as convert
@@ -22,6 +22,7 @@ from .parallel import (
     SINGLE as SINGLE,
     Strategy as Strategy,
     einshard as einshard,
+    make_mesh as make_mesh,
     shard as shard,
     strategies as strategies,
 )

@@ -22,10 +22,10 @@ def tiny(tmp_path_factory):
 def run(tiny, capsys):
     """Runs an example and gives what it printed."""
 
-    def run(name):
+    def run(name, *arguments):
         example = runpy.run_path(str(ROOT / "examples" / name))
         assert example["__doc__"]
-        example["main"](str(tiny))
+        example["main"](str(tiny), *arguments)
         return capsys.readouterr().out
 
     return run
@@ -60,6 +60,45 @@ def test_chat_remembers(run, tiny):
         messages.append({"role": "assistant", "content": answer})
         expected += f"> {question}\n{answer}\n"
     assert printed == expected
+
+
+def test_tensor_parallel_says_the_same_on_all_meshes(run):
+    alone, *others = run("tensor_parallel.py", 2).splitlines()
+    assert [line.split()[0] for line in others] == [
+        "heads",
+        "sequence_parallel",
+        "head_dim",
+        "kv_replicated",
+        "heads_x_kv_seq",
+    ]
+    text = alone.removeprefix("one device").strip()
+    assert len(text) > 5
+    assert all(text in line for line in others)
+
+
+def test_own_strategy_splits_both_sides_of_a_weight(run):
+    refused, *parts = run("own_strategy.py").splitlines()
+    assert refused == (
+        "Refused: 2 q_per_kv cannot be split over 4 devices; use HEADS_X_HEAD_DIM or HEADS_X_KV_SEQ, or fewer devices "
+        "on that axis."
+    )
+    assert parts[:3] == [
+        "q_proj: (2, 2, 4, 16) in parts of (2, 2, 2, 8)",
+        "down_proj: (16, 32) in parts of (8, 16)",
+        "embedding: (260, 16) in parts of (130, 8)",
+    ]
+    assert parts[-1] == "(4, 8, 6) in parts of (2, 8, 3)"
+
+
+def test_the_page_on_tensor_parallelism(tiny):
+    page = (ROOT / "docs/parallelism.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    # The devices are virtual here already.
+    snippet = re.sub("jax.config.update.*", "", snippet).replace('"smollm2-135m"', repr(str(tiny)))
+    names = {}
+    exec(compile(snippet.replace("tp=3", "tp=2"), "parallelism.md", "exec"), names)
+    assert names["logits"].shape == (1, 3, 260)
+    assert names["out"].tokens.shape == (1, 16)
 
 
 def test_the_page_on_generation(tiny, capsys):

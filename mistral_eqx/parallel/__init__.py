@@ -12,6 +12,7 @@ from .collectives import (
     psum_together as psum_together,
     psum_tokens as psum_tokens,
 )
+from .mesh import initialize as initialize, make_mesh as make_mesh
 from .shard import (
     by_hand as by_hand,
     einshard as einshard,
