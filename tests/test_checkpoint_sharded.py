@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import tracemalloc
 
 import equinox as eqx
 import gguf
@@ -227,3 +228,16 @@ def test_a_model_on_several_devices_is_saved_as_on_one(format, layout, names, si
     save(loaded, tmp_path / "several", format=format)
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "several" / file.name).read_bytes()
+
+
+def test_saving_needs_memory_for_the_largest_tensor(getkey, tmp_path):
+    config = tiny(vocab=2048, embed=256, hidden=512, layers=8, windows=(None,) * 8, kv_heads=4)
+    save(random_model(config, getkey()), tmp_path / "one")
+    model = load(tmp_path / "one", mesh=mesh_of(*FOUR), strategy=mx.HEADS)
+    largest = 4 * config.vocab * config.embed
+    tracemalloc.start()
+    save(model, tmp_path / "several")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # The tensor, and a chunk of it in the order of the file.
+    assert peak < 2 * largest + 2**21 < 4 * config.parameters / 3

@@ -36,9 +36,9 @@ class Placement:
     @property
     def devices(self) -> str:
         """The mesh as text that is the same on all processes: its axes, and its devices in order."""
-        return (
-            "" if self.mesh is None else f"{dict(self.mesh.shape)} {[device.id for device in self.mesh.devices.flat]}"
-        )
+        if self.mesh is None:
+            return "the default device"
+        return f"{dict(self.mesh.shape)} {[device.id for device in self.mesh.devices.flat]}"
 
     def parts(self, dims: str, shape: tuple[int, ...]) -> list[Index]:
         """The parts of a tensor that this process's devices hold; one that several of them hold comes once."""
