@@ -9,7 +9,7 @@ import jax.random as jr
 from jax import lax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ..config import MistralConfig
 from ..parallel import SINGLE, Strategy, all_tokens, own_slot, own_slots, pmax, specs, spmd
@@ -115,12 +115,20 @@ class Mistral(eqx.Module):
 
     @overload
     def hidden(
-        self, ids: Int[Array, "batch seq"], positions: Int[Array, "batch seq"] | None = None, cache: None = None
+        self,
+        ids: Int[Array, "batch seq"],
+        positions: Int[Array, "batch seq"] | None = None,
+        cache: None = None,
+        seen: Bool[Array, "batch seq kv_seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], None]: ...
 
     @overload
     def hidden(
-        self, ids: Int[Array, "batch seq"], positions: Int[Array, "batch seq"] | None, cache: Cache
+        self,
+        ids: Int[Array, "batch seq"],
+        positions: Int[Array, "batch seq"] | None,
+        cache: Cache,
+        seen: Bool[Array, "batch seq kv_seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Cache]: ...
 
     def hidden(
@@ -128,6 +136,7 @@ class Mistral(eqx.Module):
         ids: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"] | None = None,
         cache: Cache | None = None,
+        seen: Bool[Array, "batch seq kv_seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
         """The last layer's output, which `logits` turns into logits.
 
@@ -138,13 +147,15 @@ class Mistral(eqx.Module):
             follow those in the cache, or start at 0.
         - `cache`: earlier tokens' keys and values. It must have `seq` free slots: a slot past the end would overwrite
             the last ones.
+        - `seen`: which slot each token may see at most, for continuations of one text that share a row; besides,
+            a token sees what its position and the windows let it see.
 
         **Returns:** activations, shape `(batch, seq, embed)`, and the cache with these tokens added.
         """
         rows, layers = self.strategy.spec("batch"), specs(cache, self.strategy)
-        in_specs = specs(self, self.strategy), rows, rows, layers
+        in_specs = specs(self, self.strategy), rows, rows, layers, self.strategy.spec("batch _ kv_seq")
         out_specs = self.strategy.spec("batch _ embed"), layers
-        return spmd(_hidden, self.mesh, in_specs, out_specs)(self, ids, positions, cache)
+        return spmd(_hidden, self.mesh, in_specs, out_specs)(self, ids, positions, cache, seen)
 
     def logits(self, hidden: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:
         """The output head, applied to what `hidden` returned or to a part of it."""
@@ -158,7 +169,9 @@ class Mistral(eqx.Module):
         return spmd(forward, self.mesh, in_specs, self.strategy.spec("batch _ vocab"))(self, hidden)
 
 
-def _hidden(model: Mistral, ids: Array, positions: Array | None, cache: Cache | None) -> tuple[Array, Cache | None]:
+def _hidden(
+    model: Mistral, ids: Array, positions: Array | None, cache: Cache | None, seen: Array | None
+) -> tuple[Array, Cache | None]:
     strategy, seq = model.strategy, ids.shape[1]
     if positions is None:
         start = jnp.zeros(ids.shape[0], jnp.int32)
@@ -172,7 +185,7 @@ def _hidden(model: Mistral, ids: Array, positions: Array | None, cache: Cache | 
         kv_positions = lax.dynamic_update_slice_in_dim(cache.positions, kv_positions, own_slot(slot, strategy), axis=1)
     rotation = model.rotary(positions)
     masks = {
-        window: visible(positions, kv_positions, window)
+        window: visible(positions, kv_positions, window) & (True if seen is None else seen)
         for window in dict.fromkeys(block.attention.window for block in model.blocks)
     }
     x = model.embedding(ids)
