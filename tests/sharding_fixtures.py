@@ -1,10 +1,15 @@
-"""How a module is run in `shard_map` on some of the virtual devices, and what it exchanges there."""
+"""How a module is run in `shard_map` on some of the virtual devices, and what programs exchange there."""
 
+import collections
+import math
 import re
 
 import equinox as eqx
 import jax
-from jax.sharding import PartitionSpec
+from hypothesis import strategies as st
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from mistral_eqx.parallel import Strategy
 
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "collective_permute")
@@ -42,3 +47,102 @@ def sharded(function, mesh, arguments, in_specs, out_specs):
 
 def _is_spec(node):
     return isinstance(node, PartitionSpec)
+
+
+def exchanges(lowered):
+    """What a lowered program exchanges, in StableHLO, before XLA sees it.
+
+    A loop whose turns are counted by a constant counts as often as it turns; any other, such as the decoding loop,
+    once.
+
+    **Returns:** a counter over `(kind, bytes of the operand, devices in a group)`; groups of one exchange nothing.
+    """
+    module = getattr(lowered, "lowered", lowered).compiler_ir("stablehlo")
+    functions = {op.attributes["sym_name"].value: op.operation for op in module.body.operations}
+    found = collections.Counter()
+
+    def visit(op, times):
+        kind = op.name.removeprefix("stablehlo.")
+        if kind in COLLECTIVES:
+            devices = op.attributes["replica_groups"].type.shape[1]
+            for operand in op.operands:
+                if devices > 1:
+                    found[kind, _nbytes(operand.type), devices] += times
+        elif op.name in ("func.call", "call"):
+            visit_regions(functions[op.attributes["callee"].value], times)
+            return
+        visit_regions(op, times * (_turns(op) if kind == "while" else 1))
+
+    def visit_regions(op, times):
+        for region in op.regions:
+            for block in region:
+                for inner in block:
+                    visit(inner.operation, times)
+
+    visit_regions(functions["main"], 1)
+    return found
+
+
+def _turns(loop):
+    """How often a loop turns that counts from 0 up to a constant; 1 if it does not."""
+    (condition,) = loop.regions[0]
+    *_, compared, _ = condition
+    if compared.operation.name != "stablehlo.compare":
+        return 1
+    limit = compared.operation.operands[1].owner
+    if getattr(limit, "name", None) != "stablehlo.constant":
+        return 1
+    return limit.attributes["value"].get_splat_value().value
+
+
+def _nbytes(type_):
+    bits = {"i1": 8, "bf16": 16}.get(str(type_.element_type)) or int(str(type_.element_type).lstrip("bfiu"))
+    return math.prod(type_.shape) * bits // 8
+
+
+# Meshes of 2 to 8 devices, with up to three axes, some of which hold one device only.
+MESHES = [
+    {"a": 2},
+    {"a": 3},
+    {"a": 4},
+    {"a": 7},
+    {"a": 8},
+    {"a": 1, "b": 4},
+    {"a": 2, "b": 2},
+    {"a": 3, "b": 2},
+    {"a": 2, "b": 3},
+    {"a": 4, "b": 2},
+    {"a": 2, "b": 4},
+    {"a": 2, "b": 2, "c": 2},
+    {"a": 2, "b": 1, "c": 4},
+]
+_DIMS = ("batch", "vocab", "embed", "hidden", "kv_heads", "q_per_kv", "head_dim", "kv_seq", "seq")
+
+
+def wishes(axes):
+    """Entries of a strategy that no one has named: dimensions in any order, each with some of the axes."""
+    some = st.lists(st.sampled_from(tuple(axes)), unique=True, max_size=len(axes))
+    # `seq` comes last, since it needs others.
+    return st.tuples(st.permutations(_DIMS[:-1]), st.lists(some, min_size=len(_DIMS), max_size=len(_DIMS))).map(
+        lambda drawn: list(zip([*drawn[0], "seq"], drawn[1], strict=True))
+    )
+
+
+def legal_part(wishes, config, axes):
+    """The strategy that has as much of each entry as `Strategy.check` lets pass."""
+    abstract, strategy = AbstractMesh(tuple(axes.values()), tuple(axes)), Strategy()
+    for dim, names in wishes:
+        for length in range(len(names), 0, -1):
+            longer = strategy + f"{dim}@{','.join(names[:length])}"
+            if _is_legal(longer, config, abstract):
+                strategy = longer
+                break
+    return strategy
+
+
+def _is_legal(strategy, config, mesh):
+    try:
+        strategy.check(config, mesh)
+    except ValueError:
+        return False
+    return True

@@ -102,9 +102,9 @@ def _top_k(logits: Float[Array, "batch vocab"], k: int) -> Float[Array, "batch k
 def _argmax(logits: Float[Array, "batch vocab"], strategy: Strategy) -> Int[Array, " batch"]:
     """The first index of the largest logit, which takes 8 bytes a row and device to agree on."""
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    part, parts = place("vocab", strategy)
-    if parts == 1:
+    if not strategy.split_over("vocab"):
         return best
+    part, _ = place("vocab", strategy)
     logit = jnp.max(logits, axis=-1)
     first = jnp.where(logit == pmax(logit, "vocab", strategy), best + part * logits.shape[-1], jnp.iinfo(jnp.int32).max)
     return pmin(first, "vocab", strategy)

@@ -23,9 +23,9 @@ class Embedding(AbstractNamed):
     strategy: Strategy = SINGLE
 
     def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch tokens embed"]:
-        part, parts = place("vocab", self.strategy)
-        if parts == 1:
+        if not self.strategy.split_over("vocab"):
             return self.weight.rows(ids)
+        part, _ = place("vocab", self.strategy)
         size = self.weight.row_count
         row = ids - part * size
         here = (row >= 0) & (row < size)

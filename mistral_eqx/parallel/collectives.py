@@ -55,7 +55,8 @@ def psum_tokens(x: Array, dims: str, strategy: Strategy) -> Array:
     """
     axes = strategy.split_over(dims)
     scattered = strategy.split_over("seq") if axes else ()
-    if not scattered or x.shape[1] % lax.axis_size(scattered):
+    devices = lax.axis_size(scattered) if scattered else 1
+    if devices == 1 or x.shape[1] % devices:
         return psum(x, dims, strategy)
     rest = tuple(axis for axis in axes if axis not in scattered)
     x = lax.psum(x, rest) if rest else x

@@ -1,0 +1,18 @@
+from .chips import CHIPS as CHIPS, Chip as Chip
+from .communication import (
+    Collective as Collective,
+    decoding_step as decoding_step,
+    forward_pass as forward_pass,
+    prefill as prefill,
+)
+from .picture import picture as picture
+from .planning import plan as plan, read_strategy as read_strategy
+from .report import (
+    Exchange as Exchange,
+    Memory as Memory,
+    Phase as Phase,
+    Report as Report,
+    Roofline as Roofline,
+)
+from .roofline import HOP_SECONDS as HOP_SECONDS, exchange_seconds as exchange_seconds, roofline as roofline
+from .table import table as table
