@@ -1,0 +1,429 @@
+"""Beam search: one compiled `lax.while_loop`, in which no key or value is ever moved."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from ..nn import Cache, LayerCache, Mistral
+from ..parallel import Strategy, everywhere, gather, own_slot, own_slots, place, place_on, pmax, psum, specs, spmd
+from .loop import Request, capacity, empty_cache, parts, prefill, prompt_width, slots
+from .prompt import Prompts, checked_prompts, pad_left
+from .sampler import Sampler
+
+
+# A prompt is read in pieces of at most this many tokens.
+_CHUNK = 512
+# A cache has room for at least this many steps before it is put in order and grows.
+_STEPS = 64
+
+
+class Rules(eqx.Module):
+    """What a search is told, as arrays: other values compile nothing anew.
+
+    **Attributes:**
+
+    - `ends`: the end tokens.
+    - `divisors`: what the sum of the log-probabilities of 1, 2, ... tokens is divided by, its length to the power of
+        the penalty.
+    - `hoped`: what that of the best running beam is divided by, to see if it may still become better than a text that
+        has ended.
+    - `first_suffice`: whether a row is done as soon as it has as many ended texts as beams.
+    - `limit`: the number of new tokens at which every beam ends.
+    """
+
+    ends: Int[np.ndarray, " ends"]
+    divisors: Float[np.ndarray, " new"]
+    hoped: Float[np.ndarray, " new"]
+    first_suffice: Bool[np.ndarray, ""]
+    limit: Int[np.ndarray, ""]
+
+    @classmethod
+    def init(
+        cls, ends: np.ndarray, new: int, limit: int, length_penalty: float, early_stopping: bool | Literal["never"]
+    ) -> "Rules":
+        """Rules with room for `new` tokens, of which `limit` are used.
+
+        **Raises:** `ValueError` if the penalty or the word for early stopping is wrong.
+        """
+        if not any(early_stopping is known for known in (False, True)) and early_stopping != "never":
+            raise ValueError(f"early_stopping is {early_stopping!r}; it must be True, False or 'never'.")
+        if not math.isfinite(length_penalty):
+            raise ValueError(f"length_penalty is {length_penalty}; it must be a finite number, such as 1.0.")
+        with np.errstate(over="ignore", under="ignore"):
+            divisors = (np.arange(1.0, new + 1) ** length_penalty).astype(np.float32)
+        if not (np.isfinite(divisors[:limit]) & (divisors[:limit] > 0)).all():
+            raise ValueError(
+                f"length_penalty is {length_penalty}, and {limit} to that power is beyond what a float32 can hold; "
+                "give a number closer to 0."
+            )
+        longest = early_stopping == "never" and length_penalty > 0
+        hoped = np.full_like(divisors, divisors[limit - 1]) if longest else divisors
+        return cls(
+            # An end token that is given twice is one.
+            np.unique(ends),
+            divisors,
+            hoped,
+            np.asarray(early_stopping is True),
+            np.asarray(limit, np.int32),
+        )
+
+
+class Search(eqx.Module):
+    """What the loop carries from step to step, besides the cache.
+
+    A beam that has ended is set aside with the `finished` ones and makes room for another, so that all `beams` go on
+    until their row is done. Where there is no beam, or no finished text, the score is minus infinity.
+
+    **Attributes:**
+
+    - `tokens`: the new tokens of each running beam, best beam first; the column of the next one is `step`.
+    - `scores`: the sums of their log-probabilities.
+    - `token`: the last token of each, which is not in the cache yet.
+    - `position`: where these tokens stand in their row's text.
+    - `seen`: which slots hold the prompt or a token of each beam. All beams of a row share its slots, whoever wrote
+        them.
+    - `finished_tokens`, `finished_lengths`: the best texts that have ended, best first.
+    - `finished_scores`: the sums of their log-probabilities, divided by the rules' divisor.
+    - `done`: which rows take no further text.
+    - `unfinished`: whether there is a row that does, on any device.
+    - `step`: how many tokens were decoded.
+    """
+
+    tokens: Int[Array, "batch beams new"]
+    scores: Float[Array, "batch beams"]
+    token: Int[Array, "batch beams"]
+    position: Int[Array, " batch"]
+    seen: Bool[Array, "batch beams kv_seq"]
+    finished_tokens: Int[Array, "batch beams new"]
+    finished_lengths: Int[Array, "batch beams"]
+    finished_scores: Float[Array, "batch beams"]
+    done: Bool[Array, " batch"]
+    unfinished: Bool[Array, ""]
+    step: Int[Array, ""]
+
+    @classmethod
+    def init(
+        cls, position: Int[Array, " batch"], done: Bool[Array, " batch"], beams: int, new: int, kv_seq: int
+    ) -> "Search":
+        """The state before the first token. There is one beam a row, for all would be the same."""
+        batch = position.shape[0]
+        none = jnp.full((batch, beams), -jnp.inf, jnp.float32)
+        return cls(
+            tokens=jnp.zeros((batch, beams, new), jnp.int32),
+            scores=none.at[:, 0].set(0),
+            token=jnp.zeros((batch, beams), jnp.int32),
+            position=position,
+            seen=jnp.ones((batch, beams, kv_seq), bool),
+            finished_tokens=jnp.zeros((batch, beams, new), jnp.int32),
+            finished_lengths=jnp.zeros((batch, beams), jnp.int32),
+            finished_scores=none,
+            done=done,
+            unfinished=jnp.ones((), bool),
+            step=jnp.zeros((), jnp.int32),
+        )
+
+    def advance(self, logits: Float[Array, "batch beams vocab"], rules: Rules, strategy: Strategy) -> "Search":
+        """Chooses the next token of each beam, from logits of which this device may have a part."""
+        beams, step = self.scores.shape[1], self.step
+        # Of so many candidates at least `beams` do not end.
+        count = max(2, 1 + rules.ends.shape[0]) * beams
+        log_probabilities, ids = _likeliest(logits, count, strategy)
+        sums = (self.scores[:, :, None] + log_probabilities).reshape(ids.shape[0], -1)
+        sums, chosen = lax.top_k(sums, min(count, sums.shape[1]))
+        parent, token = chosen // ids.shape[2], _take(ids.reshape(ids.shape[0], -1), chosen)
+        ends = jnp.any(token[:, :, None] == rules.ends[None, None, :], axis=2) | (step + 1 >= rules.limit)
+
+        # Only a candidate that would have become a beam may end a text.
+        new_scores = jnp.where(
+            ends[:, :beams] & ~self.done[:, None],
+            sums[:, :beams] / lax.dynamic_index_in_dim(rules.divisors, step),
+            -jnp.inf,
+        )
+        finished_scores, best = lax.top_k(jnp.concatenate([self.finished_scores, new_scores], axis=1), beams)
+        new_tokens = _append(_take(self.tokens, parent[:, :beams]), token[:, :beams], step)
+        new_lengths = jnp.full_like(self.finished_lengths, step + 1)
+
+        scores, going_on = lax.top_k(jnp.where(ends, -jnp.inf, sums), beams)
+        parent, token = _take(parent, going_on), _take(token, going_on)
+        may_improve = scores[:, 0] / rules.hoped[step] > finished_scores[:, -1]
+        enough = rules.first_suffice & (finished_scores[:, -1] > -jnp.inf)
+        done = self.done | ~may_improve | enough
+        return Search(
+            tokens=_append(_take(self.tokens, parent), token, step),
+            scores=scores,
+            token=token,
+            position=self.position + 1,
+            seen=_take(self.seen, parent),
+            finished_tokens=_take(jnp.concatenate([self.finished_tokens, new_tokens], axis=1), best),
+            finished_lengths=_take(jnp.concatenate([self.finished_lengths, new_lengths], axis=1), best),
+            finished_scores=finished_scores,
+            done=done,
+            # All devices leave the loop together, also those whose own rows are done.
+            unfinished=pmax(jnp.any(~done).astype(jnp.int32), "batch", strategy) > 0,
+            step=step + 1,
+        )
+
+    def see_own(self, slot: Int[Array, ""], strategy: Strategy) -> Bool[Array, "batch beams kv_seq"]:
+        """`seen` when the last token of each beam is in a slot of its own, from `slot` on."""
+        batch, beams = self.token.shape
+        own = jnp.broadcast_to(jnp.eye(beams, dtype=bool)[None], (batch, beams, beams))
+        own = own_slots(own, slot, strategy, axis=2)
+        return lax.dynamic_update_slice_in_dim(self.seen, own, own_slot(slot, strategy), axis=2)
+
+
+class Beams(NamedTuple):
+    """What [`mistral_eqx.beam_search`][] returns, the best text of each prompt first.
+
+    **Attributes:**
+
+    - `tokens`: new token ids; a text that ended early repeats its end token.
+    - `lengths`: how many of them count, the end token included.
+    - `scores`: the sum of the log-probabilities of these tokens, divided by `lengths ** length_penalty`.
+    """
+
+    tokens: Int[Array, "batch returned new"]
+    lengths: Int[Array, "batch returned"]
+    scores: Float[Array, "batch returned"]
+
+
+def _take(x: Array, beams: Array) -> Array:
+    """Entries along the second axis, in each row others."""
+    return jnp.take_along_axis(x, beams.reshape(*beams.shape, *(1,) * (x.ndim - 2)), axis=1, mode="clip")
+
+
+def _append(tokens: Array, token: Array, step: Array) -> Array:
+    return lax.dynamic_update_slice_in_dim(tokens, token[:, :, None], step, axis=2)
+
+
+def _likeliest(logits: Float[Array, "batch beams vocab"], count: int, strategy: Strategy) -> tuple[Array, Array]:
+    """The largest log-probabilities of each beam, and their tokens; of equal ones the first.
+
+    Where the vocabulary is split, devices exchange two numbers a beam and their largest logits.
+    """
+    batch, beams, size = logits.shape
+    logits = logits.astype(jnp.float32).reshape(batch * beams, size)
+    largest = pmax(jnp.max(logits, axis=1, keepdims=True), "vocab", strategy)
+    total = psum(jnp.sum(jnp.exp(logits - largest), axis=1, keepdims=True), "vocab", strategy)
+    best, ids = lax.top_k(logits, min(count, size))
+    part, several = place("vocab", strategy)
+    if several > 1:
+        best = gather(best, "vocab", strategy, axis=1)
+        ids = gather(ids + part * size, "vocab", strategy, axis=1)
+        best, at = lax.top_k(best, min(count, best.shape[1]))
+        ids = _take(ids, at)
+    log_probabilities = (best - largest) - jnp.log(total)
+    return log_probabilities.reshape(batch, beams, -1), ids.reshape(batch, beams, -1)
+
+
+@eqx.filter_jit
+def _first(
+    model: Mistral,
+    logits: Float[Array, "batch vocab"],
+    position: Int[Array, " batch"],
+    done: Bool[Array, " batch"],
+    rules: Rules,
+    beams: int,
+    kv_seq: int,
+) -> Search:
+    """The state after the first token of rows whose prompts' last tokens stand at `position`."""
+    strategy = model.strategy
+    search = Search.init(position, done, beams, rules.divisors.shape[0], kv_seq)
+
+    def advance(search: Search, logits: Array, rules: Rules) -> Search:
+        logits = jnp.broadcast_to(logits[:, None], (logits.shape[0], beams, logits.shape[1]))
+        return search.advance(logits, rules, strategy)
+
+    state = specs(search, strategy)
+    in_specs = state, strategy.spec("batch vocab"), specs(rules, strategy)
+    return spmd(advance, model.mesh, in_specs, state)(search, logits, rules)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def extend(kept: tuple[Mistral, Search, Rules, Int[Array, ""]], cache: Cache) -> tuple[Search, Cache]:
+    """Decodes in one loop, until `until` tokens are there or all rows are done.
+
+    **Arguments:**
+
+    - `kept`: the model, the state so far, the rules, and `until`, a number of new tokens.
+    - `cache`: donated, and updated in place; it must have free slots for one token a beam and step.
+
+    **Returns:** the state and the cache after the last token.
+    """
+    model, search, rules, until = kept
+    strategy = model.strategy
+
+    def loop(model: Mistral, search: Search, rules: Rules, until: Array, cache: Cache) -> tuple[Search, Cache]:
+        def unfinished(carry):
+            search, _ = carry
+            return (search.step < until) & search.unfinished
+
+        def next_tokens(carry):
+            search, cache = carry
+            search = eqx.tree_at(lambda search: search.seen, search, search.see_own(cache.used, strategy))
+            positions = jnp.broadcast_to(search.position[:, None], search.token.shape)
+            hidden, cache = model.hidden(search.token, positions, cache, search.seen)
+            return search.advance(model.logits(hidden), rules, strategy), cache
+
+        return lax.while_loop(unfinished, next_tokens, (search, cache))
+
+    state, layers, whole = specs(search, strategy), specs(cache, strategy), strategy.spec("")
+    in_specs = specs(model, strategy), state, specs(rules, strategy), whole, layers
+    return spmd(loop, model.mesh, in_specs, (state, layers))(model, search, rules, until, cache)
+
+
+def _live(search: Search, cache: Cache) -> Bool[Array, "batch kv_seq"]:
+    return jnp.any(search.seen, axis=1) & (cache.positions >= 0)
+
+
+@eqx.filter_jit
+def live_slots(model: Mistral, search: Search, cache: Cache) -> Int[Array, ""]:
+    """How many slots the cache needs for what a beam sees; the others hold padding and beams that were given up."""
+    strategy = model.strategy
+
+    def count(search: Search, cache: Cache) -> Array:
+        most = jnp.max(jnp.sum(_live(search, cache), axis=1, dtype=jnp.int32))
+        return pmax(most, "batch kv_seq", strategy) * place("kv_seq", strategy)[1]
+
+    in_specs = specs(search, strategy), specs(cache, strategy)
+    return spmd(count, model.mesh, in_specs, strategy.spec(""))(search, cache)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def put_in_order(
+    kept: tuple[Mistral, Int[Array, ""]], search: Search, cache: Cache, kv_seq: int
+) -> tuple[Search, Cache]:
+    """Between two loops: moves what is seen to the front of the cache, and gives that another number of slots.
+
+    **Arguments:**
+
+    - `kept`: the model, and the result of `live_slots`.
+    - `search`, `cache`: donated.
+    - `kv_seq`: the number of slots, at least `live_slots`.
+
+    **Returns:** the state and the cache.
+    """
+    model, used = kept
+    strategy = model.strategy
+    share = kv_seq // parts(model, "kv_seq")
+
+    def move(search: Search, cache: Cache, used: Array) -> tuple[Search, Cache]:
+        live = _live(search, cache)
+        order = jnp.argsort(~live, axis=1, stable=True)[:, :share]
+        more = share - order.shape[1]
+
+        def moved(x: Array) -> Array:
+            x = jax.vmap(lambda x, order: jnp.take(x, order, axis=1, mode="clip"))(x, order)
+            return jnp.pad(x, [(0, more if axis == 2 else 0) for axis in range(x.ndim)])
+
+        layers = tuple(LayerCache(moved(one.k_buffer), moved(one.v_buffer), one.dtype) for one in cache.layers)
+        positions = _take(jnp.where(live, cache.positions, -1), order)
+        positions = jnp.pad(positions, ((0, 0), (0, more)), constant_values=-1)
+        search = eqx.tree_at(lambda search: search.seen, search, moved(search.seen))
+        return search, Cache(layers, positions, used)
+
+    state, split = specs(search, strategy), specs(cache, strategy)
+    return spmd(move, model.mesh, (state, split, strategy.spec("")), (state, split))(search, cache, used)
+
+
+def _read(model: Mistral, rows: list[list[int]], idle: int) -> tuple[Float[Array, "batch vocab"], np.ndarray, Cache]:
+    """Reads the prompts, each once. The last column holds each row's last token."""
+    ids, positions = pad_left(rows, prompt_width(max(map(len, rows))))
+    ids, positions = (np.concatenate([x, *[x[:1]] * idle]) for x in (ids, positions))
+    cache = empty_cache(model, len(ids), slots(model, ids.shape[1]))
+    logits = None
+    for start in range(0, ids.shape[1], _CHUNK):
+        piece = slice(start, start + _CHUNK)
+        logits, cache = prefill((model, _rows(model, ids[:, piece]), _rows(model, positions[:, piece])), cache)
+    assert logits is not None
+    return logits, positions[:, -1], cache
+
+
+def _rows(model: Mistral, x: np.ndarray) -> Array:
+    mesh = model.mesh
+    return jnp.asarray(x) if mesh is None else place_on(x, mesh, model.strategy.spec("batch"))
+
+
+def _check_beams(num_beams: int, num_return_sequences: int, vocab: int):
+    if num_beams < 1:
+        raise ValueError(f"num_beams is {num_beams}; it must be at least 1.")
+    if num_beams > vocab:
+        raise ValueError(f"num_beams is {num_beams}, more than the {vocab} tokens of the vocabulary; ask for fewer.")
+    if not 1 <= num_return_sequences <= num_beams:
+        raise ValueError(
+            f"num_return_sequences is {num_return_sequences}; it must be at least 1 and at most num_beams, {num_beams}."
+        )
+
+
+def beam_search(
+    model: Mistral,
+    prompts: Prompts,
+    *,
+    num_beams: int,
+    num_return_sequences: int = 1,
+    max_new_tokens: int,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
+    eos_id: int | Sequence[int] | None = None,
+) -> Beams:
+    """Continues each prompt with the texts that a beam search finds most probable.
+
+    ```python
+    best = mx.beam_search(model, prompts, num_beams=4, max_new_tokens=64, eos_id=tokenizer.eos_ids)
+    print(tokenizer.decode(best.tokens[0, 0, : best.lengths[0, 0]]))
+    ```
+
+    In each step the `num_beams` texts of a prompt that are most probable so far go on, by all tokens, and of the
+    results the best are kept. One that ends is set aside. Texts and scores are those of transformers.
+
+    **Arguments:**
+
+    - `model`: the model.
+    - `prompts`: lists of token ids, of any lengths, or an array of shape `(batch, seq)`.
+    - `num_beams`: how many texts of each prompt go on.
+    - `num_return_sequences`: how many of them to return.
+    - `max_new_tokens`: where a text ends at the latest.
+    - `length_penalty`: the power of its length by which the log-probability of a text that has ended is divided.
+        Above 0 it favours long texts, below 0 short ones.
+    - `early_stopping`: when a prompt is done that has `num_beams` texts that have ended. `True`: at once. `False`: when
+        the best one that goes on has a worse score than the worst of them, were it to end now. `"never"`: when it could
+        not have a better one at any length.
+    - `eos_id`: the token, or the tokens, that end a text. Without any, all get `max_new_tokens`.
+
+    **Returns:** [`mistral_eqx.Beams`][], with `tokens` of shape `(batch, num_return_sequences, max_new_tokens)`, and
+    `lengths` and `scores` of shape `(batch, num_return_sequences)`.
+
+    **Raises:** `ValueError` if an argument is out of its range, or as [`mistral_eqx.generate`][] does for prompts and
+    end tokens.
+    """
+    _check_beams(num_beams, num_return_sequences, model.config.vocab)
+    rows = checked_prompts(prompts, model.config.vocab)
+    request = Request.init(model, rows, max_new_tokens, Sampler(), eos_id, None)
+    rules = Rules.init(request.ends, capacity(max_new_tokens), max_new_tokens, length_penalty, early_stopping)
+    logits, position, cache = _read(model, rows, request.idle)
+    done = np.arange(len(position)) >= len(rows)
+    search = _first(model, logits, _rows(model, position), _rows(model, done), rules, num_beams, cache.kv_seq)
+    while (step := int(search.step)) < max_new_tokens and bool(search.unfinished):
+        live = live_slots(model, search, cache)
+        room = _room(int(live), num_beams, max_new_tokens - step)
+        search, cache = put_in_order((model, live), search, cache, max(slots(model, room), cache.kv_seq))
+        until = min(step + (room - int(live)) // num_beams, max_new_tokens)
+        search, cache = extend((model, search, rules, np.asarray(until, np.int32)), cache)
+    tokens, lengths, scores = (
+        everywhere(x)[: len(rows), :num_return_sequences]
+        for x in (search.finished_tokens, search.finished_lengths, search.finished_scores)
+    )
+    last = np.take_along_axis(tokens, lengths[:, :, None] - 1, axis=2)
+    tokens = np.where(np.arange(max_new_tokens) < lengths[:, :, None], tokens[:, :, :max_new_tokens], last)
+    return Beams(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(scores))
+
+
+def _room(live: int, beams: int, steps: int) -> int:
+    """How many slots to have when `live` are in use: for a while, or for all of the steps that are left."""
+    return capacity(live + min(beams * steps, max(beams * _STEPS, live // 2)))
