@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from model_fixtures import SMALL, relative_error, small_model
 from sharding_fixtures import mesh, sharded
 
-from mistral_eqx.nn import LayerCache, visible
+from mistral_eqx.nn import LayerCache
 from mistral_eqx.parallel import SINGLE, Strategy, specs, with_strategy
 
 
@@ -24,8 +24,8 @@ def _apply(block, rotary, x, layer):
     slots = jnp.where(jnp.arange(KV_SEQ) < 7, jnp.arange(KV_SEQ), -1).astype(jnp.int32)[None]
     outputs = []
     for at in (slice(0, 6), slice(6, 7)):
-        mask = visible(positions[:, at], slots, block.attention.window)
-        y, layer = block(x[:, at], rotary(positions[:, at]), mask, layer, jnp.asarray(at.start, jnp.int32))
+        place = positions[:, at]
+        y, layer = block(x[:, at], rotary(place), place, slots, layer, jnp.asarray(at.start, jnp.int32))
         outputs.append(y)
     return jnp.concatenate(outputs, axis=1), layer
 

@@ -7,25 +7,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..parallel import SINGLE, Strategy, own_slot, own_slots, pmax, psum, psum_together
 from .cache import LayerCache
+from .flash import flash_attention
 from .linear import Linear
 from .precision import at_least_float32
 from .rotary import Rotation
+from .visible import visible
 
 
-def visible(
-    positions: Int[Array, "batch seq"], kv_positions: Int[Array, "batch kv_seq"], window: int | None
-) -> Bool[Array, "batch seq kv_seq"]:
-    """Which keys each query sees: those before it and itself, inside the window.
-
-    **Arguments:**
-
-    - `positions`: the position of each query.
-    - `kv_positions`: the position of each key; a negative one is padding and is never seen.
-    - `window`: how many positions a query sees, itself included, or `None` for all.
-    """
-    distance = positions[:, :, None] - kv_positions[:, None, :]
-    seen = (kv_positions >= 0)[:, None, :] & (distance >= 0)
-    return seen if window is None else seen & (distance < window)
+# Above this many scores a head they are computed in tiles: about where that takes less time on a CPU.
+_WHOLE = 1024 * 1024
 
 
 class Attention(eqx.Module):
@@ -33,7 +23,8 @@ class Attention(eqx.Module):
     ([GQA](https://arxiv.org/abs/2305.13245)).
 
     Takes O(seq x kv_seq x kv_heads x q_per_kv x head_dim) operations a row, and memory for one score a query,
-    key and query head.
+    key and query head; where these are many, for a tile of them at a time
+    ([`mistral_eqx.nn.flash_attention`][]).
 
     **Attributes:**
 
@@ -57,9 +48,11 @@ class Attention(eqx.Module):
         self,
         x: Float[Array, "batch seq embed"],
         rotation: Rotation,
-        mask: Bool[Array, "batch seq kv_seq"],
+        positions: Int[Array, "batch seq"],
+        kv_positions: Int[Array, "batch kv_seq"],
         cache: LayerCache | None,
         slot: Int[Array, ""],
+        seen: Bool[Array, "batch seq kv_seq"] | None = None,
     ) -> tuple[Float[Array, "batch tokens embed"], LayerCache | None]:
         """Mixes values over positions.
 
@@ -67,9 +60,11 @@ class Attention(eqx.Module):
 
         - `x`: activations, shape `(batch, seq, embed)`.
         - `rotation`: of the positions of `x`.
-        - `mask`: which key each query sees, from `visible`.
+        - `positions`, `kv_positions`: where each token, and that of each key, stands in its row's text; -1 for padding.
         - `cache`, `slot`: the keys and values of earlier tokens, and the slot of the first of `x`; without a cache
             the keys are those of `x`.
+
+        - `seen`: which key each query may see at most; all unless given.
 
         **Returns:** an array like `x`, and the cache with the new keys and values.
         """
@@ -79,15 +74,38 @@ class Attention(eqx.Module):
         if cache is not None:
             cache = cache.update(k, v, own_slot(slot, self.strategy))
             k, v = cache.k, cache.v
+        inputs = q, k, v, positions, kv_positions
+        # Partial scores are added up over devices before anything else can be done with them.
+        tiled = q.shape[1] * k.shape[2] > _WHOLE and seen is None and not self.strategy.split_over("head_dim")
+        context, log_sum = self._in_tiles(*inputs) if tiled else self._whole(*inputs, seen)
+        if self.strategy.split_over("kv_seq"):
+            weight = jnp.exp(log_sum - pmax(log_sum, "kv_seq", self.strategy))
+            context, total = psum_together(context * weight, weight, "kv_seq", self.strategy)
+            context = context / total
+        return self.o_proj(context.astype(x.dtype)), cache
+
+    def _whole(
+        self, q: Array, k: Array, v: Array, positions: Array, kv_positions: Array, seen: Array | None
+    ) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
+        """The weighted sums, and the logarithms of the sums of weights."""
+        mask = visible(positions, kv_positions, self.window)
+        mask = mask if seen is None else mask & seen
         scores = psum(_contract_head_dim(q, k), "head_dim", self.strategy) * self.scale
         # A finite number, for a query that is padding sees no key at all.
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
-        # The softmax is divided by its sum last, so that devices with different keys can add both up before.
-        largest = pmax(lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)), "kv_seq", self.strategy)
+        largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - largest)
-        total = jnp.transpose(jnp.sum(weights, axis=-1, keepdims=True), (0, 3, 1, 2, 4))
-        context, total = psum_together(_contract_kv_seq(weights, v), total, "kv_seq", self.strategy)
-        return self.o_proj((context / total).astype(x.dtype)), cache
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        total, log_sum = (jnp.transpose(x, (0, 3, 1, 2, 4)) for x in (total, largest + jnp.log(total)))
+        return _contract_kv_seq(weights, v) / total, log_sum
+
+    def _in_tiles(
+        self, q: Array, k: Array, v: Array, positions: Array, kv_positions: Array
+    ) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
+        """What `_whole` returns, without a score for each query and key."""
+        q = jnp.transpose(q, (0, 2, 3, 1, 4))
+        context, log_sum = flash_attention(q, k, v, positions, kv_positions, scale=self.scale, window=self.window)
+        return jnp.transpose(context, (0, 3, 1, 2, 4)), jnp.transpose(log_sum[..., None], (0, 3, 1, 2, 4))
 
 
 def _contract_head_dim(

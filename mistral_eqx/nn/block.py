@@ -26,12 +26,15 @@ class Block(eqx.Module):
         self,
         x: Float[Array, "batch tokens embed"],
         rotation: Rotation,
-        mask: Bool[Array, "batch seq kv_seq"],
+        positions: Int[Array, "batch seq"],
+        kv_positions: Int[Array, "batch kv_seq"],
         cache: LayerCache | None,
         slot: Int[Array, ""],
+        seen: Bool[Array, "batch seq kv_seq"] | None = None,
     ) -> tuple[Float[Array, "batch tokens embed"], LayerCache | None]:
         """Arguments and result are those of [`mistral_eqx.nn.Attention`][]; `x` may have this device's tokens only."""
-        strategy, seq = self.attention.strategy, mask.shape[1]
-        mixed, cache = self.attention(all_tokens(self.attention_norm(x), seq, strategy), rotation, mask, cache, slot)
+        strategy, seq = self.attention.strategy, positions.shape[1]
+        whole = all_tokens(self.attention_norm(x), seq, strategy)
+        mixed, cache = self.attention(whole, rotation, positions, kv_positions, cache, slot, seen)
         x = x + mixed
         return x + self.feed_forward(all_tokens(self.feed_forward_norm(x), seq, strategy)), cache

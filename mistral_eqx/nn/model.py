@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ..config import MistralConfig
 from ..parallel import SINGLE, Strategy, all_tokens, own_slot, own_slots, pmax, specs, spmd
-from .attention import Attention, visible
+from .attention import Attention
 from .block import Block
 from .cache import Cache
 from .embedding import Embedding, Unembedding
@@ -184,14 +184,10 @@ def _hidden(
     if cache is not None:
         kv_positions = lax.dynamic_update_slice_in_dim(cache.positions, kv_positions, own_slot(slot, strategy), axis=1)
     rotation = model.rotary(positions)
-    masks = {
-        window: visible(positions, kv_positions, window) & (True if seen is None else seen)
-        for window in dict.fromkeys(block.attention.window for block in model.blocks)
-    }
     x = model.embedding(ids)
     updated = []
     for block, layer in zip(model.blocks, layers, strict=True):
-        x, layer = block(x, rotation, masks[block.attention.window], layer, slot)
+        x, layer = block(x, rotation, positions, kv_positions, layer, slot, seen)
         updated.append(layer)
     if cache is not None:
         cache = Cache(tuple(updated), kv_positions, slot + seq)

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -79,6 +80,16 @@ def gather(x: Array, dims: str, strategy: Strategy, *, axis: int) -> Array:
     """Puts together the parts of all devices among which `dims` are split, along `axis`."""
     axes = strategy.split_over(dims)
     return lax.all_gather(x, axes, axis=axis, tiled=True, to="invarying") if axes else x
+
+
+def vary_alike(*arrays: Array) -> tuple[Array, ...]:
+    """Marks arrays as different along all mesh axes along which one of them is, as a loop over them asks for.
+
+    The gradient of an array that is the same along an axis is then added up there.
+    """
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+    missing = [tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying)) for x in arrays]
+    return tuple(lax.pcast(x, more, to="varying") if more else x for x, more in zip(arrays, missing, strict=True))
 
 
 def place(dims: str, strategy: Strategy) -> tuple[Array | int, int]:

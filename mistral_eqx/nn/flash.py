@@ -1,0 +1,207 @@
+"""Attention in tiles, which never holds a score for every query and key at once."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from ..parallel import vary_alike
+from .precision import at_least_float32
+from .visible import visible
+
+
+# Tiles of this many queries and keys: large enough for the matrix kernels, small enough for a processor's cache.
+TILE = 512
+
+
+class _Inputs(NamedTuple):
+    q: Array
+    k: Array
+    v: Array
+    positions: Array
+    kv_positions: Array
+
+
+def flash_attention(
+    q: Float[Array, "batch kv_heads q_per_kv seq head_dim"],
+    k: Float[Array, "batch kv_heads kv_seq head_dim"],
+    v: Float[Array, "batch kv_heads kv_seq head_dim"],
+    positions: Int[Array, "batch seq"],
+    kv_positions: Int[Array, "batch kv_seq"],
+    *,
+    scale: float,
+    window: int | None,
+) -> tuple[Float[Array, "batch kv_heads q_per_kv seq head_dim"], Float[Array, "batch kv_heads q_per_kv seq"]]:
+    """Softmax-weighted sums of values, with a running maximum and sum
+    ([FlashAttention](https://arxiv.org/abs/2205.14135), [FlashAttention-2](https://arxiv.org/abs/2307.08691)).
+
+    Takes memory for one tile of scores, forward and backward: the backward pass computes them again, from the saved
+    logarithm of each query's sum. Tiles in which no query sees a key are passed over, so that half of the work
+    of a causal pass, and all but a stripe of a windowed one, is left out.
+
+    **Arguments:**
+
+    - `q`, `k`, `v`: queries, keys and values.
+    - `positions`, `kv_positions`: where they stand in their row's text; -1 for padding.
+    - `scale`: the factor of the scores.
+    - `window`: how many positions a query sees, itself included, or `None` for all before it.
+
+    **Returns:** one sum a query, and the logarithm of the sum of its exponentiated scores. A query that sees no key
+    has zeros, and the lowest finite number.
+    """
+    q, k, v = vary_alike(q, k, v)
+    return _flash(_Inputs(q, k, v, positions, kv_positions), scale, window)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _flash(inputs: _Inputs, scale: float, window: int | None) -> tuple[Array, Array]:
+    padded, queries, keys = _tiled(inputs)
+
+    def of_queries(index: Array) -> tuple[Array, Array]:
+        q, positions = _slice(padded.q, index, queries, 3), _slice(padded.positions, index, queries, 1)
+
+        def add(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            k, v = (_slice(x, number, keys, 2) for x in (padded.k, padded.v))
+            kv_positions = _slice(padded.kv_positions, number, keys, 1)
+
+            def seen() -> tuple[Array, Array, Array]:
+                context, largest, total = carry
+                scores = _scores(q, k, positions, kv_positions, scale, window)
+                higher = jnp.maximum(largest, jnp.max(scores, axis=-1))
+                weights, shrink = jnp.exp(scores - higher[..., None]), jnp.exp(largest - higher)
+                more = _product("bhgqk,bhkd->bhgqd", weights.astype(v.dtype), v)
+                return context * shrink[..., None] + more, higher, total * shrink + jnp.sum(weights, axis=-1)
+
+            return lax.cond(_touches(positions, kv_positions, window), seen, lambda: carry)
+
+        none = q.astype(at_least_float32(q.dtype)) * 0
+        row = jnp.sum(none, axis=-1)
+        lowest = jnp.finfo(row.dtype).min
+        start = none, row + lowest, row
+        context, largest, total = lax.fori_loop(0, padded.k.shape[2] // keys, add, start)
+        # A query that sees nothing may have seen masked scores, all of them the lowest number.
+        empty = (largest <= lowest) | (total == 0)
+        context = jnp.where(empty[..., None], 0, context / jnp.where(empty, 1, total)[..., None])
+        return context, jnp.where(empty, lowest, largest + jnp.log(jnp.where(empty, 1, total)))
+
+    context, log_sum = lax.map(of_queries, jnp.arange(padded.q.shape[3] // queries))
+    seq = inputs.q.shape[3]
+    return _joined(context, seq), _joined(log_sum, seq)
+
+
+def _forward(inputs: _Inputs, scale: float, window: int | None):
+    context, log_sum = _flash(inputs, scale, window)
+    return (context, log_sum), (inputs, context, log_sum)
+
+
+def _backward(scale: float, window: int | None, saved, gradients):
+    inputs, context, log_sum = saved
+    d_context, d_log_sum = gradients
+    padded, queries, keys = _tiled(inputs)
+    # How the scores' gradient depends on a query as a whole: through its sum, and through `log_sum` itself.
+    of_sum = d_log_sum - jnp.sum(d_context * context, axis=-1)
+    seq, width = inputs.q.shape[3], padded.q.shape[3]
+    d_context, log_sum, of_sum = (_pad(x, width - seq, 3) for x in (d_context, log_sum, of_sum))
+
+    def of_keys(d_q: Array, number: Array):
+        k, v = (_slice(x, number, keys, 2) for x in (padded.k, padded.v))
+        kv_positions = _slice(padded.kv_positions, number, keys, 1)
+
+        def add(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            positions = _slice(padded.positions, index, queries, 1)
+            q, d_out = _slice(padded.q, index, queries, 3), _slice(d_context, index, queries, 3)
+
+            def seen() -> tuple[Array, Array, Array]:
+                d_q, d_k, d_v = carry
+                scores = _scores(q, k, positions, kv_positions, scale, window)
+                mask = visible(positions, kv_positions, window)[:, None, None]
+                weights = jnp.where(mask, jnp.exp(scores - _slice(log_sum, index, queries, 3)[..., None]), 0)
+                d_weights = _product("bhgqd,bhkd->bhgqk", d_out.astype(v.dtype), v)
+                d_scores = weights * (d_weights + _slice(of_sum, index, queries, 3)[..., None]) * scale
+                part = _product("bhgqk,bhkd->bhgqd", d_scores.astype(k.dtype), k)
+                d_q = lax.dynamic_update_slice_in_dim(
+                    d_q, _slice(d_q, index, queries, 3) + part, index * queries, axis=3
+                )
+                d_k = d_k + _product("bhgqk,bhgqd->bhkd", d_scores.astype(q.dtype), q)
+                d_v = d_v + _product("bhgqk,bhgqd->bhkd", weights.astype(d_out.dtype), d_out)
+                return d_q, d_k, d_v
+
+            return lax.cond(_touches(positions, kv_positions, window), seen, lambda: carry)
+
+        none = k.astype(d_q.dtype) * 0
+        d_q, d_k, d_v = lax.fori_loop(0, width // queries, add, (d_q, none, none))
+        return d_q, (d_k, d_v)
+
+    start = padded.q.astype(at_least_float32(inputs.q.dtype)) * 0
+    d_q, (d_k, d_v) = lax.scan(of_keys, start, jnp.arange(padded.k.shape[2] // keys))
+    kv_seq = inputs.k.shape[2]
+    d_k, d_v = (jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, x.shape[-1])[:, :, :kv_seq] for x in (d_k, d_v))
+    d_q, dtype = d_q[:, :, :, :seq], inputs.q.dtype
+    return (_Inputs(d_q.astype(dtype), d_k.astype(dtype), d_v.astype(dtype), None, None),)
+
+
+_flash.defvjp(_forward, _backward)
+
+
+def _tiled(inputs: _Inputs) -> tuple[_Inputs, int, int]:
+    """The inputs, padded to whole tiles, and how many queries and keys a tile has."""
+    seq, kv_seq = inputs.q.shape[3], inputs.k.shape[2]
+    queries, keys = min(TILE, seq), min(TILE, kv_seq)
+    more, more_keys = -seq % queries, -kv_seq % keys
+    padded = _Inputs(
+        _pad(inputs.q, more, 3),
+        _pad(inputs.k, more_keys, 2),
+        _pad(inputs.v, more_keys, 2),
+        _pad(inputs.positions, more, 1, -1),
+        _pad(inputs.kv_positions, more_keys, 1, -1),
+    )
+    return padded, queries, keys
+
+
+def _pad(x: Array, more: int, axis: int, value: int = 0) -> Array:
+    widths = [(0, more if at == axis else 0) for at in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value) if more else x
+
+
+def _slice(x: Array, index: Array, size: int, axis: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, index * size, size, axis)
+
+
+def _joined(tiles: Array, seq: int) -> Array:
+    """Tiles of queries, one after the other again."""
+    tiles = jnp.moveaxis(tiles, 0, 3)
+    return tiles.reshape(*tiles.shape[:3], -1, *tiles.shape[5:])[:, :, :, :seq]
+
+
+def _touches(positions: Array, kv_positions: Array, window: int | None) -> Array:
+    """Whether any query of a tile may see any key of another."""
+    keys = kv_positions >= 0
+    first, last = jnp.where(keys, kv_positions, jnp.iinfo(jnp.int32).max), jnp.where(keys, kv_positions, -1)
+    touches = jnp.max(positions, axis=1) >= jnp.min(first, axis=1)
+    if window is not None:
+        nearest = jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max)
+        touches &= jnp.min(nearest, axis=1) - jnp.max(last, axis=1) < window
+    return jnp.any(touches)
+
+
+def _scores(
+    q: Array, k: Array, positions: Array, kv_positions: Array, scale: float, window: int | None
+) -> Float[Array, "batch kv_heads q_per_kv seq kv_seq"]:
+    scores = _product("bhgqd,bhkd->bhgqk", q, k) * scale
+    return jnp.where(visible(positions, kv_positions, window)[:, None, None], scores, jnp.finfo(scores.dtype).min)
+
+
+def _product(dims: str, x: Array, y: Array) -> Array:
+    """An einsum over named dimensions in which batch and heads are one: over two of them XLA on CPU cannot run it."""
+    left, right, out = (part.replace("bh", "n") for part in dims.replace("->", ",").split(","))
+    batch, heads = x.shape[:2]
+    product = jnp.einsum(
+        f"{left},{right}->{out}",
+        x.reshape(batch * heads, *x.shape[2:]),
+        y.reshape(batch * heads, *y.shape[2:]),
+        preferred_element_type=at_least_float32(x.dtype),
+    )
+    return product.reshape(batch, heads, *product.shape[1:])
