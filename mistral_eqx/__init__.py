@@ -5,10 +5,21 @@ from .checkpoint import load as load, save as save
 from .config import MistralConfig as MistralConfig
 from .conversion import convert as convert
 from .generate import (
+    AbstractProcessor as AbstractProcessor,
+    BannedTokens as BannedTokens,
+    Constraint as Constraint,
     Conversation as Conversation,
+    FrequencyPenalty as FrequencyPenalty,
     Generated as Generated,
+    LogitBias as LogitBias,
+    MinNewTokens as MinNewTokens,
+    Prefix as Prefix,
+    PresencePenalty as PresencePenalty,
+    RepetitionPenalty as RepetitionPenalty,
     Sampler as Sampler,
+    StopText as StopText,
     generate as generate,
+    prefill as prefill,
     stream as stream,
 )
 from .nn import Mistral as Mistral

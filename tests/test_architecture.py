@@ -26,7 +26,8 @@ SEES = {
     "text": {"config", "presets", "checkpoint"},
     # From one checkpoint to another, its tokenizer included.
     "conversion": {"checkpoint", "text"},
-    "generate": {"config", "parallel", "nn"},
+    # A stop string is found in text.
+    "generate": {"config", "parallel", "nn", "text"},
     "train": {"config", "parallel", "nn", "lora"},
     "plan": {"config", "presets", "parallel", "nn", "generate", "train"},
 }

@@ -4,6 +4,7 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import jax
 import numpy as np
 from jaxtyping import Array, Int
 
@@ -28,14 +29,21 @@ def bucket(length: int, *, step: int, per_octave: int) -> int:
 
 
 def checked_prompts(prompts: Prompts, vocab: int) -> list[list[int]]:
-    """The prompts as lists of ids.
+    """The prompts as lists of ids; in an array of two dimensions -1 on either side of a row is padding.
 
     **Raises:** `ValueError` if there is none, one is empty or no list of integers, or an id is outside the vocabulary.
     """
+    if isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim == 2:
+        prompts = [_without_padding(row) for row in np.asarray(prompts)]
     rows = [_checked_prompt(number, prompt, vocab) for number, prompt in enumerate(prompts)]
     if not rows:
         raise ValueError("There is no prompt; give at least one list of token ids.")
     return rows
+
+
+def _without_padding(row: np.ndarray) -> np.ndarray:
+    tokens = np.flatnonzero(row != -1)
+    return row[tokens[0] : tokens[-1] + 1] if tokens.size else row[:0]
 
 
 def _checked_prompt(number: int, prompt: Any, vocab: int) -> list[int]:

@@ -1,29 +1,37 @@
 """From logits to the next token."""
 
+from collections.abc import Sequence
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from ..parallel import SINGLE, Strategy, gather, place, pmax, pmin, psum
+from .processors import AbstractProcessor
 
 
 class Sampler(eqx.Module):
     """How the next token is chosen.
 
-    Without arguments the choice is greedy: the token with the largest logit. With any of them a token is drawn, after
-    these steps, in this order:
+    Without arguments the choice is greedy: the token with the largest logit. With any of the numbers a token is drawn.
+    These steps come before, in this order:
 
+    - `processors`: each changes the logits, in the order in which they are given; also where the choice is greedy.
     - `temperature`: logits are divided by it; 1 unless given, and 0 is greedy again.
     - `top_k`: only the `top_k` largest logits stay ([Fan et al., 2018](https://arxiv.org/abs/1805.04833)).
     - `top_p`: only the smallest set of tokens whose probabilities sum to `top_p` stays
         ([Holtzman et al., 2019](https://arxiv.org/abs/1904.09751)).
+    - `min_p`: only tokens at least `min_p` times as likely as the likeliest stay
+        ([Nguyen et al., 2024](https://arxiv.org/abs/2407.01082)).
+    - `typical_p`: of the tokens in the order of how near their surprise, `-log(probability)`, is to its mean, only the
+        first whose probabilities sum to `typical_p` stay ([Meister et al., 2022](https://arxiv.org/abs/2202.00666)).
 
-    Ties at a border stay. `temperature` and `top_p` are arrays in a compiled program: another value of them
-    compiles nothing anew.
+    Ties at a border stay. All numbers but `top_k` are arrays in a compiled program: another value of them compiles
+    nothing anew.
 
     Where a strategy splits `vocab`, devices exchange candidates and sums, never logits.
 
@@ -33,22 +41,43 @@ class Sampler(eqx.Module):
     temperature: np.ndarray | Float[Array, ""] | None
     top_k: int | None = eqx.field(static=True)
     top_p: np.ndarray | Float[Array, ""] | None
+    min_p: np.ndarray | Float[Array, ""] | None
+    typical_p: np.ndarray | Float[Array, ""] | None
+    processors: tuple[AbstractProcessor, ...]
 
-    def __init__(self, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None):
+    def __init__(
+        self,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
+        processors: Sequence[AbstractProcessor] = (),
+    ):
         if temperature is not None and not 0 <= temperature < float("inf"):
             raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or a positive number.")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be at least 1.")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1.")
-        if temperature == 0 or (temperature is None and top_k is None and top_p is None):
-            temperature = top_k = top_p = None
+        if min_p is not None and not 0 <= min_p <= 1:
+            raise ValueError(f"min_p is {min_p}; it must be from 0 to 1.")
+        if typical_p is not None and not 0 < typical_p <= 1:
+            raise ValueError(f"typical_p is {typical_p}; it must be above 0 and at most 1.")
+        for processor in processors:
+            if not isinstance(processor, AbstractProcessor):
+                raise ValueError(f"{processor!r} is no processor; give a mistral_eqx.AbstractProcessor.")
+        if temperature == 0 or all(value is None for value in (temperature, top_k, top_p, min_p, typical_p)):
+            temperature = top_k = top_p = min_p = typical_p = None
         elif temperature is None:
             temperature = 1.0
         # No draw tells these bounds from greedy and from uniform; beyond them a float32 would become 0 or infinity.
         self.temperature = None if temperature is None else np.asarray(np.clip(temperature, 1e-30, 1e30), np.float32)
         self.top_k = top_k
         self.top_p = None if top_p is None else np.asarray(top_p, np.float32)
+        self.min_p = None if min_p is None else np.asarray(min_p, np.float32)
+        self.typical_p = None if typical_p is None else np.asarray(typical_p, np.float32)
+        self.processors = tuple(processors)
 
     @property
     def greedy(self) -> bool:
@@ -62,7 +91,8 @@ class Sampler(eqx.Module):
 
         **Arguments:**
 
-        - `logits`: shape `(batch, vocab)`; inside `shard_map` this device's part of the vocabulary.
+        - `logits`: what `process` returned, shape `(batch, vocab)`; inside `shard_map` this device's part of the
+            vocabulary.
         - `keys`: one a row, so that what a row draws does not depend on its neighbours.
         - `strategy`: whether `vocab` is split. The draw is the same one if it is.
 
@@ -78,6 +108,14 @@ class Sampler(eqx.Module):
             logits = logits + lax.dynamic_slice_in_dim(noise, part * size, size, axis=1)
         return _argmax(logits, strategy)
 
+    def process(
+        self, logits: Float[Array, "batch vocab"], states: Sequence[PyTree], strategy: Strategy = SINGLE
+    ) -> Float[Array, "batch vocab"]:
+        """The logits after all processors, of which each has its state."""
+        for processor, state in zip(self.processors, states, strict=True):
+            logits = processor(logits, state, strategy)
+        return logits
+
     def filter(self, logits: Float[Array, "batch vocab"], strategy: Strategy = SINGLE) -> Float[Array, "batch vocab"]:
         """The logits from which a token is drawn: divided by the temperature, minus infinity for tokens left out."""
         if self.temperature is None:
@@ -92,6 +130,12 @@ class Sampler(eqx.Module):
             logits = jnp.where(logits < jnp.min(largest, axis=-1, keepdims=True), -jnp.inf, logits)
         if self.top_p is not None:
             logits = jnp.where(_in_nucleus(logits, self.top_p, strategy), logits, -jnp.inf)
+        if self.min_p is not None:
+            largest = pmax(jnp.max(logits, axis=-1, keepdims=True), "vocab", strategy)
+            least = largest + jnp.log(self.min_p).astype(logits.dtype)
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        if self.typical_p is not None:
+            logits = jnp.where(_typical(logits, self.typical_p, strategy), logits, -jnp.inf)
         return logits
 
 
@@ -110,21 +154,50 @@ def _argmax(logits: Float[Array, "batch vocab"], strategy: Strategy) -> Int[Arra
     return pmin(first, "vocab", strategy)
 
 
+def _probabilities(logits: Float[Array, "batch vocab"], strategy: Strategy) -> Float[Array, "batch vocab"]:
+    logits = logits.astype(jnp.float32)
+    weights = jnp.exp(logits - pmax(jnp.max(logits, axis=-1, keepdims=True), "vocab", strategy))
+    return weights / psum(jnp.sum(weights, axis=-1, keepdims=True), "vocab", strategy)
+
+
 def _in_nucleus(
     logits: Float[Array, "batch vocab"], top_p: Array | np.ndarray, strategy: Strategy
 ) -> Bool[Array, "batch vocab"]:
-    """Which tokens are in the smallest set whose probabilities sum to `top_p`.
+    """Which tokens are in the smallest set whose probabilities sum to `top_p`."""
+    probabilities = _probabilities(logits, strategy)
+    return _smallest_set(probabilities, _order(probabilities), top_p, strategy)
 
-    The least probability of that set is found bit by bit: 30 sums over a vocabulary take a small part of the time of a
+
+def _typical(
+    logits: Float[Array, "batch vocab"], typical_p: Array | np.ndarray, strategy: Strategy
+) -> Bool[Array, "batch vocab"]:
+    """Which tokens are in the smallest set of those with the most usual surprise that sums to `typical_p`."""
+    probabilities = _probabilities(logits, strategy)
+    surprise = -jnp.log(jnp.maximum(probabilities, jnp.finfo(jnp.float32).tiny))
+    mean = psum(jnp.sum(probabilities * surprise, axis=-1, keepdims=True), "vocab", strategy)
+    # Less than 1, and nearest comes first.
+    return _smallest_set(probabilities, 2**30 - 1 - _order(jnp.abs(surprise - mean) / 128), typical_p, strategy)
+
+
+def _order(numbers: Float[Array, "batch vocab"]) -> Int[Array, "batch vocab"]:
+    """Integers below 2**30 that are in the order of these numbers from 0 to 1."""
+    # That is so of the bits of floats that are not negative.
+    return lax.bitcast_convert_type(numbers, jnp.int32)
+
+
+def _smallest_set(
+    probabilities: Float[Array, "batch vocab"],
+    order: Int[Array, "batch vocab"],
+    mass: Array | np.ndarray,
+    strategy: Strategy,
+) -> Bool[Array, "batch vocab"]:
+    """Which tokens are in the smallest set whose probabilities sum to `mass`, if those of the highest order come first.
+
+    The least order of that set is found bit by bit: 30 sums over a vocabulary take a small part of the time of a
     sort. Where the vocabulary is split, each exchange finds 5 bits.
     """
-    logits = logits.astype(jnp.float32)
-    weights = jnp.exp(logits - pmax(jnp.max(logits, axis=-1, keepdims=True), "vocab", strategy))
-    probabilities = weights / psum(jnp.sum(weights, axis=-1, keepdims=True), "vocab", strategy)
-    # The bits of floats that are not negative, taken as integers, are in the floats' order. Those of 1 are below 2**30.
-    order = lax.bitcast_convert_type(probabilities, jnp.int32)
     # What is left out is summed, and not what stays: the sum of what stays is 1 before the last of many tokens.
-    most = (1 - top_p).astype(jnp.float32)
+    most = (1 - mass).astype(jnp.float32)
     bits = 5 if strategy.split_over("vocab") else 1
     digits = np.arange(1, 2**bits, dtype=np.int32)
 
@@ -135,7 +208,7 @@ def _in_nucleus(
         left_out = psum(jnp.sum(jnp.where(below, probabilities[:, None, :], 0), axis=-1), "vocab", strategy)
         return least + step * jnp.sum(left_out <= most, axis=-1, keepdims=True, dtype=jnp.int32)
 
-    likeliest = pmax(jnp.max(order, axis=-1, keepdims=True), "vocab", strategy)
+    highest = pmax(jnp.max(order, axis=-1, keepdims=True), "vocab", strategy)
     # It starts at 0, in a form that tells `shard_map` along which axes rows differ.
-    least = lax.fori_loop(0, 30 // bits, next_digit, likeliest - likeliest)
-    return order >= jnp.minimum(least, likeliest)
+    least = lax.fori_loop(0, 30 // bits, next_digit, highest - highest)
+    return order >= jnp.minimum(least, highest)

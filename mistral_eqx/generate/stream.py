@@ -8,7 +8,8 @@ from jaxtyping import Array, Key
 
 from ..nn import Cache, Mistral
 from ..parallel import everywhere
-from .loop import Decoding, Request, capacity, grow, prompt_width, slots
+from ..text.tokenizer import AbstractTokenizer
+from .loop import CHUNK, Decoding, Prefix, Request, capacity, first_room, grow, prompt_width, slots, stop_rows
 from .prompt import Prompts, checked_prompts, pad_left
 from .sampler import Sampler
 
@@ -21,38 +22,46 @@ def stream(
     sampler: Sampler | None = None,
     eos_id: int | Sequence[int] | None = None,
     key: Key[Array, "..."] | None = None,
+    stop: str | Sequence[str] = (),
+    tokenizer: AbstractTokenizer | None = None,
+    num_samples: int = 1,
+    prefix: Prefix | None = None,
+    prefill_chunk: int = CHUNK,
 ) -> Iterator[np.ndarray]:
     """Like [`mistral_eqx.generate`][], but yields each token as soon as it is decoded.
 
     It runs the same compiled loop, which it enters anew for each token. The first one is there before the loop is
     compiled.
 
-    **Arguments:** those of `generate`.
+    **Arguments:** those of `generate`. A row whose text has a stop string ends with the token that completes it;
+    [`mistral_eqx.StopText`][] makes text of the tokens and leaves the stop string out.
 
-    **Returns:** an iterator over int32 arrays of shape `(batch,)`: one token a row, -1 for a row that has ended. It
-    stops when all rows have ended, or after `max_new_tokens`.
+    **Returns:** an iterator over int32 arrays of shape `(batch * num_samples,)`: one token a row, -1 for a row that has
+    ended. It stops when all rows have ended, or after `max_new_tokens`.
 
     **Raises:** `ValueError` as `generate` does, at the call.
     """
     rows = checked_prompts(prompts, model.config.vocab)
-    request = Request.init(model, rows, max_new_tokens, sampler or Sampler(), eos_id, key)
+    request = Request.init(
+        model,
+        rows,
+        max_new_tokens,
+        sampler or Sampler(),
+        eos_id,
+        key,
+        num_samples=num_samples,
+        prefix=prefix,
+        prefill_chunk=prefill_chunk,
+    )
+    count = len(rows) * num_samples
+    stops = stop_rows(stop, tokenizer, count)
 
     def tokens() -> Iterator[np.ndarray]:
-        for decoding, _ in _steps(request, *request.start(rows)):
+        for decoding, _ in request.steps(*request.start(rows), 1, stops):
             lengths, token = everywhere(decoding.lengths), everywhere(decoding.token)
-            yield np.where(lengths == int(decoding.step), token, -1)[: len(rows)]
+            yield np.where(lengths == int(decoding.step), token, -1)[:count]
 
     return tokens()
-
-
-def _steps(request: Request, decoding: Decoding, cache: Cache) -> Iterator[tuple[Decoding, Cache]]:
-    """The state and the cache after each token."""
-    yield decoding, cache
-    for step in range(2, request.max_new_tokens + 1):
-        if not decoding.unfinished:
-            return
-        decoding, cache = request.decode(decoding, cache, step)
-        yield decoding, cache
 
 
 class Conversation:
@@ -78,6 +87,8 @@ class Conversation:
         sampler: Sampler | None = None,
         eos_id: int | Sequence[int] | None = None,
         key: Key[Array, ""] | None = None,
+        stop: str | Sequence[str] = (),
+        tokenizer: AbstractTokenizer | None = None,
     ) -> Iterator[int]:
         """Continues the whole text so far.
 
@@ -85,19 +96,21 @@ class Conversation:
 
         - `ids`: the whole text, from its first token on. What it has in common with the text before is not read
             again.
-        - `max_new_tokens`, `sampler`, `eos_id`, `key`: as in [`mistral_eqx.generate`][].
+        - `max_new_tokens`, `sampler`, `eos_id`, `key`, `stop`, `tokenizer`: as in [`mistral_eqx.generate`][].
 
-        **Returns:** an iterator over new tokens, an end token included. It may be left early.
+        **Returns:** an iterator over new tokens, an end token included, or the one that completes a stop string. It may
+        be left early.
 
         **Raises:** `ValueError` as `generate` does, at the call.
         """
         (row,) = checked_prompts([ids], self._model.config.vocab)
         request = Request.init(self._model, [row], max_new_tokens, sampler or Sampler(), eos_id, key)
+        stops = stop_rows(stop, tokenizer, 1)
 
         def tokens() -> Iterator[int]:
             state = self._read(request, row)
             self._ids = list(row)
-            for decoding, self._cache in _steps(request, *state):
+            for decoding, self._cache in request.steps(*state, 1, stops):
                 token = int(everywhere(decoding.token)[0])
                 self._ids.append(token)
                 yield token
@@ -114,9 +127,10 @@ class Conversation:
         # At least one token is read again, for its logits.
         known = min(common, int(everywhere(cache.next_positions)[0]), len(row) - 1)
         ids, positions = pad_left([row[known:]], prompt_width(len(row) - known), starts=[known])
-        room = capacity(int(cache.used) + ids.shape[1] + request.max_new_tokens)
+        new = first_room(request.max_new_tokens)
+        room = capacity(int(cache.used) + ids.shape[1] + new)
         # What was edited away leaves its slots behind; when most of the cache is such slots, a new one is better.
-        if room > 2 * capacity(prompt_width(len(row)) + request.max_new_tokens):
+        if room > 2 * capacity(prompt_width(len(row)) + new):
             return request.start([row])
         room = max(slots(self._model, room), cache.kv_seq)
         return request.read(ids, positions, grow(self._model, cache, room).keep(known))

@@ -1,0 +1,40 @@
+"""The beginning of many texts, read once."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Array, Int
+
+from ..nn import Mistral
+from .loop import CHUNK, Prefix, check_chunk, check_context, empty_cache, parts, prompt_width, read_pieces, slots
+from .prompt import checked_prompts, pad_left
+
+
+def prefill(
+    model: Mistral, prefix: Sequence[int] | np.ndarray | Int[Array, " _"], *, prefill_chunk: int = CHUNK
+) -> Prefix:
+    """Reads the beginning of many texts, so that each of them can go on from there.
+
+    ```python
+    prefix = mx.prefill(model, tokenizer.encode(instructions))
+    out = mx.generate(model, [tokenizer.encode(question, add_bos=False)], max_new_tokens=64, prefix=prefix)
+    ```
+
+    **Arguments:**
+
+    - `model`: the model.
+    - `prefix`: token ids.
+    - `prefill_chunk`: the most tokens that are read at a time; fewer take less memory.
+
+    **Returns:** a [`mistral_eqx.Prefix`][], which may be used any number of times.
+
+    **Raises:** `ValueError` if the prefix is empty, has an id outside the vocabulary, or fills the context.
+    """
+    (row,) = checked_prompts([prefix], model.config.vocab)
+    check_context(len(row), 1, model.config.max_positions)
+    check_chunk(prefill_chunk)
+    rows = parts(model, "batch")
+    ids, positions = pad_left([row] * rows, prompt_width(len(row)))
+    cache = empty_cache(model, rows, slots(model, ids.shape[1]))
+    _, cache = read_pieces(model, ids, positions, cache, prefill_chunk)
+    return Prefix(tuple(row), model, cache)

@@ -1,0 +1,388 @@
+"""What changes the logits before a token is chosen from them."""
+
+import abc
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, SupportsIndex
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ..parallel import SINGLE, AbstractNamed, Strategy, place
+
+
+class AbstractProcessor(eqx.Module):
+    """A step between the model's logits and the sampler.
+
+    To write your own, define the three methods. What a processor has to remember of a text is its state, which the
+    compiled loop carries from token to token: arrays in a module whose fields are annotated with jaxtyping, such as
+    `Int[Array, "batch vocab"]`, or `None`. A processor's own values are best arrays, so that another one compiles
+    nothing anew.
+    """
+
+    @abc.abstractmethod
+    def init_state(self, texts: Sequence[Sequence[int]], ends: Sequence[int], vocab: int) -> PyTree:
+        """The state before the first new token; nothing is compiled here.
+
+        **Arguments:**
+
+        - `texts`: the prompts' token ids, one list a row.
+        - `ends`: the tokens that end a row.
+        - `vocab`: the number of token ids.
+
+        **Raises:** `ValueError` if the processor does not fit the vocabulary.
+        """
+
+    @abc.abstractmethod
+    def __call__(
+        self, logits: Float[Array, "batch vocab"], state: PyTree, strategy: Strategy = SINGLE
+    ) -> Float[Array, "batch vocab"]:
+        """Other logits; minus infinity forbids a token.
+
+        **Arguments:**
+
+        - `logits`: shape `(batch, vocab)`; inside `shard_map` this device's part of the vocabulary.
+        - `state`: what `init_state` or `next_state` returned.
+        - `strategy`: whether `vocab` is split.
+        """
+
+    @abc.abstractmethod
+    def next_state(self, state: PyTree, tokens: Int[Array, " batch"], strategy: Strategy = SINGLE) -> PyTree:
+        """The state after one more token a row."""
+
+
+class Seen(eqx.Module):
+    """Which tokens a row has."""
+
+    seen: Bool[Array, "batch vocab"]
+
+    def add(self, tokens: Int[Array, " batch"], strategy: Strategy) -> "Seen":
+        """The same with one more token a row."""
+        rows, columns = _entries(tokens, self.seen.shape[1], strategy)
+        return Seen(self.seen.at[rows, columns].set(True, mode="drop"))
+
+
+class Counts(eqx.Module):
+    """How often a row has each token."""
+
+    counts: Int[Array, "batch vocab"]
+
+    def add(self, tokens: Int[Array, " batch"], strategy: Strategy) -> "Counts":
+        """The same with one more token a row."""
+        rows, columns = _entries(tokens, self.counts.shape[1], strategy)
+        return Counts(self.counts.at[rows, columns].add(1, mode="drop"))
+
+
+class RepetitionPenalty(AbstractProcessor):
+    """Makes tokens of the text less likely, those of the prompt too: a positive logit is divided by the penalty, a
+    negative one multiplied ([CTRL](https://arxiv.org/abs/1909.05858)).
+
+    **Arguments:**
+
+    - `penalty`: above 0; 1 changes nothing, less than 1 rewards.
+
+    **Raises:** `ValueError` if it is outside its range.
+    """
+
+    penalty: np.ndarray | Float[Array, ""]
+
+    def __init__(self, penalty: float):
+        if not 0 < penalty < float("inf"):
+            raise ValueError(f"The repetition penalty is {penalty}; it must be a positive number.")
+        self.penalty = np.asarray(penalty, np.float32)
+
+    def init_state(self, texts: Sequence[Sequence[int]], ends: Sequence[int], vocab: int) -> Seen:
+        seen = np.zeros((len(texts), vocab), bool)
+        for row, text in enumerate(texts):
+            seen[row, list(text)] = True
+        return Seen(jnp.asarray(seen))
+
+    def __call__(
+        self, logits: Float[Array, "batch vocab"], state: Seen, strategy: Strategy = SINGLE
+    ) -> Float[Array, "batch vocab"]:
+        penalty = self.penalty.astype(logits.dtype)
+        return jnp.where(state.seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+    def next_state(self, state: Seen, tokens: Int[Array, " batch"], strategy: Strategy = SINGLE) -> Seen:
+        return state.add(tokens, strategy)
+
+
+class PresencePenalty(AbstractProcessor):
+    """Takes `penalty` off the logit of each token that was generated before; the prompt does not count.
+
+    With [`mistral_eqx.FrequencyPenalty`][] it is the formula of [OpenAI](https://platform.openai.com/docs/advanced-usage),
+    `logit - count * frequency - (count > 0) * presence`, which vLLM has too.
+
+    **Arguments:**
+
+    - `penalty`: from -2 to 2.
+
+    **Raises:** `ValueError` if it is outside its range.
+    """
+
+    penalty: np.ndarray | Float[Array, ""]
+
+    def __init__(self, penalty: float):
+        self.penalty = _additive("presence", penalty)
+
+    def init_state(self, texts: Sequence[Sequence[int]], ends: Sequence[int], vocab: int) -> Seen:
+        return Seen(jnp.asarray(np.zeros((len(texts), vocab), bool)))
+
+    def __call__(
+        self, logits: Float[Array, "batch vocab"], state: Seen, strategy: Strategy = SINGLE
+    ) -> Float[Array, "batch vocab"]:
+        return logits - self.penalty.astype(logits.dtype) * state.seen.astype(logits.dtype)
+
+    def next_state(self, state: Seen, tokens: Int[Array, " batch"], strategy: Strategy = SINGLE) -> Seen:
+        return state.add(tokens, strategy)
+
+
+class FrequencyPenalty(AbstractProcessor):
+    """Takes `penalty` off the logit of a token for each time that it was generated before; the prompt does not count.
+
+    See [`mistral_eqx.PresencePenalty`][] for the formula.
+
+    **Arguments:**
+
+    - `penalty`: from -2 to 2.
+
+    **Raises:** `ValueError` if it is outside its range.
+    """
+
+    penalty: np.ndarray | Float[Array, ""]
+
+    def __init__(self, penalty: float):
+        self.penalty = _additive("frequency", penalty)
+
+    def init_state(self, texts: Sequence[Sequence[int]], ends: Sequence[int], vocab: int) -> Counts:
+        return Counts(jnp.asarray(np.zeros((len(texts), vocab), np.int32)))
+
+    def __call__(
+        self, logits: Float[Array, "batch vocab"], state: Counts, strategy: Strategy = SINGLE
+    ) -> Float[Array, "batch vocab"]:
+        return logits - self.penalty.astype(logits.dtype) * state.counts.astype(logits.dtype)
+
+    def next_state(self, state: Counts, tokens: Int[Array, " batch"], strategy: Strategy = SINGLE) -> Counts:
+        return state.add(tokens, strategy)
+
+
+class LogitBias(AbstractProcessor):
+    """Adds a number to the logits of some tokens.
+
+    **Arguments:**
+
+    - `biases`: token id to number; minus infinity forbids the token.
+
+    **Raises:** `ValueError` if a number is none, or plus infinity.
+    """
+
+    ids: np.ndarray | Int[Array, " ids"]
+    biases: np.ndarray | Float[Array, " ids"]
+
+    def __init__(self, biases: Mapping[int, float]):
+        for id, bias in biases.items():
+            if not bias < float("inf"):
+                raise ValueError(f"The bias of the token {id} is {bias}; it must be a number, or minus infinity.")
+        self.ids = np.asarray(list(biases), np.int32)
+        self.biases = np.asarray(list(biases.values()), np.float32)
+
+    def init_state(self, texts: Sequence[Sequence[int]], ends: Sequence[int], vocab: int) -> None:
+        ids = _checked("biased", self.ids, vocab)
+        _check_choice({id for id, bias in zip(ids, np.asarray(self.biases), strict=True) if np.isneginf(bias)}, vocab)
+
+    def __call__(
+        self, logits: Float[Array, "batch vocab"], state: None, strategy: Strategy = SINGLE
+    ) -> Float[Array, "batch vocab"]:
+        size = logits.shape[1]
+        biases = self.biases.astype(logits.dtype)
+        return logits + jnp.zeros(size, logits.dtype).at[_own(self.ids, size, strategy)].add(biases, mode="drop")[None]
+
+    def next_state(self, state: None, tokens: Int[Array, " batch"], strategy: Strategy = SINGLE) -> None:
+        return None
+
+
+class BannedTokens(AbstractProcessor):
+    """Forbids some tokens.
+
+    **Arguments:**
+
+    - `ids`: their ids.
+    """
+
+    ids: np.ndarray | Int[Array, " ids"]
+
+    def __init__(self, ids: Iterable[SupportsIndex]):
+        self.ids = np.asarray(sorted({int(id) for id in ids}), np.int32)
+
+    def init_state(self, texts: Sequence[Sequence[int]], ends: Sequence[int], vocab: int) -> None:
+        _check_choice(_checked("banned", self.ids, vocab), vocab)
+
+    def __call__(
+        self, logits: Float[Array, "batch vocab"], state: None, strategy: Strategy = SINGLE
+    ) -> Float[Array, "batch vocab"]:
+        return jnp.where(_among(self.ids, logits.shape[1], strategy)[None], -jnp.inf, logits)
+
+    def next_state(self, state: None, tokens: Int[Array, " batch"], strategy: Strategy = SINGLE) -> None:
+        return None
+
+
+class Countdown(eqx.Module):
+    """How many tokens have to come before one of `ends` may."""
+
+    left: Int[Array, ""]
+    ends: Int[Array, " ends"]
+
+
+class MinNewTokens(AbstractProcessor):
+    """Forbids the end tokens until there are `count` new tokens. Stop strings are not held back.
+
+    **Arguments:**
+
+    - `count`: at least 0.
+
+    **Raises:** `ValueError` if it is outside its range.
+    """
+
+    count: np.ndarray | Int[Array, ""]
+
+    def __init__(self, count: int):
+        if count < 0:
+            raise ValueError(f"The least number of new tokens is {count}; it must be 0 or more.")
+        self.count = np.asarray(count, np.int32)
+
+    def init_state(self, texts: Sequence[Sequence[int]], ends: Sequence[int], vocab: int) -> Countdown:
+        if self.count > 0:
+            _check_choice(set(ends), vocab)
+        return Countdown(jnp.asarray(self.count), jnp.asarray(np.asarray(ends, np.int32)))
+
+    def __call__(
+        self, logits: Float[Array, "batch vocab"], state: Countdown, strategy: Strategy = SINGLE
+    ) -> Float[Array, "batch vocab"]:
+        forbidden = _among(state.ends, logits.shape[1], strategy) & (state.left > 0)
+        return jnp.where(forbidden[None], -jnp.inf, logits)
+
+    def next_state(self, state: Countdown, tokens: Int[Array, " batch"], strategy: Strategy = SINGLE) -> Countdown:
+        return Countdown(jnp.maximum(state.left - 1, 0), state.ends)
+
+
+class Rows(AbstractNamed):
+    """Any arrays, one entry a row in each."""
+
+    value: PyTree
+
+    def array_dims(self) -> dict[str, str]:
+        return dict.fromkeys(_paths(self), "batch")
+
+
+class Constraint(AbstractProcessor, AbstractNamed):
+    """Lets each row go on only as a grammar, a pattern or any other automaton allows.
+
+    Both functions are for one row. They are compiled into the decoding loop, so they must be made of JAX operations; a
+    method of an `equinox.Module` with a table in it is the usual case, and another table of the same shape compiles
+    nothing anew. `examples/constraint.py` makes one from a regular expression.
+
+    A row that has ended goes on with its end token, and what is allowed to it does not matter. If a row that has not
+    ended is allowed nothing, generation stops with a `ValueError`.
+
+    **Arguments:**
+
+    - `allowed`: from a state to a mask over the vocabulary: which tokens may come next, the end token among them.
+    - `advance`: from a state and a token to the next state, of the same shapes and types.
+    - `state`: the state before the first new token: an array or several, the same for each row.
+    """
+
+    allowed: Callable[[Any], Bool[Array, " vocab"]]
+    advance: Callable[[Any, Int[Array, ""]], Any]
+    state: PyTree
+
+    def __init__(
+        self,
+        allowed: Callable[[Any], Bool[Array, " vocab"]],
+        advance: Callable[[Any, Int[Array, ""]], Any],
+        state: PyTree,
+    ):
+        # On the device at once: a table would be sent there again each time that the loop is entered.
+        self.allowed, self.advance = jax.tree.map(
+            lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, (allowed, advance)
+        )
+        self.state = jax.tree.map(jnp.asarray, state)
+
+    def array_dims(self) -> dict[str, str]:
+        return dict.fromkeys(_paths(self), "")
+
+    def init_state(self, texts: Sequence[Sequence[int]], ends: Sequence[int], vocab: int) -> Rows:
+        mask = eqx.filter_eval_shape(self.allowed, self.state)
+        if not isinstance(mask, jax.ShapeDtypeStruct) or (mask.shape, mask.dtype) != ((vocab,), np.bool_):
+            raise ValueError(
+                f"A constraint's `allowed` must return one boolean for each of the {vocab} tokens of the vocabulary, "
+                f"but it returned {_described(mask)}."
+            )
+        state = jax.eval_shape(lambda: self.state)
+        after = eqx.filter_eval_shape(self.advance, self.state, jax.ShapeDtypeStruct((), np.int32))
+        if _described(after) != _described(state):
+            raise ValueError(
+                f"A constraint's `advance` must return a state like the one that it is given, {_described(state)}, "
+                f"but it returned {_described(after)}."
+            )
+        return Rows(jax.tree.map(lambda x: jnp.asarray(np.repeat(np.asarray(x)[None], len(texts), 0)), self.state))
+
+    def __call__(
+        self, logits: Float[Array, "batch vocab"], state: Rows, strategy: Strategy = SINGLE
+    ) -> Float[Array, "batch vocab"]:
+        allowed = jax.vmap(self.allowed)(state.value)
+        part, parts = place("vocab", strategy)
+        if parts > 1:
+            size = logits.shape[1]
+            allowed = lax.dynamic_slice_in_dim(allowed, part * size, size, axis=1)
+        return jnp.where(allowed, logits, -jnp.inf)
+
+    def next_state(self, state: Rows, tokens: Int[Array, " batch"], strategy: Strategy = SINGLE) -> Rows:
+        return Rows(jax.vmap(self.advance)(state.value, tokens))
+
+
+def _additive(name: str, penalty: float) -> np.ndarray:
+    if not -2 <= penalty <= 2:
+        raise ValueError(f"The {name} penalty is {penalty}; it must be from -2 to 2.")
+    return np.asarray(penalty, np.float32)
+
+
+def _checked(kind: str, ids: np.ndarray | Array, vocab: int) -> list[int]:
+    ids = np.asarray(ids)
+    if wrong := ids[(ids < 0) | (ids >= vocab)].tolist():
+        raise ValueError(f"The {kind} token {wrong[0]} is outside the vocabulary of {vocab}; leave it out.")
+    return ids.tolist()
+
+
+def _check_choice(forbidden: Collection[int], vocab: int):
+    if len(forbidden) == vocab:
+        raise ValueError(f"All {vocab} tokens of the vocabulary are forbidden; leave at least one to choose.")
+
+
+def _own(ids: np.ndarray | Array, size: int, strategy: Strategy) -> Array:
+    """Where this device's part of the vocabulary has these ids; past its end, which is dropped, if it has them not."""
+    part, parts = place("vocab", strategy)
+    ids = jnp.asarray(ids)
+    if parts == 1:
+        return ids
+    ids = ids - part * size
+    return jnp.where((ids >= 0) & (ids < size), ids, size)
+
+
+def _entries(tokens: Int[Array, " batch"], size: int, strategy: Strategy) -> tuple[Array, Array]:
+    return jnp.arange(tokens.shape[0]), _own(tokens, size, strategy)
+
+
+def _among(ids: np.ndarray | Array, size: int, strategy: Strategy) -> Bool[Array, " vocab"]:
+    return jnp.zeros(size, bool).at[_own(ids, size, strategy)].set(True, mode="drop")
+
+
+def _paths(tree: PyTree) -> list[str]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+
+
+def _described(tree: PyTree) -> str:
+    return str(jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else repr(x), tree))
