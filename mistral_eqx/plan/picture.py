@@ -24,6 +24,9 @@ _TIMES = {
     "interconnect": ("links", "#4f9a5b"),
 }
 
+_BAR = 0.26
+_BESIDE: Any = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+
 
 def picture(reports: Sequence[Report], path: str | Path):
     """Draws the memory of each device against what the chip has, and the least time of each part of it.
@@ -41,10 +44,10 @@ def picture(reports: Sequence[Report], path: str | Path):
     from matplotlib.figure import Figure
 
     timed = [name for name in ("prefill", "decode") if any(report[name].roofline is not None for report in reports)]
-    figure = Figure(figsize=(6.5 + 4.2 * len(timed), 1.9 + 0.75 * len(reports)), layout="constrained")
-    memory, *times = figure.subplots(
-        1, 1 + len(timed), squeeze=False, sharey=True, width_ratios=[1.35, *[1] * len(timed)]
-    )[0]
+    size = 6.5 + 4.2 * len(timed), 2 + 0.8 * len(reports)
+    figure = Figure(figsize=size, layout="constrained")
+    columns = figure.subplots(1, 1 + len(timed), squeeze=False, sharey=True, width_ratios=[1.3, *[1] * len(timed)])
+    memory, *times = columns[0]
     figure.suptitle(title(reports[0]), fontsize=11)
     _draw_memory(memory, reports)
     for axes, name in zip(times, timed, strict=True):
@@ -64,38 +67,49 @@ def require_matplotlib():
 
 
 def _draw_memory(axes: Any, reports: Sequence[Report]):
-    """The phase that takes the most, as stacked bars."""
-    peaks = [report.peak for report in reports]
-    left = [0.0] * len(reports)
+    """Each phase as a stacked bar, one under the other."""
+    bars = []
+    for at, report in enumerate(reports):
+        middle = (len(report.phases) - 1) / 2
+        bars += [(at + (index - middle) * _BAR, phase) for index, phase in enumerate(report.phases)]
+    places = [place for place, _ in bars]
+    left = [0.0] * len(bars)
     for field, (name, colour) in _MEMORY.items():
-        sizes = [getattr(phase.memory, field) / 1e9 for phase in peaks]
-        axes.barh(range(len(reports)), sizes, 0.62, left, color=colour, label=name)
+        sizes = [getattr(phase.memory, field) / 1e9 for _, phase in bars]
+        axes.barh(places, sizes, 0.92 * _BAR, left, color=colour, label=name)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
-    chip = reports[0].chip
-    limit = max(left)
-    for at, (phase, total) in enumerate(zip(peaks, left, strict=True)):
-        axes.annotate(f"{total:.2f} ({phase.name})", (total, at), (4, 0), textcoords="offset points", va="center")
+    longest = max(left)
+    for (place, phase), total in zip(bars, left, strict=True):
+        axes.annotate(f"{phase.name} {total:.2f}", (total, place), **_BESIDE)
+    heading, chip = "Memory of each device, GB", reports[0].chip
     if chip is not None:
-        limit = max(limit, chip.hbm_bytes / 1e9)
-        axes.axvline(chip.hbm_bytes / 1e9, color="black", linestyle="--", label=f"a {chip.name} has")
-    axes.set_xlim(0, 1.18 * limit)
-    axes.set_title("Memory of each device, GB, in the largest phase", fontsize=10)
+        has = chip.hbm_bytes / 1e9
+        heading += f"; a {chip.name} has {has:.1f}"
+        # Further to the right the line would press the bars together.
+        if has < 2.5 * longest:
+            axes.axvline(has, color="black", linestyle="--", linewidth=1)
+            longest = max(longest, has)
+    axes.set_xlim(0, 1.25 * longest)
+    axes.set_title(heading, fontsize=10)
     _finish(axes)
 
 
 def _draw_times(axes: Any, reports: Sequence[Report], name: str):
     """The three limits of one phase, one under the other."""
     phases = [report[name] for report in reports]
-    height, longest = 0.24, 0.0
+    longest = 0.0
     for index, (field, (text, colour)) in enumerate(_TIMES.items()):
-        places = [at + (index - 1) * height for at in range(len(reports))]
+        places = [at + (index - 1) * _BAR for at in range(len(reports))]
         values = [_milliseconds(phase, field) for phase in phases]
         longest = max(longest, *values)
-        axes.barh(places, values, height, color=colour, label=text)
-        for at, value in zip(places, values, strict=True):
-            axes.annotate(f"{value:.2f}", (value, at), (3, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_xlim(0, 1.18 * longest or 1)
-    axes.set_title("Prompt, ms at least" if name == "prefill" else "Each new token, ms at least", fontsize=10)
+        axes.barh(places, values, 0.92 * _BAR, color=colour, label=text)
+        for place, value, phase in zip(places, values, phases, strict=True):
+            text = "does not fit" if phase.refused is not None and index == 1 else f"{value:.2f}"
+            axes.annotate(text, (value, place), **_BESIDE)
+    axes.set_xlim(0, 1.2 * longest or 1)
+    axes.set_title(
+        "The prompt takes at least, ms" if name == "prefill" else "A new token takes at least, ms", fontsize=10
+    )
     _finish(axes)
 
 
@@ -107,4 +121,11 @@ def _finish(axes: Any):
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False, fontsize=8)
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.5 / axes.figure.get_figheight()),
+        ncols=5,
+        columnspacing=1.2,
+        frameon=False,
+        fontsize=8,
+    )

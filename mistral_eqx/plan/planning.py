@@ -71,7 +71,7 @@ def plan(
     is not installed or does not know the topology; `RuntimeError` if the compiler fails.
     """
     config, name = (model, "config") if isinstance(model, MistralConfig) else (_preset(model), model)
-    chip, count = _chip(topology), count_devices(topology, devices)
+    count, chip = count_devices(topology, devices), _chip(topology)
     label, split, axes = _place(config, strategy, mesh, count)
     sizes = {"batch": batch, "prompt": prompt, "kv_seq": kv_seq}
     for what, size in sizes.items():
@@ -91,6 +91,11 @@ def plan(
         )
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}.")
+    if chip is not None and importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            "To compile for a TPU takes libtpu, which is not installed; run pip install 'mistral-eqx[tpu]', or plan "
+            "for virtual devices."
+        )
     phases = _compiled(Job(config, topology, count, split.layout, axes, batch, prompt, kv_seq, dtype))
     if chip is not None:
         phases = [
@@ -148,11 +153,6 @@ def _chip(topology: str | None) -> Chip | None:
         raise ValueError(
             f"Chips {chip.name} are connected along {chip.links // 2} sides, and {topology!r} has {len(sides)}; write, "
             f"for example, '{chip.name}:{'x'.join('2' * (chip.links // 2))}'."
-        )
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            "To compile for a TPU takes libtpu, which is not installed; run pip install 'mistral-eqx[tpu]', or plan "
-            "for virtual devices."
         )
     return chip
 

@@ -105,7 +105,7 @@ def _remarks(report: Report) -> list[str]:
     ]
 
 
-def _megabytes(count: float) -> str:
+def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f}"
 
 
