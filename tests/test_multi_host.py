@@ -28,7 +28,7 @@ import mistral_eqx as mx
 
 
 # What float32 sums in another order cost, relative to the largest logit.
-BOUND = 1e-5
+BOUND = 5e-6
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,8 @@ def words(folder, check, number):
 
 
 def test_four_processes_of_four_devices_give_the_tokens_and_logits_of_one(folder):
-    codes = finish(start("sharded_runs", 4, 4, folder))
+    # A quarter of a minute on two cores that have nothing else to do.
+    codes = finish(start("sharded_runs", 4, 4, folder), seconds=240)
     assert codes == [0] * 4, words(folder, "sharded_runs", 0)[1] + words(folder, "sharded_runs", 1)[1]
     model = mx.load(folder / "model")
     logits = np.asarray(eqx.filter_jit(model)(jnp.asarray([row[:2] for row in PROMPTS])))
@@ -58,18 +59,19 @@ def test_four_processes_of_four_devices_give_the_tokens_and_logits_of_one(folder
     assert not np.array_equal(expected["greedy"], expected["sampled"])
     for number in range(4):
         found = np.load(folder / f"found-{number}.npz")
-        for name, share in (("kv_replicated", 1 / 4), ("batch", 1)):
-            for kind, tokens in expected.items():
-                np.testing.assert_array_equal(found[f"{name}_{kind}"], tokens)
+        for name, share, kinds in (("kv_replicated", 1 / 4, ("greedy", "sampled")), ("batch", 1, ("sampled",))):
+            for kind in kinds:
+                np.testing.assert_array_equal(found[f"{name}_{kind}"], expected[kind])
             assert relative_error(found[f"{name}_logits"], logits) < BOUND
             # A host has the parts of its own devices; with the batch over hosts, that is all of the model.
             assert found[f"{name}_share"] == share
 
 
-@pytest.mark.parametrize("victim", [2, 0])
-def test_a_process_that_is_killed_while_decoding_ends_the_others_with_a_sentence(folder, victim):
-    started = start("endless", 4, 1, folder)
-    deadline = time.monotonic() + 60
+# Process 0 has JAX's own service, and ends in another way than the others.
+@pytest.mark.parametrize(("victim", "processes"), [(2, 4), (0, 2)])
+def test_a_process_that_is_killed_while_decoding_ends_the_others_with_a_sentence(folder, victim, processes):
+    started = start("endless", processes, 1, folder)
+    deadline = time.monotonic() + 120
     while "decoded" not in words(folder, "endless", 1)[0] and time.monotonic() < deadline:
         time.sleep(0.05)
     started[victim].send_signal(signal.SIGKILL)
@@ -125,7 +127,7 @@ def commands(*arguments, processes=2, stdin="", cache):
         for number in range(processes)
     ]
     return [
-        (*process.communicate(stdin if number == 0 else None, timeout=60), process.returncode)
+        (*process.communicate(stdin if number == 0 else None, timeout=120), process.returncode)
         for number, process in enumerate(started)
     ]
 
