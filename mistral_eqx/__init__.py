@@ -37,6 +37,7 @@ from .parallel import (
     shard as shard,
     strategies as strategies,
 )
+from .plan import plan as plan
 from .presets import PRESETS as PRESETS
 from .text import (
     Detokenizer as Detokenizer,

@@ -6,7 +6,6 @@ import re
 
 import equinox as eqx
 import jax
-from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from mistral_eqx.parallel import Strategy
@@ -116,33 +115,28 @@ MESHES = [
     {"a": 2, "b": 2, "c": 2},
     {"a": 2, "b": 1, "c": 4},
 ]
-_DIMS = ("batch", "vocab", "embed", "hidden", "kv_heads", "q_per_kv", "head_dim", "kv_seq", "seq")
+_DIMS = ("batch", "vocab", "embed", "hidden", "kv_heads", "q_per_kv", "head_dim", "kv_seq")
 
 
-def wishes(axes):
-    """Entries of a strategy that no one has named: dimensions in any order, each with some of the axes."""
-    some = st.lists(st.sampled_from(tuple(axes)), unique=True, max_size=len(axes))
-    # `seq` comes last, since it needs others.
-    return st.tuples(st.permutations(_DIMS[:-1]), st.lists(some, min_size=len(_DIMS), max_size=len(_DIMS))).map(
-        lambda drawn: list(zip([*drawn[0], "seq"], drawn[1], strict=True))
-    )
-
-
-def legal_part(wishes, config, axes):
-    """The strategy that has as much of each entry as `Strategy.check` lets pass."""
+def free_strategy(random, config, axes, batch):
+    """A strategy that no one has named: most dimensions, in any order, each with some of the axes, if it is legal."""
     abstract, strategy = AbstractMesh(tuple(axes.values()), tuple(axes)), Strategy()
-    for dim, names in wishes:
+    dims = random.sample(_DIMS, random.randint(5, len(_DIMS)))
+    # `embed` shares an array with most others, so it comes first at times; `seq` comes last, since it needs others.
+    for dim in [*random.choice([[], [], ["embed"]]), *dims, "seq"]:
+        names = random.sample(tuple(axes), random.randint(1, len(axes)))
         for length in range(len(names), 0, -1):
-            longer = strategy + f"{dim}@{','.join(names[:length])}"
-            if _is_legal(longer, config, abstract):
-                strategy = longer
+            longer = f"{strategy.layout} {dim}@{','.join(names[:length])}".strip()
+            if _is_legal(longer, config, abstract, batch):
+                strategy = Strategy(longer)
                 break
     return strategy
 
 
-def _is_legal(strategy, config, mesh):
+def _is_legal(layout, config, mesh, batch):
     try:
+        strategy = Strategy(layout)
         strategy.check(config, mesh)
     except ValueError:
         return False
-    return True
+    return batch % math.prod(mesh.shape[axis] for axis in strategy.split_over("batch")) == 0

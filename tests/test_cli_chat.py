@@ -76,3 +76,12 @@ def test_ctrl_c_ends_a_piped_conversation(tiny, monkeypatch):
     result = run("chat", "--model", tiny, input="Hello\nAgain\n")
     assert result.exit_code == 130
     assert result.stdout == mx.load_tokenizer(tiny).decode([10]) + "\n"
+
+
+def test_a_chat_on_a_mesh_says_the_same(tiny):
+    turns = "Hi\nAnd you?\n"
+    alone = run("chat", "--model", tiny, "-n", 6, input=turns)
+    split = run("chat", "--model", tiny, "-n", 6, "--mesh", "tp=2", input=turns)
+    assert split.exit_code == 0, split.stderr
+    assert split.stdout == alone.stdout
+    assert_refused(run("chat", "--model", tiny, "--mesh", "tp=3", input=turns), "2 kv_heads cannot be split over 3")

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import jax.random as jr
 import pytest
 from cli_fixtures import assert_refused, run, save_tiny_model
@@ -254,3 +255,86 @@ def test_every_command_is_in_the_help():
     result = run("--help")
     for command in cli.app.registered_commands:
         assert f"  {command.callback.__name__} " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        (("--mesh", "tp=2"), "heads on tp=2"),
+        (("--mesh", "kv=2,rep=2"), "kv_replicated on kv=2,rep=2"),
+        (("--mesh", "kv=2,rep=2", "--strategy", "HEADS-x-kv-seq"), "heads_x_kv_seq on kv=2,rep=2"),
+        (
+            ("--mesh", "dp=2,tp=2", "--strategy", "heads batch@dp"),
+            "kv_heads@tp hidden@tp vocab@tp batch@dp on dp=2,tp=2",
+        ),
+        (("--mesh", "a=2", "--strategy", "hidden@a"), "hidden@a on a=2"),
+    ],
+)
+def test_a_model_on_a_mesh_says_the_same_and_where_it_is(tiny, options, where):
+    result = run("generate", "Call me", "--model", tiny, "-n", 6, *options)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == continuation(tiny, "Call me", max_new_tokens=6, eos_id=1) + "\n"
+    assert f" | {where} | " in result.stderr
+
+
+def test_a_strategy_of_one_axis_takes_all_devices(tiny, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    result = run("generate", "Call me", "--model", tiny, "-n", 2, "--strategy", "heads")
+    assert result.exit_code == 0, result.stderr
+    assert " | heads on tp=2 | " in result.stderr
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    result = run("generate", "Call me", "--model", tiny, "--strategy", "heads")
+    assert_refused(result, "There is one device", "add, for example, --mesh tp=2.")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--mesh", "tp"), "The mesh 'tp' must name its axes and their sizes, such as 'tp=8' or 'dp=2,tp=4'."),
+        (("--mesh", "tp=512"), "JAX_NUM_CPU_DEVICES=512"),
+        (("--mesh", "tp=3"), "2 kv_heads cannot be split over 3 devices"),
+        (("--mesh", "x=2"), "No strategy has a name and the axes x; call them tp, or kv and rep, or write the layout"),
+        (("--mesh", "tp=2", "--strategy", "kv_replicated"), "over the mesh axis 'kv', but the mesh has 'tp' (2)"),
+        (
+            ("--mesh", "tp=2", "--strategy", "head"),
+            "There is no strategy 'head'; the names are heads, sequence_parallel",
+        ),
+        (("--mesh", "tp=2", "--strategy", "heds@tp"), "splits 'heds', which is no dimension"),
+        (("--strategy", "kv-replicated"), "add, for example, --mesh kv=2,rep=2."),
+        (("--num-processes", 2), "--coordinator, --num-processes and --process-id; give all three"),
+        (("--coordinator", "auto"), "Neither SLURM nor Cloud TPU nor Open MPI started this process"),
+        (("--coordinator", "auto", "--process-id", 0), "--coordinator auto finds out"),
+        (
+            ("--coordinator", "localhost:9000", "--num-processes", 2, "--process-id", 2),
+            "--process-id is 2; with 2 processes it must be from 0 to 1.",
+        ),
+        (
+            ("--coordinator", "localhost", "--num-processes", 2, "--process-id", 0),
+            "The coordinator 'localhost' must be the host of process 0 and a free port there",
+        ),
+    ],
+)
+def test_devices_that_do_not_fit_are_refused_before_the_weights_are_read(tiny, options, said, monkeypatch):
+    def load(*arguments, **options):
+        raise AssertionError("The weights were read.")
+
+    monkeypatch.setattr(mx, "load", load)
+    assert_refused(run("generate", "Call me", "--model", tiny, *options), said)
+
+
+def test_virtual_devices_are_made_for_the_mesh_unless_their_number_was_asked_for(tiny, tmp_path):
+    options = ("generate", "Call me", "--model", tiny, "-n", 1, "--mesh", "tp=2")
+    for number, code in ((None, 0), ("1", 2)):
+        environment = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
+        if number is not None:
+            environment["JAX_NUM_CPU_DEVICES"] = number
+        done = subprocess.run(
+            [sys.executable, "-m", "mistral_eqx", *map(str, options)],
+            env={**environment, "MISTRAL_EQX_CACHE": str(tmp_path)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+        assert ("takes 2 devices and there are 1" if code else "heads on tp=2") in done.stderr

@@ -90,6 +90,13 @@ def test_own_strategy_splits_both_sides_of_a_weight(run):
     assert parts[-1] == "(4, 8, 6) in parts of (2, 8, 3)"
 
 
+def test_hosts_continue_prompts_together(run, tiny):
+    first, *lines = run("multi_host.py").splitlines()
+    assert first == "4 devices of 2 processes"
+    tokenizer, prompts = mx.load_tokenizer(tiny), runpy.run_path(str(ROOT / "examples/multi_host.py"))["PROMPTS"]
+    assert lines == [f"{prompt}{continued(tiny, tokenizer.encode(prompt), 12)!r}" for prompt in prompts]
+
+
 def test_the_page_on_tensor_parallelism(tiny):
     page = (ROOT / "docs/parallelism.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from model_fixtures import relative_error
 
 
 README = Path(__file__).parents[1] / "README.md"
@@ -14,18 +15,20 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTAL
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_tour_runs(smollm2_path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 6
     names = {}
     printed = []
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), names)
         printed.append(capsys.readouterr().out)
-    call, batch, stream, training, _ = printed
+    call, batch, stream, training, split, _ = printed
     assert call == " Paris\n"
     assert len(batch.splitlines()) == 2
     assert len(stream) > 20
     before, after = map(float, training.split("->"))
     assert after < before
+    assert relative_error(names["logits"], names["model"](names["ids"])) < 1e-5
+    assert split == "['heads', 'sequence_parallel', 'kv_replicated', 'heads_x_kv_seq']\n"
     saved, loaded = (names[name].blocks[0].attention_norm.weight for name in ("trained", "again"))
     assert loaded.dtype == jnp.bfloat16
     assert (saved.astype(jnp.bfloat16) == loaded).all()

@@ -14,6 +14,7 @@ from .errors import OneSentence
 from .generate import generate
 from .inspect import inspect
 from .options import Debug
+from .plan import plan
 from .processes import leave
 
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (generate, chat, inspect, convert):
+for command in (generate, chat, inspect, convert, plan):
     app.command()(command)
 
 

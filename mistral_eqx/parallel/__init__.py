@@ -1,4 +1,4 @@
-from .agreement import agree as agree
+from .agreement import agree as agree, share as share
 from .choices import NAMED as NAMED, Choice as Choice, strategies as strategies
 from .collectives import (
     all_tokens as all_tokens,

@@ -111,7 +111,7 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
     *,
-    timeout: float = 60,
+    timeout: float = 60.0,
     local_device_ids: Sequence[int] | None = None,
 ):
     """Connects several processes, on one host or several, so that each sees the devices of all.
@@ -136,11 +136,11 @@ def initialize(
 
     if jax.distributed.is_initialized():
         raise ValueError("The processes are connected already; call mistral_eqx.parallel.initialize once.")
+    coordinator, num_processes, process_id = _places(coordinator, num_processes, process_id, timeout)
     if xla_bridge.backends_are_initialized():
         raise ValueError(
             "Devices are in use already; call mistral_eqx.parallel.initialize before the first array is made."
         )
-    coordinator, num_processes, process_id = _places(coordinator, num_processes, process_id, timeout)
     watch = meet(coordinator, num_processes, process_id, timeout)
     try:
         jax.distributed.initialize(

@@ -6,11 +6,13 @@ said: that a process has ended or failed, and texts that process 0 shares.
 """
 
 import contextlib
+import ctypes
 import importlib.metadata
 import json
 import os
 import queue
 import re
+import signal
 import socket
 import sys
 import threading
@@ -66,7 +68,7 @@ class Watch:
         # A session at a prompt goes on after an exception.
         if getattr(sys, "last_value", None) is None or hasattr(sys, "ps1"):
             self._tell("ended", self.process)
-        elif self._over.is_set():
+        elif self._over.wait(_GRACE / 2):
             # The exception came of a peer's end, of which the thread that saw it has the last word.
             time.sleep(10 * _GRACE)
         else:
@@ -106,11 +108,10 @@ class Watch:
             self._over.set()
         if self.process == 0:
             self._tell("failed" if failed else "gone", peer)
-        # When process 0 dies, JAX's service dies with it, and JAX aborts this process: there is no time to lose.
-        if failed or peer != 0:
-            time.sleep(_GRACE)
-            if self._leaving:
-                return
+        # Process 0 goes last: JAX aborts the others when its service, which is there, is gone.
+        time.sleep(_GRACE if self.process else 2 * _GRACE)
+        if self._leaving:
+            return
         why = (
             f"has failed, so process {self.process} ends too; the error of process {peer} says why"
             if failed
@@ -118,8 +119,6 @@ class Watch:
         )
         with contextlib.suppress(OSError):
             os.write(2, f"Error: Process {peer} {why}.\n".encode())
-        if self.process == 0:
-            time.sleep(_GRACE)
         _exit(1)
 
     def _tell(self, kind: str, content: Any):
@@ -136,7 +135,20 @@ _running: list[Watch] = []
 def run(watch: Watch):
     """Makes a watch the one of this process, and begins to watch."""
     _running.append(watch)
+    if os.name == "posix" and watch.process > 0:
+        _put_off_aborts()
     watch.start()
+
+
+def _put_off_aborts():
+    """Lets the watch have the last word where JAX ends the process, which it does when process 0 dies.
+
+    It does so by SIGABRT, within milliseconds. The C library's own `sleep` becomes the handler of that signal, whose
+    number, 6, is then the seconds it sleeps; after them the process is aborted as it would have been.
+    """
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
 
 
 def running() -> Watch | None:
@@ -185,7 +197,6 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> Watc
 
 
 def _receive(coordinator: str, processes: int, timeout: float, deadline: float) -> dict[int, socket.socket]:
-    peers: dict[int, socket.socket] = {}
     # Where JAX is told to listen elsewhere than at the address that the others know, so do we.
     _, port = address(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator))
     try:
@@ -196,8 +207,9 @@ def _receive(coordinator: str, processes: int, timeout: float, deadline: float) 
             f"Process 0 cannot listen at port {port} of the coordinator {coordinator!r} ({why}); choose another port, "
             "the same on all processes."
         ) from error
+    peers: dict[int, socket.socket] = {}
+    wrong, refused = None, None
     with door:
-        wrong = None
         while len(peers) < processes - 1 and wrong is None:
             door.settimeout(max(0.01, deadline - time.monotonic()))
             try:
@@ -208,28 +220,38 @@ def _receive(coordinator: str, processes: int, timeout: float, deadline: float) 
                     f"Of {processes} processes, number {missing} did not come to the coordinator {coordinator!r} "
                     f"within {timeout:g} s; start all of them with the same coordinator, and look for their own errors."
                 )
-                break
+                continue
             greeting = _greeting(connection)
             if greeting is None:
                 connection.close()
                 continue
-            number, count, version = greeting
-            if count != processes:
-                wrong = f"Process {number} was told of {count} processes and process 0 of {processes}"
-            elif number in peers or not 0 < number < processes:
-                wrong = f"Two processes have the number {number}"
-            elif version != _version():
-                wrong = f"Process {number} has {version} and process 0 has {_version()}"
-            if wrong is not None:
-                wrong += "; start all of them alike, numbered from 0."
-                _answer(connection, wrong)
-            peers.setdefault(number, connection)
+            wrong = _misplaced(*greeting, processes, peers)
+            if wrong is None:
+                peers[greeting[0]] = connection
+            else:
+                refused = connection
     # Only now, with the door closed, is the port free for JAX's service.
-    for connection in peers.values():
+    answered = [*peers.values(), *([] if refused is None else [refused])]
+    for connection in answered:
         _answer(connection, wrong or "")
     if wrong is not None:
+        for connection in answered:
+            connection.close()
         raise ValueError(wrong)
     return peers
+
+
+def _misplaced(number: int, count: int, version: str, processes: int, peers: dict[int, socket.socket]) -> str | None:
+    """What is wrong with who has come, if anything."""
+    if count != processes:
+        wrong = f"Process {number} was told of {count} processes and process 0 of {processes}"
+    elif number in peers:
+        wrong = f"Two processes have the number {number}"
+    elif version != _version():
+        wrong = f"Process {number} has {version} and process 0 has {_version()}"
+    else:
+        return None
+    return f"{wrong}; start all of them alike, numbered from 0 to {processes - 1}."
 
 
 def _open_door(port: int) -> socket.socket:
@@ -268,6 +290,7 @@ def _join(coordinator: str, processes: int, process: int, timeout: float, deadli
             time.sleep(_PAUSE)
             continue
         if wrong:
+            connection.close()
             raise ValueError(wrong)
         _keep(connection)
         return connection

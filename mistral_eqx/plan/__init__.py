@@ -6,7 +6,7 @@ from .communication import (
     prefill as prefill,
 )
 from .picture import picture as picture
-from .planning import plan as plan, read_strategy as read_strategy
+from .planning import count_devices as count_devices, plan as plan, read_strategy as read_strategy
 from .report import (
     Exchange as Exchange,
     Memory as Memory,

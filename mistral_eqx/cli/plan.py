@@ -1,0 +1,118 @@
+"""`mistral-eqx plan`: what a model would need and do on devices that are not here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import options
+
+
+if TYPE_CHECKING:
+    from ..config import MistralConfig
+    from ..parallel import Choice
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="A preset, such as '7b-v0.2', or a checkpoint to take the sizes of.")],
+    topology: Annotated[
+        str | None,
+        typer.Option(help="The chips of a TPU and how many there are along each side, such as 'v4:2x2x4'."),
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="In place of a topology, a number of virtual devices of the CPU.")
+    ] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How the model is split: a name such as heads, 'heads batch@dp', or a layout such as 'kv_heads@tp "
+            "hidden@tp'. May be given several times; 'all' takes every legal one. The first legal one unless given."
+        ),
+    ] = None,
+    mesh: options.Mesh = None,
+    batch: Annotated[int, typer.Option(help="Rows that are computed together.")] = 8,
+    prompt: Annotated[int, typer.Option(help="Tokens of each row's prompt.")] = 512,
+    kv_seq: Annotated[int, typer.Option("--kv-seq", help="Slots of each row in the cache.")] = 4096,
+    dtype: Annotated[
+        options.DType, typer.Option(help="Precision of weights, activations and cache.")
+    ] = options.DType.BFLOAT16,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON in place of tables.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw memory and times into this file, such as plan.png.")
+    ] = None,
+    debug: options.Debug = False,
+):
+    """Compile a model ahead of time for devices that are not here.
+
+    Tells the memory of each device and whether it is enough, what devices exchange, and the least time that a prompt
+    and each new token can take. Nothing of the model's size is allocated; a strategy takes some seconds to a minute.
+    A strategy that does not fit is told, and the others are planned.
+    """
+    from rich.console import Console
+
+    from ..plan import count_devices, plan as compile_plan, table
+    from ..plan.picture import picture as draw, require_matplotlib
+
+    if picture is not None:
+        require_matplotlib()
+    config = _config(model)
+    reports, refused = [], []
+    for wanted in _wanted(config, strategy or [], mesh, count_devices(topology, devices)):
+        name = wanted if isinstance(wanted, str) else wanted.name
+        try:
+            with Console(stderr=True).status(f"Compiling {name} for {topology or 'virtual devices'}"):
+                report = compile_plan(
+                    config,
+                    topology=topology,
+                    devices=devices,
+                    strategy=wanted,
+                    mesh=mesh,
+                    batch=batch,
+                    prompt=prompt,
+                    kv_seq=kv_seq,
+                    dtype=dtype.value,
+                )
+        except ValueError as error:
+            refused.append((name, error))
+        else:
+            reports.append(dataclasses.replace(report, model=model))
+    if not reports:
+        raise refused[0][1]
+    if picture is not None:
+        draw(reports, picture)
+    if as_json:
+        typer.echo(json.dumps([report.to_dict() for report in reports], indent=2))
+    else:
+        # In a pipe or a file nothing is cut to the width of a terminal that is not there.
+        Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table(reports))
+    for name, error in refused:
+        typer.echo(f"{name} is not planned: {error}", err=True)
+
+
+def _config(model: str) -> MistralConfig:
+    from ..checkpoint import open_checkpoint
+    from ..presets import PRESETS
+    from .loading import locate
+
+    return PRESETS[model] if model in PRESETS else open_checkpoint(locate(model)).config
+
+
+def _wanted(config: MistralConfig, asked: list[str], mesh: str | None, count: int) -> list[Choice | str]:
+    """The strategies that were asked for, those that will be refused too."""
+    from ..parallel import NAMED, strategies
+    from ..parallel.mesh import parse_axes
+
+    if asked and asked != ["all"]:
+        return [*asked]
+    if count == 1:
+        return ["single"]
+    axes = None if mesh is None else parse_axes(mesh)
+    legal = [choice for choice in strategies(config, count) if axes is None or choice.axes == axes]
+    if not asked:
+        return [*legal[:1]] or ["heads"]
+    return [*legal, *(name for name in NAMED if all(choice.strategy != NAMED[name] for choice in legal))]

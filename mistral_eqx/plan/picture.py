@@ -1,0 +1,131 @@
+"""Reports as a picture."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .report import Phase, Report
+from .table import label, title
+
+
+_MEMORY = {
+    "weights": ("weights", "#35618f"),
+    "cache": ("keys and values", "#e0862f"),
+    "other": ("other arguments", "#9a9a9a"),
+    "temporary": ("temporary", "#c8443c"),
+    "code": ("code", "#7a5c99"),
+}
+_TIMES = {
+    "compute": ("compute", "#35618f"),
+    "memory": ("memory", "#e0862f"),
+    "interconnect": ("links", "#4f9a5b"),
+}
+
+_BAR = 0.26
+_BESIDE: Any = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+
+
+def picture(reports: Sequence[Report], path: str | Path):
+    """Draws the memory of each device against what the chip has, and the least time of each part of it.
+
+    **Arguments:**
+
+    - `reports`: of one model on the same devices, a row for each; virtual devices have no times.
+    - `path`: where the picture goes; its suffix says in which format, such as `.png` or `.svg`.
+
+    **Raises:** `ValueError` if there is no report, or matplotlib is not installed.
+    """
+    if not reports:
+        raise ValueError("There is no report to draw; give at least one.")
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    timed = [name for name in ("prefill", "decode") if any(report[name].roofline is not None for report in reports)]
+    size = 6.5 + 4.2 * len(timed), 2 + 0.8 * len(reports)
+    figure = Figure(figsize=size, layout="constrained")
+    columns = figure.subplots(1, 1 + len(timed), squeeze=False, sharey=True, width_ratios=[1.3, *[1] * len(timed)])
+    memory, *times = columns[0]
+    figure.suptitle(title(reports[0]), fontsize=11)
+    _draw_memory(memory, reports)
+    for axes, name in zip(times, timed, strict=True):
+        _draw_times(axes, reports, name)
+    memory.set_yticks(range(len(reports)), [label(report).replace(" (", "\n(") for report in reports])
+    memory.invert_yaxis()
+    figure.savefig(path, dpi=150)
+
+
+def require_matplotlib():
+    """Tells who has no matplotlib how to get it.
+
+    **Raises:** `ValueError` that says so.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("A picture takes matplotlib, which is not installed; run pip install 'mistral-eqx[plot]'.")
+
+
+def _draw_memory(axes: Any, reports: Sequence[Report]):
+    """Each phase as a stacked bar, one under the other."""
+    bars = []
+    for at, report in enumerate(reports):
+        middle = (len(report.phases) - 1) / 2
+        bars += [(at + (index - middle) * _BAR, phase) for index, phase in enumerate(report.phases)]
+    places = [place for place, _ in bars]
+    left = [0.0] * len(bars)
+    for field, (name, colour) in _MEMORY.items():
+        sizes = [getattr(phase.memory, field) / 1e9 for _, phase in bars]
+        axes.barh(places, sizes, 0.92 * _BAR, left, color=colour, label=name)
+        left = [start + size for start, size in zip(left, sizes, strict=True)]
+    longest = max(left)
+    for (place, phase), total in zip(bars, left, strict=True):
+        axes.annotate(f"{phase.name} {total:.2f}", (total, place), **_BESIDE)
+    heading, chip = "Memory of each device, GB", reports[0].chip
+    if chip is not None:
+        has = chip.hbm_bytes / 1e9
+        heading += f"; a {chip.name} has {has:.1f}"
+        # Further to the right the line would press the bars together.
+        if has < 2.5 * longest:
+            axes.axvline(has, color="black", linestyle="--", linewidth=1)
+            longest = max(longest, has)
+    axes.set_xlim(0, 1.25 * longest)
+    axes.set_title(heading, fontsize=10)
+    _finish(axes)
+
+
+def _draw_times(axes: Any, reports: Sequence[Report], name: str):
+    """The three limits of one phase, one under the other."""
+    phases = [report[name] for report in reports]
+    longest = 0.0
+    for index, (field, (text, colour)) in enumerate(_TIMES.items()):
+        places = [at + (index - 1) * _BAR for at in range(len(reports))]
+        values = [_milliseconds(phase, field) for phase in phases]
+        longest = max(longest, *values)
+        axes.barh(places, values, 0.92 * _BAR, color=colour, label=text)
+        for place, value, phase in zip(places, values, phases, strict=True):
+            text = "does not fit" if phase.refused is not None and index == 1 else f"{value:.2f}"
+            axes.annotate(text, (value, place), **_BESIDE)
+    axes.set_xlim(0, 1.2 * longest or 1)
+    axes.set_title(
+        "The prompt takes at least, ms" if name == "prefill" else "A new token takes at least, ms", fontsize=10
+    )
+    _finish(axes)
+
+
+def _milliseconds(phase: Phase, field: str) -> float:
+    return 0.0 if phase.roofline is None else 1e3 * phase.runs * getattr(phase.roofline, field)
+
+
+def _finish(axes: Any):
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.5 / axes.figure.get_figheight()),
+        ncols=5,
+        columnspacing=1.2,
+        frameon=False,
+        fontsize=8,
+    )

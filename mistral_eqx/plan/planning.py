@@ -1,0 +1,252 @@
+"""From a model, a strategy and devices that are not here to a report."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import AbstractMesh
+
+from ..config import MistralConfig
+from ..generate import loop
+from ..parallel import NAMED, SINGLE, Choice, Strategy, strategies
+from ..parallel.mesh import parse_axes, show
+from ..presets import PRESETS
+from .chips import CHIPS, Chip
+from .programs import Job
+from .report import Report, read_phase
+from .roofline import roofline
+
+
+_TOPOLOGY = re.compile(r"(\w+):(\d+(?:x\d+)*)")
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def plan(
+    model: MistralConfig | str,
+    *,
+    topology: str | None = None,
+    devices: int | None = None,
+    strategy: Strategy | Choice | str = "heads",
+    mesh: str | Mapping[str, int] | None = None,
+    batch: int = 8,
+    prompt: int = 512,
+    kv_seq: int = 4096,
+    dtype: str = "bfloat16",
+) -> Report:
+    """Compiles a model for devices that are not here, and reports what each of them would need and do.
+
+    ```python
+    report = mx.plan("7b-v0.2", topology="v4:2x2x4", strategy="kv_replicated", batch=8, kv_seq=4096)
+    rich.print(report.table())
+    ```
+
+    The functions that `generate` runs are compiled ahead of time, on shapes in place of weights: nothing of the model's
+    size is allocated. It happens in a process of its own, which takes from some seconds to a minute.
+
+    **Arguments:**
+
+    - `model`: a config, or the name of a preset.
+    - `topology`: the chips of a TPU and how they are connected, such as `"v4:2x2x4"`; the chips are those of
+        `mistral_eqx.plan.CHIPS`. Takes the extra `tpu`, and no TPU.
+    - `devices`: in place of a topology, a number of virtual devices of the CPU.
+    - `strategy`: a strategy, its name with entries after it if need be (`"heads batch@dp"`), its text, or one of
+        `mx.strategies`.
+    - `mesh`: the sizes of the mesh's axes, such as `"kv=8,rep=2"`. Unless given, those of the strategy's first legal
+        mesh.
+    - `batch`: rows that are computed together, on all devices.
+    - `prompt`: tokens of each row's prompt, which is read in pieces as `generate` does.
+    - `kv_seq`: slots of each row in the cache: the longest that a text can get.
+    - `dtype`: the precision of weights, activations and cache.
+
+    **Returns:** the report.
+
+    **Raises:** `ValueError` if a name or a size is wrong, the strategy does not fit the model or the devices, or libtpu
+    is not installed or does not know the topology; `RuntimeError` if the compiler fails.
+    """
+    config, name = (model, "config") if isinstance(model, MistralConfig) else (_preset(model), model)
+    count, chip = count_devices(topology, devices), _chip(topology)
+    label, split, axes = _place(config, strategy, mesh, count)
+    sizes = {"batch": batch, "prompt": prompt, "kv_seq": kv_seq}
+    for what, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{what} is {size}; it must be at least 1.")
+    rows = math.prod(axes[axis] for axis in split.split_over("batch"))
+    if batch % rows:
+        raise ValueError(f"A batch of {batch} cannot be split over {rows} devices; take a multiple of {rows}.")
+    if kv_seq < loop.prompt_width(prompt):
+        raise ValueError(
+            f"A prompt of {prompt} tokens is read as {loop.prompt_width(prompt)} and does not fit into a cache of "
+            f"{kv_seq} slots; take a longer kv_seq or a shorter prompt."
+        )
+    if kv_seq > config.max_positions:
+        raise ValueError(
+            f"kv_seq is {kv_seq} and the model's context {config.max_positions} tokens; take a shorter kv_seq."
+        )
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}.")
+    if chip is not None and importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            "To compile for a TPU takes libtpu, which is not installed; run pip install 'mistral-eqx[tpu]', or plan "
+            "for virtual devices."
+        )
+    phases = _compiled(Job(config, topology, count, split.layout, axes, batch, prompt, kv_seq, dtype))
+    if chip is not None:
+        phases = [
+            phase
+            if phase.refused is not None
+            else dataclasses.replace(phase, roofline=roofline(chip, phase.flops, phase.hbm_bytes, phase.exchanges))
+            for phase in phases
+        ]
+    return Report(
+        model=name,
+        parameters=config.parameters,
+        place=topology or f"{count} virtual devices",
+        devices=count,
+        chip=chip,
+        strategy=label,
+        layout=split.layout,
+        axes=axes,
+        phases=tuple(phases),
+        dtype=dtype,
+        **sizes,
+    )
+
+
+def _preset(name: str) -> MistralConfig:
+    if name not in PRESETS:
+        raise ValueError(f"There is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def count_devices(topology: str | None, devices: int | None) -> int:
+    """How many devices there are, of a topology or virtual ones.
+
+    **Raises:** `ValueError` unless one of the two is given, and as [`mistral_eqx.plan`][] says.
+    """
+    if topology is not None:
+        if devices is not None:
+            raise ValueError(f"The topology {topology!r} says how many devices there are; leave out devices={devices}.")
+        return math.prod(_sides(topology))
+    if devices is None:
+        raise ValueError("Say for what to plan: a topology such as 'v4:2x2x4', or a number of virtual devices.")
+    if devices < 1:
+        raise ValueError(f"devices is {devices}; it must be at least 1.")
+    return devices
+
+
+def _chip(topology: str | None) -> Chip | None:
+    if topology is None:
+        return None
+    chip, sides = CHIPS.get(topology.partition(":")[0]), _sides(topology)
+    if chip is None:
+        raise ValueError(
+            f"There are no figures of the chip in the topology {topology!r}; the chips are {', '.join(CHIPS)}."
+        )
+    if len(sides) != chip.links // 2:
+        raise ValueError(
+            f"Chips {chip.name} are connected along {chip.links // 2} sides, and {topology!r} has {len(sides)}; write, "
+            f"for example, '{chip.name}:{'x'.join('2' * (chip.links // 2))}'."
+        )
+    return chip
+
+
+def _sides(topology: str) -> list[int]:
+    match = _TOPOLOGY.fullmatch(topology)
+    if match is None:
+        raise ValueError(
+            f"The topology {topology!r} must be a chip and how many of them there are along each side, such as "
+            "'v4:2x2x4' or 'v5e:4x4'."
+        )
+    return [int(side) for side in match[2].split("x")]
+
+
+def read_strategy(text: str) -> Strategy:
+    """A strategy from its name, with entries after it if there are any, or from its text.
+
+    **Raises:** `ValueError` if there is no such name.
+    """
+    name, _, entries = text.strip().partition(" ")
+    named = {"single": SINGLE, **NAMED}.get(name.lower().replace("-", "_"))
+    if named is not None:
+        return named + entries if entries.strip() else named
+    if "@" not in name:
+        raise ValueError(
+            f"There is no strategy {name!r}; the names are single, {', '.join(NAMED)}, and a text reads "
+            "'kv_heads@tp hidden@tp'."
+        )
+    return Strategy(text.strip())
+
+
+def _place(
+    config: MistralConfig, strategy: Strategy | Choice | str, mesh: str | Mapping[str, int] | None, count: int
+) -> tuple[str, Strategy, dict[str, int]]:
+    """The strategy's name, the strategy, and the axes of its mesh."""
+    if isinstance(strategy, Choice):
+        label, split = strategy.name, strategy.strategy
+        axes = strategy.axes if mesh is None else parse_axes(mesh)
+    else:
+        split = read_strategy(strategy) if isinstance(strategy, str) else strategy
+        label = _name(split)
+        axes = _axes(config, split, count) if mesh is None else parse_axes(mesh)
+    if math.prod(axes.values()) != count:
+        raise ValueError(f"The mesh {show(axes)} takes {math.prod(axes.values())} devices and there are {count}.")
+    split.check(config, AbstractMesh(tuple(axes.values()), tuple(axes)))
+    return label, split, axes
+
+
+def _name(split: Strategy) -> str:
+    for name, named in {"single": SINGLE, **NAMED}.items():
+        if split.layout == named.layout:
+            return name
+        if named.layout and split.layout.startswith(f"{named.layout} "):
+            return f"{name} {split.layout.removeprefix(named.layout).strip()}"
+    return split.layout
+
+
+def _axes(config: MistralConfig, split: Strategy, count: int) -> dict[str, int]:
+    """The mesh of a strategy for which none is given."""
+    for choice in strategies(config, count):
+        if choice.strategy.layout == split.layout:
+            return choice.axes
+    words = re.findall(r"@(\S+)", split.layout)
+    used = list(dict.fromkeys(axis for word in words for axis in word.split(",")))
+    if len(used) > 1:
+        raise ValueError(
+            f"The strategy {split.layout!r} splits over the axes {' and '.join(used)}, and none of the meshes of "
+            f"{count} devices that come with a strategy fits; say how many devices each axis takes, such as "
+            f"mesh={','.join(f'{axis}=2' for axis in used)!r}."
+        )
+    return {used[0] if used else "tp": count}
+
+
+def _compiled(job: Job) -> list[Any]:
+    """The phases, compiled in another process."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(job.devices if job.topology is None else 1),
+        # What a TPU that this machine may have would answer is of no interest, nor is who else uses it.
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", f"{__package__}.worker"],
+        input=json.dumps(dataclasses.asdict(job)),
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"The compiler failed (exit code {done.returncode}): {done.stderr.strip()[-2000:]}")
+    answer = json.loads(done.stdout)
+    if "refused" in answer:
+        raise ValueError(answer["refused"])
+    return [read_phase(phase) for phase in answer["phases"]]

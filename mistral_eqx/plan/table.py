@@ -1,0 +1,121 @@
+"""Reports as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from .report import Exchange, Memory, Phase, Report
+
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+
+def table(reports: Sequence[Report]) -> Group:
+    """What each device needs and does, for one report or several.
+
+    **Arguments:**
+
+    - `reports`: of one model on the same devices.
+
+    **Returns:** what rich can print: a table of memory, one of work and times, and a line for each report that says
+        whether it fits.
+    """
+    from rich.console import Group
+
+    remarks = (line for report in reports for line in _remarks(report))
+    return Group(title(reports[0]), "", _memory(reports), "", _work(reports), "", *remarks)
+
+
+def _memory(reports: Sequence[Report]) -> Table:
+    columns = ("weights", "cache", "other", "temporary", "code", "total", "of the chip's")
+    rows = _table("Memory of each device, MB", columns)
+    for report, phase, head in _rows(reports):
+        memory = phase.memory
+        parts = (memory.weights, memory.cache, memory.other, memory.temporary, memory.code, memory.total)
+        rows.add_row(*head, *(_megabytes(part) for part in parts), _share(report, memory))
+    return rows
+
+
+def _share(report: Report, memory: Memory) -> str:
+    return "" if report.chip is None else f"{memory.total / report.chip.hbm_bytes:.1%}"
+
+
+def _work(reports: Sequence[Report]) -> Table:
+    columns = ("GFLOP", "HBM MB", "exchanges", "MB", "as written", "compute ms", "HBM ms", "links ms", "at least ms")
+    rows = _table("Work of each device: for the prompt, and for each new token", (*columns, "compiled in s"))
+    for _, phase, head in _rows(reports):
+        runs, times = phase.runs, phase.roofline
+        if phase.refused is not None:
+            cells = ["", "", "", "", _count(phase.written, runs), *[""] * 4]
+        else:
+            cells = [
+                f"{runs * phase.flops / 1e9:,.1f}",
+                _megabytes(runs * phase.hbm_bytes),
+                _count(phase.exchanges, runs),
+                f"{runs * sum(exchange.bytes for exchange in phase.exchanges) / 1e6:,.2f}",
+                _count(phase.written, runs),
+            ]
+            if times is None:
+                cells += [""] * 4
+            else:
+                limits = {"compute": times.compute, "memory": times.memory, "interconnect": times.interconnect}
+                cells += [f"{1e3 * runs * seconds:.2f}" for seconds in limits.values()]
+                cells += [f"{1e3 * runs * times.seconds:.2f}"]
+        rows.add_row(*head, *cells, f"{phase.compile_seconds:.1f}")
+    return rows
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    rows = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
+    rows.add_column("strategy", overflow="fold")
+    rows.add_column("phase")
+    for column in columns:
+        rows.add_column(column, justify="right")
+    return rows
+
+
+def _rows(reports: Sequence[Report]) -> Iterator[tuple[Report, Phase, tuple[str, str]]]:
+    """Each phase of each report, with the cells that name it."""
+    for report in reports:
+        for phase in report.phases:
+            name = label(report) if phase is report.phases[0] else ""
+            yield report, phase, (name, f"{phase.name} x {phase.runs}" if phase.runs > 1 else phase.name)
+
+
+def label(report: Report) -> str:
+    """A strategy and its mesh in few words."""
+    axes = ",".join(f"{axis}={size}" for axis, size in report.axes.items())
+    return f"{report.strategy} ({axes})"
+
+
+def _remarks(report: Report) -> list[str]:
+    if report.chip is None or report.free is None:
+        return []
+    most = report.peak
+    if report.fits:
+        return [f"{label(report)}: fits, with {report.free / 1e9:.2f} GB free of {report.chip.hbm_bytes / 1e9:.2f} GB."]
+    return [
+        f"{label(report)}: does not fit; {most.name} takes {-report.free / 1e9:.2f} GB more than the "
+        f"{report.chip.hbm_bytes / 1e9:.2f} GB that a {report.chip.name} has."
+    ]
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f}"
+
+
+def _count(exchanges: Sequence[Exchange], runs: int) -> str:
+    return f"{runs * sum(exchange.count for exchange in exchanges)}"
+
+
+def title(report: Report) -> str:
+    """What the reports of a table or a picture are about."""
+    return (
+        f"{report.model} ({report.parameters / 1e9:.1f} billion weights, {report.dtype}) on {report.place}, batch "
+        f"{report.batch}, prompt {report.prompt}, kv_seq {report.kv_seq}"
+    )

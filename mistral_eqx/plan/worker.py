@@ -1,0 +1,122 @@
+"""Compiles the programs of a plan, in a process of its own.
+
+JAX is told there which platform to use, and libtpu is loaded, without an effect on the process that asks. The job comes
+as JSON on stdin, and the figures go as JSON to stdout; what libraries write to stdout goes to stderr.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+from typing import Any
+
+import jax
+
+from ..config import MistralConfig
+from .hlo import Program, written
+from .programs import Job, Uncompiled, programs
+from .report import Exchange, Memory
+
+
+_GIB = 2**30
+_TOO_LARGE = re.compile(r"\((\d+(?:\.\d+)?)([KMG]?)\) exceeds available HBM")
+
+
+def main():
+    """Reads a job and answers with its phases, or with the sentence that says why there are none."""
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    fields = json.load(sys.stdin)
+    config = fields["config"]
+    config["windows"], config["eos_ids"] = tuple(config["windows"]), tuple(config["eos_ids"])
+    job = Job(**{**fields, "config": MistralConfig(**config)})
+    try:
+        devices = jax.devices() if job.topology is None else _topology(job.topology)
+        result: dict[str, Any] = {"phases": [_measure(program, job) for program in programs(job, devices)]}
+    except ValueError as error:
+        result = {"refused": str(error)}
+    json.dump(result, answer)
+    answer.close()
+
+
+def _topology(name: str) -> list[Any]:
+    from jax.experimental import topologies
+
+    chip, _, sides = name.partition(":")
+    options: dict[str, Any] = {}
+    if chip == "v4":
+        # Otherwise each half of a chip is a device.
+        options["chip_config_name"] = "megacore"
+    if set(sides.split("x")) == {"1"}:
+        # A host with a single chip.
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+        raise ValueError(f"libtpu refuses the topology {name!r}: {error}") from error
+
+
+def _measure(program: Uncompiled, job: Job) -> dict[str, Any]:
+    start = time.perf_counter()
+    lowered = program.lower("cpu" if job.topology is None else "tpu")
+    fields = {"name": program.name, "runs": program.runs, "tokens": program.tokens}
+    exchanged = written(lowered.as_text())
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = _TOO_LARGE.search(str(error))
+        if found is None:
+            raise
+        units = {"": 1, "K": 2**10, "M": 2**20, "G": _GIB}
+        total = int(float(found[1]) * units[found[2]])
+        memory = Memory(
+            program.weights, program.cache_bytes, 0, max(total - program.weights - program.cache_bytes, 0), 0
+        )
+        compiled = None
+        figures: dict[str, Any] = {"flops": 0.0, "hbm_bytes": 0, "once_bytes": 0, "exchanges": []}
+        refused = str(error).partition("\n")[0]
+    else:
+        memory, figures, refused = _memory(program, compiled), _figures(program, compiled), None
+    return {
+        **fields,
+        **figures,
+        "memory": dataclasses.asdict(memory),
+        "written": _entries(exchanged),
+        "compile_seconds": time.perf_counter() - start,
+        "roofline": None,
+        "refused": refused,
+    }
+
+
+def _memory(program: Uncompiled, compiled: jax.stages.Compiled) -> Memory:
+    sizes: Any = compiled.memory_analysis()
+    # What is donated is counted with the arguments.
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    other = sizes.argument_size_in_bytes + results - program.weights - program.cache_bytes
+    return Memory(
+        program.weights, program.cache_bytes, other, sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes
+    )
+
+
+def _figures(program: Uncompiled, compiled: jax.stages.Compiled) -> dict[str, Any]:
+    text = Program(compiled.as_text() or "")
+    repeated = text.loop_body() if program.loops else text.entry
+    counted: Any = compiled.cost_analysis()
+    hbm_bytes = text.traffic(repeated)
+    return {
+        # XLA counts the body of a loop once where it does not know how often it runs.
+        "flops": max(counted.get("flops", 0.0), 0.0),
+        "hbm_bytes": hbm_bytes,
+        "once_bytes": text.traffic(text.entry) - hbm_bytes if program.loops else 0,
+        "exchanges": _entries(text.exchanges(repeated)),
+    }
+
+
+def _entries(exchanges: list[Exchange]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(exchange) for exchange in exchanges]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Several processes on this machine, as on several hosts: the same results as one, and one end for all."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from cli_fixtures import run, save_tiny_model
+from model_fixtures import relative_error, small_model
+from multi_host_fixtures import (
+    PROMPTS,
+    SIZES,
+    environment,
+    finish,
+    free_port,
+    samplings,
+    start,
+)
+
+import mistral_eqx as mx
+
+
+# What float32 sums in another order cost, relative to the largest logit.
+BOUND = 5e-6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two checkpoints of one shape, one of them on the one host and the other on the other."""
+    folder = tmp_path_factory.mktemp("hosts")
+    config = mx.MistralConfig(**SIZES)
+    mx.save(small_model(config=config), folder / "model", format="hf")
+    mx.save(small_model(1, config=config), folder / "other", format="hf")
+    return folder
+
+
+def words(folder, check, number):
+    """What a process printed, and what it said on stderr."""
+    return tuple((folder / f"{check}-{number}.{stream}").read_text() for stream in ("out", "err"))
+
+
+def test_four_processes_of_four_devices_give_the_tokens_and_logits_of_one(folder):
+    # A quarter of a minute on two cores that have nothing else to do.
+    codes = finish(start("sharded_runs", 4, 4, folder), seconds=240)
+    assert codes == [0] * 4, words(folder, "sharded_runs", 0)[1] + words(folder, "sharded_runs", 1)[1]
+    model = mx.load(folder / "model")
+    logits = np.asarray(eqx.filter_jit(model)(jnp.asarray([row[:2] for row in PROMPTS])))
+    expected = {
+        kind: np.asarray(mx.generate(model, PROMPTS, max_new_tokens=12, **options).tokens)
+        for kind, options in samplings(mx, jr).items()
+    }
+    assert not np.array_equal(expected["greedy"], expected["sampled"])
+    for number in range(4):
+        found = np.load(folder / f"found-{number}.npz")
+        for name, share, kinds in (("kv_replicated", 1 / 4, ("greedy", "sampled")), ("batch", 1, ("sampled",))):
+            for kind in kinds:
+                np.testing.assert_array_equal(found[f"{name}_{kind}"], expected[kind])
+            assert relative_error(found[f"{name}_logits"], logits) < BOUND
+            # A host has the parts of its own devices; with the batch over hosts, that is all of the model.
+            assert found[f"{name}_share"] == share
+
+
+# Process 0 has JAX's own service, and ends in another way than the others.
+@pytest.mark.parametrize(("victim", "processes"), [(2, 4), (0, 2)])
+def test_a_process_that_is_killed_while_decoding_ends_the_others_with_a_sentence(folder, victim, processes):
+    started = start("endless", processes, 1, folder)
+    deadline = time.monotonic() + 120
+    while "decoded" not in words(folder, "endless", 1)[0] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started[victim].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    codes = finish(started)
+    assert time.monotonic() - killed < 30
+    assert "decoded" in words(folder, "endless", 1)[0], words(folder, "endless", 1)[1]
+    for number, code in enumerate(codes):
+        if number != victim:
+            assert code not in (0, None)
+            assert words(folder, "endless", number)[1].splitlines()[-1] == (
+                f"Error: Process {victim} is gone, so process {number} ends too; it was killed, or its machine or the "
+                "network failed."
+            )
+
+
+def test_a_process_that_fails_ends_the_others(folder):
+    assert finish(start("failing", 3, 1, folder), seconds=30) == [1, 1, 1]
+    assert words(folder, "failing", 1)[1].splitlines()[-1] == "ValueError: This host has no disk."
+    for number in (0, 2):
+        assert words(folder, "failing", number)[1] == (
+            f"Error: Process 1 has failed, so process {number} ends too; the error of process 1 says why.\n"
+        )
+
+
+def test_processes_that_were_told_otherwise_are_refused_on_all(folder):
+    codes = finish(start("disagreeing", 2, 2, folder))
+    assert codes == [0, 0], words(folder, "disagreeing", 0)[1]
+    first, second = (json.loads((folder / f"refused-{number}.json").read_text()) for number in range(2))
+    assert first == second
+    for what in ("strategy", "checkpoint"):
+        assert f"The {what} is not the same on all processes: 1 differs from 0" in first[what]
+    assert "connected already" in first["again"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def commands(*arguments, processes=2, stdin="", cache):
+    """Runs a command in several processes, of which the first one has a stdin."""
+    place = ["--coordinator", f"localhost:{free_port()}", "--num-processes", str(processes), "--process-id"]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mistral_eqx", *map(str, arguments), *place, str(number)],
+            stdin=subprocess.PIPE if number == 0 else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment(), "MISTRAL_EQX_CACHE": str(cache)},
+        )
+        for number in range(processes)
+    ]
+    return [
+        (*process.communicate(stdin if number == 0 else None, timeout=120), process.returncode)
+        for number, process in enumerate(started)
+    ]
+
+
+def test_on_the_command_line_only_process_0_prints(tiny, tmp_path):
+    options = ("generate", "--model", tiny, "-n", 9, "--ignore-eos", "--mesh", "kv=2,rep=2")
+    (text, figures, code), *others = commands(*options, stdin="Call me\n", cache=tmp_path)
+    assert code == 0, figures
+    assert text == run("generate", "Call me", "--model", tiny, "-n", 9, "--ignore-eos").stdout
+    assert re.fullmatch(r"8 prompt tokens \| loaded .* \| kv_replicated on kv=2,rep=2 of 2 processes \| .*\n", figures)
+    assert others == [("", "", 0)]
+
+
+def test_turns_reach_all_processes_of_a_chat(tiny, tmp_path):
+    turns = "Hi\nAnd you?\n"
+    options = ("chat", "--model", tiny, "-n", 6)
+    (text, said, code), *others = commands(*options, stdin=turns, cache=tmp_path)
+    assert (said, code) == ("", 0)
+    assert text == run(*options, input=turns).stdout
+    assert others == [("", "", 0)]
+
+
+def test_each_process_says_what_is_wrong_with_it(tiny, tmp_path):
+    found = commands("generate", "Hi", "--model", tiny, "--mesh", "tp=3", processes=3, cache=tmp_path)
+    for number, (text, said, code) in enumerate(found):
+        where = f" in process {number}" if number else ""
+        assert said == f"Error{where}: 2 kv_heads cannot be split over 3 devices; use KV_REPLICATED or HEAD_DIM.\n"
+        assert (text, code) == ("", 2)
