@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ..nn import Cache, LayerCache, Mistral
-from ..parallel import Strategy, everywhere, gather, own_slot, own_slots, place, place_on, pmax, psum, specs, spmd
-from .loop import Request, capacity, empty_cache, parts, prefill, prompt_width, slots
+from ..nn.precision import at_least_float32
+from ..parallel import Strategy, everywhere, gather, own_slot, own_slots, place, pmax, psum, specs, spmd
+from .loop import Request, capacity, empty_cache, holds, parts, prompt_width, read_pieces, slots
 from .prompt import Prompts, checked_prompts, pad_left
 from .sampler import Sampler
 
 
-# A prompt is read in pieces of at most this many tokens.
-_CHUNK = 512
-# A cache has room for at least this many steps before it is put in order and grows.
+# A cache has room for at least this many steps before it is put in order.
 _STEPS = 64
 
 
@@ -57,8 +57,9 @@ class Rules(eqx.Module):
         if not math.isfinite(length_penalty):
             raise ValueError(f"length_penalty is {length_penalty}; it must be a finite number, such as 1.0.")
         with np.errstate(over="ignore", under="ignore"):
-            divisors = (np.arange(1.0, new + 1) ** length_penalty).astype(np.float32)
-        if not (np.isfinite(divisors[:limit]) & (divisors[:limit] > 0)).all():
+            divisors = np.arange(1.0, new + 1) ** length_penalty
+            used = divisors[:limit].astype(np.float32)
+        if not (np.isfinite(used) & (used > 0)).all():
             raise ValueError(
                 f"length_penalty is {length_penalty}, and {limit} to that power is beyond what a float32 can hold; "
                 "give a number closer to 0."
@@ -110,11 +111,17 @@ class Search(eqx.Module):
 
     @classmethod
     def init(
-        cls, position: Int[Array, " batch"], done: Bool[Array, " batch"], beams: int, new: int, kv_seq: int
+        cls,
+        position: Int[Array, " batch"],
+        done: Bool[Array, " batch"],
+        beams: int,
+        new: int,
+        kv_seq: int,
+        dtype: DTypeLike = jnp.float32,
     ) -> "Search":
-        """The state before the first token. There is one beam a row, for all would be the same."""
+        """The state before the first token. One beam of each row counts, for all would be the same."""
         batch = position.shape[0]
-        none = jnp.full((batch, beams), -jnp.inf, jnp.float32)
+        none = jnp.full((batch, beams), -jnp.inf, dtype)
         return cls(
             tokens=jnp.zeros((batch, beams, new), jnp.int32),
             scores=none.at[:, 0].set(0),
@@ -141,18 +148,16 @@ class Search(eqx.Module):
         ends = jnp.any(token[:, :, None] == rules.ends[None, None, :], axis=2) | (step + 1 >= rules.limit)
 
         # Only a candidate that would have become a beam may end a text.
-        new_scores = jnp.where(
-            ends[:, :beams] & ~self.done[:, None],
-            sums[:, :beams] / lax.dynamic_index_in_dim(rules.divisors, step),
-            -jnp.inf,
-        )
+        divisor, hoped = (lax.dynamic_index_in_dim(x, step).astype(sums.dtype) for x in (rules.divisors, rules.hoped))
+        new_scores = sums[:, :beams] / divisor[None]
+        new_scores = jnp.where(ends[:, :beams] & ~self.done[:, None], new_scores, -jnp.inf)
         finished_scores, best = lax.top_k(jnp.concatenate([self.finished_scores, new_scores], axis=1), beams)
         new_tokens = _append(_take(self.tokens, parent[:, :beams]), token[:, :beams], step)
         new_lengths = jnp.full_like(self.finished_lengths, step + 1)
 
         scores, going_on = lax.top_k(jnp.where(ends, -jnp.inf, sums), beams)
         parent, token = _take(parent, going_on), _take(token, going_on)
-        may_improve = scores[:, 0] / rules.hoped[step] > finished_scores[:, -1]
+        may_improve = scores[:, 0] / hoped > finished_scores[:, -1]
         enough = rules.first_suffice & (finished_scores[:, -1] > -jnp.inf)
         done = self.done | ~may_improve | enough
         return Search(
@@ -208,7 +213,7 @@ def _likeliest(logits: Float[Array, "batch beams vocab"], count: int, strategy: 
     Where the vocabulary is split, devices exchange two numbers a beam and their largest logits.
     """
     batch, beams, size = logits.shape
-    logits = logits.astype(jnp.float32).reshape(batch * beams, size)
+    logits = logits.astype(at_least_float32(logits.dtype)).reshape(batch * beams, size)
     largest = pmax(jnp.max(logits, axis=1, keepdims=True), "vocab", strategy)
     total = psum(jnp.sum(jnp.exp(logits - largest), axis=1, keepdims=True), "vocab", strategy)
     best, ids = lax.top_k(logits, min(count, size))
@@ -226,15 +231,16 @@ def _likeliest(logits: Float[Array, "batch beams vocab"], count: int, strategy: 
 def _first(
     model: Mistral,
     logits: Float[Array, "batch vocab"],
-    position: Int[Array, " batch"],
-    done: Bool[Array, " batch"],
+    position: Int[np.ndarray, " batch"],
+    done: Bool[np.ndarray, " batch"],
     rules: Rules,
     beams: int,
     kv_seq: int,
 ) -> Search:
     """The state after the first token of rows whose prompts' last tokens stand at `position`."""
     strategy = model.strategy
-    search = Search.init(position, done, beams, rules.divisors.shape[0], kv_seq)
+    dtype = at_least_float32(logits.dtype)
+    search = Search.init(jnp.asarray(position), jnp.asarray(done), beams, rules.divisors.shape[0], kv_seq, dtype)
 
     def advance(search: Search, logits: Array, rules: Rules) -> Search:
         logits = jnp.broadcast_to(logits[:, None], (logits.shape[0], beams, logits.shape[1]))
@@ -246,7 +252,7 @@ def _first(
 
 
 @eqx.filter_jit(donate="all-except-first")
-def extend(kept: tuple[Mistral, Search, Rules, Int[Array, ""]], cache: Cache) -> tuple[Search, Cache]:
+def extend(kept: tuple[Mistral, Search, Rules, Int[Array | np.ndarray, ""]], cache: Cache) -> tuple[Search, Cache]:
     """Decodes in one loop, until `until` tokens are there or all rows are done.
 
     **Arguments:**
@@ -278,43 +284,48 @@ def extend(kept: tuple[Mistral, Search, Rules, Int[Array, ""]], cache: Cache) ->
     return spmd(loop, model.mesh, in_specs, (state, layers))(model, search, rules, until, cache)
 
 
-def _live(search: Search, cache: Cache) -> Bool[Array, "batch kv_seq"]:
-    return jnp.any(search.seen, axis=1) & (cache.positions >= 0)
+def _live(model: Mistral, search: Search, cache: Cache) -> Bool[Array, "batch kv_seq"]:
+    live = jnp.any(search.seen, axis=1) & (cache.positions >= 0)
+    windows = [window for block in model.blocks if (window := block.attention.window) is not None]
+    if len(windows) < len(model.blocks):
+        return live
+    return live & (search.position[:, None] - cache.positions < max(windows))
 
 
 @eqx.filter_jit
 def live_slots(model: Mistral, search: Search, cache: Cache) -> Int[Array, ""]:
-    """How many slots the cache needs for what a beam sees; the others hold padding and beams that were given up."""
+    """How many slots the cache needs for what a beam may see.
+
+    The others hold padding, tokens of beams that were given up, and what no window reaches any more.
+    """
     strategy = model.strategy
 
     def count(search: Search, cache: Cache) -> Array:
-        most = jnp.max(jnp.sum(_live(search, cache), axis=1, dtype=jnp.int32))
+        most = jnp.max(jnp.sum(_live(model, search, cache), axis=1, dtype=jnp.int32))
         return pmax(most, "batch kv_seq", strategy) * place("kv_seq", strategy)[1]
 
     in_specs = specs(search, strategy), specs(cache, strategy)
     return spmd(count, model.mesh, in_specs, strategy.spec(""))(search, cache)
 
 
-@eqx.filter_jit(donate="all-except-first")
+@eqx.filter_jit
 def put_in_order(
-    kept: tuple[Mistral, Int[Array, ""]], search: Search, cache: Cache, kv_seq: int
+    model: Mistral, used: Int[Array, ""], search: Search, cache: Cache, kv_seq: int
 ) -> tuple[Search, Cache]:
-    """Between two loops: moves what is seen to the front of the cache, and gives that another number of slots.
+    """Between two loops: a copy of the cache that has what the beams may see, at the front.
 
     **Arguments:**
 
-    - `kept`: the model, and the result of `live_slots`.
-    - `search`, `cache`: donated.
-    - `kv_seq`: the number of slots, at least `live_slots`.
+    - `used`: the result of `live_slots`.
+    - `kv_seq`: how many slots the copy has, at least as many.
 
     **Returns:** the state and the cache.
     """
-    model, used = kept
     strategy = model.strategy
     share = kv_seq // parts(model, "kv_seq")
 
     def move(search: Search, cache: Cache, used: Array) -> tuple[Search, Cache]:
-        live = _live(search, cache)
+        live = _live(model, search, cache)
         order = jnp.argsort(~live, axis=1, stable=True)[:, :share]
         more = share - order.shape[1]
 
@@ -330,24 +341,6 @@ def put_in_order(
 
     state, split = specs(search, strategy), specs(cache, strategy)
     return spmd(move, model.mesh, (state, split, strategy.spec("")), (state, split))(search, cache, used)
-
-
-def _read(model: Mistral, rows: list[list[int]], idle: int) -> tuple[Float[Array, "batch vocab"], np.ndarray, Cache]:
-    """Reads the prompts, each once. The last column holds each row's last token."""
-    ids, positions = pad_left(rows, prompt_width(max(map(len, rows))))
-    ids, positions = (np.concatenate([x, *[x[:1]] * idle]) for x in (ids, positions))
-    cache = empty_cache(model, len(ids), slots(model, ids.shape[1]))
-    logits = None
-    for start in range(0, ids.shape[1], _CHUNK):
-        piece = slice(start, start + _CHUNK)
-        logits, cache = prefill((model, _rows(model, ids[:, piece]), _rows(model, positions[:, piece])), cache)
-    assert logits is not None
-    return logits, positions[:, -1], cache
-
-
-def _rows(model: Mistral, x: np.ndarray) -> Array:
-    mesh = model.mesh
-    return jnp.asarray(x) if mesh is None else place_on(x, mesh, model.strategy.spec("batch"))
 
 
 def _check_beams(num_beams: int, num_return_sequences: int, vocab: int):
@@ -406,14 +399,18 @@ def beam_search(
     rows = checked_prompts(prompts, model.config.vocab)
     request = Request.init(model, rows, max_new_tokens, Sampler(), eos_id, None)
     rules = Rules.init(request.ends, capacity(max_new_tokens), max_new_tokens, length_penalty, early_stopping)
-    logits, position, cache = _read(model, rows, request.idle)
-    done = np.arange(len(position)) >= len(rows)
-    search = _first(model, logits, _rows(model, position), _rows(model, done), rules, num_beams, cache.kv_seq)
+    ids, positions = pad_left(rows, prompt_width(max(map(len, rows))))
+    done = np.arange(len(rows) + request.idle) >= len(rows)
+    ids, positions = (np.concatenate([x, *[x[:1]] * request.idle]) for x in (ids, positions))
+    cache = empty_cache(model, len(ids), slots(model, ids.shape[1]))
+    logits, cache = read_pieces(model, ids, positions, cache, request.chunk)
+    # The last column holds each row's last token.
+    search = _first(model, logits, positions[:, -1], done, rules, num_beams, cache.kv_seq)
     while (step := int(search.step)) < max_new_tokens and bool(search.unfinished):
         live = live_slots(model, search, cache)
-        room = _room(int(live), num_beams, max_new_tokens - step)
-        search, cache = put_in_order((model, live), search, cache, max(slots(model, room), cache.kv_seq))
-        until = min(step + (room - int(live)) // num_beams, max_new_tokens)
+        kv_seq = max(slots(model, _room(int(live), num_beams, max_new_tokens - step)), cache.kv_seq)
+        search, cache = put_in_order(model, live, search, cache, kv_seq)
+        until = min(step + (holds(model, kv_seq) - int(live)) // num_beams, max_new_tokens)
         search, cache = extend((model, search, rules, np.asarray(until, np.int32)), cache)
     tokens, lengths, scores = (
         everywhere(x)[: len(rows), :num_return_sequences]
