@@ -243,17 +243,30 @@ def decode(
     return spmd(loop, model.mesh, in_specs, (state, layers))(model, decoding, sampler, ends, until, cache)
 
 
-def empty_cache(model: Mistral, batch: int, kv_seq: int) -> Cache:
-    """A cache for a model, split over the model's devices as it is."""
-    return _init_cache(model.config, batch, kv_seq, model.dtype, model.mesh, model.strategy)()
+def empty_cache(model: Mistral, batch: int, kv_seq: int, piece: int | None = None) -> Cache:
+    """A cache for a model, split over the model's devices as it is.
+
+    **Arguments:** as for [`mistral_eqx.nn.Cache`][].
+    """
+    shares = parts(model, "kv_seq")
+    return _init_cache(model.config, batch, kv_seq, model.dtype, piece, shares, model.mesh, model.strategy)()
 
 
 @functools.lru_cache
 def _init_cache(
-    config: MistralConfig, batch: int, kv_seq: int, dtype: jnp.dtype, mesh: Mesh | None, strategy: Strategy
+    config: MistralConfig,
+    batch: int,
+    kv_seq: int,
+    dtype: jnp.dtype,
+    piece: int | None,
+    shares: int,
+    mesh: Mesh | None,
+    strategy: Strategy,
 ) -> Callable[[], Cache]:
     platform = None if mesh is None else mesh.devices.flat[0].platform
-    init = functools.partial(Cache.init, config, batch, kv_seq, dtype, platform=platform)
+    init = functools.partial(
+        Cache.init, config, batch, kv_seq, dtype, platform=platform, piece=piece, shares=shares
+    )
     if mesh is None:
         return init
     split = specs(eqx.filter_eval_shape(init), strategy)
@@ -420,13 +433,20 @@ class Request:
             chunk=prefill_chunk,
         )
 
-    def start(self, rows: list[list[int]]) -> tuple[Decoding, Cache]:
-        """Reads the prompts into a new cache with room for new tokens, and decodes the first of these."""
+    def start(self, rows: list[list[int]], *, forgets: bool = True) -> tuple[Decoding, Cache]:
+        """Reads the prompts into a new cache with room for new tokens, and decodes the first of these.
+
+        **Arguments:**
+
+        - `forgets`: whether layers with a window keep what the window reaches and no more. A cache to which padded
+            texts are added, or from which tokens are taken away, must not.
+        """
         prefix, width = self.prefix, prompt_width(max(map(len, rows)))
         # Attention reads all of a cache: while the prompt is read, it has no slots besides the prompt's.
         if prefix is None:
             ids, positions = pad_left(rows, width)
-            cache = empty_cache(self.model, len(rows) + self.idle, slots(self.model, width))
+            piece = min(self.chunk, width) if forgets else None
+            cache = empty_cache(self.model, len(rows) + self.idle, slots(self.model, width), piece)
         else:
             ids, positions = pad_left(rows, width, starts=[len(prefix.ids)] * len(rows))
             room = slots(self.model, int(prefix.cache.used) + width)

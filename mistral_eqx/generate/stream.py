@@ -121,7 +121,7 @@ class Conversation:
         cache, self._cache = self._cache, None
         # An interrupted step leaves a cache that was given away and not replaced.
         if cache is None or any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
-            return request.start([row])
+            return request.start([row], forgets=False)
         common = next((at for at, (old, new) in enumerate(zip(self._ids, row, strict=False)) if old != new), None)
         common = min(len(self._ids), len(row)) if common is None else common
         # At least one token is read again, for its logits.
@@ -131,6 +131,6 @@ class Conversation:
         room = capacity(int(cache.used) + ids.shape[1] + new)
         # What was edited away leaves its slots behind; when most of the cache is such slots, a new one is better.
         if room > 2 * capacity(prompt_width(len(row)) + new):
-            return request.start([row])
+            return request.start([row], forgets=False)
         room = max(slots(self._model, room), cache.kv_seq)
         return request.read(ids, positions, grow(self._model, cache, room).keep(known))

@@ -180,17 +180,19 @@ def _hidden(
         positions = start[:, None] + jnp.arange(seq, dtype=jnp.int32)[None, :]
     slot = jnp.zeros((), jnp.int32) if cache is None else cache.used
     layers = (None,) * len(model.blocks) if cache is None else cache.layers
-    kv_positions = own_slots(positions, slot, strategy, axis=1, fill=-1)
+    known = own_slots(positions, slot, strategy, axis=1, fill=-1)
     if cache is not None:
-        kv_positions = lax.dynamic_update_slice_in_dim(cache.positions, kv_positions, own_slot(slot, strategy), axis=1)
+        known = lax.dynamic_update_slice_in_dim(cache.positions, known, own_slot(slot, strategy), axis=1)
+    used = own_slot(slot + seq, strategy)
     rotation = model.rotary(positions)
     x = model.embedding(ids)
     updated = []
     for block, layer in zip(model.blocks, layers, strict=True):
+        kv_positions = known if layer is None else layer.positions(known, used)
         x, layer = block(x, rotation, positions, kv_positions, layer, slot, seen)
         updated.append(layer)
     if cache is not None:
-        cache = Cache(tuple(updated), kv_positions, slot + seq)
+        cache = Cache(tuple(updated), known, slot + seq)
     return all_tokens(model.norm(x), seq, strategy, to="invarying"), cache
 
 
