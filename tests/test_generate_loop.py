@@ -20,7 +20,8 @@ from generation_fixtures import (
 from hypothesis import given, settings, strategies as st
 from model_fixtures import padded, run
 
-from mistral_eqx import Sampler, generate, stream
+import mistral_eqx as mx
+from mistral_eqx import Conversation, Sampler, generate, prefill, stream
 from mistral_eqx.nn import Cache
 
 
@@ -207,10 +208,11 @@ def started(prompts, new=24):
 
 
 def in_order(cache, row):
-    """The positions of a row, ascending, and the keys of its layers at these positions."""
+    """The positions of a row, ascending, and the keys at these positions of the layers that keep all of them."""
     positions = np.asarray(cache.positions[row])
     slots = [slot for slot in np.argsort(positions) if positions[slot] >= 0]
-    return positions[slots].tolist(), [np.asarray(layer.k[row])[:, slots] for layer in cache.layers]
+    whole = [layer for layer in cache.layers if max(slots) < layer.slots]
+    return positions[slots].tolist(), [np.asarray(layer.k[row])[:, slots] for layer in whole]
 
 
 def test_trap_rope_positions_not_shifted_for_left_padding():
@@ -268,6 +270,184 @@ def test_trap_padding_to_a_fixed_maximum_made_every_step_slow(monkeypatch):
     # The prompt is read into no more slots than it has columns; the loop has those that it can fill, in few sizes.
     assert [cache.kv_seq for _, (_, cache) in prefills] == [16]
     assert [cache.kv_seq for _, (_, cache) in decodes] == [128]
+
+
+def test_the_cache_grows_as_the_text_does(monkeypatch):
+    model = talking_model(windows=(None,))
+    decodes = spy(monkeypatch, "decode")
+    # Few tokens of many that are allowed: not a cache for all of these.
+    (end,) = set(generate(model, PROMPTS[:1], max_new_tokens=1).tokens[0].tolist())
+    assert decodes == []
+    generate(model, PROMPTS[:1], max_new_tokens=4000, eos_id=[id for id in range(VOCAB) if id != end])
+    assert [cache.kv_seq for _, (_, cache) in decodes] == [256]
+    decodes.clear()
+    expected = generate(model, PROMPTS, max_new_tokens=1000).tokens
+    # 16 columns of prompts, and then slots for 999 tokens: each cache is at most twice the one before, and is full.
+    assert [cache.kv_seq for _, (_, cache) in decodes] == [256, 512, 1024]
+    assert [int(decoding.step) for _, (decoding, _) in decodes] == [241, 497, 1000]
+    assert [decoding.tokens.shape for _, (decoding, _) in decodes] == [(3, 256), (3, 512), (3, 1024)]
+    decodes.clear()
+    # In one cache from the start it is the same.
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "first_room", lambda max_new_tokens: max_new_tokens)
+        np.testing.assert_array_equal(generate(model, PROMPTS, max_new_tokens=1000).tokens, expected)
+    assert [cache.kv_seq for _, (_, cache) in decodes] == [1024]
+    decodes.clear()
+    streamed = np.stack(list(stream(model, PROMPTS, max_new_tokens=300)), 1)
+    np.testing.assert_array_equal(streamed, expected[:, :300])
+    assert [cache.kv_seq for _, (_, cache) in decodes] == [256] * 240 + [384] * 59
+
+
+def test_a_conversation_grows_its_cache_as_its_text_does():
+    model, chat = talking_model(windows=(None,)), Conversation(talking_model(windows=(None,)))
+    said = list(chat.reply(PROMPTS[0], max_new_tokens=300))
+    assert [said] == generate(model, PROMPTS[:1], max_new_tokens=300).tokens.tolist()
+    assert chat._cache is not None
+    assert chat._cache.kv_seq == 384
+    text = [*PROMPTS[0], *said, 5]
+    assert [list(chat.reply(text, max_new_tokens=20))] == generate(model, [text], max_new_tokens=20).tokens.tolist()
+
+
+def test_a_cache_that_grows_on_a_mesh():
+    model = talking_model(windows=(None,), vocab=60)
+    prompts, options = [[1, 2, 3], [4] * 9], {"max_new_tokens": 300, "logprobs": 1}
+    expected = generate(model, prompts, **options)
+    split = mx.shard(model, mx.make_mesh("kv=2,rep=2"), mx.HEADS_X_KV_SEQ)
+    found = generate(split, prompts, **options)
+    assert found.tokens.tolist() == expected.tokens.tolist()
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-4)
+
+
+# What is compiled for one length serves many draws of these.
+_WIDTHS, _CHUNKS = st.sampled_from([16, 32]), st.sampled_from([1, 5, 16])
+
+
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(
+    rows=st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=16), min_size=3, max_size=3),
+    order=st.permutations(range(3)),
+    width=_WIDTHS,
+    chunk=_CHUNKS,
+    side=st.sampled_from(["left", "right"]),
+)
+def test_padding_order_and_pieces_change_nothing(rows, order, width, chunk, side):
+    model = talking_model()
+    alone = [logits_of(model, row, width=64)[-1] for row in rows]
+    ids, positions = padded([rows[index] for index in order], width, side)
+    cache, logits = Cache.init(model.config, 3, width), {}
+    for start in range(0, width, chunk):
+        columns = slice(start, start + chunk)
+        piece, cache = run(model, ids[:, columns], positions[:, columns], cache)
+        # The last column that holds a token of a row tells what comes after it.
+        for row in range(3):
+            last = len(rows[order[row]]) - 1
+            if last in positions[row, columns]:
+                logits[row] = piece[row, positions[row, columns].tolist().index(last)]
+    for row in range(3):
+        np.testing.assert_allclose(logits[row], alone[order[row]], atol=1e-5 * np.abs(alone[order[row]]).max())
+
+
+@settings(deadline=None, max_examples=10, derandomize=True)
+@given(
+    rows=st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=16), min_size=3, max_size=3),
+    width=_WIDTHS,
+    chunk=_CHUNKS,
+    side=st.sampled_from(["left", "right"]),
+    begin=st.integers(0, 8),
+)
+def test_arrays_with_padding_pieces_and_prefixes_give_the_same_tokens(rows, width, chunk, side, begin):
+    model = talking_model()
+    expected = generate(model, rows, max_new_tokens=6).tokens.tolist()
+    ids, positions = padded(rows, width, side)
+    array = np.where(positions < 0, -1, ids)
+    assert generate(model, array, max_new_tokens=6, prefill_chunk=chunk).tokens.tolist() == expected
+    # The same texts, of which a part was read before.
+    start = [17, *[3] * begin]
+    whole = generate(model, [start + row for row in rows], max_new_tokens=6).tokens.tolist()
+    prefix = prefill(model, start, prefill_chunk=chunk)
+    assert generate(model, rows, max_new_tokens=6, prefix=prefix, prefill_chunk=chunk).tokens.tolist() == whole
+
+
+def read_tokens(prefills):
+    return [int((np.asarray(positions) >= 0).sum()) for ((_, _, positions), _), _ in prefills]
+
+
+def test_a_prefix_is_read_once(monkeypatch):
+    model, prefills = talking_model(), spy(monkeypatch, "prefill")
+    (start,) = random_prompts(40)
+    prefix = prefill(model, np.asarray(start))
+    assert read_tokens(prefills) == [40]
+    prefills.clear()
+    options = {"max_new_tokens": 8, "sampler": NUCLEUS, "key": jr.key(2), "logprobs": 0}
+    for rows in (PROMPTS, PROMPTS):
+        out = generate(model, rows, prefix=prefix, **options)
+        assert read_tokens(prefills) == [sum(map(len, rows))]
+        expected = generate(model, [start + row for row in rows], **options)
+        assert out.tokens.tolist() == expected.tokens.tolist()
+        np.testing.assert_allclose(out.log_probs, expected.log_probs, atol=1e-4)
+        streamed = stream(model, rows, max_new_tokens=8, sampler=NUCLEUS, key=jr.key(2), prefix=prefix)
+        assert np.stack(list(streamed), 1).tolist() == expected.tokens.tolist()
+        prefills.clear()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(prefix.cache))
+
+
+@pytest.mark.parametrize(
+    ("axes", "strategy"), [("dp=2,tp=2", mx.HEADS + "batch@dp"), ("kv=2,rep=2", mx.HEADS_X_KV_SEQ)]
+)
+def test_prefixes_and_samples_on_a_mesh(axes, strategy):
+    model = talking_model(windows=(None,), vocab=60)
+    start, rows = [1, 2, 3, 4, 5], [[7, 8], [9] * 5, [10]]
+    options = {"max_new_tokens": 6, "sampler": NUCLEUS, "key": jr.key(2), "num_samples": 2}
+    expected = generate(model, [start + row for row in rows], **options).tokens.tolist()
+    split = mx.shard(model, mx.make_mesh(axes), strategy)
+    prefix = prefill(split, start)
+    for _ in range(2):
+        assert generate(split, rows, prefix=prefix, **options).tokens.tolist() == expected
+
+
+def test_samples_of_a_prompt_read_it_once(monkeypatch):
+    model, prefills = talking_model(), spy(monkeypatch, "prefill")
+    options = {"max_new_tokens": 8, "sampler": ANYTHING, "key": jr.key(5)}
+    out = generate(model, PROMPTS, num_samples=4, **options)
+    assert [ids.shape for ((_, ids, _), _), _ in prefills] == [(3, 16)]
+    assert out.tokens.shape == (12, 8)
+    # They are those of a batch in which each prompt stands four times, and differ from each other.
+    assert out.tokens.tolist() == generate(model, [row for row in PROMPTS for _ in range(4)], **options).tokens.tolist()
+    assert len({tuple(row) for row in out.tokens.tolist()}) == 12
+    # One key a prompt: its samples depend on that alone.
+    keys = jr.split(jr.key(6), 3)
+    out = generate(model, PROMPTS, num_samples=2, **(options | {"key": keys}))
+    alone = generate(model, PROMPTS[1:2], num_samples=2, **(options | {"key": keys[1:2]}))
+    assert out.tokens[2:4].tolist() == alone.tokens.tolist()
+    assert out.tokens[2].tolist() != out.tokens[3].tolist()
+
+
+def test_log_probabilities_are_the_models_own():
+    model = talking_model()
+    for sampler in (Sampler(), Sampler(temperature=3.0, top_k=5, processors=[mx.BannedTokens([1, 2])])):
+        out = generate(model, PROMPTS, max_new_tokens=12, sampler=sampler, key=jr.key(0), logprobs=5)
+        assert out.log_probs.shape == (3, 12)
+        assert out.top_tokens.shape == out.top_log_probs.shape == (3, 12, 5)
+        for row, prompt in enumerate(PROMPTS):
+            tokens = out.tokens[row].tolist()
+            logits = logits_of(model, prompt + tokens, width=64)[len(prompt) - 1 : -1].astype(np.float64)
+            expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            np.testing.assert_allclose(out.log_probs[row], expected[np.arange(12), tokens], atol=1e-4)
+            order = np.argsort(-expected, axis=-1)[:, :5]
+            np.testing.assert_array_equal(out.top_tokens[row], order)
+            np.testing.assert_allclose(out.top_log_probs[row], np.take_along_axis(expected, order, 1), atol=1e-4)
+
+
+def test_log_probabilities_of_the_chosen_tokens_alone():
+    out = generate(talking_model(), PROMPTS, max_new_tokens=12, logprobs=0)
+    assert out.top_tokens.shape == (3, 12, 0)
+    both = generate(talking_model(), PROMPTS, max_new_tokens=12, logprobs=1)
+    np.testing.assert_array_equal(out.log_probs, both.log_probs)
+    # Greedy: the chosen one is the likeliest.
+    np.testing.assert_array_equal(both.log_probs, both.top_log_probs[..., 0])
+    np.testing.assert_array_equal(both.tokens, both.top_tokens[..., 0])
+    without = generate(talking_model(), PROMPTS, max_new_tokens=12)
+    assert without.log_probs is without.top_tokens is without.top_log_probs is without.texts is None
 
 
 def test_trap_recompiled_every_token():
@@ -329,6 +509,9 @@ def test_another_temperature_or_top_p_compiles_nothing():
         ({"sampler": NUCLEUS, "key": jr.split(jr.key(0), (2, 1))}, ["2 prompts", "keys of shape (2, 1)"]),
         ({"sampler": NUCLEUS, "key": jr.PRNGKey(0)}, ["jax.random.key"]),
         ({"sampler": NUCLEUS, "key": 0}, ["jax.random.key"]),
+        ({"num_samples": 0, "sampler": NUCLEUS}, ["num_samples is 0", "at least 1"]),
+        ({"num_samples": 3}, ["num_samples is 3", "are the same", "temperature"]),
+        ({"prefill_chunk": 0}, ["pieces of 0 tokens", "at least 1"]),
     ],
 )
 @pytest.mark.parametrize("call", [generate, stream])
@@ -336,3 +519,21 @@ def test_mistakes_are_refused_in_one_sentence(call, arguments, words):
     # `stream` too refuses at the call, not when its first token is asked for.
     with refused(*words):
         call(talking_model(max_positions=64), **({"prompts": [[1], [2]], "max_new_tokens": 4} | arguments))
+
+
+def test_mistakes_of_generate_alone_are_refused_in_one_sentence():
+    model, other = talking_model(max_positions=64), talking_model()
+    for number in (-1, VOCAB + 1):
+        with refused(f"logprobs is {number}", f"from 0 to the vocabulary's {VOCAB}"):
+            generate(model, PROMPTS, max_new_tokens=4, logprobs=number)
+    with refused("read by another model"):
+        generate(model, PROMPTS, max_new_tokens=4, prefix=prefill(other, [1, 2]))
+    with refused("54 tokens", "context of 64"):
+        generate(model, PROMPTS, max_new_tokens=20, prefix=prefill(model, [1] * 40))
+    for prefix, words in (([], ["is empty"]), ([VOCAB], [f"token id {VOCAB}"]), ([1] * 64, ["64 tokens"])):
+        with refused(*words):
+            prefill(model, prefix)
+    with refused("Prompt 1 is empty"):
+        generate(model, np.array([[1, 2], [-1, -1]]), max_new_tokens=4)
+    with refused("token id -1"):
+        generate(model, np.array([[1, -1, 2]]), max_new_tokens=4)

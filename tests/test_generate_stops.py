@@ -1,0 +1,176 @@
+import jax.random as jr
+import numpy as np
+import pytest
+from generation_fixtures import PROMPTS, VOCAB, loop, refused, spy, talking_model
+from hypothesis import given, settings, strategies as st
+
+from mistral_eqx import Conversation, Sampler, StopText, generate, stream
+from mistral_eqx.text.tokenizer import AbstractTokenizer, control_pattern
+
+
+class Pieces(AbstractTokenizer):
+    """A tokenizer whose tokens are these bytes; the last token is a control token."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+        self.name, self.vocab = "pieces", len(pieces) + 1
+        self.bos_id, self.eos_ids, self.adds_bos = None, (len(pieces),), False
+        self.chat_template = self.release_file = None
+        self.control_tokens = {"<end>": len(pieces)}
+        self.control_pattern = control_pattern([])
+
+    def encode_plain(self, text, *, first):
+        raise NotImplementedError
+
+    def token_bytes(self, id, *, first):
+        return [*self.pieces, b"<end>"][id]
+
+    def write_vocabulary(self, folder):
+        raise NotImplementedError
+
+
+# Of one to three characters, and halves of some: a word begins and ends anywhere in them.
+ALPHABET = "abcde\n"
+PIECES = [a.encode() for a in ALPHABET] + [(a + b).encode() for a in ALPHABET for b in ALPHABET]
+PIECES += ["é".encode()[:1], "é".encode()[1:], "é".encode(), "🦙".encode()[:2], "🦙".encode()[2:], b"aab", b"\n\n\n"]
+PIECES += [(a * 3).encode() for a in "abcde"] + [b"ca", b"ea", b"ab ", b" ", b" a", b"b "]
+TOKENIZER = Pieces(PIECES[: VOCAB - 1])
+
+
+def cut_by_definition(text, stops):
+    """The text before the stop string that is complete first, and that string."""
+    for end in range(1, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            longest = max(found, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+@settings(deadline=None, max_examples=300, derandomize=True)
+@given(
+    ids=st.lists(st.integers(0, VOCAB - 1), max_size=12),
+    stops=st.lists(st.text("ab\né", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_a_text_is_cut_where_the_first_stop_string_begins(ids, stops):
+    expected, stopped = cut_by_definition(TOKENIZER.decode(ids), stops)
+    text = StopText(TOKENIZER, stops)
+    given = ""
+    for count, id in enumerate(ids, 1):
+        given += text.push(id)
+        # Nothing that was given has to be taken away again, and what is held back may still become a stop string.
+        assert expected.startswith(given)
+        certain, found = cut_by_definition(TOKENIZER.decode(ids[:count]).rstrip("\ufffd"), stops)
+        if found is None and stopped is None and "\ufffd" not in certain:
+            assert len(certain) - len(given) < max(map(len, stops))
+    given += text.flush()
+    assert given == expected
+    assert text.stopped == stopped
+
+
+@pytest.fixture(scope="module")
+def free():
+    """What the prompts give without stop strings: tokens and texts."""
+    out = generate(talking_model(), PROMPTS, max_new_tokens=40, tokenizer=TOKENIZER)
+    return out.tokens.tolist(), out.texts
+
+
+def stopped_at(tokens, stops):
+    """The text of a row and how many of its tokens it takes, by decoding all of its beginnings."""
+    for length in range(1, len(tokens) + 1):
+        text, found = cut_by_definition(TOKENIZER.decode(tokens[:length]), stops)
+        if found is not None:
+            return text, length
+    return TOKENIZER.decode(tokens), len(tokens)
+
+
+def test_texts_without_stop_strings(free):
+    tokens, texts = free
+    assert texts == [TOKENIZER.decode(row) for row in tokens]
+    out = generate(talking_model(), PROMPTS, max_new_tokens=40, tokenizer=TOKENIZER, eos_id=tokens[1][7])
+    assert out.texts == [
+        TOKENIZER.decode(row[:length]) for row, length in zip(tokens, out.lengths.tolist(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("place", [0, 1, 5, 17, 30])
+def test_rows_end_where_their_text_has_a_stop_string(free, place):
+    tokens, texts = free
+    # One from the middle of a row's text, over the border of two tokens and more.
+    stops = [texts[1][place : place + 3], texts[2][place + 2 : place + 6]]
+    out = generate(talking_model(), PROMPTS, max_new_tokens=40, stop=stops, tokenizer=TOKENIZER)
+    expected = [stopped_at(row, stops) for row in tokens]
+    assert out.texts == [text for text, _ in expected]
+    assert out.lengths.tolist() == [length for _, length in expected]
+    assert min(out.lengths.tolist()) < 40
+    for row, length, found in zip(tokens, out.lengths.tolist(), out.tokens.tolist(), strict=True):
+        assert found == row[:length] + [row[length - 1]] * (40 - length)
+
+
+def test_a_stream_ends_rows_at_the_token_that_completes_a_stop_string(free):
+    tokens, texts = free
+    stops = [texts[0][9:12], texts[1][20:24]]
+    options = {"max_new_tokens": 40, "stop": stops, "tokenizer": TOKENIZER}
+    expected = [row[: stopped_at(row, stops)[1]] for row in tokens]
+    entries = np.stack(list(stream(talking_model(), PROMPTS, **options)), 1)
+    assert [[int(id) for id in row if id >= 0] for row in entries] == expected
+    assert entries.shape[1] == max(map(len, expected))
+    assert list(Conversation(talking_model()).reply(PROMPTS[0], **options)) == expected[0]
+
+
+def test_end_tokens_and_stop_strings_together(free):
+    tokens, texts = free
+    stops, end = [texts[0][12:15]], tokens[1][4]
+    out = generate(talking_model(), PROMPTS, max_new_tokens=40, stop=stops, tokenizer=TOKENIZER, eos_id=end)
+    for row, text, length in zip(tokens, out.texts, out.lengths.tolist(), strict=True):
+        first_end = row.index(end) + 1 if end in row else 40
+        expected, expected_length = stopped_at(row[:first_end], stops)
+        assert (text, length) == (expected, expected_length)
+
+
+def test_the_loop_goes_on_for_no_more_than_a_piece(free, monkeypatch):
+    decodes = spy(monkeypatch, "decode")
+    _, texts = free
+    stops = [text[:4] for text in texts]
+    out = generate(talking_model(), PROMPTS, max_new_tokens=40, stop=stops, tokenizer=TOKENIZER)
+    assert max(out.lengths.tolist()) <= 5
+    ((_, (decoding, _)),) = decodes
+    assert int(decoding.step) <= 1 + loop._PIECE
+
+
+def test_a_row_that_stopped_draws_on_as_if_it_had_not(free):
+    # The others' random numbers do not depend on it.
+    options = {"max_new_tokens": 24, "sampler": Sampler(temperature=1.5), "key": jr.key(0), "tokenizer": TOKENIZER}
+    whole = generate(talking_model(), PROMPTS, **options)
+    stops = [whole.texts[0][3:6]]
+    out = generate(talking_model(), PROMPTS, stop=stops, **options)
+    for row, found, length in zip(whole.tokens.tolist(), out.tokens.tolist(), out.lengths.tolist(), strict=True):
+        assert length == stopped_at(row, stops)[1]
+        assert found[:length] == row[:length]
+    assert out.lengths[0] < 24
+
+
+def test_log_probabilities_end_with_their_row(free):
+    _, texts = free
+    options = {"max_new_tokens": 24, "logprobs": 2, "tokenizer": TOKENIZER}
+    whole = generate(talking_model(), PROMPTS, **options)
+    out = generate(talking_model(), PROMPTS, stop=[texts[0][5:8]], **options)
+    counts = np.arange(24) < np.asarray(out.lengths)[:, None]
+    assert not counts.all()
+    np.testing.assert_array_equal(out.log_probs, np.where(counts, whole.log_probs, 0))
+    np.testing.assert_array_equal(out.top_tokens, np.where(counts[..., None], whole.top_tokens, 0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"stop": [""]}, ["stop string ''", "at least one character"]),
+        ({"stop": ""}, ["stop string ''"]),
+        ({"stop": ["a", 3]}, ["stop string 3"]),
+        ({"stop": "a", "tokenizer": None}, ["Stop strings", "give the tokenizer"]),
+    ],
+)
+@pytest.mark.parametrize("call", [generate, stream])
+def test_mistakes_are_refused_in_one_sentence(call, arguments, words):
+    with refused(*words):
+        call(talking_model(), PROMPTS, **({"max_new_tokens": 4, "tokenizer": TOKENIZER} | arguments))
