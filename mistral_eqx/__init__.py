@@ -7,6 +7,7 @@ from .conversion import convert as convert
 from .generate import (
     AbstractProcessor as AbstractProcessor,
     BannedTokens as BannedTokens,
+    Beams as Beams,
     Constraint as Constraint,
     Conversation as Conversation,
     FrequencyPenalty as FrequencyPenalty,
@@ -18,6 +19,7 @@ from .generate import (
     RepetitionPenalty as RepetitionPenalty,
     Sampler as Sampler,
     StopText as StopText,
+    beam_search as beam_search,
     generate as generate,
     prefill as prefill,
     stream as stream,

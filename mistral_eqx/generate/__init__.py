@@ -1,3 +1,4 @@
+from .beam import Beams as Beams, beam_search as beam_search
 from .loop import Generated as Generated, Prefix as Prefix, generate as generate
 from .prefix import prefill as prefill
 from .processors import (

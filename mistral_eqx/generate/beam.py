@@ -408,9 +408,9 @@ def beam_search(
     search = _first(model, logits, positions[:, -1], done, rules, num_beams, cache.kv_seq)
     while (step := int(search.step)) < max_new_tokens and bool(search.unfinished):
         live = live_slots(model, search, cache)
-        kv_seq = max(slots(model, _room(int(live), num_beams, max_new_tokens - step)), cache.kv_seq)
-        search, cache = put_in_order(model, live, search, cache, kv_seq)
-        until = min(step + (holds(model, kv_seq) - int(live)) // num_beams, max_new_tokens)
+        room = _room(int(live), num_beams, max_new_tokens - step, holds(model, cache.kv_seq))
+        search, cache = put_in_order(model, live, search, cache, slots(model, room))
+        until = min(step + (room - int(live)) // num_beams, max_new_tokens)
         search, cache = extend((model, search, rules, np.asarray(until, np.int32)), cache)
     tokens, lengths, scores = (
         everywhere(x)[: len(rows), :num_return_sequences]
@@ -421,6 +421,7 @@ def beam_search(
     return Beams(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(scores))
 
 
-def _room(live: int, beams: int, steps: int) -> int:
-    """How many slots to have when `live` are in use: for a while, or for all of the steps that are left."""
-    return capacity(live + min(beams * steps, max(beams * _STEPS, live // 2)))
+def _room(live: int, beams: int, steps: int, room: int) -> int:
+    """How many slots to have where there are `room`: as many, if they last for a while, or else up to twice as many."""
+    least = live + beams * min(steps, _STEPS)
+    return room if least <= room else capacity(max(least, min(2 * room, live + beams * steps)))
