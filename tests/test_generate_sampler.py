@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from generation_fixtures import count_compilations, refused
 from hypothesis import given, settings, strategies as st
+from sharding_fixtures import mesh, sharded
 
 from mistral_eqx.generate import Sampler
+from mistral_eqx.parallel import Strategy, specs
 
 
 DRAWS = 2000
@@ -21,7 +23,7 @@ def draws(sampler, logits, key, number=DRAWS):
     return np.asarray(drawn(sampler, jnp.tile(jnp.asarray(logits)[None], (number, 1)), jr.split(key, number)))
 
 
-def filter_by_definition(logits, temperature=1.0, top_k=None, top_p=None):
+def filter_by_definition(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, typical_p=None):
     """What `Sampler.filter` should do to one row, by sorting."""
     logits = logits.astype(np.float64) / temperature
     if top_k is not None:
@@ -30,6 +32,16 @@ def filter_by_definition(logits, temperature=1.0, top_k=None, top_p=None):
         order = np.argsort(-logits, kind="stable")
         needed = 1 + int(np.argmax(np.cumsum(softmax(logits)[order]) >= top_p - 1e-12))
         logits = np.where(logits < logits[order[needed - 1]], -np.inf, logits)
+    if min_p is not None:
+        probabilities = softmax(logits)
+        logits = np.where(probabilities < min_p * probabilities.max() * (1 - 1e-12), -np.inf, logits)
+    if typical_p is not None:
+        probabilities = softmax(logits)
+        surprise = -np.log(np.where(probabilities > 0, probabilities, 1))
+        distance = np.where(probabilities > 0, np.abs(surprise - np.sum(probabilities * surprise)), np.inf)
+        order = np.argsort(distance, kind="stable")
+        needed = 1 + int(np.argmax(np.cumsum(probabilities[order]) >= typical_p - 1e-12))
+        logits = np.where(distance > distance[order[needed - 1]] + 1e-9, -np.inf, logits)
     return logits
 
 
@@ -73,7 +85,21 @@ HALVES = np.log2(np.array([1 / 8, 1 / 2, 1 / 16, 1 / 4, 1 / 16], np.float32)) * 
         ({"temperature": 0.5, "top_p": 0.7}, [1]),
         ({"temperature": 0.5, "top_p": 0.75}, [1, 3]),
         ({"temperature": 0.5, "top_k": 3, "top_p": 0.77}, [1, 3]),
+        ({"min_p": 0.0}, [0, 1, 2, 3, 4]),
+        ({"min_p": 0.2}, [0, 1, 3]),
+        ({"min_p": 0.3}, [1, 3]),
+        ({"min_p": 1.0}, [1]),
+        # At the temperature 1/2 the second is a quarter as likely as the first.
+        ({"temperature": 0.5, "min_p": 0.3}, [1]),
+        # The mean surprise is 15/8 bits: that of 1/4 is nearest, then that of 1/2, of 1/8, and of 1/16.
+        ({"typical_p": 0.01}, [3]),
+        ({"typical_p": 0.2}, [3]),
+        ({"typical_p": 0.3}, [1, 3]),
+        ({"typical_p": 0.8}, [0, 1, 3]),
+        ({"typical_p": 1.0}, [0, 1, 2, 3, 4]),
+        ({"top_k": 2, "typical_p": 0.5}, [1]),
         # Two tokens share the border: both stay.
+        ({"typical_p": 0.9}, [0, 1, 2, 3, 4]),
         ({"top_k": 4}, [0, 1, 2, 3, 4]),
         ({"top_p": 0.9}, [0, 1, 2, 3, 4]),
     ],
@@ -144,8 +170,68 @@ def test_a_sampler_without_arguments_takes_the_likeliest(getkey):
     assert not any(sampler.greedy for sampler in (Sampler(temperature=0.1), Sampler(top_k=1), Sampler(top_p=0.1)))
 
 
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    spread=st.sampled_from([0.1, 1.0, 10.0]),
+    top_k=st.sampled_from([None, 7]),
+    min_p=st.none() | st.floats(0.0, 1.0),
+    typical_p=st.none() | st.floats(0.01, 0.99),
+)
+def test_min_p_and_typical_p_do_what_their_definitions_say(seed, spread, top_k, min_p, typical_p):
+    logits = np.random.default_rng(seed).normal(size=(3, 50)).astype(np.float32) * np.float32(spread)
+    actual = np.asarray(filtered(Sampler(1.0, top_k, None, min_p, typical_p), logits))
+    for row, got in zip(logits, actual, strict=True):
+        if typical_p is None:
+            expected = filter_by_definition(row, 1.0, top_k, None, min_p)
+            probabilities = softmax(row.astype(np.float64))
+            doubtful = np.abs(probabilities / probabilities.max() - (min_p or 0)) < 1e-6
+            np.testing.assert_array_equal(np.isfinite(got)[~doubtful], np.isfinite(expected)[~doubtful])
+            continue
+        # A sum that is typical_p but for rounding may fall on either side of it.
+        below, above = (
+            np.isfinite(filter_by_definition(row, 1.0, top_k, None, min_p, typical_p + change))
+            for change in (-1e-5, 1e-5)
+        )
+        assert (np.isfinite(got) | ~below).all()
+        assert (~np.isfinite(got) | above).all()
+        assert np.isfinite(got).any()
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7},
+        {"top_k": 7},
+        {"top_p": 0.8},
+        {"min_p": 0.05},
+        {"typical_p": 0.6},
+        {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.9},
+    ],
+    ids=str,
+)
+def test_a_split_vocabulary_draws_the_same(options, devices, getkey):
+    sampler, strategy = Sampler(**options), Strategy("vocab@tp")
+    logits, keys = jr.normal(getkey(), (20, 64)) * 3, jr.split(getkey(), 20)
+    # Ties, also with a token of another device.
+    logits = logits.at[:, 40].set(logits[:, 3]).at[5:, 63].set(jnp.max(logits[5:], axis=1))
+    arrays = jax.tree.map(jnp.asarray, sampler)
+    found, _ = sharded(
+        lambda sampler, logits, keys: sampler(logits, jr.wrap_key_data(keys), strategy),
+        mesh(devices),
+        (arrays, logits, jr.key_data(keys)),
+        (specs(arrays, strategy), jax.P(None, "tp"), jax.P()),
+        jax.P(),
+    )
+    assert found.tolist() == drawn(sampler, logits, keys).tolist()
+
+
 @pytest.mark.parametrize("temperature", [5e-324, 1e-50, 1e-38, 1e-10, 1e10, 1e38, 1e300])
-@pytest.mark.parametrize("others", [{}, {"top_k": 20, "top_p": 0.99}], ids=["alone", "together"])
+@pytest.mark.parametrize(
+    "others", [{}, {"top_k": 20, "top_p": 0.99, "min_p": 0.0, "typical_p": 0.99}], ids=["alone", "together"]
+)
 def test_extreme_temperatures_are_greedy_or_uniform(temperature, others, getkey):
     logits = (jr.normal(getkey(), (50,)) * 10).at[3].set(0.0)
     sampler = Sampler(temperature=temperature, **others)
@@ -231,6 +317,10 @@ def test_a_sampler_is_a_pytree_with_two_arrays():
         ({"top_p": 1.5}, ["top_p is 1.5", "above 0 and at most 1"]),
         ({"top_p": -0.5}, ["top_p is -0.5"]),
         ({"top_p": float("nan")}, ["top_p is nan"]),
+        ({"min_p": -0.1}, ["min_p is -0.1", "from 0 to 1"]),
+        ({"min_p": 1.1}, ["min_p is 1.1", "from 0 to 1"]),
+        ({"typical_p": 0.0}, ["typical_p is 0.0", "above 0 and at most 1"]),
+        ({"typical_p": float("nan")}, ["typical_p is nan"]),
         # A greedy sampler does not hide a mistake.
         ({"temperature": 0, "top_p": 2}, ["top_p is 2"]),
     ],
