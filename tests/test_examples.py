@@ -1,5 +1,7 @@
 """The examples and the page on generation, run as they stand on a model that fits in a test."""
 
+import ast
+import itertools
 import re
 import runpy
 from pathlib import Path
@@ -48,6 +50,40 @@ def test_generate_and_stream_print_the_same(run, tiny):
 def test_sample_prints_a_line_for_each_seed(run):
     lines = [line.split(": ", 1)[1] for line in run("sample.py").splitlines() if "seed" in line]
     assert len(lines) == len(set(lines)) == 9
+
+
+def test_constraint_writes_what_the_patterns_allow(run):
+    lines = run("constraint.py").splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        pattern, text = re.fullmatch(r".*? ('.*'): ('.*')", line).groups()
+        # A random model may not come to the end of `[a-z ]+` or of `\d+` in time.
+        text, pattern = ast.literal_eval(text), ast.literal_eval(pattern)
+        assert any(re.fullmatch(pattern, text + end) for end in ("", "a.", ".", ", 1, 1", ", 1"))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"a(b|cd)*e?", r"[^a-y]{3}", r"\d+\.\d\d", r"(ab|a)(bc|c)?x", r"a?b?c?", r"x.{2}y", r"(a*b)*", r"é|ab"],
+)
+def test_the_automaton_of_a_pattern_is_that_of_re(pattern):
+    by_byte, last = runpy.run_path(str(ROOT / "examples/constraint.py"))["automaton"](pattern)
+    for text in (
+        "",
+        *map("".join, itertools.chain(*(itertools.product("abcxz1.", repeat=n) for n in range(1, 5)))),
+        "é",
+    ):
+        state = 0
+        for byte in text.encode():
+            state = by_byte[state, byte] if state >= 0 else -1
+        assert (state >= 0 and bool(last[state])) == bool(re.fullmatch(pattern, text))
+
+
+def test_batch_prints_a_line_for_each_text(run):
+    printed = run("batch.py")
+    assert printed.count("greedy: ") == 3
+    assert printed.count("sample: ") == 4
+    assert printed.count("?") >= 3
 
 
 def test_chat_remembers(run, tiny):
