@@ -153,3 +153,11 @@ def test_the_page_on_generation(tiny, capsys):
         exec(compile(snippet.replace('"smollm2-135m"', repr(str(tiny))), "generation.md", "exec"), names)
     assert len(capsys.readouterr().out.splitlines()) >= 3
     assert len(names["answer"]) > 5
+
+
+def test_the_page_on_sampling(tiny, capsys):
+    snippets, names = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sampling.md").read_text(), flags=re.DOTALL), {}
+    for snippet in snippets:
+        exec(compile(snippet.replace('"smollm2-135m"', repr(str(tiny))), "sampling.md", "exec"), names)
+    assert names["out"].tokens.shape == (2, 8)
+    assert capsys.readouterr().out.startswith("(8, 24)")
