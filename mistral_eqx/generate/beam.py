@@ -38,11 +38,11 @@ class Rules(eqx.Module):
     - `limit`: the number of new tokens at which every beam ends.
     """
 
-    ends: Int[np.ndarray, " ends"]
-    divisors: Float[np.ndarray, " new"]
-    hoped: Float[np.ndarray, " new"]
-    first_suffice: Bool[np.ndarray, ""]
-    limit: Int[np.ndarray, ""]
+    ends: Int[Array | np.ndarray, " ends"]
+    divisors: Float[Array | np.ndarray, " new"]
+    hoped: Float[Array | np.ndarray, " new"]
+    first_suffice: Bool[Array | np.ndarray, ""]
+    limit: Int[Array | np.ndarray, ""]
 
     @classmethod
     def init(
@@ -231,8 +231,8 @@ def _likeliest(logits: Float[Array, "batch beams vocab"], count: int, strategy: 
 def _first(
     model: Mistral,
     logits: Float[Array, "batch vocab"],
-    position: Int[np.ndarray, " batch"],
-    done: Bool[np.ndarray, " batch"],
+    position: Int[Array | np.ndarray, " batch"],
+    done: Bool[Array | np.ndarray, " batch"],
     rules: Rules,
     beams: int,
     kv_seq: int,
@@ -424,4 +424,6 @@ def beam_search(
 def _room(live: int, beams: int, steps: int, room: int) -> int:
     """How many slots to have where there are `room`: as many, if they last for a while, or else up to twice as many."""
     least = live + beams * min(steps, _STEPS)
-    return room if least <= room else capacity(max(least, min(2 * room, live + beams * steps)))
+    if least > room:
+        least = max(least, min(2 * room, live + beams * steps))
+    return max(capacity(least), room)
