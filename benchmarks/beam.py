@@ -1,0 +1,316 @@
+"""How fast is beam search here, with transformers, and with a cache that is gathered by beam at each step?
+
+All search with the weights of the preset `smollm2-135m`, in float32 and rounded to bfloat16, from the same prompts, and
+no text ends early. The last contender is this package's own search but for the cache: every beam has a row of its own,
+prompt and all, and after each step the rows are put in the order of the beams that go on.
+
+    python benchmarks/beam.py --json beam.json
+    python benchmarks/beam.py --write
+
+The second puts the table into the README beside this file. transformers takes part if it is installed, and not in the
+long search. Each contender runs in a process of its own, once a round; run nothing beside it.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peers import (
+    MODEL,
+    QUIET_PERCENT,
+    README,
+    TEXT,
+    TIMES,
+    export,
+    in_own_process,
+    machine,
+    machine_seconds,
+    peak_bytes,
+    usable_cores,
+    versions,
+)
+
+
+BEAMS = 5
+BEGIN, END = "<!-- beam:begin -->", "<!-- beam:end -->"
+
+Search = Callable[[list[list[int]], int], list[list[int]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What every contender is given.
+
+    **Attributes:**
+
+    - `file`: the GGUF file.
+    - `folder`: its weights in float32, as transformers reads them.
+    - `searches`: the prompts and the number of new tokens of each search.
+    - `repetitions`: how often each is measured in one process.
+    """
+
+    file: Path
+    folder: Path
+    searches: list[tuple[list[list[int]], int]]
+    repetitions: int
+
+
+def start_mistral_eqx(task: Task, dtype: str) -> Search:
+    import numpy as np
+
+    import mistral_eqx as mx
+
+    model = mx.load(task.file, dtype=dtype)
+
+    def search(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        best = mx.beam_search(model, prompts, num_beams=BEAMS, max_new_tokens=new_tokens)
+        return np.asarray(best.tokens)[:, 0].tolist()
+
+    return search
+
+
+def start_gathered(task: Task, dtype: str) -> Search:
+    """The same search with a row of the cache for each beam, and all rows gathered after each step."""
+    import importlib
+
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax import lax
+
+    import mistral_eqx as mx
+    from mistral_eqx.generate.loop import capacity, empty_cache, grow, prompt_width, read_pieces
+    from mistral_eqx.generate.prompt import pad_left
+    from mistral_eqx.nn import Cache
+
+    beam = importlib.import_module("mistral_eqx.generate.beam")
+    model = mx.load(task.file, dtype=dtype)
+
+    @eqx.filter_jit(donate="all-except-first")
+    def extend(kept, cache):
+        model, search, rules, until = kept
+        batch, beams = search.scores.shape
+        itself = jnp.broadcast_to(jnp.eye(beams, dtype=bool)[None], (batch, beams, beams))
+
+        def step(carry):
+            search, cache = carry
+            positions = jnp.repeat(search.position, beams)[:, None]
+            hidden, cache = model.hidden(search.token.reshape(-1, 1), positions, cache)
+            logits = model.logits(hidden).reshape(batch, beams, -1)
+            # A search reorders `seen` by beam: here that tells which row each beam came from.
+            search = dataclasses.replace(search, seen=itself).advance(logits, rules, model.strategy)
+            parent = jnp.argmax(search.seen, axis=2) + beams * jnp.arange(batch)[:, None]
+            layers, known = jax.tree.map(lambda x: x[parent.reshape(-1)], (cache.layers, cache.positions))
+            return search, Cache(layers, known, cache.used)
+
+        return lax.while_loop(lambda carry: (carry[0].step < until) & carry[0].unfinished, step, (search, cache))
+
+    @eqx.filter_jit
+    def first(model, logits, position, rules):
+        batch, vocab = logits.shape
+        search = beam.Search.init(position, position < 0, BEAMS, rules.divisors.shape[0], BEAMS)
+        seen = jnp.broadcast_to(jnp.eye(BEAMS, dtype=bool)[None], (batch, BEAMS, BEAMS))
+        logits = jnp.broadcast_to(logits[:, None], (batch, BEAMS, vocab))
+        return dataclasses.replace(search, seen=seen).advance(logits, rules, model.strategy)
+
+    def search(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        rules = beam.Rules.init(np.zeros(0, np.int32), capacity(new_tokens), new_tokens, 1.0, False)
+        ids, positions = pad_left(prompts, prompt_width(max(map(len, prompts))))
+        cache = empty_cache(model, len(prompts), ids.shape[1])
+        logits, cache = read_pieces(model, ids, positions, cache, 512)
+        state = first(model, logits, positions[:, -1], rules)
+        # All beams go on from the prompt's keys and values: no row is another's yet.
+        room = capacity(ids.shape[1] + min(new_tokens, 128))
+        cache = grow(model, cache, room, BEAMS)
+        while (step := int(state.step)) < new_tokens:
+            used = int(cache.used)
+            if used == room:
+                room = min(2 * room, capacity(used + new_tokens - step))
+                cache = grow(model, cache, room)
+            until = np.asarray(min(new_tokens, step + room - used), np.int32)
+            state, cache = extend((model, state, rules, until), cache)
+        return np.asarray(state.finished_tokens)[:, 0, :new_tokens].tolist()
+
+    return search
+
+
+def start_transformers(task: Task, dtype: str) -> Search:
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(usable_cores())
+    model = transformers.AutoModelForCausalLM.from_pretrained(task.folder, dtype=getattr(torch, dtype))
+    model.generation_config = transformers.GenerationConfig(pad_token_id=0)
+
+    def search(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        whole = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, num_beams=BEAMS, do_sample=False)
+        return whole[:, width:].tolist()
+
+    return search
+
+
+STARTS = {"transformers": start_transformers, "mistral_eqx": start_mistral_eqx, "gathered cache": start_gathered}
+CONTENDERS = [(name, dtype) for dtype in ("float32", "bfloat16") for name in STARTS]
+
+
+def measure(name: str, dtype: str, task: Task) -> dict[str, Any]:
+    """One contender in one round: for each search its seconds, those of the first call, and the texts."""
+    search = STARTS[name](task, dtype)
+    found: dict[str, Any] = {"seconds": [], "first_call": [], "texts": []}
+    for prompts, new_tokens in task.searches:
+        if name == "transformers" and new_tokens > 64:
+            continue
+        seconds = []
+        for _ in range(1 + task.repetitions):
+            begin = time.perf_counter()
+            texts = search(prompts, new_tokens)
+            seconds.append(time.perf_counter() - begin)
+        found["first_call"].append(seconds[0])
+        found["seconds"].append(seconds[1:])
+        found["texts"].append(texts)
+    return found | {"peak_bytes": peak_bytes(), "processor_seconds": time.process_time()}
+
+
+def run(task: Task, rounds: int, contenders: list[tuple[str, str]]) -> dict[str, Any]:
+    """All rounds; each begins with another contender, so that none always follows the same one."""
+    measured: dict[tuple[str, str], list[dict[str, Any]]] = {contender: [] for contender in contenders}
+    others = []
+    for number in range(rounds):
+        turn = number % len(contenders)
+        for contender in contenders[turn:] + contenders[:turn]:
+            begin, before = time.perf_counter(), machine_seconds() - time.process_time()
+            found = in_own_process(measure, *contender, task)
+            taken = machine_seconds() - time.process_time() - before - found["processor_seconds"]
+            others.append(100 * taken / ((os.cpu_count() or 1) * (time.perf_counter() - begin)))
+            measured[contender].append(found)
+            medians = " ".join(f"{statistics.median(seconds):7.2f} s" for seconds in found["seconds"])
+            print(f"round {number + 1} of {rounds}: {' '.join(contender):24} {medians}", file=sys.stderr)
+    rows = []
+    for (name, dtype), found in measured.items():
+        count = len(found[0]["seconds"])
+        seconds = [[second for one in found for second in one["seconds"][at]] for at in range(count)]
+        row = {"name": name, "dtype": dtype, "seconds": seconds, "texts": found[0]["texts"]}
+        row["first_call"] = [statistics.median(one["first_call"][at] for one in found) for at in range(count)]
+        row["peak_bytes"] = max(one["peak_bytes"] for one in found)
+        rows.append(row)
+    for row in rows:
+        medians = [statistics.median(seconds) for seconds in row["seconds"]]
+        row["times"] = {}
+        for other in rows:
+            if other["name"] != row["name"] and other["dtype"] == row["dtype"]:
+                pairs = zip(other["seconds"], medians, strict=False)
+                row["times"][other["name"]] = [statistics.median(theirs) / mine for theirs, mine in pairs]
+        (reference, *_) = [other for other in rows if other["dtype"] == "float32"]
+        texts = zip(row["texts"], reference["texts"], strict=False)
+        row["equal"] = [sum(a == b for a, b in zip(*pair, strict=True)) for pair in texts]
+    return {"rows": rows, "others_percent": others}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table and what one must know to read it."""
+    cases = [f"batch {batch}, {new} tokens, s" for batch, new in report["searches"]]
+    header = ["", *(cell for case in cases for cell in (case, f"{TIMES} transformers", f"{TIMES} gathered"))]
+    lines = [[*header, "equal texts", "peak, GB"], [":--", *["--:"] * (len(header) + 1)]]
+    for row in report["rows"]:
+        cells = [f"{row['name']} {row['dtype']}"]
+        for at in range(len(cases)):
+            if at >= len(row["seconds"]):
+                cells += [""] * 3
+                continue
+            seconds = row["seconds"][at]
+            cells.append(f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})")
+            for other in ("transformers", "gathered cache"):
+                ratios = row["times"].get(other, []) if row["name"] == "mistral_eqx" else []
+                cells.append(f"{ratios[at]:.2f}" if at < len(ratios) else "")
+        texts = sum(batch for batch, _ in report["searches"][: len(row["equal"])])
+        lines.append([*cells, f"{sum(row['equal'])} of {texts}", f"{row['peak_bytes'] / 1e9:.2f}"])
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    host = report["machine"]
+    notes = [
+        f"{host['processor']}, {host['cores']} cores, {host['memory_bytes'] / 2**30:.0f} GiB, {host['system']}, "
+        f"Python {host['python']}, {report['date']}; "
+        + ", ".join(f"{package} {version}" for package, version in report["versions"].items() if "llama" not in package)
+        + ".",
+        f"{BEAMS} beams; rounds: {report['rounds']}, repetitions in each: {report['repetitions']}; medians of all, "
+        "with the least and the most.",
+    ]
+    if (most := max(report["others_percent"])) > QUIET_PERCENT:
+        notes.append(f"**The machine was not quiet: other programs took up to {most:.0f} % of it. Measure again.**")
+    return "\n\n".join([table, textwrap.fill(" ".join(notes), 120, break_on_hyphens=False, break_long_words=False)])
+
+
+def write(block: str):
+    """Replaces what stands between the marks in the README."""
+    before, begin, rest = README.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        sys.exit(f"{README.name} lacks the marks {BEGIN} and {END}, between which the table goes; put them back.")
+    README.write_text(f"{before}{BEGIN}\n\n{block}\n\n{END}{after}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--long", type=int, default=1024, help="new tokens of the long search, 0 for none (1024)")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each contender is started (3)")
+    parser.add_argument("--repetitions", type=int, default=3, help="measurements in each round (3)")
+    parser.add_argument("--json", type=Path, default=None, help="write all figures to this file")
+    parser.add_argument("--write", action="store_true", help="put the table into the README")
+    arguments = parser.parse_args()
+    # All of them compute on the CPU, compile anew, and look for nothing on a network.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "HF_HUB_OFFLINE": "1"}
+
+    import mistral_eqx as mx
+    from mistral_eqx.checkpoint import locate
+
+    file = locate(MODEL)
+    ids = mx.load_tokenizer(file).encode(" ".join(TEXT.split()))
+    prompts = [ids[:32], ids[40:64]]
+    searches = [(prompts[:1], 64), (prompts, 64)]
+    if arguments.long:
+        searches.append((prompts[:1], arguments.long))
+    contenders = list(CONTENDERS)
+    if any(importlib.util.find_spec(module) is None for module in ("torch", "transformers")):
+        print("Left out: transformers, because it or torch is not installed.", file=sys.stderr)
+        contenders = [contender for contender in contenders if contender[0] != "transformers"]
+    with tempfile.TemporaryDirectory(prefix="beam-") as temporary:
+        folder = Path(temporary) / "float32"
+        in_own_process(export, file, folder)
+        found = run(Task(file, folder, searches, arguments.repetitions), arguments.rounds, contenders)
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "versions": versions(),
+        "searches": [(len(prompts), new_tokens) for prompts, new_tokens in searches],
+        "rounds": arguments.rounds,
+        "repetitions": arguments.repetitions,
+        **found,
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    if arguments.write:
+        write(markdown(report))
+    print(markdown(report))
+    ours = next(row for row in report["rows"] if row["name"] == "mistral_eqx" and row["dtype"] == "float32")
+    if sum(ours["equal"][:2]) < 3:
+        sys.exit("mistral_eqx float32 found other texts than the reference did: two different searches were measured.")
+
+
+if __name__ == "__main__":
+    main()
