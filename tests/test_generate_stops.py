@@ -71,7 +71,7 @@ def test_a_text_is_cut_where_the_first_stop_string_begins(ids, stops):
 @pytest.fixture(scope="module")
 def free():
     """What the prompts give without stop strings: tokens and texts."""
-    out = generate(talking_model(), PROMPTS, max_new_tokens=40, tokenizer=TOKENIZER)
+    out = generate(talking_model(windows=(None,)), PROMPTS, max_new_tokens=40, tokenizer=TOKENIZER)
     return out.tokens.tolist(), out.texts
 
 
@@ -87,7 +87,7 @@ def stopped_at(tokens, stops):
 def test_texts_without_stop_strings(free):
     tokens, texts = free
     assert texts == [TOKENIZER.decode(row) for row in tokens]
-    out = generate(talking_model(), PROMPTS, max_new_tokens=40, tokenizer=TOKENIZER, eos_id=tokens[1][7])
+    out = generate(talking_model(windows=(None,)), PROMPTS, max_new_tokens=40, tokenizer=TOKENIZER, eos_id=tokens[1][7])
     assert out.texts == [
         TOKENIZER.decode(row[:length]) for row, length in zip(tokens, out.lengths.tolist(), strict=True)
     ]
@@ -98,7 +98,7 @@ def test_rows_end_where_their_text_has_a_stop_string(free, place):
     tokens, texts = free
     # One from the middle of a row's text, over the border of two tokens and more.
     stops = [texts[1][place : place + 3], texts[2][place + 2 : place + 6]]
-    out = generate(talking_model(), PROMPTS, max_new_tokens=40, stop=stops, tokenizer=TOKENIZER)
+    out = generate(talking_model(windows=(None,)), PROMPTS, max_new_tokens=40, stop=stops, tokenizer=TOKENIZER)
     expected = [stopped_at(row, stops) for row in tokens]
     assert out.texts == [text for text, _ in expected]
     assert out.lengths.tolist() == [length for _, length in expected]
@@ -112,16 +112,18 @@ def test_a_stream_ends_rows_at_the_token_that_completes_a_stop_string(free):
     stops = [texts[0][9:12], texts[1][20:24]]
     options = {"max_new_tokens": 40, "stop": stops, "tokenizer": TOKENIZER}
     expected = [row[: stopped_at(row, stops)[1]] for row in tokens]
-    entries = np.stack(list(stream(talking_model(), PROMPTS, **options)), 1)
+    entries = np.stack(list(stream(talking_model(windows=(None,)), PROMPTS, **options)), 1)
     assert [[int(id) for id in row if id >= 0] for row in entries] == expected
     assert entries.shape[1] == max(map(len, expected))
-    assert list(Conversation(talking_model()).reply(PROMPTS[0], **options)) == expected[0]
+    assert list(Conversation(talking_model(windows=(None,))).reply(PROMPTS[0], **options)) == expected[0]
 
 
 def test_end_tokens_and_stop_strings_together(free):
     tokens, texts = free
     stops, end = [texts[0][12:15]], tokens[1][4]
-    out = generate(talking_model(), PROMPTS, max_new_tokens=40, stop=stops, tokenizer=TOKENIZER, eos_id=end)
+    out = generate(
+        talking_model(windows=(None,)), PROMPTS, max_new_tokens=40, stop=stops, tokenizer=TOKENIZER, eos_id=end
+    )
     for row, text, length in zip(tokens, out.texts, out.lengths.tolist(), strict=True):
         first_end = row.index(end) + 1 if end in row else 40
         expected, expected_length = stopped_at(row[:first_end], stops)
@@ -132,7 +134,7 @@ def test_the_loop_goes_on_for_no_more_than_a_piece(free, monkeypatch):
     decodes = spy(monkeypatch, "decode")
     _, texts = free
     stops = [text[:4] for text in texts]
-    out = generate(talking_model(), PROMPTS, max_new_tokens=40, stop=stops, tokenizer=TOKENIZER)
+    out = generate(talking_model(windows=(None,)), PROMPTS, max_new_tokens=40, stop=stops, tokenizer=TOKENIZER)
     assert max(out.lengths.tolist()) <= 5
     ((_, (decoding, _)),) = decodes
     assert int(decoding.step) <= 1 + loop._PIECE
@@ -141,9 +143,9 @@ def test_the_loop_goes_on_for_no_more_than_a_piece(free, monkeypatch):
 def test_a_row_that_stopped_draws_on_as_if_it_had_not(free):
     # The others' random numbers do not depend on it.
     options = {"max_new_tokens": 24, "sampler": Sampler(temperature=1.5), "key": jr.key(0), "tokenizer": TOKENIZER}
-    whole = generate(talking_model(), PROMPTS, **options)
+    whole = generate(talking_model(windows=(None,)), PROMPTS, **options)
     stops = [whole.texts[0][3:6]]
-    out = generate(talking_model(), PROMPTS, stop=stops, **options)
+    out = generate(talking_model(windows=(None,)), PROMPTS, stop=stops, **options)
     for row, found, length in zip(whole.tokens.tolist(), out.tokens.tolist(), out.lengths.tolist(), strict=True):
         assert length == stopped_at(row, stops)[1]
         assert found[:length] == row[:length]
@@ -153,8 +155,8 @@ def test_a_row_that_stopped_draws_on_as_if_it_had_not(free):
 def test_log_probabilities_end_with_their_row(free):
     _, texts = free
     options = {"max_new_tokens": 24, "logprobs": 2, "tokenizer": TOKENIZER}
-    whole = generate(talking_model(), PROMPTS, **options)
-    out = generate(talking_model(), PROMPTS, stop=[texts[0][5:8]], **options)
+    whole = generate(talking_model(windows=(None,)), PROMPTS, **options)
+    out = generate(talking_model(windows=(None,)), PROMPTS, stop=[texts[0][5:8]], **options)
     counts = np.arange(24) < np.asarray(out.lengths)[:, None]
     assert not counts.all()
     np.testing.assert_array_equal(out.log_probs, np.where(counts, whole.log_probs, 0))
@@ -173,4 +175,4 @@ def test_log_probabilities_end_with_their_row(free):
 @pytest.mark.parametrize("call", [generate, stream])
 def test_mistakes_are_refused_in_one_sentence(call, arguments, words):
     with refused(*words):
-        call(talking_model(), PROMPTS, **({"max_new_tokens": 4, "tokenizer": TOKENIZER} | arguments))
+        call(talking_model(windows=(None,)), PROMPTS, **({"max_new_tokens": 4, "tokenizer": TOKENIZER} | arguments))
