@@ -4,8 +4,10 @@ import dataclasses
 import importlib.util
 import io
 import json
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -375,6 +377,15 @@ def test_pictures(tmp_path, report):
         picture([], tmp_path / "none.png")
 
 
+def test_the_example(capsys):
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "plan.py"))["main"]()
+    refused, *_, head_dim, kv_seq = capsys.readouterr().out.splitlines()
+    assert refused == "6 kv_heads cannot be split over 4 devices; use KV_REPLICATED or HEAD_DIM."
+    layers = mx.PRESETS["gpt-mini"].layers
+    assert head_dim.startswith(f"head_dim: each new token takes {3 * layers + 3} all_reduce of ")
+    assert kv_seq.startswith("heads_x_kv_seq: each new token takes ")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, of the extra tpu, is not installed.")
 def test_a_plan_for_a_tpu():
     config = dataclasses.replace(mx.PRESETS["7b-v0.2"], layers=2, windows=(None, None))
@@ -393,4 +404,4 @@ def test_a_plan_for_a_tpu():
     assert decode.roofline is not None
     assert decode.roofline.seconds > decode.hbm_bytes / 1200e9 * 0.99
     with pytest.raises(ValueError, match="libtpu refuses the topology 'v4:3x5x7'"):
-        mx.plan(config, topology="v4:3x5x7", strategy="hidden@tp", mesh="tp=105", kv_seq=4096)
+        mx.plan(config, topology="v4:3x5x7", strategy="single", mesh="tp=105")
