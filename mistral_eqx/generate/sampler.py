@@ -11,6 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ..parallel import SINGLE, Strategy, gather, place, pmax, pmin, psum
 
 
+_ORDER_OF_1 = int(np.float32(1).view(np.int32))
+
+
 class Sampler(eqx.Module):
     """How the next token is chosen.
 
@@ -72,8 +75,8 @@ class Sampler(eqx.Module):
             logits = self.filter(logits, strategy)
             part, parts = place("vocab", strategy)
             size = logits.shape[-1]
-            # The noise of the whole vocabulary, of which only this device's part is computed: each entry of it
-            # depends on the key and its own index alone.
+            # This device's part of the noise of the whole vocabulary, each entry of which depends on the key and its
+            # own index alone.
             noise = jax.vmap(lambda key: jr.gumbel(key, (parts * size,), logits.dtype))(keys)
             logits = logits + lax.dynamic_slice_in_dim(noise, part * size, size, axis=1)
         return _argmax(logits, strategy)
@@ -82,7 +85,9 @@ class Sampler(eqx.Module):
         """The logits from which a token is drawn: divided by the temperature, minus infinity for tokens left out."""
         if self.temperature is None:
             return logits
-        logits = logits / self.temperature.astype(logits.dtype)
+        # A positive factor changes no order. What is compared below is not divided before: where XLA computes a
+        # quotient twice, it may round it in two ways, and the largest logit would be above all.
+        temperature = self.temperature.astype(logits.dtype)
         if self.top_k is not None:
             largest = _top_k(logits, self.top_k)
             if strategy.split_over("vocab"):
@@ -91,8 +96,8 @@ class Sampler(eqx.Module):
             # The minimum, and not the last one: of that XLA on CPU makes a sort of all logits.
             logits = jnp.where(logits < jnp.min(largest, axis=-1, keepdims=True), -jnp.inf, logits)
         if self.top_p is not None:
-            logits = jnp.where(_in_nucleus(logits, self.top_p, strategy), logits, -jnp.inf)
-        return logits
+            logits = jnp.where(_in_nucleus(logits, temperature, self.top_p, strategy), logits, -jnp.inf)
+        return logits / temperature
 
 
 def _top_k(logits: Float[Array, "batch vocab"], k: int) -> Float[Array, "batch k"]:
@@ -111,20 +116,24 @@ def _argmax(logits: Float[Array, "batch vocab"], strategy: Strategy) -> Int[Arra
 
 
 def _in_nucleus(
-    logits: Float[Array, "batch vocab"], top_p: Array | np.ndarray, strategy: Strategy
+    logits: Float[Array, "batch vocab"],
+    temperature: Array | np.ndarray,
+    top_p: Array | np.ndarray,
+    strategy: Strategy,
 ) -> Bool[Array, "batch vocab"]:
     """Which tokens are in the smallest set whose probabilities sum to `top_p`.
 
-    The least probability of that set is found bit by bit: 30 sums over a vocabulary take a small part of the time of a
+    The least weight of that set is found bit by bit: 30 sums over a vocabulary take a small part of the time of a
     sort. Where the vocabulary is split, each exchange finds 5 bits.
     """
-    logits = logits.astype(jnp.float32)
-    weights = jnp.exp(logits - pmax(jnp.max(logits, axis=-1, keepdims=True), "vocab", strategy))
-    probabilities = weights / psum(jnp.sum(weights, axis=-1, keepdims=True), "vocab", strategy)
+    largest = pmax(jnp.max(logits, axis=-1, keepdims=True), "vocab", strategy)
+    # Probabilities, but for their sum: the largest is 1.
+    weights = jnp.exp(((logits - largest) / temperature).astype(jnp.float32))
+    total = psum(jnp.sum(weights, axis=-1, keepdims=True), "vocab", strategy)
     # The bits of floats that are not negative, taken as integers, are in the floats' order. Those of 1 are below 2**30.
-    order = lax.bitcast_convert_type(probabilities, jnp.int32)
-    # What is left out is summed, and not what stays: the sum of what stays is 1 before the last of many tokens.
-    most = (1 - top_p).astype(jnp.float32)
+    order = lax.bitcast_convert_type(weights, jnp.int32)
+    # What is left out is summed, and not what stays: the sum of what stays is all before the last of many tokens.
+    most = (1 - top_p).astype(jnp.float32) * total
     bits = 5 if strategy.split_over("vocab") else 1
     digits = np.arange(1, 2**bits, dtype=np.int32)
 
@@ -132,10 +141,10 @@ def _in_nucleus(
         step = jnp.left_shift(1, 30 - bits * (number + 1))
         candidates = least + digits[None, :] * step
         below = order[:, None, :] < candidates[:, :, None]
-        left_out = psum(jnp.sum(jnp.where(below, probabilities[:, None, :], 0), axis=-1), "vocab", strategy)
+        left_out = psum(jnp.sum(jnp.where(below, weights[:, None, :], 0), axis=-1), "vocab", strategy)
         return least + step * jnp.sum(left_out <= most, axis=-1, keepdims=True, dtype=jnp.int32)
 
-    likeliest = pmax(jnp.max(order, axis=-1, keepdims=True), "vocab", strategy)
     # It starts at 0, in a form that tells `shard_map` along which axes rows differ.
-    least = lax.fori_loop(0, 30 // bits, next_digit, likeliest - likeliest)
-    return order >= jnp.minimum(least, likeliest)
+    least = lax.fori_loop(0, 30 // bits, next_digit, (total < 0).astype(jnp.int32))
+    # The likeliest token stays, however small `top_p` is.
+    return order >= jnp.minimum(least, _ORDER_OF_1)
