@@ -19,9 +19,9 @@ from ..parallel import NAMED, SINGLE, Choice, Strategy, strategies
 from ..parallel.mesh import parse_axes, show
 from ..presets import PRESETS
 from .chips import CHIPS, Chip
+from .limits import roofline
 from .programs import Job
 from .report import Report, read_phase
-from .roofline import roofline
 
 
 _TOPOLOGY = re.compile(r"(\w+):(\d+(?:x\d+)*)")
