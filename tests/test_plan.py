@@ -17,7 +17,7 @@ from rich.console import Console
 
 import mistral_eqx as mx
 from mistral_eqx.generate.loop import prompt_width
-from mistral_eqx.parallel import Choice
+from mistral_eqx.parallel import Choice, read_strategy
 from mistral_eqx.parallel.mesh import parse_axes
 from mistral_eqx.plan import (
     CHIPS,
@@ -31,7 +31,6 @@ from mistral_eqx.plan import (
     exchange_seconds,
     picture,
     prefill,
-    read_strategy,
     roofline,
 )
 from mistral_eqx.plan.programs import Job, programs

@@ -130,7 +130,7 @@ def _first(
     keys: Key[Array, " batch"],
     ended: Bool[Array, " batch"],
     sampler: Sampler,
-    ends: Int[Array, " ends"],
+    ends: Int[Array, " ends"] | Int[np.ndarray, " ends"],
     new: int,
 ) -> Decoding:
     """The state after the first token of rows whose last token stands at `positions`."""
@@ -146,7 +146,7 @@ def _first(
 
 @eqx.filter_jit(donate="all-except-first")
 def decode(
-    kept: tuple[Mistral, Decoding, Sampler, Int[Array, " ends"], Int[Array, ""]], cache: Cache
+    kept: tuple[Mistral, Decoding, Sampler, Array | np.ndarray, Array | np.ndarray], cache: Cache
 ) -> tuple[Decoding, Cache]:
     """Decodes in one loop, until `until` tokens are there or all rows have ended.
 
@@ -213,10 +213,14 @@ def grow(model: Mistral, cache: Cache, kv_seq: int) -> Cache:
 def slots(model: Mistral, count: int) -> int:
     """The size of a cache for `count` tokens of this model.
 
-    Where `kv_seq` is split, each device has the same share, and one slot more that a token of another one may touch.
+    Where `kv_seq` is split, each device has the same share, and a slot more that a token of another one may touch.
+    Shares are multiples of 8, the rows of a tile on TPUs: else the cache would be laid out anew at each call.
     """
     shares = parts(model, "kv_seq")
-    return count if shares == 1 else (-(-count // shares) + 1) * shares
+    if shares == 1:
+        return count
+    share = -(-count // shares) + 1
+    return -(-share // 8) * 8 * shares
 
 
 def _rows(model: Mistral, x: np.ndarray | Array) -> Array:
@@ -285,8 +289,8 @@ class Request:
                     f"The end token {end} is outside the vocabulary of {model.config.vocab}; leave out eos_id if "
                     "nothing is to stop early."
                 )
-        key = jr.wrap_key_data(_rows(model, jr.key_data(key)), impl=jr.key_impl(key))
-        return cls(model, sampler, np.asarray(ends, np.int32), key, max_new_tokens, idle)
+        keys = jr.wrap_key_data(_rows(model, jr.key_data(key)), impl=jr.key_impl(key))
+        return cls(model, sampler, np.asarray(ends, np.int32), keys, max_new_tokens, idle)
 
     def start(self, rows: list[list[int]]) -> tuple[Decoding, Cache]:
         """Reads the prompts into a new cache with room for all new tokens, and decodes the first token."""

@@ -1,5 +1,10 @@
 from .agreement import agree as agree, share as share
-from .choices import NAMED as NAMED, Choice as Choice, strategies as strategies
+from .choices import (
+    NAMED as NAMED,
+    Choice as Choice,
+    read_strategy as read_strategy,
+    strategies as strategies,
+)
 from .collectives import (
     all_tokens as all_tokens,
     gather as gather,

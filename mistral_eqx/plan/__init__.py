@@ -7,7 +7,7 @@ from .communication import (
 )
 from .limits import HOP_SECONDS as HOP_SECONDS, exchange_seconds as exchange_seconds, roofline as roofline
 from .pictures import picture as picture
-from .planning import count_devices as count_devices, plan as plan, read_strategy as read_strategy
+from .planning import count_devices as count_devices, plan as plan
 from .report import (
     Exchange as Exchange,
     Memory as Memory,
