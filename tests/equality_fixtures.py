@@ -79,6 +79,12 @@ def any_strategies(random, config, batch):
     return found
 
 
+def forget_programs():
+    """Gives back the memory of the compiled programs, of which a long run has thousands."""
+    if LONG_RUN:
+        jax.clear_caches()
+
+
 def random_model(config, dtype):
     """A random model all of whose numbers are `dtype`; call it, and use it, inside `precision(dtype)`."""
     model = small_model(config=config)

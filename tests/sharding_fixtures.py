@@ -99,6 +99,34 @@ def _nbytes(type_):
     return math.prod(type_.shape) * bits // 8
 
 
+def written(text):
+    """What a compiled program writes to memory: the operation, the number of entries, and the line of each array.
+
+    What happens inside a fused loop is not written; the fusion is called what the last operation in it is.
+    """
+    computations, lines = {}, None
+    for line in text.splitlines():
+        if opened := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            lines = computations[opened[1]] = []
+        elif lines is not None:
+            lines.append(line)
+    fused = {
+        name for line in text.splitlines() if " fusion(" in line for name in re.findall(r"calls=%?([\w.-]+)", line)
+    }
+    for name, lines in computations.items():
+        for line in lines if name not in fused else []:
+            if not (match := _RESULT.match(line)):
+                continue
+            dims, operation = match.groups()
+            if operation == "fusion":
+                inside = computations[re.search(r"calls=%?([\w.-]+)", line)[1]]
+                operation = next(_RESULT.match(one)[2] for one in inside if one.lstrip().startswith("ROOT"))
+            yield operation, math.prod(map(int, filter(None, dims.split(",")))), line
+
+
+_RESULT = re.compile(r"\s*(?:ROOT )?%?[\w.-]+ = \w+\[([\d,]*)\]\S* ([\w-]+)\(")
+
+
 # Meshes of 2 to 8 devices, with up to three axes, some of which hold one device only.
 MESHES = [
     {"a": 2},

@@ -297,7 +297,7 @@ def test_a_strategy_of_one_axis_takes_all_devices(tiny, monkeypatch):
         (("--mesh", "tp=2", "--strategy", "kv_replicated"), "over the mesh axis 'kv', but the mesh has 'tp' (2)"),
         (
             ("--mesh", "tp=2", "--strategy", "head"),
-            "There is no strategy 'head'; the names are heads, sequence_parallel",
+            "There is no strategy 'head'; the names are single, heads, sequence_parallel",
         ),
         (("--mesh", "tp=2", "--strategy", "heds@tp"), "splits 'heds', which is no dimension"),
         (("--strategy", "kv-replicated"), "add, for example, --mesh kv=2,rep=2."),

@@ -16,6 +16,7 @@ from equality_fixtures import (
     TALLY,
     any_config,
     any_strategies,
+    forget_programs,
     logits_and_gradients,
     on,
     precision,
@@ -48,6 +49,7 @@ def _summary(request):
 
 
 def _compare_logits_and_gradients(random, dtype):
+    forget_programs()
     config = any_config(random)
     batch, seq = random.choice([1, 2, 3, 4, 6, 8]), random.randint(1, 9)
     pairs = any_strategies(random, config, batch)
@@ -92,6 +94,7 @@ def test_logits_and_gradients_are_those_of_one_device_but_for_rounding(random):
 @given(_SEEDS)
 def test_tokens_are_those_of_one_device(random):
     """Greedy and sampled, for prompts of several lengths, of which one ends early."""
+    forget_programs()
     config = any_config(random)
     batch, longest = random.randint(1, 4), random.randint(1, 20)
     sampler = random.choice(SAMPLERS)

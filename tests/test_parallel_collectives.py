@@ -2,10 +2,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 from jax.sharding import PartitionSpec as P
 from sharding_fixtures import mesh, sharded
 
-from mistral_eqx.parallel import SINGLE, Strategy, psum
+from mistral_eqx.parallel import (
+    SINGLE,
+    Strategy,
+    all_tokens,
+    gather,
+    own_slot,
+    own_slots,
+    place,
+    pmax,
+    pmin,
+    psum,
+    psum_together,
+    psum_tokens,
+)
+from mistral_eqx.parallel.mesh import make_mesh
 
 
 def test_psum_is_the_array_itself_if_nothing_is_split():
@@ -36,3 +51,156 @@ def test_psum_over_two_axes_is_one_collective():
     # Over one of the axes alone it is a sum of each column of devices.
     found, _ = sharded(lambda x: psum(jnp.sum(x), "kv_heads", strategy)[None], grid, (x,), (P("kv", "rep"),), P("rep"))
     np.testing.assert_array_equal(found, [np.sum(x[:, :2]), np.sum(x[:, 2:])])
+
+
+def test_the_largest_and_the_smallest_of_all_devices():
+    x, strategy = jnp.asarray([3.0, -1, 7, 2]), Strategy("vocab@tp")
+    found, collectives = sharded(
+        lambda x: (pmax(jnp.max(x), "vocab", strategy), pmin(jnp.min(x), "vocab", strategy)),
+        mesh(2),
+        (x,),
+        (P("tp"),),
+        (P(), P()),
+    )
+    assert (float(found[0]), float(found[1])) == (7, -1)
+    assert collectives == {"all_reduce": 2}
+    for same in (pmax, pmin):
+        assert same(x, "vocab", SINGLE) is x
+    # Nothing that is shifted by a maximum depends on it, so no gradient passes, and none is refused.
+    gradient = jax.grad(lambda x: sharded_sum(x, strategy))(x)
+    np.testing.assert_array_equal(gradient, np.ones(4))
+
+
+def sharded_sum(x, strategy):
+    def shifted(x):
+        return psum(jnp.sum(x - pmax(jnp.max(x), "vocab", strategy)), "vocab", strategy)
+
+    return jax.shard_map(shifted, mesh=make_mesh("tp=2"), in_specs=P("tp"), out_specs=P())(x)
+
+
+def test_two_sums_go_in_one_exchange():
+    first, second, strategy = jnp.arange(12.0).reshape(4, 3), jnp.arange(4.0).reshape(4, 1), Strategy("kv_seq@tp")
+
+    def add(first, second):
+        return psum_together(
+            jnp.sum(first, axis=0, keepdims=True), jnp.sum(second, axis=0, keepdims=True), "kv_seq", strategy
+        )
+
+    found, collectives = sharded(add, mesh(2), (first, second), (P("tp"), P("tp")), (P(), P()))
+    np.testing.assert_array_equal(found[0], [[18, 22, 26]])
+    np.testing.assert_array_equal(found[1], [[6]])
+    assert collectives == {"all_reduce": 1}
+    together = psum_together(first, second, "kv_seq", SINGLE)
+    assert together[0] is first
+    assert together[1] is second
+
+
+@pytest.mark.parametrize(
+    ("layout", "axes", "seq", "collectives"),
+    [
+        ("hidden@a", "a=2", 6, {"all_reduce": 1}),
+        ("hidden@a seq@a", "a=2", 6, {"reduce_scatter": 1, "all_gather": 1}),
+        # What cannot be dealt out evenly stays whole, and so does what one device has alone.
+        ("hidden@a seq@a", "a=2", 5, {"all_reduce": 1}),
+        ("hidden@a seq@a", "a=2", 1, {"all_reduce": 1}),
+        ("hidden@a seq@a", "a=1", 6, {"all_reduce": 1}),
+        # Over the other axis it is added up before.
+        ("hidden@a,b seq@a", "a=2,b=2", 6, {"all_reduce": 1, "reduce_scatter": 1, "all_gather": 1}),
+        ("hidden@a,b seq@b,a", "a=2,b=2", 8, {"reduce_scatter": 1, "all_gather": 1}),
+    ],
+)
+def test_tokens_are_dealt_out_and_put_together_again(layout, axes, seq, collectives):
+    strategy, hidden = Strategy(layout), 4
+    x = jnp.asarray(np.random.default_rng(0).integers(-9, 9, (2, seq, hidden)), jnp.float32)
+
+    def add(x):
+        return all_tokens(psum_tokens(jnp.sum(x, axis=-1), "hidden", strategy), seq, strategy, to="invarying")
+
+    found, made = sharded(add, make_mesh(axes), (x,), (strategy.spec("batch _ hidden"),), P())
+    np.testing.assert_array_equal(found, x.sum(-1))
+    assert made == collectives
+
+
+def test_each_device_receives_its_own_tokens():
+    strategy = Strategy("hidden@a,b seq@b,a")
+    x = jnp.asarray(np.random.default_rng(0).integers(-9, 9, (1, 8, 4)), jnp.float32)
+    found, _ = sharded(
+        lambda x: psum_tokens(jnp.sum(x, axis=-1), "hidden", strategy),
+        make_mesh("a=2,b=2"),
+        (x,),
+        (strategy.spec("batch _ hidden"),),
+        strategy.spec("batch seq"),
+    )
+    np.testing.assert_array_equal(found, x.sum(-1))
+    assert {shard.data.shape for shard in found.addressable_shards} == {(1, 2)}
+
+
+@pytest.mark.parametrize("layout", ["vocab@a", "vocab@a,b", "vocab@b,a"])
+def test_parts_are_gathered_in_their_order(layout):
+    strategy, x = Strategy(layout), jnp.arange(16.0).reshape(2, 8)
+    grid = make_mesh("a=2,b=2")
+    found, collectives = sharded(
+        lambda x: gather(x, "vocab", strategy, axis=1), grid, (x,), (strategy.spec("batch vocab"),), P()
+    )
+    np.testing.assert_array_equal(found, x)
+    assert collectives == {"all_gather": 1}
+    assert gather(x, "vocab", SINGLE, axis=1) is x
+
+    def number(x):
+        part, parts = place("vocab", strategy)
+        return jnp.full((1, x.shape[1]), part * 10 + parts)
+
+    found, _ = sharded(number, grid, (x[:1],), (strategy.spec("batch vocab"),), strategy.spec("batch vocab"))
+    parts = grid.size if "," in layout else 2
+    np.testing.assert_array_equal(found[0], np.repeat(np.arange(parts) * 10 + parts, 8 // parts))
+    assert place("vocab", SINGLE) == (0, 1)
+
+
+# Slots.
+
+
+def _write(caches, tokens, start, parts):
+    """What `own_slots` and `own_slot` mean: slot `i` belongs to device `i % parts`."""
+    for number, token in enumerate(tokens):
+        slot = start + number
+        caches[slot % parts][slot // parts] = token
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from(["kv_seq@a", "kv_seq@a,b", "kv_seq@b,a"]),
+    st.sampled_from(["a=2,b=1", "a=3,b=2", "a=2,b=4"]),
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+)
+def test_slots_are_dealt_out_in_turn(layout, axes, pieces):
+    strategy, grid = Strategy(layout), make_mesh(axes)
+    parts = int(np.prod([grid.shape[axis] for axis in strategy.split_over("kv_seq")]))
+    total = sum(pieces)
+    share = -(-total // parts) + 1
+    tokens = jnp.arange(1, total + 1, dtype=jnp.int32)[None]
+
+    def write(cache, tokens):
+        start = 0
+        for piece in pieces:
+            slot = jnp.asarray(start, jnp.int32)
+            own = own_slots(tokens[:, start : start + piece], slot, strategy, axis=1, fill=-1)
+            assert own.shape == (1, -(-piece // parts))
+            cache = jax.lax.dynamic_update_slice_in_dim(cache, own, own_slot(slot, strategy), axis=1)
+            start += piece
+        return cache
+
+    empty = jnp.zeros((1, parts * share), jnp.int32)
+    spec = strategy.spec("batch kv_seq")
+    found, collectives = sharded(write, grid, (empty, tokens), (spec, P()), spec)
+    expected = np.zeros((parts, share), np.int32)
+    _write(expected, range(1, total + 1), 0, parts)
+    found = np.asarray(found).reshape(parts, share)
+    # A slot that is still free may hold padding.
+    np.testing.assert_array_equal(np.maximum(found, 0), expected)
+    assert collectives == {}
+
+
+def test_one_device_has_all_slots():
+    x, slot = jnp.ones((1, 3)), jnp.asarray(5, jnp.int32)
+    assert own_slots(x, slot, SINGLE, axis=1) is x
+    assert own_slot(slot, SINGLE) is slot

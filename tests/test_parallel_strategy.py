@@ -3,10 +3,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import given, strategies as st
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
 from model_fixtures import small_model
 
-from mistral_eqx.parallel import SINGLE, Strategy, with_strategy
+from mistral_eqx.parallel import (
+    HEAD_DIM,
+    HEADS,
+    KV_REPLICATED,
+    SEQUENCE_PARALLEL,
+    SINGLE,
+    Strategy,
+    shard,
+    with_strategy,
+)
+from mistral_eqx.presets import PRESETS
 
 
 def test_single_splits_nothing():
@@ -113,3 +123,131 @@ def test_one_tree_map_swaps_it_everywhere():
     )
     # One PyTree of weights serves every strategy: none is copied.
     assert all(one is two for one, two in arrays)
+
+
+# What cannot be split.
+
+SEVEN = PRESETS["7b-v0.2"]
+
+
+def _refused(layout, axes, config=SEVEN):
+    mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (each test looks at the words)
+        Strategy(layout).check(config, mesh)
+    message = str(error.value)
+    assert message.endswith(".")
+    assert "\n" not in message
+    assert ". " not in message
+    return message
+
+
+def test_trap_heads_did_not_divide_16():
+    assert _refused(HEADS.layout, {"tp": 16}) == (
+        "8 kv_heads cannot be split over 16 devices; use KV_REPLICATED or HEAD_DIM."
+    )
+    # Both of them can.
+    KV_REPLICATED.check(SEVEN, AbstractMesh((8, 2), ("kv", "rep")))
+    HEAD_DIM.check(SEVEN, AbstractMesh((16,), ("tp",)))
+
+
+@pytest.mark.parametrize(
+    ("layout", "size", "words"),
+    [
+        ("q_per_kv@tp", 3, "4 q_per_kv cannot be split over 3 devices; use HEADS_X_HEAD_DIM or HEADS_X_KV_SEQ"),
+        ("head_dim@tp", 3, "128 head_dim cannot be split over 3 devices; use fewer devices on that axis."),
+        ("hidden@tp", 5, "14336 hidden cannot be split over 5 devices; leave 'hidden' out of the strategy"),
+        ("vocab@tp", 7, "32000 vocab cannot be split over 7 devices; leave 'vocab' out"),
+        ("embed@tp", 3, "4096 embed cannot be split over 3 devices; leave 'embed' out"),
+        (
+            "head_dim@tp",
+            128,
+            "128 head_dim over 128 devices would tear apart the pairs that the rotary embedding turns",
+        ),
+    ],
+)
+def test_what_does_not_divide_is_refused(layout, size, words):
+    assert words in _refused(layout, {"tp": size})
+
+
+def test_two_axes_divide_together():
+    layout = "kv_heads@a,b hidden@a"
+    Strategy(layout).check(SEVEN, AbstractMesh((4, 2), ("a", "b")))
+    assert "8 kv_heads cannot be split over 16 devices" in _refused(layout, {"a": 4, "b": 4})
+
+
+@pytest.mark.parametrize("dim", ["layers", "rank", "heads", "kvheads"])
+def test_a_dimension_that_cannot_be_split_is_refused(dim):
+    message = _refused(f"{dim}@tp", {"tp": 2})
+    assert f"splits {dim!r}, which is no dimension that can be split; these are: batch, seq, kv_seq, vocab" in message
+
+
+def test_an_axis_that_the_mesh_lacks_is_refused():
+    message = _refused(KV_REPLICATED.layout, {"dp": 2, "tp": 4})
+    assert "splits 'kv_heads' over the mesh axis 'kv', but the mesh has 'dp' (2), 'tp' (4); make a mesh" in message
+
+
+@pytest.mark.parametrize(
+    ("layout", "array"),
+    [
+        ("kv_heads@tp q_per_kv@tp", "queries, keys and their scores have both"),
+        ("kv_heads@tp kv_seq@tp", "queries, keys and their scores have both"),
+        ("head_dim@tp kv_seq@tp", "queries, keys and their scores have both"),
+        ("batch@tp kv_heads@tp", "queries, keys and their scores have both"),
+        ("head_dim@tp embed@tp", "q_proj has both"),
+        ("embed@tp hidden@tp", "gate_proj has both"),
+        ("batch@tp hidden@tp", "gate_proj has both"),
+        ("vocab@tp embed@tp", "the embedding has both"),
+        ("batch@tp vocab@tp", "the logits have both"),
+        ("batch@tp embed@tp", "has both"),
+        ("hidden@other,tp embed@tp", "gate_proj has both"),
+    ],
+)
+def test_one_axis_on_two_dimensions_of_an_array_is_refused(layout, array):
+    message = _refused(layout, {"tp": 2, "other": 2})
+    assert "over the same axis 'tp', and" in message
+    assert array in message
+    assert message.endswith("give one of them another axis.")
+
+
+def test_one_axis_on_dimensions_that_meet_in_no_array_is_legal():
+    for layout in (HEADS.layout, "kv_seq@tp hidden@tp vocab@tp", "kv_seq@tp embed@tp", SEQUENCE_PARALLEL.layout):
+        Strategy(layout).check(SEVEN, AbstractMesh((2,), ("tp",)))
+
+
+@pytest.mark.parametrize("left_out", ["kv_heads", "hidden", "vocab"])
+def test_seq_needs_the_sums_that_it_scatters(left_out):
+    layout = " ".join(f"{dim}@tp" for dim in ("kv_heads", "hidden", "vocab", "seq") if dim != left_out)
+    message = _refused(layout, {"tp": 2})
+    assert "splits 'seq' over 'tp', but none of" in message
+    assert left_out in message
+
+
+def test_seq_and_embed_are_not_split_together():
+    layout = "kv_heads@a hidden@a vocab@a seq@a embed@b"
+    assert "splits the residual stream by 'seq' and by 'embed'" in _refused(layout, {"a": 2, "b": 2})
+
+
+def test_a_model_is_checked_by_its_config_and_left_as_it_is():
+    model = small_model()
+    mesh = jax.make_mesh((8,), ("tp",), axis_types=(AxisType.Auto,))
+    with pytest.raises(ValueError, match=r"2 kv_heads cannot be split over 8 devices"):
+        HEADS.check(model, mesh)
+    with pytest.raises(ValueError, match=r"2 kv_heads cannot be split over 8 devices"):
+        shard(model, mesh, HEADS)
+    assert model.mesh is None
+    assert model.strategy == SINGLE
+
+
+def test_rows_that_cannot_be_split_are_refused():
+    model = shard(small_model(), jax.make_mesh((2,), ("dp",), axis_types=(AxisType.Auto,)), Strategy("batch@dp"))
+    for call in (model, lambda ids: model.hidden(ids)[0]):
+        with pytest.raises(ValueError, match=r"^3 rows cannot be split over 2 devices") as error:
+            eqx.filter_jit(call)(jnp.zeros((3, 4), jnp.int32))
+        assert str(error.value).count("\n") == 0
+
+
+def test_an_entry_can_be_added():
+    assert (HEADS + "batch@dp").layout == f"{HEADS.layout} batch@dp"
+    assert Strategy("batch@dp") == SINGLE + "batch@dp"
+    with pytest.raises(ValueError, match="names the dimension 'hidden' twice"):
+        HEADS + "hidden@dp"

@@ -35,6 +35,7 @@ class Devices:
         num_processes: int | None,
         process_id: int | None,
     ):
+        from ..parallel import read_strategy
         from ..parallel.mesh import parse_axes
 
         self._axes = None if mesh is None else parse_axes(mesh)
@@ -80,28 +81,6 @@ class Devices:
         strategy.check(config, mesh)
         together = f" of {jax.process_count()} processes" if processes.several() else ""
         return mesh, strategy, f"{_name(strategy)} on {show(axes)}{together}"
-
-
-def read_strategy(text: str) -> Strategy:
-    """A strategy from its name, with entries after it if there are any, or from its layout.
-
-    **Arguments:**
-
-    - `text`: such as `"heads"`, `"heads batch@dp"` or `"kv_heads@tp hidden@tp"`.
-    """
-    from ..parallel import Strategy
-    from ..parallel.choices import NAMED
-
-    name, _, entries = text.strip().partition(" ")
-    named = NAMED.get(name.lower().replace("-", "_"))
-    if named is not None:
-        return named + entries if entries.strip() else named
-    if "@" not in name:
-        raise ValueError(
-            f"There is no strategy {name!r}; the names are {', '.join(NAMED)}, and a layout reads "
-            "'kv_heads@tp hidden@tp'."
-        )
-    return Strategy(text.strip())
 
 
 def _connect(coordinator: str | None, num_processes: int | None, process_id: int | None, axes: dict[str, int] | None):

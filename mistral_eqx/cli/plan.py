@@ -56,7 +56,7 @@ def plan(
     from rich.console import Console
 
     from ..plan import count_devices, plan as compile_plan, table
-    from ..plan.picture import picture as draw, require_matplotlib
+    from ..plan.pictures import picture as draw, require_matplotlib
 
     if picture is not None:
         require_matplotlib()

@@ -306,10 +306,14 @@ def _grow_state(model: Mistral, decoding: Decoding, new: int) -> Decoding:
 def slots(model: Mistral, count: int) -> int:
     """The size of a cache for `count` tokens of this model.
 
-    Where `kv_seq` is split, each device has the same share, and one slot more that a token of another one may touch.
+    Where `kv_seq` is split, each device has the same share, and a slot more that a token of another one may touch.
+    Shares are multiples of 8, the rows of a tile on TPUs: else the cache would be laid out anew at each call.
     """
     shares = parts(model, "kv_seq")
-    return count if shares == 1 else (-(-count // shares) + 1) * shares
+    if shares == 1:
+        return count
+    share = -(-count // shares) + 1
+    return -(-share // 8) * 8 * shares
 
 
 def holds(model: Mistral, kv_seq: int) -> int:

@@ -14,6 +14,9 @@ from ..parallel import SINGLE, Strategy, gather, place, pmax, pmin, psum
 from .processors import AbstractProcessor
 
 
+_ORDER_OF_1 = int(np.float32(1).view(np.int32))
+
+
 class Sampler(eqx.Module):
     """How the next token is chosen.
 
@@ -102,8 +105,8 @@ class Sampler(eqx.Module):
             logits = self.filter(logits, strategy)
             part, parts = place("vocab", strategy)
             size = logits.shape[-1]
-            # The noise of the whole vocabulary, of which only this device's part is computed: each entry of it
-            # depends on the key and its own index alone.
+            # This device's part of the noise of the whole vocabulary, each entry of which depends on the key and its
+            # own index alone.
             noise = jax.vmap(lambda key: jr.gumbel(key, (parts * size,), logits.dtype))(keys)
             logits = logits + lax.dynamic_slice_in_dim(noise, part * size, size, axis=1)
         return _argmax(logits, strategy)
@@ -120,7 +123,9 @@ class Sampler(eqx.Module):
         """The logits from which a token is drawn: divided by the temperature, minus infinity for tokens left out."""
         if self.temperature is None:
             return logits
-        logits = logits / self.temperature.astype(logits.dtype)
+        # A positive factor changes no order. What is compared below is not divided before: where XLA computes a
+        # quotient twice, it may round it in two ways, and the largest logit would be above all.
+        temperature = self.temperature.astype(logits.dtype)
         if self.top_k is not None:
             largest = _top_k(logits, self.top_k)
             if strategy.split_over("vocab"):
@@ -129,14 +134,14 @@ class Sampler(eqx.Module):
             # The minimum, and not the last one: of that XLA on CPU makes a sort of all logits.
             logits = jnp.where(logits < jnp.min(largest, axis=-1, keepdims=True), -jnp.inf, logits)
         if self.top_p is not None:
-            logits = jnp.where(_in_nucleus(logits, self.top_p, strategy), logits, -jnp.inf)
+            logits = jnp.where(_in_nucleus(logits, temperature, self.top_p, strategy), logits, -jnp.inf)
         if self.min_p is not None:
             largest = pmax(jnp.max(logits, axis=-1, keepdims=True), "vocab", strategy)
-            least = largest + jnp.log(self.min_p).astype(logits.dtype)
+            least = largest + jnp.log(self.min_p).astype(logits.dtype) * temperature
             logits = jnp.where(logits < least, -jnp.inf, logits)
         if self.typical_p is not None:
-            logits = jnp.where(_typical(logits, self.typical_p, strategy), logits, -jnp.inf)
-        return logits
+            logits = jnp.where(_typical(logits, temperature, self.typical_p, strategy), logits, -jnp.inf)
+        return logits / temperature
 
 
 def _top_k(logits: Float[Array, "batch vocab"], k: int) -> Float[Array, "batch k"]:
@@ -154,29 +159,40 @@ def _argmax(logits: Float[Array, "batch vocab"], strategy: Strategy) -> Int[Arra
     return pmin(first, "vocab", strategy)
 
 
-def _probabilities(logits: Float[Array, "batch vocab"], strategy: Strategy) -> Float[Array, "batch vocab"]:
-    logits = logits.astype(jnp.float32)
-    weights = jnp.exp(logits - pmax(jnp.max(logits, axis=-1, keepdims=True), "vocab", strategy))
-    return weights / psum(jnp.sum(weights, axis=-1, keepdims=True), "vocab", strategy)
+def _weights(
+    logits: Float[Array, "batch vocab"], temperature: Array | np.ndarray, strategy: Strategy
+) -> tuple[Float[Array, "batch vocab"], Float[Array, "batch 1"]]:
+    """Probabilities, but for their sum: the largest is 1. And that sum."""
+    largest = pmax(jnp.max(logits, axis=-1, keepdims=True), "vocab", strategy)
+    weights = jnp.exp(((logits - largest) / temperature).astype(jnp.float32))
+    return weights, psum(jnp.sum(weights, axis=-1, keepdims=True), "vocab", strategy)
 
 
 def _in_nucleus(
-    logits: Float[Array, "batch vocab"], top_p: Array | np.ndarray, strategy: Strategy
+    logits: Float[Array, "batch vocab"],
+    temperature: Array | np.ndarray,
+    top_p: Array | np.ndarray,
+    strategy: Strategy,
 ) -> Bool[Array, "batch vocab"]:
     """Which tokens are in the smallest set whose probabilities sum to `top_p`."""
-    probabilities = _probabilities(logits, strategy)
-    return _smallest_set(probabilities, _order(probabilities), top_p, strategy)
+    weights, total = _weights(logits, temperature, strategy)
+    return _smallest_set(weights, total, _order(weights), _ORDER_OF_1, top_p, strategy)
 
 
 def _typical(
-    logits: Float[Array, "batch vocab"], typical_p: Array | np.ndarray, strategy: Strategy
+    logits: Float[Array, "batch vocab"],
+    temperature: Array | np.ndarray,
+    typical_p: Array | np.ndarray,
+    strategy: Strategy,
 ) -> Bool[Array, "batch vocab"]:
     """Which tokens are in the smallest set of those with the most usual surprise that sums to `typical_p`."""
-    probabilities = _probabilities(logits, strategy)
-    surprise = -jnp.log(jnp.maximum(probabilities, jnp.finfo(jnp.float32).tiny))
-    mean = psum(jnp.sum(probabilities * surprise, axis=-1, keepdims=True), "vocab", strategy)
+    weights, total = _weights(logits, temperature, strategy)
+    surprise = -jnp.log(jnp.maximum(weights / total, jnp.finfo(jnp.float32).tiny))
+    mean = psum(jnp.sum(weights / total * surprise, axis=-1, keepdims=True), "vocab", strategy)
     # Less than 1, and nearest comes first.
-    return _smallest_set(probabilities, 2**30 - 1 - _order(jnp.abs(surprise - mean) / 128), typical_p, strategy)
+    order = 2**30 - 1 - _order(jnp.abs(surprise - mean) / 128)
+    highest = pmax(jnp.max(order, axis=-1, keepdims=True), "vocab", strategy)
+    return _smallest_set(weights, total, order, highest, typical_p, strategy)
 
 
 def _order(numbers: Float[Array, "batch vocab"]) -> Int[Array, "batch vocab"]:
@@ -186,18 +202,21 @@ def _order(numbers: Float[Array, "batch vocab"]) -> Int[Array, "batch vocab"]:
 
 
 def _smallest_set(
-    probabilities: Float[Array, "batch vocab"],
+    weights: Float[Array, "batch vocab"],
+    total: Float[Array, "batch 1"],
     order: Int[Array, "batch vocab"],
+    highest: Int[Array, "batch 1"] | int,
     mass: Array | np.ndarray,
     strategy: Strategy,
 ) -> Bool[Array, "batch vocab"]:
-    """Which tokens are in the smallest set whose probabilities sum to `mass`, if those of the highest order come first.
+    """Which tokens are in the smallest set that has a share of `mass` of all weights, if those of the highest order
+    come first. The first stays, however small that share is.
 
     The least order of that set is found bit by bit: 30 sums over a vocabulary take a small part of the time of a
     sort. Where the vocabulary is split, each exchange finds 5 bits.
     """
-    # What is left out is summed, and not what stays: the sum of what stays is 1 before the last of many tokens.
-    most = (1 - mass).astype(jnp.float32)
+    # What is left out is summed, and not what stays: the sum of what stays is all before the last of many tokens.
+    most = (1 - mass).astype(jnp.float32) * total
     bits = 5 if strategy.split_over("vocab") else 1
     digits = np.arange(1, 2**bits, dtype=np.int32)
 
@@ -205,10 +224,9 @@ def _smallest_set(
         step = jnp.left_shift(1, 30 - bits * (number + 1))
         candidates = least + digits[None, :] * step
         below = order[:, None, :] < candidates[:, :, None]
-        left_out = psum(jnp.sum(jnp.where(below, probabilities[:, None, :], 0), axis=-1), "vocab", strategy)
+        left_out = psum(jnp.sum(jnp.where(below, weights[:, None, :], 0), axis=-1), "vocab", strategy)
         return least + step * jnp.sum(left_out <= most, axis=-1, keepdims=True, dtype=jnp.int32)
 
-    highest = pmax(jnp.max(order, axis=-1, keepdims=True), "vocab", strategy)
     # It starts at 0, in a form that tells `shard_map` along which axes rows differ.
-    least = lax.fori_loop(0, 30 // bits, next_digit, highest - highest)
+    least = lax.fori_loop(0, 30 // bits, next_digit, (total < 0).astype(jnp.int32))
     return order >= jnp.minimum(least, highest)

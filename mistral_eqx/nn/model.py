@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ..config import MistralConfig
-from ..parallel import SINGLE, Strategy, all_tokens, own_slot, own_slots, pmax, specs, spmd
+from ..parallel import SINGLE, Strategy, all_tokens, entered, own_slot, own_slots, pmax, specs, spmd
 from .attention import Attention
 from .block import Block
 from .cache import Cache
@@ -108,10 +108,21 @@ class Mistral(eqx.Module):
             hidden, _ = model.hidden(ids)
             return model.logits(hidden)
 
+        self._check_rows(ids)
         rows = self.strategy.spec("batch")
         return spmd(forward, self.mesh, (specs(self, self.strategy), rows), self.strategy.spec("batch _ vocab"))(
             self, ids
         )
+
+    def _check_rows(self, ids: Array):
+        if self.mesh is None or entered():
+            return
+        devices = math.prod(self.mesh.shape[axis] for axis in self.strategy.split_over("batch"))
+        if ids.shape[0] % devices:
+            raise ValueError(
+                f"{ids.shape[0]} rows cannot be split over {devices} devices, as the strategy "
+                f"{self.strategy.layout!r} does with 'batch'; give a multiple of {devices}."
+            )
 
     @overload
     def hidden(
@@ -152,6 +163,7 @@ class Mistral(eqx.Module):
 
         **Returns:** activations, shape `(batch, seq, embed)`, and the cache with these tokens added.
         """
+        self._check_rows(ids)
         rows, layers = self.strategy.spec("batch"), specs(cache, self.strategy)
         in_specs = specs(self, self.strategy), rows, rows, layers, self.strategy.spec("batch _ kv_seq")
         out_specs = self.strategy.spec("batch _ embed"), layers

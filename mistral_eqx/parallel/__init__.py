@@ -1,5 +1,10 @@
 from .agreement import agree as agree, share as share
-from .choices import NAMED as NAMED, Choice as Choice, strategies as strategies
+from .choices import (
+    NAMED as NAMED,
+    Choice as Choice,
+    read_strategy as read_strategy,
+    strategies as strategies,
+)
 from .collectives import (
     all_tokens as all_tokens,
     gather as gather,
@@ -22,7 +27,7 @@ from .shard import (
     shard as shard,
     with_strategy as with_strategy,
 )
-from .spmd import AbstractNamed as AbstractNamed, specs as specs, spmd as spmd
+from .spmd import AbstractNamed as AbstractNamed, entered as entered, specs as specs, spmd as spmd
 from .strategy import (
     HEAD_DIM as HEAD_DIM,
     HEADS as HEADS,

@@ -2,8 +2,8 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from ..config import MistralConfig
@@ -15,6 +15,7 @@ from .strategy import (
     HEADS_X_KV_SEQ,
     KV_REPLICATED,
     SEQUENCE_PARALLEL,
+    SINGLE,
     Strategy,
 )
 
@@ -27,6 +28,27 @@ NAMED = {
     "heads_x_head_dim": HEADS_X_HEAD_DIM,
     "heads_x_kv_seq": HEADS_X_KV_SEQ,
 }
+
+
+def read_strategy(text: str) -> Strategy:
+    """A strategy from its name, with entries after it if there are any, or from its text.
+
+    **Arguments:**
+
+    - `text`: such as `"heads"`, `"heads batch@dp"` or `"kv_heads@tp hidden@tp"`.
+
+    **Raises:** `ValueError` if there is no such name.
+    """
+    name, _, entries = text.strip().partition(" ")
+    named = {"single": SINGLE, **NAMED}.get(name.lower().replace("-", "_"))
+    if named is not None:
+        return named + entries if entries.strip() else named
+    if "@" not in name:
+        raise ValueError(
+            f"There is no strategy {name!r}; the names are single, {', '.join(NAMED)}, and a text reads "
+            "'kv_heads@tp hidden@tp'."
+        )
+    return Strategy(text.strip())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +66,7 @@ class Choice:
     strategy: Strategy
     axes: dict[str, int]
 
-    def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The mesh, of these devices or of those that are there."""
         return make_mesh(self.axes, devices)
 

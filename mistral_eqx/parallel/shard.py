@@ -1,7 +1,7 @@
 """Placing arrays and whole models on a mesh."""
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -15,7 +15,8 @@ from .spmd import specs
 from .strategy import Strategy
 
 
-Model = TypeVar("Model", bound=eqx.Module)
+# A module with a config and a mesh, which are known only above this room.
+Model = TypeVar("Model", bound=Any)
 
 
 def shard(model: Model, mesh: Mesh, strategy: Strategy) -> Model:
@@ -115,14 +116,14 @@ def einshard(x: Array | np.ndarray, expression: str, mesh: Mesh) -> Array:
         raise ValueError(f"The expression {expression!r} has more than one '...'; keep one.")
     if "..." in words:
         at = words.index("...")
-        words[at : at + 1] = ["_"] * (x.ndim - len(words) + 1)
+        words[at : at + 1] = ["."] * (x.ndim - len(words) + 1)
     if len(words) != x.ndim:
         raise ValueError(
             f"The expression {expression!r} is for another number of dimensions than the array's {x.ndim}, "
             f"which has shape {x.shape}; give one word a dimension, or '...' for those that are not split."
         )
     names = [word.split("@")[0] for word in words]
-    if twice := {name for name in names if names.count(name) > 1} - {"_"}:
+    if twice := {name for name in names if names.count(name) > 1} - {"."}:
         raise ValueError(f"The expression {expression!r} has two dimensions {min(twice)!r}; give each its own name.")
     layout = Strategy(" ".join(word for word in words if "@" in word))
     taken: set[str] = set()

@@ -53,7 +53,7 @@ def spmd(fn: Callable[..., Any], mesh: Mesh | None, in_specs: PyTree, out_specs:
     - `in_specs`: for each argument, how its arrays are split: a PyTree of `PartitionSpec`, or one for all of it.
     - `out_specs`: likewise for the result, in which there may be nothing but arrays.
     """
-    if mesh is None or jax.sharding.get_abstract_mesh().manual_axes:
+    if mesh is None or entered():
         return fn
 
     def call(*arguments: PyTree) -> PyTree:
@@ -64,6 +64,11 @@ def spmd(fn: Callable[..., Any], mesh: Mesh | None, in_specs: PyTree, out_specs:
         return mapped(arrays)
 
     return call
+
+
+def entered() -> bool:
+    """Whether this runs inside `jax.shard_map`, where shapes are those of one device's parts."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -5,8 +5,9 @@ from .communication import (
     forward_pass as forward_pass,
     prefill as prefill,
 )
-from .picture import picture as picture
-from .planning import count_devices as count_devices, plan as plan, read_strategy as read_strategy
+from .limits import HOP_SECONDS as HOP_SECONDS, exchange_seconds as exchange_seconds, roofline as roofline
+from .pictures import picture as picture
+from .planning import count_devices as count_devices, plan as plan
 from .report import (
     Exchange as Exchange,
     Memory as Memory,
@@ -14,5 +15,4 @@ from .report import (
     Report as Report,
     Roofline as Roofline,
 )
-from .roofline import HOP_SECONDS as HOP_SECONDS, exchange_seconds as exchange_seconds, roofline as roofline
-from .table import table as table
+from .tables import table as table

@@ -202,9 +202,8 @@ class _Ledger:
             entry = 1, self.rows, candidates, self.wide
             self.write("all_gather", "top-k candidates", self.parts("vocab"), entry)
         if sampler.top_p is not None:
-            self.sum("top-p maximum", "vocab", 1, self.rows, 4)
+            self.sum("top-p maximum", "vocab", 1, self.rows, self.wide)
             self.sum("top-p sum", "vocab", 1, self.rows, 4)
-            self.sum("top-p likeliest", "vocab", 1, self.rows, 4)
             self.sum("top-p candidates", "vocab", _NUCLEUS_TURNS, self.rows, _NUCLEUS_CANDIDATES, 4)
         self.sum("best logit", "vocab", 1, self.rows, self.wide)
         self.sum("best token", "vocab", 1, self.rows, 4)

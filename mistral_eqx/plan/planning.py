@@ -15,13 +15,13 @@ from jax.sharding import AbstractMesh
 
 from ..config import MistralConfig
 from ..generate import loop
-from ..parallel import NAMED, SINGLE, Choice, Strategy, strategies
+from ..parallel import NAMED, SINGLE, Choice, Strategy, read_strategy, strategies
 from ..parallel.mesh import parse_axes, show
 from ..presets import PRESETS
 from .chips import CHIPS, Chip
+from .limits import roofline
 from .programs import Job
 from .report import Report, read_phase
-from .roofline import roofline
 
 
 _TOPOLOGY = re.compile(r"(\w+):(\d+(?:x\d+)*)")
@@ -165,23 +165,6 @@ def _sides(topology: str) -> list[int]:
             "'v4:2x2x4' or 'v5e:4x4'."
         )
     return [int(side) for side in match[2].split("x")]
-
-
-def read_strategy(text: str) -> Strategy:
-    """A strategy from its name, with entries after it if there are any, or from its text.
-
-    **Raises:** `ValueError` if there is no such name.
-    """
-    name, _, entries = text.strip().partition(" ")
-    named = {"single": SINGLE, **NAMED}.get(name.lower().replace("-", "_"))
-    if named is not None:
-        return named + entries if entries.strip() else named
-    if "@" not in name:
-        raise ValueError(
-            f"There is no strategy {name!r}; the names are single, {', '.join(NAMED)}, and a text reads "
-            "'kv_heads@tp hidden@tp'."
-        )
-    return Strategy(text.strip())
 
 
 def _place(

@@ -110,7 +110,7 @@ def programs(job: Job, devices: Sequence[Any]) -> Iterator[Uncompiled]:
     weights = _bytes(model)
 
     width = loop.prompt_width(job.prompt)
-    piece = min(width, loop._CHUNK)
+    piece = min(width, loop.CHUNK)
     small = cache_of(loop.slots(model, width))
     yield Uncompiled(
         name="prefill",

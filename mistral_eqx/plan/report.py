@@ -204,13 +204,13 @@ class Report:
 
     def table(self) -> Group:
         """The figures as tables, for `rich.print`."""
-        from .table import table
+        from .tables import table
 
         return table([self])
 
     def picture(self, path: str | Path):
         """Draws memory and times; see [`mistral_eqx.plan.picture`][]."""
-        from .picture import picture
+        from .pictures import picture
 
         picture([self], path)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from .report import Exchange, Memory, Phase, Report
+from .report import Exchange, Phase, Report
 
 
 if TYPE_CHECKING:
@@ -30,41 +30,45 @@ def table(reports: Sequence[Report]) -> Group:
 
 
 def _memory(reports: Sequence[Report]) -> Table:
-    columns = ("weights", "cache", "other", "temporary", "code", "total", "of the chip's")
-    rows = _table("Memory of each device, MB", columns)
+    columns = ["weights", "cache", "other", "temporary", "code", "total"]
+    known = any(report.chip is not None for report in reports)
+    rows = _table("Memory of each device, MB", [*columns, "of the chip's"] if known else columns)
     for report, phase, head in _rows(reports):
         memory = phase.memory
         parts = (memory.weights, memory.cache, memory.other, memory.temporary, memory.code, memory.total)
-        rows.add_row(*head, *(_megabytes(part) for part in parts), _share(report, memory))
+        share = [] if report.chip is None else [f"{memory.total / report.chip.hbm_bytes:.1%}"]
+        rows.add_row(*head, *(_megabytes(part) for part in parts), *share)
     return rows
 
 
-def _share(report: Report, memory: Memory) -> str:
-    return "" if report.chip is None else f"{memory.total / report.chip.hbm_bytes:.1%}"
-
-
 def _work(reports: Sequence[Report]) -> Table:
-    columns = ("GFLOP", "HBM MB", "exchanges", "MB", "as written", "compute ms", "HBM ms", "links ms", "at least ms")
-    rows = _table("Work of each device: for the prompt, and for each new token", (*columns, "compiled in s"))
+    phases = [phase for report in reports for phase in report.phases]
+    # XLA hardly ever merges or splits exchanges; where it has, both counts are shown.
+    changed = any(phase.refused is not None or _count(phase.written) != _count(phase.exchanges) for phase in phases)
+    timed = any(report.chip is not None for report in reports)
+    columns = [
+        *("GFLOP", "HBM MB", "exchanges", "MB"),
+        *(["as written"] if changed else []),
+        *(["compute ms", "HBM ms", "links ms", "at least ms"] if timed else []),
+        "compiled in s",
+    ]
+    rows = _table("Work of each device: for the prompt, and for each new token", columns)
     for _, phase, head in _rows(reports):
         runs, times = phase.runs, phase.roofline
-        if phase.refused is not None:
-            cells = ["", "", "", "", _count(phase.written, runs), *[""] * 4]
-        else:
-            cells = [
-                f"{runs * phase.flops / 1e9:,.1f}",
-                _megabytes(runs * phase.hbm_bytes),
-                _count(phase.exchanges, runs),
-                f"{runs * sum(exchange.bytes for exchange in phase.exchanges) / 1e6:,.2f}",
-                _count(phase.written, runs),
-            ]
-            if times is None:
-                cells += [""] * 4
-            else:
-                limits = {"compute": times.compute, "memory": times.memory, "interconnect": times.interconnect}
-                cells += [f"{1e3 * runs * seconds:.2f}" for seconds in limits.values()]
-                cells += [f"{1e3 * runs * times.seconds:.2f}"]
-        rows.add_row(*head, *cells, f"{phase.compile_seconds:.1f}")
+        figures = [
+            f"{runs * phase.flops / 1e9:,.1f}",
+            _megabytes(runs * phase.hbm_bytes),
+            f"{runs * _count(phase.exchanges)}",
+            f"{runs * sum(one.bytes for one in phase.exchanges) / 1e6:,.2f}",
+        ]
+        limits = [] if times is None else [times.compute, times.memory, times.interconnect, times.seconds]
+        rows.add_row(
+            *head,
+            *(figures if phase.refused is None else [""] * len(figures)),
+            *([f"{runs * _count(phase.written)}"] if changed else []),
+            *([f"{1e3 * runs * limit:.2f}" for limit in limits] or [""] * 4 * timed),
+            f"{phase.compile_seconds:.1f}",
+        )
     return rows
 
 
@@ -109,13 +113,14 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f}"
 
 
-def _count(exchanges: Sequence[Exchange], runs: int) -> str:
-    return f"{runs * sum(exchange.count for exchange in exchanges)}"
+def _count(exchanges: Sequence[Exchange]) -> int:
+    return sum(exchange.count for exchange in exchanges)
 
 
 def title(report: Report) -> str:
     """What the reports of a table or a picture are about."""
+    size, unit = (1e9, "billion") if report.parameters >= 1e9 else (1e6, "million")
     return (
-        f"{report.model} ({report.parameters / 1e9:.1f} billion weights, {report.dtype}) on {report.place}, batch "
+        f"{report.model} ({report.parameters / size:.1f} {unit} weights, {report.dtype}) on {report.place}, batch "
         f"{report.batch}, prompt {report.prompt}, kv_seq {report.kv_seq}"
     )

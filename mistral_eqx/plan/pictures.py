@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .report import Phase, Report
-from .table import label, title
+from .tables import label, title
 
 
 _MEMORY = {
