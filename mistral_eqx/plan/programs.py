@@ -100,10 +100,6 @@ def programs(job: Job, devices: Sequence[Any]) -> Iterator[Uncompiled]:
     def array(dims: str, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, strategy.spec(dims)))
 
-    def cache_of(kv_seq: int) -> Cache:
-        init = functools.partial(Cache.init, job.config, job.batch, kv_seq, dtype, platform=platform)
-        return place(eqx.filter_eval_shape(init))
-
     init = functools.partial(Mistral.init, job.config, dtype=dtype, strategy=strategy)
     model = place(eqx.filter_eval_shape(init, key=jr.key(0)))
     model = dataclasses.replace(model, mesh=mesh)
@@ -111,6 +107,14 @@ def programs(job: Job, devices: Sequence[Any]) -> Iterator[Uncompiled]:
 
     width = loop.prompt_width(job.prompt)
     piece = min(width, loop.CHUNK)
+
+    def cache_of(kv_seq: int) -> Cache:
+        shares = loop.parts(model, "kv_seq")
+        init = functools.partial(
+            Cache.init, job.config, job.batch, kv_seq, dtype, platform=platform, piece=piece, shares=shares
+        )
+        return place(eqx.filter_eval_shape(init))
+
     small = cache_of(loop.slots(model, width))
     yield Uncompiled(
         name="prefill",
