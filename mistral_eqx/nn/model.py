@@ -157,7 +157,7 @@ class Mistral(eqx.Module):
         - `positions`: where each token stands in its row's text, -1 for padding. Unless given, the tokens
             follow those in the cache, or start at 0.
         - `cache`: earlier tokens' keys and values. It must have `seq` free slots: a slot past the end would overwrite
-            the last ones.
+            the last ones. Where `kv_seq` is split, each device needs one more, which a token of another may touch.
         - `seen`: which slot each token may see at most, for continuations of one text that share a row; besides,
             a token sees what its position and the windows let it see.
 
