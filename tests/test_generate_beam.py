@@ -3,11 +3,14 @@ import importlib
 import itertools
 import math
 import re
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cli_fixtures import save_tiny_model
 from equality_fixtures import on, precision, random_model
 from generation_fixtures import PROMPTS, VOCAB, count_compilations, logits_of, random_prompts, refused, talking_model
 from hypothesis import given, settings, strategies as st
@@ -364,3 +367,12 @@ def test_bad_input(options, words):
     options = {"prompts": PROMPTS, "num_beams": 4, "max_new_tokens": 4} | options
     with refused(*words):
         beam_search(talking_model(), options.pop("prompts"), **options)
+
+
+def test_the_page_and_the_example(tmp_path, capsys):
+    path, root = save_tiny_model(tmp_path / "model", max_positions=1024), Path(__file__).parents[1]
+    (snippet,) = re.findall(r"```python\n(.*?)```", (root / "docs/beam_search.md").read_text(), flags=re.DOTALL)
+    exec(compile(snippet.replace('"smollm2-135m"', repr(str(path))), "beam_search.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) >= 4
+    runpy.run_path(str(root / "examples/beam_search.py"))["main"](str(path))
+    assert capsys.readouterr().out.count("length penalty") == 2

@@ -264,9 +264,7 @@ def _init_cache(
     strategy: Strategy,
 ) -> Callable[[], Cache]:
     platform = None if mesh is None else mesh.devices.flat[0].platform
-    init = functools.partial(
-        Cache.init, config, batch, kv_seq, dtype, platform=platform, piece=piece, shares=shares
-    )
+    init = functools.partial(Cache.init, config, batch, kv_seq, dtype, platform=platform, piece=piece, shares=shares)
     if mesh is None:
         return init
     split = specs(eqx.filter_eval_shape(init), strategy)
