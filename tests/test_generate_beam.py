@@ -292,9 +292,8 @@ NAMED = {
 }
 
 
-@pytest.fixture(scope="module")
-def search_on():
-    """Searches on one device, or with a strategy on several.
+def search_on(*place):
+    """A search on one device, or with a strategy on several; each device puts its part of the cache in order.
 
     In float64, where no two sums are so close that another order of additions exchanges them.
     """
@@ -303,22 +302,18 @@ def search_on():
         patch.setattr(beam, "capacity", lambda slots: slots)
         config = dataclasses.replace(talking_model(windows=(7,)).config, vocab=66, hidden=42)
         model = random_model(config, "float64")
-
-        def search(*place):
-            one = on(model, *place) if place else model
-            return beam_search(one, PROMPTS, num_beams=4, num_return_sequences=4, max_new_tokens=10, eos_id=[5, 44])
-
-        yield search
+        model = on(model, *place) if place else model
+        return beam_search(model, PROMPTS, num_beams=4, num_return_sequences=4, max_new_tokens=10, eos_id=[5, 44])
 
 
 @pytest.fixture(scope="module")
-def on_one_device(search_on):
+def on_one_device():
     return search_on()
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_named_strategies_find_the_same(name, search_on, on_one_device):
-    """Three prompts also where the batch is split in two; each device puts its part of the cache in order."""
+def test_named_strategies_find_the_same(name, on_one_device):
+    """Three prompts also where the batch is split in two."""
     found = search_on(*NAMED[name])
     np.testing.assert_array_equal(found.tokens, on_one_device.tokens)
     np.testing.assert_array_equal(found.lengths, on_one_device.lengths)
