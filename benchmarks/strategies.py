@@ -13,7 +13,6 @@ estimates times from its operations, its bytes and its exchanges. `write` puts t
 
 import argparse
 import dataclasses
-import itertools
 import json
 import statistics
 import sys
@@ -31,7 +30,7 @@ import mistral_eqx as mx
 from mistral_eqx.generate import Sampler
 from mistral_eqx.generate.loop import Request
 from mistral_eqx.parallel import Choice
-from mistral_eqx.plan import decoding_step, prefill
+from mistral_eqx.plan import CHIPS, Exchange, Report, decoding_step, exchange_seconds, prefill
 
 
 HERE = Path(__file__).parent
@@ -116,36 +115,30 @@ def held(tree: Any) -> int:
 
 
 def planned(topologies: list[str], done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Plans the whole model at one length, and of two and four layers of it two lengths, which tell all others.
+    """Plans the whole model.
 
     Of strategies that can have several meshes, that with the most groups of key/value heads is taken. What is in
     `done` is not planned again.
     """
-    known = {(row["place"], row["strategy"], row["layers"], row["kv_seq"]) for row in done}
+    known = {(row["place"], row["strategy"]) for row in done}
     for place in topologies:
-        devices = 16 if place != "v5e-8" else 8
-        first = {choice.name: choice for choice in reversed(choices(mx.PRESETS[MODEL], devices))}
-        for choice in reversed(first.values()):
-            for layers, kv_seq in ((mx.PRESETS[MODEL].layers, KV_SEQ), *itertools.product((2, 4), (2048, 32768))):
-                if (place, label(choice), layers, kv_seq) in known:
-                    continue
-                config = dataclasses.replace(mx.PRESETS[MODEL], layers=layers, windows=(None,) * layers)
-                prompt = PROMPT if layers == mx.PRESETS[MODEL].layers else 16
+        for choice in planned_choices(place):
+            if (place, label(choice)) not in known:
                 report = mx.plan(
-                    config,
+                    MODEL,
                     topology=TOPOLOGIES[place],
                     strategy=choice,
                     batch=BATCH,
-                    prompt=prompt,
-                    kv_seq=kv_seq,
+                    prompt=PROMPT,
+                    kv_seq=KV_SEQ,
                 )
-                yield {
-                    "place": place,
-                    "strategy": label(choice),
-                    "layers": layers,
-                    "kv_seq": kv_seq,
-                    "report": report.to_dict(),
-                }
+                yield {"place": place, "strategy": label(choice), "report": report.to_dict()}
+
+
+def planned_choices(place: str) -> list[Choice]:
+    """The first mesh of each strategy."""
+    found = choices(mx.PRESETS[MODEL], 8 if place == "v5e-8" else 16)
+    return list({choice.name: choice for choice in reversed(found)}.values())[::-1]
 
 
 def seconds(terms: dict[str, float]) -> float:
@@ -153,20 +146,24 @@ def seconds(terms: dict[str, float]) -> float:
     return max(terms["compute"], terms["memory"]) + terms["interconnect"]
 
 
-def decode_seconds(points: list[dict[str, Any]], layers: int, kv_seq: int) -> float:
-    """The time of a step at any depth and length, which are linear in both as everything that it adds up is."""
-    rooflines = {(point["layers"], point["kv_seq"]): _phases(point)["decode"]["roofline"] for point in points}
-    terms = {}
-    for name in ("compute", "memory", "interconnect"):
-        at = {key: roofline[name] for key, roofline in rooflines.items()}
-        (shallow, deep), (short, long) = sorted({key[0] for key in at}), sorted({key[1] for key in at})
-        depth, length = (layers - shallow) / (deep - shallow), (kv_seq - short) / (long - short)
-        terms[name] = sum(
-            at[across, along] * weight * other
-            for across, weight in ((shallow, 1 - depth), (deep, depth))
-            for along, other in ((short, 1 - length), (long, length))
+def decode_seconds(report: Report, kv_seq: int) -> float:
+    """The time of a step at another length: what more there is of the cache is read once more, and more is exchanged.
+
+    At the length that was compiled, it is the time of the compiled program.
+    """
+    decode, chip = report["decode"], CHIPS[report.place.partition(":")[0]]
+    more = decode.memory.cache * (kv_seq / report.kv_seq - 1)
+    work = max(decode.flops / chip.flops, (decode.hbm_bytes + more) / chip.hbm_bandwidth)
+    lengths = {
+        length: sum(
+            exchange_seconds(chip, Exchange(entry.kind, entry.devices, entry.count, entry.count * entry.bytes))
+            for entry in decoding_step(
+                mx.PRESETS[MODEL], mx.Strategy(report.layout), report.axes, batch=BATCH, kv_seq=length
+            )
         )
-    return seconds(terms)
+        for length in (report.kv_seq, kv_seq)
+    }
+    return work + decode.roofline.interconnect + lengths[kv_seq] - lengths[report.kv_seq]
 
 
 # ---- write ----
@@ -178,10 +175,12 @@ def tables(times: list[dict[str, Any]], plans: list[dict[str, Any]]) -> str:
     for devices in (8, 16):
         for length in (128, 1024):
             found = [row for row in times if (row["devices"], row["length"]) == (devices, length)]
+            if not found:
+                continue
             parts.append(f"**{devices} virtual devices, {length} tokens**\n")
             parts.append(_times(found) + "\n")
     for place in TOPOLOGIES:
-        reports = [row for row in plans if row["place"] == place and row["kv_seq"] == KV_SEQ]
+        reports = [row for row in plans if row["place"] == place]
         if reports:
             parts.append(
                 f"**Mistral 7B v0.2 in bfloat16 on {place}, batch {BATCH}, a prompt of {PROMPT}, kv_seq {KV_SEQ}**\n"
@@ -245,13 +244,8 @@ def _phases(row: dict[str, Any]) -> dict[str, Any]:
 
 def _lines(plans: list[dict[str, Any]], place: str) -> dict[str, list[float]]:
     """Milliseconds by length for each strategy."""
-    lines = {}
-    for name in dict.fromkeys(row["strategy"] for row in plans if row["place"] == place):
-        points = [row for row in plans if (row["place"], row["strategy"]) == (place, name) and row["layers"] <= 4]
-        if len(points) == 4:
-            depth = mx.PRESETS[MODEL].layers
-            lines[name] = [1e3 * decode_seconds(points, depth, length) for length in LENGTHS]
-    return lines
+    reports = {row["strategy"]: Report.from_dict(row["report"]) for row in plans if row["place"] == place}
+    return {name: [1e3 * decode_seconds(report, length) for length in LENGTHS] for name, report in reports.items()}
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -264,14 +258,18 @@ def draw(times: list[dict[str, Any]], plans: list[dict[str, Any]], folder: Path)
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, len(TOPOLOGIES), figsize=(15, 5), layout="constrained")
-    names = list(dict.fromkeys(row["strategy"] for row in plans))
-    colours = {name: f"C{index % 10}" for index, name in enumerate(names)}
+    names = dict.fromkeys(row["strategy"].split(" (")[0] for row in plans)
+    colours = {name: f"C{index}" for index, name in enumerate(names)}
     for panel, place in zip(panels, TOPOLOGIES, strict=True):
         for name, values in _lines(plans, place).items():
-            style = "--" if "rep=4" in name or "rep=8" in name else "-"
-            panel.plot(LENGTHS, values, label=name, color=colours[name], linestyle=style, marker=".")
+            # What two strategies have in common is seen as both.
+            style = "--" if name.startswith("sequence") else "-"
+            colour = colours[name.split(" (")[0]]
+            panel.plot(LENGTHS, values, label=name, color=colour, linestyle=style, marker=".")
         panel.set(xscale="log", yscale="log", title=place, xlabel="slots in the cache", xticks=LENGTHS)
         panel.set_xticklabels([f"{length // 1024}k" for length in LENGTHS])
+        panel.set_ylim(1.5, 40)
+        panel.set_yticks([2, 3, 5, 10, 20], ["2", "3", "5", "10", "20"])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
