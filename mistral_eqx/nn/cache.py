@@ -67,7 +67,7 @@ class LayerCache(eqx.Module):
             return lax.dynamic_update_slice_in_dim(buffer, new, slot, axis=2)
         if new.shape[2] == 1:
             return lax.dynamic_update_slice_in_dim(buffer, new, slot % self.slots, axis=2)
-        slots = (slot + jnp.arange(new.shape[2])) % self.slots
+        slots = (slot + jnp.arange(new.shape[2], dtype=slot.dtype)) % self.slots
         return buffer.at[:, :, slots].set(new, unique_indices=True)
 
     def positions(self, positions: Int[Array, "batch kv_seq"], used: Int[Array, ""]) -> Int[Array, "batch slots"]:
