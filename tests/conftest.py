@@ -14,6 +14,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Lets go of a file's compiled programs: each is mapped into memory, and a process may have so many mappings."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def getkey():
     """Gives a fresh key at each call, the same ones in each run."""
