@@ -33,7 +33,7 @@ def parity(session: nox.Session):
 
 @nox.session
 def equality(session: nox.Session):
-    """Many more random models and strategies, each held to one device; takes a quarter of an hour."""
+    """Many more random models and strategies, each held to one device; takes up to an hour."""
     session.install("-e", ".[test]")
     session.run("pytest", "tests/test_equality.py", "-s", *session.posargs, env={"EQUALITY_PAIRS": "500"})
 
