@@ -18,7 +18,6 @@ from .generate import (
     PresencePenalty as PresencePenalty,
     RepetitionPenalty as RepetitionPenalty,
     Sampler as Sampler,
-    StopText as StopText,
     beam_search as beam_search,
     generate as generate,
     prefill as prefill,
@@ -43,6 +42,7 @@ from .plan import plan as plan
 from .presets import PRESETS as PRESETS
 from .text import (
     Detokenizer as Detokenizer,
+    StopText as StopText,
     encode_chat as encode_chat,
     load_tokenizer as load_tokenizer,
     render_chat as render_chat,

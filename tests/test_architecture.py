@@ -26,8 +26,7 @@ SEES = {
     "text": {"config", "presets", "checkpoint"},
     # From one checkpoint to another, its tokenizer included.
     "conversion": {"checkpoint", "text"},
-    # A stop string is found in text.
-    "generate": {"config", "parallel", "nn", "text"},
+    "generate": {"config", "parallel", "nn"},
     "train": {"config", "parallel", "nn", "lora"},
     "plan": {"config", "presets", "parallel", "nn", "generate", "train"},
 }

@@ -12,5 +12,4 @@ from .processors import (
     RepetitionPenalty as RepetitionPenalty,
 )
 from .sampler import Sampler as Sampler
-from .stops import StopText as StopText
 from .stream import Conversation as Conversation, stream as stream

@@ -19,11 +19,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from ..config import MistralConfig
 from ..nn import Cache, Mistral
 from ..parallel import Strategy, everywhere, place_on, pmax, specs, spmd
-from ..text.tokenizer import AbstractTokenizer
 from .log_probs import LogProbs
 from .prompt import Prompts, bucket, checked_prompts, pad_left
 from .sampler import Sampler
-from .stops import StopRows, checked_stops
+from .stops import Stops, Tokenizer, stop_rows
 
 
 # A prompt is read in pieces of at most this many tokens: scores then take memory for this many queries at a time.
@@ -501,7 +500,7 @@ class Request:
         return decoding, cache
 
     def steps(
-        self, decoding: Decoding, cache: Cache, size: int, stops: StopRows | None = None
+        self, decoding: Decoding, cache: Cache, size: int, stops: Stops | None = None
     ) -> Iterator[tuple[Decoding, Cache]]:
         """The state and the cache after the first token, and after each `size` more of them.
 
@@ -518,7 +517,7 @@ class Request:
             until = min(int(decoding.step) + size, self.max_new_tokens)
             decoding, cache = self.decode(decoding, cache, until)
 
-    def _stop(self, decoding: Decoding, stops: StopRows) -> Decoding:
+    def _stop(self, decoding: Decoding, stops: Stops) -> Decoding:
         rows = len(stops.lengths)
         ended = everywhere(decoding.ended).copy()
         stopped = stops.read(everywhere(decoding.tokens)[:rows], everywhere(decoding.lengths)[:rows])
@@ -642,7 +641,7 @@ def generate(
     eos_id: int | Sequence[int] | None = None,
     key: Key[Array, "..."] | None = None,
     stop: str | Sequence[str] = (),
-    tokenizer: AbstractTokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     num_samples: int = 1,
     logprobs: int | None = None,
     prefix: Prefix | None = None,
@@ -723,16 +722,3 @@ def generate(
         ),
         top_log_probs=jnp.asarray(np.where(past[..., None], 0, np.take_along_axis(top, columns[..., None], axis=1))),
     )
-
-
-def stop_rows(stop: str | Sequence[str], tokenizer: AbstractTokenizer | None, rows: int) -> StopRows | None:
-    """What looks for stop strings in so many rows, or `None` if there are none.
-
-    **Raises:** `ValueError` if one is empty, or there is no tokenizer.
-    """
-    stops = checked_stops(stop)
-    if not stops:
-        return None
-    if tokenizer is None:
-        raise ValueError("Stop strings are found in text; give the tokenizer too.")
-    return StopRows(tokenizer, stops, rows)

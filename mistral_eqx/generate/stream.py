@@ -8,10 +8,10 @@ from jaxtyping import Array, Key
 
 from ..nn import Cache, Mistral
 from ..parallel import everywhere
-from ..text.tokenizer import AbstractTokenizer
-from .loop import CHUNK, Decoding, Prefix, Request, capacity, first_room, grow, prompt_width, slots, stop_rows
+from .loop import CHUNK, Decoding, Prefix, Request, capacity, first_room, grow, prompt_width, slots
 from .prompt import Prompts, checked_prompts, pad_left
 from .sampler import Sampler
+from .stops import Tokenizer, stop_rows
 
 
 def stream(
@@ -23,7 +23,7 @@ def stream(
     eos_id: int | Sequence[int] | None = None,
     key: Key[Array, "..."] | None = None,
     stop: str | Sequence[str] = (),
-    tokenizer: AbstractTokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     num_samples: int = 1,
     prefix: Prefix | None = None,
     prefill_chunk: int = CHUNK,
@@ -88,7 +88,7 @@ class Conversation:
         eos_id: int | Sequence[int] | None = None,
         key: Key[Array, ""] | None = None,
         stop: str | Sequence[str] = (),
-        tokenizer: AbstractTokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> Iterator[int]:
         """Continues the whole text so far.
 

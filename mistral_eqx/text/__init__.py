@@ -3,5 +3,6 @@ from .detokenizer import Detokenizer as Detokenizer
 from .huggingface import HuggingFaceTokenizer as HuggingFaceTokenizer
 from .load import load_tokenizer as load_tokenizer
 from .sentencepiece import SentencePieceTokenizer as SentencePieceTokenizer
+from .stops import StopText as StopText
 from .tekken import TekkenTokenizer as TekkenTokenizer
 from .tokenizer import AbstractTokenizer as AbstractTokenizer

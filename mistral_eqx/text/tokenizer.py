@@ -8,9 +8,13 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from .settings import FILES, GENERATION, write_settings
+
+
+if TYPE_CHECKING:
+    from .stops import StopRows
 
 
 class AbstractTokenizer(abc.ABC):
@@ -148,6 +152,15 @@ class AbstractTokenizer(abc.ABC):
             if not (skip_special and id in self.special_ids):
                 parts.append(self.token_bytes(id, first=not parts))
         return b"".join(parts).decode(errors="replace")
+
+    def find_stops(self, stop: str | Sequence[str], rows: int) -> "StopRows":
+        """Watches for stop strings in the texts of so many rows, as their tokens come.
+
+        **Raises:** `ValueError` if one is empty.
+        """
+        from .stops import StopRows
+
+        return StopRows(self, stop, rows)
 
     def save(self, folder: str | os.PathLike[str]):
         """Writes the files from which [`mistral_eqx.text.load_tokenizer`][] makes this tokenizer again.
