@@ -1,6 +1,7 @@
 from .attention import Attention as Attention
 from .block import Block as Block
 from .cache import Cache as Cache, LayerCache as LayerCache
+from .cross_entropy import Likelihood as Likelihood, log_likelihood as log_likelihood
 from .embedding import Embedding as Embedding, Unembedding as Unembedding
 from .feed_forward import FeedForward as FeedForward
 from .flash import flash_attention as flash_attention
@@ -8,5 +9,5 @@ from .linear import Linear as Linear
 from .model import Mistral as Mistral
 from .norm import RMSNorm as RMSNorm
 from .rotary import Rotary as Rotary, Rotation as Rotation
-from .visible import visible as visible
+from .visible import Span as Span, visible as visible
 from .weight import AbstractWeight as AbstractWeight, DenseWeight as DenseWeight

@@ -1,0 +1,172 @@
+"""How likely tokens are, without a logit for each token and each entry of the vocabulary at once."""
+
+import functools
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int, PyTree
+
+from ..parallel import Strategy, place, pmax, psum, psum_together, specs, vary_alike
+from .embedding import Unembedding
+
+
+# So many logits exist at a time, 32 MB of float32, but not fewer than those of so many rows of the head.
+_LOGITS = 8 * 1024 * 1024
+_LEAST_ROWS = 1024
+
+_ROWS = Strategy("vocab@rows")
+
+
+class Likelihood(NamedTuple):
+    """What is known of the logits of each token; all in float32 at least.
+
+    **Attributes:**
+
+    - `log_probs`: the logarithm of the target's probability.
+    - `log_sums`: the logarithm of the sum of all exponentiated logits, which a z-loss keeps small.
+    - `largest`: the largest logit, without a gradient. The target is the likeliest token where
+        `log_probs >= largest - log_sums`.
+    - `means`: the mean of all logits, which label smoothing needs. Where `vocab` is split, it is four further
+        bytes a token to exchange, if it is used.
+    """
+
+    log_probs: Float[Array, "batch seq"]
+    log_sums: Float[Array, "batch seq"]
+    largest: Float[Array, "batch seq"]
+    means: Float[Array, "batch seq"]
+
+
+def log_likelihood(
+    head: Unembedding, hidden: Float[Array, "batch seq embed"], targets: Int[Array, "batch seq"]
+) -> Likelihood:
+    """The logarithms of the probabilities of given tokens.
+
+    Goes through the vocabulary in chunks of the head's rows, with a running maximum and sum; the backward pass computes
+    each chunk's logits again, from the saved logarithm of each token's sum. Where the strategy splits `vocab`, devices
+    exchange 12 bytes a token: the maximum, the sum of exponentials and the target's logit.
+
+    **Arguments:**
+
+    - `head`: the output head, its weight in any storage format.
+    - `hidden`: what [`mistral_eqx.nn.Mistral.hidden`][] returned, shape `(batch, seq, embed)`.
+    - `targets`: one token of the whole vocabulary each; for a number outside of it, `log_probs` is minus `log_sums`.
+
+    **Returns:** a [`mistral_eqx.nn.Likelihood`][]; gradients pass to `hidden` and to the head's arrays of floats.
+    """
+    strategy, rows = head.strategy, head.weight.row_count
+    part, parts = place("vocab", strategy)
+    arrays, static = eqx.partition(head, eqx.is_array)
+    leaves, tree = jax.tree.flatten((hidden, arrays))
+    hidden, arrays = jax.tree.unflatten(tree, vary_alike(*leaves))
+    floats, others = eqx.partition(arrays, eqx.is_inexact_array)
+    sums: _Sums = _of_part(_Inputs(floats, hidden, others, targets - part * rows), static)
+    largest = pmax(lax.stop_gradient(sums.largest), "vocab", strategy)
+    total, chosen = psum_together(jnp.exp(sums.log_sum - largest)[..., None], sums.chosen[..., None], "vocab", strategy)
+    log_sums = largest + jnp.log(total[..., 0])
+    means = psum(sums.sum, "vocab", strategy) / (rows * parts)
+    return Likelihood(chosen[..., 0] - log_sums, log_sums, largest, means)
+
+
+class _Inputs(NamedTuple):
+    floats: PyTree
+    hidden: Array
+    # Without a gradient: the head's other arrays, and the targets' rows, which may be another device's.
+    others: Any
+    rows: Any
+
+
+class _Sums(NamedTuple):
+    """Of the logits of some rows: their largest, the logarithm of their exponentials' sum, the target's, their sum."""
+
+    largest: Array
+    log_sum: Array
+    chosen: Array
+    sum: Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _of_part(inputs: _Inputs, static: PyTree) -> _Sums:
+    def of_chunk(start: Array | int, size: int) -> _Sums:
+        head = eqx.combine(_take(inputs.floats, start, size), _take(inputs.others, start, size), static)
+        return _sums(head(inputs.hidden), inputs.rows - start)
+
+    first, size, starts = _chunks(inputs, static)
+    sums, _ = lax.scan(lambda sums, start: (_merged(sums, of_chunk(start, size)), None), of_chunk(0, first), starts)
+    return sums
+
+
+def _forward(inputs: _Inputs, static: PyTree):
+    sums: Any = _of_part(inputs, static)
+    return sums, (inputs, sums.log_sum)
+
+
+def _backward(static: PyTree, saved: tuple[_Inputs, Array], gradient: _Sums):
+    inputs, log_sum = saved
+
+    def add(so_far: tuple[PyTree, Array], start: Array | int, size: int) -> tuple[PyTree, Array]:
+        others = _take(inputs.others, start, size)
+        logits, pull = jax.vjp(
+            lambda floats, hidden: eqx.combine(floats, others, static)(hidden),
+            _take(inputs.floats, start, size),
+            inputs.hidden,
+        )
+        target = (inputs.rows - start)[..., None]
+        rows = jnp.arange(size, dtype=inputs.rows.dtype)[None, None, :]
+        d_logits = jnp.exp(logits - log_sum[..., None]) * gradient.log_sum[..., None] + gradient.sum[..., None]
+        d_floats, d_hidden = pull(d_logits + jnp.where(rows == target, gradient.chosen[..., None], 0))
+        return _added(so_far[0], d_floats, start), so_far[1] + d_hidden.astype(log_sum.dtype)
+
+    first, size, starts = _chunks(inputs, static)
+    none = jax.tree.map(jnp.zeros_like, inputs.floats), jnp.zeros_like(inputs.hidden, dtype=log_sum.dtype)
+    (d_floats, d_hidden), _ = lax.scan(
+        lambda so_far, start: (add(so_far, start, size), None), add(none, 0, first), starts
+    )
+    return (_Inputs(d_floats, d_hidden.astype(inputs.hidden.dtype), None, None),)
+
+
+_of_part.defvjp(_forward, _backward)
+
+
+def _chunks(inputs: _Inputs, static: PyTree) -> tuple[int, int, Array]:
+    """How many rows the first chunk and each other one has, and where the others start."""
+    rows = eqx.combine(inputs.floats, inputs.others, static).weight.row_count
+    size = min(rows, max(_LEAST_ROWS, _LOGITS // max(1, inputs.rows.size)))
+    first = rows % size or size
+    return first, size, jnp.arange(first, rows, size, dtype=jnp.int32)
+
+
+def _take(head: PyTree, start: Array | int, size: int) -> PyTree:
+    """The head of some rows. What a device's part of the vocabulary is in space, these are in time."""
+
+    def take(x: Array, spec: PartitionSpec) -> Array:
+        return lax.dynamic_slice_in_dim(x, start, size, spec.index("rows")) if "rows" in spec else x
+
+    return jax.tree.map(take, head, specs(head, _ROWS))
+
+
+def _added(whole: PyTree, part: PyTree, start: Array | int) -> PyTree:
+    """The gradient of the head, with that of some rows added."""
+
+    def add(whole: Array, part: Array, spec: PartitionSpec) -> Array:
+        if "rows" not in spec:
+            return whole + part
+        return lax.dynamic_update_slice_in_dim(whole, part, start, spec.index("rows"))
+
+    return jax.tree.map(add, whole, part, specs(whole, _ROWS))
+
+
+def _sums(logits: Float[Array, "batch seq rows"], rows: Int[Array, "batch seq"]) -> _Sums:
+    largest, size = jnp.max(logits, axis=-1), logits.shape[-1]
+    total = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
+    chosen = jnp.take_along_axis(logits, jnp.clip(rows, 0, size - 1)[..., None], axis=-1)[..., 0]
+    chosen = jnp.where((rows >= 0) & (rows < size), chosen, 0)
+    return _Sums(largest, largest + jnp.log(total), chosen, jnp.sum(logits, axis=-1))
+
+
+def _merged(one: _Sums, other: _Sums) -> _Sums:
+    largest, log_sum = jnp.maximum(one.largest, other.largest), jnp.logaddexp(one.log_sum, other.log_sum)
+    return _Sums(largest, log_sum, one.chosen + other.chosen, one.sum + other.sum)
