@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from model_fixtures import SMALL, relative_error, small_model
 
-from mistral_eqx.nn import attention as layer, flash, flash_attention, visible
+from mistral_eqx.nn import Span, attention as layer, flash, flash_attention, visible
+from mistral_eqx.nn.visible import bounds
 
 
 @pytest.fixture(autouse=True)
@@ -24,37 +25,36 @@ def _inputs(draw, batch, kv_heads, q_per_kv, seq, kv_seq, head_dim=6):
     return tuple(jnp.asarray(x, jnp.float32) for x in (q, k, v))
 
 
-def _whole(q, k, v, positions, kv_positions, *, scale, window):
+def _whole(q, k, v, first, last, kv_positions, *, scale):
     """With all scores at once, and zeros for a query that sees nothing."""
-    mask = visible(positions, kv_positions, window)[:, None, None]
+    mask = visible(first, last, kv_positions)[:, None, None]
     scores = jnp.where(mask, jnp.einsum("bhgqd,bhkd->bhgqk", q, k) * scale, -1e30)
     weights = jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0)
     log_sum = jnp.where(mask.any(axis=-1), jax.nn.logsumexp(scores, axis=-1), jnp.finfo(q.dtype).min)
     return jnp.einsum("bhgqk,bhkd->bhgqd", weights, v), log_sum
 
 
-def _loss(function, arrays, positions, kv_positions, window):
-    context, log_sum = function(*arrays, positions, kv_positions, scale=0.4, window=window)
+def _loss(function, arrays, seen):
+    context, log_sum = function(*arrays, *seen, scale=0.4)
     # Both results have a part in it; a query that sees nothing gives no gradient.
     return jnp.sum(jnp.sin(context)) + jnp.sum(jnp.where(log_sum > -1e30, jnp.cos(log_sum), 0))
 
 
 @settings(max_examples=12, deadline=None)
-@given(st.data(), st.integers(1, 13), st.integers(1, 19), st.none() | st.integers(1, 9), st.integers(0, 2**32 - 1))
-def test_value_and_gradient_are_those_of_all_scores_at_once(data, seq, kv_seq, window, seed):
+@given(st.integers(1, 13), st.integers(1, 19), st.none() | st.integers(1, 9), st.booleans(), st.integers(0, 2**32 - 1))
+def test_value_and_gradient_are_those_of_all_scores_at_once(seq, kv_seq, window, causal, seed):
     draw = np.random.default_rng(seed)
     arrays = _inputs(draw, 2, 2, 3, seq, kv_seq)
     positions = jnp.asarray(draw.integers(-1, 20, (2, seq)), jnp.int32)
     kv_positions = jnp.asarray(draw.integers(-1, 20, (2, kv_seq)), jnp.int32)
-    expected = _whole(*arrays, positions, kv_positions, scale=0.4, window=window)
-    found = flash_attention(*arrays, positions, kv_positions, scale=0.4, window=window)
+    ends = (jnp.asarray(x, jnp.int32) for x in draw.integers(-1, 20, (2, 2, seq)))
+    seen = (*bounds(positions, window, None if causal else Span(*ends)), kv_positions)
+    expected = _whole(*arrays, *seen, scale=0.4)
+    found = flash_attention(*arrays, *seen, scale=0.4)
     for one, other in zip(found, expected, strict=True):
         # Sums of at most 19 terms in float32, in another order.
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6)
-    gradients = [
-        jax.grad(_loss, argnums=1)(function, arrays, positions, kv_positions, window)
-        for function in (flash_attention, _whole)
-    ]
+    gradients = [jax.grad(_loss, argnums=1)(function, arrays, seen) for function in (flash_attention, _whole)]
     for one, other in zip(*gradients, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
@@ -85,7 +85,7 @@ def test_tiles_that_nobody_sees_are_passed_over(monkeypatch):
     arrays = _inputs(np.random.default_rng(0), 1, 1, 1, 32, 32)
     for window, expected in ((None, 8 * 9 // 2), (5, 8 + 7), (1, 8)):
         seen.clear()
-        jax.block_until_ready(flash_attention(*arrays, positions, positions, scale=1.0, window=window))
+        jax.block_until_ready(flash_attention(*arrays, *bounds(positions, window), positions, scale=1.0))
         jax.effects_barrier()
         assert (len(seen), sum(seen)) == (64, expected)
 

@@ -11,7 +11,7 @@ from .flash import flash_attention
 from .linear import Linear
 from .precision import at_least_float32
 from .rotary import Rotation
-from .visible import visible
+from .visible import Span, bounds, visible
 
 
 # Above this many scores a head, 4 MB of float32, they are computed in tiles.
@@ -19,7 +19,7 @@ _WHOLE = 1024 * 1024
 
 
 class Attention(eqx.Module):
-    """Causal attention in which `q_per_kv` query heads share each key/value head
+    """Attention in which `q_per_kv` query heads share each key/value head
     ([GQA](https://arxiv.org/abs/2305.13245)).
 
     Takes O(seq x kv_seq x kv_heads x q_per_kv x head_dim) operations a row, and memory for one score a query,
@@ -32,7 +32,7 @@ class Attention(eqx.Module):
     - `k_proj`, `v_proj`: `embed` to `kv_heads head_dim`.
     - `o_proj`: `kv_heads q_per_kv head_dim` to `embed`.
     - `scale`: the factor of the scores, one over the root of the whole `head_dim`, also where that is split.
-    - `window`: how many positions a query sees, itself included, or `None` for all before it.
+    - `window`: how many positions a query sees to either side, itself included, or `None` for all.
     - `strategy`: which dimensions are split over which mesh axes.
     """
 
@@ -53,6 +53,7 @@ class Attention(eqx.Module):
         cache: LayerCache | None,
         slot: Int[Array, ""],
         seen: Bool[Array, "batch seq kv_seq"] | None = None,
+        span: Span | None = None,
     ) -> tuple[Float[Array, "batch tokens embed"], LayerCache | None]:
         """Mixes values over positions.
 
@@ -60,10 +61,11 @@ class Attention(eqx.Module):
 
         - `x`: activations, shape `(batch, seq, embed)`.
         - `rotation`: of the positions of `x`.
-        - `positions`, `kv_positions`: where each token, and that of each key, stands in its row's text; -1 for padding.
+        - `positions`, `kv_positions`: where each token, and that of each key, stands; -1 for padding.
         - `cache`, `slot`: the keys and values of earlier tokens, and the slot of the first of `x`; without a cache
             the keys are those of `x`.
         - `seen`: which key each query may see at most; all unless given.
+        - `span`: which positions it sees; those up to its own unless given.
 
         **Returns:** an array like `x`, and the cache with the new keys and values.
         """
@@ -73,7 +75,7 @@ class Attention(eqx.Module):
         if cache is not None:
             cache = cache.update(k, v, own_slot(slot, self.strategy))
             k, v = cache.k, cache.v
-        inputs = q, k, v, positions, kv_positions
+        inputs = q, k, v, *bounds(positions, self.window, span), kv_positions
         # Partial scores are added up over devices before anything else can be done with them.
         tiled = q.shape[1] * k.shape[2] > _WHOLE and seen is None and not self.strategy.split_over("head_dim")
         context, log_sum = self._in_tiles(*inputs) if tiled else self._whole(*inputs, seen)
@@ -84,10 +86,10 @@ class Attention(eqx.Module):
         return self.o_proj(context.astype(x.dtype)), cache
 
     def _whole(
-        self, q: Array, k: Array, v: Array, positions: Array, kv_positions: Array, seen: Array | None
+        self, q: Array, k: Array, v: Array, first: Array, last: Array, kv_positions: Array, seen: Array | None
     ) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
         """The weighted sums, and the logarithms of the sums of weights."""
-        mask = visible(positions, kv_positions, self.window)
+        mask = visible(first, last, kv_positions)
         mask = mask if seen is None else mask & seen
         scores = psum(_contract_head_dim(q, k), "head_dim", self.strategy) * self.scale
         # A finite number, for a query that is padding sees no key at all.
@@ -99,11 +101,11 @@ class Attention(eqx.Module):
         return _contract_kv_seq(weights, v) / total, log_sum
 
     def _in_tiles(
-        self, q: Array, k: Array, v: Array, positions: Array, kv_positions: Array
+        self, q: Array, k: Array, v: Array, first: Array, last: Array, kv_positions: Array
     ) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
         """What `_whole` returns, without a score for each query and key."""
         q = jnp.transpose(q, (0, 2, 3, 1, 4))
-        context, log_sum = flash_attention(q, k, v, positions, kv_positions, scale=self.scale, window=self.window)
+        context, log_sum = flash_attention(q, k, v, first, last, kv_positions, scale=self.scale)
         return jnp.transpose(context, (0, 3, 1, 2, 4)), jnp.transpose(log_sum[..., None], (0, 3, 1, 2, 4))
 
 

@@ -9,6 +9,7 @@ from .cache import LayerCache
 from .feed_forward import FeedForward
 from .norm import RMSNorm
 from .rotary import Rotation
+from .visible import Span
 
 
 class Block(eqx.Module):
@@ -31,10 +32,11 @@ class Block(eqx.Module):
         cache: LayerCache | None,
         slot: Int[Array, ""],
         seen: Bool[Array, "batch seq kv_seq"] | None = None,
+        span: Span | None = None,
     ) -> tuple[Float[Array, "batch tokens embed"], LayerCache | None]:
         """Arguments and result are those of [`mistral_eqx.nn.Attention`][]; `x` may have this device's tokens only."""
         strategy, seq = self.attention.strategy, positions.shape[1]
         whole = all_tokens(self.attention_norm(x), seq, strategy)
-        mixed, cache = self.attention(whole, rotation, positions, kv_positions, cache, slot, seen)
+        mixed, cache = self.attention(whole, rotation, positions, kv_positions, cache, slot, seen, span)
         x = x + mixed
         return x + self.feed_forward(all_tokens(self.feed_forward_norm(x), seq, strategy)), cache

@@ -22,7 +22,8 @@ class _Inputs(NamedTuple):
     k: Array
     v: Array
     # Without a gradient.
-    positions: Any
+    first: Any
+    last: Any
     kv_positions: Any
 
 
@@ -30,11 +31,11 @@ def flash_attention(
     q: Float[Array, "batch kv_heads q_per_kv seq head_dim"],
     k: Float[Array, "batch kv_heads kv_seq head_dim"],
     v: Float[Array, "batch kv_heads kv_seq head_dim"],
-    positions: Int[Array, "batch seq"],
+    first: Int[Array, "batch seq"],
+    last: Int[Array, "batch seq"],
     kv_positions: Int[Array, "batch kv_seq"],
     *,
     scale: float,
-    window: int | None,
 ) -> tuple[Float[Array, "batch kv_heads q_per_kv seq head_dim"], Float[Array, "batch kv_heads q_per_kv seq"]]:
     """Softmax-weighted sums of values, with a running maximum and sum
     ([FlashAttention](https://arxiv.org/abs/2205.14135), [FlashAttention-2](https://arxiv.org/abs/2307.08691)).
@@ -46,23 +47,24 @@ def flash_attention(
     **Arguments:**
 
     - `q`, `k`, `v`: queries, keys and values.
-    - `positions`, `kv_positions`: where they stand in their row's text; -1 for padding.
+    - `first`, `last`: the first and the last position that each query sees; `last` is -1 for padding.
+    - `kv_positions`: where the keys stand; -1 for padding.
     - `scale`: the factor of the scores.
-    - `window`: how many positions a query sees, itself included, or `None` for all before it.
 
     **Returns:** one sum a query, and the logarithm of the sum of its exponentiated scores. A query that sees no key
     has zeros, and the lowest finite number.
     """
     q, k, v = vary_alike(q, k, v)
-    return _flash(_Inputs(q, k, v, positions, kv_positions), scale, window)
+    return _flash(_Inputs(q, k, v, first, last, kv_positions), scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _flash(inputs: _Inputs, scale: float, window: int | None) -> tuple[Array, Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _flash(inputs: _Inputs, scale: float) -> tuple[Array, Array]:
     padded, queries, keys = _tiled(inputs)
 
     def of_queries(index: Array) -> tuple[Array, Array]:
-        q, positions = _slice(padded.q, index, queries, 3), _slice(padded.positions, index, queries, 1)
+        q = _slice(padded.q, index, queries, 3)
+        first, last = (_slice(x, index, queries, 1) for x in (padded.first, padded.last))
 
         def add(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             k, v = (_slice(x, number, keys, 2) for x in (padded.k, padded.v))
@@ -70,13 +72,13 @@ def _flash(inputs: _Inputs, scale: float, window: int | None) -> tuple[Array, Ar
 
             def seen() -> tuple[Array, Array, Array]:
                 context, largest, total = carry
-                scores = _scores(q, k, positions, kv_positions, scale, window)
+                scores = _scores(q, k, first, last, kv_positions, scale)
                 higher = jnp.maximum(largest, jnp.max(scores, axis=-1))
                 weights, shrink = jnp.exp(scores - higher[..., None]), jnp.exp(largest - higher)
                 more = _product("bhgqk,bhkd->bhgqd", weights.astype(v.dtype), v)
                 return context * shrink[..., None] + more, higher, total * shrink + jnp.sum(weights, axis=-1)
 
-            return lax.cond(_touches(positions, kv_positions, window), seen, lambda: carry)
+            return lax.cond(_touches(first, last, kv_positions), seen, lambda: carry)
 
         none = q.astype(at_least_float32(q.dtype)) * 0
         row = jnp.sum(none, axis=-1)
@@ -93,12 +95,12 @@ def _flash(inputs: _Inputs, scale: float, window: int | None) -> tuple[Array, Ar
     return _joined(context, seq), _joined(log_sum, seq)
 
 
-def _forward(inputs: _Inputs, scale: float, window: int | None):
-    results: Any = _flash(inputs, scale, window)
+def _forward(inputs: _Inputs, scale: float):
+    results: Any = _flash(inputs, scale)
     return results, (inputs, *results)
 
 
-def _backward(scale: float, window: int | None, saved, gradients):
+def _backward(scale: float, saved, gradients):
     inputs, context, log_sum = saved
     d_context, d_log_sum = gradients
     padded, queries, keys = _tiled(inputs)
@@ -112,13 +114,13 @@ def _backward(scale: float, window: int | None, saved, gradients):
         kv_positions = _slice(padded.kv_positions, number, keys, 1)
 
         def add(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            positions = _slice(padded.positions, index, queries, 1)
+            first, last = (_slice(x, index, queries, 1) for x in (padded.first, padded.last))
             q, d_out = _slice(padded.q, index, queries, 3), _slice(d_context, index, queries, 3)
 
             def seen() -> tuple[Array, Array, Array]:
                 d_q, d_k, d_v = carry
-                scores = _scores(q, k, positions, kv_positions, scale, window)
-                mask = visible(positions, kv_positions, window)[:, None, None]
+                scores = _scores(q, k, first, last, kv_positions, scale)
+                mask = visible(first, last, kv_positions)[:, None, None]
                 weights = jnp.where(mask, jnp.exp(scores - _slice(log_sum, index, queries, 3)[..., None]), 0)
                 d_weights = _product("bhgqd,bhkd->bhgqk", d_out.astype(v.dtype), v)
                 d_scores = weights * (d_weights + _slice(of_sum, index, queries, 3)[..., None]) * scale
@@ -130,7 +132,7 @@ def _backward(scale: float, window: int | None, saved, gradients):
                 d_v = d_v + _product("bhgqk,bhgqd->bhkd", weights.astype(d_out.dtype), d_out)
                 return d_q, d_k, d_v
 
-            return lax.cond(_touches(positions, kv_positions, window), seen, lambda: carry)
+            return lax.cond(_touches(first, last, kv_positions), seen, lambda: carry)
 
         none = k.astype(d_q.dtype) * 0
         d_q, d_k, d_v = lax.fori_loop(0, width // queries, add, (d_q, none, none))
@@ -141,7 +143,7 @@ def _backward(scale: float, window: int | None, saved, gradients):
     kv_seq = inputs.k.shape[2]
     d_k, d_v = (jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, x.shape[-1])[:, :, :kv_seq] for x in (d_k, d_v))
     d_q, dtype = d_q[:, :, :, :seq], inputs.q.dtype
-    return (_Inputs(d_q.astype(dtype), d_k.astype(dtype), d_v.astype(dtype), None, None),)
+    return (_Inputs(d_q.astype(dtype), d_k.astype(dtype), d_v.astype(dtype), None, None, None),)
 
 
 _flash.defvjp(_forward, _backward)
@@ -156,7 +158,8 @@ def _tiled(inputs: _Inputs) -> tuple[_Inputs, int, int]:
         _pad(inputs.q, more, 3),
         _pad(inputs.k, more_keys, 2),
         _pad(inputs.v, more_keys, 2),
-        _pad(inputs.positions, more, 1, -1),
+        _pad(inputs.first, more, 1),
+        _pad(inputs.last, more, 1, -1),
         _pad(inputs.kv_positions, more_keys, 1, -1),
     )
     return padded, queries, keys
@@ -177,22 +180,21 @@ def _joined(tiles: Array, seq: int) -> Array:
     return tiles.reshape(*tiles.shape[:3], -1, *tiles.shape[5:])[:, :, :, :seq]
 
 
-def _touches(positions: Array, kv_positions: Array, window: int | None) -> Array:
+def _touches(first: Array, last: Array, kv_positions: Array) -> Array:
     """Whether any query of a tile may see any key of another."""
-    keys = kv_positions >= 0
-    first, last = jnp.where(keys, kv_positions, jnp.iinfo(jnp.int32).max), jnp.where(keys, kv_positions, -1)
-    touches = jnp.max(positions, axis=1) >= jnp.min(first, axis=1)
-    if window is not None:
-        nearest = jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max)
-        touches &= jnp.min(nearest, axis=1) - jnp.max(last, axis=1) < window
-    return jnp.any(touches)
+    none = jnp.iinfo(jnp.int32).max
+    keys, sees = kv_positions >= 0, last >= first
+    nearest, furthest = jnp.where(keys, kv_positions, none), jnp.where(keys, kv_positions, -1)
+    begin, end = jnp.where(sees, first, none), jnp.where(sees, last, -1)
+    touches = jnp.max(end, axis=1) >= jnp.min(nearest, axis=1)
+    return jnp.any(touches & (jnp.min(begin, axis=1) <= jnp.max(furthest, axis=1)))
 
 
 def _scores(
-    q: Array, k: Array, positions: Array, kv_positions: Array, scale: float, window: int | None
+    q: Array, k: Array, first: Array, last: Array, kv_positions: Array, scale: float
 ) -> Float[Array, "batch kv_heads q_per_kv seq kv_seq"]:
     scores = _product("bhgqd,bhkd->bhgqk", q, k) * scale
-    return jnp.where(visible(positions, kv_positions, window)[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    return jnp.where(visible(first, last, kv_positions)[:, None, None], scores, jnp.finfo(scores.dtype).min)
 
 
 def _product(dims: str, x: Array, y: Array) -> Array:

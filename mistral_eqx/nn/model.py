@@ -21,6 +21,7 @@ from .feed_forward import FeedForward
 from .linear import Linear
 from .norm import RMSNorm
 from .rotary import Rotary
+from .visible import Span
 from .weight import DenseWeight
 
 
@@ -131,6 +132,7 @@ class Mistral(eqx.Module):
         positions: Int[Array, "batch seq"] | None = None,
         cache: None = None,
         seen: Bool[Array, "batch seq kv_seq"] | None = None,
+        span: Span | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], None]: ...
 
     @overload
@@ -140,6 +142,7 @@ class Mistral(eqx.Module):
         positions: Int[Array, "batch seq"] | None,
         cache: Cache,
         seen: Bool[Array, "batch seq kv_seq"] | None = None,
+        span: None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Cache]: ...
 
     def hidden(
@@ -148,6 +151,7 @@ class Mistral(eqx.Module):
         positions: Int[Array, "batch seq"] | None = None,
         cache: Cache | None = None,
         seen: Bool[Array, "batch seq kv_seq"] | None = None,
+        span: Span | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
         """The last layer's output, which `logits` turns into logits.
 
@@ -160,14 +164,20 @@ class Mistral(eqx.Module):
             the last ones. Where `kv_seq` is split, each device needs one more, which a token of another may touch.
         - `seen`: which slot each token may see at most, for continuations of one text that share a row; besides,
             a token sees what its position and the windows let it see.
+        - `span`: which columns each token sees, without a cache: for packed documents and attention that is not
+            causal. `positions` then tell rotary angles and padding alone.
 
         **Returns:** activations, shape `(batch, seq, embed)`, and the cache with these tokens added.
         """
         self._check_rows(ids)
+        if span is not None and cache is not None:
+            raise ValueError(
+                "A span tells columns, and a cache has none; read the whole text at once, without a cache."
+            )
         rows, layers = self.strategy.spec("batch"), specs(cache, self.strategy)
-        in_specs = specs(self, self.strategy), rows, rows, layers, self.strategy.spec("batch _ kv_seq")
+        in_specs = specs(self, self.strategy), rows, rows, layers, self.strategy.spec("batch _ kv_seq"), rows
         out_specs = self.strategy.spec("batch _ embed"), layers
-        return spmd(_hidden, self.mesh, in_specs, out_specs)(self, ids, positions, cache, seen)
+        return spmd(_hidden, self.mesh, in_specs, out_specs)(self, ids, positions, cache, seen, span)
 
     def logits(self, hidden: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:
         """The output head, applied to what `hidden` returned or to a part of it."""
@@ -182,7 +192,12 @@ class Mistral(eqx.Module):
 
 
 def _hidden(
-    model: Mistral, ids: Array, positions: Array | None, cache: Cache | None, seen: Array | None
+    model: Mistral,
+    ids: Array,
+    positions: Array | None,
+    cache: Cache | None,
+    seen: Array | None,
+    span: Span | None,
 ) -> tuple[Array, Cache | None]:
     strategy, seq = model.strategy, ids.shape[1]
     if positions is None:
@@ -192,16 +207,18 @@ def _hidden(
         positions = start[:, None] + jnp.arange(seq, dtype=jnp.int32)[None, :]
     slot = jnp.zeros((), jnp.int32) if cache is None else cache.used
     layers = (None,) * len(model.blocks) if cache is None else cache.layers
+    rotation = model.rotary(positions)
+    if span is not None:
+        positions = jnp.where(positions < 0, -1, jnp.arange(seq, dtype=jnp.int32)[None, :])
     known = own_slots(positions, slot, strategy, axis=1, fill=-1)
     if cache is not None:
         known = lax.dynamic_update_slice_in_dim(cache.positions, known, own_slot(slot, strategy), axis=1)
     used = own_slot(slot + seq, strategy)
-    rotation = model.rotary(positions)
     x = model.embedding(ids)
     updated = []
     for block, layer in zip(model.blocks, layers, strict=True):
         kv_positions = known if layer is None else layer.positions(known, used)
-        x, layer = block(x, rotation, positions, kv_positions, layer, slot, seen)
+        x, layer = block(x, rotation, positions, kv_positions, layer, slot, seen, span)
         updated.append(layer)
     if cache is not None:
         cache = Cache(tuple(updated), known, slot + seq)
