@@ -1,0 +1,1 @@
+from .score import Scores as Scores, score as score
