@@ -1,24 +1,83 @@
-"""`mistral-eqx generate`: a prompt's continuation."""
+"""`mistral-eqx generate`: what follows a prompt, or each of many."""
 
+import json
 import sys
 import time
-from typing import Annotated
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import options, processes
 
 
+if TYPE_CHECKING:
+    from ..nn import Mistral
+    from ..text.tokenizer import AbstractTokenizer
+    from .prompts import Prompt
+    from .texts import Write
+    from .wanted import Wanted
+
+
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="The text to continue; '-', or nothing where stdin is piped, reads stdin.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[PROMPT]...", help="Texts to continue; '-', or nothing where stdin is piped, reads one from stdin."
+        ),
     ] = None,
     model: options.Model = options.DEFAULT_MODEL,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Continue the prompts of a file, or of stdin if it is '-': on each line a JSON string, or an object "
+            'with "prompt". Written is an object a line, with "text" added.',
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where --prompts writes; stdout unless given.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="How many prompts are decoded together.")] = 8,
     max_new_tokens: options.MaxNewTokens = 64,
+    min_new_tokens: Annotated[
+        int | None, typer.Option(min=0, help="How many tokens to add before an end token may come.")
+    ] = None,
+    stop: options.Stop = None,
+    num_samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many texts each prompt gets: drawn ones, or with --num-beams the best ones. 1 unless given.",
+        ),
+    ] = None,
+    num_beams: Annotated[
+        int | None, typer.Option(min=1, help="Search for the likeliest text as a whole, with this many beams.")
+    ] = None,
+    length_penalty: Annotated[
+        float | None,
+        typer.Option(help="Above 0 a beam search favours long texts, below 0 short ones. 1 unless given."),
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Show the logarithm of each token's probability, and those of this many likeliest ones."
+        ),
+    ] = None,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    typical_p: options.TypicalP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = 0,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(min=1, help="Read a prompt so many tokens at a time; fewer take less memory.")
+    ] = None,
     dtype: options.LoadDType = None,
     mesh: options.Mesh = None,
     strategy: options.Strategy = None,
@@ -29,82 +88,162 @@ def generate(
     check: options.Check = False,
     debug: options.Debug = False,
 ):
-    """Continue a prompt.
+    """Continue a prompt. Or several, or those of a file.
 
     The continuation goes to stdout as it is decoded, without the prompt; figures go to stderr. The likeliest token is
-    taken each time unless --temperature, --top-k or --top-p is given.
+    taken each time unless --temperature, --top-k, --top-p, --min-p or --typical-p is given, or --num-beams. Several
+    texts stand under headings.
 
     With --mesh the model is split over several devices, and with --coordinator over several processes, each started
     with the same command but for --process-id.
     """
-    import jax.random as jr
-
     import mistral_eqx as mx
 
     from ..checkpoint import open_checkpoint
-    from ..generate.loop import check_context
+    from ..generate.reading import check_context
     from ..parallel.agreement import agree, share
-    from ..text import Detokenizer
     from .devices import Devices
     from .loading import load, locate, precision
-    from .report import Stopwatch
+    from .progress import progress_bar
+    from .prompts import count_file, encode_texts, expect_file, in_batches, read_file, read_texts, share_batches
+    from .texts import expect_output, json_lines, readable
+    from .wanted import Wanted
 
-    sampler = mx.Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    wanted = Wanted(
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        ignore_eos=ignore_eos,
+        stop=tuple(stop or ()),
+        num_samples=num_samples,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        logprobs=logprobs,
+        prefill_chunk=prefill_chunk,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        typical_p=typical_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        min_new_tokens=min_new_tokens,
+    )
+    wanted.check()
+    arguments = prompt or []
+    if prompts is not None and arguments:
+        raise ValueError("There are prompts as arguments and a file of --prompts; give one or the other.")
+    if prompts is None and output is not None:
+        raise ValueError("--output is for the texts of --prompts; send those of other prompts on with '>'.")
+    if output is None and overwrite:
+        raise ValueError("--overwrite replaces the file of --output, which is not given; leave it out.")
     alone = (coordinator, num_processes, process_id) == (None, None, None)
     # What is piped in reaches process 0, which has to know first that there are others.
-    text = _read_prompt(prompt) if alone or prompt not in (None, "-") else None
+    from_stdin = prompts is None and (not arguments or "-" in arguments)
+    texts = read_texts(arguments) if prompts is None and (alone or not from_stdin) else None
     devices = Devices(mesh, strategy, coordinator, num_processes, process_id)
-    if text is None:
-        text = share(_read_prompt(prompt) if processes.number() == 0 else None)
+    first = processes.number() == 0
+    if prompts is None and texts is None:
+        texts = json.loads(share(json.dumps(read_texts(arguments)) if first else None))
+    if prompts is not None and first:
+        expect_file(prompts)
+    if output is not None and first:
+        expect_output(output, overwrite)
     path = locate(model)
     start = time.perf_counter()
     # All that can be refused without the weights is refused before they are read.
     config = open_checkpoint(path).config
+    wanted.check_vocabulary(config.vocab)
     placed, split, where = devices.place(config)
     tokenizer = mx.load_tokenizer(path)
-    ids = tokenizer.encode(text)
-    check_context(len(ids), max_new_tokens, config.max_positions)
-    agree("command", repr((ids, max_new_tokens, temperature, top_k, top_p, seed, dtype, ignore_eos, tokenizer.eos_ids)))
+
+    def encode(text: str) -> list[int]:
+        ids = tokenizer.encode(text)
+        check_context(len(ids), max_new_tokens, config.max_positions)
+        return ids
+
+    given: list[Prompt] = []
+    total = None
+    if prompts is not None:
+        # Only process 0 reads the file, and the others may not have it.
+        total = count_file(prompts, encode) if first else None
+        batches = share_batches(in_batches(read_file(prompts, encode), batch_size) if first else None)
+    else:
+        given = encode_texts(texts or [], encode)
+        batches = in_batches(given, batch_size)
+    agree("command", repr(([one.ids for one in given], batch_size, wanted, dtype, tokenizer.eos_ids)))
     weights = load(path, dtype, check, placed, split)
     loaded = [f"loaded in {time.perf_counter() - start:.2f} s as {precision(weights)}", *([where] if where else [])]
+    if prompts is None and len(given) == 1 and wanted.plain:
+        _stream(weights, tokenizer, given[0], wanted, loaded)
+    elif prompts is None:
+        _continue(weights, tokenizer, batches, wanted, batch_size, loaded, readable(len(given) == wanted.samples == 1))
+    else:
+        # A bar on the terminal on which lines are written would get between them.
+        shown = output is not None or not sys.stdout.isatty()
+        with (
+            progress_bar("Generating", counts=True, shown=shown) as bar,
+            json_lines(output if first else None, overwrite, num_samples is not None) as write,
+        ):
+            _continue(weights, tokenizer, batches, wanted, batch_size, loaded, write, lambda done: bar(done, total))
 
-    detokenizer = Detokenizer(tokenizer)
-    stopwatch = Stopwatch(len(ids))
+
+def _stream(
+    weights: "Mistral", tokenizer: "AbstractTokenizer", prompt: "Prompt", wanted: "Wanted", loaded: Sequence[str]
+):
+    """Writes one text while it is decoded."""
+    import mistral_eqx as mx
+
+    from .continuing import options_of
+    from .report import Stopwatch
+
+    text = mx.StopText(tokenizer, wanted.stop)
+    stopwatch = Stopwatch(len(prompt.ids))
     interrupted = False
-    tokens = mx.stream(
-        weights,
-        [ids],
-        max_new_tokens=max_new_tokens,
-        sampler=sampler,
-        eos_id=None if ignore_eos else tokenizer.eos_ids,
-        key=jr.key(seed),
-    )
     try:
-        for (token,) in tokens:
+        for (token,) in mx.stream(weights, [prompt.ids], **options_of(wanted, tokenizer, [prompt])):
             stopwatch.tick()
-            _write(detokenizer.push(int(token)))
+            _write(text.push(int(token)))
     except KeyboardInterrupt:
         interrupted = True
-    _write(detokenizer.flush() + "\n")
+    _write(text.flush() + "\n")
     processes.say(stopwatch.line(*loaded))
     if interrupted:
         raise typer.Exit(130)
 
 
-def _read_prompt(prompt: str | None) -> str:
-    if prompt is None and sys.stdin.isatty():
-        raise ValueError("There is no prompt; give one as an argument, or pipe it in.")
-    if prompt is None or prompt == "-":
-        try:
-            # The newline at the end is the pipe's or the editor's, hardly ever meant.
-            prompt = sys.stdin.read().removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"The prompt on stdin is not {error.encoding.upper()} text: {error.reason}.") from error
-    if not prompt:
-        raise ValueError("The prompt is empty; give some text to continue.")
-    return prompt
+def _continue(
+    weights: "Mistral",
+    tokenizer: "AbstractTokenizer",
+    batches: Iterable[list["Prompt"]],
+    wanted: "Wanted",
+    size: int,
+    loaded: Sequence[str],
+    write: "Write",
+    report: Callable[[int], None] = lambda done: None,
+):
+    """Writes the texts of each batch when all of them are complete."""
+    from .continuing import continue_batch
+    from .report import Tally
+
+    tally, done, interrupted = Tally(), 0, False
+    try:
+        report(done)
+        for batch in batches:
+            texts, interrupted = continue_batch(weights, tokenizer, batch, wanted, size if done else 0)
+            for prompt, found in zip(batch, texts, strict=False):
+                write(prompt, found)
+            found = [text for each in texts for text in each]
+            tally.add(len(batch), sum(len(one.ids) for one in batch), len(found), sum(text.tokens for text in found))
+            if interrupted:
+                break
+            done += len(batch)
+            report(done)
+    except KeyboardInterrupt:
+        interrupted = True
+    processes.say(tally.line(*loaded))
+    if interrupted:
+        raise typer.Exit(130)
 
 
 def _write(text: str):

@@ -38,6 +38,26 @@ Temperature = Annotated[
 ]
 TopK = Annotated[int | None, typer.Option(help="Draw among this many of the likeliest tokens.")]
 TopP = Annotated[float | None, typer.Option(help="Draw among the fewest tokens whose probabilities sum to this much.")]
+MinP = Annotated[
+    float | None, typer.Option(help="Draw among tokens at least this many times as likely as the likeliest.")
+]
+TypicalP = Annotated[
+    float | None,
+    typer.Option(help="Draw among the tokens of the most usual surprise whose probabilities sum to this much."),
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1 makes tokens of the prompt and of the new text less likely.")
+]
+PresencePenalty = Annotated[
+    float | None, typer.Option(help="Taken off the logit of each token of the new text, from -2 to 2.")
+]
+FrequencyPenalty = Annotated[
+    float | None, typer.Option(help="Taken off it for each time that the token is there, from -2 to 2.")
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="Where the new text has this, it ends, before it; may be given several times."),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Where the random numbers start.")]
 LoadDType = Annotated[
     DType | None, typer.Option("--dtype", help="Precision to load in; the checkpoint's own unless given.")

@@ -4,28 +4,51 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from . import processes
 
 
 @contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(
+    title: str, *, counts: bool = False, shown: bool = True
+) -> Iterator[Callable[[int, int | None], None]]:
     """A bar that appears at the first report and is gone at the end; none without a terminal, or if another prints.
 
     **Arguments:**
 
     - `title`: what is going on.
+    - `counts`: whether things are counted, and not bytes.
+    - `shown`: whether there is to be one at all.
 
-    **Returns:** a context that gives a function of the bytes done and the bytes there are in all.
+    **Returns:** a context that gives a function of the bytes done and the bytes there are in all, `None` if nobody
+    knows.
     """
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    hidden = processes.number() > 0 or not console.is_terminal
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden)
+    amount = [MofNCompleteColumn()] if counts else [DownloadColumn(), TransferSpeedColumn()]
+    hidden = processes.number() > 0 or not console.is_terminal or not shown
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *amount,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=hidden,
+        # What is printed meanwhile would go to stderr.
+        redirect_stdout=False,
+    )
     task = bar.add_task(title, total=None, start=False)
 
-    def report(done: int, total: int):
+    def report(done: int, total: int | None):
         if not bar.live.is_started:
             bar.start()
             bar.start_task(task)

@@ -50,6 +50,44 @@ class Stopwatch:
         return " | ".join(figures)
 
 
+class Tally:
+    """Measures the decoding of many texts, from its making on."""
+
+    def __init__(self):
+        self._start, self._compiled = time.perf_counter(), _compiling().seconds
+        self._prompts = self._read = self._texts = self._tokens = 0
+
+    def add(self, prompts: int, read: int, texts: int, tokens: int):
+        """Notes how many prompts of how many tokens gave how many texts and new tokens."""
+        self._prompts, self._read = self._prompts + prompts, self._read + read
+        self._texts, self._tokens = self._texts + texts, self._tokens + tokens
+
+    def line(self, *more: str) -> str:
+        """The figures in one line. The time spent compiling is told, and is not in the rate.
+
+        **Arguments:**
+
+        - `more`: figures to put behind the number of prompts.
+        """
+        compiling = _compiling().seconds - self._compiled
+        seconds = time.perf_counter() - self._start
+        note = f" ({compiling:.2f} s of it compiling)" if compiling >= 0.05 else ""
+        figures = [
+            f"{_counted(self._prompts, 'prompt')} of {_counted(self._read, 'token')}",
+            *more,
+            f"{_counted(self._texts, 'text')} of {_counted(self._tokens, 'token')} in {seconds:.2f} s{note}",
+            f"{self._tokens / max(seconds - compiling, 1e-9):.1f} tokens/s",
+        ]
+        memory = peak_memory()
+        if memory is not None:
+            figures.append(f"peak memory {memory / 1e6:,.0f} MB")
+        return " | ".join(figures)
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
 class _CompileClock:
     """Adds up the time in which JAX traces and compiles."""
 

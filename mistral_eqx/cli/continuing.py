@@ -1,0 +1,213 @@
+"""Continues prompts in batches."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .prompts import Prompt
+from .wanted import Wanted
+
+
+if TYPE_CHECKING:
+    from ..generate import Beams, Generated
+    from ..nn import Mistral
+    from ..text.tokenizer import AbstractTokenizer
+
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Likely:
+    """A token and the logarithm of its probability."""
+
+    id: int
+    token: str
+    logprob: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen(Likely):
+    """A new token, with the likeliest ones in its place."""
+
+    top: list[Likely]
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """What followed a prompt.
+
+    **Attributes:**
+
+    - `text`: without the stop string that ended it.
+    - `tokens`: how many there are, an end token included.
+    - `finish`: `"stop"` if an end token or a stop string ended it, `"length"` if it is as long as was allowed, and
+        `None` if ctrl-C did.
+    - `score`: what a beam search ranked it by.
+    - `logprobs`: of its tokens, if they were wanted.
+    """
+
+    text: str
+    tokens: int
+    finish: str | None
+    score: float | None = None
+    logprobs: list[Chosen] | None = None
+
+
+def continue_batch(
+    model: Mistral, tokenizer: AbstractTokenizer, prompts: Sequence[Prompt], wanted: Wanted, size: int = 0
+) -> tuple[list[list[Continuation]], bool]:
+    """Continues each prompt.
+
+    **Arguments:**
+
+    - `size`: if there are fewer prompts, the first one is decoded as often as it takes: for a batch of another size
+        all would be compiled anew.
+
+    **Returns:** for each prompt its texts, and whether ctrl-C came before they were complete. Then they are as long as
+    they had become; without any where texts are only complete at the end, in a beam search and with log-probabilities.
+    """
+    import mistral_eqx as mx
+
+    filled = [*prompts, *[prompts[0]] * (size - len(prompts))]
+    ids = [prompt.ids for prompt in filled]
+    options = options_of(wanted, tokenizer, filled)
+    rows = len(prompts) * wanted.samples
+    try:
+        if wanted.num_beams is not None:
+            best = _interruptible(lambda: mx.beam_search(model, ids, **options))
+            texts = _best(best, rows, tokenizer, wanted)
+        elif wanted.logprobs is not None:
+            out = _interruptible(lambda: mx.generate(model, ids, logprobs=wanted.logprobs, **options))
+            texts = _generated(out, rows, tokenizer, wanted)
+        else:
+            texts, interrupted = _streamed(mx.stream(model, ids, **options), rows, tokenizer, wanted)
+            return _grouped(texts, wanted.samples), interrupted
+    except KeyboardInterrupt:
+        return [], True
+    return _grouped(texts, wanted.samples), False
+
+
+def options_of(wanted: Wanted, tokenizer: AbstractTokenizer, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What `stream`, `generate` or `beam_search` is told besides the model and the prompts."""
+    import jax
+    import jax.numpy as jnp
+    import jax.random as jr
+
+    options: dict[str, Any] = {
+        "max_new_tokens": wanted.max_new_tokens,
+        "eos_id": None if wanted.ignore_eos else tokenizer.eos_ids,
+    }
+    if wanted.num_beams is not None:
+        options |= {"num_beams": wanted.num_beams, "num_return_sequences": wanted.samples}
+        return options if wanted.length_penalty is None else options | {"length_penalty": wanted.length_penalty}
+    numbers = jnp.asarray([prompt.number for prompt in prompts])
+    options |= {
+        "sampler": wanted.sampler(),
+        "key": jax.vmap(jr.fold_in, in_axes=(None, 0))(jr.key(wanted.seed), numbers),
+        "num_samples": wanted.samples,
+    }
+    if wanted.stop:
+        options |= {"stop": wanted.stop, "tokenizer": tokenizer}
+    return options if wanted.prefill_chunk is None else options | {"prefill_chunk": wanted.prefill_chunk}
+
+
+class _Text:
+    """A text as its tokens come."""
+
+    def __init__(self, tokenizer: AbstractTokenizer, wanted: Wanted):
+        from ..text import StopText
+
+        self._text = StopText(tokenizer, wanted.stop)
+        self._ends = () if wanted.ignore_eos else tokenizer.eos_ids
+        self._most = wanted.max_new_tokens
+        self._parts: list[str] = []
+        self._tokens = 0
+        self._ended = False
+
+    def push(self, tokens: Iterable[int]) -> _Text:
+        for token in tokens:
+            self._parts.append(self._text.push(token))
+            self._tokens += 1
+            self._ended = token in self._ends or self._text.stopped is not None
+        return self
+
+    def end(self, score: float | None = None, logprobs: list[Chosen] | None = None) -> Continuation:
+        text = "".join([*self._parts, self._text.flush()])
+        finish = "stop" if self._ended else "length" if self._tokens == self._most else None
+        return Continuation(text, self._tokens, finish, score, logprobs)
+
+
+def _streamed(
+    stream: Iterable[Any], rows: int, tokenizer: AbstractTokenizer, wanted: Wanted
+) -> tuple[list[Continuation], bool]:
+    texts = [_Text(tokenizer, wanted) for _ in range(rows)]
+    interrupted = False
+    try:
+        for tokens in stream:
+            for text, token in zip(texts, tokens.tolist(), strict=False):
+                if token >= 0:
+                    text.push([token])
+    except KeyboardInterrupt:
+        interrupted = True
+    return [text.end() for text in texts], interrupted
+
+
+def _best(best: Beams, rows: int, tokenizer: AbstractTokenizer, wanted: Wanted) -> list[Continuation]:
+    import numpy as np
+
+    tokens, lengths = np.asarray(best.tokens).reshape(-1, wanted.max_new_tokens), np.asarray(best.lengths).reshape(-1)
+    scores = np.asarray(best.scores).reshape(-1)
+    return [
+        _Text(tokenizer, wanted).push(tokens[row, : lengths[row]].tolist()).end(score=_shortest(scores[row]))
+        for row in range(rows)
+    ]
+
+
+def _generated(out: Generated, rows: int, tokenizer: AbstractTokenizer, wanted: Wanted) -> list[Continuation]:
+    import numpy as np
+
+    tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
+    chosen, top_tokens, top = (np.asarray(x) for x in (out.log_probs, out.top_tokens, out.top_log_probs))
+
+    def name(id: int) -> str:
+        return tokenizer.token_bytes(id, first=False).decode(errors="replace")
+
+    def likely(row: int, at: int) -> Chosen:
+        id, others = int(tokens[row, at]), zip(top_tokens[row, at].tolist(), top[row, at], strict=True)
+        alternatives = [Likely(other, name(other), _shortest(log)) for other, log in others]
+        return Chosen(id, name(id), _shortest(chosen[row, at]), alternatives)
+
+    return [
+        _Text(tokenizer, wanted)
+        .push(tokens[row, : lengths[row]].tolist())
+        .end(logprobs=[likely(row, at) for at in range(lengths[row])])
+        for row in range(rows)
+    ]
+
+
+def _shortest(x: Any) -> float:
+    """A number of 32 bits as the one of 64 that is written in the fewest digits."""
+    return float(str(x))
+
+
+def _grouped(texts: list[Continuation], size: int) -> list[list[Continuation]]:
+    return [texts[at : at + size] for at in range(0, len(texts), size)]
+
+
+def _interruptible(call: Callable[[], Result]) -> Result:
+    """The result of a call that computes for long outside Python, where ctrl-C would have to wait for its end."""
+    result: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+    def run():
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result.result()
