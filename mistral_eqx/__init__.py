@@ -4,7 +4,12 @@ from . import nn as nn, parallel as parallel
 from .checkpoint import load as load, save as save
 from .config import MistralConfig as MistralConfig
 from .conversion import convert as convert
-from .evaluate import Scores as Scores, score as score
+from .evaluate import (
+    Perplexity as Perplexity,
+    Scores as Scores,
+    perplexity as perplexity,
+    score as score,
+)
 from .generate import (
     AbstractProcessor as AbstractProcessor,
     BannedTokens as BannedTokens,

@@ -28,7 +28,7 @@ SEES = {
     "conversion": {"checkpoint", "text"},
     "generate": {"config", "parallel", "nn"},
     "train": {"config", "parallel", "nn", "lora"},
-    "evaluate": {"parallel", "nn", "generate"},
+    "evaluate": {"config", "parallel", "nn", "generate"},
     "plan": {"config", "presets", "parallel", "nn", "generate", "train"},
 }
 # `python -m mistral_eqx`, and what it runs, see everything; the public names come from everywhere but there.
