@@ -1,6 +1,6 @@
 """Mistral-family language models in JAX and Equinox."""
 
-from . import nn as nn, parallel as parallel
+from . import nn as nn, parallel as parallel, train as train
 from .checkpoint import load as load, save as save
 from .config import MistralConfig as MistralConfig
 from .conversion import convert as convert

@@ -16,6 +16,7 @@ from .collectives import (
     psum as psum,
     psum_together as psum_together,
     psum_tokens as psum_tokens,
+    psum_varying as psum_varying,
     vary_alike as vary_alike,
 )
 from .mesh import initialize as initialize, make_mesh as make_mesh

@@ -1,6 +1,8 @@
 """The only file that names a collective operation, and what a device does by its place on the mesh."""
 
+import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,19 @@ def psum_together(first: Array, second: Array, dims: str, strategy: Strategy) ->
         return first, second
     both = psum(jnp.concatenate([first, second], axis=-1), dims, strategy)
     return both[..., : first.shape[-1]], both[..., first.shape[-1] :]
+
+
+def psum_varying(parts: Sequence[Array]) -> Array:
+    """The sum of scalars, each added up over the devices among which it differs; those that are the same count once.
+
+    So the squares of all gradients are summed, of weights that are split and of those that are not: one exchange for
+    each set of mesh axes along which some of them are split.
+    """
+    by_axes: dict[tuple[str, ...], Array] = {}
+    for part in parts:
+        axes = tuple(sorted(jax.typeof(part).manual_axis_type.varying))
+        by_axes[axes] = by_axes[axes] + part if axes in by_axes else part
+    return functools.reduce(jnp.add, (lax.psum(part, axes) if axes else part for axes, part in by_axes.items()))
 
 
 def psum_tokens(x: Array, dims: str, strategy: Strategy) -> Array:

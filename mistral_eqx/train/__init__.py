@@ -1,0 +1,15 @@
+from .batch import Batch as Batch, Example as Example, cut as cut, one_a_row as one_a_row, pack as pack
+from .loss import Sums as Sums, loss_sums as loss_sums
+from .objective import (
+    bert_mask as bert_mask,
+    causal as causal,
+    chat as chat,
+    drop_spans as drop_spans,
+    mass as mass,
+    prefix_lm as prefix_lm,
+    replace_spans as replace_spans,
+    scheduled_sampling as scheduled_sampling,
+)
+from .optimizer import adamw as adamw, decayed as decayed, warmup_cosine as warmup_cosine, wsd as wsd
+from .scan import Stacked as Stacked, stack as stack, trained as trained, unstack as unstack
+from .step import Metrics as Metrics, Step as Step, TrainState as TrainState, make_step as make_step
