@@ -20,30 +20,28 @@ import os
 import statistics
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peers import (
-    MODEL,
-    QUIET_PERCENT,
-    README,
-    TEXT,
+from peers import MODEL, TEXT
+from rounds import (
     TIMES,
     export,
+    footnote,
     in_own_process,
+    in_rounds,
     machine,
-    machine_seconds,
     peak_bytes,
+    table,
     usable_cores,
     versions,
+    write,
 )
 
 
 BEAMS = 5
-BEGIN, END = "<!-- beam:begin -->", "<!-- beam:end -->"
 
 Search = Callable[[list[list[int]], int], list[list[int]]]
 
@@ -91,8 +89,9 @@ def start_gathered(task: Task, dtype: str) -> Search:
     from jax import lax
 
     import mistral_eqx as mx
-    from mistral_eqx.generate.loop import capacity, empty_cache, grow, prompt_width, read_pieces
+    from mistral_eqx.generate.caches import capacity, empty_cache, grow
     from mistral_eqx.generate.prompt import pad_left
+    from mistral_eqx.generate.reading import prompt_width, read_pieces
     from mistral_eqx.nn import Cache
 
     beam = importlib.import_module("mistral_eqx.generate.beam")
@@ -188,22 +187,14 @@ def measure(name: str, dtype: str, task: Task) -> dict[str, Any]:
     return found | {"peak_bytes": peak_bytes(), "processor_seconds": time.process_time()}
 
 
-def run(task: Task, rounds: int, contenders: list[tuple[str, str]]) -> dict[str, Any]:
-    """All rounds; each begins with another contender, so that none always follows the same one."""
-    measured: dict[tuple[str, str], list[dict[str, Any]]] = {contender: [] for contender in contenders}
-    others = []
-    for number in range(rounds):
-        turn = number % len(contenders)
-        for contender in contenders[turn:] + contenders[:turn]:
-            begin, before = time.perf_counter(), machine_seconds() - time.process_time()
-            found = in_own_process(measure, *contender, task)
-            taken = machine_seconds() - time.process_time() - before - found["processor_seconds"]
-            others.append(100 * taken / ((os.cpu_count() or 1) * (time.perf_counter() - begin)))
-            measured[contender].append(found)
-            medians = " ".join(f"{statistics.median(seconds):7.2f} s" for seconds in found["seconds"])
-            print(f"round {number + 1} of {rounds}: {' '.join(contender):24} {medians}", file=sys.stderr)
+def tell(found: dict[str, Any]) -> str:
+    return " ".join(f"{statistics.median(seconds):7.2f} s" for seconds in found["seconds"])
+
+
+def summary(measured: dict[str, list[dict[str, Any]]], contenders: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Medians over all repetitions of all rounds, and their ratios."""
     rows = []
-    for (name, dtype), found in measured.items():
+    for (name, dtype), found in zip(contenders, measured.values(), strict=True):
         count = len(found[0]["seconds"])
         seconds = [[second for one in found for second in one["seconds"][at]] for at in range(count)]
         row = {"name": name, "dtype": dtype, "seconds": seconds, "texts": found[0]["texts"]}
@@ -220,14 +211,14 @@ def run(task: Task, rounds: int, contenders: list[tuple[str, str]]) -> dict[str,
         (reference, *_) = [other for other in rows if other["dtype"] == "float32"]
         texts = zip(row["texts"], reference["texts"], strict=False)
         row["equal"] = [sum(a == b for a, b in zip(*pair, strict=True)) for pair in texts]
-    return {"rows": rows, "others_percent": others}
+    return rows
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The table and what one must know to read it."""
     cases = [f"batch {batch}, {new} tokens, s" for batch, new in report["searches"]]
     header = ["", *(cell for case in cases for cell in (case, f"{TIMES} transformers", f"{TIMES} gathered"))]
-    lines = [[*header, "equal texts", "peak, GB"], [":--", *["--:"] * (len(header) + 1)]]
+    lines = [[*header, "equal texts", "peak, GB"]]
     for row in report["rows"]:
         cells = [f"{row['name']} {row['dtype']}"]
         for at in range(len(cases)):
@@ -241,28 +232,11 @@ def markdown(report: dict[str, Any]) -> str:
                 cells.append(f"{ratios[at]:.2f}" if at < len(ratios) else "")
         texts = sum(batch for batch, _ in report["searches"][: len(row["equal"])])
         lines.append([*cells, f"{sum(row['equal'])} of {texts}", f"{row['peak_bytes'] / 1e9:.2f}"])
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    host = report["machine"]
-    notes = [
-        f"{host['processor']}, {host['cores']} cores, {host['memory_bytes'] / 2**30:.0f} GiB, {host['system']}, "
-        f"Python {host['python']}, {report['date']}; "
-        + ", ".join(f"{package} {version}" for package, version in report["versions"].items() if "llama" not in package)
-        + ".",
-        f"{BEAMS} beams; rounds: {report['rounds']}, repetitions in each: {report['repetitions']}; medians of all, "
-        "with the least and the most.",
-    ]
-    if (most := max(report["others_percent"])) > QUIET_PERCENT:
-        notes.append(f"**The machine was not quiet: other programs took up to {most:.0f} % of it. Measure again.**")
-    return "\n\n".join([table, textwrap.fill(" ".join(notes), 120, break_on_hyphens=False, break_long_words=False)])
-
-
-def write(block: str):
-    """Replaces what stands between the marks in the README."""
-    before, begin, rest = README.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        sys.exit(f"{README.name} lacks the marks {BEGIN} and {END}, between which the table goes; put them back.")
-    README.write_text(f"{before}{BEGIN}\n\n{block}\n\n{END}{after}")
+    how = (
+        f"{BEAMS} beams; rounds: {report['rounds']}, repetitions in each: {report['repetitions']}; "
+        "medians of all, with the least and the most."
+    )
+    return f"{table(lines)}\n\n{footnote(report, how)}"
 
 
 def main():
@@ -292,7 +266,9 @@ def main():
     with tempfile.TemporaryDirectory(prefix="beam-") as temporary:
         folder = Path(temporary) / "float32"
         in_own_process(export, file, folder)
-        found = run(Task(file, folder, searches, arguments.repetitions), arguments.rounds, contenders)
+        task = Task(file, folder, searches, arguments.repetitions)
+        starts = {" ".join(contender): (*contender, task) for contender in contenders}
+        measured, others = in_rounds(measure, starts, arguments.rounds, tell)
     report = {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
@@ -300,12 +276,13 @@ def main():
         "searches": [(len(prompts), new_tokens) for prompts, new_tokens in searches],
         "rounds": arguments.rounds,
         "repetitions": arguments.repetitions,
-        **found,
+        "rows": summary(measured, contenders),
+        "others_percent": others,
     }
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
     if arguments.write:
-        write(markdown(report))
+        write(markdown(report), "beam")
     print(markdown(report))
     ours = next(row for row in report["rows"] if row["name"] == "mistral_eqx" and row["dtype"] == "float32")
     if sum(ours["equal"][:2]) < 3:

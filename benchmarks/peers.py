@@ -22,31 +22,35 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
+from rounds import (
+    QUIET_PERCENT,
+    TIMES,
+    export,
+    footnote,
+    in_own_process,
+    in_rounds,
+    machine,
+    peak_bytes,
+    table,
+    usable_cores,
+    versions,
+    write,
+)
 
 
 MODEL = "smollm2-135m"
 REFERENCE = "transformers float32"
 # Decoding is also measured after a prompt so short that attention costs next to nothing.
 SHORT = 32
-# A machine is quiet as long as other programs take no more of its processors than this.
-QUIET_PERCENT = 5.0
-README = Path(__file__).with_name("README.md")
-TIMES = "\N{MULTIPLICATION SIGN}"
-BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
 
 TEXT = """
 The clock in the tower of our town hall was built by a watchmaker who had never made anything larger than a man's
@@ -232,58 +236,11 @@ def measure(start: Callable[[Task], Generate], task: Task) -> dict[str, Any]:
     }
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has had, pages of mapped files included."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not what getrusage tells: there a process begins with the peak of the one that started it.
-        return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM"))
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def export(file: Path, folder: Path):
-    """Writes the weights that transformers reads: by itself it would need `accelerate` for a GGUF file."""
-    import mistral_eqx as mx
-
-    mx.save(mx.load(file, dtype="float32"), folder)
-
-
-def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function in a new Python that ends with the call."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def run(task: Task, rounds: int, contenders: list[Contender]) -> dict[str, Any]:
-    """All rounds; each begins with another contender, so that none always follows the same one."""
-    measured: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in contenders}
-    others = []
-    for number in range(rounds):
-        turn = number % len(contenders)
-        for contender in contenders[turn:] + contenders[:turn]:
-            begin, before = time.perf_counter(), machine_seconds() - time.process_time()
-            found = in_own_process(measure, contender.start, task)
-            taken = machine_seconds() - time.process_time() - before - found["processor_seconds"]
-            others.append(100 * taken / ((os.cpu_count() or 1) * (time.perf_counter() - begin)))
-            measured[contender.name].append(found)
-            print(
-                f"round {number + 1} of {rounds}: {contender.name:28} "
-                f"{statistics.median(found['decode_after_short']):6.1f} tokens/s, "
-                f"first token after {statistics.median(found['first_token_seconds']):.2f} s",
-                file=sys.stderr,
-            )
-    return {"measured": measured, "others_percent": others}
-
-
-def machine_seconds() -> float:
-    """The processor time that all programs of this machine together have used, or had taken away by its host."""
-    times = psutil.cpu_times()._asdict()
-    # Linux counts the time of guests as time of their hosts too.
-    return sum(times.values()) - sum(times.get(name, 0.0) for name in ("idle", "iowait", "guest", "guest_nice"))
+def tell(found: dict[str, Any]) -> str:
+    return (
+        f"{statistics.median(found['decode_after_short']):6.1f} tokens/s, "
+        f"first token after {statistics.median(found['first_token_seconds']):.2f} s"
+    )
 
 
 def summary(name: str, rounds: list[dict[str, Any]], reference: list[dict[str, Any]] | None) -> dict[str, Any]:
@@ -304,36 +261,6 @@ def summary(name: str, rounds: list[dict[str, Any]], reference: list[dict[str, A
     return result
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on, besides the programs."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.open() if line.startswith("model name")]
-        name = names[0] if names else name
-    return {
-        "processor": name,
-        "cores": usable_cores(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "system": platform.system(),
-        "python": platform.python_version(),
-    }
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in ("mistral-eqx", "jax", "equinox", "torch", "transformers", "llama-cpp-python"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def markdown(report: dict[str, Any]) -> str:
     """The table and what one must know to read it."""
     long, short = report["prompt_tokens"], report["short_prompt_tokens"]
@@ -349,7 +276,7 @@ def markdown(report: dict[str, Any]) -> str:
         "peak, GB",
         "equal tokens",
     ]
-    lines = [header, [":--", *["--:"] * (len(header) - 1)]]
+    lines = [header]
     for row in report["contenders"]:
         cells = [row["name"]]
         for figure, digits in (("decode_after_short", 1), ("decode_after_long", 1), ("first_token_seconds", 2)):
@@ -359,30 +286,20 @@ def markdown(report: dict[str, Any]) -> str:
         cells += [f"{max(row['compile_seconds'], 0.0):.1f}", f"{row['peak_bytes'] / 1e9:.2f}"]
         cells.append(f"{row['equal_tokens']} of {len(row['tokens'])}" if "equal_tokens" in row else "")
         lines.append(cells)
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    host = report["machine"]
-    notes = [
-        f"{host['processor']}, {host['cores']} cores, {host['memory_bytes'] / 2**30:.0f} GiB, {host['system']}, "
-        f"Python {host['python']}, {report['date']}; "
-        + ", ".join(f"{package} {version}" for package, version in report["versions"].items())
-        + ".",
-        f"{report['new_tokens']} new tokens; rounds: {report['rounds']}, repetitions in each: {report['repetitions']}; "
-        "medians of all, with the least and the most.",
-    ]
-    if (most := max(report["others_percent"])) > QUIET_PERCENT:
-        notes.append(f"**The machine was not quiet: other programs took up to {most:.0f} % of it. Measure again.**")
-    notes += [f"Left out: {name}, because {module} is not installed." for name, module in report["left_out"].items()]
-    # Outside the table, lines are as short as those of the rest of the README.
-    return "\n\n".join([table, textwrap.fill(" ".join(notes), 120, break_on_hyphens=False, break_long_words=False)])
-
-
-def write(block: str):
-    """Replaces what stands between the marks in the README."""
-    before, begin, rest = README.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        sys.exit(f"{README.name} lacks the marks {BEGIN} and {END}, between which the table goes; put them back.")
-    README.write_text(f"{before}{BEGIN}\n\n{block}\n\n{END}{after}")
+    return "\n\n".join(
+        [
+            table(lines),
+            footnote(
+                report,
+                f"{report['new_tokens']} new tokens; rounds: {report['rounds']}, repetitions in each: "
+                f"{report['repetitions']}; medians of all, with the least and the most.",
+                *(
+                    f"Left out: {name}, because {module} is not installed."
+                    for name, module in report["left_out"].items()
+                ),
+            ),
+        ]
+    )
 
 
 def show(report: dict[str, Any], decode: Callable[[list[int]], str]):
@@ -391,15 +308,15 @@ def show(report: dict[str, Any], decode: Callable[[list[int]], str]):
     from rich.table import Table
 
     long, short = report["prompt_tokens"], report["short_prompt_tokens"]
-    table = Table(caption="medians; in brackets the ratio to transformers float32")
+    shown = Table(caption="medians; in brackets the ratio to transformers float32")
     for column in ("", f"tok/s after {short}", f"tok/s after {long}", f"first token of {long}", "compile", "peak"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
+        shown.add_column(column, justify="right" if column else "left", no_wrap=not column)
 
     def cell(found: dict[str, float], digits: int, unit: str = "") -> str:
         return f"{found['median']:.{digits}f}{unit}" + (f" ({found['ratio']:.2f})" if "ratio" in found else "")
 
     for row in report["contenders"]:
-        table.add_row(
+        shown.add_row(
             row["name"],
             cell(row["decode_after_short"], 1),
             cell(row["decode_after_long"], 1),
@@ -408,7 +325,7 @@ def show(report: dict[str, Any], decode: Callable[[list[int]], str]):
             f"{row['peak_bytes'] / 1e9:.2f} GB",
         )
     console = Console()
-    console.print(table)
+    console.print(shown)
     if (most := max(report["others_percent"])) > QUIET_PERCENT:
         console.print(f"The machine was not quiet: other programs took up to {most:.0f} % of it. Measure again.")
     for row in report["contenders"]:
@@ -468,8 +385,8 @@ def main():
             repetitions=arguments.repetitions,
             threads=usable_cores(),
         )
-        found = run(task, arguments.rounds, [contender for contender in CONTENDERS if contender.name not in missing])
-    measured = found["measured"]
+        starts = {one.name: (one.start, task) for one in CONTENDERS if one.name not in missing}
+        measured, others = in_rounds(measure, starts, arguments.rounds, tell)
     report = {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
@@ -481,12 +398,13 @@ def main():
         "repetitions": task.repetitions,
         "left_out": missing,
         "contenders": [summary(name, rounds, measured.get(REFERENCE)) for name, rounds in measured.items()],
-        **found,
+        "measured": measured,
+        "others_percent": others,
     }
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
     if arguments.write:
-        write(markdown(report))
+        write(markdown(report), "peers")
     if arguments.markdown:
         print(markdown(report))
     else:

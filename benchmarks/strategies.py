@@ -28,7 +28,7 @@ import jax.random as jr
 
 import mistral_eqx as mx
 from mistral_eqx.generate import Sampler
-from mistral_eqx.generate.loop import Request
+from mistral_eqx.generate.request import Request
 from mistral_eqx.parallel import Choice
 from mistral_eqx.plan import CHIPS, Exchange, Report, decoding_step, exchange_seconds, prefill
 

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,8 @@ import numpy as np
 import pytest
 from model_fixtures import SMALL, run, small_model
 
+from mistral_eqx.generate import reading, request
 
-# Not an attribute of the package: there `generate` is the function.
-loop = importlib.import_module("mistral_eqx.generate.loop")
 
 VOCAB = SMALL.vocab
 # Three rows in 16 columns; all tests that can take these do, for each shape is compiled once.
@@ -54,16 +52,20 @@ def greedy_without_cache(model, prompts, new, *, width=64):
     return rows
 
 
+# The compiled programs of generation, and where each is called.
+PROGRAMS = {"read_piece": reading, "decode": request}
+
+
 def spy(monkeypatch, name):
-    """Lets a function of the loop's module run as ever, and gives a list of its calls: arguments and result."""
-    original, calls = getattr(loop, name), []
+    """Lets a compiled program run as ever, and gives a list of its calls: arguments and result."""
+    original, calls = getattr(PROGRAMS[name], name), []
 
     def spied(*arguments):
         result = original(*arguments)
         calls.append((arguments, result))
         return result
 
-    monkeypatch.setattr(loop, name, spied)
+    monkeypatch.setattr(PROGRAMS[name], name, spied)
     return calls
 
 

@@ -11,7 +11,6 @@ from generation_fixtures import (
     count_compilations,
     greedy_without_cache,
     logits_of,
-    loop,
     random_prompts,
     refused,
     spy,
@@ -22,6 +21,9 @@ from model_fixtures import padded, run
 
 import mistral_eqx as mx
 from mistral_eqx import Conversation, Sampler, generate, prefill, stream
+from mistral_eqx.generate import reading, request
+from mistral_eqx.generate.prompt import pad_left
+from mistral_eqx.generate.request import Request
 from mistral_eqx.nn import Cache
 
 
@@ -203,7 +205,7 @@ def test_trap_top_p_filter_undone_while_decoding():
 
 def started(prompts, new=24):
     """A request and its state after the prompts were read."""
-    request = loop.Request.init(talking_model(), prompts, new, Sampler(), None, None)
+    request = Request.init(talking_model(), prompts, new, Sampler(), None, None)
     return request, *request.start(prompts)
 
 
@@ -229,9 +231,9 @@ def test_trap_rope_positions_not_shifted_for_left_padding():
 
 def test_trap_masks_not_extended_to_padding():
     model = talking_model()
-    ids, positions = loop.pad_left(PROMPTS, 16)
+    ids, positions = pad_left(PROMPTS, 16)
     read = [
-        loop.prefill((model, jnp.where(positions < 0, filler, ids), positions), Cache.init(model.config, 3, 16))
+        reading.read_piece((model, jnp.where(positions < 0, filler, ids), positions), Cache.init(model.config, 3, 16))
         for filler in (0, 17)
     ]
     # Whatever stands in the padding, no token sees it.
@@ -265,7 +267,7 @@ def test_trap_list_of_caches_aliased():
 
 
 def test_trap_padding_to_a_fixed_maximum_made_every_step_slow(monkeypatch):
-    prefills, decodes = spy(monkeypatch, "prefill"), spy(monkeypatch, "decode")
+    prefills, decodes = spy(monkeypatch, "read_piece"), spy(monkeypatch, "decode")
     generate(talking_model(max_positions=4096), PROMPTS, max_new_tokens=24)
     # The prompt is read into no more slots than it has columns; the loop has those that it can fill, in few sizes.
     assert [cache.kv_seq for _, (_, cache) in prefills] == [16]
@@ -289,7 +291,7 @@ def test_the_cache_grows_as_the_text_does(monkeypatch):
     decodes.clear()
     # In one cache from the start it is the same.
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "first_room", lambda max_new_tokens: max_new_tokens)
+        patch.setattr(request, "first_room", lambda max_new_tokens: max_new_tokens)
         np.testing.assert_array_equal(generate(model, PROMPTS, max_new_tokens=1000).tokens, expected)
     assert [cache.kv_seq for _, (_, cache) in decodes] == [1024]
     decodes.clear()
@@ -373,7 +375,7 @@ def read_tokens(prefills):
 
 
 def test_a_prefix_is_read_once(monkeypatch):
-    model, prefills = talking_model(windows=(None,)), spy(monkeypatch, "prefill")
+    model, prefills = talking_model(windows=(None,)), spy(monkeypatch, "read_piece")
     (start,) = random_prompts(40)
     prefix = prefill(model, np.asarray(start))
     assert read_tokens(prefills) == [40]
@@ -405,7 +407,7 @@ def test_prefixes_and_samples_on_a_mesh(axes, strategy):
 
 
 def test_samples_of_a_prompt_read_it_once(monkeypatch):
-    model, prefills = talking_model(windows=(None,)), spy(monkeypatch, "prefill")
+    model, prefills = talking_model(windows=(None,)), spy(monkeypatch, "read_piece")
     options = {"max_new_tokens": 8, "sampler": ANYTHING, "key": jr.key(5)}
     out = generate(model, PROMPTS, num_samples=4, **options)
     assert [ids.shape for ((_, ids, _), _), _ in prefills] == [(3, 16)]
@@ -454,7 +456,7 @@ def test_trap_recompiled_every_token():
     model = talking_model(windows=(None,), norm_eps=2e-5)
     with count_compilations() as compiled:
         generate(model, [[1, 2, 3]], max_new_tokens=40)
-    assert compiled["prefill"] == compiled["decode"] == 1
+    assert compiled["read_piece"] == compiled["decode"] == 1
     with count_compilations() as compiled:
         generate(model, [[4, 5, 6, 7, 8]], max_new_tokens=40)
     assert not compiled
@@ -462,7 +464,7 @@ def test_trap_recompiled_every_token():
         assert len(list(stream(model, [[4, 5]], max_new_tokens=40))) == 40
         # Fewer new tokens, in the same cache.
         generate(model, [[6]], max_new_tokens=30)
-    assert compiled["prefill"] == compiled["decode"] == compiled["_first"] == 0
+    assert compiled["read_piece"] == compiled["decode"] == compiled["first_tokens"] == 0
 
 
 def test_prompts_of_many_lengths_share_programs():
@@ -470,7 +472,7 @@ def test_prompts_of_many_lengths_share_programs():
     with count_compilations() as compiled:
         for length in (1, 16, 17, 23, 32):
             generate(model, random_prompts(length), max_new_tokens=2)
-    assert compiled["prefill"] == 2
+    assert compiled["read_piece"] == 2
     assert compiled["decode"] == 1
 
 

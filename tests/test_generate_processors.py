@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from generation_fixtures import PROMPTS, VOCAB, count_compilations, logits_of, loop, refused, talking_model
+from generation_fixtures import PROMPTS, VOCAB, count_compilations, logits_of, refused, talking_model
 from hypothesis import given, settings, strategies as st
 from jaxtyping import Array, Int
 from sharding_fixtures import mesh, sharded
 
 import mistral_eqx as mx
 from mistral_eqx import Sampler, generate, stream
+from mistral_eqx.generate.request import Request
 from mistral_eqx.parallel import Strategy, specs
 
 
@@ -207,12 +208,12 @@ def test_other_values_compile_nothing():
     first = draw(1.1, 3, 4, 0)
     with count_compilations() as compiled:
         second = draw(1.7, 9, 8, 1)
-    assert not {"prefill", "decode", "_first"} & set(compiled)
+    assert not {"read_piece", "decode", "first_tokens"} & set(compiled)
     assert second != first
 
 
 def test_without_options_the_loop_carries_nothing_for_them():
-    request = loop.Request.init(talking_model(windows=(None,)), PROMPTS, 4, Sampler(), None, None)
+    request = Request.init(talking_model(windows=(None,)), PROMPTS, 4, Sampler(), None, None)
     decoding, _ = request.start(PROMPTS)
     assert len(jax.tree.leaves(decoding)) == 8
     assert jax.tree.leaves(request.sampler) == []

@@ -1,10 +1,11 @@
 import jax.random as jr
 import numpy as np
 import pytest
-from generation_fixtures import PROMPTS, VOCAB, loop, refused, spy, talking_model
+from generation_fixtures import PROMPTS, VOCAB, refused, spy, talking_model
 from hypothesis import given, settings, strategies as st
 
 from mistral_eqx import Conversation, Sampler, StopText, generate, stream
+from mistral_eqx.generate import generation
 from mistral_eqx.text.tokenizer import AbstractTokenizer, control_pattern
 
 
@@ -137,7 +138,7 @@ def test_the_loop_goes_on_for_no_more_than_a_piece(free, monkeypatch):
     out = generate(talking_model(windows=(None,)), PROMPTS, max_new_tokens=40, stop=stops, tokenizer=TOKENIZER)
     assert max(out.lengths.tolist()) <= 5
     ((_, (decoding, _)),) = decodes
-    assert int(decoding.step) <= 1 + loop._PIECE
+    assert int(decoding.step) <= 1 + generation._PIECE
 
 
 def test_a_row_that_stopped_draws_on_as_if_it_had_not(free):

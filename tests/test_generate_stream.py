@@ -3,11 +3,11 @@ import jax.random as jr
 import numpy as np
 import pytest
 from generation_fixtures import (
+    PROGRAMS,
     PROMPTS,
     VOCAB,
     count_compilations,
     greedy_without_cache,
-    loop,
     random_prompts,
     refused,
     spy,
@@ -50,7 +50,7 @@ def test_the_first_token_is_there_before_the_loop_is_compiled(monkeypatch):
     tokens = stream(model, PROMPTS[:1], max_new_tokens=5)
     with count_compilations() as compiled:
         first = next(tokens)
-    assert compiled["prefill"] == 1
+    assert compiled["read_piece"] == 1
     assert compiled["decode"] == 0
     assert decodes == []
     # From then on each token is handed over before the next is asked for.
@@ -112,7 +112,7 @@ def chat():
 
 
 def test_each_turn_reads_only_what_is_new(chat, monkeypatch):
-    model, prefills, text = talking_model(), spy(monkeypatch, "prefill"), list(PROMPTS[0])
+    model, prefills, text = talking_model(), spy(monkeypatch, "read_piece"), list(PROMPTS[0])
     known = 0
     for heard in ([11, 12], [20] * 9, [33, 44, 55]):
         text += heard
@@ -156,7 +156,7 @@ def test_a_turn_after_an_end_token(chat):
 def test_a_turn_after_history_was_edited(chat, edit, kept, monkeypatch):
     model, text = talking_model(), list(PROMPTS[2])
     text += reply(chat, text)
-    prefills, text = spy(monkeypatch, "prefill"), edit(text)
+    prefills, text = spy(monkeypatch, "read_piece"), edit(text)
     said = assert_replies_as_from_scratch(model, chat, text)
     assert read_ids(prefills) == text[kept:]
     assert_replies_as_from_scratch(model, chat, [*text, *said, 1, 2, 3])
@@ -176,11 +176,11 @@ def test_a_turn_after_a_reply_was_left_early(chat, taken, closed):
 
 
 @pytest.mark.parametrize("donated", [True, False], ids=["in a step", "before a step"])
-@pytest.mark.parametrize(("function", "call"), [("prefill", 1), ("decode", 1), ("decode", 2), ("decode", 5)])
+@pytest.mark.parametrize(("function", "call"), [("read_piece", 1), ("decode", 1), ("decode", 2), ("decode", 5)])
 def test_a_turn_after_an_interrupt(chat, function, call, donated, monkeypatch):
     model, text = talking_model(), list(PROMPTS[1])
     text += [*reply(chat, text), 30]
-    run, calls = getattr(loop, function), []
+    run, calls = getattr(PROGRAMS[function], function), []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -193,7 +193,7 @@ def test_a_turn_after_an_interrupt(chat, function, call, donated, monkeypatch):
 
     said = []
     with monkeypatch.context() as patch:
-        patch.setattr(loop, function, interrupted)
+        patch.setattr(PROGRAMS[function], function, interrupted)
         with pytest.raises(KeyboardInterrupt):
             said += chat.reply(text, max_new_tokens=8)
     assert len(calls) == call
@@ -203,7 +203,7 @@ def test_a_turn_after_an_interrupt(chat, function, call, donated, monkeypatch):
 def test_a_conversation_outgrows_its_cache(monkeypatch):
     model = talking_model(windows=(7,))
     chat, (text,) = Conversation(model), random_prompts(90)
-    prefills, known = spy(monkeypatch, "prefill"), 0
+    prefills, known = spy(monkeypatch, "read_piece"), 0
     for heard, slots in (([], 128), ([1, 2, 3], 256), ([4, 5, 6], 256)):
         text += heard
         prefills.clear()

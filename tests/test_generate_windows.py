@@ -7,7 +7,7 @@ from generation_fixtures import random_prompts, talking_model
 from hypothesis import given, settings, strategies as st
 
 import mistral_eqx as mx
-from mistral_eqx.generate import loop
+from mistral_eqx.generate.request import Request
 from mistral_eqx.generate.sampler import Sampler
 
 
@@ -15,7 +15,7 @@ NEW = 60
 
 
 def _tokens(model, prompts, *, forgets, chunk, new=NEW):
-    request = loop.Request.init(model, prompts, new, Sampler(), None, None, prefill_chunk=chunk)
+    request = Request.init(model, prompts, new, Sampler(), None, None, prefill_chunk=chunk)
     *_, (decoding, cache) = request.steps(*request.start(prompts, forgets=forgets), new)
     return np.asarray(decoding.tokens)[: len(prompts), :new], cache
 

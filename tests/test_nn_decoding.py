@@ -13,7 +13,8 @@ from model_fixtures import small_model
 
 from mistral_eqx.config import MistralConfig
 from mistral_eqx.generate import Sampler
-from mistral_eqx.generate.loop import Decoding, decode, prefill
+from mistral_eqx.generate.loop import Decoding, decode
+from mistral_eqx.generate.reading import read_piece
 from mistral_eqx.nn import Cache
 
 
@@ -95,7 +96,7 @@ def test_reading_a_prompt_makes_the_last_logits_only(dtype):
     model = small_model(config=CONFIG, dtype=dtype)
     ids = jnp.zeros((batch, seq), jnp.int32)
     cache = Cache.init(CONFIG, batch, 64, dtype)
-    compiled = prefill.lower((model, ids, ids), cache).compile().compiled
+    compiled = read_piece.lower((model, ids, ids), cache).compile().compiled
     assert compiled.memory_analysis().alias_size_in_bytes >= _nbytes(cache.layers)
     vocab = _largest_with_axis(compiled.as_text(), CONFIG.vocab)
     assert vocab == max(batch, CONFIG.embed) * CONFIG.vocab

@@ -16,7 +16,7 @@ from model_fixtures import SMALL
 from rich.console import Console
 
 import mistral_eqx as mx
-from mistral_eqx.generate.loop import prompt_width
+from mistral_eqx.generate.reading import prompt_width
 from mistral_eqx.parallel import Choice, read_strategy
 from mistral_eqx.parallel.mesh import parse_axes
 from mistral_eqx.plan import (

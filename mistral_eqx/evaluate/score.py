@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ..generate.loop import CHUNK, check_chunk, empty_cache, parts, prefill, prompt_width, slots
+from ..generate.caches import empty_cache, parts, slots
 from ..generate.prompt import Prompts, checked_prompts, pad_left
+from ..generate.reading import CHUNK, check_chunk, place_rows, prompt_width, read_piece
 from ..nn import Cache, Mistral, Unembedding, log_likelihood
-from ..parallel import everywhere, place_on, specs, spmd
+from ..parallel import everywhere, specs, spmd
 
 
 class Scores(NamedTuple):
@@ -73,9 +74,9 @@ def score(model: Mistral, rows: Prompts, *, piece: int = CHUNK, last: int | None
     scored = []
     for start in range(0, width, piece):
         part = slice(start, min(start + piece, width))
-        tokens, at, following = (_placed(model, x[:, part]) for x in (ids, positions, targets))
+        tokens, at, following = (place_rows(model, x[:, part]) for x in (ids, positions, targets))
         if last is not None and part.stop <= width - last:
-            _, cache = prefill((model, tokens, at), cache)
+            _, cache = read_piece((model, tokens, at), cache)
         else:
             log_probs, greedy, cache = _read((model, tokens, at, following), cache)
             scored.append((part, log_probs, greedy))
@@ -105,10 +106,6 @@ def _read(
     rows, layers = strategy.spec("batch"), specs(cache, strategy)
     in_specs = specs(model, strategy), rows, rows, rows, layers
     return spmd(forward, model.mesh, in_specs, (rows, rows, layers))(model, ids, positions, targets, cache)
-
-
-def _placed(model: Mistral, x: np.ndarray) -> Array:
-    return jnp.asarray(x) if model.mesh is None else place_on(x, model.mesh, model.strategy.spec("batch"))
 
 
 def _aligned(x: np.ndarray, lengths: list[int]) -> np.ndarray:

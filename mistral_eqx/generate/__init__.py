@@ -1,6 +1,6 @@
 from .beam import Beams as Beams, beam_search as beam_search
-from .loop import Generated as Generated, Prefix as Prefix, generate as generate
-from .prefix import prefill as prefill
+from .generation import Generated as Generated, generate as generate
+from .prefix import Prefix as Prefix, prefill as prefill
 from .processors import (
     AbstractProcessor as AbstractProcessor,
     BannedTokens as BannedTokens,

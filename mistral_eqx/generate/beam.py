@@ -15,8 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 from ..nn import Cache, LayerCache, Mistral
 from ..nn.precision import at_least_float32
 from ..parallel import Strategy, everywhere, gather, own_slot, own_slots, place, pmax, psum, specs, spmd
-from .loop import Request, capacity, empty_cache, holds, parts, prompt_width, read_pieces, slots
+from .caches import capacity, empty_cache, holds, parts, slots
 from .prompt import Prompts, checked_prompts, pad_left
+from .reading import prompt_width, read_pieces
+from .request import Request
 from .sampler import Sampler
 
 

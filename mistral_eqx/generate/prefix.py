@@ -1,13 +1,31 @@
 """The beginning of many texts, read once."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Array, Int
 
-from ..nn import Mistral
-from .loop import CHUNK, Prefix, check_chunk, check_context, empty_cache, parts, prompt_width, read_pieces, slots
+from ..nn import Cache, Mistral
+from .caches import empty_cache, parts, slots
 from .prompt import checked_prompts, pad_left
+from .reading import CHUNK, check_chunk, check_context, prompt_width, read_pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """The beginning of many texts, read once: what [`mistral_eqx.prefill`][] returns.
+
+    **Attributes:**
+
+    - `ids`: its tokens.
+    - `model`: which read it.
+    - `cache`: their keys and values, in one row on each of the devices among which `batch` is split.
+    """
+
+    ids: tuple[int, ...]
+    model: Mistral
+    cache: Cache
 
 
 def prefill(
@@ -38,3 +56,13 @@ def prefill(
     cache = empty_cache(model, rows, slots(model, ids.shape[1]))
     _, cache = read_pieces(model, ids, positions, cache, prefill_chunk)
     return Prefix(tuple(row), model, cache)
+
+
+def checked_prefix(prefix: Prefix, model: Mistral) -> tuple[int, ...]:
+    """The tokens of a prefix.
+
+    **Raises:** `ValueError` if another model read it.
+    """
+    if prefix.model is not model:
+        raise ValueError("The prefix was read by another model; read it again with this one, by mistral_eqx.prefill.")
+    return prefix.ids

@@ -8,8 +8,12 @@ from jaxtyping import Array, Key
 
 from ..nn import Cache, Mistral
 from ..parallel import everywhere
-from .loop import CHUNK, Decoding, Prefix, Request, capacity, first_room, grow, prompt_width, slots
+from .caches import capacity, first_room, grow, slots
+from .loop import Decoding
+from .prefix import Prefix
 from .prompt import Prompts, checked_prompts, pad_left
+from .reading import CHUNK, prompt_width
+from .request import Request
 from .sampler import Sampler
 from .stops import Tokenizer, stop_rows
 

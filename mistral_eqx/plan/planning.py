@@ -14,7 +14,7 @@ from typing import Any
 from jax.sharding import AbstractMesh
 
 from ..config import MistralConfig
-from ..generate import loop
+from ..generate.reading import prompt_width
 from ..parallel import NAMED, SINGLE, Choice, Strategy, read_strategy, strategies
 from ..parallel.mesh import parse_axes, show
 from ..presets import PRESETS
@@ -80,9 +80,9 @@ def plan(
     rows = math.prod(axes[axis] for axis in split.split_over("batch"))
     if batch % rows:
         raise ValueError(f"A batch of {batch} cannot be split over {rows} devices; take a multiple of {rows}.")
-    if kv_seq < loop.prompt_width(prompt):
+    if kv_seq < prompt_width(prompt):
         raise ValueError(
-            f"A prompt of {prompt} tokens is read as {loop.prompt_width(prompt)} and does not fit into a cache of "
+            f"A prompt of {prompt} tokens is read as {prompt_width(prompt)} and does not fit into a cache of "
             f"{kv_seq} slots; take a longer kv_seq or a shorter prompt."
         )
     if kv_seq > config.max_positions:

@@ -14,7 +14,9 @@ from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from ..config import MistralConfig
-from ..generate import Sampler, loop
+from ..generate import Sampler, caches
+from ..generate.loop import Decoding, decode
+from ..generate.reading import CHUNK, prompt_width, read_piece
 from ..nn import Cache, Mistral
 from ..parallel import Strategy, by_hand, specs
 from ..parallel.mesh import make_mesh
@@ -105,22 +107,22 @@ def programs(job: Job, devices: Sequence[Any]) -> Iterator[Uncompiled]:
     model = dataclasses.replace(model, mesh=mesh)
     weights = _bytes(model)
 
-    width = loop.prompt_width(job.prompt)
-    piece = min(width, loop.CHUNK)
+    width = prompt_width(job.prompt)
+    piece = min(width, CHUNK)
 
     def cache_of(kv_seq: int) -> Cache:
-        shares = loop.parts(model, "kv_seq")
+        shares = caches.parts(model, "kv_seq")
         init = functools.partial(
             Cache.init, job.config, job.batch, kv_seq, dtype, platform=platform, piece=piece, shares=shares
         )
         return place(eqx.filter_eval_shape(init))
 
-    small = cache_of(loop.slots(model, width))
+    small = cache_of(caches.slots(model, width))
     yield Uncompiled(
         name="prefill",
         runs=math.ceil(width / piece),
         tokens=piece,
-        function=_plain(loop.prefill),
+        function=_plain(read_piece),
         kept=(model, array("batch _", job.batch, piece), array("batch _", job.batch, piece)),
         cache=small,
         donates=True,
@@ -129,13 +131,13 @@ def programs(job: Job, devices: Sequence[Any]) -> Iterator[Uncompiled]:
         cache_bytes=_bytes(small.layers),
     )
 
-    large = cache_of(loop.slots(model, job.kv_seq))
+    large = cache_of(caches.slots(model, job.kv_seq))
     if large.kv_seq > small.kv_seq:
         yield Uncompiled(
             name="grow",
             runs=1,
             tokens=0,
-            function=lambda model, cache: _plain(loop.grow)(model, cache, large.kv_seq),
+            function=lambda model, cache: _plain(caches.grow)(model, cache, large.kv_seq),
             kept=model,
             cache=small,
             donates=False,
@@ -144,15 +146,15 @@ def programs(job: Job, devices: Sequence[Any]) -> Iterator[Uncompiled]:
             cache_bytes=_bytes(small.layers) + _bytes(large.layers),
         )
 
-    def state() -> loop.Decoding:
+    def state() -> Decoding:
         rows = jnp.zeros(job.batch, jnp.int32)
-        return loop.Decoding.init(rows, rows > 0, jr.split(jr.key(0), job.batch), large.kv_seq)
+        return Decoding.init(rows, rows > 0, jr.split(jr.key(0), job.batch), large.kv_seq)
 
     yield Uncompiled(
         name="decode",
         runs=1,
         tokens=1,
-        function=_plain(loop.decode),
+        function=_plain(decode),
         kept=(model, place(eqx.filter_eval_shape(state)), Sampler(), array("ends", 1), array("")),
         cache=large,
         donates=True,

@@ -1,0 +1,104 @@
+"""A model's cache: how large it is, and where its devices have it."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
+
+from ..config import MistralConfig
+from ..nn import Cache, Mistral
+from ..parallel import Strategy, specs, spmd
+from .prompt import bucket
+
+
+def empty_cache(model: Mistral, batch: int, kv_seq: int, piece: int | None = None) -> Cache:
+    """A cache for a model, split over the model's devices as it is.
+
+    **Arguments:** as for [`mistral_eqx.nn.Cache`][].
+    """
+    shares = parts(model, "kv_seq")
+    return _init_cache(model.config, batch, kv_seq, model.dtype, piece, shares, model.mesh, model.strategy)()
+
+
+@functools.lru_cache
+def _init_cache(
+    config: MistralConfig,
+    batch: int,
+    kv_seq: int,
+    dtype: jnp.dtype,
+    piece: int | None,
+    shares: int,
+    mesh: Mesh | None,
+    strategy: Strategy,
+) -> Callable[[], Cache]:
+    platform = None if mesh is None else mesh.devices.flat[0].platform
+    init = functools.partial(Cache.init, config, batch, kv_seq, dtype, platform=platform, piece=piece, shares=shares)
+    if mesh is None:
+        return init
+    split = specs(eqx.filter_eval_shape(init), strategy)
+    return jax.jit(init, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), split))
+
+
+@eqx.filter_jit
+def grow(model: Mistral, cache: Cache, kv_seq: int, times: int = 1) -> Cache:
+    """A copy of a model's cache with `kv_seq` slots; each device adds its share to its own part.
+
+    **Arguments:**
+
+    - `times`: how often each row stands in it, one copy after the other.
+    """
+    split = specs(cache, model.strategy)
+    share = kv_seq // parts(model, "kv_seq")
+
+    def copy(cache: Cache) -> Cache:
+        # Nothing of the result is the argument itself: one of them will be given away.
+        cache = jax.tree.map(jnp.copy, cache.grow(share))
+        layers, positions = jax.tree.map(lambda x: repeated(x, times), (cache.layers, cache.positions))
+        return Cache(layers, positions, cache.used)
+
+    return spmd(copy, model.mesh, (split,), split)(cache)
+
+
+def repeated(x: Array, times: int) -> Array:
+    """Each row so many times, one after the other."""
+    return x if times == 1 else jnp.repeat(x, times, axis=0)
+
+
+def slots(model: Mistral, count: int) -> int:
+    """The size of a cache for `count` tokens of this model.
+
+    Where `kv_seq` is split, each device has the same share, and a slot more that a token of another one may touch.
+    Shares are multiples of 8, the rows of a tile on TPUs: else the cache would be laid out anew at each call.
+    """
+    shares = parts(model, "kv_seq")
+    if shares == 1:
+        return count
+    share = -(-count // shares) + 1
+    return -(-share // 8) * 8 * shares
+
+
+def holds(model: Mistral, kv_seq: int) -> int:
+    """How many tokens a cache of this size has room for: the inverse of `slots`."""
+    shares = parts(model, "kv_seq")
+    return kv_seq if shares == 1 else kv_seq - shares
+
+
+def parts(model: Mistral, dim: str) -> int:
+    """Into how many parts a dimension is split."""
+    axes = model.strategy.split_over(dim)
+    return 1 if model.mesh is None else math.prod(model.mesh.shape[axis] for axis in axes)
+
+
+def first_room(max_new_tokens: int) -> int:
+    """For how many of the new tokens a cache has room at first: attention reads all of it in each step."""
+    return min(max_new_tokens, 128)
+
+
+def capacity(slots: int) -> int:
+    """The size of a cache that holds `slots`: at most two in each octave, so that few loops are compiled."""
+    return bucket(slots, step=128, per_octave=2)

@@ -1,0 +1,134 @@
+"""Continuations of prompts."""
+
+import collections
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from ..nn import Mistral
+from ..parallel import everywhere
+from .prefix import Prefix
+from .prompt import Prompts, checked_prompts
+from .reading import CHUNK
+from .request import Request
+from .sampler import Sampler
+from .stops import Tokenizer, stop_rows
+
+
+# Where there are stop strings, the loop is left after each of so many tokens, to look for them in the text.
+_PIECE = 8
+
+
+class Generated(NamedTuple):
+    """What [`mistral_eqx.generate`][] returns.
+
+    **Attributes:**
+
+    - `tokens`: new token ids; a row that ended early repeats its last token.
+    - `lengths`: how many of them count, the end token included.
+    - `texts`: the text of each row, without the stop string that ended it; if there was a tokenizer.
+    - `log_probs`: the logarithm of each token's probability; 0 past a row's length. If `logprobs` was given.
+    - `top_tokens`, `top_log_probs`: the likeliest tokens in its place, likeliest first.
+    """
+
+    tokens: Int[Array, "batch new"]
+    lengths: Int[Array, " batch"]
+    texts: list[str] | None = None
+    log_probs: Float[Array, "batch new"] | None = None
+    top_tokens: Int[Array, "batch new top"] | None = None
+    top_log_probs: Float[Array, "batch new top"] | None = None
+
+
+def generate(
+    model: Mistral,
+    prompts: Prompts,
+    *,
+    max_new_tokens: int,
+    sampler: Sampler | None = None,
+    eos_id: int | Sequence[int] | None = None,
+    key: Key[Array, "..."] | None = None,
+    stop: str | Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
+    num_samples: int = 1,
+    logprobs: int | None = None,
+    prefix: Prefix | None = None,
+    prefill_chunk: int = CHUNK,
+) -> Generated:
+    """Continues each prompt, in one compiled loop.
+
+    ```python
+    out = mx.generate(model, [tokenizer.encode("The capital of France is")], max_new_tokens=32)
+    print(tokenizer.decode(out.tokens[0, : out.lengths[0]].tolist()))
+    ```
+
+    Each row gives the tokens that it would give alone, whatever its neighbours' lengths.
+
+    **Arguments:**
+
+    - `model`: the model.
+    - `prompts`: lists of token ids, of any lengths, or an array of shape `(batch, seq)`, in which -1 on either side is
+        padding.
+    - `max_new_tokens`: how many tokens to add to each.
+    - `sampler`: how a token is chosen; greedy unless given.
+    - `eos_id`: the token, or the tokens, that end a row. Without any, nothing stops early.
+    - `key`: for samplers that draw: one key, from which each row gets its own, or an array with one key a prompt.
+    - `stop`: strings that end a row where they are complete in its new text, wherever in a token that is.
+    - `tokenizer`: makes text of the new tokens; needed for `stop`.
+    - `num_samples`: how many continuations to draw of each prompt, which is read once; they are neighbours in the
+        result.
+    - `logprobs`: how many likeliest tokens to report at each new one with their log-probabilities; 0 for those of the
+        chosen ones only. They are the model's own, before the sampler.
+    - `prefix`: from [`mistral_eqx.prefill`][]; the prompts are what follows it.
+    - `prefill_chunk`: prompts are read in pieces of at most this many tokens; smaller ones take less memory.
+
+    **Returns:** [`mistral_eqx.Generated`][], with `tokens` of shape `(batch * num_samples, max_new_tokens)` and
+    `lengths` of shape `(batch * num_samples,)`.
+
+    **Raises:** `ValueError` if a prompt is empty, has an id outside the vocabulary, or does not fit into the context
+    with its new tokens; if an end token is outside the vocabulary; if a sampler draws and there is no key; if a stop
+    string is empty or there is no tokenizer for it; if a processor does not fit the vocabulary or forbids every token.
+    """
+    rows = checked_prompts(prompts, model.config.vocab)
+    request = Request.init(
+        model,
+        rows,
+        max_new_tokens,
+        sampler or Sampler(),
+        eos_id,
+        key,
+        num_samples=num_samples,
+        logprobs=logprobs,
+        prefix=prefix,
+        prefill_chunk=prefill_chunk,
+    )
+    count = len(rows) * num_samples
+    stops = stop_rows(stop, tokenizer, count)
+    size = max_new_tokens if stops is None else _PIECE
+    decoding, _ = collections.deque(request.steps(*request.start(rows), size, stops), maxlen=1).pop()
+    lengths = everywhere(decoding.lengths)[:count]
+    if stops is not None:
+        lengths = np.where(stops.lengths < 0, lengths, stops.lengths).astype(np.int32)
+    columns = np.minimum(np.arange(max_new_tokens), lengths[:, None] - 1)
+    tokens = np.take_along_axis(everywhere(decoding.tokens)[:count], columns, axis=1)
+    texts = None
+    if stops is not None:
+        texts = stops.flush()
+    elif tokenizer is not None:
+        texts = [tokenizer.decode(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
+    out = Generated(jnp.asarray(tokens), jnp.asarray(lengths), texts)
+    if decoding.log_probs is None:
+        return out
+    past = np.arange(max_new_tokens) >= lengths[:, None]
+    chosen, top_tokens, top = (
+        everywhere(x)[:count] for x in (decoding.log_probs.chosen, decoding.log_probs.tokens, decoding.log_probs.top)
+    )
+    return out._replace(
+        log_probs=jnp.asarray(np.where(past, 0, np.take_along_axis(chosen, columns, axis=1))),
+        top_tokens=jnp.asarray(
+            np.where(past[..., None], 0, np.take_along_axis(top_tokens, columns[..., None], axis=1))
+        ),
+        top_log_probs=jnp.asarray(np.where(past[..., None], 0, np.take_along_axis(top, columns[..., None], axis=1))),
+    )

@@ -1,0 +1,84 @@
+"""Prompts are read into a cache, in pieces."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from ..nn import Cache, Mistral
+from ..parallel import place_on, specs, spmd
+from .prompt import bucket
+
+
+# A prompt is read in pieces of at most this many tokens: scores then take memory for this many queries at a time.
+CHUNK = 512
+
+
+@eqx.filter_jit(donate="all-except-first")
+def read_piece(
+    kept: tuple[Mistral, Int[Array, "batch seq"], Int[Array, "batch seq"]], cache: Cache
+) -> tuple[Array, Cache]:
+    """Reads tokens into the cache.
+
+    **Arguments:**
+
+    - `kept`: the model, token ids and their positions (-1 for padding).
+    - `cache`: donated; it must have as many free slots as there are columns of ids.
+
+    **Returns:** the logits after the last column, shape `(batch, vocab)`, and the cache.
+    """
+    model, ids, positions = kept
+
+    def forward(model: Mistral, ids: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
+        hidden, cache = model.hidden(ids, positions, cache)
+        return model.logits(hidden[:, -1:])[:, 0], cache
+
+    strategy = model.strategy
+    rows, layers = strategy.spec("batch"), specs(cache, strategy)
+    in_specs, out_specs = (specs(model, strategy), rows, rows, layers), (strategy.spec("batch vocab"), layers)
+    return spmd(forward, model.mesh, in_specs, out_specs)(model, ids, positions, cache)
+
+
+def read_pieces(
+    model: Mistral, ids: Int[np.ndarray, "rows seq"], positions: Int[np.ndarray, "rows seq"], cache: Cache, chunk: int
+) -> tuple[Array, Cache]:
+    """Reads tokens into a cache, at most `chunk` columns at a time, and returns the last logits and the cache."""
+    *earlier, last = (slice(start, start + chunk) for start in range(0, ids.shape[1], chunk))
+    for piece in earlier:
+        _, cache = read_piece((model, place_rows(model, ids[:, piece]), place_rows(model, positions[:, piece])), cache)
+    return read_piece((model, place_rows(model, ids[:, last]), place_rows(model, positions[:, last])), cache)
+
+
+def place_rows(model: Mistral, x: np.ndarray | Array) -> Array:
+    """Puts something of each row where the model's devices have that row."""
+    mesh = model.mesh
+    return jnp.asarray(x) if mesh is None else place_on(np.asarray(x), mesh, model.strategy.spec("batch"))
+
+
+def check_chunk(chunk: int):
+    """Refuses pieces without a token.
+
+    **Raises:** `ValueError` if there are none.
+    """
+    if chunk < 1:
+        raise ValueError(f"A prompt cannot be read in pieces of {chunk} tokens; give at least 1.")
+
+
+def check_context(longest: int, max_new_tokens: int, context: int):
+    """Refuses prompts of at most `longest` tokens that do not fit into the context with their new tokens.
+
+    **Raises:** `ValueError` that tells the three numbers.
+    """
+    if longest + max_new_tokens > context:
+        raise ValueError(
+            f"A prompt of {longest} tokens and {max_new_tokens} new ones are more than this model's context of "
+            f"{context} tokens; shorten the prompt or ask for fewer new tokens."
+        )
+
+
+def prompt_width(longest: int) -> int:
+    """The number of columns in which prompts of at most `longest` tokens are read.
+
+    Less than an eighth of them, or less than 16, are padding.
+    """
+    return bucket(longest, step=16, per_octave=8)

@@ -1,0 +1,248 @@
+"""A checked call: what every decoding step needs besides its state."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Int, Key, PyTree
+
+from ..nn import Cache, Mistral
+from ..parallel import everywhere, place_on, specs
+from .caches import capacity, empty_cache, first_room, grow, holds, parts, slots
+from .loop import Decoding, decode, first_tokens, grow_state
+from .prefix import Prefix, checked_prefix
+from .prompt import pad_left
+from .reading import CHUNK, check_chunk, check_context, place_rows, prompt_width, read_pieces
+from .sampler import Sampler
+from .stops import Stops
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A checked call of `generate` or `stream`: what every decoding step needs besides its state.
+
+    **Attributes:**
+
+    - `ends`: the tokens that end a row.
+    - `keys`: one a row, the idle ones included, as all that is kept for each row.
+    - `idle`: how many rows are added to the prompts' so that `batch` can be split; they have ended from the start.
+    - `samples`: how many rows follow each prompt.
+    - `states`: the first states of the sampler's processors.
+    - `alternatives`: how many likeliest tokens are noted at each new one; `None` for no log-probabilities.
+    - `prefix`: with which all prompts begin.
+    - `chunk`: the most tokens that are read at a time.
+    """
+
+    model: Mistral
+    sampler: Sampler
+    ends: Int[np.ndarray, " ends"]
+    keys: Key[Array, " batch"]
+    max_new_tokens: int
+    idle: int
+    samples: int = 1
+    states: tuple[PyTree, ...] = ()
+    alternatives: int | None = None
+    prefix: Prefix | None = None
+    chunk: int = CHUNK
+
+    @classmethod
+    def init(
+        cls,
+        model: Mistral,
+        rows: list[list[int]],
+        max_new_tokens: int,
+        sampler: Sampler,
+        eos_id: int | Sequence[int] | None,
+        key: Key[Array, "..."] | None,
+        *,
+        num_samples: int = 1,
+        logprobs: int | None = None,
+        prefix: Prefix | None = None,
+        prefill_chunk: int = CHUNK,
+    ) -> "Request":
+        """Checks the arguments of `generate`.
+
+        **Raises:** `ValueError` as `generate` says.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+        vocab = model.config.vocab
+        before = [] if prefix is None else checked_prefix(prefix, model)
+        check_context(len(before) + max(map(len, rows)), max_new_tokens, model.config.max_positions)
+        check_chunk(prefill_chunk)
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}; it must be at least 1.")
+        if num_samples > 1 and sampler.greedy:
+            raise ValueError(
+                f"num_samples is {num_samples}, but without drawing all samples of a prompt are the same; give a "
+                "temperature."
+            )
+        if logprobs is not None and not 0 <= logprobs <= vocab:
+            raise ValueError(f"logprobs is {logprobs}; it must be from 0 to the vocabulary's {vocab}.")
+        idle = -len(rows) % parts(model, "batch")
+        keys = _row_keys(key, sampler, len(rows), idle, num_samples)
+        ends = [] if eos_id is None else list(eos_id) if isinstance(eos_id, Iterable) else [eos_id]
+        for end in ends:
+            if not 0 <= end < vocab:
+                raise ValueError(
+                    f"The end token {end} is outside the vocabulary of {vocab}; leave out eos_id if "
+                    "nothing is to stop early."
+                )
+        texts = [[*before, *row] for row in (*rows, *rows[:1] * idle) for _ in range(num_samples)]
+        states = tuple(processor.init_state(texts, ends, vocab) for processor in sampler.processors)
+        return cls(
+            model=model,
+            sampler=_placed(model, sampler),
+            ends=np.asarray(ends, np.int32),
+            keys=jr.wrap_key_data(place_rows(model, jr.key_data(keys)), impl=jr.key_impl(keys)),
+            max_new_tokens=max_new_tokens,
+            idle=idle,
+            samples=num_samples,
+            states=_placed(model, states),
+            alternatives=logprobs,
+            prefix=prefix,
+            chunk=prefill_chunk,
+        )
+
+    def start(self, rows: list[list[int]], *, forgets: bool = True) -> tuple[Decoding, Cache]:
+        """Reads the prompts into a new cache with room for new tokens, and decodes the first of these.
+
+        **Arguments:**
+
+        - `forgets`: whether layers with a window keep what the window reaches and no more. A cache to which padded
+            texts are added, or from which tokens are taken away, must not.
+        """
+        prefix, width = self.prefix, prompt_width(max(map(len, rows)))
+        # Attention reads all of a cache: while the prompt is read, it has no slots besides the prompt's.
+        if prefix is None:
+            ids, positions = pad_left(rows, width)
+            piece = min(self.chunk, width) if forgets else None
+            cache = empty_cache(self.model, len(rows) + self.idle, slots(self.model, width), piece)
+        else:
+            ids, positions = pad_left(rows, width, starts=[len(prefix.ids)] * len(rows))
+            room = slots(self.model, int(prefix.cache.used) + width)
+            copies = (len(rows) + self.idle) // parts(self.model, "batch")
+            cache = grow(self.model, prefix.cache, max(room, prefix.cache.kv_seq), copies)
+        return self.read(ids, positions, cache)
+
+    def read(
+        self, ids: Int[np.ndarray, "rows seq"], positions: Int[np.ndarray, "rows seq"], cache: Cache
+    ) -> tuple[Decoding, Cache]:
+        """Reads tokens into a cache in pieces, makes room for new ones, and decodes the first of these."""
+        ended = np.arange(len(ids) + self.idle) >= len(ids)
+        ids, positions = (np.concatenate([x, *[x[:1]] * self.idle]) for x in (ids, positions))
+        logits, cache = read_pieces(self.model, ids, positions, cache, self.chunk)
+        room = slots(self.model, capacity(int(cache.used) + first_room(self.max_new_tokens)))
+        if room > cache.kv_seq or self.samples > 1:
+            cache = grow(self.model, cache, max(room, cache.kv_seq), self.samples)
+        # The last column holds each row's last token.
+        at, ended = (place_rows(self.model, np.repeat(x, self.samples)) for x in (positions[:, -1], ended))
+        decoding = first_tokens(
+            self.model,
+            logits,
+            at,
+            self.keys,
+            ended,
+            self.sampler,
+            self.ends,
+            cache.kv_seq,
+            self.states,
+            self.alternatives,
+        )
+        self._check(decoding)
+        return decoding, cache
+
+    def decode(self, decoding: Decoding, cache: Cache, until: int) -> tuple[Decoding, Cache]:
+        """Decodes until there are `until` new tokens, or all rows have ended.
+
+        A cache that is full is replaced by one of at most twice its size, for which another loop is compiled.
+        """
+        while decoding.unfinished and (step := int(decoding.step)) < until:
+            used, room = int(cache.used), holds(self.model, cache.kv_seq)
+            if used == room:
+                room = min(2 * room, capacity(used + self.max_new_tokens - step))
+                cache = grow(self.model, cache, slots(self.model, room))
+                decoding = grow_state(self.model, decoding, cache.kv_seq)
+            # The last token is not in the cache yet, so each slot gives one more.
+            target = np.asarray(min(until, step + room - used), np.int32)
+            decoding, cache = decode((self.model, decoding, self.sampler, self.ends, target), cache)
+            self._check(decoding)
+        return decoding, cache
+
+    def steps(
+        self, decoding: Decoding, cache: Cache, size: int, stops: Stops | None = None
+    ) -> Iterator[tuple[Decoding, Cache]]:
+        """The state and the cache after the first token, and after each `size` more of them.
+
+        **Arguments:**
+
+        - `stops`: looks for stop strings each time; a row that has one has ended.
+        """
+        while True:
+            if stops is not None:
+                decoding = self._stop(decoding, stops)
+            yield decoding, cache
+            if not decoding.unfinished or int(decoding.step) >= self.max_new_tokens:
+                return
+            until = min(int(decoding.step) + size, self.max_new_tokens)
+            decoding, cache = self.decode(decoding, cache, until)
+
+    def _stop(self, decoding: Decoding, stops: Stops) -> Decoding:
+        rows = len(stops.lengths)
+        ended = everywhere(decoding.ended).copy()
+        stopped = stops.read(everywhere(decoding.tokens)[:rows], everywhere(decoding.lengths)[:rows])
+        if not (stopped & ~ended[:rows]).any():
+            return decoding
+        ended[:rows] |= stopped
+        unfinished = np.asarray(not ended.all())
+        mesh = self.model.mesh
+        return dataclasses.replace(
+            decoding,
+            ended=place_rows(self.model, ended),
+            unfinished=jnp.asarray(unfinished) if mesh is None else place_on(unfinished, mesh, PartitionSpec()),
+        )
+
+    def _check(self, decoding: Decoding):
+        if decoding.stuck is None:
+            return
+        if (stuck := everywhere(decoding.stuck)).any():
+            row, new = int(np.argmax(stuck)), int(decoding.step) - 1
+            raise ValueError(
+                f"The processors forbid every token to row {row} after {new} new ones; let them allow at least one, "
+                "such as an end token."
+            )
+
+
+def _row_keys(
+    key: Key[Array, "..."] | None, sampler: Sampler, batch: int, idle: int, samples: int
+) -> Key[Array, " rows"]:
+    """One key for each row, by what the user gave."""
+    if key is None:
+        if not sampler.greedy:
+            raise ValueError("Sampling draws random numbers; give a key, such as key=jax.random.key(0).")
+        key = jr.key(0)
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise ValueError("The key must be one that jax.random.key made, such as key=jax.random.key(0).")
+    fold = jax.vmap(jr.fold_in, in_axes=(None, 0))
+    if key.ndim == 0:
+        return fold(key, jnp.arange((batch + idle) * samples))
+    if key.shape != (batch,):
+        raise ValueError(f"There are {batch} prompts and keys of shape {key.shape}; give one key, or one a prompt.")
+    if samples > 1:
+        key = jax.vmap(fold, in_axes=(0, None))(key, jnp.arange(samples)).reshape(-1)
+    return jnp.concatenate([key, *[key[:1]] * (idle * samples)])
+
+
+def _placed(model: Mistral, tree: PyTree) -> PyTree:
+    """Arrays of modules where the model's devices have them; numpy arrays are sent with each call."""
+    mesh = model.mesh
+    if mesh is None:
+        return tree
+    arrays, others = eqx.partition(tree, eqx.is_array)
+    placed = jax.tree.map(lambda x, spec: place_on(np.asarray(x), mesh, spec), arrays, specs(arrays, model.strategy))
+    return eqx.combine(placed, others)
