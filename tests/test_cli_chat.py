@@ -85,3 +85,21 @@ def test_a_chat_on_a_mesh_says_the_same(tiny):
     assert split.exit_code == 0, split.stderr
     assert split.stdout == alone.stdout
     assert_refused(run("chat", "--model", tiny, "--mesh", "tp=3", input=turns), "2 kv_heads cannot be split over 3")
+
+
+def test_sampling_options_and_stop_strings_reach_the_reply(tiny):
+    """One turn is what the library draws of the same text with the same sampler and the first turn's key."""
+    tokenizer = mx.load_tokenizer(tiny)
+    ids = encode_chat(tokenizer, [{"role": "user", "content": "Hello"}])
+    processors = [mx.RepetitionPenalty(1.3), mx.PresencePenalty(0.5), mx.FrequencyPenalty(0.2)]
+    sampler = mx.Sampler(temperature=3.0, min_p=0.01, typical_p=0.9, processors=processors)
+    common = {"max_new_tokens": 12, "sampler": sampler, "eos_id": tokenizer.eos_ids, "tokenizer": tokenizer}
+    keys = jr.fold_in(jr.key(0), 0)
+    whole = mx.generate(mx.load(tiny), [ids], key=keys, **common).texts[0]
+    options = ("--temperature", 3, "--min-p", 0.01, "--typical-p", 0.9, "--repetition-penalty", 1.3)
+    options = (*options, "--presence-penalty", 0.5, "--frequency-penalty", 0.2, "-n", 12)
+    assert run("chat", "--model", tiny, *options, input="Hello").stdout == whole + "\n"
+    stop = next(character for character in whole[2:] if character.isascii())
+    stopped = run("chat", "--model", tiny, *options, "--stop", stop, input="Hello").stdout
+    assert stopped == whole.partition(stop)[0] + "\n" != whole + "\n"
+    assert_refused(run("chat", "--model", tiny, "--stop", "", input="Hello"), "The stop string ''")

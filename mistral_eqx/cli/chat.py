@@ -17,6 +17,12 @@ def chat(
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    typical_p: options.TypicalP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    stop: options.Stop = None,
     seed: options.Seed = 0,
     dtype: options.LoadDType = None,
     mesh: options.Mesh = None,
@@ -42,12 +48,24 @@ def chat(
     from ..checkpoint import open_checkpoint
     from ..generate import Conversation
     from ..parallel.agreement import agree, share
-    from ..text import Detokenizer, encode_chat
+    from ..text import encode_chat
+    from ..text.stops import checked_stops
     from .devices import Devices
     from .loading import load, locate
     from .report import Stopwatch
+    from .sampling import make_sampler
 
-    sampler = mx.Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+    sampling = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "typical_p": typical_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+    }
+    sampler, stops = make_sampler(**sampling), checked_stops(stop or ())
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
     devices = Devices(mesh, strategy, coordinator, num_processes, process_id)
@@ -57,12 +75,12 @@ def chat(
     tokenizer = mx.load_tokenizer(path)
     opening = [] if system is None else [{"role": "system", "content": system}]
     first = encode_chat(tokenizer, [*opening, {"role": "user", "content": "?"}])
-    agree("command", repr((first, max_new_tokens, temperature, top_k, top_p, seed, dtype, tokenizer.eos_ids)))
+    agree("command", repr((first, max_new_tokens, sampling, stops, seed, dtype, tokenizer.eos_ids)))
     weights = load(path, dtype, check, placed, split)
     interactive = share("terminal" if sys.stdin.isatty() else "pipe") == "terminal"
     if interactive:
-        stops = "leaves as well" if processes.several() else "stops a reply"
-        processes.say(f"/reset forgets the conversation, /exit leaves, ctrl-C {stops}.")
+        interrupting = "leaves as well" if processes.several() else "stops a reply"
+        processes.say(f"/reset forgets the conversation, /exit leaves, ctrl-C {interrupting}.")
 
     conversation, messages, turn = Conversation(weights), list(opening), 0
     for text in _shared_turns(interactive):
@@ -79,25 +97,27 @@ def chat(
                 raise ValueError(f"{full}; put /reset on a line before the next turn.")
             processes.say(f"{full}; /reset starts anew.")
             continue
-        stopwatch, detokenizer, reply, interrupted = Stopwatch(len(ids)), Detokenizer(tokenizer), [], False
+        stopwatch, said, reply, interrupted = Stopwatch(len(ids)), mx.StopText(tokenizer, stops), [], False
         tokens = conversation.reply(
             ids,
             max_new_tokens=min(max_new_tokens, room),
             sampler=sampler,
             eos_id=tokenizer.eos_ids,
             key=jr.fold_in(jr.key(seed), turn),
+            stop=stops,
+            tokenizer=tokenizer,
         )
         try:
             for token in tokens:
                 stopwatch.tick()
-                reply.append(detokenizer.push(token))
+                reply.append(said.push(token))
                 _write(reply[-1])
         except KeyboardInterrupt:
             # The other processes do not know of it, and go on.
             if processes.several():
                 raise
             interrupted = True
-        reply.append(detokenizer.flush())
+        reply.append(said.flush())
         _write(reply[-1] + "\n")
         if interactive:
             processes.say(stopwatch.line(*([where] if where else [])))

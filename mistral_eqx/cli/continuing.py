@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
+import contextlib
 import dataclasses
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -210,4 +214,17 @@ def _interruptible(call: Callable[[], Result]) -> Result:
             result.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return result.result()
+    try:
+        return result.result()
+    except KeyboardInterrupt:
+        if not result.done():
+            # The thread goes on, and an ordinary end of the process would abort it in the middle of native code.
+            atexit.register(_leave)
+        raise
+
+
+def _leave():
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(130)

@@ -1,5 +1,6 @@
 """`mistral-eqx generate`: what follows a prompt, or each of many."""
 
+import itertools
 import json
 import sys
 import time
@@ -171,6 +172,8 @@ def generate(
     else:
         given = encode_texts(texts or [], encode)
         batches = in_batches(given, batch_size)
+    # Of a pipe no more than the first lines can be checked now.
+    batches = itertools.chain(list(itertools.islice(batches, 1)), batches)
     agree("command", repr(([one.ids for one in given], batch_size, wanted, dtype, tokenizer.eos_ids)))
     weights = load(path, dtype, check, placed, split)
     loaded = [f"loaded in {time.perf_counter() - start:.2f} s as {precision(weights)}", *([where] if where else [])]
@@ -226,7 +229,7 @@ def _continue(
     from .continuing import continue_batch
     from .report import Tally
 
-    tally, done, interrupted = Tally(), 0, False
+    tally, done, interrupted, figures = Tally(), 0, False, list(loaded)
     try:
         report(done)
         for batch in batches:
@@ -237,11 +240,14 @@ def _continue(
             tally.add(len(batch), sum(len(one.ids) for one in batch), len(found), sum(text.tokens for text in found))
             if interrupted:
                 break
+            if wanted.samples == len(batch) == 1 and found[0].score is not None and not done:
+                # A text that has no heading.
+                figures.append(f"score {found[0].score:.4f}")
             done += len(batch)
             report(done)
     except KeyboardInterrupt:
         interrupted = True
-    processes.say(tally.line(*loaded))
+    processes.say(tally.line(*figures))
     if interrupted:
         raise typer.Exit(130)
 
