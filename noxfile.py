@@ -39,6 +39,13 @@ def equality(session: nox.Session):
 
 
 @nox.session
+def invariance(session: nox.Session):
+    """Many more random batches, each row held to what it gives alone, and SmolLM2's; takes some minutes."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "tests/test_invariance.py", "-s", *session.posargs, env={"INVARIANCE_EXAMPLES": "300"})
+
+
+@nox.session
 def lint(session: nox.Session):
     """Style and common mistakes."""
     session.install("ruff>=0.14")

@@ -52,6 +52,16 @@ def test_sample_prints_a_line_for_each_seed(run):
     assert len(lines) == len(set(lines)) == 9
 
 
+def test_long_prompt_says_what_generate_says(run, tiny):
+    sentence = mx.load_tokenizer(tiny).encode("The quick brown fox jumps over the lazy dog. ")
+    prompt = (sentence * 300)[:300]
+    out = mx.generate(mx.load(tiny), [prompt], max_new_tokens=16)
+    text, time, memory = run("long_prompt.py", "300").splitlines()
+    assert ast.literal_eval(text) == mx.load_tokenizer(tiny).decode(out.tokens[0])
+    assert time.startswith("300 tokens read and 16 decoded")
+    assert re.fullmatch(r"all scores of one layer: [\d,]+ MB; the whole process at most: [\d,]+ MB", memory)
+
+
 def test_constraint_writes_what_the_patterns_allow(run):
     lines = run("constraint.py").splitlines()
     assert len(lines) == 3

@@ -77,7 +77,9 @@ def test_rows_are_what_they_are_alone(windows, lengths, order, side, width, chun
         difference = np.abs(found - log_probs).max() / size
         assert difference < TOLERANCE
         counts["worst"] = max(counts["worst"], difference)
-    kinds = [windows, side, f"chunks of {chunk}", "a prefix" if shared else "no prefix", f"{cache} cache"]
+    # From a prefix all of it is kept.
+    kept = "full cache" if shared else f"{cache} cache"
+    kinds = [windows, side, f"chunks of {chunk}", "a prefix" if shared else "no prefix", kept]
     counts.update({"batches": 1, "rows": 3, "tokens": 3 * NEW} | dict.fromkeys(kinds, 1))
 
 
