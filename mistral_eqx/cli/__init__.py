@@ -11,6 +11,7 @@ import typer
 from .chat import chat
 from .convert import convert
 from .errors import OneSentence
+from .evaluate import evaluate
 from .generate import generate
 from .inspect import inspect
 from .options import Debug
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 for command in (generate, chat, inspect, convert, plan):
     app.command()(command)
+app.add_typer(evaluate, name="evaluate")
 
 
 def _show_version(wanted: bool) -> bool:

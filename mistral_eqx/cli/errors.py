@@ -20,7 +20,7 @@ _UsageError: Any = typer.BadParameter.__base__
 # A message of the library names its argument; here that is an option. A path that has such a word stays as it is.
 _ARGUMENT = re.compile(
     r"(?<![^\s(])(max_new_tokens|num_processes|process_id|top_k|top_p|min_p|typical_p|length_penalty|max_shard_size"
-    r"|^temperature|(?<=\()(?:overwrite|tokenizer=False))"
+    r"|^(?:temperature|context|stride)|(?<=\()(?:overwrite|tokenizer=False))"
     r"(?![^\s,;.)])"
 )
 _OPTIONS = {"tokenizer=False": "--no-tokenizer"}

@@ -1,7 +1,8 @@
 """Progress bars, on stderr only, so that stdout carries nothing but the product."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -17,10 +18,14 @@ from rich.progress import (
 from . import processes
 
 
+class Report(Protocol):
+    """Tells a bar how far things are, and perhaps what they are called now."""
+
+    def __call__(self, done: int, total: int | None, /, *, title: str | None = None) -> None: ...
+
+
 @contextlib.contextmanager
-def progress_bar(
-    title: str, *, counts: bool = False, shown: bool = True
-) -> Iterator[Callable[[int, int | None], None]]:
+def progress_bar(title: str, *, counts: bool = False, shown: bool = True) -> Iterator[Report]:
     """A bar that appears at the first report and is gone at the end; none without a terminal, or if another prints.
 
     **Arguments:**
@@ -48,11 +53,11 @@ def progress_bar(
     )
     task = bar.add_task(title, total=None, start=False)
 
-    def report(done: int, total: int | None):
+    def report(done: int, total: int | None, /, *, title: str | None = None):
         if not bar.live.is_started:
             bar.start()
             bar.start_task(task)
-        bar.update(task, completed=done, total=total)
+        bar.update(task, completed=done, total=total, description=title)
 
     try:
         yield report

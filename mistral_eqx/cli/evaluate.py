@@ -1,0 +1,130 @@
+"""`mistral-eqx evaluate`: how good a model is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+from typer.core import TyperGroup
+
+from . import options, processes
+
+
+if TYPE_CHECKING:
+    from ..evaluate import Perplexity
+
+
+class _Measures(TyperGroup):
+    """A group within a group: without a command it shows help itself, and raises nothing that the outer one sees."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args:
+            typer.echo(ctx.get_help(), err=True)
+            raise typer.Exit(2)
+        return super().parse_args(ctx, args)
+
+
+evaluate = typer.Typer(cls=_Measures, help="Measure how good a model is.", rich_markup_mode=None)
+
+
+@evaluate.callback()
+def _options():
+    """Makes a group of it, of one command as of several."""
+
+
+@evaluate.command()
+def perplexity(
+    text: Annotated[Path, typer.Option(help="The file to measure on, UTF-8 and of any size.")],
+    model: options.Model = options.DEFAULT_MODEL,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a window; the model's whole context unless given.")
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="Tokens from one window's start to the next's; half of a window unless given."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="How many windows are read together.")] = 1,
+    dtype: options.LoadDType = None,
+    mesh: options.Mesh = None,
+    strategy: options.Strategy = None,
+    check: options.Check = False,
+    debug: options.Debug = False,
+):
+    """Measure how well a model foretells a text.
+
+    Windows slide over the text. Each token is scored once, with at least --context less --stride tokens before it where
+    the text has these; the first token of all is not. The perplexity, the bits per byte and the number of tokens go to
+    stdout, figures go to stderr. After ctrl-C they are those of the text so far.
+    """
+    import mistral_eqx as mx
+
+    from ..checkpoint import open_checkpoint
+    from ..evaluate.perplexity import encode_parts, window_sizes
+    from .devices import Devices
+    from .loading import load, locate, precision
+    from .progress import progress_bar
+    from .report import peak_memory
+
+    with _opened(text) as file:
+        devices = Devices(mesh, strategy, None, None, None)
+        path = locate(model)
+        start = time.perf_counter()
+        # All that can be refused without the weights is refused before they are read.
+        config = open_checkpoint(path).config
+        context, stride = window_sizes(config, context, stride)
+        if batch < 1:
+            raise ValueError(f"--batch is {batch}; it must be at least 1.")
+        placed, split, where = devices.place(config)
+        tokenizer = mx.load_tokenizer(path)
+        if file.seekable():
+            next(encode_parts(tokenizer, file))
+            file.seek(0)
+        weights = load(path, dtype, check, placed, split)
+        figures = [f"windows of {context} tokens, one every {stride}"]
+        figures += [
+            f"loaded in {time.perf_counter() - start:.2f} s as {precision(weights)}",
+            *([where] if where else []),
+        ]
+
+        found, total = None, os.fstat(file.fileno()).st_size
+        start = time.perf_counter()
+        try:
+            with progress_bar("Measuring") as bar:
+
+                def progress(so_far: Perplexity):
+                    nonlocal found
+                    found = so_far
+                    bar(so_far.bytes, total or None, title=f"Perplexity {so_far.perplexity:.4g}")
+
+                mx.perplexity(weights, tokenizer, file, context=context, stride=stride, batch=batch, progress=progress)
+        except KeyboardInterrupt:
+            if found is not None:
+                _print(found, *figures, f"interrupted after {found.bytes:,} of {total:,} bytes")
+            raise
+    assert found is not None  # a text of which nothing can be scored was refused
+    seconds = time.perf_counter() - start
+    memory = peak_memory()
+    figures += [f"{found.tokens / seconds:.1f} tokens/s, compiling included"]
+    _print(found, *figures, *([f"peak memory {memory / 1e6:,.0f} MB"] if memory else []))
+
+
+def _print(found: Perplexity, *figures: str):
+    typer.echo(f"perplexity {found.perplexity:.6g}")
+    typer.echo(f"bits per byte {found.bits_per_byte:.6g}")
+    typer.echo(f"tokens {found.tokens}")
+    processes.say(" | ".join(figures))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """A text file, as it is: no end of a line is changed."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason}; convert it, as by iconv -t UTF-8.") from error
