@@ -13,6 +13,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from cli_fixtures import assert_refused, run, save_tiny_model
+from multi_host_fixtures import environment, free_port
 
 import mistral_eqx as mx
 from mistral_eqx.cli.prompts import in_batches, read_file
@@ -321,3 +322,29 @@ def test_a_signal_is_answered_in_the_middle_of_a_search(tmp_path):
     assert line.startswith(b"1 prompt of 8 tokens | loaded in ")
     assert b" | 0 texts of 0 tokens in " in line
     assert not list(tmp_path.glob("out*"))
+
+
+def test_of_several_processes_one_reads_and_writes(tiny, tmp_path):
+    """The draws and texts are those of one process; the other has no stdin to read, and no output to write."""
+    options = ["generate", "--model", tiny, "-n", 9, "--temperature", 2, "--ignore-eos", "--prompts", "-"]
+    options += ["--batch-size", 2, "--mesh", "tp=2", "--coordinator", f"localhost:{free_port()}", "--num-processes", 2]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mistral_eqx", *map(str, options), "--process-id", number, "--output", output],
+            stdin=subprocess.PIPE if number == "0" else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment(), "MISTRAL_EQX_CACHE": str(tmp_path)},
+        )
+        for number, output in (("0", str(tmp_path / "out")), ("1", str(tmp_path / "absent" / "out")))
+    ]
+    given = "\n".join(json.dumps({"prompt": prompt, "of": "process 0"}) for prompt in PROMPTS)
+    said = [process.communicate(given if number == 0 else None, timeout=120) for number, process in enumerate(started)]
+    assert [process.returncode for process in started] == [0, 0], said
+    found = lines((tmp_path / "out").read_text("utf-8"))
+    assert [line["text"] for line in found] == library(
+        tiny, max_new_tokens=9, sampler=mx.Sampler(temperature=2.0)
+    ).texts
+    assert {line["of"] for line in found} == {"process 0"}
+    assert said[1] == ("", "")

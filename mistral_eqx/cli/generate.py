@@ -4,7 +4,6 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,11 +13,7 @@ from . import options, processes
 
 
 if TYPE_CHECKING:
-    from ..nn import Mistral
-    from ..text.tokenizer import AbstractTokenizer
     from .prompts import Prompt
-    from .texts import Write
-    from .wanted import Wanted
 
 
 def generate(
@@ -103,9 +98,9 @@ def generate(
     from ..checkpoint import open_checkpoint
     from ..generate.reading import check_context
     from ..parallel.agreement import agree, share
+    from .answering import answer_all, answer_one
     from .devices import Devices
     from .loading import load, locate, precision
-    from .progress import progress_bar
     from .prompts import count_file, encode_texts, expect_file, in_batches, read_file, read_texts, share_batches
     from .texts import expect_output, json_lines, readable
     from .wanted import Wanted
@@ -177,82 +172,13 @@ def generate(
     agree("command", repr(([one.ids for one in given], batch_size, wanted, dtype, tokenizer.eos_ids)))
     weights = load(path, dtype, check, placed, split)
     loaded = [f"loaded in {time.perf_counter() - start:.2f} s as {precision(weights)}", *([where] if where else [])]
-    if prompts is None and len(given) == 1 and wanted.plain:
-        _stream(weights, tokenizer, given[0], wanted, loaded)
-    elif prompts is None:
-        _continue(weights, tokenizer, batches, wanted, batch_size, loaded, readable(len(given) == wanted.samples == 1))
-    else:
+    if prompts is not None:
         # A bar on the terminal on which lines are written would get between them.
-        shown = output is not None or not sys.stdout.isatty()
-        with (
-            progress_bar("Generating", counts=True, shown=shown) as bar,
-            json_lines(output if first else None, overwrite, num_samples is not None) as write,
-        ):
-            _continue(weights, tokenizer, batches, wanted, batch_size, loaded, write, lambda done: bar(done, total))
-
-
-def _stream(
-    weights: "Mistral", tokenizer: "AbstractTokenizer", prompt: "Prompt", wanted: "Wanted", loaded: Sequence[str]
-):
-    """Writes one text while it is decoded."""
-    import mistral_eqx as mx
-
-    from .continuing import options_of
-    from .report import Stopwatch
-
-    text = mx.StopText(tokenizer, wanted.stop)
-    stopwatch = Stopwatch(len(prompt.ids))
-    interrupted = False
-    try:
-        for (token,) in mx.stream(weights, [prompt.ids], **options_of(wanted, tokenizer, [prompt])):
-            stopwatch.tick()
-            _write(text.push(int(token)))
-    except KeyboardInterrupt:
-        interrupted = True
-    _write(text.flush() + "\n")
-    processes.say(stopwatch.line(*loaded))
-    if interrupted:
-        raise typer.Exit(130)
-
-
-def _continue(
-    weights: "Mistral",
-    tokenizer: "AbstractTokenizer",
-    batches: Iterable[list["Prompt"]],
-    wanted: "Wanted",
-    size: int,
-    loaded: Sequence[str],
-    write: "Write",
-    report: Callable[[int], None] = lambda done: None,
-):
-    """Writes the texts of each batch when all of them are complete."""
-    from .continuing import continue_batch
-    from .report import Tally
-
-    tally, done, interrupted, figures = Tally(), 0, False, list(loaded)
-    try:
-        report(done)
-        for batch in batches:
-            texts, interrupted = continue_batch(weights, tokenizer, batch, wanted, size if done else 0)
-            for prompt, found in zip(batch, texts, strict=False):
-                write(prompt, found)
-            found = [text for each in texts for text in each]
-            tally.add(len(batch), sum(len(one.ids) for one in batch), len(found), sum(text.tokens for text in found))
-            if interrupted:
-                break
-            if wanted.samples == len(batch) == 1 and found[0].score is not None and not done:
-                # A text that has no heading.
-                figures.append(f"score {found[0].score:.4f}")
-            done += len(batch)
-            report(done)
-    except KeyboardInterrupt:
-        interrupted = True
-    processes.say(tally.line(*figures))
-    if interrupted:
-        raise typer.Exit(130)
-
-
-def _write(text: str):
-    if text:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        bar = output is not None or not sys.stdout.isatty()
+        with json_lines(output if first else None, overwrite, num_samples is not None) as write:
+            answer_all(weights, tokenizer, batches, wanted, batch_size, loaded, write, total, bar)
+    elif len(given) == 1 and wanted.plain:
+        answer_one(weights, tokenizer, given[0], wanted, loaded)
+    else:
+        write = readable(len(given) == wanted.samples == 1)
+        answer_all(weights, tokenizer, batches, wanted, batch_size, loaded, write)

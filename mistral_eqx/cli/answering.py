@@ -1,0 +1,97 @@
+"""Answers prompts: decodes, writes, and tells the figures at the end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+from . import processes
+from .continuing import continue_batch, options_of
+from .progress import progress_bar
+from .prompts import Prompt
+from .report import Stopwatch, Tally
+from .texts import Write
+from .wanted import Wanted
+
+
+if TYPE_CHECKING:
+    from ..nn import Mistral
+    from ..text.tokenizer import AbstractTokenizer
+
+
+def answer_one(model: Mistral, tokenizer: AbstractTokenizer, prompt: Prompt, wanted: Wanted, figures: Sequence[str]):
+    """Writes one text to stdout while it is decoded.
+
+    **Arguments:**
+
+    - `figures`: about the model.
+    """
+    import mistral_eqx as mx
+
+    text = mx.StopText(tokenizer, wanted.stop)
+    stopwatch = Stopwatch(len(prompt.ids))
+    interrupted = False
+    try:
+        for (token,) in mx.stream(model, [prompt.ids], **options_of(wanted, tokenizer, [prompt])):
+            stopwatch.tick()
+            _write(text.push(int(token)))
+    except KeyboardInterrupt:
+        interrupted = True
+    _write(text.flush() + "\n")
+    processes.say(stopwatch.line(*figures))
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def _write(text: str):
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def answer_all(
+    model: Mistral,
+    tokenizer: AbstractTokenizer,
+    batches: Iterable[list[Prompt]],
+    wanted: Wanted,
+    size: int,
+    figures: Sequence[str],
+    write: Write,
+    total: int | None = None,
+    bar: bool = False,
+):
+    """Writes the texts of each batch when all of them are complete, or when ctrl-C ends it.
+
+    **Arguments:**
+
+    - `size`: of a batch; the last one may have fewer prompts.
+    - `figures`: about the model.
+    - `total`: how many prompts there are, if that is known.
+    - `bar`: whether a bar tells how many are done.
+    """
+    tally, done, interrupted, figures = Tally(), 0, False, list(figures)
+    with progress_bar("Generating", counts=True, shown=bar) as report:
+        try:
+            report(done, total)
+            for batch in batches:
+                texts, interrupted = continue_batch(model, tokenizer, batch, wanted, size if done else 0)
+                for prompt, found in zip(batch, texts, strict=False):
+                    write(prompt, found)
+                every = [text for found in texts for text in found]
+                read, new = sum(len(prompt.ids) for prompt in batch), sum(text.tokens for text in every)
+                tally.add(len(batch), read, len(every), new)
+                if interrupted:
+                    break
+                if len(every) == 1 and every[0].score is not None and not done:
+                    # A text that has no heading.
+                    figures.append(f"score {every[0].score:.4f}")
+                done += len(batch)
+                report(done, total)
+        except KeyboardInterrupt:
+            interrupted = True
+    processes.say(tally.line(*figures))
+    if interrupted:
+        raise typer.Exit(130)
