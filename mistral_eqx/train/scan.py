@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -15,8 +15,6 @@ from ..nn import Block, Mistral, Unembedding
 from ..parallel import Strategy, all_tokens, own_slots, specs
 from .batch import Batch
 
-
-Remat = Literal["none", "block", "dots"]
 
 _REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "none": lambda layer: layer,
@@ -53,7 +51,7 @@ class Stacked(eqx.Module):
         period = jax.tree.map(lambda spec: PartitionSpec(None, *spec), specs(self.period, strategy))
         return Stacked(specs(self.outer, strategy), period)
 
-    def hidden(self, batch: Batch, *, remat: Remat = "block") -> Float[Array, "batch seq embed"]:
+    def hidden(self, batch: Batch, *, remat: str = "block") -> Float[Array, "batch seq embed"]:
         """What [`mistral_eqx.nn.Mistral.hidden`][] gives.
 
         **Arguments:**

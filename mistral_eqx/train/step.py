@@ -18,7 +18,7 @@ from ..nn import Mistral
 from ..parallel import Strategy, psum, psum_varying, specs, spmd, vary_alike
 from .batch import Batch
 from .loss import Sums, loss_sums
-from .scan import Remat, Stacked, stack, trained, unstack
+from .scan import Stacked, stack, trained, unstack
 
 
 class TrainState(eqx.Module):
@@ -118,7 +118,7 @@ def make_step(
     compute_dtype: DTypeLike | None = jnp.bfloat16,
     accumulate: int = 1,
     clip: float | None = 1.0,
-    remat: Remat = "block",
+    remat: str = "block",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Step:
@@ -196,7 +196,7 @@ def make_step(
 
 
 def _loss(
-    weights: Stacked, batch: Batch, *, constants: Stacked, remat: Remat, label_smoothing: float, z_loss: float
+    weights: Stacked, batch: Batch, *, constants: Stacked, remat: str, label_smoothing: float, z_loss: float
 ) -> Sums:
     model = eqx.combine(weights, constants)
     hidden = model.hidden(batch, remat=remat)

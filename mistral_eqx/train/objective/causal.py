@@ -10,9 +10,11 @@ from ..batch import Example
 
 # The tokens of one text.
 Ids = Sequence[int] | Int[np.ndarray, " tokens"]
+# How much it counts to tell each of them.
+Weights = Sequence[float | int] | Float[np.ndarray, " tokens"]
 
 
-def causal(ids: Ids, learned: Sequence[float] | Float[np.ndarray, " tokens"] | None = None) -> Example:
+def causal(ids: Ids, learned: Weights | None = None) -> Example:
     """Each token is told from those before it.
 
     **Arguments:**
@@ -40,13 +42,13 @@ def prefix_lm(ids: Ids, prefix: int) -> Example:
     """
     if not 1 <= prefix < len(ids):
         raise ValueError(f"A prefix of {prefix} tokens leaves nothing to read or to tell of {len(ids)}; change it.")
-    return shifted(ids, prefix, [float(column >= prefix) for column in range(len(ids))])
+    return shifted(ids, prefix, (np.arange(len(ids)) >= prefix).astype(np.float32))
 
 
 def shifted(
     ids: Ids,
     prefix: int,
-    learned: Sequence[float] | Float[np.ndarray, " tokens"] | None = None,
+    learned: Weights | None = None,
     positions: Int[np.ndarray, " tokens"] | None = None,
 ) -> Example:
     """Inputs that are all tokens but the last, and targets that are all but the first.
@@ -58,8 +60,8 @@ def shifted(
     - `positions`: where the tokens stand; one after the other unless given.
     """
     whole = np.asarray(ids, np.int32)
-    if whole.ndim != 1 or len(whole) < 2:
-        raise ValueError(f"A text of shape {whole.shape} has no token that another one tells; give two or more ids.")
+    if len(whole) < 2:
+        raise ValueError(f"A text of {len(whole)} tokens has none that another one tells; give two or more ids.")
     weights = np.ones(len(whole), np.float32) if learned is None else np.asarray(learned, np.float32)
     columns = np.arange(len(whole), dtype=np.int32)
     positions = columns if positions is None else positions

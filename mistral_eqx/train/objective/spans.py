@@ -33,11 +33,11 @@ def replace_spans(
             f"A text of {len(ids)} tokens has {len(spans)} spans, and with one for the end takes {len(spans) + 1} "
             f"sentinels, not {len(sentinels)}; give more, or shorter texts."
         )
-    prefix = text[0].tolist()
-    for sentinel, kept in zip(sentinels, text[1:], strict=False):
-        prefix += [sentinel, *kept]
-    told = [token for sentinel, span in zip(sentinels, spans, strict=False) for token in (sentinel, *span)]
-    return prefix_lm([*prefix, *told, sentinels[len(spans)]], len(prefix))
+    marks = [np.asarray([sentinel], np.int32) for sentinel in sentinels[: len(spans) + 1]]
+    # Text, sentinel, text, sentinel, until the last part is taken out; then sentinel, span, ..., and the last sentinel.
+    prefix = [part for pair in zip(text, marks[:-1], strict=True) for part in pair]
+    told = [part for pair in zip(marks[:-1], spans, strict=True) for part in pair]
+    return prefix_lm(np.concatenate([*prefix, *told, marks[-1]]), sum(map(len, prefix)))
 
 
 def drop_spans(ids: Ids, random: np.random.Generator, *, density: float = 0.15, mean_span: float = 3.0) -> Example:
