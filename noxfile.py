@@ -27,7 +27,7 @@ def parity(session: nox.Session):
     """Comparisons, live, with torch, transformers and mistral-common."""
     # pip, and this release: other resolvers and releases take a build for GPUs, of several gigabytes.
     session.install("torch==2.13.0")
-    session.install("-e", ".[test]", "transformers>=5.23,<6", "protobuf")
+    session.install("-e", ".[test,eval]", "transformers>=5.23,<6", "protobuf", "accelerate")
     session.run("pytest", "-m", "parity", *session.posargs)
 
 

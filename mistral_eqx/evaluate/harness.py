@@ -1,0 +1,222 @@
+"""EleutherAI's lm-evaluation-harness drives a model. It takes the extra `eval`; nothing else here imports this file."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.random as jr
+import numpy as np
+
+
+try:
+    from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
+    from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
+        get_rolling_token_windows,
+        make_disjoint_window,
+    )
+except ImportError as error:
+    raise ImportError(
+        "The adapter takes EleutherAI's lm-evaluation-harness, which is not installed; run pip install "
+        "'mistral-eqx[eval]'."
+    ) from error
+
+from ..generate import Sampler, generate
+from ..generate.stops import Stops
+from ..nn import Mistral
+from .score import score
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """A tokenizer, as the harness sees it."""
+
+    name: str
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    chat_template: str | None
+
+    def encode(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
+        """Turns text into token ids."""
+        ...
+
+    def decode(self, ids: Any, *, skip_special: bool = True) -> str:
+        """Turns token ids into text."""
+        ...
+
+    def find_stops(self, stop: str | Sequence[str], rows: int) -> Stops:
+        """Watches for stop strings in so many rows."""
+        ...
+
+
+class Harness(TemplateLM):
+    """A model as EleutherAI's [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness) takes it.
+
+    ```python
+    import lm_eval
+    from mistral_eqx.evaluate.harness import Harness
+
+    results = lm_eval.simple_evaluate(Harness(model, tokenizer), tasks=["hellaswag"])
+    ```
+
+    Requests are sorted by their length and read in batches, padded; each gives what it would give alone. Texts are
+    encoded, cut and continued as the harness does it for models of transformers, so that its figures can be compared.
+    """
+
+    def __init__(
+        self,
+        model: Mistral,
+        tokenizer: Tokenizer,
+        *,
+        batch: int = 8,
+        max_length: int | None = None,
+        render_chat: Callable[..., str] | None = None,
+        seed: int = 0,
+    ):
+        """**Arguments:**
+
+        - `model`: on one device or on many.
+        - `tokenizer`: its tokenizer.
+        - `batch`: how many requests are read together.
+        - `max_length`: the most tokens of a request; the model's context unless given.
+        - `render_chat`: `mistral_eqx.render_chat`, for tasks that are asked with the model's chat template.
+        - `seed`: where the random numbers of tasks that draw start.
+
+        **Raises:** `ValueError` if `batch` is less than 1, `max_length` is more than the context, or the tokenizer
+        has no token that ends a text.
+        """
+        super().__init__()
+        context = model.config.max_positions
+        if batch < 1:
+            raise ValueError(f"Requests cannot be read {batch} at a time; give at least 1.")
+        if not 1 <= (max_length or context) <= context:
+            raise ValueError(f"max_length is {max_length}; it must be from 1 to this model's context of {context}.")
+        if not tokenizer.eos_ids:
+            raise ValueError(f"{tokenizer.name} has no token that ends a text, which the harness needs.")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch = batch
+        self.max_length = max_length or context
+        self._render_chat = render_chat
+        self._key = jr.key(seed)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self.tokenizer.eos_ids[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands before a text with nothing before it."""
+        return self.eot_token_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """The ids of a text, in which names of control tokens are these tokens; no second one at its beginning."""
+        name = self.tokenizer.decode([self.prefix_token_id], skip_special=False)
+        if add_special_tokens is None and string.startswith(name):
+            add_special_tokens = False
+        add_bos = None if self.tokenizer.bos_id is None else add_special_tokens
+        return self.tokenizer.encode(string, add_bos=add_bos, parse_special=True)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        rows = [[*before, *after][-self.max_length - 1 :] for _, before, after in requests]
+        # At least one token stands before the first that is scored.
+        counts = [min(len(after), len(row) - 1) for row, (_, _, after) in zip(rows, requests, strict=True)]
+        for batch in self._batches(rows):
+            scores = score(self.model, [rows[at] for at in batch], last=max(counts[at] for at in batch))
+            log_probs, greedy = np.asarray(scores.log_probs, np.float64), np.asarray(scores.greedy)
+            for row, at in enumerate(batch):
+                scored = slice(len(rows[at]) - counts[at], len(rows[at]))
+                found[at] = float(log_probs[row, scored].sum()), bool(greedy[row, scored].all())
+                if requests[at][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[at][0], found[at])
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, in windows of which each is as long as it may be."""
+        owners: list[int] = []
+        windows: list[tuple[None, list[int], list[int]]] = []
+        for at, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                owners.append(at)
+                windows.append((None, *make_disjoint_window(window)))
+        totals = [0.0] * len(requests)
+        for at, (log_prob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[at] += log_prob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continues texts until a stop string, an end token, or so many tokens.
+
+        **Raises:** `ValueError` if a request has an option that nothing here does, or no room for its context.
+        """
+        texts = [""] * len(requests)
+        # What is drawn for a request depends on its number, not on its batch.
+        keys = jax.vmap(jr.fold_in, in_axes=(None, 0))(self._key, np.arange(len(requests)))
+        groups: dict[str, list[int]] = {}
+        for at, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(at)
+        for members in groups.values():
+            options: dict[str, Any] = {**normalize_gen_kwargs(requests[members[0]].args[1])}
+            new, stop = options.pop("max_gen_toks"), [one for one in options.pop("until") if one]
+            sampler = _sampler(options)
+            if new >= self.max_length:
+                raise ValueError(
+                    f"max_gen_toks is {new}, and a text may have {self.max_length} tokens in all; ask for fewer."
+                )
+            contexts = [self.tok_encode(requests[at].args[0]) or [self.prefix_token_id] for at in members]
+            contexts = [context[new - self.max_length :] for context in contexts]
+            for batch in self._batches(contexts):
+                numbers = [members[at] for at in batch]
+                out = generate(
+                    self.model,
+                    [contexts[at] for at in batch],
+                    max_new_tokens=new,
+                    sampler=sampler,
+                    eos_id=self.tokenizer.eos_ids,
+                    key=keys[np.asarray(numbers)],
+                    stop=stop,
+                    tokenizer=self.tokenizer,
+                )
+                for number, text in zip(numbers, out.texts or (), strict=True):
+                    texts[number] = text
+                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
+        return texts
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the text that the model was trained on.
+
+        **Raises:** `ValueError` if there is no way to render it.
+        """
+        if self._render_chat is None:
+            raise ValueError("A chat template is to be applied; give render_chat=mistral_eqx.render_chat.")
+        return self._render_chat(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer in the names of files."""
+        return self.tokenizer.name.replace("/", "__")
+
+    def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """The numbers of all rows, longest first, so that neighbours are about as long."""
+        order = sorted(range(len(rows)), key=lambda at: -len(rows[at]))
+        for start in range(0, len(order), self.batch):
+            yield order[start : start + self.batch]
+
+
+def _sampler(options: dict[str, Any]) -> Sampler:
+    """The sampler of a request's options, all of which it must know."""
+    draws = options.pop("do_sample")
+    numbers = {name: options.pop(name, None) for name in ("temperature", "top_k", "top_p", "min_p", "typical_p")}
+    if options:
+        raise ValueError(
+            f"A task asks for {min(options)}={options[min(options)]!r} in its generation_kwargs, an option that the "
+            "adapter does not know; leave it out of the task."
+        )
+    return Sampler(**numbers) if draws else Sampler()
