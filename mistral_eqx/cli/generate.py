@@ -20,7 +20,7 @@ def generate(
     prompt: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PROMPT]...", help="Texts to continue; '-', or nothing where stdin is piped, reads one from stdin."
+            metavar="PROMPT", help="Texts to continue; '-', or nothing where stdin is piped, reads one from stdin."
         ),
     ] = None,
     model: options.Model = options.DEFAULT_MODEL,

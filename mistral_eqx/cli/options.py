@@ -52,7 +52,8 @@ PresencePenalty = Annotated[
     float | None, typer.Option(help="Taken off the logit of each token of the new text, from -2 to 2.")
 ]
 FrequencyPenalty = Annotated[
-    float | None, typer.Option(help="Taken off it for each time that the token is there, from -2 to 2.")
+    float | None,
+    typer.Option(help="Taken off the logit of a token for each time that the new text has it, from -2 to 2."),
 ]
 Stop = Annotated[
     list[str] | None,
