@@ -53,7 +53,9 @@ class TrainState(eqx.Module):
         """
 
         def build(model: Mistral) -> TrainState:
-            stacked = stack(_cast(model, jnp.dtype(dtype)))
+            weights, constants = eqx.partition(stack(model), trained(stack(model)))
+            # Rotary angles are never in less than float32.
+            stacked = eqx.combine(_cast(weights, dtype), _cast(constants, jnp.promote_types(dtype, jnp.float32)))
             zero = jnp.zeros((), jnp.int32)
             return cls(stacked, optimizer.init(eqx.filter(stacked, trained(stacked))), zero, zero)
 
@@ -150,7 +152,7 @@ def make_step(
             weights,
             batch,
             strategy,
-            None if compute_dtype is None else jnp.dtype(compute_dtype),
+            compute_dtype,
             accumulate,
         )
         norm = jnp.sqrt(psum_varying([jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient)]))
@@ -208,7 +210,7 @@ def _gradient(
     weights: Stacked,
     batch: Batch,
     strategy: Strategy,
-    compute_dtype: jnp.dtype | None,
+    compute_dtype: DTypeLike | None,
     accumulate: int,
 ) -> tuple[Stacked, Sums]:
     """The gradient of the mean loss over the whole batch, on all devices, in the weights' precision; and the sums."""
@@ -236,7 +238,7 @@ def _gradient(
     return gradient, jax.tree.map(lambda sum: psum(sum, "batch", strategy), sums)
 
 
-def _cast(tree: PyTree, dtype: jnp.dtype) -> PyTree:
+def _cast(tree: PyTree, dtype: DTypeLike) -> PyTree:
     """The floats of a tree in another precision."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, tree)
 
