@@ -89,6 +89,20 @@ def test_the_automaton_of_a_pattern_is_that_of_re(pattern):
         assert (state >= 0 and bool(last[state])) == bool(re.fullmatch(pattern, text))
 
 
+def test_perplexity_tells_what_surprises(run, tiny):
+    text = (ROOT / "examples/data/moby-dick.txt").read_text(encoding="utf-8")[:600]
+    first, second, *surprises = run("perplexity.py", ROOT / "examples/data/moby-dick.txt", 256, 600).splitlines()
+    found = mx.perplexity(mx.load(tiny), mx.load_tokenizer(tiny), text, context=256)
+    assert first == (
+        f"{found.tokens} tokens: perplexity {found.perplexity:.2f}, {found.bits_per_byte:.3f} bits per byte"
+    )
+    assert "of the first 63 are" in second
+    probabilities = [float(line.split()[1].removesuffix(":")) for line in surprises]
+    assert len(probabilities) == 5
+    assert probabilities == sorted(probabilities)
+    assert probabilities[-1] < 1 / 260
+
+
 def test_batch_prints_a_line_for_each_text(run):
     printed = run("batch.py")
     assert printed.count("greedy: ") == 3
@@ -171,3 +185,10 @@ def test_the_page_on_sampling(tiny, capsys):
         exec(compile(snippet.replace('"smollm2-135m"', repr(str(tiny))), "sampling.md", "exec"), names)
     assert names["out"].tokens.shape == (2, 8)
     assert capsys.readouterr().out.startswith("(8, 24)")
+
+
+def test_the_page_on_evaluation(tiny, capsys):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/evaluation.md").read_text(), flags=re.DOTALL)
+    names = {}
+    exec(compile(snippet.replace('"smollm2-135m"', repr(str(tiny))), "evaluation.md", "exec"), names)
+    assert capsys.readouterr().out.count("-") == 3
