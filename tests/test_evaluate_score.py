@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 from generation_fixtures import PROMPTS, VOCAB, greedy_without_cache, logits_of, random_prompts, refused, talking_model
 from hypothesis import given, settings, strategies as st
+from sharding_fixtures import exchanges
 
 import mistral_eqx as mx
 
+
+# Not an attribute of the package: there `score` is the function.
+module = importlib.import_module("mistral_eqx.evaluate.score")
 
 # Sums of 61 exponentials in float32, of logits whose own error is 2e-5 of the largest: see model_fixtures.
 TOLERANCE = 1e-4
@@ -119,9 +123,20 @@ def test_split_models_score_the_same(divisible, axes, layout):
     np.testing.assert_array_equal(found.greedy, scores.greedy)
 
 
+def test_devices_exchange_no_logits(divisible):
+    parts = mx.shard(divisible[0], mx.make_mesh("tp=2"), mx.HEADS)
+    ids = module.place_rows(parts, np.zeros((3, 24), np.int32))
+    cache = module.empty_cache(parts, 3, 48, 24)
+    found = exchanges(module._read.lower((parts, ids, ids, ids), cache))
+    # The residual stream, after the embedding and in one layer twice, and three numbers a token.
+    stream, token = 3 * 24 * 24 * 4, 3 * 24 * 4
+    assert found["all_reduce", stream, 2] == 3
+    assert sum(bytes * times for (_, bytes, _), times in found.items()) == 3 * stream + 3 * token
+    assert {kind for kind, *_ in found} == {"all_reduce"}
+
+
 def test_memory_does_not_hold_logits_of_a_long_row():
     model = talking_model(windows=(None,), vocab=16384)
-    module = importlib.import_module("mistral_eqx.evaluate.score")
     ids = jnp.zeros((1, 2048), jnp.int32)
     cache = module.empty_cache(model, 1, 2048, None)
     memory = module._read.lower((model, ids, ids, ids), cache).compile().compiled.memory_analysis()
