@@ -8,6 +8,8 @@ from .choices import (
 from .collectives import (
     all_tokens as all_tokens,
     gather as gather,
+    gather_parts as gather_parts,
+    own_part as own_part,
     own_slot as own_slot,
     own_slots as own_slots,
     place as place,
@@ -17,6 +19,8 @@ from .collectives import (
     psum_together as psum_together,
     psum_tokens as psum_tokens,
     psum_varying as psum_varying,
+    scatter_sum as scatter_sum,
+    vary as vary,
     vary_alike as vary_alike,
 )
 from .mesh import initialize as initialize, make_mesh as make_mesh

@@ -107,6 +107,36 @@ def vary_alike(*arrays: Array) -> tuple[Array, ...]:
     return tuple(lax.pcast(x, more, to="varying") if more else x for x, more in zip(arrays, missing, strict=True))
 
 
+def vary(x: Array, axes: Sequence[str]) -> Array:
+    """Marks an array that is the same along mesh axes as different there: each device then takes its own gradient."""
+    return lax.pcast(x, tuple(axes), to="varying")
+
+
+def own_part(x: Array, axes: Sequence[str], *, axis: int) -> Array:
+    """This device's part of an array that all devices along some mesh axes have; nothing is exchanged."""
+    axes = tuple(axes)
+    size = x.shape[axis] // lax.axis_size(axes)
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * size, size, axis)
+
+
+def gather_parts(x: Array, axes: Sequence[str], *, axis: int, to: str) -> Array:
+    """Puts together what `own_part` gave to each device.
+
+    **Arguments:**
+
+    - `to`: `"invarying"` if all devices are to know that they have the same. After `"varying"` each has a gradient of
+        its own; these are summed up, and each device receives its part of the sum.
+    """
+    return lax.all_gather(x, tuple(axes), axis=axis, tiled=True, to=to)
+
+
+def scatter_sum(x: Array, axes: Sequence[str], *, axis: int) -> Array:
+    """This device's part of the sum over devices along some mesh axes; all of the sum if `axis` is -1."""
+    if axis < 0:
+        return lax.psum(x, tuple(axes))
+    return lax.psum_scatter(x, tuple(axes), scatter_dimension=axis, tiled=True)
+
+
 def place(dims: str, strategy: Strategy) -> tuple[Array | int, int]:
     """Which of the parts of `dims` this device has, and how many there are."""
     axes = strategy.split_over(dims)

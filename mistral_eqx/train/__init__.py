@@ -13,3 +13,4 @@ from .objective import (
 from .optimizer import adamw as adamw, decayed as decayed, warmup_cosine as warmup_cosine, wsd as wsd
 from .scan import Stacked as Stacked, stack as stack, trained as trained, unstack as unstack
 from .step import Metrics as Metrics, Step as Step, TrainState as TrainState, make_step as make_step
+from .zero import Zero as Zero

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -25,6 +25,22 @@ _REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 }
 
 
+class Gathering(NamedTuple):
+    """How arrays are put together of which each device has a part, where they are used and no earlier.
+
+    **Attributes:**
+
+    - `outer`: of the model without its blocks.
+    - `blocks`: of one turn of blocks.
+    """
+
+    outer: Callable[[PyTree], PyTree]
+    blocks: Callable[[PyTree], PyTree]
+
+
+AS_IT_IS = Gathering(lambda outer: outer, lambda blocks: blocks)
+
+
 class Stacked(eqx.Module):
     """A model whose blocks are one, with arrays that have a first axis `layers`.
 
@@ -40,10 +56,9 @@ class Stacked(eqx.Module):
     outer: Mistral
     period: tuple[Block, ...]
 
-    @property
-    def head(self) -> Unembedding:
+    def head(self, gathering: Gathering = AS_IT_IS) -> Unembedding:
         """The output head, which may have the embedding's table."""
-        outer = self.outer
+        outer = self.whole(gathering)
         return Unembedding(outer.embedding.weight, outer.strategy) if outer.head is None else outer.head
 
     def specs(self, strategy: Strategy) -> "Stacked":
@@ -51,7 +66,9 @@ class Stacked(eqx.Module):
         period = jax.tree.map(lambda spec: PartitionSpec(None, *spec), specs(self.period, strategy))
         return Stacked(specs(self.outer, strategy), period)
 
-    def hidden(self, batch: Batch, *, remat: str = "block") -> Float[Array, "batch seq embed"]:
+    def hidden(
+        self, batch: Batch, *, remat: str = "block", gathering: Gathering = AS_IT_IS
+    ) -> Float[Array, "batch seq embed"]:
         """What [`mistral_eqx.nn.Mistral.hidden`][] gives.
 
         **Arguments:**
@@ -59,27 +76,33 @@ class Stacked(eqx.Module):
         - `batch`: tokens, their positions, and what they see.
         - `remat`: what the backward pass computes again. `"none"`: nothing, all activations are kept. `"block"`: all,
             from the residual stream between blocks. `"dots"`: all but the results of linear layers.
+        - `gathering`: makes whole what each device has a part of.
 
         **Raises:** `ValueError` if `remat` is none of these.
         """
         if remat not in _REMAT:
             raise ValueError(f"There is no rematerialisation {remat!r}; take one of {', '.join(map(repr, _REMAT))}.")
-        model, strategy = self.outer, self.outer.strategy
+        strategy = self.outer.strategy
         inputs, positions = jnp.asarray(batch.inputs), jnp.asarray(batch.positions)
         seq = inputs.shape[1]
-        rotation = model.rotary(positions)
+        rotation = self.outer.rotary(positions)
         columns = jnp.where(positions < 0, -1, jnp.arange(seq, dtype=positions.dtype)[None, :])
         slot = jnp.zeros((), jnp.int32)
         known = own_slots(columns, slot, strategy, axis=1, fill=-1)
         arrays, static = eqx.partition(self.period, eqx.is_array)
 
         def layer(x: Array, arrays: PyTree) -> tuple[Array, None]:
-            for block in eqx.combine(arrays, static):
+            for block in eqx.combine(gathering.blocks(arrays), static):
                 x, _ = block(x, rotation, columns, known, None, slot, None, batch.span)
             return x, None
 
-        x, _ = lax.scan(_REMAT[remat](layer), model.embedding(inputs), arrays)
-        return all_tokens(model.norm(x), seq, strategy, to="invarying")
+        x, _ = lax.scan(_REMAT[remat](layer), _embedded(self.outer, inputs, gathering), arrays)
+        return all_tokens(self.whole(gathering).norm(x), seq, strategy, to="invarying")
+
+    def whole(self, gathering: Gathering) -> Mistral:
+        """The model without its blocks, put together."""
+        arrays, static = eqx.partition(self.outer, eqx.is_array)
+        return eqx.combine(gathering.outer(arrays), static)
 
 
 def stack(model: Mistral) -> Stacked:
@@ -120,3 +143,10 @@ def _kind(block: Block) -> tuple[PyTree, list[tuple[Any, ...]]]:
 
 def _joined(blocks: tuple[Block, ...]) -> Block:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves) if eqx.is_array(leaves[0]) else leaves[0], *blocks)
+
+
+def _embedded(outer: Mistral, inputs: Array, gathering: Gathering) -> Array:
+    if gathering is AS_IT_IS:
+        return outer.embedding(inputs)
+    # The table is let go of, and not kept for the backward pass, which needs the ids alone.
+    return eqx.filter_checkpoint(lambda outer: Stacked(outer, ()).whole(gathering).embedding(inputs))(outer)

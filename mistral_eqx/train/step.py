@@ -15,10 +15,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..nn import Mistral
+from ..nn.precision import at_least_float32
 from ..parallel import Strategy, psum, psum_varying, specs, spmd, vary_alike
 from .batch import Batch
 from .loss import Sums, loss_sums
-from .scan import Stacked, stack, trained, unstack
+from .scan import Gathering, Stacked, stack, trained, unstack
+from .zero import Zero
 
 
 class TrainState(eqx.Module):
@@ -30,16 +32,23 @@ class TrainState(eqx.Module):
     - `optimizer_state`: of the optimizer, split as the weights are.
     - `steps`: how many steps were made, those that were skipped included.
     - `skipped`: how many changed nothing, since the loss or a gradient was not finite.
+    - `zero`: how much of it is split over the devices that share a batch.
     """
 
     model: Stacked
     optimizer_state: PyTree
     steps: Int[Array, ""]
     skipped: Int[Array, ""]
+    zero: Zero = eqx.field(static=True, default=Zero())
 
     @classmethod
     def init(
-        cls, model: Mistral, optimizer: optax.GradientTransformation, *, dtype: DTypeLike = jnp.float32
+        cls,
+        model: Mistral,
+        optimizer: optax.GradientTransformation,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        zero: int = 0,
     ) -> "TrainState":
         """The state before the first step.
 
@@ -50,19 +59,29 @@ class TrainState(eqx.Module):
             would see a device's part of it.
         - `dtype`: in which weights and optimizer state are kept. Products may be in less: see
             [`mistral_eqx.train.make_step`][].
-        """
+        - `zero`: the stage of [`mistral_eqx.train.Zero`][].
 
-        def build(model: Mistral) -> TrainState:
-            weights, constants = eqx.partition(stack(model), trained(stack(model)))
+        **Raises:** `ValueError` if there is no such stage, or nothing to split the state over.
+        """
+        stage = Zero.init(zero, model.mesh, model.strategy)
+
+        def build(model: Mistral, cuts: Stacked | None = None) -> TrainState:
+            stacked = stack(model)
+            weights, constants = eqx.partition(stacked, trained(stacked))
             # Rotary angles are never in less than float32.
-            stacked = eqx.combine(_cast(weights, dtype), _cast(constants, jnp.promote_types(dtype, jnp.float32)))
-            zero = jnp.zeros((), jnp.int32)
-            return cls(stacked, optimizer.init(eqx.filter(stacked, trained(stacked))), zero, zero)
+            weights, constants = _cast(weights, dtype), _cast(constants, at_least_float32(jnp.dtype(dtype)))
+            parts = weights if cuts is None else stage.own(weights, eqx.filter(cuts, trained(stacked)))
+            kept = eqx.combine(parts if stage.stage == 3 else weights, constants)
+            none = jnp.zeros((), jnp.int32)
+            return cls(kept, optimizer.init(parts), none, none, stage)
 
         shape = eqx.filter_eval_shape(build, model)
-        place = shape.specs(optimizer)
+        place, cuts = shape.specs(optimizer), shape.cuts()
         make = spmd(
-            lambda model: eqx.filter(build(model), eqx.is_array), model.mesh, (specs(model, model.strategy),), place
+            lambda model: eqx.filter(build(model, cuts), eqx.is_array),
+            model.mesh,
+            (specs(model, model.strategy),),
+            place,
         )
         return eqx.combine(eqx.filter_jit(make)(model), _static(shape))
 
@@ -77,19 +96,24 @@ class TrainState(eqx.Module):
 
     def specs(self, optimizer: optax.GradientTransformation) -> "TrainState":
         """How each array is split over the mesh; what the optimizer keeps of a weight, as the weight is."""
-        model = self.model.specs(self.strategy)
+        whole = self.model.specs(self.strategy)
+        parts = self.zero.specs(whole, self.cuts())
         optimizer_state = optax.tree.map_params(
             optimizer,
             lambda _, spec: spec,
             self.optimizer_state,
-            eqx.filter(model, trained(self.model)),
+            eqx.filter(parts, trained(self.model)),
             transform_non_params=lambda _: PartitionSpec(),
         )
         return eqx.tree_at(
             lambda state: (state.model, state.optimizer_state, state.steps, state.skipped),
             self,
-            (model, optimizer_state, PartitionSpec(), PartitionSpec()),
+            (parts if self.zero.stage == 3 else whole, optimizer_state, PartitionSpec(), PartitionSpec()),
         )
+
+    def cuts(self) -> Stacked:
+        """Along which dimension each array is cut over the devices that share a batch, or -1."""
+        return self.zero.cuts(self.model, self.model.specs(self.strategy), self.model.outer.mesh)
 
 
 class Metrics(NamedTuple):
@@ -144,17 +168,16 @@ def make_step(
     if accumulate < 1:
         raise ValueError(f"A batch cannot be gone through in {accumulate} parts; accumulate must be at least 1.")
 
-    def on_device(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        strategy = state.strategy
+    def on_device(state: TrainState, batch: Batch, *, cuts: Stacked) -> tuple[TrainState, Metrics]:
+        strategy, zero = state.strategy, state.zero
         weights, constants = eqx.partition(state.model, trained(state.model))
-        gradient, sums = _gradient(
-            partial(_loss, constants=constants, remat=remat, label_smoothing=label_smoothing, z_loss=z_loss),
-            weights,
-            batch,
-            strategy,
-            compute_dtype,
-            accumulate,
-        )
+        options = {"remat": remat, "label_smoothing": label_smoothing, "z_loss": z_loss}
+        loss = partial(_loss, constants=constants, gathering=zero.gathering(cuts), **options)
+        cuts = eqx.filter(cuts, trained(state.model))
+        gradient, sums = _gradient(loss, weights, batch, strategy, compute_dtype, accumulate, zero, cuts)
+        if zero.stage in (1, 2):
+            # From here on they are those that this device updates.
+            weights = zero.own(weights, cuts)
         norm = jnp.sqrt(psum_varying([jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient)]))
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
         if clip is not None:
@@ -166,11 +189,14 @@ def make_step(
         weights, optimizer_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), made, (weights, state.optimizer_state)
         )
+        if zero.stage in (1, 2):
+            weights = zero.gather(weights, cuts, to="invarying")
         state = TrainState(
             eqx.combine(weights, constants),
             optimizer_state,
             state.steps + 1,
             state.skipped + (1 - finite.astype(jnp.int32)),
+            zero,
         )
         means = [part / sums.weight for part in (sums.loss, sums.cross_entropy, sums.correct)]
         loss, cross_entropy, accuracy = means
@@ -179,8 +205,14 @@ def make_step(
     @partial(eqx.filter_jit, donate="all-except-first")
     def compiled(batch: Batch, state: TrainState) -> tuple[TrainState, Metrics]:
         strategy, mesh = state.strategy, state.model.outer.mesh
+        if state.zero.stage == 3 and remat == "none":
+            raise ValueError(
+                "ZeRO 3 lets go of a layer's weights and gathers them again for the backward pass, which remat='none' "
+                "forbids; take 'block' or 'dots'."
+            )
         place, rows = state.specs(optimizer), strategy.spec("batch")
-        made, metrics = spmd(on_device, mesh, (place, rows), (place, PartitionSpec()))(state, batch)
+        run = partial(on_device, cuts=state.cuts())
+        made, metrics = spmd(run, mesh, (place, rows), (place, PartitionSpec()))(state, batch)
         return eqx.combine(made, _static(state)), metrics
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -198,11 +230,18 @@ def make_step(
 
 
 def _loss(
-    weights: Stacked, batch: Batch, *, constants: Stacked, remat: str, label_smoothing: float, z_loss: float
+    weights: Stacked,
+    batch: Batch,
+    *,
+    constants: Stacked,
+    gathering: Gathering,
+    remat: str,
+    label_smoothing: float,
+    z_loss: float,
 ) -> Sums:
     model = eqx.combine(weights, constants)
-    hidden = model.hidden(batch, remat=remat)
-    return loss_sums(model.head, hidden, batch, label_smoothing=label_smoothing, z_loss=z_loss)
+    hidden = model.hidden(batch, remat=remat, gathering=gathering)
+    return loss_sums(model.head(gathering), hidden, batch, label_smoothing=label_smoothing, z_loss=z_loss)
 
 
 def _gradient(
@@ -212,11 +251,18 @@ def _gradient(
     strategy: Strategy,
     compute_dtype: DTypeLike | None,
     accumulate: int,
+    zero: Zero,
+    cuts: Stacked,
 ) -> tuple[Stacked, Sums]:
-    """The gradient of the mean loss over the whole batch, on all devices, in the weights' precision; and the sums."""
+    """The gradient of the mean loss over the whole batch, in the weights' precision; and the sums.
+
+    Of weights that are split or are to be updated in parts, each device has its part of the gradient.
+    """
     # Each part is divided by the weight of all of them, so that parts of unequal weight add up to the whole.
     total = psum(jnp.sum(batch.weights), "batch", strategy)
-    light = weights if compute_dtype is None else _cast(weights, compute_dtype)
+    # Each device takes the gradient of its own rows, and these are added up once, in the weights' precision.
+    own = weights if zero.stage == 3 else zero.vary(weights)
+    light = own if compute_dtype is None else _cast(own, compute_dtype)
 
     def mean(light: Stacked, part: Batch) -> tuple[Float[Array, ""], Sums]:
         sums = loss(light, part)
@@ -225,16 +271,24 @@ def _gradient(
     def add(so_far: tuple[Stacked, Sums], part: Batch) -> tuple[tuple[Stacked, Sums], None]:
         more, sums = jax.grad(mean, has_aux=True)(light, part)
         more = jax.tree.map(lambda leaf, weight: leaf.astype(weight.dtype), more, weights)
+        if zero.stage == 2:
+            more = zero.scatter(more, cuts)
         return jax.tree.map(jnp.add, so_far, (more, sums)), None
 
     parts = jax.tree.map(lambda leaf: leaf.reshape(accumulate, -1, *leaf.shape[1:]), batch)
     first = jax.tree.map(lambda leaf: leaf[0], parts)
     shapes = jax.eval_shape(mean, light, first)[1]
+    # Gradients of the second stage are kept in parts from the first one on.
+    like = zero.own(weights, cuts) if zero.stage == 2 else own
     start = (
-        jax.tree.map(lambda leaf: vary_alike(jnp.zeros_like(leaf), leaf)[0], weights),
+        jax.tree.map(lambda leaf: vary_alike(jnp.zeros_like(leaf), leaf)[0], like),
         jax.tree.map(lambda sum: vary_alike(jnp.zeros(sum.shape, sum.dtype), jnp.asarray(batch.weights))[0], shapes),
     )
     (gradient, sums), _ = lax.scan(add, start, parts)
+    if zero.stage < 2:
+        gradient = zero.sum(gradient)
+    if zero.stage == 1:
+        gradient = zero.own(gradient, cuts)
     return gradient, jax.tree.map(lambda sum: psum(sum, "batch", strategy), sums)
 
 

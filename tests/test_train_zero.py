@@ -1,0 +1,182 @@
+"""State that is split over devices makes the same steps, and takes the memory and the exchanges that it should."""
+
+import collections
+import dataclasses
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from generation_fixtures import refused
+from model_fixtures import SMALL, relative_error, small_model
+from sharding_fixtures import exchanges
+
+import mistral_eqx as mx
+from mistral_eqx import train
+
+
+CONFIG = dataclasses.replace(SMALL, vocab=64, layers=4, windows=(None,) * 4, q_per_kv=2)
+OPTIMIZER = train.adamw(1e-2)
+ROWS, SEQ = 8, 12
+# In float64: thousands of operations, each of them off by 1e-16.
+TOLERANCE = 1e-10
+
+
+def batch(seed):
+    draw = np.random.default_rng(seed)
+    texts = [draw.integers(0, CONFIG.vocab, length) for length in draw.integers(2, SEQ + 1, ROWS)]
+    return train.one_a_row([train.causal(text) for text in texts], SEQ)
+
+
+def model64():
+    model = small_model(config=CONFIG, dtype=jnp.float64)
+    return eqx.tree_at(lambda model: model.rotary.inv_freq, model, replace_fn=lambda x: x.astype(jnp.float64))
+
+
+def placed(axes, strategy):
+    return mx.shard(model64(), mx.make_mesh(axes), strategy)
+
+
+def arrays(tree):
+    return jax.tree.leaves(eqx.filter(tree, eqx.is_array))
+
+
+def trained(model, steps, *, zero=0, accumulate=1):
+    """Losses, the state, and the weights after some steps."""
+    state = train.TrainState.init(model, OPTIMIZER, dtype=jnp.float64, zero=zero)
+    step = train.make_step(OPTIMIZER, compute_dtype=None, accumulate=accumulate)
+    losses = []
+    for number in range(steps):
+        state, metrics = step(state, batch(number))
+        losses.append(float(metrics.loss))
+    return losses, state, arrays(state.unstacked())
+
+
+def assert_equal(found, expected):
+    assert np.abs(np.subtract(found[0], expected[0])).max() < TOLERANCE
+    worst = max(relative_error(one, other) for one, other in zip(found[2], expected[2], strict=True))
+    assert worst < TOLERANCE
+    return worst
+
+
+def held(state):
+    """Bytes of weights and of the optimizer's state on one device."""
+    return [sum(leaf.addressable_shards[0].data.nbytes for leaf in arrays(tree)) for tree in (state.model, state)]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with jax.enable_x64(True):
+        return trained(model64(), 3)
+
+
+@pytest.mark.parametrize(
+    ("axes", "strategy", "zero"),
+    [
+        ({"dp": 4}, mx.Strategy("batch@dp"), 1),
+        ({"dp": 4}, mx.Strategy("batch@dp"), 3),
+        ({"dp": 2, "tp": 2}, mx.HEADS + "batch@dp", 2),
+        ({"dp": 2, "tp": 2}, mx.HEADS + "batch@dp", 3),
+    ],
+)
+def test_the_steps_are_those_of_one_device(expected, axes, strategy, zero):
+    with jax.enable_x64(True):
+        assert_equal(trained(placed(axes, strategy), 3, zero=zero), expected)
+
+
+STRATEGIES = {
+    "alone": ({"dp": 4}, mx.Strategy("batch@dp")),
+    "HEADS": ({"dp": 2, "tp": 2}, mx.HEADS + "batch@dp"),
+    "SEQUENCE_PARALLEL": ({"dp": 2, "tp": 2}, mx.SEQUENCE_PARALLEL + "batch@dp"),
+    "HEAD_DIM": ({"dp": 2, "tp": 2}, mx.HEAD_DIM + "batch@dp"),
+    "KV_REPLICATED": ({"dp": 2, "kv": 2, "rep": 2}, mx.KV_REPLICATED + "batch@dp"),
+    "HEADS_X_HEAD_DIM": ({"dp": 2, "kv": 2, "rep": 2}, mx.HEADS_X_HEAD_DIM + "batch@dp"),
+    "HEADS_X_KV_SEQ": ({"dp": 2, "kv": 2, "rep": 2}, mx.HEADS_X_KV_SEQ + "batch@dp"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_twenty_steps_at_every_stage(name):
+    """And twice the rows a device in two parts, one after the other."""
+    axes, strategy = STRATEGIES[name]
+    with jax.enable_x64(True):
+        expected = trained(model64(), 20)
+        for zero in range(4):
+            found = trained(placed(axes, strategy), 20, zero=zero, accumulate=2)
+            weights, state = held(found[1])
+            print(f"| {name} | {zero} | {assert_equal(found, expected):.1e} | {weights:,} | {state - weights:,} |")  # noqa: T201
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_each_device_holds_its_part_and_no_more(zero):
+    devices = 4
+    model = mx.shard(small_model(config=CONFIG), mx.make_mesh({"dp": devices}), mx.Strategy("batch@dp"))
+    state = train.TrainState.init(model, OPTIMIZER, zero=zero)
+    weights = sum(leaf.nbytes for leaf in arrays(model))
+    found, both = held(state)
+    # Every dimension of the config divides by 4 here; the rotary angles stay whole, and five numbers count steps.
+    whole = model.rotary.inv_freq.nbytes
+    part = (weights - whole) // devices + whole
+    assert found == (part if zero == 3 else weights)
+    moments = 2 * (weights - whole)
+    assert 0 <= both - found - moments // (devices if zero else 1) <= 20
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_what_a_step_exchanges(zero):
+    """In float32 on four devices: bytes of the operands, by kind, of arrays; scalars are left out."""
+    devices, accumulate = 4, 1
+    model = mx.shard(small_model(config=CONFIG), mx.make_mesh({"dp": devices}), mx.Strategy("batch@dp"))
+    state = train.TrainState.init(model, OPTIMIZER, zero=zero)
+    step = train.make_step(OPTIMIZER, compute_dtype=None, accumulate=accumulate)
+    found = collections.Counter()
+    for (kind, size, group), times in exchanges(eqx.filter_jit(step).lower(state, batch(0))).items():
+        assert group == devices
+        if size > 8:
+            found[kind] += size * times
+    whole = sum(leaf.nbytes for leaf in arrays(model)) - model.rotary.inv_freq.nbytes
+    blocks = sum(leaf.nbytes for leaf in arrays(model.blocks))
+    outer = whole - blocks
+    part = whole // devices
+    assert (
+        found
+        == {
+            0: {"all_reduce": whole},
+            1: {"all_reduce": whole, "all_gather": part},
+            2: {"reduce_scatter": whole, "all_gather": part},
+            # Blocks forward and backward; the table when ids are looked up, and what stands around the blocks for the head.
+            3: {"reduce_scatter": whole, "all_gather": (2 * blocks + outer) // devices},
+        }[zero]
+    )
+
+
+def test_a_layer_that_was_gathered_is_let_go_of():
+    """The memory of a step's own arrays does not grow with the number of layers by their weights."""
+    temporary = {}
+    for layers in (4, 12):
+        config = dataclasses.replace(CONFIG, layers=layers, windows=(None,) * layers, embed=64, hidden=256)
+        model = mx.shard(small_model(config=config), mx.make_mesh({"dp": 4}), mx.Strategy("batch@dp"))
+        state = train.TrainState.init(model, OPTIMIZER, zero=3)
+        step = train.make_step(OPTIMIZER, compute_dtype=None)
+        compiled = eqx.filter_jit(step).lower(state, batch(0)).compile().compiled
+        layer = sum(leaf.nbytes for leaf in arrays(model.blocks[0]))
+        temporary[layers] = compiled.memory_analysis().temp_size_in_bytes, layer
+    (few, layer), (many, _) = temporary.values()
+    # Eight layers more: of each a quarter as gradient, and the residual stream of two rows.
+    stream = math.prod((ROWS // 4, SEQ, 64)) * 4
+    assert many - few < 8 * (layer / 4 + stream) * 1.5
+
+
+def test_bad_stages():
+    model = small_model(config=CONFIG)
+    with refused("ZeRO 3", "batch@dp"):
+        train.TrainState.init(model, OPTIMIZER, zero=3)
+    with refused("no ZeRO stage 4"):
+        train.TrainState.init(model, OPTIMIZER, zero=4)
+    split = mx.shard(model, mx.make_mesh({"dp": 2}), mx.Strategy("batch@dp"))
+    state = train.TrainState.init(split, OPTIMIZER, zero=3)
+    with refused("ZeRO 3", "'block'"):
+        train.make_step(OPTIMIZER, remat="none")(state, batch(0))
