@@ -19,6 +19,7 @@ from mistral_eqx.parallel import (
     psum,
     psum_together,
     psum_tokens,
+    psum_varying,
 )
 from mistral_eqx.parallel.mesh import make_mesh
 
@@ -204,3 +205,18 @@ def test_one_device_has_all_slots():
     x, slot = jnp.ones((1, 3)), jnp.asarray(5, jnp.int32)
     assert own_slots(x, slot, SINGLE, axis=1) is x
     assert own_slot(slot, SINGLE) is slot
+
+
+def test_a_sum_over_the_devices_among_which_each_part_differs():
+    """A weight that is split has squares everywhere, one that is not would be counted once a device."""
+    grid, x, y, z = make_mesh("a=2,b=2"), jnp.arange(8.0), jnp.arange(4.0), jnp.asarray([5.0])
+    found, collectives = sharded(
+        lambda *parts: psum_varying([jnp.sum(part) for part in (*parts, parts[0])]),
+        grid,
+        (x, y, z),
+        (P(("a", "b")), P("b"), P()),
+        P(),
+    )
+    assert float(found) == 28 + 6 + 5 + 28
+    assert collectives == {"all_reduce": 2}
+    assert float(psum_varying([x[3], z[0]])) == 8

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from ..nn import Span
 
@@ -93,7 +93,7 @@ def pack(examples: Sequence[Example], seq: int) -> Batch:
     return _in_rows(rows, seq)
 
 
-def cut(ids: Sequence[int] | Int[np.ndarray, " tokens"], seq: int) -> list[Int[np.ndarray, " piece"]]:
+def cut(ids: Sequence[int] | Integer[np.ndarray, " tokens"], seq: int) -> list[Int[np.ndarray, " piece"]]:
     """A long text in pieces, for rows of `seq` columns.
 
     **Returns:** pieces of at most `seq + 1` tokens. Each starts with the last token of the one before, which that one

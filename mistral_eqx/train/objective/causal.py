@@ -1,15 +1,17 @@
 """Say the next token: the one place where labels are shifted."""
 
+import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 
 from ..batch import Example
 
 
 # The tokens of one text.
-Ids = Sequence[int] | Int[np.ndarray, " tokens"]
+Ids = Sequence[int] | Integer[np.ndarray, " tokens"]
 # How much it counts to tell each of them.
 Weights = Sequence[float | int] | Float[np.ndarray, " tokens"]
 
@@ -27,7 +29,7 @@ def causal(ids: Ids, learned: Weights | None = None) -> Example:
     return shifted(ids, 1, learned)
 
 
-def prefix_lm(ids: Ids, prefix: int) -> Example:
+def prefix_lm(ids: Ids, prefix: SupportsIndex) -> Example:
     """The tokens of a prefix see each other, and each one behind it is told from those before it
     ([T5, section 3.2.1](https://arxiv.org/abs/1910.10683)).
 
@@ -40,6 +42,7 @@ def prefix_lm(ids: Ids, prefix: int) -> Example:
 
     **Raises:** `ValueError` if `prefix` is outside of that.
     """
+    prefix = operator.index(prefix)
     if not 1 <= prefix < len(ids):
         raise ValueError(f"A prefix of {prefix} tokens leaves nothing to read or to tell of {len(ids)}; change it.")
     return shifted(ids, prefix, (np.arange(len(ids)) >= prefix).astype(np.float32))
