@@ -11,7 +11,14 @@ nox.options.error_on_missing_interpreters = True
 def tests(session: nox.Session):
     """The default suite, every annotated shape checked on the way."""
     session.install("-e", ".[test]")
-    session.run("pytest", "-m", "not parity", *session.posargs)
+    session.run("pytest", "-m", "not parity and not slow", *session.posargs)
+
+
+@nox.session
+def tests_slow(session: nox.Session):
+    """What takes too long for the default suite: many steps under every strategy, the real model."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "-m", "slow and not parity", *session.posargs)
 
 
 @nox.session
@@ -19,7 +26,7 @@ def tests_plain(session: nox.Session):
     """The core of the suite without the import hook, as users run the package."""
     session.install("-e", ".[test]")
     core = ["tests/test_nn_model.py", "tests/test_generate_loop.py", "tests/test_checkpoint_loading.py"]
-    session.run("pytest", "-m", "not parity", "-o", "addopts=--strict-markers --strict-config -ra", *core)
+    session.run("pytest", "-m", "not parity and not slow", "-o", "addopts=--strict-markers --strict-config -ra", *core)
 
 
 @nox.session
