@@ -1,7 +1,8 @@
 """How likely tokens are, without a logit for each token and each entry of the vocabulary at once."""
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -19,6 +20,8 @@ _LOGITS = 8 * 1024 * 1024
 _LEAST_ROWS = 1024
 
 _ROWS = Strategy("vocab@rows")
+
+Carry = TypeVar("Carry")
 
 
 class Likelihood(NamedTuple):
@@ -95,8 +98,7 @@ def _of_part(inputs: _Inputs, static: PyTree) -> _Sums:
         return _sums(head(inputs.hidden), inputs.rows - start)
 
     first, size, starts = _chunks(inputs, static)
-    sums, _ = lax.scan(lambda sums, start: (_merged(sums, of_chunk(start, size)), None), of_chunk(0, first), starts)
-    return sums
+    return _over(starts, lambda sums, start: _merged(sums, of_chunk(start, size)), of_chunk(0, first))
 
 
 def _forward(inputs: _Inputs, static: PyTree):
@@ -122,21 +124,26 @@ def _backward(static: PyTree, saved: tuple[_Inputs, Array], gradient: _Sums):
 
     first, size, starts = _chunks(inputs, static)
     none = jax.tree.map(jnp.zeros_like, inputs.floats), jnp.zeros_like(inputs.hidden, dtype=log_sum.dtype)
-    (d_floats, d_hidden), _ = lax.scan(
-        lambda so_far, start: (add(so_far, start, size), None), add(none, 0, first), starts
-    )
+    d_floats, d_hidden = _over(starts, lambda so_far, start: add(so_far, start, size), add(none, 0, first))
     return (_Inputs(d_floats, d_hidden.astype(inputs.hidden.dtype), None, None),)
 
 
 _of_part.defvjp(_forward, _backward)
 
 
-def _chunks(inputs: _Inputs, static: PyTree) -> tuple[int, int, Array]:
+def _chunks(inputs: _Inputs, static: PyTree) -> tuple[int, int, range]:
     """How many rows the first chunk and each other one has, and where the others start."""
     rows = eqx.combine(inputs.floats, inputs.others, static).weight.row_count
     size = min(rows, max(_LEAST_ROWS, _LOGITS // max(1, inputs.rows.size)))
     first = rows % size or size
-    return first, size, jnp.arange(first, rows, size, dtype=jnp.int32)
+    return first, size, range(first, rows, size)
+
+
+def _over(starts: range, add: Callable[[Carry, Array], Carry], so_far: Carry) -> Carry:
+    if not starts:
+        return so_far
+    numbers = jnp.arange(starts.start, starts.stop, starts.step, dtype=jnp.int32)
+    return lax.scan(lambda so_far, start: (add(so_far, start), None), so_far, numbers)[0]
 
 
 def _take(head: PyTree, start: Array | int, size: int) -> PyTree:
