@@ -1,4 +1,4 @@
-"""Trains a small model to sort digits, from nothing, in about a minute on two cores; after minGPT's demo."""
+"""Trains a small model to sort digits, from nothing, in a minute or two on two cores; after minGPT's demo."""
 
 import dataclasses
 import sys
@@ -9,7 +9,7 @@ import numpy as np
 import mistral_eqx as mx
 
 
-LENGTH, DIGITS = 6, 5
+LENGTH, DIGITS = 6, 10
 
 
 def problem(digits):
@@ -17,16 +17,11 @@ def problem(digits):
     return mx.train.causal(np.concatenate([digits, np.sort(digits)]), [0] * LENGTH + [1] * LENGTH)
 
 
-def main(steps=800, rows=64):
-    # Every sequence that is, in two parts: a quarter is never trained on.
+def main(steps=2000, rows=64):
+    # Every sequence that is; a thousand of them are never trained on.
     every = np.stack(np.unravel_index(np.arange(DIGITS**LENGTH), (DIGITS,) * LENGTH), axis=1).astype(np.int32)
     random = np.random.default_rng(0)
-    held_out, known = np.split(random.permutation(every), [len(every) // 4])
-
-    # Sequences of many equal digits are few; they are drawn as often as others.
-    _, kind, count = np.unique(np.sort(known), axis=0, return_inverse=True, return_counts=True)
-    odds = 1 / count[kind.reshape(-1)]
-    odds /= odds.sum()
+    held_out, known = np.split(random.permutation(every), [1000])
 
     config = dataclasses.replace(mx.PRESETS["gpt-nano"], vocab=DIGITS)
     model = mx.Mistral.init(config, key=jr.key(0))
@@ -34,7 +29,9 @@ def main(steps=800, rows=64):
     state = mx.train.TrainState.init(model, optimizer)
     step = mx.train.make_step(optimizer, compute_dtype=None, remat="none")
     for number in range(steps):
-        batch = mx.train.one_a_row([problem(digits) for digits in random.choice(known, rows, p=odds)], 2 * LENGTH - 1)
+        batch = mx.train.one_a_row(
+            [problem(digits) for digits in known[random.integers(0, len(known), rows)]], 2 * LENGTH - 1
+        )
         state, metrics = step(state, batch)
         if number % 100 == 0 or number == steps - 1:
             print(f"step {number}: loss {metrics.loss:.4f}, {metrics.accuracy:.1%} of the digits")
