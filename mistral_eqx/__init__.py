@@ -1,7 +1,7 @@
 """Mistral-family language models in JAX and Equinox."""
 
-from . import nn as nn, parallel as parallel, train as train
-from .checkpoint import load as load, save as save
+from . import lora as lora, nn as nn, parallel as parallel, train as train
+from .checkpoint import load as load, load_lora as load_lora, save as save, save_lora as save_lora
 from .config import MistralConfig as MistralConfig
 from .conversion import convert as convert
 from .evaluate import (
@@ -29,6 +29,7 @@ from .generate import (
     prefill as prefill,
     stream as stream,
 )
+from .lora import apply_lora as apply_lora, merge_lora as merge_lora
 from .nn import Mistral as Mistral
 from .parallel import (
     HEAD_DIM as HEAD_DIM,

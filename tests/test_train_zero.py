@@ -147,7 +147,7 @@ def test_what_a_step_exchanges(zero):
             0: {"all_reduce": whole},
             1: {"all_reduce": whole, "all_gather": part},
             2: {"reduce_scatter": whole, "all_gather": part},
-            # Blocks forward and backward; the table when ids are looked up, and what stands around the blocks for the head.
+            # Blocks forward and backward; the table to look up ids, and what stands around the blocks for the head.
             3: {"reduce_scatter": whole, "all_gather": (2 * blocks + outer) // devices},
         }[zero]
     )

@@ -45,6 +45,10 @@ class AbstractWeight(eqx.Module):
         """How many rows there are to look up."""
 
     @abc.abstractmethod
+    def dense(self) -> Float[Array, "..."]:
+        """The map as an array of floats, shape `(*out, *in)`: itself, or what it stands for."""
+
+    @abc.abstractmethod
     def dims(self, in_dims: str, out_dims: str) -> dict[str, str]:
         """The dimensions of each array field, by the field's name: what a `Strategy` turns into shardings."""
 
@@ -73,6 +77,9 @@ class DenseWeight(AbstractWeight):
     @property
     def row_count(self) -> int:
         return self.value.shape[0]
+
+    def dense(self) -> Float[Array, "..."]:
+        return self.value
 
     def dims(self, in_dims: str, out_dims: str) -> dict[str, str]:
         return {"value": f"{out_dims} {in_dims}"}

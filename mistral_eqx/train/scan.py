@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
+from ..lora import has_adapters, is_adapter
 from ..nn import Block, Mistral, Unembedding
 from ..parallel import Strategy, all_tokens, own_slots, specs
 from .batch import Batch
@@ -126,13 +127,22 @@ def unstack(stacked: Stacked) -> Mistral:
 
 
 def trained(model: Stacked) -> PyTree[bool]:
-    """Which leaves are trained: all floats but the rotary angles, which are constants."""
-    return eqx.tree_at(lambda tree: tree.outer.rotary.inv_freq, jax.tree.map(_is_float, model), False)
+    """Which leaves are trained: in a model with adapters these alone, otherwise all weights that are floats."""
+    if has_adapters(model):
+        return is_adapter(model)
+    return jax.tree.map(
+        lambda leaf, is_weight: is_weight and jnp.issubdtype(leaf.dtype, jnp.inexact), model, weights(model)
+    )
 
 
-def _is_float(leaf: Any) -> bool:
+def weights(model: Stacked) -> PyTree[bool]:
+    """Which leaves are weights: all arrays but the rotary angles, which are constants."""
+    return eqx.tree_at(lambda tree: tree.outer.rotary.inv_freq, jax.tree.map(_is_array, model), False)
+
+
+def _is_array(leaf: Any) -> bool:
     # A state is also planned without arrays.
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
 def _kind(block: Block) -> tuple[PyTree, list[tuple[Any, ...]]]:

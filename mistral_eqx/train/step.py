@@ -57,7 +57,7 @@ class TrainState(eqx.Module):
         - `model`: on one device or on a mesh, where the state is split as the model is. It is copied.
         - `optimizer`: any transformation of optax that treats each number by itself; one that looks at a whole array
             would see a device's part of it.
-        - `dtype`: in which weights and optimizer state are kept. Products may be in less: see
+        - `dtype`: in which trained weights and optimizer state are kept. Products may be in less: see
             [`mistral_eqx.train.make_step`][].
         - `zero`: the stage of [`mistral_eqx.train.Zero`][].
 
@@ -68,10 +68,18 @@ class TrainState(eqx.Module):
         def build(model: Mistral, cuts: Stacked | None = None) -> TrainState:
             stacked = stack(model)
             weights, constants = eqx.partition(stacked, trained(stacked))
-            # Rotary angles are never in less than float32.
-            weights, constants = _cast(weights, dtype), _cast(constants, at_least_float32(jnp.dtype(dtype)))
+            # Rotary angles are never in less than float32; what is not trained stays as it is stored.
+            constants = eqx.tree_at(
+                lambda tree: tree.outer.rotary.inv_freq,
+                constants,
+                replace_fn=lambda angles: angles.astype(at_least_float32(jnp.dtype(dtype))),
+            )
+            weights = _cast(weights, dtype)
             parts = weights if cuts is None else stage.own(weights, eqx.filter(cuts, trained(stacked)))
-            kept = eqx.combine(parts if stage.stage == 3 else weights, constants)
+            kept = eqx.combine(weights, constants)
+            if stage.stage == 3 and cuts is not None:
+                arrays, static = eqx.partition(kept, eqx.is_array)
+                kept = eqx.combine(stage.own(arrays, cuts), static)
             none = jnp.zeros((), jnp.int32)
             return cls(kept, optimizer.init(parts), none, none, stage)
 
@@ -155,7 +163,8 @@ def make_step(
     **Arguments:**
 
     - `optimizer`: the one that the state was made with.
-    - `compute_dtype`: what the weights are cast to for the forward and backward pass; `None` leaves them as they are.
+    - `compute_dtype`: what the trained weights are cast to for the forward and backward pass; `None` leaves them as
+        they are, and so are those always that adapters leave untrained: their precision is that of the activations.
         bfloat16 has the range of float32, so that small gradients do not vanish and no loss scale is needed.
     - `accumulate`: in how many parts the rows of a batch are gone through, one after the other; memory for activations
         is that of one part. Gradients are added up in the weights' precision.

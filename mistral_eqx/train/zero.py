@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from ..parallel import Strategy, gather_parts, own_part, scatter_sum, vary
-from .scan import AS_IT_IS, Gathering, Stacked, trained
+from .scan import AS_IT_IS, Gathering, Stacked, trained, weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +63,18 @@ class Zero:
         - `place`: how its arrays lie on the mesh before they are cut.
         """
 
-        def cut(leaf: Array | jax.ShapeDtypeStruct, spec: PartitionSpec, is_weight: bool, first: int) -> int:
-            if mesh is None or not self.stage or not is_weight:
+        def cut(leaf: Array | jax.ShapeDtypeStruct, spec: PartitionSpec, parted: bool, first: int) -> int:
+            if mesh is None or not self.stage or not parted:
                 return -1
             local = NamedSharding(mesh, spec).shard_shape(leaf.shape)
             return next((at for at in range(first, len(local)) if local[at] % self.devices == 0), -1)
 
         arrays = eqx.filter(model, _is_array)
-        weights = jax.tree.map(lambda leaf, weight: weight if _is_array(leaf) else None, model, trained(model))
-        outer = jax.tree.map(partial(cut, first=0), arrays.outer, place.outer, weights.outer)
-        return Stacked(outer, jax.tree.map(partial(cut, first=1), arrays.period, place.period, weights.period))
+        # Weights that are not trained have no gradient and no state, but are as large.
+        parted = weights(model) if self.stage == 3 else trained(model)
+        parted = jax.tree.map(lambda leaf, part: part if _is_array(leaf) else None, model, parted)
+        outer = jax.tree.map(partial(cut, first=0), arrays.outer, place.outer, parted.outer)
+        return Stacked(outer, jax.tree.map(partial(cut, first=1), arrays.period, place.period, parted.period))
 
     def specs(self, place: PyTree[PartitionSpec], cuts: PyTree[int]) -> PyTree[PartitionSpec]:
         """How the parts lie on the mesh."""

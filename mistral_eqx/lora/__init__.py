@@ -1,0 +1,10 @@
+from .adapt import (
+    adapt as adapt,
+    apply_lora as apply_lora,
+    has_adapters as has_adapters,
+    is_adapter as is_adapter,
+    merge_lora as merge_lora,
+    shapes_of as shapes_of,
+)
+from .sites import Site as Site, dims_of as dims_of, sites as sites
+from .weight import LoRAWeight as LoRAWeight, TrainedWeight as TrainedWeight

@@ -1,0 +1,173 @@
+"""Adapters: into a model, and merged into its weights again."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from ..nn import DenseWeight, Mistral
+from ..parallel import shard, specs, spmd
+from .sites import Site, at_sites, dims_of, sites
+from .weight import LoRAWeight, TrainedWeight
+
+
+def apply_lora(
+    model: Mistral,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    use_rslora: bool = False,
+    train_embeddings: bool = False,
+    dtype: DTypeLike = jnp.float32,
+    key: PRNGKeyArray,
+) -> Mistral:
+    """Puts low-rank adapters beside some weights of a model ([LoRA](https://arxiv.org/abs/2106.09685)).
+
+    The model says the same as before, since `B` is zero at first. Training then changes the adapters alone, and keeps
+    the optimizer's state for them alone.
+
+    ```python
+    model = mx.apply_lora(model, rank=8, alpha=16.0, targets=("q_proj", "v_proj"), key=jr.key(0))
+    ```
+
+    **Arguments:**
+
+    - `model`: on one device or on a mesh; its weights may be stored in any way.
+    - `rank`: how many dimensions the change of a weight passes through.
+    - `alpha`: the change is multiplied by `alpha / rank`, or by `alpha / sqrt(rank)` with `use_rslora`.
+    - `targets`: the names of the layers that get an adapter, in all blocks: `"q_proj"`, `"k_proj"`, `"v_proj"`,
+        `"o_proj"`, `"gate_proj"`, `"up_proj"`, `"down_proj"`; and `"embedding"`, `"head"`. In a model with tied
+        embeddings the table is the head as well, and so is its adapter.
+    - `use_rslora`: see [`mistral_eqx.lora.LoRAWeight`][].
+    - `train_embeddings`: whether the embedding table is trained too, as a whole.
+    - `dtype`: of the adapters, and of the table if it is trained.
+    - `key`: for `A`, which is uniform within one over the root of the number of inputs, as in PEFT.
+
+    **Returns:** the model.
+
+    **Raises:** `ValueError` if a target is no layer of the model, or the rank is less than 1.
+    """
+    if rank < 1:
+        raise ValueError(f"An adapter cannot have rank {rank}; take at least 1.")
+    found = sites(model)
+    names = dict.fromkeys(_name(path) for path in found)
+    unknown = [target for target in targets if target not in names]
+    if unknown or not targets:
+        what = f"the target {unknown[0]!r}" if unknown else "no target"
+        raise ValueError(f"LoRA was given {what}, but a layer is needed that the model has: {', '.join(names)}.")
+    if train_embeddings and "embedding" in targets:
+        raise ValueError(
+            "The embedding cannot have an adapter and be trained as a whole too; leave out the target 'embedding' or "
+            "train_embeddings."
+        )
+    chosen = [path for path in found if _name(path) in targets]
+    keys = dict(zip(chosen, jr.split(key, len(chosen)), strict=True))
+
+    def drawn(path: str) -> tuple[Array, Array]:
+        inputs, outputs = shapes_of(found[path])
+        bound = 1 / math.sqrt(math.prod(inputs))
+        a = jr.uniform(keys[path], (rank, *inputs), dtype, minval=-bound, maxval=bound)
+        return a, jnp.zeros((*outputs, rank), dtype)
+
+    model = adapt(model, {path: drawn(path) for path in chosen}, alpha=alpha, use_rslora=use_rslora)
+    if train_embeddings:
+        table = _dense(model.embedding, model.mesh).astype(dtype)
+        model = eqx.tree_at(lambda model: model.embedding.weight, model, TrainedWeight(table, model.dtype))
+    return model
+
+
+def adapt(
+    model: Mistral, adapters: Mapping[str, tuple[Array, Array]], *, alpha: float, use_rslora: bool = False
+) -> Mistral:
+    """Puts given adapters into a model.
+
+    **Arguments:**
+
+    - `model`: on one device or on a mesh.
+    - `adapters`: `A` and `B` for some layers, by the layer's path such as `"blocks.0.attention.q_proj"`.
+    - `alpha`, `use_rslora`: as for [`mistral_eqx.apply_lora`][].
+    """
+
+    def wrapped(path: str, site: Site) -> Site:
+        if path not in adapters:
+            return site
+        a, b = adapters[path]
+        return dataclasses.replace(
+            site, weight=LoRAWeight(site.weight, DenseWeight(a), DenseWeight(b), alpha, use_rslora)
+        )
+
+    model = at_sites(wrapped, model)
+    return model if model.mesh is None else shard(model, model.mesh, model.strategy)
+
+
+def merge_lora(model: Mistral) -> Mistral:
+    """Adds the adapters to the weights that they stand beside, so that the model is as fast as without them.
+
+    **Arguments:**
+
+    - `model`: on one device or on a mesh.
+
+    **Returns:** the model, dense where it had adapters: a quantised weight is the sum of what it stands for and of its
+    adapter, in the precision to which it is dequantised. Other weights are as they were.
+    """
+
+    def merged(path: str, site: Site) -> Site:
+        if not isinstance(site.weight, LoRAWeight | TrainedWeight):
+            return site
+        return dataclasses.replace(site, weight=DenseWeight(_dense(site, model.mesh)))
+
+    return at_sites(merged, model)
+
+
+def has_adapters(tree: PyTree) -> bool:
+    """Whether there is something in a model that is trained while the rest of it is not."""
+    return any(map(_is_partly_trained, jax.tree.leaves(tree, is_leaf=_is_partly_trained)))
+
+
+def is_adapter(tree: PyTree) -> PyTree[bool]:
+    """Which leaves of a model belong to adapters, or to a table that is trained as a whole."""
+
+    def of(node: Any) -> Any:
+        if isinstance(node, LoRAWeight):
+            return dataclasses.replace(_all(node, False), a=_all(node.a, True), b=_all(node.b, True))
+        return _all(node, isinstance(node, TrainedWeight))
+
+    return jax.tree.map(of, tree, is_leaf=_is_partly_trained)
+
+
+def shapes_of(site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of what a layer takes and of what it gives, for one token."""
+    shape = eqx.filter_eval_shape(lambda weight: weight.dense(), site.weight).shape
+    inner = len(dims_of(site)[0].split())
+    return shape[len(shape) - inner :], shape[: len(shape) - inner]
+
+
+@eqx.filter_jit
+def _dense(site: Site, mesh: Mesh | None) -> Float[Array, "..."]:
+    in_dims, out_dims = dims_of(site)
+
+    def whole(site: Site) -> Array:
+        return site.weight.dense()
+
+    return spmd(whole, mesh, (specs(site, site.strategy),), site.strategy.spec(f"{out_dims} {in_dims}"))(site)
+
+
+def _is_partly_trained(node: Any) -> bool:
+    return isinstance(node, LoRAWeight | TrainedWeight)
+
+
+def _all(tree: PyTree, value: bool) -> PyTree[bool]:
+    return jax.tree.map(lambda _: value, tree)
+
+
+def _name(path: str) -> str:
+    return path.rsplit(".", 1)[-1]

@@ -1,0 +1,101 @@
+"""Weights of which a part is trained: low-rank adapters beside any weight, and a table that is trained as a whole."""
+
+import math
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..nn import AbstractWeight, DenseWeight
+from ..nn.precision import at_least_float32
+
+
+class LoRAWeight(AbstractWeight):
+    """A weight and a low-rank change of it: `y = base x + scale B (A x)` ([LoRA](https://arxiv.org/abs/2106.09685)).
+
+    `A` contracts the input dimensions to `rank`, `B` leads from there to the output dimensions. Where a device has a
+    part of the outputs, it has all of `A` and its part of `B`. Where it has a part of the inputs, it has its part of
+    `A` and all of `B`: `A x` is then a partial sum, and so is `B (A x)`, since `B` is linear. It is added to that of
+    the base, and the layer adds up both in the exchange that it makes anyway.
+
+    **Attributes:**
+
+    - `base`: any weight; it is not trained.
+    - `a`: dimensions `rank *in`.
+    - `b`: dimensions `*out rank`.
+    - `alpha`: the strength of the change.
+    - `use_rslora`: whether it is divided by the root of the rank, so that a larger rank does not learn more slowly
+        ([rank-stabilised LoRA](https://arxiv.org/abs/2312.03732)), or by the rank itself.
+    """
+
+    base: AbstractWeight
+    a: DenseWeight
+    b: DenseWeight
+    alpha: float = eqx.field(static=True)
+    use_rslora: bool = eqx.field(static=True, default=False)
+
+    @property
+    def rank(self) -> int:
+        """How many dimensions the change passes through."""
+        return self.a.value.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """The factor of the change."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def contract(self, x: Float[Array, "batch seq *in"], in_dims: str, out_dims: str) -> Float[Array, "batch seq *out"]:
+        y = self.base.contract(x, in_dims, out_dims)
+        dtype = self.a.value.dtype
+        low = self.a.contract(x.astype(dtype), in_dims, "rank").astype(dtype)
+        return y + self.scale * self.b.contract(low, "rank", out_dims).astype(y.dtype)
+
+    def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
+        rows, low = self.base.rows(ids), self.b.rows(ids)
+        change = jnp.tensordot(low, self.a.value, 1, preferred_element_type=at_least_float32(low.dtype))
+        return (rows.astype(change.dtype) + self.scale * change).astype(rows.dtype)
+
+    @property
+    def row_count(self) -> int:
+        return self.base.row_count
+
+    def dense(self) -> Float[Array, "..."]:
+        """The sum, in the precision of the base."""
+        base = self.base.dense()
+        a, b = self.a.value, self.b.value
+        change = jnp.tensordot(b, a, 1, preferred_element_type=at_least_float32(b.dtype))
+        wide = at_least_float32(base.dtype)
+        return (base.astype(wide) + self.scale * change.astype(wide)).astype(base.dtype)
+
+    def dims(self, in_dims: str, out_dims: str) -> dict[str, str]:
+        base = {f"base.{field}": dims for field, dims in self.base.dims(in_dims, out_dims).items()}
+        return {**base, "a.value": f"rank {in_dims}", "b.value": f"{out_dims} rank"}
+
+
+class TrainedWeight(AbstractWeight):
+    """An array of floats that is trained as a whole in a model of which otherwise only adapters are.
+
+    **Attributes:**
+
+    - `value`: the weight, shape `(*out, *in)`, in the precision in which it is trained.
+    - `dtype`: the precision of the rest of the model, in which rows are looked up.
+    """
+
+    value: Float[Array, "..."]
+    dtype: jnp.dtype = eqx.field(static=True)
+
+    def contract(self, x: Float[Array, "batch seq *in"], in_dims: str, out_dims: str) -> Float[Array, "batch seq *out"]:
+        return DenseWeight(self.value.astype(x.dtype)).contract(x, in_dims, out_dims)
+
+    def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
+        return DenseWeight(self.value).rows(ids).astype(self.dtype)
+
+    @property
+    def row_count(self) -> int:
+        return self.value.shape[0]
+
+    def dense(self) -> Float[Array, "..."]:
+        return self.value.astype(self.dtype)
+
+    def dims(self, in_dims: str, out_dims: str) -> dict[str, str]:
+        return {"value": f"{out_dims} {in_dims}"}
