@@ -11,14 +11,14 @@ nox.options.error_on_missing_interpreters = True
 def tests(session: nox.Session):
     """The default suite, every annotated shape checked on the way."""
     session.install("-e", ".[test]")
-    session.run("pytest", "-m", "not parity and not slow", *session.posargs)
+    session.run("pytest", "-m", "not parity and not slow", "--durations=15", *session.posargs)
 
 
 @nox.session
 def tests_slow(session: nox.Session):
     """What takes too long for the default suite: many steps under every strategy, the real model."""
     session.install("-e", ".[test]")
-    session.run("pytest", "-m", "slow and not parity", *session.posargs)
+    session.run("pytest", "-m", "slow and not parity", "--durations=10", *session.posargs)
 
 
 @nox.session

@@ -78,6 +78,7 @@ def _compare_logits_and_gradients(random, dtype):
             assert gradients < bound, (strategy, axes)
 
 
+@pytest.mark.slow
 @thorough(27, part=0.6)
 @given(_SEEDS)
 def test_logits_and_gradients_are_those_of_one_device_to_12_digits(random):
@@ -90,6 +91,7 @@ def test_logits_and_gradients_are_those_of_one_device_but_for_rounding(random):
     _compare_logits_and_gradients(random, "float32")
 
 
+@pytest.mark.slow
 @thorough(9, part=0.2)
 @given(_SEEDS)
 def test_tokens_are_those_of_one_device(random):

@@ -46,6 +46,7 @@ def words(folder, check, number):
     return tuple((folder / f"{check}-{number}.{stream}").read_text() for stream in ("out", "err"))
 
 
+@pytest.mark.slow
 def test_four_processes_of_four_devices_give_the_tokens_and_logits_of_one(folder):
     # A quarter of a minute on two cores that have nothing else to do.
     codes = finish(start("sharded_runs", 4, 4, folder), seconds=240)
