@@ -196,6 +196,9 @@ def test_a_model_that_is_not_dense_is_refused_by_name(getkey, tmp_path):
         def row_count(self):
             raise NotImplementedError
 
+        def dense(self):
+            raise NotImplementedError
+
         def dims(self, in_dims, out_dims):
             raise NotImplementedError
 
