@@ -34,7 +34,7 @@ def parity(session: nox.Session):
     """Comparisons, live, with torch, transformers and mistral-common."""
     # pip, and this release: other resolvers and releases take a build for GPUs, of several gigabytes.
     session.install("torch==2.13.0")
-    session.install("-e", ".[test,eval]", "transformers>=5.23,<6", "protobuf", "accelerate", "peft")
+    session.install("-e", ".[test,eval]", "transformers>=5.23,<6", "protobuf", "accelerate", "peft>=0.17")
     session.run("pytest", "-m", "parity", *session.posargs)
 
 

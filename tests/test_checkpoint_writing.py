@@ -140,7 +140,7 @@ def test_other_files_are_never_replaced(getkey, tmp_path):
     model = random_model(tiny(), getkey())
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("words")
-    with pytest.raises(ValueError, match=r"holds no checkpoint but other files, which would be lost"):
+    with pytest.raises(ValueError, match=r"holds other files than a checkpoint, which would be lost"):
         save(model, tmp_path / "thesis", overwrite=True)
     with pytest.raises(ValueError, match=r"chapter\.txt' is a file, but a checkpoint is written as a folder"):
         save(model, tmp_path / "thesis" / "chapter.txt", overwrite=True)

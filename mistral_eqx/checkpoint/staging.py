@@ -58,7 +58,8 @@ def expect_free(target: str | os.PathLike[str], overwrite: bool, what: str = "ch
         raise ValueError(
             f"The folder {str(target)!r} is not empty; give another path, or allow it to be replaced (overwrite)."
         )
-    if names.isdisjoint(_KNOWN_BY[what]):
+    others = {name for kind, known in _KNOWN_BY.items() if kind != what for name in known}
+    if names.isdisjoint(_KNOWN_BY[what]) or names & others:
         raise ValueError(
-            f"The folder {str(target)!r} holds no {what} but other files, which would be lost; give another path."
+            f"The folder {str(target)!r} holds other files than a {what}, which would be lost; give another path."
         )
