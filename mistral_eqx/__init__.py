@@ -54,3 +54,4 @@ from .text import (
     load_tokenizer as load_tokenizer,
     render_chat as render_chat,
 )
+from .train import Trainer as Trainer

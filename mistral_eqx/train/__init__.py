@@ -1,4 +1,16 @@
 from .batch import Batch as Batch, Example as Example, cut as cut, one_a_row as one_a_row, pack as pack
+from .callback import Callback as Callback, Run as Run
+from .callbacks import (
+    CSV as CSV,
+    EarlyStop as EarlyStop,
+    KeepBest as KeepBest,
+    ProgressBar as ProgressBar,
+    Samples as Samples,
+    TensorBoard as TensorBoard,
+    WandB as WandB,
+)
+from .checkpoints import Checkpoints as Checkpoints
+from .evaluation import Evaluation as Evaluation, make_evaluation as make_evaluation
 from .loss import Sums as Sums, loss_sums as loss_sums
 from .objective import (
     bert_mask as bert_mask,
@@ -13,4 +25,6 @@ from .objective import (
 from .optimizer import adamw as adamw, decayed as decayed, warmup_cosine as warmup_cosine, wsd as wsd
 from .scan import Stacked as Stacked, stack as stack, trained as trained, unstack as unstack
 from .step import Metrics as Metrics, Step as Step, TrainState as TrainState, make_step as make_step
+from .throughput import flops_per_token as flops_per_token, peak_flops as peak_flops
+from .trainer import Trainer as Trainer
 from .zero import Zero as Zero

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from ..lora import has_adapters, is_adapter
@@ -138,6 +139,11 @@ def trained(model: Stacked) -> PyTree[bool]:
 def weights(model: Stacked) -> PyTree[bool]:
     """Which leaves are weights: all arrays but the rotary angles, which are constants."""
     return eqx.tree_at(lambda tree: tree.outer.rotary.inv_freq, jax.tree.map(_is_array, model), False)
+
+
+def cast_floats(tree: PyTree, dtype: DTypeLike) -> PyTree:
+    """The floats of a tree in another precision."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, tree)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -19,7 +19,7 @@ from ..nn.precision import at_least_float32
 from ..parallel import Strategy, psum, psum_varying, specs, spmd, vary_alike
 from .batch import Batch
 from .loss import Sums, loss_sums
-from .scan import Gathering, Stacked, stack, trained, unstack
+from .scan import Gathering, Stacked, cast_floats, stack, trained, unstack
 from .zero import Zero
 
 
@@ -74,7 +74,7 @@ class TrainState(eqx.Module):
                 constants,
                 replace_fn=lambda angles: angles.astype(at_least_float32(jnp.dtype(dtype))),
             )
-            weights = _cast(weights, dtype)
+            weights = cast_floats(weights, dtype)
             parts = weights if cuts is None else stage.own(weights, eqx.filter(cuts, trained(stacked)))
             kept = eqx.combine(weights, constants)
             if stage.stage == 3 and cuts is not None:
@@ -104,8 +104,7 @@ class TrainState(eqx.Module):
 
     def specs(self, optimizer: optax.GradientTransformation) -> "TrainState":
         """How each array is split over the mesh; what the optimizer keeps of a weight, as the weight is."""
-        whole = self.model.specs(self.strategy)
-        parts = self.zero.specs(whole, self.cuts())
+        parts = self.zero.specs(self.model.specs(self.strategy), self.cuts())
         optimizer_state = optax.tree.map_params(
             optimizer,
             lambda _, spec: spec,
@@ -116,8 +115,13 @@ class TrainState(eqx.Module):
         return eqx.tree_at(
             lambda state: (state.model, state.optimizer_state, state.steps, state.skipped),
             self,
-            (parts if self.zero.stage == 3 else whole, optimizer_state, PartitionSpec(), PartitionSpec()),
+            (self.model_specs(), optimizer_state, PartitionSpec(), PartitionSpec()),
         )
+
+    def model_specs(self) -> Stacked:
+        """How each array of the model is split over the mesh."""
+        whole = self.model.specs(self.strategy)
+        return self.zero.specs(whole, self.cuts()) if self.zero.stage == 3 else whole
 
     def cuts(self) -> Stacked:
         """Along which dimension each array is cut over the devices that share a batch, or -1."""
@@ -271,7 +275,7 @@ def _gradient(
     total = psum(jnp.sum(batch.weights), "batch", strategy)
     # Each device takes the gradient of its own rows, and these are added up once, in the weights' precision.
     own = weights if zero.stage == 3 else zero.vary(weights)
-    light = own if compute_dtype is None else _cast(own, compute_dtype)
+    light = own if compute_dtype is None else cast_floats(own, compute_dtype)
 
     def mean(light: Stacked, part: Batch) -> tuple[Float[Array, ""], Sums]:
         sums = loss(light, part)
@@ -299,11 +303,6 @@ def _gradient(
     if zero.stage == 1:
         gradient = zero.own(gradient, cuts)
     return gradient, jax.tree.map(lambda sum: psum(sum, "batch", strategy), sums)
-
-
-def _cast(tree: PyTree, dtype: DTypeLike) -> PyTree:
-    """The floats of a tree in another precision."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, tree)
 
 
 def _static(tree: PyTree) -> PyTree:

@@ -1,0 +1,48 @@
+"""How well a model in training tells a batch, without learning from it."""
+
+from collections.abc import Callable
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+
+from ..parallel import Strategy, psum, spmd
+from .batch import Batch
+from .loss import Sums, loss_sums
+from .scan import Gathering, Stacked, cast_floats, trained
+from .step import TrainState
+
+
+Evaluation = Callable[[TrainState, Batch], Sums]
+
+
+def make_evaluation(*, compute_dtype: DTypeLike | None = jnp.bfloat16) -> Evaluation:
+    """A function that measures the loss of a batch: `sums = evaluation(state, batch)`.
+
+    The loss is the cross-entropy alone, whatever is added to it for training.
+
+    **Arguments:**
+
+    - `compute_dtype`: as of [`mistral_eqx.train.make_step`][].
+
+    **Returns:** the function. Sums of several batches are added up, and divided once by the weight of all.
+    """
+
+    def on_device(model: Stacked, batch: Batch, *, gathering: Gathering, strategy: Strategy) -> Sums:
+        weights, constants = eqx.partition(model, trained(model))
+        if compute_dtype is not None:
+            weights = cast_floats(weights, compute_dtype)
+        model = eqx.combine(weights, constants)
+        sums = loss_sums(model.head(gathering), model.hidden(batch, gathering=gathering), batch)
+        return jax.tree.map(lambda sum: psum(sum, "batch", strategy), sums)
+
+    @eqx.filter_jit
+    def evaluation(state: TrainState, batch: Batch) -> Sums:
+        run = partial(on_device, gathering=state.zero.gathering(state.cuts()), strategy=state.strategy)
+        place = state.model_specs(), state.strategy.spec("batch")
+        return spmd(run, state.model.outer.mesh, place, PartitionSpec())(state.model, batch)
+
+    return lambda state, batch: evaluation(state, jax.tree.map(jnp.asarray, batch))

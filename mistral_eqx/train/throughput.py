@@ -1,0 +1,56 @@
+"""How much of what the devices can do a run uses."""
+
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from ..lora import has_adapters
+from .scan import Stacked, trained
+
+
+def flops_per_token(model: Stacked, seq: int) -> float:
+    """Multiplications and additions that a step needs for one token, forward and backward
+    ([PaLM, appendix B](https://arxiv.org/abs/2204.02311)).
+
+    Two for each entry of a matrix forward, two backward for its input, and two for its own gradient if it is trained.
+    For attention, `12 layers heads head_dim seq`, as if each token saw all others. What is computed again does not
+    count.
+
+    **Arguments:**
+
+    - `model`: the model in training.
+    - `seq`: how many columns a row has.
+    """
+    config = model.outer.config
+    block = 2 * config.embed * config.head_dim * (config.q_heads + config.kv_heads) + 3 * config.embed * config.hidden
+    entries = config.layers * block + config.vocab * config.embed
+    if has_adapters(model):
+        total = 4 * entries + 6 * sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, trained(model))))
+    else:
+        total = 6 * entries
+    return float(total) + 12 * config.layers * config.q_heads * config.head_dim * seq
+
+
+def peak_flops(dtype: DTypeLike, *, size: int = 1024, repetitions: int = 5) -> float:
+    """Multiplications and additions a second that one device makes in a product of two square matrices, measured.
+
+    What is written on a chip is more, and what a program can reach is this.
+
+    **Arguments:**
+
+    - `dtype`: the precision of the matrices.
+    - `size`: the number of their rows.
+    - `repetitions`: how often to measure; the best counts.
+    """
+    matrix = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
+    product(matrix, matrix).block_until_ready()
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        product(matrix, matrix).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)

@@ -1,0 +1,136 @@
+"""What is done beside training."""
+
+import csv
+import sys
+import types
+
+import numpy as np
+import pytest
+from generation_fixtures import refused
+from trainer_fixtures import At, Losses, batches, model, stop, trainer
+
+from mistral_eqx import train
+from mistral_eqx.train.callback import Run
+
+
+def told(callback, losses, folder=None):
+    """Tells a callback of evaluations until it stops the run; the number of them."""
+    state = train.TrainState.init(model(), train.adamw(1e-2))
+    run = Run(state, 0, None, folder)
+    callback.on_start(run)
+    for loss in losses:
+        run.step += 1
+        callback.on_evaluation(run, {"loss": loss})
+        if run.stop:
+            break
+    return run
+
+
+def test_a_run_stops_when_nothing_gets_better():
+    assert told(train.EarlyStop(2), [3.0, 2.0, 2.5, 1.9, 2.0, 2.0, 1.0]).step == 6
+    assert told(train.EarlyStop(2, by=0.5), [3.0, 2.0, 1.9, 1.8, 1.0]).step == 4
+    # What was seen before the run was interrupted counts.
+    first, second = train.EarlyStop(2), train.EarlyStop(2)
+    told(first, [1.0, 2.0])
+    second.set_state(first.get_state())
+    assert told(second, [2.0, 0.5]).step == 1
+    with refused("patient for 0"):
+        train.EarlyStop(0)
+
+
+def test_the_best_model_is_kept(tmp_path):
+    """Learning at far too high a rate makes the model worse; the best one is read again."""
+    measured = {}
+
+    class Kept(train.Callback):
+        def on_evaluation(self, run, figures):
+            measured[figures["loss"]] = np.asarray(run.model().norm.weight)
+
+    run = trainer(tmp_path, train.KeepBest(), Kept(), evaluate_on=list(batches(1, seed=5)), evaluate_every=1)
+    last = run.fit(model(), batches(6), steps=6)
+    best = run.restore(model(), best=True)
+    np.testing.assert_array_equal(best.norm.weight, measured[min(measured)])
+    assert min(measured) != list(measured)[-1]
+    assert not np.array_equal(best.norm.weight, last.norm.weight)
+    with refused("best model", "checkpoint_dir"):
+        trainer(None, train.KeepBest()).fit(model(), batches(1), steps=1)
+
+
+def test_samples_are_shown(capsys):
+    shown = []
+    run = trainer(None, train.Samples(lambda model: shown.append(float(model.norm.weight[0])), every=2))
+    made = run.fit(model(), batches(5), steps=5)
+    # Before the first step, after 2 and 4, and at the end.
+    assert len(shown) == 4
+    assert shown[0] == 1.0
+    assert shown[-1] == float(made.norm.weight[0])
+    with refused("every 0 steps"):
+        train.Samples(print, every=0)
+
+
+def test_lines_behind_a_checkpoint_are_made_again(tmp_path):
+    """What a process wrote that was killed before its next checkpoint, and a line that was cut off."""
+    seen = Losses()
+    trainer(tmp_path, seen, At(4, stop), log_every=1).fit(model(), batches(6), steps=6)
+    with (tmp_path / "training.csv").open("a") as file:
+        file.write("5,9,9,9,9,9,9,9\r\n6,9")
+    trainer(tmp_path, seen, log_every=1).fit(model(), batches(6), steps=6)
+    with (tmp_path / "training.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [int(line["step"]) for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert float(lines[4]["loss"]) == pytest.approx(seen.losses[5], rel=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_gets_the_figures(tmp_path):
+    from tensorboardX.proto import event_pb2
+
+    seen = Losses()
+    trainer(tmp_path, seen, train.TensorBoard(), log_every=1).fit(model(), batches(2), steps=2)
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    events = [event_pb2.Event.FromString(record) for record in _records(path)]
+    found = {
+        (value.tag, event.step): value.simple_value for event in events for value in event.summary.value if value.tag
+    }
+    assert found["training/loss", 2] == pytest.approx(seen.losses[2], rel=1e-6)
+    with refused("TensorBoard", "checkpoint_dir"):
+        trainer(None, train.TensorBoard()).fit(model(), batches(1), steps=1)
+
+
+def _records(path):
+    """TFRecord: a length in 8 bytes, 4 of checksum, the record, 4 of checksum."""
+    data, at = path.read_bytes(), 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 8], "little")
+        yield data[at + 12 : at + 12 + size]
+        at += size + 16
+
+
+def test_wandb_gets_the_figures_and_the_run_goes_on(monkeypatch, tmp_path):
+    """A stand-in that has wandb's three functions which are used."""
+    logged, started = [], []
+
+    class Stand:
+        id = "abc"
+
+        def log(self, figures, step):
+            logged.append((step, figures))
+
+        def finish(self):
+            logged.append("finished")
+
+    def init(**settings):
+        started.append(settings)
+        return Stand()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, __spec__=object()))
+    seen = Losses()
+    trainer(tmp_path, seen, train.WandB("p", mode="offline"), At(2, stop)).fit(model(), batches(4), steps=4)
+    trainer(tmp_path, seen, train.WandB("p", mode="offline")).fit(model(), batches(4), steps=4)
+    assert started == [
+        {"resume": "allow", "project": "p", "mode": "offline"},
+        {"resume": "allow", "project": "p", "mode": "offline", "id": "abc"},
+    ]
+    assert [entry[0] for entry in logged if entry != "finished"] == [1, 2, 3, 4]
+    assert logged[-1] == "finished"
+    assert logged[0][1]["training/loss"] == pytest.approx(seen.losses[1])

@@ -1,0 +1,134 @@
+"""A checkpoint is complete or not there."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from generation_fixtures import refused
+from trainer_fixtures import batches, model, trainer
+
+from mistral_eqx import train
+
+
+def state_at(steps):
+    state = train.TrainState.init(model(), train.adamw(1e-2))
+    return eqx.tree_at(lambda state: state.steps, state, jnp.asarray(steps, jnp.int32))
+
+
+def test_the_newest_are_kept(tmp_path):
+    checkpoints = train.Checkpoints(tmp_path, {"model": [1, 2]}, keep=2)
+    for steps in (1, 2, 3):
+        checkpoints.save(state_at(steps), {"steps": steps})
+    checkpoints.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+    assert checkpoints.latest == 3
+    found, more = checkpoints.restore(state_at(0))
+    assert (int(found.steps), more) == (3, {"steps": 3})
+    checkpoints.close()
+    other = train.Checkpoints(tmp_path, {"model": [1, 3]})
+    with refused("model [1, 2]", "[1, 3]", "folder"):
+        other.restore(state_at(0))
+    other.close()
+    with refused("no checkpoint in"):
+        train.Checkpoints(tmp_path / "other", {}).restore(state_at(0))
+    with refused("keep 0"):
+        train.Checkpoints(tmp_path, {}, keep=0)
+
+
+def test_a_state_may_change_while_it_is_written(tmp_path):
+    """A step takes the memory of the state that is on its way to the disk."""
+    optimizer = train.adamw(1e-2)
+    state = train.TrainState.init(model(), optimizer)
+    step = train.make_step(optimizer, compute_dtype=None)
+    checkpoints = train.Checkpoints(tmp_path, {})
+    kept = {}
+    for batch in batches(6):
+        state, _ = step(state, batch)
+        kept[int(state.steps)] = [np.array(leaf) for leaf in jax.tree.leaves(state.model.period)]
+        checkpoints.save(state, {})
+    checkpoints.wait()
+    found, _ = checkpoints.restore(train.TrainState.init(model(), optimizer))
+    for one, other in zip(jax.tree.leaves(found.model.period), kept[6], strict=True):
+        np.testing.assert_array_equal(one, other)
+    checkpoints.close()
+
+
+def test_a_full_disk_leaves_the_one_before(tmp_path):
+    """A process that may write no larger files gets what a full disk gives: an error in the middle of writing."""
+    checkpoints = train.Checkpoints(tmp_path, {})
+    checkpoints.save(state_at(1), {})
+    checkpoints.wait()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with refused("could not be written", str(tmp_path), "That of step 1 is complete"):
+            checkpoints.save(state_at(2), {})
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    again = train.Checkpoints(tmp_path, {})
+    assert again.latest == 1
+    found, _ = again.restore(state_at(0))
+    assert int(found.steps) == 1
+    again.close()
+
+
+STEPS = 40
+
+
+def _train(folder, losses):
+    """What the process does that is killed: a checkpoint after each step."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+    class Told(train.Callback):
+        def on_step(self, run, metrics):
+            with open(losses, "a") as file:
+                file.write(json.dumps([run.step, float(metrics.loss)]) + "\n")
+
+    trainer(folder, Told(), save_every=1, log_every=100).fit(model(), batches(STEPS), steps=STEPS)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_at_any_moment_leaves_a_checkpoint(tmp_path):
+    """Twenty times: what is there can be read, and training goes on to the losses of a run that was never killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mistral_eqx", "orbax.checkpoint", "trainer_fixtures"])
+    whole, losses = tmp_path / "whole.jsonl", tmp_path / "losses.jsonl"
+    undisturbed = context.Process(target=_train, args=(tmp_path / "whole", whole))
+    undisturbed.start()
+    undisturbed.join()
+    assert undisturbed.exitcode == 0
+    draw, kills, reached = random.Random(0), 0, []
+    while kills < 20:
+        before = losses.read_text().count("\n") if losses.exists() else 0
+        process = context.Process(target=_train, args=(tmp_path / "run", losses))
+        process.start()
+        # From the first step of this process on, for as long as some steps take.
+        while process.is_alive() and (not losses.exists() or losses.read_text().count("\n") == before):
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.2)
+        if not process.is_alive():
+            break
+        process.kill()
+        process.join()
+        kills += 1
+        reached.append(losses.read_text().count("\n"))
+    last = context.Process(target=_train, args=(tmp_path / "run", losses))
+    last.start()
+    last.join()
+    assert last.exitcode == 0
+    expected = dict(json.loads(line) for line in whole.read_text().splitlines())
+    found = [json.loads(line) for line in losses.read_text().splitlines() if line.endswith("]")]
+    assert kills == 20
+    assert {step for step, _ in found} == set(expected)
+    for step, loss in found:
+        assert loss == expected[step]
+    print(f"killed {kills} times, after {reached} steps in all; {len(found)} steps made for {STEPS}")  # noqa: T201
