@@ -136,7 +136,7 @@ class Checkpoints:
             if then.get(name) != now.get(name):
                 raise ValueError(
                     f"The checkpoint in {self.folder} has {_listed(then.get(name))} for {name!r}, and this run has "
-                    f"{_listed(now.get(name))}; give it a folder of its own, or the same model, precision and optimizer."
+                    f"{_listed(now.get(name))}; give it a folder of its own, or the same model and optimizer."
                 )
 
     def _told(self):
