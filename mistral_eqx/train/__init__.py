@@ -1,4 +1,6 @@
+from . import data as data
 from .batch import Batch as Batch, Example as Example, cut as cut, one_a_row as one_a_row, pack as pack
+from .data import Batches as Batches, batches as batches, tokenise as tokenise
 from .loss import Sums as Sums, loss_sums as loss_sums
 from .objective import (
     bert_mask as bert_mask,
