@@ -65,7 +65,7 @@ def batches(
     shard: tuple[int, int] = (0, 1),
     remainder: Literal["drop", "pad"] = "drop",
 ) -> Batches:
-    """Batches of a source, made by [Grain](https://google-grain.readthedocs.io) in threads beside the training.
+    """Batches of a source, made by [Grain](https://google-grain.readthedocs.io).
 
     Each example comes once an epoch, in another order in each, and epochs follow each other without a gap: a batch may
     have the last examples of one and the first of the next. All that is drawn is drawn from the seed and the example's

@@ -71,5 +71,5 @@ def _bounds(file: Path) -> Int[np.ndarray, "documents 2"]:
             stops.append(stop)
             # Blank lines at the end are no documents.
             last = len(stops) if line.strip() else last
-    ends = np.asarray(stops, np.int64)[:last]
+    ends = np.fromiter(stops, np.int64, last)
     return np.stack([np.concatenate([[0], ends])[:-1], ends], axis=1)

@@ -14,7 +14,7 @@ from ..objective import causal
 from .batches import Source
 
 
-# A few batches are made ahead by a thread beside the training. Reading from mapped memory gains nothing from more.
+# So many batches are made ahead by a thread beside the training. To read mapped memory takes no more threads.
 _AHEAD = 4
 
 
@@ -44,6 +44,7 @@ def packed(
     examples: grain.MapDataset[Example], rows: int, seq: int, shard: tuple[int, int], pad: bool
 ) -> grain.IterDataset[Batch]:
     """As many examples a row as fit."""
+    # Without a thread: one for each example costs more than it gains, and Grain's for batches complains at exit.
     one_after_the_other = examples.map(Example._asdict).to_iter_dataset(grain.ReadOptions(num_threads=0))
     found = grain.experimental.FirstFitPackIterDataset(
         one_after_the_other,
@@ -51,8 +52,7 @@ def packed(
         num_packing_bins=rows,
         shuffle_bins=False,
     )
-    made = found.batch(rows, drop_remainder=not pad, batch_fn=partial(_packed_batch, rows, shard))
-    return grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=_AHEAD)
+    return found.batch(rows, drop_remainder=not pad, batch_fn=partial(_packed_batch, rows, shard))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,4 +56,4 @@ def _bounds(file: Path, separator: str | None) -> Int[np.ndarray, "documents 2"]
             if text[start:stop].strip():
                 found.extend((start, stop))
             start = stop + len(mark)
-    return np.asarray(found, np.int64).reshape(-1, 2)
+    return np.fromiter(found, np.int64, len(found)).reshape(-1, 2)
