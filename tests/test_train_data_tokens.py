@@ -37,8 +37,9 @@ def test_tokens_are_those_of_the_texts(tmp_path):
     assert said == [(done, 5) for done in range(1, 6)]
     assert tokens.lengths.tolist() == [5, 0, 2, 3, 1]
     assert (tokens[0].dtype, tokens.ids.dtype, tokens.vocab) == (np.int32, np.uint8, 256)
-    # Mapped, not read in.
+    # Mapped, not read in, but for what is asked for.
     assert isinstance(tokens.ids, np.memmap)
+    assert type(tokens[0]) is np.ndarray
     ended = data.tokenise(TEXTS, Bytes(), tmp_path, vocab=257, end_id=256)
     assert found(ended) == expected(TEXTS, 256)
     assert found(data.Tokens(ended.folder)) == expected(TEXTS, 256)

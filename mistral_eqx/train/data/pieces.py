@@ -39,4 +39,4 @@ class Pieces:
         document, piece = located(self._stops, index)
         start, stop = self.tokens.offsets[document : document + 2]
         start += piece * self.seq
-        return self.tokens.ids[start : min(start + self.seq + 1, stop)].astype(np.int32)
+        return np.array(self.tokens.ids[start : min(start + self.seq + 1, stop)], np.int32)

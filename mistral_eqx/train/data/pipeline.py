@@ -93,8 +93,8 @@ def _example(
     example = _given(item) if objective is None else objective(item, random)
     if len(example.inputs) > seq:
         raise ValueError(
-            f"An example of {len(example.inputs)} tokens does not fit into a row of {seq}; cut texts with data.Pieces, "
-            "or make the rows longer."
+            f"An example of {len(example.inputs)} tokens does not fit into a row of {seq}; cut texts "
+            "shorter with data.Pieces, or make the rows longer."
         )
     return example
 

@@ -64,7 +64,8 @@ class Tokens:
         """The ids of a document."""
         if not 0 <= index < len(self):
             raise IndexError(f"There is no document {index} among {len(self)}.")
-        return self.ids[self.offsets[index] : self.offsets[index + 1]].astype(np.int32)
+        # A copy that is no mapping, which numpy would carry along.
+        return np.array(self.ids[self.offsets[index] : self.offsets[index + 1]], np.int32)
 
     @property
     def lengths(self) -> Int[np.ndarray, " documents"]:
