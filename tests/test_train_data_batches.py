@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from mistral_eqx.nn import visible
 from mistral_eqx.nn.visible import bounds
-from mistral_eqx.train import Batch, bert_mask, causal, data, one_a_row, pack, prefix_lm
+from mistral_eqx.train import Batch, Example, bert_mask, causal, data, one_a_row, pack, prefix_lm
 
 
 SEQ = 9
@@ -115,25 +115,33 @@ def state_after(made, count):
     return iterator.get_state()
 
 
+def assert_together(parts, whole):
+    """The rows of the processes, one after the other, are those of the whole."""
+    assert [len(part) for part in parts] == [len(whole)] * len(parts)
+    for number, batch in enumerate(whole):
+        for name, values in batch.items():
+            np.testing.assert_array_equal(np.concatenate([part[number][name] for part in parts]), values)
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_processes_have_together_what_one_would_have(packing):
-    def run(shard, state=None):
+    def run(shard, after=None):
         made = data.batches(
             texts(23), rows=6, seq=SEQ, objective=drawn, packing=packing, epochs=2, shard=shard, remainder="pad"
         )
         iterator = iter(made)
-        if state is not None:
-            iterator.set_state(state)
+        if after is not None:
+            iterator.set_state(after)
         return [fields(batch) for batch in iterator], iterator.get_state()
 
     whole, state = run((0, 1))
     parts = [run((index, 3)) for index in range(3)]
-    for number, batch in enumerate(whole):
-        for name, values in batch.items():
-            together = np.concatenate([part[number][name] for part, _ in parts])
-            np.testing.assert_array_equal(together, values)
+    assert_together([part for part, _ in parts], whole)
     # The position is that of the batch, so that a run may go on with another number of processes.
     assert all(reached == state for _, reached in parts)
+    iterator = iter(data.batches(texts(23), rows=6, seq=SEQ, objective=drawn, packing=packing, epochs=2))
+    take(iterator, 2)
+    assert_together([run((index, 2), iterator.get_state())[0] for index in range(2)], whole[2:])
 
 
 def test_all_batches_have_the_same_shape_and_the_last_one_is_filled_up_or_dropped():
@@ -166,6 +174,15 @@ def test_packed_batches_are_those_of_pack():
             # One more would have taken another row.
             assert pack(examples[start - count : start + 1], 16).inputs.shape[0] == 4
     assert start == 40
+
+
+def test_trap_the_first_example_decides_no_types():
+    """One whose weights are whole numbers must not round those of others."""
+    whole = Example(*(np.asarray([1, 2]) for _ in Example._fields))
+    half = causal([7, 8, 9], [0.5, 0.5, 0.25])
+    (batch,) = data.batches([whole, half], rows=1, seq=4, packing=True, shuffle=False, epochs=1)
+    assert batch.weights.tolist() == [[1, 2, 0.5, 0.25]]
+    assert (batch.inputs.dtype, batch.weights.dtype) == (np.int32, np.float32)
 
 
 def test_packed_texts_do_not_see_each_other():

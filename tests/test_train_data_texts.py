@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -68,6 +69,22 @@ def test_entries_outside_are_not_there(tmp_path):
     assert [*texts] == ["a", "b"]
     with pytest.raises(IndexError):
         texts[-1]
+
+
+def test_files_are_not_held_in_memory(tmp_path):
+    """Of 8 MB in 80 documents, one or two at a time."""
+    records = [{"text": f"{number}" * 100_000} for number in range(10)] * 8
+    path = lines(tmp_path / "a.jsonl", records)
+    size = path.stat().st_size
+    assert size > 8_000_000
+    for make in (data.JSONLines, lambda path: data.TextFile(path, "\n")):
+        tracemalloc.start()
+        texts = make(path)
+        assert len(texts) == 80
+        assert "7" * 1000 in str(texts[77])
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < size / 10
 
 
 def test_a_fingerprint_tells_files_and_how_they_are_read_apart(tmp_path):

@@ -45,7 +45,7 @@ def packed(
 ) -> grain.IterDataset[Batch]:
     """As many examples a row as fit."""
     # Without a thread: one for each example costs more than it gains, and Grain's for batches complains at exit.
-    one_after_the_other = examples.map(Example._asdict).to_iter_dataset(grain.ReadOptions(num_threads=0))
+    one_after_the_other = examples.map(_columns).to_iter_dataset(grain.ReadOptions(num_threads=0))
     found = grain.experimental.FirstFitPackIterDataset(
         one_after_the_other,
         length_struct=dict.fromkeys(Example._fields, seq),
@@ -101,6 +101,12 @@ def _example(
 
 def _given(item: Any) -> Example:
     return item if isinstance(item, Example) else causal(item)
+
+
+def _columns(example: Example) -> dict[str, Shaped[np.ndarray, " seq"]]:
+    """What Grain packs. It takes the first example's types for all."""
+    types = {name: np.float32 if name == "weights" else np.int32 for name in Example._fields}
+    return {name: np.asarray(getattr(example, name), types[name]) for name in types}
 
 
 def _packed_batch(
