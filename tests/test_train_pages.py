@@ -1,7 +1,9 @@
 """The pages on training and the example, run as they stand."""
 
+import json
 import re
 import runpy
+import types
 from pathlib import Path
 
 import mistral_eqx as mx
@@ -31,6 +33,25 @@ def test_the_page_on_objectives():
     exec(compile(snippet, "objectives.md", "exec"), names)
     assert names["batch"].inputs.shape[1] == 128
     assert "mx.encode_chat" in conversation
+
+
+def test_the_page_on_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    books = [{"text": "To be, or not to be, that is the question. " * number} for number in range(1, 8)]
+    (tmp_path / "books.jsonl").write_text("\n".join(map(json.dumps, books)))
+    tokenizer = types.SimpleNamespace(encode=lambda text: [*text.encode()], vocab=257, eos_ids=(256,))
+    names = {"tokenizer": tokenizer}
+    files, resumed, objectives, conversations, sets = _snippets("data.md")
+    for snippet in (files, resumed, objectives):
+        exec(compile(snippet, "data.md", "exec"), names)
+    assert names["batch"].inputs.shape == (4, 32)
+    assert next(iter(names["packed"])).inputs.shape == (2, 64)
+    assert (next(iter(names["masked"])).inputs == 3).any()
+    told = sum(batch.weights.sum() for batch in names["evaluated"])
+    assert told == sum(len(book["text"]) for book in books)
+    exec(compile(sets, "data.md", "exec"), names)
+    assert next(iter(names["batches"])).inputs.shape == (64, 6)
+    assert "mx.encode_chat" in conversations
 
 
 def test_sorting_is_learned(capsys):

@@ -1,3 +1,4 @@
+from . import data as data
 from .batch import Batch as Batch, Example as Example, cut as cut, one_a_row as one_a_row, pack as pack
 from .callback import Callback as Callback, Run as Run
 from .callbacks import (
@@ -10,6 +11,7 @@ from .callbacks import (
     WandB as WandB,
 )
 from .checkpoints import Checkpoints as Checkpoints
+from .data import Batches as Batches, batches as batches, tokenise as tokenise
 from .evaluation import Evaluation as Evaluation, make_evaluation as make_evaluation
 from .loss import Sums as Sums, loss_sums as loss_sums
 from .objective import (

@@ -1,0 +1,35 @@
+"""Add two numbers, after [minGPT](https://github.com/karpathy/minGPT)'s demo."""
+
+import numpy as np
+from jaxtyping import Int
+
+from .problems import AbstractProblems, digits, split
+
+
+class Adder(AbstractProblems):
+    """Two numbers, and behind them their sum, the smallest digit first, as one adds by hand: `85 50` and `531`.
+
+    Numbers are filled up with zeros, so that all problems have the same length.
+    """
+
+    def __init__(self, digits: int = 2, *, held_out: bool = False, seed: int = 0):
+        """**Arguments:**
+
+        - `digits`: of each of the two numbers.
+        - `held_out`: whether these are the problems that are kept from training: a fifth, and at most a thousand.
+        - `seed`: draws which ones these are.
+
+        **Raises:** `ValueError` if there are fewer than 5 such problems, or more than 2^24.
+        """
+        self.vocab = 10
+        self.seq = 3 * digits
+        self.digits = digits
+        self.numbers = split(10 ** (2 * digits), held_out, seed)
+
+    def write(self, numbers: Int[np.ndarray, " problems"]) -> Int[np.ndarray, "problems prompt"]:
+        return digits(numbers, 10, 2 * self.digits)
+
+    def solve(self, prompts: Int[np.ndarray, "problems prompt"]) -> Int[np.ndarray, "problems answer"]:
+        place = 10 ** np.arange(self.digits)[::-1]
+        sums = prompts[:, : self.digits] @ place + prompts[:, self.digits :] @ place
+        return digits(sums, 10, self.digits + 1)[:, ::-1]

@@ -1,0 +1,124 @@
+"""Batches without end, or for some epochs, from where one stopped."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from ..batch import Batch, Example
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Examples, or what an objective makes examples of, by number."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Any:
+        """One of them; several threads may ask."""
+        ...
+
+
+@runtime_checkable
+class BatchIterator(Protocol):
+    """Gives one batch after the other, and can go on where another one stood."""
+
+    def __iter__(self) -> "BatchIterator":
+        """Itself."""
+        ...
+
+    def __next__(self) -> Batch:
+        """The next batch."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """Where it stands, of numbers and dicts, to be written as JSON."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to where an iterator of the same batches stood."""
+        ...
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """What [`mistral_eqx.train.data.batches`][] returns: a dataset of Grain."""
+
+    def __iter__(self) -> BatchIterator:
+        """From the first batch on."""
+        ...
+
+
+def batches(
+    source: Source,
+    *,
+    rows: int,
+    seq: int,
+    objective: Callable[[Any, np.random.Generator], Example] | None = None,
+    seed: int = 0,
+    shuffle: bool = True,
+    epochs: int | None = None,
+    packing: bool = False,
+    shard: tuple[int, int] = (0, 1),
+    remainder: Literal["drop", "pad"] = "drop",
+) -> Batches:
+    """Batches of a source, made by [Grain](https://google-grain.readthedocs.io).
+
+    Each example comes once an epoch, in another order in each, and epochs follow each other without a gap: a batch may
+    have the last examples of one and the first of the next. All that is drawn is drawn from the seed and the example's
+    place in this order, so that an iterator that is set to another's state gives the same batches, also with another
+    `shard`. It takes the extra `train`.
+
+    **Arguments:**
+
+    - `source`: examples, such as [`mistral_eqx.train.data.Sort`][], or what the objective makes them of, such as
+        [`mistral_eqx.train.data.Pieces`][].
+    - `rows`: of a batch, those of all processes together.
+    - `seq`: how many columns a row has.
+    - `objective`: makes an example of an item, and may draw. Unless given, items that are ids are told one after the
+        other.
+    - `seed`: of the order and of what objectives draw; at least 0, below 2^32.
+    - `shuffle`: whether the order is drawn; otherwise it is that of the source.
+    - `epochs`: how often all examples come; without end unless given.
+    - `packing`: whether a row has several examples, each in the first row with room, as by
+        [`mistral_eqx.train.pack`][]. A batch is full when the next example fits nowhere. Each process packs all of it.
+    - `shard`: which process this is, and of how many. Each has so many rows of each batch, one process after the other.
+    - `remainder`: what becomes of examples at the end that do not fill a batch: `"drop"`, or `"pad"` to have them in a
+        batch filled up with rows in which nothing counts, so that an evaluation sees all of them.
+
+    **Raises:** `ValueError` if Grain is not installed, there are no examples or fewer than rows, processes do not
+    divide the rows, or a number makes no sense. An example that does not fit into a row is refused when it comes.
+    """
+    if importlib.util.find_spec("grain") is None:
+        raise ValueError("Batches take Grain, which is not installed; run pip install 'mistral-eqx[train]'.")
+    index, count = shard
+    if rows < 1 or seq < 1:
+        raise ValueError(f"A batch of {rows} rows of {seq} columns has no room for an example; make it larger.")
+    if not 0 <= index < count:
+        raise ValueError(f"There is no process {index} of {count}; number them from 0.")
+    if rows % count:
+        raise ValueError(f"{count} processes do not divide {rows} rows; change the number of rows.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"The seed {seed} is not from 0 to 2^32 - 1; take another.")
+    if epochs is not None and epochs < 1:
+        raise ValueError(f"{epochs} epochs have no examples; give at least one, or None for no end.")
+    if remainder not in ("drop", "pad"):
+        raise ValueError(f"There is no remainder={remainder!r}; take 'drop' or 'pad'.")
+    if remainder == "pad" and epochs is None:
+        raise ValueError("Batches without end have no remainder to pad; give epochs=1 to see each example once.")
+    if not len(source):
+        raise ValueError("The source has no examples, so there is nothing to learn; give at least one.")
+    if remainder == "drop" and len(source) < rows:
+        raise ValueError(
+            f"The source has {len(source)} examples, fewer than the {rows} rows of a batch; give more, make batches "
+            "smaller, or take remainder='pad' with epochs=1."
+        )
+    # Grain takes a second to import, and is not there without the extra.
+    from .pipeline import in_rows, packed, stream
+
+    examples = stream(source, objective, seq, seed, shuffle, epochs)
+    arrange = packed if packing else in_rows
+    return arrange(examples, rows, seq, (index, count), remainder == "pad")

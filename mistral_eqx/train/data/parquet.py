@@ -1,0 +1,83 @@
+"""Documents in a column of a table."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .json_lines import document
+from .texts import AbstractTexts, Paths, files_of, fingerprint, located
+
+
+class Parquet(AbstractTexts):
+    """Files of Parquet. It takes the extra `parquet`.
+
+    A row is read with the row group that it is in, and the last group is kept: fast one after the other, slow in
+    another order. [`mistral_eqx.train.data.tokenise`][] reads them once, in order.
+    """
+
+    def __init__(self, path: Paths, column: str = "text"):
+        """**Arguments:**
+
+        - `path`: a file, or several.
+        - `column`: the one with the text, or with lists of messages, each with `"role"` and `"content"`.
+
+        **Raises:** `ValueError` if pyarrow is not installed, a file is not there or no Parquet, it lacks the column, or
+        there are no rows.
+        """
+        self.files = files_of(path)
+        self.column = column
+        if importlib.util.find_spec("pyarrow") is None:
+            raise ValueError(
+                f"To read {str(self.files[0])!r} takes the extra `parquet`: pip install 'mistral-eqx[parquet]'."
+            )
+        # Each row group: its file, and its number there.
+        self._groups: list[tuple[Path, int]] = []
+        counts: list[int] = []
+        for file in self.files:
+            found = _row_groups(file, column)
+            self._groups += [(file, number) for number in range(len(found))]
+            counts += found
+        self._stops = np.cumsum(counts, dtype=np.int64)
+        if not sum(counts):
+            raise ValueError(f"{str(self.files[0])!r} holds no rows; give a file with text in it.")
+        # A pair is replaced as a whole, so that threads need no lock.
+        self._last: tuple[int, Any] = -1, None
+
+    def __len__(self) -> int:
+        return int(self._stops[-1])
+
+    def __getitem__(self, index: int) -> str | list[dict[str, Any]]:
+        group, row = located(self._stops, index)
+        kept, values = self._last
+        if kept != group:
+            import pyarrow.parquet
+
+            file, number = self._groups[group]
+            with pyarrow.parquet.ParquetFile(file) as opened:
+                values = opened.read_row_group(number, columns=[self.column])[self.column]
+            self._last = group, values
+        return document(values[row].as_py(), f"Row {index} of column {self.column!r}")
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.files, "parquet", self.column)
+
+
+def _row_groups(file: Path, column: str) -> list[int]:
+    """How many rows each row group has."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        opened = pyarrow.parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{str(file)!r} is no file of Parquet, or it is damaged; fetch it again.") from error
+    with opened:
+        names = opened.schema_arrow.names
+        if column not in names:
+            raise ValueError(
+                f"{str(file)!r} has no column {column!r}, but {', '.join(map(repr, names[:5]))}; name the one with the "
+                "text."
+            )
+        return [opened.metadata.row_group(number).num_rows for number in range(opened.num_row_groups)]

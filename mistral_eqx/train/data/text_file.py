@@ -1,0 +1,59 @@
+"""Documents of plain text."""
+
+import mmap
+from array import array
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from .texts import AbstractTexts, Paths, Spans, files_of, fingerprint
+
+
+class TextFile(AbstractTexts):
+    """Files of plain text in UTF-8."""
+
+    def __init__(self, path: Paths, separator: str | None = None):
+        r"""**Arguments:**
+
+        - `path`: a file, or several.
+        - `separator`: what stands between documents, such as `"\n\n"`; a document without letters is left out. Unless
+            given, each file is one document.
+
+        **Raises:** `ValueError` if a file is not there, or none has text.
+        """
+        if separator == "":
+            raise ValueError("Nothing cannot stand between documents; give a separator, or None for whole files.")
+        self.files = files_of(path)
+        self.separator = separator
+        self._spans = Spans(self.files, [_bounds(file, separator) for file in self.files])
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> str:
+        file, _, start, content = self._spans.read(index)
+        try:
+            return content.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{str(file)!r} is not UTF-8 from byte {start + error.start} on; convert it, for example with iconv."
+            ) from error
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.files, "text", self.separator)
+
+
+def _bounds(file: Path, separator: str | None) -> Int[np.ndarray, "documents 2"]:
+    size = file.stat().st_size
+    if not size or separator is None:
+        return np.asarray([[0, size]] if size else [], np.int64).reshape(-1, 2)
+    found, mark, start = array("q"), separator.encode(), 0
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        while start < size:
+            stop = text.find(mark, start)
+            stop = size if stop < 0 else stop
+            if text[start:stop].strip():
+                found.extend((start, stop))
+            start = stop + len(mark)
+    return np.fromiter(found, np.int64, len(found)).reshape(-1, 2)
