@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from generation_fixtures import refused
-from trainer_fixtures import batches, model, trainer
+from trainer_fixtures import batches, keep_programs as keep_programs, model, trainer
 
 from mistral_eqx import train
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from generation_fixtures import refused
-from trainer_fixtures import CONFIG, SEQ, At, Losses, batches, model, stop, trainer
+from trainer_fixtures import CONFIG, SEQ, At, Losses, batches, keep_programs as keep_programs, model, stop, trainer
 
 import mistral_eqx as mx
 from mistral_eqx import train

@@ -2,14 +2,16 @@
 
 import dataclasses
 
+import jax
 import jax.random as jr
 import numpy as np
+import pytest
 
 import mistral_eqx as mx
 from mistral_eqx import train
 
 
-CONFIG = dataclasses.replace(mx.PRESETS["gpt-nano"], vocab=32, layers=2, windows=(None,) * 2, embed=16, hidden=32)
+CONFIG = dataclasses.replace(mx.PRESETS["gpt-nano"], vocab=32, layers=1, windows=(None,), embed=16, hidden=32)
 ROWS, SEQ = 4, 8
 
 
@@ -68,3 +70,15 @@ class At(train.Callback):
 
 def stop(run):
     run.stop = True
+
+
+@pytest.fixture(scope="module", autouse=True)
+def keep_programs(tmp_path_factory):
+    """Each run compiles its step; those of a file that are the same one are compiled once."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [jax.config.values[name] for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("programs")), 0.0), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)

@@ -86,7 +86,7 @@ def save_lora(
         "lora_alpha": int(first.alpha) if float(first.alpha).is_integer() else first.alpha,
         "use_rslora": first.use_rslora,
         "target_modules": sorted({_module(order[path]) for path in found}),
-        "lora_dropout": 0.0,
+        "lora_dropout": first.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -122,7 +122,7 @@ def load_lora(model: Mistral, folder: str | os.PathLike[str], *, dtype: DTypeLik
         if not (folder / name).is_file():
             raise ValueError(f"The folder {str(folder)!r} has no {name!r}; give one to which PEFT saved adapters.")
     settings = read_json(folder / CONFIG)
-    rank, alpha = _read_settings(settings, folder / CONFIG)
+    rank, alpha, dropout = _read_settings(settings, folder / CONFIG)
     tensors = safetensors.read_header(folder / WEIGHTS)
     places, wanted = sites(model), supported_dtype(dtype)
     adapters: dict[str, tuple[jax.Array, jax.Array]] = {}
@@ -146,7 +146,7 @@ def load_lora(model: Mistral, folder: str | os.PathLike[str], *, dtype: DTypeLik
         )
     if not adapters:
         raise ValueError(f"{str(folder / WEIGHTS)!r} holds no adapters; give a folder to which PEFT saved some.")
-    return adapt(model, adapters, alpha=alpha, use_rslora=bool(settings.get("use_rslora")))
+    return adapt(model, adapters, alpha=alpha, dropout=dropout, use_rslora=bool(settings.get("use_rslora")))
 
 
 def _check_alike(model: Mistral, found: dict[str, LoRAWeight]):
@@ -156,11 +156,11 @@ def _check_alike(model: Mistral, found: dict[str, LoRAWeight]):
             "The embedding has an adapter or was trained as a whole, which a folder of adapters does not hold here; "
             "merge the adapters and save the model."
         )
-    kinds = {(weight.rank, weight.alpha, weight.use_rslora) for weight in found.values()}
+    kinds = {(weight.rank, weight.alpha, weight.use_rslora, weight.dropout) for weight in found.values()}
     if len(kinds) > 1:
         raise ValueError(
-            f"The adapters differ in rank, alpha or scaling ({', '.join(map(str, sorted(kinds)))}), and one folder "
-            "tells but one of each; merge the adapters and save the model."
+            f"The adapters differ in rank, alpha, scaling or dropout ({', '.join(map(str, sorted(kinds)))}), and one "
+            "folder tells but one of each; merge the adapters and save the model."
         )
     twice = [path for path, weight in found.items() if isinstance(weight.base, LoRAWeight)]
     if twice:
@@ -169,8 +169,8 @@ def _check_alike(model: Mistral, found: dict[str, LoRAWeight]):
         )
 
 
-def _read_settings(settings: dict[str, Any], path: Path) -> tuple[int, float]:
-    """The rank and alpha of adapters, of a kind that is supported."""
+def _read_settings(settings: dict[str, Any], path: Path) -> tuple[int, float, float]:
+    """The rank, alpha and dropout of adapters, of a kind that is supported."""
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise ValueError(
@@ -198,7 +198,12 @@ def _read_settings(settings: dict[str, Any], path: Path) -> tuple[int, float]:
         raise ValueError(
             f"{str(path)!r} must tell the rank 'r' and 'lora_alpha' as numbers; it has {rank!r}, {alpha!r}."
         )
-    return rank, float(alpha)
+    dropout = settings.get("lora_dropout", 0.0)
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(
+            f"{str(path)!r} has 'lora_dropout' {dropout!r}; it must be a number from 0 on that is less than 1."
+        )
+    return rank, float(alpha), float(dropout)
 
 
 def _expected(tensor: LazyTensor | None, name: str, shape: tuple[int, int], folder: Path) -> LazyTensor:

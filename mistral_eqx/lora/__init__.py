@@ -6,5 +6,6 @@ from .adapt import (
     merge_lora as merge_lora,
     shapes_of as shapes_of,
 )
+from .dropout import with_keys as with_keys
 from .sites import Site as Site, dims_of as dims_of, sites as sites
 from .weight import LoRAWeight as LoRAWeight, TrainedWeight as TrainedWeight

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ..nn import DenseWeight, Mistral
+from ..nn import DenseWeight, Embedding, Mistral
 from ..parallel import shard, specs, spmd
 from .sites import Site, at_sites, dims_of, sites
 from .weight import LoRAWeight, TrainedWeight
@@ -25,6 +25,7 @@ def apply_lora(
     rank: int,
     alpha: float,
     targets: Sequence[str] = ("q_proj", "v_proj"),
+    dropout: float = 0.0,
     use_rslora: bool = False,
     train_embeddings: bool = False,
     dtype: DTypeLike = jnp.float32,
@@ -47,6 +48,8 @@ def apply_lora(
     - `targets`: the names of the layers that get an adapter, in all blocks: `"q_proj"`, `"k_proj"`, `"v_proj"`,
         `"o_proj"`, `"gate_proj"`, `"up_proj"`, `"down_proj"`; and `"embedding"`, `"head"`. In a model with tied
         embeddings the table is the head as well, and so is its adapter.
+    - `dropout`: how likely each entry that an adapter takes is left out in a training step, of which the adapter of an
+        embedding takes none. A model generates and is evaluated without it.
     - `use_rslora`: see [`mistral_eqx.lora.LoRAWeight`][].
     - `train_embeddings`: whether the embedding table is trained too, as a whole.
     - `dtype`: of the adapters, and of the table if it is trained.
@@ -54,10 +57,13 @@ def apply_lora(
 
     **Returns:** the model.
 
-    **Raises:** `ValueError` if a target is no layer of the model, or the rank is less than 1.
+    **Raises:** `ValueError` if a target is no layer of the model, the rank is less than 1, or the dropout is not from 0
+        on and less than 1.
     """
     if rank < 1:
         raise ValueError(f"An adapter cannot have rank {rank}; take at least 1.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"An adapter cannot have dropout {dropout}; take a number from 0 on that is less than 1.")
     found = sites(model)
     names = dict.fromkeys(_name(path) for path in found)
     unknown = [target for target in targets if target not in names]
@@ -78,7 +84,7 @@ def apply_lora(
         a = jr.uniform(keys[path], (rank, *inputs), dtype, minval=-bound, maxval=bound)
         return a, jnp.zeros((*outputs, rank), dtype)
 
-    model = adapt(model, {path: drawn(path) for path in chosen}, alpha=alpha, use_rslora=use_rslora)
+    model = adapt(model, {path: drawn(path) for path in chosen}, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
     if train_embeddings:
         table = _dense(model.embedding, model.mesh).astype(dtype)
         model = eqx.tree_at(lambda model: model.embedding.weight, model, TrainedWeight(table, model.dtype))
@@ -86,7 +92,12 @@ def apply_lora(
 
 
 def adapt(
-    model: Mistral, adapters: Mapping[str, tuple[Array, Array]], *, alpha: float, use_rslora: bool = False
+    model: Mistral,
+    adapters: Mapping[str, tuple[Array, Array]],
+    *,
+    alpha: float,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
 ) -> Mistral:
     """Puts given adapters into a model.
 
@@ -94,16 +105,17 @@ def adapt(
 
     - `model`: on one device or on a mesh.
     - `adapters`: `A` and `B` for some layers, by the layer's path such as `"blocks.0.attention.q_proj"`.
-    - `alpha`, `use_rslora`: as for [`mistral_eqx.apply_lora`][].
+    - `alpha`, `dropout`, `use_rslora`: as for [`mistral_eqx.apply_lora`][].
     """
 
     def wrapped(path: str, site: Site) -> Site:
         if path not in adapters:
             return site
         a, b = adapters[path]
-        return dataclasses.replace(
-            site, weight=LoRAWeight(site.weight, DenseWeight(a), DenseWeight(b), alpha, use_rslora)
-        )
+        # A table is looked up: nothing comes in of which entries could be dropped. As the head too it is the same one.
+        rate = 0.0 if isinstance(site, Embedding) else dropout
+        weight = LoRAWeight(site.weight, DenseWeight(a), DenseWeight(b), alpha, use_rslora, rate, site.strategy)
+        return dataclasses.replace(site, weight=weight)
 
     model = at_sites(wrapped, model)
     return model if model.mesh is None else shard(model, model.mesh, model.strategy)
@@ -138,7 +150,8 @@ def is_adapter(tree: PyTree) -> PyTree[bool]:
 
     def of(node: Any) -> Any:
         if isinstance(node, LoRAWeight):
-            return dataclasses.replace(_all(node, False), a=_all(node.a, True), b=_all(node.b, True))
+            none = _all(node, False)
+            return eqx.tree_at(lambda node: (node.a, node.b), none, replace_fn=lambda part: _all(part, True))
         return _all(node, isinstance(node, TrainedWeight))
 
     return jax.tree.map(of, tree, is_leaf=_is_partly_trained)

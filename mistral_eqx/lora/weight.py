@@ -3,11 +3,14 @@
 import math
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import jax.random as jr
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..nn import AbstractWeight, DenseWeight
 from ..nn.precision import at_least_float32
+from ..parallel import SINGLE, Strategy, place
 
 
 class LoRAWeight(AbstractWeight):
@@ -26,6 +29,10 @@ class LoRAWeight(AbstractWeight):
     - `alpha`: the strength of the change.
     - `use_rslora`: whether it is divided by the root of the rank, so that a larger rank does not learn more slowly
         ([rank-stabilised LoRA](https://arxiv.org/abs/2312.03732)), or by the rank itself.
+    - `dropout`: how likely each entry of `x` is zero on its way to `A`, in training; the others are divided by one
+        less that. Rows that are looked up are not dropped.
+    - `strategy`: that of the layer, which tells the entries that this device has.
+    - `key`: one for each row, which the training step puts in. Without it nothing is dropped.
     """
 
     base: AbstractWeight
@@ -33,6 +40,9 @@ class LoRAWeight(AbstractWeight):
     b: DenseWeight
     alpha: float = eqx.field(static=True)
     use_rslora: bool = eqx.field(static=True, default=False)
+    dropout: float = eqx.field(static=True, default=0.0)
+    strategy: Strategy = SINGLE
+    key: Key[Array, "*layers batch"] | None = None
 
     @property
     def rank(self) -> int:
@@ -47,7 +57,11 @@ class LoRAWeight(AbstractWeight):
     def contract(self, x: Float[Array, "batch seq *in"], in_dims: str, out_dims: str) -> Float[Array, "batch seq *out"]:
         y = self.base.contract(x, in_dims, out_dims)
         dtype = self.a.value.dtype
-        low = self.a.contract(x.astype(dtype), in_dims, "rank").astype(dtype)
+        x = x.astype(dtype)
+        if self.key is not None:
+            kept = _kept(self.key, 1 - self.dropout, x.shape, in_dims, self.strategy)
+            x = jnp.where(kept, x / (1 - self.dropout), 0)
+        low = self.a.contract(x, in_dims, "rank").astype(dtype)
         return y + self.scale * self.b.contract(low, "rank", out_dims).astype(y.dtype)
 
     def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
@@ -69,7 +83,29 @@ class LoRAWeight(AbstractWeight):
 
     def dims(self, in_dims: str, out_dims: str) -> dict[str, str]:
         base = {f"base.{field}": dims for field, dims in self.base.dims(in_dims, out_dims).items()}
-        return {**base, "a.value": f"rank {in_dims}", "b.value": f"{out_dims} rank"}
+        return {**base, "a.value": f"rank {in_dims}", "b.value": f"{out_dims} rank", "key": "batch"}
+
+
+def _kept(
+    keys: Key[Array, " batch"], probability: float, shape: tuple[int, ...], in_dims: str, strategy: Strategy
+) -> Bool[Array, "batch seq *in"]:
+    """Which entries of an adapter's input are kept.
+
+    An entry's fate follows from the key of its row and from its place among all inputs, and so does not depend on how
+    rows and inputs are dealt out to devices; no device draws for the entries of another one.
+    """
+    seq, sizes = shape[1], shape[2:]
+    at = jnp.zeros(1, jnp.int32)
+    for dim, size in zip(in_dims.split(), sizes, strict=True):
+        part, parts = place(dim, strategy)
+        own = part * size + jnp.arange(size, dtype=jnp.int32)
+        at = (at[:, None] * (size * parts) + own[None, :]).reshape(-1)
+
+    def of_input(key: Key[Array, ""], at: Int[Array, ""]) -> Bool[Array, " seq"]:
+        return jr.bernoulli(jr.fold_in(key, at), jnp.float32(probability), (seq,))
+
+    kept = jax.vmap(jax.vmap(of_input, (None, 0)), (0, None))(keys, at)
+    return jnp.swapaxes(kept, 1, 2).reshape(shape)
 
 
 class TrainedWeight(AbstractWeight):

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from ..lora import has_adapters, is_adapter
+from ..lora import has_adapters, is_adapter, with_keys
 from ..nn import Block, Mistral, Unembedding
 from ..parallel import Strategy, all_tokens, own_slots, specs
 from .batch import Batch
@@ -67,6 +68,18 @@ class Stacked(eqx.Module):
         """How each array is split over the mesh; see [`mistral_eqx.parallel.specs`][]. Layers are not split."""
         period = jax.tree.map(lambda spec: PartitionSpec(None, *spec), specs(self.period, strategy))
         return Stacked(specs(self.outer, strategy), period)
+
+    def with_keys(self, key: PRNGKeyArray, rows: Int[Array, " batch"]) -> "Stacked":
+        """The model with keys for dropout in its adapters, others in each layer; see [`mistral_eqx.lora.with_keys`][].
+
+        **Arguments:**
+
+        - `key`: that of a step.
+        - `rows`: which rows of the whole batch those are that come in.
+        """
+        outer, blocks = jr.split(key)
+        turns = jax.tree.leaves(eqx.filter(self.period, eqx.is_array))[0].shape[0]
+        return Stacked(with_keys(self.outer, outer, rows), with_keys(self.period, blocks, rows, layers=turns))
 
     def hidden(
         self, batch: Batch, *, remat: str = "block", gathering: Gathering = AS_IT_IS

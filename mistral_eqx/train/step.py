@@ -8,15 +8,16 @@ from typing import Any, NamedTuple, cast
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ..nn import Mistral
 from ..nn.precision import at_least_float32
-from ..parallel import Strategy, psum, psum_varying, specs, spmd, vary_alike
+from ..parallel import Strategy, place, psum, psum_varying, specs, spmd, vary_alike
 from .batch import Batch
 from .loss import Sums, loss_sums
 from .scan import Gathering, Stacked, cast_floats, stack, trained, unstack
@@ -159,6 +160,7 @@ def make_step(
     remat: str = "block",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    seed: int = 0,
 ) -> Step:
     """A function that makes one step: `state, metrics = step(state, batch)`.
 
@@ -175,6 +177,9 @@ def make_step(
     - `clip`: the largest norm of all gradients together; larger ones are shrunk to it.
     - `remat`: what is computed again in the backward pass; see [`mistral_eqx.train.Stacked.hidden`][].
     - `label_smoothing`, `z_loss`: as of [`mistral_eqx.train.loss_sums`][].
+    - `seed`: of the dropout of adapters, if they have any. What is dropped follows from it, from the number of the step
+        and from the row of the batch: so it is the same on every mesh, in however many parts a batch is gone through,
+        and after a state was saved and loaded.
 
     **Returns:** the function. It raises `ValueError` if the rows of a batch cannot be cut into as many parts.
     """
@@ -185,7 +190,9 @@ def make_step(
         strategy, zero = state.strategy, state.zero
         weights, constants = eqx.partition(state.model, trained(state.model))
         options = {"remat": remat, "label_smoothing": label_smoothing, "z_loss": z_loss}
-        loss = partial(_loss, constants=constants, gathering=zero.gathering(cuts), **options)
+        # What other generators draw for a batch is not what they draw for its rows.
+        key = jr.fold_in(jr.key(seed, impl="threefry2x32"), state.steps)
+        loss = partial(_loss, constants=constants, key=key, gathering=zero.gathering(cuts), **options)
         cuts = eqx.filter(cuts, trained(state.model))
         gradient, sums = _gradient(loss, weights, batch, strategy, compute_dtype, accumulate, zero, cuts)
         if zero.stage in (1, 2):
@@ -245,20 +252,22 @@ def make_step(
 def _loss(
     weights: Stacked,
     batch: Batch,
+    rows: Int[Array, " batch"],
     *,
     constants: Stacked,
+    key: PRNGKeyArray,
     gathering: Gathering,
     remat: str,
     label_smoothing: float,
     z_loss: float,
 ) -> Sums:
-    model = eqx.combine(weights, constants)
+    model = eqx.combine(weights, constants).with_keys(key, rows)
     hidden = model.hidden(batch, remat=remat, gathering=gathering)
     return loss_sums(model.head(gathering), hidden, batch, label_smoothing=label_smoothing, z_loss=z_loss)
 
 
 def _gradient(
-    loss: Callable[[Stacked, Batch], Sums],
+    loss: Callable[[Stacked, Batch, Int[Array, " batch"]], Sums],
     weights: Stacked,
     batch: Batch,
     strategy: Strategy,
@@ -277,18 +286,20 @@ def _gradient(
     own = weights if zero.stage == 3 else zero.vary(weights)
     light = own if compute_dtype is None else cast_floats(own, compute_dtype)
 
-    def mean(light: Stacked, part: Batch) -> tuple[Float[Array, ""], Sums]:
-        sums = loss(light, part)
+    def mean(light: Stacked, part: tuple[Batch, Array]) -> tuple[Float[Array, ""], Sums]:
+        sums = loss(light, *part)
         return sums.loss / total.astype(sums.loss.dtype), sums
 
-    def add(so_far: tuple[Stacked, Sums], part: Batch) -> tuple[tuple[Stacked, Sums], None]:
+    def add(so_far: tuple[Stacked, Sums], part: tuple[Batch, Array]) -> tuple[tuple[Stacked, Sums], None]:
         more, sums = jax.grad(mean, has_aux=True)(light, part)
         more = jax.tree.map(lambda leaf, weight: leaf.astype(weight.dtype), more, weights)
         if zero.stage == 2:
             more = zero.scatter(more, cuts)
         return jax.tree.map(jnp.add, so_far, (more, sums)), None
 
-    parts = jax.tree.map(lambda leaf: leaf.reshape(accumulate, -1, *leaf.shape[1:]), batch)
+    count = batch.inputs.shape[0]
+    rows = place("batch", strategy)[0] * count + jnp.arange(count, dtype=jnp.int32)
+    parts = jax.tree.map(lambda leaf: leaf.reshape(accumulate, -1, *leaf.shape[1:]), (batch, rows))
     first = jax.tree.map(lambda leaf: leaf[0], parts)
     shapes = jax.eval_shape(mean, light, first)[1]
     # Gradients of the second stage are kept in parts from the first one on.

@@ -51,7 +51,7 @@ class Trainer:
     **Arguments:**
 
     - `optimizer`: as of [`mistral_eqx.train.make_step`][], and so are `compute_dtype`, `accumulate`, `clip`, `remat`,
-        `label_smoothing` and `z_loss`.
+        `label_smoothing`, `z_loss` and `seed`.
     - `dtype`, `zero`: as of [`mistral_eqx.train.TrainState`][]'s `init`.
     - `checkpoint_dir`: the run's folder. It gets checkpoints, and `training.csv` and `evaluation.csv`. Takes the extra
         `train`. Without it nothing is written, and a run that ends is gone.
@@ -75,6 +75,7 @@ class Trainer:
     z_loss: float = 0.0
     dtype: DTypeLike = jnp.float32
     zero: int = 0
+    seed: int = 0
     checkpoint_dir: str | Path | None = None
     save_every: int = 500
     keep: int = 2
@@ -237,6 +238,7 @@ class Trainer:
             remat=self.remat,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
+            seed=self.seed,
         )
 
 

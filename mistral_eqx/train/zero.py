@@ -6,6 +6,7 @@ from functools import partial
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -122,11 +123,18 @@ class Zero:
         if self.stage < 3:
             return AS_IT_IS
         inside = jax.tree.map(lambda cut: max(cut - 1, -1), cuts.period)
-        return Gathering(
-            lambda outer: self.gather(outer, cuts.outer, to="varying"),
-            lambda blocks: self.gather(blocks, inside, to="varying"),
-        )
+
+        def gathered(parts: PyTree, cuts: PyTree[int]) -> PyTree:
+            # Keys for dropout are no part of the state.
+            keys, parts = eqx.partition(parts, _is_key)
+            return eqx.combine(keys, self.gather(parts, cuts, to="varying"))
+
+        return Gathering(partial(gathered, cuts=cuts.outer), partial(gathered, cuts=inside))
 
 
 def _is_array(leaf: PyTree) -> bool:
     return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _is_key(leaf: PyTree) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

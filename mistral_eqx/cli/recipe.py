@@ -1,0 +1,220 @@
+"""What `mistral-eqx train` is told: a file in TOML, and options that change single entries of it."""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """**Attributes:**
+
+    - `name`: of a preset, whose shapes get random weights; or with `weights` a checkpoint, as of `--model`.
+    - `weights`: whether training begins with the weights of a checkpoint.
+    - `config`: entries of a preset's config that are other.
+    - `seed`: of random weights, and of those of adapters.
+    """
+
+    name: str
+    weights: bool = False
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """**Attributes:**
+
+    - `kind`: `"sort"`, `"adder"`, `"characters"`, `"text"`, `"json_lines"`, `"parquet"` or `"chat"`.
+    - `path`: a file, or several, found from where the recipe is.
+    - `held_out`: a file, or several, of the same kind, to evaluate on. Sets that are made hold out a part by themselves.
+    - `field`: of JSON lines or Parquet.
+    - `separator`: between the documents of a text.
+    - `tokenizer`: as of a checkpoint; the model's own unless given.
+    - `options`: of the set that is made, such as `digits`.
+    - `seq`, `rows`, `packing`, `seed`: as of [`mistral_eqx.train.data.batches`][].
+    - `objective`: the name of one in `mistral_eqx.train`, and `objective_options` what it takes.
+    """
+
+    kind: str
+    rows: int
+    path: str | list[str] | None = None
+    held_out: str | list[str] | None = None
+    field: str | None = None
+    separator: str | None = None
+    tokenizer: str | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seq: int | None = None
+    packing: bool = False
+    seed: int = 0
+    objective: str = "causal"
+    objective_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """**Attributes:** as of [`mistral_eqx.train.adamw`][], and
+
+    - `schedule`: `"constant"`, `"cosine"` or `"wsd"`, with `warmup`, `decay` and `end`.
+    """
+
+    learning_rate: float
+    schedule: str = "cosine"
+    warmup: int = 0
+    decay: int | None = None
+    end: float = 0.0
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """**Attributes:** as of [`mistral_eqx.Trainer`][], and
+
+    - `steps`: how many.
+    - `early_stop`: after how many evaluations without a new best the run ends.
+    - `keep_best`: whether the best model so far is kept.
+    - `samples`: texts that are continued at each evaluation.
+    - `tensorboard`: whether figures go there; `wandb`: the project that they go to.
+    """
+
+    steps: int
+    compute_dtype: str = "bfloat16"
+    accumulate: int = 1
+    clip: float | None = 1.0
+    remat: str = "block"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    zero: int = 0
+    save_every: int = 500
+    keep: int = 2
+    evaluate_every: int = 500
+    log_every: int = 10
+    early_stop: int | None = None
+    keep_best: bool = False
+    samples: list[str] = dataclasses.field(default_factory=list)
+    tensorboard: bool = False
+    wandb: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """**Attributes:** as of [`mistral_eqx.apply_lora`][]."""
+
+    rank: int
+    alpha: float
+    targets: list[str] = dataclasses.field(default_factory=lambda: ["q_proj", "v_proj"])
+    dropout: float = 0.0
+    use_rslora: bool = False
+    train_embeddings: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """**Attributes:** as of the options `--mesh` and `--strategy`."""
+
+    mesh: str | None = None
+    strategy: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """**Attributes:**
+
+    - `folder`: what the run writes goes there: checkpoints, figures, and at the end the model.
+    - the others: tables of the file.
+    """
+
+    folder: str
+    model: Model
+    data: Data
+    optimizer: Optimizer
+    training: Training
+    lora: LoRA | None = None
+    devices: Devices = Devices()
+
+
+def read_recipe(path: Path, changes: Sequence[str]) -> Recipe:
+    """Reads a recipe.
+
+    **Arguments:**
+
+    - `path`: the file.
+    - `changes`: entries that are other, such as `"training.steps=100"`; what stands behind the sign is TOML, or a text.
+
+    **Raises:** `ValueError` that names the entry, if one is missing, unknown or of another type.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason}; convert it, as by iconv -t UTF-8.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is no TOML: {error}; mend it there.") from error
+    for change in changes:
+        name, sign, text = change.partition("=")
+        if not sign or not name:
+            raise ValueError(f"--set {change!r} does not say what to set; write, for example, --set training.steps=100.")
+        table = document
+        *tables, last = name.split(".")
+        for key in tables:
+            table = table.setdefault(key, {})
+            if not isinstance(table, dict):
+                raise ValueError(f"--set {change!r} goes into {key!r}, which is no table; look at the names in {path}.")
+        table[last] = _value(text)
+    return _read(Recipe, document, "")
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _read(kind: type[Any], table: Mapping[str, Any], where: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    types_of = typing.get_type_hints(kind)
+    for name in table:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            meant = repr(where + near[0]) if near else f"one of {', '.join(fields)}"
+            raise ValueError(f"The recipe has {where + name!r}, which there is not; you may have meant {meant}.")
+    for name, field in fields.items():
+        is_needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if is_needed and name not in table:
+            raise ValueError(f"The recipe lacks {where + name!r}; add it, or give it with --set {where}{name}=...")
+    return kind(**{name: _typed(value, types_of[name], repr(where + name), name) for name, value in table.items()})
+
+
+def _typed(value: Any, expected: Any, shown: str, name: str) -> Any:
+    options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+    for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(value, dict):
+            return _read(typing.cast(Any, option), value, f"{name}.")
+        if option is float and type(value) is int:
+            return float(value)
+        if option == list[str]:
+            if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+                return value
+        elif isinstance(option, type) and type(value) is option:
+            return value
+        elif typing.get_origin(option) is dict and isinstance(value, dict):
+            return value
+    wanted = " or ".join(_NAMES.get(str(option), "a table") for option in options if option is not types.NoneType)
+    raise ValueError(f"The recipe's {shown} is {value!r}; it must be {wanted}.")
+
+
+_NAMES = {
+    str(int): "a whole number",
+    str(float): "a number",
+    str(str): "a text",
+    str(bool): "true or false",
+    str(list[str]): "a list of texts",
+}
