@@ -16,3 +16,4 @@ from .report import (
     Roofline as Roofline,
 )
 from .tables import table as table
+from .training import Training as Training
