@@ -17,3 +17,4 @@ from .report import (
 )
 from .tables import table as table
 from .training import Training as Training
+from .training_communication import training_step as training_step
