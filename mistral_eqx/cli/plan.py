@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +17,7 @@ from . import options
 if TYPE_CHECKING:
     from ..config import MistralConfig
     from ..parallel import Choice
+    from ..plan import Training
 
 
 def plan(
@@ -36,11 +38,38 @@ def plan(
     ] = None,
     mesh: options.Mesh = None,
     batch: Annotated[int, typer.Option(help="Rows that are computed together.")] = 8,
-    prompt: Annotated[int, typer.Option(help="Tokens of each row's prompt.")] = 512,
-    kv_seq: Annotated[int, typer.Option("--kv-seq", help="Slots of each row in the cache.")] = 4096,
+    prompt: Annotated[int | None, typer.Option(help="Tokens of each row's prompt; 512 unless given.")] = None,
+    kv_seq: Annotated[
+        int | None, typer.Option("--kv-seq", help="Slots of each row in the cache; 4096 unless given.")
+    ] = None,
     dtype: Annotated[
-        options.DType, typer.Option(help="Precision of weights, activations and cache.")
+        options.DType,
+        typer.Option(
+            help="Precision of weights, activations and cache; in training, whose weights and moments are float32, of "
+            "the forward and the backward pass."
+        ),
     ] = options.DType.BFLOAT16,
+    train: Annotated[bool, typer.Option("--train", help="Plan a step of training in place of generation.")] = False,
+    seq: Annotated[int | None, typer.Option(help="With --train: tokens of each row; 4096 unless given.")] = None,
+    zero: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="With --train: how much of the state is split over the devices that share a batch, from 0 to 3; 0 "
+            "unless given. May be given several times."
+        ),
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="With --train: in how many parts a batch is gone through; 1 unless given.")
+    ] = None,
+    remat: Annotated[
+        str | None,
+        typer.Option(
+            help="With --train: what the backward pass computes again: none, dots or block; block unless given."
+        ),
+    ] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="With --train: keep the optimizer's state in the host's memory.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON in place of tables.")] = False,
     picture: Annotated[
         Path | None, typer.Option(help="Draw memory and times into this file, such as plan.png.")
@@ -61,8 +90,11 @@ def plan(
     if picture is not None:
         require_matplotlib()
     config = _config(model)
+    asked = {"seq": seq, "accumulate": accumulate, "remat": remat, "offload": offload or None}
+    trainings = _trainings(train, zero, {name: value for name, value in asked.items() if value is not None})
     reports, refused = [], []
-    for wanted in _wanted(config, strategy or [], mesh, count_devices(topology, devices)):
+    strategies = _wanted(config, strategy or [], mesh, count_devices(topology, devices))
+    for wanted, training in itertools.product(strategies, trainings):
         name = wanted if isinstance(wanted, str) else wanted.name
         try:
             with Console(stderr=True).status(f"Compiling {name} for {topology or 'virtual devices'}"):
@@ -76,6 +108,7 @@ def plan(
                     prompt=prompt,
                     kv_seq=kv_seq,
                     dtype=dtype.value,
+                    train=training,
                 )
         except ValueError as error:
             refused.append((name, error))
@@ -100,6 +133,18 @@ def _config(model: str) -> MistralConfig:
     from .loading import locate
 
     return PRESETS[model] if model in PRESETS else open_checkpoint(locate(model)).config
+
+
+def _trainings(train: bool, zero: list[int] | None, asked: dict[str, Any]) -> list[Training | bool]:
+    """The steps of training that were asked for; one that is none where it is generation that is planned."""
+    from ..plan import Training
+
+    if train:
+        return [Training(zero=stage, **asked) for stage in zero or [0]]
+    names = [*(["zero"] if zero else []), *asked]
+    if names:
+        raise ValueError(f"--{names[0]} is of training; add --train, or leave it out.")
+    return [False]
 
 
 def _wanted(config: MistralConfig, asked: list[str], mesh: str | None, count: int) -> list[Choice | str]:

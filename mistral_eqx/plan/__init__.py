@@ -16,3 +16,5 @@ from .report import (
     Roofline as Roofline,
 )
 from .tables import table as table
+from .training import Training as Training
+from .training_communication import training_step as training_step

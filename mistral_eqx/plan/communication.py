@@ -68,7 +68,7 @@ def forward_pass(
     **Raises:** `ValueError` if the strategy does not fit the config or the axes, as `Strategy.check` says, or
     `batch` cannot be split.
     """
-    ledger = _Ledger(config, strategy, axes, batch, dtype)
+    ledger = Ledger(config, strategy, axes, batch, dtype)
     ledger.model(seq, -(-seq // ledger.parts("kv_seq")), logits=seq)
     return ledger.entries
 
@@ -91,7 +91,7 @@ def prefill(
 
     **Raises:** `ValueError` as there, and if `kv_seq` cannot be split.
     """
-    ledger = _Ledger(config, strategy, axes, batch, dtype)
+    ledger = Ledger(config, strategy, axes, batch, dtype)
     ledger.model(seq, ledger.share("kv_seq", kv_seq), logits=1)
     return ledger.entries
 
@@ -112,13 +112,13 @@ def decoding_step(
 
     - `sampler`: how the token is chosen; greedy unless given.
     """
-    ledger = _Ledger(config, strategy, axes, batch, dtype)
+    ledger = Ledger(config, strategy, axes, batch, dtype)
     ledger.model(1, ledger.share("kv_seq", kv_seq), logits=1)
     ledger.choice(sampler or Sampler())
     return ledger.entries
 
 
-class _Ledger:
+class Ledger:
     """Writes down exchanges in the order in which the modules of `nn` make them."""
 
     def __init__(

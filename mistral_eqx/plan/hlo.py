@@ -17,6 +17,7 @@ _BITS = re.compile(r"[a-z]+(\d+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|called_computations)=(\{[^}]*\}|%[\w.\-]+)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=%([\w.\-]+)")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])")
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -98,7 +99,7 @@ class Program:
         """
         scope = self._computations[computation]
         return sum(self._moved(one, scope) for one in scope.values() if one.opcode != "while") + sum(
-            _trips(one) * self.traffic(body)
+            self._trips(one) * self.traffic(body)
             for one in scope.values()
             if one.opcode == "while"
             for body in re.findall(r"body=%([\w.\-]+)", one.rest)
@@ -116,15 +117,33 @@ class Program:
         scope = self._computations[computation]
         for one in scope.values():
             kind = one.opcode.removesuffix("-start")
-            if kind in _COLLECTIVES:
+            if one.opcode == "fusion" and "calls=%all-reduce-scatter" in one.rest:
+                # So a TPU's compiler writes a reduce-scatter.
+                inside = self._computations[one.called[0]].values()
+                (devices,) = [_group(inner.rest) for inner in inside if inner.opcode == "all-reduce"]
+                size = sum(part.bytes for part in scope[one.operands[0]].parts)
+                yield "reduce_scatter", devices, size, times
+            elif kind in _COLLECTIVES:
                 devices = _group(one.rest)
                 size = sum(sum(part.bytes for part in scope[name].parts) for name in one.operands)
                 if devices != 1:
                     yield kind.replace("-", "_"), devices, size, times
             else:
-                repeated = times * _trips(one) if one.opcode == "while" else times
+                repeated = times * self._trips(one) if one.opcode == "while" else times
                 for called in one.called:
                     yield from self._collectives(called, repeated)
+
+    def _trips(self, loop: Instruction) -> int:
+        """How often a loop turns: as often as it says, or as its condition counts up to a constant; or once."""
+        found = _TRIPS.search(loop.rest)
+        if found is not None:
+            return int(found[1])
+        (name,) = _CONDITION.findall(loop.rest)
+        scope, root = self._computations[name], self._roots[name]
+        if root.opcode != "compare" or "direction=LT" not in root.rest:
+            return 1
+        limit = scope[root.operands[1]]
+        return int(limit.rest) if limit.opcode == "constant" else 1
 
     def _moved(self, one: Instruction, scope: dict[str, Instruction]) -> int:
         if one.opcode in _MOVE_NOTHING:
@@ -160,29 +179,6 @@ class Program:
         return read + written
 
 
-def written(text: str) -> list[Exchange]:
-    """What a program exchanges as it was written, before XLA compiles it.
-
-    **Arguments:**
-
-    - `text`: what `jax.stages.Lowered.as_text` gives, StableHLO.
-    """
-    totals: dict[tuple[str, int], tuple[int, int]] = {}
-    operation = r'"stablehlo\.(all_reduce|all_gather|reduce_scatter|all_to_all|collective_permute)"'
-    for found in re.finditer(operation, text):
-        kind, after = found[1], text[found.end() :]
-        groups = re.search(r"(?:replica_groups|source_target_pairs) = dense<.*?> : tensor<\d+x(\d+)xi64>", after)
-        signature = re.search(r": \((tensor<[^)]*)\) ->", after)
-        assert groups is not None
-        assert signature is not None
-        devices = int(groups[1])
-        size = sum(_tensor_bytes(tensor) for tensor in re.findall(r"tensor<([^>]*)>", signature[1]))
-        if devices > 1:
-            count, total = totals.get((kind, devices), (0, 0))
-            totals[kind, devices] = count + 1, total + size
-    return [Exchange(kind, devices, count, total) for (kind, devices), (count, total) in totals.items()]
-
-
 def _read(line: str) -> Instruction:
     name, _, definition = line.strip().removeprefix("ROOT ").partition(" = ")
     end = _closing(definition, 0) if definition.startswith("(") else definition.index(" ")
@@ -191,8 +187,8 @@ def _read(line: str) -> Instruction:
     start = len(opcode)
     stop = _closing(definition, start)
     operands = definition[start:stop]
-    # The number of a parameter stands where others have their operands.
-    rest = operands if opcode == "parameter" else definition[stop:]
+    # The number of a parameter, and the value of a constant, stand where others have their operands.
+    rest = operands[1:-1] if opcode in ("parameter", "constant") else definition[stop:]
     return Instruction(name.lstrip("%"), opcode, _parts(shape), tuple(_NAME.findall(operands)), rest)
 
 
@@ -219,23 +215,12 @@ def _width(dtype: str) -> int:
     return int(found[1]) if found is not None else 8 if dtype == "pred" else 0
 
 
-def _tensor_bytes(tensor: str) -> int:
-    *sizes, dtype = tensor.split("x")
-    width = _BITS.match(dtype)
-    return math.prod(map(int, sizes)) * (int(width[1]) // 8 if width is not None else 1)
-
-
 def _group(rest: str) -> int:
     """How many devices take part in one exchange; 0 if the text does not tell."""
     found = _GROUPS.search(rest)
     if found is None:
         return 0
     return len(found[1].split(",")) if found[1] is not None else int(found[3])
-
-
-def _trips(loop: Instruction) -> int:
-    found = _TRIPS.search(loop.rest)
-    return 1 if found is None else int(found[1])
 
 
 def _read_of(parameter: Instruction, inside: dict[str, Instruction]) -> int:

@@ -14,6 +14,8 @@ from .tables import label, title
 _MEMORY = {
     "weights": ("weights", "#35618f"),
     "cache": ("keys and values", "#e0862f"),
+    "optimizer": ("optimizer's state", "#e0862f"),
+    "gradients": ("gradients", "#4f9a5b"),
     "other": ("other arguments", "#9a9a9a"),
     "temporary": ("temporary", "#c8443c"),
     "code": ("code", "#7a5c99"),
@@ -22,6 +24,12 @@ _TIMES = {
     "compute": ("compute", "#35618f"),
     "memory": ("memory", "#e0862f"),
     "interconnect": ("links", "#4f9a5b"),
+}
+
+_TITLES = {
+    "prefill": "The prompt takes at least, ms",
+    "decode": "A new token takes at least, ms",
+    "step": "A step takes at least, ms",
 }
 
 _BAR = 0.26
@@ -43,7 +51,8 @@ def picture(reports: Sequence[Report], path: str | Path):
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    timed = [name for name in ("prefill", "decode") if any(report[name].roofline is not None for report in reports)]
+    names = [name for name in _TITLES if name in {phase.name for phase in reports[0].phases}]
+    timed = [name for name in names if any(report[name].roofline is not None for report in reports)]
     size = 6.5 + 4.2 * len(timed), 2 + 0.8 * len(reports)
     figure = Figure(figsize=size, layout="constrained")
     columns = figure.subplots(1, 1 + len(timed), squeeze=False, sharey=True, width_ratios=[1.3, *[1] * len(timed)])
@@ -76,6 +85,8 @@ def _draw_memory(axes: Any, reports: Sequence[Report]):
     left = [0.0] * len(bars)
     for field, (name, colour) in _MEMORY.items():
         sizes = [getattr(phase.memory, field) / 1e9 for _, phase in bars]
+        if not any(sizes):
+            continue
         axes.barh(places, sizes, 0.92 * _BAR, left, color=colour, label=name)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
     longest = max(left)
@@ -107,9 +118,7 @@ def _draw_times(axes: Any, reports: Sequence[Report], name: str):
             text = "does not fit" if phase.refused is not None and index == 1 else f"{value:.2f}"
             axes.annotate(text, (value, place), **_BESIDE)
     axes.set_xlim(0, 1.2 * longest or 1)
-    axes.set_title(
-        "The prompt takes at least, ms" if name == "prefill" else "A new token takes at least, ms", fontsize=10
-    )
+    axes.set_title(_TITLES[name], fontsize=10)
     _finish(axes)
 
 

@@ -18,10 +18,12 @@ from ..generate.reading import prompt_width
 from ..parallel import NAMED, SINGLE, Choice, Strategy, read_strategy, strategies
 from ..parallel.mesh import parse_axes, show
 from ..presets import PRESETS
+from ..train import Zero
 from .chips import CHIPS, Chip
 from .limits import roofline
 from .programs import Job
 from .report import Report, read_phase
+from .training import Training
 
 
 _TOPOLOGY = re.compile(r"(\w+):(\d+(?:x\d+)*)")
@@ -36,9 +38,10 @@ def plan(
     strategy: Strategy | Choice | str = "heads",
     mesh: str | Mapping[str, int] | None = None,
     batch: int = 8,
-    prompt: int = 512,
-    kv_seq: int = 4096,
+    prompt: int | None = None,
+    kv_seq: int | None = None,
     dtype: str = "bfloat16",
+    train: Training | bool = False,
 ) -> Report:
     """Compiles a model for devices that are not here, and reports what each of them would need and do.
 
@@ -47,8 +50,9 @@ def plan(
     rich.print(report.table())
     ```
 
-    The functions that `generate` runs are compiled ahead of time, on shapes in place of weights: nothing of the model's
-    size is allocated. It happens in a process of its own, which takes from some seconds to a minute.
+    The functions that `generate` runs, or a step of training, are compiled ahead of time, on shapes in place of
+    weights: nothing of the model's size is allocated. It happens in a process of its own, which takes from some
+    seconds to a minute, and for training some minutes.
 
     **Arguments:**
 
@@ -61,9 +65,11 @@ def plan(
     - `mesh`: the sizes of the mesh's axes, such as `"kv=8,rep=2"`. Unless given, those of the strategy's first legal
         mesh.
     - `batch`: rows that are computed together, on all devices.
-    - `prompt`: tokens of each row's prompt, which is read in pieces as `generate` does.
-    - `kv_seq`: slots of each row in the cache: the longest that a text can get.
-    - `dtype`: the precision of weights, activations and cache.
+    - `prompt`: tokens of each row's prompt, which is read in pieces as `generate` does; 512 unless given.
+    - `kv_seq`: slots of each row in the cache: the longest that a text can get; 4096 unless given.
+    - `dtype`: the precision of weights, activations and cache; in training, of the forward and the backward pass.
+    - `train`: plans a step of training in place of generation: [`mistral_eqx.plan.Training`][], or `True` for its
+        defaults.
 
     **Returns:** the report.
 
@@ -73,22 +79,18 @@ def plan(
     config, name = (model, "config") if isinstance(model, MistralConfig) else (_preset(model), model)
     count, chip = count_devices(topology, devices), _chip(topology)
     label, split, axes = _place(config, strategy, mesh, count)
-    sizes = {"batch": batch, "prompt": prompt, "kv_seq": kv_seq}
-    for what, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{what} is {size}; it must be at least 1.")
+    training = Training() if train is True else train or None
+    _check_positive("batch", batch)
     rows = math.prod(axes[axis] for axis in split.split_over("batch"))
     if batch % rows:
         raise ValueError(f"A batch of {batch} cannot be split over {rows} devices; take a multiple of {rows}.")
-    if kv_seq < prompt_width(prompt):
-        raise ValueError(
-            f"A prompt of {prompt} tokens is read as {prompt_width(prompt)} and does not fit into a cache of "
-            f"{kv_seq} slots; take a longer kv_seq or a shorter prompt."
-        )
-    if kv_seq > config.max_positions:
-        raise ValueError(
-            f"kv_seq is {kv_seq} and the model's context {config.max_positions} tokens; take a shorter kv_seq."
-        )
+    if training is None:
+        prompt, kv_seq = _generation(config, prompt, kv_seq)
+    else:
+        if (prompt, kv_seq) != (None, None):
+            raise ValueError("Training has no prompt and no cache; leave out prompt and kv_seq, and say train's seq.")
+        _check_training(config, training, split, axes, batch, rows)
+        prompt = kv_seq = 0
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}.")
     if chip is not None and importlib.util.find_spec("libtpu") is None:
@@ -96,7 +98,7 @@ def plan(
             "To compile for a TPU takes libtpu, which is not installed; run pip install 'mistral-eqx[tpu]', or plan "
             "for virtual devices."
         )
-    phases = _compiled(Job(config, topology, count, split.layout, axes, batch, prompt, kv_seq, dtype))
+    phases = _compiled(Job(config, topology, count, split.layout, axes, batch, prompt, kv_seq, dtype, training))
     if chip is not None:
         phases = [
             phase
@@ -113,10 +115,50 @@ def plan(
         strategy=label,
         layout=split.layout,
         axes=axes,
-        phases=tuple(phases),
+        batch=batch,
+        prompt=prompt,
+        kv_seq=kv_seq,
         dtype=dtype,
-        **sizes,
+        phases=tuple(phases),
+        training=training,
     )
+
+
+def _check_positive(what: str, size: int):
+    if size < 1:
+        raise ValueError(f"{what} is {size}; it must be at least 1.")
+
+
+def _generation(config: MistralConfig, prompt: int | None, kv_seq: int | None) -> tuple[int, int]:
+    """The lengths of a prompt and of a cache that can have it."""
+    prompt, kv_seq = 512 if prompt is None else prompt, 4096 if kv_seq is None else kv_seq
+    _check_positive("prompt", prompt)
+    _check_positive("kv_seq", kv_seq)
+    if kv_seq < prompt_width(prompt):
+        raise ValueError(
+            f"A prompt of {prompt} tokens is read as {prompt_width(prompt)} and does not fit into a cache of "
+            f"{kv_seq} slots; take a longer kv_seq or a shorter prompt."
+        )
+    if kv_seq > config.max_positions:
+        raise ValueError(
+            f"kv_seq is {kv_seq} and the model's context {config.max_positions} tokens; take a shorter kv_seq."
+        )
+    return prompt, kv_seq
+
+
+def _check_training(
+    config: MistralConfig, training: Training, split: Strategy, axes: dict[str, int], batch: int, rows: int
+):
+    Zero.init(training.zero, AbstractMesh(tuple(axes.values()), tuple(axes)), split)
+    if batch % (training.accumulate * rows):
+        raise ValueError(
+            f"A batch of {batch} cannot be cut into {training.accumulate} parts for each of {rows} devices; take a "
+            f"multiple of {training.accumulate * rows}."
+        )
+    if training.seq > config.max_positions:
+        raise ValueError(
+            f"seq is {training.seq} and the model's context {config.max_positions} tokens; take a shorter seq."
+        )
 
 
 def _preset(name: str) -> MistralConfig:

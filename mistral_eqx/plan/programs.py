@@ -1,4 +1,4 @@
-"""The programs of a plan: the functions that `generate` runs, on shapes in place of arrays."""
+"""The programs of a plan: the functions that `generate` and training run, on shapes in place of arrays."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
 from ..config import MistralConfig
@@ -20,6 +20,9 @@ from ..generate.reading import CHUNK, prompt_width, read_piece
 from ..nn import Cache, Mistral
 from ..parallel import Strategy, by_hand, specs
 from ..parallel.mesh import make_mesh
+from ..train import HOST, Batch, TrainState, adamw, is_offloaded, make_step, trained
+from .report import Memory
+from .training import Training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Job:
     prompt: int
     kv_seq: int
     dtype: str
+    training: Training | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +53,11 @@ class Uncompiled:
     **Attributes:**
 
     - `name`, `runs`, `tokens`: as in [`mistral_eqx.plan.Phase`][].
-    - `function`: takes `kept` and `cache`, of which it is given the second one for good if `donates`.
+    - `function`: takes `kept` and `given`, a cache or the state of training, of which it is given the second one for
+        good if `donates`.
     - `loops`: whether a run of it is a turn of a loop.
-    - `weights`, `cache_bytes`: how many bytes of its arguments and results on one device are weights, and how many are
-        keys and values.
+    - `memory`: how many bytes of its arguments and results on one device are weights, keys and values, and the
+        optimizer's state, and how many gradients there are besides.
     """
 
     name: str
@@ -60,18 +65,17 @@ class Uncompiled:
     tokens: int
     function: Callable[..., Any]
     kept: PyTree
-    cache: Cache
+    given: PyTree
     donates: bool
     loops: bool
-    weights: int
-    cache_bytes: int
+    memory: Memory
 
     def lower(self, platform: str) -> jax.stages.Lowered:
         """Traces it for a platform that need not be here."""
-        shapes, static = eqx.partition((self.kept, self.cache), _is_shape)
+        shapes, static = eqx.partition((self.kept, self.given), _is_shape)
 
-        def function(kept: PyTree, cache: PyTree) -> PyTree:
-            return eqx.filter(self.function(*eqx.combine((kept, cache), static)), eqx.is_array)
+        def function(kept: PyTree, given: PyTree) -> PyTree:
+            return eqx.filter(self.function(*eqx.combine((kept, given), static)), eqx.is_array)
 
         # The weights take memory in each phase, also in one that has no use for them.
         jitted = jax.jit(function, donate_argnums=(1,) if self.donates else (), keep_unused=True)
@@ -86,18 +90,18 @@ def programs(job: Job, devices: Sequence[Any]) -> Iterator[Uncompiled]:
     - `job`: the shapes.
     - `devices`: those of a topology, or virtual ones.
     """
-    strategy = Strategy(job.layout)
     mesh = by_hand(make_mesh(job.axes, devices))
-    platform = devices[0].platform
-    dtype = jnp.dtype(job.dtype)
+    if job.training is None:
+        yield from _generation(job, mesh, devices[0].platform)
+    else:
+        yield _training(job, job.training, mesh)
+
+
+def _generation(job: Job, mesh: Mesh, platform: str) -> Iterator[Uncompiled]:
+    strategy, dtype = Strategy(job.layout), jnp.dtype(job.dtype)
 
     def place(tree: PyTree) -> PyTree:
-        def placed(leaf: Any, spec: Any) -> Any:
-            if not _is_shape(leaf):
-                return leaf
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-        return jax.tree.map(placed, tree, specs(tree, strategy))
+        return _placed(tree, specs(tree, strategy), mesh)
 
     def array(dims: str, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, strategy.spec(dims)))
@@ -124,11 +128,10 @@ def programs(job: Job, devices: Sequence[Any]) -> Iterator[Uncompiled]:
         tokens=piece,
         function=_plain(read_piece),
         kept=(model, array("batch _", job.batch, piece), array("batch _", job.batch, piece)),
-        cache=small,
+        given=small,
         donates=True,
         loops=False,
-        weights=weights,
-        cache_bytes=_bytes(small.layers),
+        memory=Memory(weights, cache=_bytes(small.layers)),
     )
 
     large = cache_of(caches.slots(model, job.kv_seq))
@@ -139,11 +142,10 @@ def programs(job: Job, devices: Sequence[Any]) -> Iterator[Uncompiled]:
             tokens=0,
             function=lambda model, cache: _plain(caches.grow)(model, cache, large.kv_seq),
             kept=model,
-            cache=small,
+            given=small,
             donates=False,
             loops=False,
-            weights=weights,
-            cache_bytes=_bytes(small.layers) + _bytes(large.layers),
+            memory=Memory(weights, cache=_bytes(small.layers) + _bytes(large.layers)),
         )
 
     def state() -> Decoding:
@@ -156,18 +158,79 @@ def programs(job: Job, devices: Sequence[Any]) -> Iterator[Uncompiled]:
         tokens=1,
         function=_plain(decode),
         kept=(model, place(eqx.filter_eval_shape(state)), Sampler(), array("ends", 1), array("")),
-        cache=large,
+        given=large,
         donates=True,
         loops=True,
-        weights=weights,
-        cache_bytes=_bytes(large.layers),
+        memory=Memory(weights, cache=_bytes(large.layers)),
     )
-    # A step of training goes here, once there is one.
+
+
+def _training(job: Job, training: Training, mesh: Mesh) -> Uncompiled:
+    strategy, optimizer = Strategy(job.layout), adamw(1e-4)
+    options: dict[str, Any] = {"accumulate": training.accumulate, "remat": training.remat}
+    step = make_step(optimizer, compute_dtype=jnp.dtype(job.dtype), **options)
+
+    def init() -> TrainState:
+        model = Mistral.init(job.config, dtype=jnp.float32, strategy=strategy, key=jr.key(0))
+        model = dataclasses.replace(model, mesh=mesh)
+        return TrainState.init(model, optimizer, zero=training.zero, offload=training.offload)
+
+    shapes = eqx.filter_eval_shape(init)
+    state = _placed(shapes, shapes.specs(optimizer), mesh)
+    moments = _bytes(state.optimizer_state)
+    if training.offload:
+        state = eqx.tree_at(lambda state: state.optimizer_state, state, replace_fn=_on_host)
+    # In the first stage each device adds up whole gradients, and then updates its own part.
+    whole = shapes.model.specs(strategy)
+    place = state.zero.specs(whole, state.cuts()) if training.zero > 1 else whole
+    has_gradient = trained(shapes.model)
+    gradients = _bytes(_placed(eqx.filter(shapes.model, has_gradient), eqx.filter(place, has_gradient), mesh))
+    rows = NamedSharding(mesh, strategy.spec("batch"))
+    ids = jax.ShapeDtypeStruct((job.batch, training.seq), jnp.int32, sharding=rows)
+    batch = Batch(ids, ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32, sharding=rows), ids, ids, ids)
+    return Uncompiled(
+        name="step",
+        runs=1,
+        tokens=training.seq,
+        function=lambda batch, state: step(state, batch),
+        kept=batch,
+        given=state,
+        donates=True,
+        loops=False,
+        memory=Memory(
+            _bytes(state.model),
+            optimizer=0 if training.offload else moments,
+            gradients=gradients,
+            host=moments if training.offload else 0,
+        ),
+    )
 
 
 def _plain(compiled: Any) -> Callable[..., Any]:
     """The function that `equinox.filter_jit` was given: it can only be compiled for devices that are here."""
     return compiled.__wrapped__
+
+
+def _placed(tree: PyTree, place: PyTree, mesh: Mesh) -> PyTree:
+    """Shapes that say where on the mesh their entries are."""
+
+    def placed(leaf: Any, spec: Any) -> Any:
+        if not _is_shape(leaf):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, tree, place)
+
+
+def _on_host(tree: PyTree) -> PyTree:
+    """The same, in the host's memory."""
+
+    def moved(leaf: Any) -> Any:
+        if not is_offloaded(leaf):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(HOST))
+
+    return jax.tree.map(moved, tree)
 
 
 def _is_shape(leaf: Any) -> bool:

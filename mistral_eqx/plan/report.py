@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .chips import Chip
+from .training import Training
 
 
 if TYPE_CHECKING:
@@ -42,18 +43,24 @@ class Memory:
     - `other`: other arguments and results, and what the layout of the arguments adds to their size.
     - `temporary`: what the program needs besides.
     - `code`: the program itself.
+    - `optimizer`, `gradients`: in training, this device's parts of the moments and of the gradients.
+    - `host`: the moments that wait in the host's memory, which are not in the total.
     """
 
     weights: int
-    cache: int
-    other: int
-    temporary: int
-    code: int
+    cache: int = 0
+    other: int = 0
+    temporary: int = 0
+    code: int = 0
+    optimizer: int = 0
+    gradients: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
-        return self.weights + self.cache + self.other + self.temporary + self.code
+        """All of them that are on the device."""
+        kept = self.weights + self.cache + self.optimizer + self.gradients
+        return kept + self.other + self.temporary + self.code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +96,7 @@ class Phase:
     **Attributes:**
 
     - `name`: `"prefill"`, which reads a piece of the prompt; `"grow"`, which makes room in the cache for the new
-        tokens; `"decode"`, whose figures other than memory are those of one turn of its loop.
+        tokens; `"decode"`, whose figures other than memory are those of one turn of its loop; or `"step"`, of training.
     - `runs`: how often it runs; for a prompt that is read in pieces, how many there are.
     - `tokens`: the tokens of each row that a run computes.
     - `memory`: what it takes of one device's memory.
@@ -135,9 +142,11 @@ class Report:
     - `devices`: how many there are.
     - `chip`: their figures; `None` for virtual devices.
     - `strategy`, `layout`, `axes`: its name, its text, and the size of each axis of the mesh.
-    - `batch`, `prompt`, `kv_seq`: rows, tokens of each row's prompt, slots of each row in the cache.
-    - `dtype`: the precision of weights, activations and cache.
+    - `batch`, `prompt`, `kv_seq`: rows, tokens of each row's prompt, slots of each row in the cache; training has no
+        prompt and no cache, and both are 0.
+    - `dtype`: the precision of weights, activations and cache; in training, of the forward and the backward pass.
     - `phases`: the programs, in the order in which they run.
+    - `training`: how the model is trained, if it is.
     """
 
     model: str
@@ -153,6 +162,7 @@ class Report:
     kv_seq: int
     dtype: str
     phases: tuple[Phase, ...]
+    training: Training | None = None
 
     def __getitem__(self, name: str) -> Phase:
         """One of the phases, such as `report["decode"]`."""
@@ -193,12 +203,13 @@ class Report:
     def from_dict(cls, fields: dict[str, Any]) -> Report:
         """The report that `to_dict` took apart."""
         fields = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
-        chip, phases = fields["chip"], fields["phases"]
+        chip, phases, training = fields["chip"], fields["phases"], fields["training"]
         return cls(
             **{
                 **fields,
                 "chip": None if chip is None else Chip(**chip),
                 "phases": tuple(read_phase(phase) for phase in phases),
+                "training": None if training is None else Training(**training),
             }
         )
 

@@ -30,14 +30,20 @@ def table(reports: Sequence[Report]) -> Group:
 
 
 def _memory(reports: Sequence[Report]) -> Table:
-    columns = ["weights", "cache", "other", "temporary", "code", "total"]
     known = any(report.chip is not None for report in reports)
+    training = any(report.training is not None for report in reports)
+    offloads = any(phase.memory.host for report in reports for phase in report.phases)
+    columns = [
+        "weights",
+        *(["gradients", "optimizer"] if training else ["cache"]),
+        *("other", "temporary", "code", "total"),
+        *(["host"] if offloads else []),
+    ]
     rows = _table("Memory of each device, MB", [*columns, "of the chip's"] if known else columns)
     for report, phase, head in _rows(reports):
         memory = phase.memory
-        parts = (memory.weights, memory.cache, memory.other, memory.temporary, memory.code, memory.total)
         share = [] if report.chip is None else [f"{memory.total / report.chip.hbm_bytes:.1%}"]
-        rows.add_row(*head, *(_megabytes(part) for part in parts), *share)
+        rows.add_row(*head, *(_megabytes(getattr(memory, column)) for column in columns), *share)
     return rows
 
 
@@ -52,7 +58,8 @@ def _work(reports: Sequence[Report]) -> Table:
         *(["compute ms", "HBM ms", "links ms", "at least ms"] if timed else []),
         "compiled in s",
     ]
-    rows = _table("Work of each device: for the prompt, and for each new token", columns)
+    training = any(report.training is not None for report in reports)
+    rows = _table(f"Work of each device: for {'a step' if training else 'the prompt, and for each new token'}", columns)
     for _, phase, head in _rows(reports):
         runs, times = phase.runs, phase.roofline
         figures = [
@@ -94,7 +101,10 @@ def _rows(reports: Sequence[Report]) -> Iterator[tuple[Report, Phase, tuple[str,
 def label(report: Report) -> str:
     """A strategy and its mesh in few words."""
     axes = ",".join(f"{axis}={size}" for axis, size in report.axes.items())
-    return f"{report.strategy} ({axes})"
+    words = [axes] if report.training is None else [axes, f"ZeRO {report.training.zero}"]
+    if report.training is not None and report.training.offload:
+        words.append("offload")
+    return f"{report.strategy} ({', '.join(words)})"
 
 
 def _remarks(report: Report) -> list[str]:
@@ -120,7 +130,13 @@ def _count(exchanges: Sequence[Exchange]) -> int:
 def title(report: Report) -> str:
     """What the reports of a table or a picture are about."""
     size, unit = (1e9, "billion") if report.parameters >= 1e9 else (1e6, "million")
+    training = report.training
+    if training is None:
+        lengths = f"prompt {report.prompt}, kv_seq {report.kv_seq}"
+    else:
+        parts = f", in {training.accumulate} parts" if training.accumulate > 1 else ""
+        lengths = f"{training.seq} tokens a row{parts}, remat {training.remat}"
     return (
         f"{report.model} ({report.parameters / size:.1f} {unit} weights, {report.dtype}) on {report.place}, batch "
-        f"{report.batch}, prompt {report.prompt}, kv_seq {report.kv_seq}"
+        f"{report.batch}, {lengths}"
     )

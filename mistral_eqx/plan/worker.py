@@ -15,9 +15,11 @@ from typing import Any
 import jax
 
 from ..config import MistralConfig
-from .hlo import Program, written
+from .hlo import Program
 from .programs import Job, Uncompiled, programs
 from .report import Exchange, Memory
+from .stablehlo import products, written
+from .training import Training
 
 
 _GIB = 2**30
@@ -31,7 +33,14 @@ def main():
     fields = json.load(sys.stdin)
     config = fields["config"]
     config["windows"], config["eos_ids"] = tuple(config["windows"]), tuple(config["eos_ids"])
-    job = Job(**{**fields, "config": MistralConfig(**config)})
+    training = fields["training"]
+    job = Job(
+        **{
+            **fields,
+            "config": MistralConfig(**config),
+            "training": None if training is None else Training(**training),
+        }
+    )
     try:
         devices = jax.devices() if job.topology is None else _topology(job.topology)
         result: dict[str, Any] = {"phases": [_measure(program, job) for program in programs(job, devices)]}
@@ -62,7 +71,7 @@ def _measure(program: Uncompiled, job: Job) -> dict[str, Any]:
     start = time.perf_counter()
     lowered = program.lower("cpu" if job.topology is None else "tpu")
     fields = {"name": program.name, "runs": program.runs, "tokens": program.tokens}
-    exchanged = written(lowered.as_text())
+    exchanged = written(lowered)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -71,14 +80,12 @@ def _measure(program: Uncompiled, job: Job) -> dict[str, Any]:
             raise
         units = {"": 1, "K": 2**10, "M": 2**20, "G": _GIB}
         total = int(float(found[1]) * units[found[2]])
-        memory = Memory(
-            program.weights, program.cache_bytes, 0, max(total - program.weights - program.cache_bytes, 0), 0
-        )
+        memory = dataclasses.replace(program.memory, temporary=max(total - program.memory.total, 0))
         compiled = None
         figures: dict[str, Any] = {"flops": 0.0, "hbm_bytes": 0, "once_bytes": 0, "exchanges": []}
         refused = str(error).partition("\n")[0]
     else:
-        memory, figures, refused = _memory(program, compiled), _figures(program, compiled), None
+        memory, figures, refused = _memory(program, compiled), _figures(program, compiled, lowered), None
     return {
         **fields,
         **figures,
@@ -94,20 +101,30 @@ def _memory(program: Uncompiled, compiled: jax.stages.Compiled) -> Memory:
     sizes: Any = compiled.memory_analysis()
     # What is donated is counted with the arguments.
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    other = sizes.argument_size_in_bytes + results - program.weights - program.cache_bytes
-    return Memory(
-        program.weights, program.cache_bytes, other, sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes
+    known = program.memory
+    other = sizes.argument_size_in_bytes + results - known.weights - known.cache - known.optimizer
+    if not sizes.host_argument_size_in_bytes:
+        # A CPU has one memory, whatever it is called.
+        other -= known.host
+    # Of what is temporary, gradients are the part that is known.
+    gradients = min(known.gradients, sizes.temp_size_in_bytes)
+    return dataclasses.replace(
+        known,
+        gradients=gradients,
+        other=other,
+        temporary=sizes.temp_size_in_bytes - gradients,
+        code=sizes.generated_code_size_in_bytes,
     )
 
 
-def _figures(program: Uncompiled, compiled: jax.stages.Compiled) -> dict[str, Any]:
+def _figures(program: Uncompiled, compiled: jax.stages.Compiled, lowered: jax.stages.Lowered) -> dict[str, Any]:
     text = Program(compiled.as_text() or "")
     repeated = text.loop_body() if program.loops else text.entry
     counted: Any = compiled.cost_analysis()
     hbm_bytes = text.traffic(repeated)
     return {
-        # XLA counts the body of a loop once where it does not know how often it runs.
-        "flops": max(counted.get("flops", 0.0), 0.0),
+        # XLA counts the body of a loop once, which for a turn of decoding is right.
+        "flops": products(lowered) if program.name == "step" else max(counted.get("flops", 0.0), 0.0),
         "hbm_bytes": hbm_bytes,
         "once_bytes": text.traffic(text.entry) - hbm_bytes if program.loops else 0,
         "exchanges": _entries(text.exchanges(repeated)),

@@ -28,6 +28,10 @@ _REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 }
 
 
+# What the backward pass may compute again; see `Stacked.hidden`.
+REMATS = tuple(_REMAT)
+
+
 class Gathering(NamedTuple):
     """How arrays are put together of which each device has a part, where they are used and no earlier.
 

@@ -20,6 +20,7 @@ from ..nn.precision import at_least_float32
 from ..parallel import Strategy, place, psum, psum_varying, specs, spmd, vary_alike
 from .batch import Batch
 from .loss import Sums, loss_sums
+from .offload import check_host, to_device, to_host
 from .scan import Gathering, Stacked, cast_floats, stack, trained, unstack
 from .zero import Zero
 
@@ -34,6 +35,7 @@ class TrainState(eqx.Module):
     - `steps`: how many steps were made, those that were skipped included.
     - `skipped`: how many changed nothing, since the loss or a gradient was not finite.
     - `zero`: how much of it is split over the devices that share a batch.
+    - `offload`: whether the optimizer's state is kept in the host's memory.
     """
 
     model: Stacked
@@ -41,6 +43,7 @@ class TrainState(eqx.Module):
     steps: Int[Array, ""]
     skipped: Int[Array, ""]
     zero: Zero = eqx.field(static=True, default=Zero())
+    offload: bool = eqx.field(static=True, default=False)
 
     @classmethod
     def init(
@@ -50,6 +53,7 @@ class TrainState(eqx.Module):
         *,
         dtype: DTypeLike = jnp.float32,
         zero: int = 0,
+        offload: bool = False,
     ) -> "TrainState":
         """The state before the first step.
 
@@ -61,10 +65,15 @@ class TrainState(eqx.Module):
         - `dtype`: in which trained weights and optimizer state are kept. Products may be in less: see
             [`mistral_eqx.train.make_step`][].
         - `zero`: the stage of [`mistral_eqx.train.Zero`][].
+        - `offload`: keeps the optimizer's state in the host's memory; a step brings it to the device for the update.
+            The numbers are the same, and each step takes the time to move them there and back.
 
-        **Raises:** `ValueError` if there is no such stage, or nothing to split the state over.
+        **Raises:** `ValueError` if there is no such stage, nothing to split the state over, or the devices do not
+        reach the host's memory.
         """
         stage = Zero.init(zero, model.mesh, model.strategy)
+        if offload:
+            check_host(model.mesh)
 
         def build(model: Mistral, cuts: Stacked | None = None) -> TrainState:
             stacked = stack(model)
@@ -82,7 +91,7 @@ class TrainState(eqx.Module):
                 arrays, static = eqx.partition(kept, eqx.is_array)
                 kept = eqx.combine(stage.own(arrays, cuts), static)
             none = jnp.zeros((), jnp.int32)
-            return cls(kept, optimizer.init(parts), none, none, stage)
+            return cls(kept, optimizer.init(parts), none, none, stage, offload)
 
         shape = eqx.filter_eval_shape(build, model)
         place, cuts = shape.specs(optimizer), shape.cuts()
@@ -92,7 +101,7 @@ class TrainState(eqx.Module):
             (specs(model, model.strategy),),
             place,
         )
-        return eqx.combine(eqx.filter_jit(make)(model), _static(shape))
+        return eqx.combine(eqx.filter_jit(lambda model: _put_away(make(model)))(model), _static(shape))
 
     @property
     def strategy(self) -> Strategy:
@@ -217,6 +226,7 @@ def make_step(
             state.steps + 1,
             state.skipped + (1 - finite.astype(jnp.int32)),
             zero,
+            state.offload,
         )
         means = [part / sums.weight for part in (sums.loss, sums.cross_entropy, sums.correct)]
         loss, cross_entropy, accuracy = means
@@ -232,8 +242,9 @@ def make_step(
             )
         place, rows = state.specs(optimizer), strategy.spec("batch")
         run = partial(on_device, cuts=state.cuts())
+        state = _fetched(state)
         made, metrics = spmd(run, mesh, (place, rows), (place, PartitionSpec()))(state, batch)
-        return eqx.combine(made, _static(state)), metrics
+        return eqx.combine(_put_away(made), _static(state)), metrics
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         mesh, axes = state.model.outer.mesh, state.strategy.split_over("batch")
@@ -314,6 +325,20 @@ def _gradient(
     if zero.stage == 1:
         gradient = zero.own(gradient, cuts)
     return gradient, jax.tree.map(lambda sum: psum(sum, "batch", strategy), sums)
+
+
+def _fetched(state: TrainState) -> TrainState:
+    """The state as the update takes it. Between memories whole arrays are moved: this is outside of `shard_map`."""
+    return eqx.tree_at(_optimizer_state, state, replace_fn=to_device) if state.offload else state
+
+
+def _put_away(state: TrainState) -> TrainState:
+    """The state as it is kept until the next step."""
+    return eqx.tree_at(_optimizer_state, state, replace_fn=to_host) if state.offload else state
+
+
+def _optimizer_state(state: TrainState) -> PyTree:
+    return state.optimizer_state
 
 
 def _static(tree: PyTree) -> PyTree:

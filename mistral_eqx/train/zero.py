@@ -7,7 +7,7 @@ from functools import partial
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from ..parallel import Strategy, gather_parts, own_part, scatter_sum, vary
@@ -40,7 +40,7 @@ class Zero:
     devices: int = 1
 
     @classmethod
-    def init(cls, stage: int, mesh: Mesh | None, strategy: Strategy) -> "Zero":
+    def init(cls, stage: int, mesh: Mesh | AbstractMesh | None, strategy: Strategy) -> "Zero":
         """Checks the stage.
 
         **Raises:** `ValueError` if there is no such stage, or nothing to split over.

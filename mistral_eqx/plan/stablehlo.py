@@ -1,0 +1,84 @@
+"""What a program exchanges and multiplies as it was written, before XLA compiles it.
+
+A loop whose turns are counted by a constant counts as often as it turns; any other, such as the decoding loop, once.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.extend.mlir.dialects import stablehlo
+
+from .report import Exchange
+
+
+_COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "collective_permute")
+
+
+def written(lowered: jax.stages.Lowered) -> list[Exchange]:
+    """What a program exchanges between devices, equal operations put together."""
+    totals: dict[tuple[str, int], tuple[int, int]] = {}
+    for operation, times in _operations(lowered):
+        kind = operation.name.removeprefix("stablehlo.")
+        if kind not in _COLLECTIVES:
+            continue
+        groups = "source_target_pairs" if kind == "collective_permute" else "replica_groups"
+        devices = operation.attributes[groups].type.shape[1]
+        size = sum(_bytes(operand.type) for operand in operation.operands)
+        if devices > 1:
+            count, total = totals.get((kind, devices), (0, 0))
+            totals[kind, devices] = count + times, total + times * size
+    return [Exchange(kind, devices, count, total) for (kind, devices), (count, total) in totals.items()]
+
+
+def products(lowered: jax.stages.Lowered) -> float:
+    """The multiplications and additions of all products of arrays on one device."""
+    total = 0
+    for operation, times in _operations(lowered):
+        if operation.name == "stablehlo.dot_general":
+            sizes = operation.operands[0].type.shape
+            summed = stablehlo.DotDimensionNumbers(
+                operation.attributes["dot_dimension_numbers"]
+            ).lhs_contracting_dimensions
+            terms = math.prod(sizes[dimension] for dimension in summed)
+            total += times * 2 * terms * math.prod(operation.results[0].type.shape)
+    return float(total)
+
+
+def _operations(lowered: jax.stages.Lowered) -> Iterator[tuple[Any, int]]:
+    """Each operation, and how often it runs."""
+    module: Any = lowered.compiler_ir("stablehlo")
+    functions = {one.attributes["sym_name"].value: one.operation for one in module.body.operations}
+
+    def inside(operation: Any, times: int) -> Iterator[tuple[Any, int]]:
+        for region in operation.regions:
+            for block in region:
+                for one in block:
+                    yield from visit(one.operation, times)
+
+    def visit(operation: Any, times: int) -> Iterator[tuple[Any, int]]:
+        yield operation, times
+        if operation.name in ("func.call", "call"):
+            yield from inside(functions[operation.attributes["callee"].value], times)
+        else:
+            yield from inside(operation, times * (_turns(operation) if operation.name == "stablehlo.while" else 1))
+
+    return inside(functions["main"], 1)
+
+
+def _turns(loop: Any) -> int:
+    """How often a loop turns that counts from 0 up to a constant; 1 if it does not."""
+    (condition,) = loop.regions[0]
+    *_, compared, _ = condition
+    if compared.operation.name != "stablehlo.compare":
+        return 1
+    limit = compared.operation.operands[1].owner
+    if getattr(limit, "name", None) != "stablehlo.constant":
+        return 1
+    return limit.attributes["value"].get_splat_value().value
+
+
+def _bytes(kind: Any) -> int:
+    width = str(kind.element_type).lstrip("bfui")
+    return math.prod(kind.shape) * max(1, int(width) // 8)

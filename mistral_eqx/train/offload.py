@@ -1,0 +1,44 @@
+"""The optimizer's state in the host's memory, from which it comes to the device for an update alone."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+
+HOST = "pinned_host"
+
+
+def check_host(mesh: Mesh | None):
+    """Whether the devices can reach memory of the host.
+
+    **Raises:** `ValueError` if they cannot.
+    """
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST not in kinds:
+        raise ValueError(
+            f"A {device.platform} device has no memory {HOST!r} for the optimizer's state, but only "
+            f"{', '.join(map(repr, kinds))}; leave out offload=True."
+        )
+
+
+def is_offloaded(leaf: Any) -> bool:
+    """Which arrays of an optimizer's state are kept on the host; single numbers, such as a count, are not."""
+    return (eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)) and leaf.ndim > 0
+
+
+def to_host(optimizer_state: PyTree) -> PyTree:
+    """Inside `jax.jit`: the arrays as they are sharded, in the host's memory."""
+    return _moved(optimizer_state, jax.memory.Space.Host)
+
+
+def to_device(optimizer_state: PyTree) -> PyTree:
+    """Inside `jax.jit`: the arrays as they are sharded, in the device's memory."""
+    return _moved(optimizer_state, jax.memory.Space.Device)
+
+
+def _moved(tree: PyTree, space: jax.memory.Space) -> PyTree:
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if is_offloaded(leaf) else leaf, tree)
