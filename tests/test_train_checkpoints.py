@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import random
 import resource
 import time
@@ -61,19 +60,29 @@ def test_a_state_may_change_while_it_is_written(tmp_path):
     checkpoints.close()
 
 
-def test_a_full_disk_leaves_the_one_before(tmp_path):
-    """A process that may write no larger files gets what a full disk gives: an error in the middle of writing."""
-    checkpoints = train.Checkpoints(tmp_path, {})
+def _fill(folder, said):
+    """What the process does that may write no larger files, and so gets what a full disk gives: an error while writing."""
+    checkpoints = train.Checkpoints(folder, {})
     checkpoints.save(state_at(1), {})
     checkpoints.wait()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     try:
-        with refused("could not be written", str(tmp_path), "That of step 1 is complete"):
-            checkpoints.save(state_at(2), {})
-            checkpoints.wait()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        checkpoints.save(state_at(2), {})
+        checkpoints.wait()
+    except ValueError as error:
+        said.send(str(error))
+
+
+def test_a_full_disk_leaves_the_one_before(tmp_path):
+    here, there = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=_fill, args=(tmp_path, there))
+    process.start()
+    assert here.poll(120)
+    said = here.recv()
+    process.kill()
+    assert said.startswith(f"A checkpoint could not be written to {tmp_path}: ")
+    assert said.endswith("That of step 1 is complete; make room, or mend what is wrong there, and train on.")
+    assert len(said) < 400
     again = train.Checkpoints(tmp_path, {})
     assert again.latest == 1
     found, _ = again.restore(state_at(0))
@@ -86,7 +95,9 @@ STEPS = 40
 
 def _train(folder, losses):
     """What the process does that is killed: a checkpoint after each step."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", str(folder.parent / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
     class Told(train.Callback):
         def on_step(self, run, metrics):

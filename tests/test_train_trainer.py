@@ -87,7 +87,7 @@ def test_the_trainer_makes_the_steps_of_make_step(whole):
     seen, made, _ = whole
     optimizer = train.adamw(1e-2)
     state = train.TrainState.init(model(), optimizer)
-    step = train.make_step(optimizer, compute_dtype=None, remat="none")
+    step = train.make_step(optimizer, compute_dtype=None)
     for number, batch in enumerate(batches(STEPS), start=1):
         state, metrics = step(state, batch)
         assert float(metrics.loss) == seen.losses[number]

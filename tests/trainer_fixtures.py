@@ -27,7 +27,7 @@ def model(axes=None, layout=""):
 
 
 def trainer(folder=None, *callbacks, **options):
-    settings = {"compute_dtype": None, "remat": "none", "log_every": 2, "progress": False} | options
+    settings = {"compute_dtype": None, "log_every": 2, "progress": False} | options
     return mx.Trainer(train.adamw(1e-2), checkpoint_dir=folder, callbacks=callbacks, **settings)
 
 

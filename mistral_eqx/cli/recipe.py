@@ -32,7 +32,7 @@ class Data:
 
     - `kind`: `"sort"`, `"adder"`, `"characters"`, `"text"`, `"json_lines"`, `"parquet"` or `"chat"`.
     - `path`: a file, or several, found from where the recipe is.
-    - `held_out`: a file, or several, of the same kind, to evaluate on. Sets that are made hold out a part by themselves.
+    - `held_out`: a file, or several, of the same kind, to evaluate on. Sets that are made hold out a part themselves.
     - `field`: of JSON lines or Parquet.
     - `separator`: between the documents of a text.
     - `tokenizer`: as of a checkpoint; the model's own unless given.
@@ -93,6 +93,8 @@ class Training:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     zero: int = 0
+    offload: bool = False
+    seed: int = 0
     save_every: int = 500
     keep: int = 2
     evaluate_every: int = 500
@@ -160,7 +162,7 @@ def read_recipe(path: Path, changes: Sequence[str]) -> Recipe:
     for change in changes:
         name, sign, text = change.partition("=")
         if not sign or not name:
-            raise ValueError(f"--set {change!r} does not say what to set; write, for example, --set training.steps=100.")
+            raise ValueError(f"--set {change!r} does not say what to set; write it as in --set training.steps=100.")
         table = document
         *tables, last = name.split(".")
         for key in tables:
@@ -203,9 +205,9 @@ def _typed(value: Any, expected: Any, shown: str, name: str) -> Any:
         if option == list[str]:
             if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
                 return value
-        elif isinstance(option, type) and type(value) is option:
-            return value
-        elif typing.get_origin(option) is dict and isinstance(value, dict):
+        elif (isinstance(option, type) and type(value) is option) or (
+            typing.get_origin(option) is dict and isinstance(value, dict)
+        ):
             return value
     wanted = " or ".join(_NAMES.get(str(option), "a table") for option in options if option is not types.NoneType)
     raise ValueError(f"The recipe's {shown} is {value!r}; it must be {wanted}.")

@@ -52,7 +52,7 @@ class Trainer:
 
     - `optimizer`: as of [`mistral_eqx.train.make_step`][], and so are `compute_dtype`, `accumulate`, `clip`, `remat`,
         `label_smoothing`, `z_loss` and `seed`.
-    - `dtype`, `zero`: as of [`mistral_eqx.train.TrainState`][]'s `init`.
+    - `dtype`, `zero`, `offload`: as of [`mistral_eqx.train.TrainState`][]'s `init`.
     - `checkpoint_dir`: the run's folder. It gets checkpoints, and `training.csv` and `evaluation.csv`. Takes the extra
         `train`. Without it nothing is written, and a run that ends is gone.
     - `save_every`: after how many steps to write a checkpoint; one is also written after the last step, at ctrl-C and
@@ -75,6 +75,7 @@ class Trainer:
     z_loss: float = 0.0
     dtype: DTypeLike = jnp.float32
     zero: int = 0
+    offload: bool = False
     seed: int = 0
     checkpoint_dir: str | Path | None = None
     save_every: int = 500
@@ -111,7 +112,7 @@ class Trainer:
         the vocabulary, rows longer than the model's context or no rows for each device; if the checkpoints are of
         another run; or if one cannot be written.
         """
-        state = TrainState.init(model, self.optimizer, dtype=self.dtype, zero=self.zero)
+        state = self._state(model)
         run = Run(state, 0, steps, None if self.checkpoint_dir is None else Path(self.checkpoint_dir).absolute())
         callbacks = [*self._own_callbacks(), *self.callbacks]
         with contextlib.ExitStack() as stack:
@@ -149,9 +150,12 @@ class Trainer:
         folder = Path(self.checkpoint_dir) / BEST if best else Path(self.checkpoint_dir)
         if not folder.is_dir():
             raise ValueError(f"There is no checkpoint in {folder}; train first, or name another folder.")
-        state = TrainState.init(model, self.optimizer, dtype=self.dtype, zero=self.zero)
+        state = self._state(model)
         with contextlib.closing(Checkpoints(folder, {}) if best else self._checkpoints(folder, model)) as checkpoints:
             return checkpoints.restore(state)[0].unstacked()
+
+    def _state(self, model: Mistral) -> TrainState:
+        return TrainState.init(model, self.optimizer, dtype=self.dtype, zero=self.zero, offload=self.offload)
 
     def _own_callbacks(self) -> list[Callback]:
         return [

@@ -1,0 +1,174 @@
+"""`mistral-eqx train`: what a recipe says, from the first step or from where it ended."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options, processes
+
+
+if TYPE_CHECKING:
+    from ..nn import Mistral
+    from .recipe import Recipe
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file; examples/recipes has some.")],
+    folder: Annotated[str | None, typer.Option(help="Where the run writes, in place of the recipe's folder.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="How many steps the run has, in place of the recipe's.")
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Another entry of the recipe that is to be other, such as data.rows=8."
+        ),
+    ] = None,
+    mesh: options.Mesh = None,
+    strategy: options.Strategy = None,
+    coordinator: options.Coordinator = None,
+    num_processes: options.NumProcesses = None,
+    process_id: options.ProcessId = None,
+    debug: options.Debug = False,
+):
+    """Train a model as a recipe says: from nothing, or from a checkpoint, all of it or adapters.
+
+    If the folder holds a run, it goes on, to the same numbers as if it had never ended. Ctrl-C and SIGTERM end it after
+    the step, with a checkpoint. At the end the model stands in the folder `model`, or its adapters in `adapters`.
+
+    Figures are in training.csv and evaluation.csv in the folder; what the model says goes to stdout.
+    """
+    from .recipe import read_recipe
+
+    changes = [
+        *(change or []),
+        *([f'folder="{folder}"'] if folder is not None else []),
+        *([f"training.steps={steps}"] if steps is not None else []),
+        *([f'devices.mesh="{mesh}"'] if mesh is not None else []),
+        *([f'devices.strategy="{strategy}"'] if strategy is not None else []),
+    ]
+    wanted = read_recipe(recipe, changes)
+    _run(wanted, recipe.parent, coordinator, num_processes, process_id)
+
+
+def _run(recipe: "Recipe", near: Path, coordinator: str | None, num_processes: int | None, process_id: int | None):
+    import mistral_eqx as mx
+
+    from ..checkpoint import open_checkpoint
+    from ..parallel import agree
+    from .devices import Devices
+    from .loading import locate
+    from .training import continuations, count_solved, make_trainer, open_sets
+
+    devices = Devices(recipe.devices.mesh, recipe.devices.strategy, coordinator, num_processes, process_id)
+    agree("recipe", repr(recipe))
+    path = locate(recipe.model.name) if recipe.model.weights else None
+    config = _config(recipe) if path is None else open_checkpoint(path).config
+    tokenizer = None
+    if recipe.data.tokenizer is not None or path is not None:
+        tokenizer = mx.load_tokenizer(path if recipe.data.tokenizer is None else locate(recipe.data.tokenizer))
+    if path is None and tokenizer is not None:
+        config = dataclasses.replace(config, vocab=tokenizer.vocab)
+    sets = open_sets(recipe.data, near, Path(recipe.folder) / "tokens", tokenizer, config.vocab)
+    if path is None and sets.vocab is not None:
+        config = dataclasses.replace(config, vocab=sets.vocab)
+    eos_ids = () if tokenizer is None else tuple(tokenizer.eos_ids)
+    show = continuations(sets, recipe.training.samples, eos_ids)
+    trainer = make_trainer(recipe, sets, show)
+    placed, split, where = devices.place(config)
+    model = _model(recipe, config, path, placed, split)
+    batches = mx.train.batches(
+        sets.known,
+        rows=recipe.data.rows,
+        seq=sets.seq,
+        objective=sets.objective,
+        seed=recipe.data.seed,
+        packing=recipe.data.packing,
+    )
+    processes.say(
+        f"{config.parameters:,} weights, {recipe.training.steps} steps of {recipe.data.rows} rows of {sets.seq} "
+        f"tokens{', ' + where if where else ''}"
+    )
+    model = trainer.fit(model, batches, steps=recipe.training.steps)
+    _tell(Path(recipe.folder))
+    if isinstance(sets.held_out, mx.train.data.AbstractProblems):
+        typer.echo(count_solved(model, sets.held_out))
+    _save(recipe, model, tokenizer)
+
+
+def _config(recipe: "Recipe") -> Any:
+    from ..presets import PRESETS
+
+    if recipe.model.name not in PRESETS:
+        raise ValueError(
+            f"The recipe's 'model.name' is {recipe.model.name!r}; without 'model.weights' it must be a preset: "
+            f"{', '.join(PRESETS)}."
+        )
+    config, changes = PRESETS[recipe.model.name], dict(recipe.model.config)
+    for name in changes:
+        if name not in vars(config):
+            raise ValueError(f"The recipe's 'model.config' has {name!r}; a config has {', '.join(vars(config))}.")
+    if "windows" in changes:
+        changes["windows"] = tuple(window or None for window in changes["windows"])
+    elif "layers" in changes:
+        changes["windows"] = (None,) * changes["layers"]
+    return dataclasses.replace(config, **changes)
+
+
+def _model(recipe: "Recipe", config: Any, path: Path | None, placed: Any, split: Any) -> "Mistral":
+    import equinox as eqx
+    import jax.random as jr
+
+    import mistral_eqx as mx
+
+    from .loading import load
+
+    key, adapters = jr.split(jr.key(recipe.model.seed))
+    if path is not None:
+        model = load(path, "float32", False, placed, split)
+    else:
+        model = eqx.filter_jit(mx.Mistral.init)(config, key=key)
+        model = model if placed is None else mx.shard(model, placed, split)
+    if recipe.lora is None:
+        return model
+    lora = recipe.lora
+    return mx.apply_lora(
+        model,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        targets=tuple(lora.targets),
+        dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        train_embeddings=lora.train_embeddings,
+        key=adapters,
+    )
+
+
+def _tell(folder: Path):
+    """The last line of each file of figures."""
+    import csv
+
+    for name in ("training", "evaluation"):
+        path = folder / f"{name}.csv"
+        if path.exists() and processes.number() == 0:
+            with path.open(newline="") as file:
+                last = list(csv.DictReader(file))[-1]
+            figures = ", ".join(f"{what} {float(last[what]):.4g}" for what in ("loss", "accuracy"))
+            processes.say(f"{name}: step {last['step']}, {figures}")
+
+
+def _save(recipe: "Recipe", model: "Mistral", tokenizer: Any):
+    import mistral_eqx as mx
+
+    if recipe.lora is not None and not recipe.lora.train_embeddings:
+        target = Path(recipe.folder) / "adapters"
+        mx.save_lora(model, target, base=recipe.model.name, overwrite=True)
+    else:
+        target = Path(recipe.folder) / "model"
+        model = model if recipe.lora is None else mx.merge_lora(model)
+        mx.save(model, target, overwrite=True)
+        if tokenizer is not None and processes.number() == 0:
+            tokenizer.save(target)
+    processes.say(f"Saved to {target}")

@@ -1,0 +1,286 @@
+"""From a recipe to what a run of training is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import typer
+
+from . import processes
+from .recipe import Data, Optimizer, Recipe
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import optax
+
+    import mistral_eqx as mx
+
+    from ..nn import Mistral
+    from ..text import AbstractTokenizer
+
+
+class Sets(NamedTuple):
+    """What is learned from.
+
+    **Attributes:**
+
+    - `known`, `held_out`: the examples to train on and those to evaluate on, or what an objective makes them of.
+    - `objective`: makes an example of an entry, or `None` if entries are examples.
+    - `seq`: how many columns a row has.
+    - `vocab`: how many tokens there are, or `None` if that is the model's affair.
+    - `encode`, `decode`: between texts and tokens, or `None` if there are no texts.
+    """
+
+    known: Any
+    held_out: Any
+    objective: Callable[[Any, np.random.Generator], mx.train.Example] | None
+    seq: int
+    vocab: int | None = None
+    encode: Callable[[str], list[int]] | None = None
+    decode: Callable[[Any], str] | None = None
+
+
+_MADE = ("sort", "adder")
+_READ = ("text", "json_lines", "parquet", "chat")
+
+
+def open_sets(data: Data, near: Path, tokens: Path, tokenizer: AbstractTokenizer | None, vocab: int) -> Sets:
+    """Opens the data of a recipe.
+
+    **Arguments:**
+
+    - `data`: the recipe's.
+    - `near`: the folder from which paths are.
+    - `tokens`: the folder for tokens of texts.
+    - `tokenizer`: for texts.
+    - `vocab`: of the model, for texts.
+
+    **Raises:** `ValueError` if an entry is missing or does not fit the kind.
+    """
+    from ..train import data as sets
+
+    if data.kind in _MADE:
+        kind = sets.Sort if data.kind == "sort" else sets.Adder
+        known, held_out = (_called(kind, data.options, "data.options", held_out=part) for part in (False, True))
+        return Sets(known, held_out, None, data.seq or known.seq, known.vocab)
+    if data.seq is None:
+        raise ValueError(f"The recipe lacks 'data.seq', how many columns a row has, for data of kind {data.kind!r}.")
+    if data.kind != "characters" and data.kind not in _READ:
+        kinds = ", ".join((*_MADE, "characters", *_READ))
+        raise ValueError(f"The recipe's 'data.kind' is {data.kind!r}; it must be one of {kinds}.")
+    if data.path is None:
+        raise ValueError(f"The recipe lacks 'data.path', the file to read, for data of kind {data.kind!r}.")
+    if data.kind == "characters":
+        text = "".join(path.read_text(encoding="utf-8") for path in _paths(data.path, near))
+        known, held_out = (sets.Characters(text, data.seq, held_out=part) for part in (False, True))
+        return Sets(known, held_out, None, data.seq, known.vocab, known.encode, known.decode)
+    if tokenizer is None:
+        raise ValueError(
+            f"Data of kind {data.kind!r} takes a tokenizer, which a preset lacks; name a checkpoint as 'data.tokenizer'."
+        )
+    objective, piece = _objective(data, tokenizer, vocab)
+    known = _entries(data, data.path, near, tokens, tokenizer, vocab, piece)
+    held_out = None if data.held_out is None else _entries(data, data.held_out, near, tokens, tokenizer, vocab, piece)
+    return Sets(known, held_out, objective, data.seq, None, tokenizer.encode, tokenizer.decode)
+
+
+def _entries(
+    data: Data, path: str | list[str], near: Path, tokens: Path, tokenizer: AbstractTokenizer, vocab: int, piece: int
+) -> Any:
+    from ..train import data as sets
+    from .progress import progress_bar
+
+    paths = _paths(path, near)
+    match data.kind:
+        case "chat":
+            return sets.JSONLines(paths, field=data.field or "messages")
+        case "json_lines":
+            texts = sets.JSONLines(paths, field=data.field or "text")
+        case "parquet":
+            texts = sets.Parquet(paths, column=data.field or "text")
+        case _:
+            texts = sets.TextFile(paths, separator=data.separator)
+    end_id = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
+    with progress_bar("Encoding texts", counts=True) as bar:
+        encoded = sets.tokenise(texts, tokenizer.encode, tokens, vocab=vocab, end_id=end_id, progress=bar)
+    return sets.Pieces(encoded, piece)
+
+
+def _objective(
+    data: Data, tokenizer: AbstractTokenizer, vocab: int
+) -> tuple[Callable[[Any, np.random.Generator], mx.train.Example], int]:
+    """The objective, and how long a piece may be so that its example has at most `seq` columns."""
+    import mistral_eqx as mx
+
+    from .. import train
+
+    assert data.seq is not None
+    seq, options = data.seq, data.objective_options
+    if data.kind == "chat":
+        encode = functools.partial(mx.encode_chat, tokenizer)
+        return lambda messages, random: train.chat(messages, encode), seq
+    masked = {"vocab": vocab, **options}
+    # A piece has one token more than its length.
+    chosen = {
+        "causal": (lambda ids, random: train.causal(ids, **options), seq),
+        "prefix_lm": (lambda ids, random: train.prefix_lm(ids, random.integers(1, len(ids)), **options), seq),
+        "bert_mask": (lambda ids, random: _called(train.bert_mask, masked, _OPTIONS, ids, random), seq - 1),
+        "mass": (lambda ids, random: _called(train.mass, masked, _OPTIONS, ids, random), (2 * seq) // 3 - 2),
+        "replace_spans": (
+            lambda ids, random: _called(train.replace_spans, options, _OPTIONS, ids, random),
+            int(seq / 1.3) - 3,
+        ),
+        "drop_spans": (lambda ids, random: _called(train.drop_spans, options, _OPTIONS, ids, random), seq - 1),
+    }
+    if data.objective not in chosen:
+        raise ValueError(
+            f"The recipe's 'data.objective' is {data.objective!r}; it must be one of {', '.join(chosen)}, or the kind "
+            "of the data 'chat'."
+        )
+    function, piece = chosen[data.objective]
+    if piece < 1:
+        raise ValueError(f"Rows of {seq} columns are too short for the objective {data.objective!r}; make them longer.")
+    return function, piece
+
+
+_OPTIONS = "data.objective_options"
+
+
+def _called(function: Callable[..., Any], options: Mapping[str, Any], where: str, *arguments: Any, **more: Any) -> Any:
+    """Calls a function with options of a recipe."""
+    import inspect
+
+    takes = inspect.signature(function).parameters
+    for name in options:
+        if name not in takes:
+            raise ValueError(
+                f"The recipe's {where!r} have {name!r}, which is not taken there; take of {', '.join(takes)}."
+            )
+    missing = [
+        name
+        for name, parameter in takes.items()
+        if parameter.default is parameter.empty and parameter.kind is parameter.KEYWORD_ONLY and name not in options
+    ]
+    if missing and not more:
+        raise ValueError(f"The recipe's {where!r} lack {missing[0]!r}; add it.")
+    return function(*arguments, **options, **more)
+
+
+def _paths(path: str | list[str], near: Path) -> list[Path]:
+    paths = [near / Path(one).expanduser() for one in ([path] if isinstance(path, str) else path)]
+    for one in paths:
+        if not one.is_file():
+            raise ValueError(f"There is no file {str(one)!r}, which the recipe names; check the path.")
+    return paths
+
+
+def make_optimizer(optimizer: Optimizer, steps: int) -> optax.GradientTransformation:
+    """The recipe's optimizer for so many steps."""
+    from .. import train
+
+    match optimizer.schedule:
+        case "constant":
+            rate = optimizer.learning_rate
+        case "cosine":
+            rate = train.warmup_cosine(optimizer.learning_rate, warmup=optimizer.warmup, steps=steps, end=optimizer.end)
+        case "wsd":
+            decay = max(1, steps // 10) if optimizer.decay is None else optimizer.decay
+            rate = train.wsd(
+                optimizer.learning_rate, warmup=optimizer.warmup, decay=decay, steps=steps, end=optimizer.end
+            )
+        case other:
+            raise ValueError(f"The recipe's 'optimizer.schedule' is {other!r}; it must be constant, cosine or wsd.")
+    return train.adamw(rate, weight_decay=optimizer.weight_decay, b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps)
+
+
+def make_trainer(recipe: Recipe, sets: Sets, show: Callable[[Mistral], object] | None) -> mx.Trainer:
+    """The recipe's trainer, with its callbacks."""
+    from .. import train
+
+    wanted = recipe.training
+    callbacks = [
+        *([train.KeepBest()] if wanted.keep_best else []),
+        *([train.EarlyStop(wanted.early_stop)] if wanted.early_stop is not None else []),
+        *([train.TensorBoard()] if wanted.tensorboard else []),
+        *([train.WandB(wanted.wandb, dir=recipe.folder)] if wanted.wandb is not None else []),
+        *([train.Samples(show, every=wanted.evaluate_every)] if show is not None else []),
+    ]
+    if sets.held_out is None and (wanted.keep_best or wanted.early_stop is not None):
+        raise ValueError(
+            "The recipe has nothing to evaluate on, which 'keep_best' and 'early_stop' go by; add 'data.held_out'."
+        )
+    evaluate_on = None
+    if sets.held_out is not None:
+        evaluate_on = train.batches(
+            sets.held_out,
+            rows=recipe.data.rows,
+            seq=sets.seq,
+            objective=sets.objective,
+            shuffle=False,
+            epochs=1,
+            remainder="pad",
+        )
+    settings = {field.name: getattr(wanted, field.name) for field in dataclasses.fields(wanted)}
+    options = {name: settings[name] for name in _OF_TRAINER}
+    options["compute_dtype"] = None if wanted.compute_dtype == "float32" else wanted.compute_dtype
+    return train.Trainer(
+        make_optimizer(recipe.optimizer, wanted.steps),
+        checkpoint_dir=recipe.folder,
+        evaluate_on=evaluate_on,
+        callbacks=callbacks,
+        **options,
+    )
+
+
+_OF_TRAINER = (
+    "accumulate",
+    "clip",
+    "remat",
+    "label_smoothing",
+    "z_loss",
+    "zero",
+    "offload",
+    "seed",
+    "save_every",
+    "keep",
+    "evaluate_every",
+    "log_every",
+)
+
+
+def continuations(sets: Sets, samples: list[str], eos_ids: tuple[int, ...]) -> Callable[[Mistral], object] | None:
+    """Prints how a model continues some texts."""
+    if not samples or sets.encode is None or sets.decode is None:
+        return None
+    import mistral_eqx as mx
+
+    prompts, decode = [sets.encode(sample) for sample in samples], sets.decode
+
+    def show(model: Mistral):
+        out = mx.generate(model, prompts, max_new_tokens=64, eos_id=eos_ids or None)
+        for sample, tokens, length in zip(samples, out.tokens, out.lengths, strict=True):
+            _say(f"{sample}{decode([int(token) for token in tokens[:length]])}")
+
+    return show
+
+
+def count_solved(model: Mistral, held_out: Any) -> str:
+    """How many of the problems that were held out a model solves, in a sentence."""
+    import jax.numpy as jnp
+
+    import mistral_eqx as mx
+
+    prompts, answers = held_out.prompts, held_out.answers
+    out = mx.generate(model, prompts, max_new_tokens=answers.shape[1])
+    right = int((out.tokens == jnp.asarray(answers)).all(axis=1).sum())
+    return f"{right} of {len(answers)} held-out problems are solved"
+
+
+def _say(line: str):
+    if processes.number() == 0:
+        typer.echo(line)
