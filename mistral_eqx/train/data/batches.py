@@ -78,8 +78,8 @@ def batches(
         [`mistral_eqx.train.data.Pieces`][].
     - `rows`: of a batch, those of all processes together.
     - `seq`: how many columns a row has.
-    - `objective`: makes an example of an item, and may draw. Unless given, items that are ids are told one after the
-        other.
+    - `objective`: makes an example of an item and a generator from which it may draw. Unless given, items that are ids
+        are told one after the other, by [`mistral_eqx.train.causal`][].
     - `seed`: of the order and of what objectives draw; at least 0, below 2^32.
     - `shuffle`: whether the order is drawn; otherwise it is that of the source.
     - `epochs`: how often all examples come; without end unless given.
