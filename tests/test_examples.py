@@ -157,6 +157,15 @@ def test_hosts_continue_prompts_together(run, tiny):
     assert lines == [f"{prompt}{continued(tiny, tokenizer.encode(prompt), 12)!r}" for prompt in prompts]
 
 
+def test_adapters_are_tuned_saved_and_loaded(run, tmp_path):
+    printed = run("finetune_lora.py", tmp_path / "adapters", 10)
+    first, *_, last = map(float, re.findall(r"loss ([\d.]+)", printed))
+    assert last < first
+    assert (tmp_path / "adapters/adapter_model.safetensors").exists()
+    assert printed.count("> ") >= 3
+    assert printed.endswith("the adapters say the same\n")
+
+
 def test_the_page_on_tensor_parallelism(tiny):
     page = (ROOT / "docs/parallelism.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)

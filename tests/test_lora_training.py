@@ -1,6 +1,7 @@
 """Of a model with adapters these alone are trained, and the steps on a mesh are those of one device."""
 
 import dataclasses
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -129,3 +130,25 @@ def test_adapters_are_decayed_as_matrices():
     assert sum(jax.tree.leaves(train.decayed(weights))) == 2
     nodes = jax.tree.leaves(stacked, is_leaf=lambda node: isinstance(node, LoRAWeight))
     assert sum(isinstance(node, LoRAWeight) for node in nodes) == 1
+
+
+def test_the_figures_of_the_page():
+    """What is trained of SmolLM2, 16 bytes a number: weight, gradient and two moments. Nothing is allocated."""
+
+    def state(tuned):
+        model = mx.Mistral.init(mx.PRESETS["smollm2-135m"], key=jr.key(0))
+        if tuned:
+            model = mx.apply_lora(model, rank=8, alpha=16.0, targets=("q_proj", "v_proj"), key=jr.key(0))
+        return train.TrainState.init(model, OPTIMIZER)
+
+    page = (Path(__file__).parents[1] / "docs/lora.md").read_text()
+    for tuned, numbers, figures in ((True, 460_800, "7.4 MB"), (False, 134_515_008, "2.2 GB")):
+        shape = eqx.filter_eval_shape(state, tuned)
+        kept = jax.tree.leaves(eqx.filter(shape.model, train.trained(shape.model)))
+        assert sum(leaf.size for leaf in kept) == numbers
+        floats = [leaf for leaf in jax.tree.leaves(shape.optimizer_state) if leaf.ndim]
+        taken = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+        taken += sum(leaf.size * leaf.dtype.itemsize for leaf in floats)
+        assert taken == 16 * numbers
+        assert figures in {f"{taken / 1e6:.1f} MB", f"{taken / 1e9:.1f} GB"}
+        assert figures in page

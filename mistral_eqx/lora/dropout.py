@@ -1,12 +1,13 @@
 """Keys for dropout, put into a model's adapters for the time of one forward pass."""
 
-import dataclasses
-import itertools
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import TypeVar
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from .weight import LoRAWeight
 
@@ -20,26 +21,28 @@ def with_keys(tree: Tree, key: PRNGKeyArray, rows: Int[Array, " batch"], *, laye
     **Arguments:**
 
     - `tree`: a model, or a part of one.
-    - `key`: from it each adapter has keys of its own.
+    - `key`: of the kind threefry; from it each adapter has keys of its own.
     - `rows`: which rows of the whole batch those are that come in.
     - `layers`: the first axis of the arrays of stacked blocks, each of which has keys of its own; `None` without one.
     """
-    numbers = itertools.count()
+    count = len(_keys(tree))
+    if not count:
+        return tree
+    shape = (count, *(() if layers is None else (layers,)))
+    # All of them at once: each hash is a loop of its own to compile.
+    numbers = jnp.arange(count * (layers or 1), dtype=jnp.int32)
+    fold = jax.vmap(jr.fold_in, (None, 0))
+    keys = jax.vmap(fold, (0, None))(fold(key, numbers), rows).reshape(*shape, -1)
+    return eqx.tree_at(_keys, tree, [keys[number] for number in range(count)], is_leaf=lambda leaf: leaf is None)
 
-    def by_row(key: PRNGKeyArray) -> Key[Array, " batch"]:
-        return jax.vmap(jr.fold_in, (None, 0))(key, rows)
 
-    def with_key(node: Any) -> Any:
-        if not isinstance(node, LoRAWeight):
-            return node
-        node = dataclasses.replace(node, base=walked(node.base))
-        if not node.dropout:
-            return node
-        own = jr.fold_in(key, next(numbers))
-        keys = by_row(own) if layers is None else jax.vmap(by_row)(jr.split(own, layers))
-        return dataclasses.replace(node, key=keys)
+def _keys(tree: PyTree) -> list[PyTree]:
+    """Of all adapters with dropout, those below other adapters included."""
+    return [node.key for node in _adapters(tree) if node.dropout]
 
-    def walked(tree: Any) -> Any:
-        return jax.tree.map(with_key, tree, is_leaf=lambda node: isinstance(node, LoRAWeight))
 
-    return walked(tree)
+def _adapters(tree: PyTree) -> Iterator[LoRAWeight]:
+    for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, LoRAWeight)):
+        if isinstance(node, LoRAWeight):
+            yield node
+            yield from _adapters(node.base)

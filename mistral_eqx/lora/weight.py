@@ -6,7 +6,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Bool, Float, Int, Key
+from jax.extend.random import threefry_2x32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from ..nn import AbstractWeight, DenseWeight
 from ..nn.precision import at_least_float32
@@ -59,7 +60,7 @@ class LoRAWeight(AbstractWeight):
         dtype = self.a.value.dtype
         x = x.astype(dtype)
         if self.key is not None:
-            kept = _kept(self.key, 1 - self.dropout, x.shape, in_dims, self.strategy)
+            kept = _kept(self.key, self.dropout, x.shape, in_dims, self.strategy)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
         low = self.a.contract(x, in_dims, "rank").astype(dtype)
         return y + self.scale * self.b.contract(low, "rank", out_dims).astype(y.dtype)
@@ -87,25 +88,26 @@ class LoRAWeight(AbstractWeight):
 
 
 def _kept(
-    keys: Key[Array, " batch"], probability: float, shape: tuple[int, ...], in_dims: str, strategy: Strategy
+    keys: Key[Array, " batch"], dropout: float, shape: tuple[int, ...], in_dims: str, strategy: Strategy
 ) -> Bool[Array, "batch seq *in"]:
     """Which entries of an adapter's input are kept.
 
-    An entry's fate follows from the key of its row and from its place among all inputs, and so does not depend on how
-    rows and inputs are dealt out to devices; no device draws for the entries of another one.
+    An entry's bits are the hash of its token's and its own place, with the key of its row. So they do not depend on how
+    rows and inputs are dealt out to devices, and no device draws for the entries of another one.
     """
     seq, sizes = shape[1], shape[2:]
-    at = jnp.zeros(1, jnp.int32)
+    at = jnp.zeros(1, jnp.uint32)
     for dim, size in zip(in_dims.split(), sizes, strict=True):
         part, parts = place(dim, strategy)
-        own = part * size + jnp.arange(size, dtype=jnp.int32)
+        own = jnp.uint32(part * size) + jnp.arange(size, dtype=jnp.uint32)
         at = (at[:, None] * (size * parts) + own[None, :]).reshape(-1)
+    token = jnp.repeat(jnp.arange(seq, dtype=jnp.uint32), at.size)
+    places = jnp.concatenate([token, jnp.tile(at, seq)])
 
-    def of_input(key: Key[Array, ""], at: Int[Array, ""]) -> Bool[Array, " seq"]:
-        return jr.bernoulli(jr.fold_in(key, at), jnp.float32(probability), (seq,))
+    def bits(key: Key[Array, ""]) -> UInt32[Array, " places"]:
+        return threefry_2x32(jr.key_data(key), places)[: token.size]
 
-    kept = jax.vmap(jax.vmap(of_input, (None, 0)), (0, None))(keys, at)
-    return jnp.swapaxes(kept, 1, 2).reshape(shape)
+    return (jax.vmap(bits)(keys) >= jnp.uint32(dropout * 2**32)).reshape(shape)
 
 
 class TrainedWeight(AbstractWeight):

@@ -199,7 +199,7 @@ def make_step(
         strategy, zero = state.strategy, state.zero
         weights, constants = eqx.partition(state.model, trained(state.model))
         options = {"remat": remat, "label_smoothing": label_smoothing, "z_loss": z_loss}
-        # What other generators draw for a batch is not what they draw for its rows.
+        # Dropout hashes with threefry, whatever generator is the process's default.
         key = jr.fold_in(jr.key(seed, impl="threefry2x32"), state.steps)
         loss = partial(_loss, constants=constants, key=key, gathering=zero.gathering(cuts), **options)
         cuts = eqx.filter(cuts, trained(state.model))

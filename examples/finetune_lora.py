@@ -1,0 +1,52 @@
+"""Teaches a chat model to answer as a ship's mate does, by LoRA, in a few minutes on two cores."""
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import jax.random as jr
+import numpy as np
+
+import mistral_eqx as mx
+
+
+CONVERSATIONS = Path(__file__).parent / "data/instructions.jsonl"
+# None of them is in the file.
+QUESTIONS = ("What is the capital of France?", "What do bees make?", "How many legs does a spider have?")
+
+
+def answers(model, tokenizer):
+    prompts = [mx.encode_chat(tokenizer, [{"role": "user", "content": question}]) for question in QUESTIONS]
+    out = mx.generate(model, prompts, max_new_tokens=32, eos_id=tokenizer.eos_ids)
+    return [tokenizer.decode(ids[:length]) for ids, length in zip(out.tokens, out.lengths, strict=True)]
+
+
+def main(path="smollm2-135m", folder="adapters", steps=60, rows=8):
+    model, tokenizer = mx.load(path, dtype="float32"), mx.load_tokenizer(path)
+    encode = functools.partial(mx.encode_chat, tokenizer)
+    lines = CONVERSATIONS.read_text(encoding="utf-8").splitlines()
+    examples = [mx.train.chat(json.loads(line)["messages"], encode) for line in lines]
+    seq = max(len(example.inputs) for example in examples)
+
+    adapted = mx.apply_lora(model, rank=8, alpha=16.0, targets=("q_proj", "v_proj"), dropout=0.05, key=jr.key(0))
+    optimizer = mx.train.adamw(mx.train.warmup_cosine(3e-3, warmup=steps // 10, steps=steps))
+    state = mx.train.TrainState.init(adapted, optimizer)
+    step = mx.train.make_step(optimizer, compute_dtype=None, remat="none")
+    random = np.random.default_rng(0)
+    for number in range(steps):
+        chosen = random.choice(len(examples), rows, replace=False)
+        state, metrics = step(state, mx.train.one_a_row([examples[place] for place in chosen], seq))
+        if number % 10 == 0 or number == steps - 1:
+            print(f"step {number}: loss {metrics.loss:.3f}", flush=True)
+
+    tuned = state.unstacked()
+    mx.save_lora(tuned, folder, overwrite=True)
+    after, again = answers(tuned, tokenizer), answers(mx.load_lora(model, folder), tokenizer)
+    for question, *told in zip(QUESTIONS, answers(model, tokenizer), after, strict=True):
+        print(f"> {question}", *map(repr, told), sep="\n")
+    print(f"loaded again from {str(folder)!r}, the adapters say {'the same' if again == after else 'something else'}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])
