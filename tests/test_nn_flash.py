@@ -1,6 +1,7 @@
 """Attention in tiles is attention."""
 
 import dataclasses
+import functools
 
 import equinox as eqx
 import jax
@@ -50,11 +51,12 @@ def test_value_and_gradient_are_those_of_all_scores_at_once(seq, kv_seq, window,
     ends = (jnp.asarray(x, jnp.int32) for x in draw.integers(-1, 20, (2, 2, seq)))
     seen = (*bounds(positions, window, None if causal else Span(*ends)), kv_positions)
     expected = _whole(*arrays, *seen, scale=0.4)
-    found = flash_attention(*arrays, *seen, scale=0.4)
+    found = jax.jit(functools.partial(flash_attention, scale=0.4))(*arrays, *seen)
     for one, other in zip(found, expected, strict=True):
         # Sums of at most 19 terms in float32, in another order.
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6)
-    gradients = [jax.grad(_loss, argnums=1)(function, arrays, seen) for function in (flash_attention, _whole)]
+    gradient = jax.jit(jax.grad(_loss, argnums=1), static_argnums=0)
+    gradients = [gradient(function, arrays, seen) for function in (flash_attention, _whole)]
     for one, other in zip(*gradients, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 

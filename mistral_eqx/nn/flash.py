@@ -1,7 +1,8 @@
 """Attention in tiles, which never holds a score for every query and key at once."""
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,14 @@ from jaxtyping import Array, Float, Int
 
 from ..parallel import vary_alike
 from .precision import at_least_float32
+from .splash import in_order, knows, splash_attention, splash_gradients
 from .visible import visible
 
 
 # Tiles of this many queries and keys: large enough for the matrix kernels, small enough for a processor's cache.
 TILE = 512
+
+_Results = TypeVar("_Results")
 
 
 class _Inputs(NamedTuple):
@@ -44,6 +48,10 @@ def flash_attention(
     logarithm of each query's sum. Tiles in which no query sees a key are passed over, so that half of the work
     of a causal pass, and all but a stripe of a windowed one, is left out.
 
+    On a TPU the kernel that JAX ships does this, for float32 and bfloat16 and up to 65535 keys, unless the keys stand
+    in no order, as in a cache that has begun to overwrite its oldest ones. A program compiled there has both; the
+    positions tell which one runs.
+
     **Arguments:**
 
     - `q`, `k`, `v`: queries, keys and values.
@@ -60,6 +68,54 @@ def flash_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _flash(inputs: _Inputs, scale: float) -> tuple[Array, Array]:
+    def by_kernel(inputs: _Inputs) -> tuple[Array, Array]:
+        return splash_attention(*inputs, scale=scale)
+
+    return _chosen(by_kernel, functools.partial(_tiles, scale=scale), inputs)
+
+
+def _forward(inputs: _Inputs, scale: float):
+    results: Any = _flash(inputs, scale)
+    return results, (inputs, *results)
+
+
+def _backward(scale: float, saved, gradients):
+    inputs, context, log_sum = saved
+
+    def by_kernel(inputs: _Inputs, context: Array, log_sum: Array, d_context: Array, d_log_sum: Array):
+        return splash_gradients(*inputs, context, log_sum, d_context, scale=scale)
+
+    def in_tiles(inputs: _Inputs, *others: Array):
+        return _gradients_of_tiles(inputs, *others, scale=scale)
+
+    # The kernel does not know a gradient of the sums' logarithms, which only merging over devices has.
+    merged = jnp.any(gradients[1] != 0)
+    d_q, d_k, d_v = _chosen(by_kernel, in_tiles, inputs, context, log_sum, *gradients, unless=merged)
+    return (_Inputs(d_q, d_k, d_v, None, None, None),)
+
+
+_flash.defvjp(_forward, _backward)
+
+
+def _chosen(
+    by_kernel: Callable[..., _Results],
+    in_tiles: Callable[..., _Results],
+    inputs: _Inputs,
+    *more: Array,
+    unless: Array | None = None,
+) -> _Results:
+    """The one place that chooses: by the platform that the program is lowered for, and there by what the keys are."""
+    if not knows(inputs.q.dtype, inputs.k.shape[2]):
+        return in_tiles(inputs, *more)
+
+    def on_tpu(inputs: _Inputs, *more: Array) -> _Results:
+        applies = in_order(inputs.kv_positions)
+        return lax.cond(applies if unless is None else applies & ~unless, by_kernel, in_tiles, inputs, *more)
+
+    return lax.platform_dependent(inputs, *more, tpu=on_tpu, default=in_tiles)
+
+
+def _tiles(inputs: _Inputs, *, scale: float) -> tuple[Array, Array]:
     padded, queries, keys = _tiled(inputs)
 
     def of_queries(index: Array) -> tuple[Array, Array]:
@@ -95,14 +151,9 @@ def _flash(inputs: _Inputs, scale: float) -> tuple[Array, Array]:
     return _joined(context, seq), _joined(log_sum, seq)
 
 
-def _forward(inputs: _Inputs, scale: float):
-    results: Any = _flash(inputs, scale)
-    return results, (inputs, *results)
-
-
-def _backward(scale: float, saved, gradients):
-    inputs, context, log_sum = saved
-    d_context, d_log_sum = gradients
+def _gradients_of_tiles(
+    inputs: _Inputs, context: Array, log_sum: Array, d_context: Array, d_log_sum: Array, *, scale: float
+) -> tuple[Array, Array, Array]:
     padded, queries, keys = _tiled(inputs)
     # How the scores' gradient depends on a query as a whole: through its sum, and through `log_sum` itself.
     of_sum = d_log_sum - jnp.sum(d_context * context, axis=-1)
@@ -143,10 +194,7 @@ def _backward(scale: float, saved, gradients):
     kv_seq = inputs.k.shape[2]
     d_k, d_v = (jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, x.shape[-1])[:, :, :kv_seq] for x in (d_k, d_v))
     d_q, dtype = d_q[:, :, :, :seq], inputs.q.dtype
-    return (_Inputs(d_q.astype(dtype), d_k.astype(dtype), d_v.astype(dtype), None, None, None),)
-
-
-_flash.defvjp(_forward, _backward)
+    return d_q.astype(dtype), d_k.astype(dtype), d_v.astype(dtype)
 
 
 def _tiled(inputs: _Inputs) -> tuple[_Inputs, int, int]:

@@ -32,7 +32,7 @@ from .shard import (
     shard as shard,
     with_strategy as with_strategy,
 )
-from .spmd import AbstractNamed as AbstractNamed, entered as entered, specs as specs, spmd as spmd
+from .spmd import AbstractNamed as AbstractNamed, entered as entered, kernel as kernel, specs as specs, spmd as spmd
 from .strategy import (
     HEAD_DIM as HEAD_DIM,
     HEADS as HEADS,

@@ -10,8 +10,9 @@ import equinox as eqx
 import jax
 from jax.sharding import Mesh, PartitionSpec
 from jax.tree_util import KeyPath
-from jaxtyping import AbstractArray, PyTree
+from jaxtyping import AbstractArray, Array, PyTree
 
+from .collectives import vary_alike
 from .strategy import Strategy
 
 
@@ -62,6 +63,28 @@ def spmd(fn: Callable[..., Any], mesh: Mesh | None, in_specs: PyTree, out_specs:
             lambda arrays: fn(*eqx.combine(arrays, static)), mesh=mesh, in_specs=(tuple(in_specs),), out_specs=out_specs
         )
         return mapped(arrays)
+
+    return call
+
+
+def kernel(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls a function that cannot say along which mesh axes its results differ, such as a kernel of Pallas.
+
+    They are marked like the arguments. Gradients must not be taken through it: what would be added up over devices is
+    not known inside.
+
+    **Arguments:**
+
+    - `fn`: takes and returns arrays, and exchanges nothing with other devices.
+    """
+
+    def call(*arguments: Array) -> PyTree[Array]:
+        if not entered():
+            return fn(*arguments)
+        everywhere = PartitionSpec()
+        unchecked = jax.shard_map(fn, in_specs=everywhere, out_specs=everywhere, axis_names=set(), check_vma=False)
+        results, structure = jax.tree.flatten(unchecked(*arguments))
+        return jax.tree.unflatten(structure, vary_alike(*arguments, *results)[len(arguments) :])
 
     return call
 
