@@ -6,19 +6,26 @@ import nox
 nox.options.sessions = ["lint", "types", "docs", "tests", "tests_plain"]
 nox.options.error_on_missing_interpreters = True
 
+# Each core runs files of its own. A process takes up to 1.5 GB, so there are never many.
+PARALLEL = ("-n", "logical", "--maxprocesses", "8", "--dist", "loadfile")
+# Thousands of programs are compiled, each for a few numbers; half of the time went to what LLVM makes better in them.
+# XLA's own passes stay as they are. The other sessions run what users run.
+COMPILE_QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+
 
 @nox.session
 def tests(session: nox.Session):
     """The default suite, every annotated shape checked on the way."""
     session.install("-e", ".[test]")
-    session.run("pytest", "-m", "not parity and not slow", "--durations=15", *session.posargs)
+    options = ["-m", "not parity and not slow", "--durations=15", *PARALLEL]
+    session.run("pytest", *options, *session.posargs, env=COMPILE_QUICKLY)
 
 
 @nox.session
 def tests_slow(session: nox.Session):
     """What takes too long for the default suite: many steps under every strategy, the real model."""
     session.install("-e", ".[test]")
-    session.run("pytest", "-m", "slow and not parity", "--durations=10", *session.posargs)
+    session.run("pytest", "-m", "slow and not parity", "--durations=10", *PARALLEL, *session.posargs)
 
 
 @nox.session
@@ -26,7 +33,8 @@ def tests_plain(session: nox.Session):
     """The core of the suite without the import hook, as users run the package."""
     session.install("-e", ".[test]")
     core = ["tests/test_nn_model.py", "tests/test_generate_loop.py", "tests/test_checkpoint_loading.py"]
-    session.run("pytest", "-m", "not parity and not slow", "-o", "addopts=--strict-markers --strict-config -ra", *core)
+    options = ["-m", "not parity and not slow", "-o", "addopts=--strict-markers --strict-config -ra"]
+    session.run("pytest", *options, *PARALLEL, *core)
 
 
 @nox.session
@@ -35,7 +43,7 @@ def parity(session: nox.Session):
     # pip, and this release: other resolvers and releases take a build for GPUs, of several gigabytes.
     session.install("torch==2.13.0")
     session.install("-e", ".[test,eval]", "transformers>=5.23,<6", "protobuf", "accelerate", "peft>=0.17")
-    session.run("pytest", "-m", "parity", *session.posargs)
+    session.run("pytest", "-m", "parity", "--durations=10", *PARALLEL, *session.posargs)
 
 
 @nox.session
@@ -65,6 +73,13 @@ def types(session: nox.Session):
     """Static types. basedpyright is the pyright that comes as a whole from the package index."""
     session.install("-e", ".[test]", "basedpyright>=1.31")
     session.run("basedpyright", "--pythonpath", f"{session.virtualenv.location}/bin/python")
+
+
+@nox.session
+def checks(session: nox.Session):
+    """Types, then all suites without torch, in one environment that is built once; `.ci/run` has them so."""
+    for part in (types, tests_plain, tests, tests_slow):
+        part(session)
 
 
 @nox.session
