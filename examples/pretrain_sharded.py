@@ -1,7 +1,7 @@
 """Differs from train_characters.py in the devices: eight virtual ones.
 
-Weights, gradients and moments are split over four groups that share a batch (ZeRO 3), and each layer's heads over the two
-devices of a group. The run is ended in the middle, and goes on on another mesh.
+Weights, gradients and moments are split over four groups that share a batch (ZeRO 3), and each layer's heads over the
+two devices of a group. The run is ended in the middle, and goes on on another mesh.
 """
 
 import dataclasses
@@ -49,9 +49,8 @@ class Print(mx.train.Callback):
     zero: int
 
     def on_start(self, run):
-        held = sum(
-            leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(eqx.filter(run.state, eqx.is_array))
-        )
+        arrays = jax.tree.leaves(eqx.filter(run.state, eqx.is_array))
+        held = sum(leaf.addressable_shards[0].data.nbytes for leaf in arrays)
         print(f"{self.axes}, ZeRO {self.zero}, from step {run.step}: {held / 1e6:.2f} MB of state a device")
 
     def on_log(self, run, figures):

@@ -61,7 +61,7 @@ def test_a_state_may_change_while_it_is_written(tmp_path):
 
 
 def _fill(folder, said):
-    """What the process does that may write no larger files, and so gets what a full disk gives: an error while writing."""
+    """What the process does that may not write large files: it gets what a full disk gives, an error while writing."""
     checkpoints = train.Checkpoints(folder, {})
     checkpoints.save(state_at(1), {})
     checkpoints.wait()

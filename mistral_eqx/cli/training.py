@@ -81,7 +81,7 @@ def open_sets(data: Data, near: Path, tokens: Path, tokenizer: AbstractTokenizer
         return Sets(known, held_out, None, data.seq, known.vocab, known.encode, known.decode)
     if tokenizer is None:
         raise ValueError(
-            f"Data of kind {data.kind!r} takes a tokenizer, which a preset lacks; name a checkpoint as 'data.tokenizer'."
+            f"Data of kind {data.kind!r} takes a tokenizer, which a preset lacks; name one as 'data.tokenizer'."
         )
     objective, piece = _objective(data, tokenizer, vocab)
     known = _entries(data, data.path, near, tokens, tokenizer, vocab, piece)
