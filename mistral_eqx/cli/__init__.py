@@ -17,6 +17,7 @@ from .inspect import inspect
 from .options import Debug
 from .plan import plan
 from .processes import leave
+from .train import train
 
 
 app = typer.Typer(
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (generate, chat, inspect, convert, plan):
+for command in (generate, chat, inspect, convert, plan, train):
     app.command()(command)
 app.add_typer(evaluate, name="evaluate")
 
