@@ -86,19 +86,19 @@ def cache_bytes(config, kv_seq, parts, size=4):
 def test_each_device_has_its_part_of_weights_and_cache(strategy, axes, parts, cache_parts):
     job = Job(CONFIG, None, 8, read_strategy(strategy).layout, parse_axes(axes), BATCH, PROMPT, KV_SEQ, "bfloat16")
     found = {program.name: program for program in programs(job, jax.devices())}
-    assert {program.weights for program in found.values()} == {weight_bytes(CONFIG, size=2, **parts)}
-    assert found["prefill"].cache_bytes == cache_bytes(CONFIG, prompt_width(PROMPT), cache_parts, 2)
-    assert found["decode"].cache_bytes == cache_bytes(CONFIG, KV_SEQ, cache_parts, 2)
+    assert {program.memory.weights for program in found.values()} == {weight_bytes(CONFIG, size=2, **parts)}
+    assert found["prefill"].memory.cache == cache_bytes(CONFIG, prompt_width(PROMPT), cache_parts, 2)
+    assert found["decode"].memory.cache == cache_bytes(CONFIG, KV_SEQ, cache_parts, 2)
     # While a cache grows, the old one and the new one are there.
-    assert found["grow"].cache_bytes == found["prefill"].cache_bytes + found["decode"].cache_bytes
+    assert found["grow"].memory.cache == found["prefill"].memory.cache + found["decode"].memory.cache
 
 
 def test_split_slots_are_the_same_number_on_each_device():
     job = Job(CONFIG, None, 8, mx.HEADS_X_KV_SEQ.layout, {"kv": 4, "rep": 2}, BATCH, PROMPT, KV_SEQ, "float32")
     *_, decode = programs(job, jax.devices())
     # Each has room for one that belongs to the other.
-    assert KV_SEQ + 2 <= decode.cache.kv_seq < 2 * KV_SEQ
-    assert decode.cache_bytes == cache_bytes(CONFIG, decode.cache.kv_seq, 8)
+    assert KV_SEQ + 2 <= decode.given.kv_seq < 2 * KV_SEQ
+    assert decode.memory.cache == cache_bytes(CONFIG, decode.given.kv_seq, 8)
 
 
 def test_arguments_are_what_xla_counts(heads):
@@ -138,7 +138,7 @@ def test_a_layer_exchanges_two_or_three_sums(strategy, each):
 def test_what_is_written_is_the_closed_form(strategy, axes):
     split, found, axes = read_strategy(strategy), measured(strategy, axes), parse_axes(axes)
     job = Job(CONFIG, None, math.prod(axes.values()), split.layout, axes, BATCH, PROMPT, KV_SEQ, "float32")
-    slots = {program.name: program.cache.kv_seq for program in programs(job, jax.devices())}
+    slots = {program.name: program.given.kv_seq for program in programs(job, jax.devices())}
     sizes = {"batch": BATCH, "dtype": "float32"}
     forms = {
         "prefill": prefill(CONFIG, split, axes, seq=prompt_width(PROMPT), kv_seq=slots["prefill"], **sizes),
@@ -167,7 +167,7 @@ def test_long_prompts_are_read_in_pieces():
     job = Job(config, None, 1, "", {"tp": 1}, BATCH, 700, 1024, "float32")
     first, *_ = programs(job, jax.devices()[:1])
     assert prompt_width(700) == 704
-    assert (first.runs, first.tokens, first.cache.kv_seq) == (2, 512, 704)
+    assert (first.runs, first.tokens, first.given.kv_seq) == (2, 512, 704)
 
 
 def test_a_prompt_that_fills_the_cache_lets_nothing_grow():

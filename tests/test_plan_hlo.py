@@ -3,7 +3,7 @@
 import pytest
 
 from mistral_eqx.plan import Exchange
-from mistral_eqx.plan.hlo import Program, written
+from mistral_eqx.plan.hlo import Program
 
 
 # Memory on the chip is that of a layout with S(1); the rest is the device's main memory.
@@ -95,23 +95,37 @@ def test_exchanges_are_put_together_by_kind_and_group():
     assert program.exchanges("body") == program.exchanges(program.entry) == expected
 
 
-def test_exchanges_as_they_are_written():
+def test_a_loop_counts_as_far_as_its_condition_does():
+    """Where the text does not say how often it turns, as a TPU's does not."""
+    condition = "ROOT %go = pred[] constant(true)"
+    assert condition in TEXT
+    counted = TEXT.replace(
+        condition,
+        "%limit = s32[]{:T(128)} constant(7), metadata={}\n  %at = s32[] get-tuple-element(%carry), index=2\n"
+        "  ROOT %go = pred[] compare(%at, %limit), direction=LT",
+    )
+    program = Program(counted)
+    assert program.traffic(program.entry) == 7 * program.traffic("body") + 2 * 1000 * 10 * 4
+    assert [one.count for one in program.exchanges(program.entry)] == [14, 7]
+
+
+def test_a_scatter_of_a_sum_is_no_sum():
+    """A TPU's compiler fuses a reduce-scatter as a padded sum, of which each device takes a part."""
     text = """
-    %1 = "stablehlo.all_reduce"(%0) <{channel_handle = #stablehlo.channel_handle<handle = 1, type = 1>,
-      replica_groups = dense<[[0, 1], [2, 3]]> : tensor<2x2xi64>, use_global_device_ids}> ({
-    ^bb0(%a: tensor<bf16>, %b: tensor<bf16>):
-      %s = stablehlo.add %a, %b : tensor<bf16>
-      stablehlo.return %s : tensor<bf16>
-    }) : (tensor<8x1x40xbf16>) -> tensor<8x1x40xbf16>
-    %2 = "stablehlo.all_gather"(%1) <{all_gather_dim = 1 : i64,
-      replica_groups = dense<0> : tensor<1x4xi64>}> : (tensor<3x5xf32>) -> tensor<3x20xf32>
-    %3 = "stablehlo.all_reduce"(%1) <{replica_groups = dense<[[0, 2], [1, 3]]> : tensor<2x2xi64>}> ({
-    ^bb0(%a: tensor<i32>, %b: tensor<i32>):
-      stablehlo.return %a : tensor<i32>
-    }) : (tensor<7xi32>) -> tensor<7xi32>
-    """
-    assert written(text) == [Exchange("all_reduce", 2, 2, 640 + 28), Exchange("all_gather", 4, 1, 60)]
-    assert written("%1 = stablehlo.add %0, %0 : tensor<f32>") == []
+%all-reduce-scatter.2 (input: bf16[30,4]) -> bf16[16,4] {
+  %input = bf16[30,4]{1,0} parameter(0)
+  %pad = bf16[32,4]{1,0} pad(%input), padding=0_2x0_0
+  %sum = bf16[32,4]{1,0} all-reduce(%pad), replica_groups={{0,1},{2,3}}, to_apply=%add
+  ROOT %part = bf16[16,4]{1,0} dynamic-slice(%sum), dynamic_slice_sizes={16,4}
+}
+
+ENTRY %main (x: bf16[30,4]) -> bf16[16,4] {
+  %x = bf16[30,4]{1,0} parameter(0)
+  ROOT %out = bf16[16,4]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.2
+}
+"""
+    program = Program(text)
+    assert program.exchanges(program.entry) == [Exchange("reduce_scatter", 2, 1, 30 * 4 * 2)]
 
 
 def test_a_program_of_two_loops_has_no_loop_of_its_own():

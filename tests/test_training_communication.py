@@ -63,9 +63,59 @@ def assert_form(strategy, axes, training, **options):
     assert found == expected
 
 
+def check(name, training, **options):
+    layout, axes = NAMED[name]
+    assert_form(mx.Strategy(f"{layout} batch@dp".strip()), {"dp": 2, **axes}, training, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "zero"),
+    [("batch", 3), ("heads", 1), ("heads", 2), ("heads", 3), ("sequence_parallel", 3), ("head_dim", 0)],
+)
+def test_the_closed_form_is_what_a_step_exchanges(name, zero):
+    check(name, Training(SEQ, zero))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", NAMED)
-def test_the_closed_form_is_what_a_step_exchanges(name, zero):
-    layout, axes = NAMED[name]
-    strategy = mx.Strategy(f"{layout} batch@dp".strip())
-    assert_form(strategy, {"dp": 2, **axes}, Training(SEQ, zero))
+def test_the_closed_form_under_every_strategy_and_stage(name, zero):
+    check(name, Training(SEQ, zero))
+
+
+TURNS = dataclasses.replace(CONFIG, tied=True, windows=(3, None, 3, None), layers=4)
+# Nothing divides the norms: they stay whole.
+ODD = dataclasses.replace(CONFIG, embed=27)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "training", "options"),
+    [
+        ("heads_x_kv_seq", Training(SEQ, 0), {"dtype": "bfloat16"}),
+        ("head_dim", Training(SEQ, 3), {"dtype": "bfloat16"}),
+        ("sequence_parallel", Training(SEQ, 2), {"dtype": "bfloat16"}),
+        ("heads", Training(SEQ, 2, accumulate=2), {}),
+        ("heads", Training(SEQ, 3, accumulate=2), {}),
+        ("heads", Training(SEQ, 3), {"config": TURNS}),
+        ("sequence_parallel", Training(SEQ, 1), {"config": TURNS}),
+        ("heads", Training(SEQ, 3), {"config": ODD}),
+        ("heads", Training(SEQ, 2, accumulate=2), {"config": ODD}),
+        ("heads_x_kv_seq", Training(SEQ, 2, remat="dots"), {}),
+        ("sequence_parallel", Training(SEQ, 3, remat="dots"), {}),
+        ("heads_x_kv_seq", Training(SEQ, 2, remat="none"), {}),
+        # Attention in tiles, and lengths that are not dealt out evenly.
+        ("heads_x_kv_seq", Training(2048), {}),
+        ("sequence_parallel", Training(7), {}),
+        ("heads_x_kv_seq", Training(7), {}),
+    ],
+)
+def test_the_closed_form_of_other_steps(name, training, options):
+    check(name, training, **options)
+
+
+def test_what_has_no_closed_form_is_refused():
+    with refused("no closed form", "'embed@tp batch@dp'"):
+        training_step(CONFIG, mx.Strategy("embed@tp batch@dp"), {"dp": 2, "tp": 2}, batch=4, training=Training(SEQ))
+    with refused("batch of 3", "2 parts"):
+        training_step(CONFIG, mx.SINGLE, {"dp": 2}, batch=3, training=Training(SEQ, accumulate=2))

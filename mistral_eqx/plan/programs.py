@@ -185,9 +185,8 @@ def _training(job: Job, training: Training, mesh: Mesh) -> Uncompiled:
     place = state.zero.specs(whole, state.cuts()) if training.zero > 1 else whole
     has_gradient = trained(shapes.model)
     gradients = _bytes(_placed(eqx.filter(shapes.model, has_gradient), eqx.filter(place, has_gradient), mesh))
-    rows = NamedSharding(mesh, strategy.spec("batch"))
-    ids = jax.ShapeDtypeStruct((job.batch, training.seq), jnp.int32, sharding=rows)
-    batch = Batch(ids, ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32, sharding=rows), ids, ids, ids)
+    batch = eqx.filter_eval_shape(lambda: _batch(job.batch, training.seq))
+    batch = _placed(batch, jax.tree.map(lambda _: strategy.spec("batch"), batch), mesh)
     return Uncompiled(
         name="step",
         runs=1,
@@ -209,6 +208,11 @@ def _training(job: Job, training: Training, mesh: Mesh) -> Uncompiled:
 def _plain(compiled: Any) -> Callable[..., Any]:
     """The function that `equinox.filter_jit` was given: it can only be compiled for devices that are here."""
     return compiled.__wrapped__
+
+
+def _batch(rows: int, seq: int) -> Batch:
+    ids = jnp.zeros((rows, seq), jnp.int32)
+    return Batch(ids, ids, jnp.ones(ids.shape, jnp.float32), ids, ids, ids)
 
 
 def _placed(tree: PyTree, place: PyTree, mesh: Mesh) -> PyTree:

@@ -73,10 +73,10 @@ def _turns(loop: Any) -> int:
     *_, compared, _ = condition
     if compared.operation.name != "stablehlo.compare":
         return 1
-    limit = compared.operation.operands[1].owner
-    if getattr(limit, "name", None) != "stablehlo.constant":
+    limit = compared.operation.operands[1]
+    if getattr(limit.owner, "name", None) != "stablehlo.constant" or not str(limit.type.element_type).startswith("i"):
         return 1
-    return limit.attributes["value"].get_splat_value().value
+    return limit.owner.attributes["value"].get_splat_value().value
 
 
 def _bytes(kind: Any) -> int:

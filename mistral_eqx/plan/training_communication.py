@@ -111,7 +111,7 @@ class _TrainingLedger(Ledger):
 
     def backward(self):
         """The gradients of activations, and of norms where each device has tokens of its own."""
-        seq, layers, stream = self.training.seq, self.config.layers, self.tokens * self.config.embed * self.narrow
+        layers, stream = self.config.layers, self.tokens * self.config.embed * self.narrow
         heads, head_dim = self.local("kv_heads q_per_kv"), self.local("head_dim")
         self.sum("gradient of the last output", "vocab", 1, stream)
         for what, dims, maps in (

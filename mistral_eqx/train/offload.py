@@ -20,8 +20,8 @@ def check_host(mesh: Mesh | None):
     kinds = [memory.kind for memory in device.addressable_memories()]
     if HOST not in kinds:
         raise ValueError(
-            f"A {device.platform} device has no memory {HOST!r} for the optimizer's state, but only "
-            f"{', '.join(map(repr, kinds))}; leave out offload=True."
+            f"Devices of the platform {device.platform!r} have no memory {HOST!r} for the optimizer's state; leave out "
+            "offload=True."
         )
 
 
