@@ -107,7 +107,7 @@ def _kept(
     def bits(key: Key[Array, ""]) -> UInt32[Array, " places"]:
         return threefry_2x32(jr.key_data(key), places)[: token.size]
 
-    return (jax.vmap(bits)(keys) >= jnp.uint32(dropout * 2**32)).reshape(shape)
+    return (jax.vmap(bits)(keys) >= jnp.uint32(int(dropout * 2**32))).reshape(shape)
 
 
 class TrainedWeight(AbstractWeight):
