@@ -8,7 +8,7 @@ nox.options.error_on_missing_interpreters = True
 
 # Each core runs files of its own. A process takes up to 1.5 GB, so there are never many.
 PARALLEL = ("-n", "logical", "--maxprocesses", "8", "--dist", "loadfile")
-# Thousands of programs are compiled, each for a few numbers; half of the time went to what LLVM makes better in them.
+# Thousands of programs are compiled, each for a few numbers; a quarter to a third of the time went to optimizing them.
 # XLA's own passes stay as they are. The other sessions run what users run.
 COMPILE_QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
 

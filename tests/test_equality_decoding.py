@@ -114,18 +114,24 @@ def test_logits_that_are_exchanged_would_be_seen():
 LAYOUTS = {"one axis": ("vocab@a", "a=8,b=1"), "two axes": ("vocab@b,a", "a=2,b=2")}
 
 
+def _filtered_and_drawn(logits, sampler, keys, strategy):
+    keys = jr.wrap_key_data(keys)
+    return sampler.filter(logits, strategy), sampler(logits, keys, strategy)
+
+
+# Compiled once for each kind of sampler, whatever its values and the layout that it is compared with.
+_on_one_device = eqx.filter_jit(_filtered_and_drawn)
+
+
 def _draws(logits, sampler, keys, layout, axes):
     """What is left of the logits, and a draw of each row, on one device and on several."""
-
-    def both(logits, sampler, keys, strategy):
-        keys = jr.wrap_key_data(keys)
-        return sampler.filter(logits, strategy), sampler(logits, keys, strategy)
-
     strategy, data = Strategy(layout), jr.key_data(keys)
-    expected = eqx.filter_jit(both)(logits, sampler, data, mx.SINGLE)
+    sampler = jax.tree.map(jnp.asarray, sampler)
+    expected = _on_one_device(logits, sampler, data, mx.SINGLE)
     in_specs = strategy.spec("batch vocab"), jax.tree.map(lambda leaf: P(), sampler), P(), None
-    arguments = jnp.asarray(logits), jax.tree.map(jnp.asarray, sampler), data, strategy
-    found, _ = sharded(both, make_mesh(axes), arguments, in_specs, (strategy.spec("batch vocab"), P()))
+    arguments = jnp.asarray(logits), sampler, data, strategy
+    out_specs = strategy.spec("batch vocab"), P()
+    found, _ = sharded(_filtered_and_drawn, make_mesh(axes), arguments, in_specs, out_specs)
     return found, expected
 
 
