@@ -9,7 +9,7 @@ import mistral_eqx as mx
 from mistral_eqx.train import data
 
 
-def main(steps=1500, rows=64):
+def main(steps=2500, rows=64):
     known, held_out = data.Sort(length=6, symbols=10), data.Sort(length=6, symbols=10, held_out=True)
     batches = data.batches(known, rows=rows, seq=known.seq)
 
