@@ -12,6 +12,7 @@ README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_tour_runs(smollm2_path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from generation_fixtures import refused
 from model_fixtures import SMALL, small_model
 from sharding_fixtures import exchanges
 
