@@ -79,7 +79,7 @@ def test_a_recipe_is_trained_and_goes_on(recipe, tmp_path):
     assert whole.exit_code == 0, whole.stderr
     assert re.fullmatch(r"\d+ of 12 held-out problems are solved\n", whole.stdout)
     said = whole.stderr.splitlines()
-    assert said[0] == "4,688 weights, 6 steps of 8 rows of 5 tokens"
+    assert said[0] == "4,784 weights, 6 steps of 8 rows of 5 tokens"
     assert [line.split(",")[0] for line in said[1:3]] == ["training: step 6", "evaluation: step 6"]
     assert said[3] == f"Saved to {tmp_path / 'whole' / 'model'}"
     first = run("train", recipe, "--steps", 3, *schedule)
