@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import jax.random as jr
-import numpy as np
 
 import mistral_eqx as mx
+from mistral_eqx.train import data
 
 
 CONVERSATIONS = Path(__file__).parent / "data/instructions.jsonl"
@@ -31,21 +31,19 @@ def main(path="smollm2-135m", folder="adapters", steps=60, rows=8):
 
     adapted = mx.apply_lora(model, rank=8, alpha=16.0, targets=("q_proj", "v_proj"), dropout=0.05, key=jr.key(0))
     optimizer = mx.train.adamw(mx.train.warmup_cosine(3e-3, warmup=steps // 10, steps=steps))
-    state = mx.train.TrainState.init(adapted, optimizer)
-    step = mx.train.make_step(optimizer, compute_dtype=None, remat="none")
-    random = np.random.default_rng(0)
-    for number in range(steps):
-        chosen = random.choice(len(examples), rows, replace=False)
-        state, metrics = step(state, mx.train.one_a_row([examples[place] for place in chosen], seq))
-        if number % 10 == 0 or number == steps - 1:
-            print(f"step {number}: loss {metrics.loss:.3f}", flush=True)
+    trainer = mx.Trainer(optimizer, compute_dtype=None, remat="none", callbacks=[Print()])
+    tuned = trainer.fit(adapted, data.batches(examples, rows=rows, seq=seq), steps=steps)
 
-    tuned = state.unstacked()
     mx.save_lora(tuned, folder, overwrite=True)
     after, again = answers(tuned, tokenizer), answers(mx.load_lora(model, folder), tokenizer)
     for question, *told in zip(QUESTIONS, answers(model, tokenizer), after, strict=True):
         print(f"> {question}", *map(repr, told), sep="\n")
     print(f"loaded again from {str(folder)!r}, the adapters say {'the same' if again == after else 'something else'}")
+
+
+class Print(mx.train.Callback):
+    def on_log(self, run, figures):
+        print(f"step {run.step}: loss {figures['loss']:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import mistral_eqx as mx
 from mistral_eqx.train import data
 
 
-def main(steps=2500, rows=64):
-    known, held_out = data.Sort(length=6, symbols=10), data.Sort(length=6, symbols=10, held_out=True)
+def main(steps=600, rows=64):
+    known, held_out = data.Sort(length=6, symbols=3), data.Sort(length=6, symbols=3, held_out=True)
     batches = data.batches(known, rows=rows, seq=known.seq)
 
     config = dataclasses.replace(mx.PRESETS["gpt-nano"], vocab=known.vocab)
@@ -22,7 +22,8 @@ def main(steps=2500, rows=64):
     out = mx.generate(model, held_out.prompts, max_new_tokens=held_out.length)
     right = (out.tokens == held_out.answers).all(axis=1)
     print(f"{right.sum()} of {len(right)} held-out sequences are sorted")
-    print(f"{held_out.prompts[0].tolist()} -> {out.tokens[0].tolist()}")
+    for problem, answer in zip(held_out.prompts[:3], out.tokens, strict=False):
+        print(f"{problem.tolist()} -> {answer.tolist()}")
 
 
 class Print(mx.train.Callback):

@@ -89,5 +89,8 @@ PRESETS: Mapping[str, MistralConfig] = MappingProxyType(
         "gpt-nano": _gpt(layers=3, heads=3, embed=48),
         "gpt-micro": _gpt(layers=4, heads=4, embed=128),
         "gpt-mini": _gpt(layers=6, heads=6, embed=192),
+        "gpt-small": _gpt(layers=12, heads=12, embed=768),
+        "gpt-medium": _gpt(layers=24, heads=16, embed=1024),
+        "gpt-large": _gpt(layers=36, heads=20, embed=1280),
     }
 )

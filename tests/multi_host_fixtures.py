@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -109,6 +110,34 @@ def endless(number, folder):
         for _ in mx.stream(model, PROMPTS[:1], max_new_tokens=40):
             pass
         sys.stdout.write("decoded\n")
+
+
+def training(number, folder):
+    """Trains, is told to end in the middle by a signal to one host, and goes on; writes the loss of each step."""
+    import jax
+    from trainer_fixtures import At, Losses, host_batches, model, trainer
+
+    seen = Losses()
+    shard = jax.process_index(), jax.process_count()
+
+    def end(run):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            # The notice travels by way of the other processes' service.
+            time.sleep(2)
+
+    ended = None
+    try:
+        run = trainer(folder / "run", seen, At(3, end), zero=2)
+        run.fit(model("dp=2,tp=2", "hidden@tp batch@dp"), host_batches(shard), steps=100)
+    except SystemExit as exit:
+        ended = exit.code
+    reached = len(seen.losses)
+    trainer(folder / "run", seen, zero=2).fit(
+        model("dp=2,tp=2", "hidden@tp batch@dp"), host_batches(shard), steps=reached + 3
+    )
+    found = {"ended": ended, "reached": reached, "losses": seen.losses}
+    (folder / f"trained-{number}.json").write_text(json.dumps(found))
 
 
 def failing(number, folder):

@@ -358,8 +358,10 @@ def test_a_step_does_nothing_with_a_whole_cache_but_update_and_contract_it(dtype
     ("options", "words"),
     [
         ({"num_beams": 0}, ["num_beams is 0", "at least 1"]),
+        ({"num_beams": 2.5}, ["num_beams is 2.5", "whole number"]),
         ({"num_beams": VOCAB + 1}, [f"num_beams is {VOCAB + 1}", f"{VOCAB} tokens"]),
         ({"num_return_sequences": 5}, ["num_return_sequences is 5", "at most num_beams, 4"]),
+        ({"num_return_sequences": 1.5}, ["num_return_sequences is 1.5"]),
         ({"num_return_sequences": 0}, ["num_return_sequences is 0"]),
         ({"early_stopping": "always"}, ["early_stopping is 'always'", "True, False or 'never'"]),
         ({"early_stopping": 1}, ["early_stopping is 1"]),

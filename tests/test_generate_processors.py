@@ -337,6 +337,8 @@ class Tokens(eqx.Module):
         (lambda: mx.LogitBias({4: math.inf}), ["bias of the token 4 is inf"]),
         (lambda: mx.LogitBias({4: math.nan}), ["bias of the token 4 is nan"]),
         (lambda: mx.MinNewTokens(-1), ["least number of new tokens is -1"]),
+        (lambda: mx.MinNewTokens(1.5), ["least number of new tokens is 1.5", "whole number"]),
+        (lambda: Sampler(processors=mx.MinNewTokens(1)), ["MinNewTokens is one processor", "give a list"]),
         (lambda: Sampler(processors=[abs]), ["is no processor", "AbstractProcessor"]),
     ],
 )

@@ -313,6 +313,7 @@ def test_a_sampler_is_a_pytree_with_two_arrays():
         ({"temperature": float("nan")}, ["temperature is nan"]),
         ({"top_k": 0}, ["top_k is 0", "at least 1"]),
         ({"top_k": -3}, ["top_k is -3", "at least 1"]),
+        ({"top_k": 2.5}, ["top_k is 2.5", "whole number"]),
         ({"top_p": 0.0}, ["top_p is 0.0", "above 0 and at most 1"]),
         ({"top_p": 1.5}, ["top_p is 1.5", "above 0 and at most 1"]),
         ({"top_p": -0.5}, ["top_p is -0.5"]),

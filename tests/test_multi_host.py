@@ -23,6 +23,7 @@ from multi_host_fixtures import (
     samplings,
     start,
 )
+from trainer_fixtures import Losses, host_batches, model as one_model, trainer
 
 import mistral_eqx as mx
 
@@ -66,6 +67,22 @@ def test_four_processes_of_four_devices_give_the_tokens_and_logits_of_one(folder
             assert relative_error(found[f"{name}_logits"], logits) < BOUND
             # A host has the parts of its own devices; with the batch over hosts, that is all of the model.
             assert found[f"{name}_share"] == share
+
+
+def test_hosts_train_together_end_together_and_go_on(folder):
+    """The losses are those of one process, before and after one of two hosts was told to end."""
+    codes = finish(start("training", 2, 2, folder), seconds=240)
+    assert codes == [0, 0], words(folder, "training", 0)[1] + words(folder, "training", 1)[1]
+    found = [json.loads((folder / f"trained-{number}.json").read_text()) for number in range(2)]
+    assert found[0] == found[1]
+    assert found[0]["ended"] == 128 + signal.SIGTERM
+    assert 3 <= found[0]["reached"] < 100
+    expected = Losses()
+    trainer(None, expected).fit(one_model(), host_batches(), steps=found[0]["reached"] + 3)
+    # The same sums in float32 in another order, a few roundings a step.
+    np.testing.assert_allclose(list(found[0]["losses"].values()), list(expected.losses.values()), rtol=2e-5)
+    # Host 0 alone wrote the figures.
+    assert len((folder / "run/training.csv").read_text().splitlines()) > 3
 
 
 # Process 0 has JAX's own service, and ends in another way than the others.

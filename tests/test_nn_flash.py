@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from model_fixtures import SMALL, relative_error, small_model
 
-from mistral_eqx.nn import Span, attention as layer, flash, flash_attention, visible
+from mistral_eqx import PRESETS
+from mistral_eqx.nn import Mistral, Span, attention as layer, flash, flash_attention, visible
 from mistral_eqx.nn.visible import bounds
 
 
@@ -105,3 +106,16 @@ def test_a_long_prompt_needs_no_score_for_every_pair(monkeypatch):
     assert compiled.memory_analysis().temp_size_in_bytes < scores / 8
     backward = eqx.filter_jit(eqx.filter_grad(loss)).lower(model, ids).compile().compiled
     assert backward.memory_analysis().temp_size_in_bytes < heads * scores / 8
+
+
+def test_a_prompt_of_8192_takes_less_than_one_heads_scores_in_the_shape_of_smollm2(monkeypatch):
+    monkeypatch.undo()
+    config = dataclasses.replace(PRESETS["smollm2-135m"], layers=2, windows=(None, None))
+    assert config.max_positions == 8192
+    model, ids = Mistral.init(config, key=jax.random.key(0)), jnp.zeros((1, 8192), jnp.int32)
+
+    def forward(model, ids):
+        return model.hidden(ids)[0][:, -1]
+
+    compiled = eqx.filter_jit(forward).lower(model, ids).compile().compiled
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 8192**2

@@ -63,8 +63,8 @@ def phase():
 
 def test_a_step_is_measured(phase):
     assert (phase.name, phase.runs, phase.tokens, phase.refused) == ("step", 1, SEQ, None)
-    # Ids and what goes with them, six arrays of two rows; metrics; counts.
-    assert 0 < phase.memory.other - 6 * 4 * BATCH // 2 * SEQ < 100
+    # Ids and what goes with them, six arrays of two rows; then metrics, counts, and XLA's table of some 50 results.
+    assert 0 < phase.memory.other - 6 * 4 * BATCH // 2 * SEQ < 500
     assert phase.memory.code >= 0
 
 

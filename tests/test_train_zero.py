@@ -162,10 +162,13 @@ def test_a_step_of_the_third_stage_takes_its_part_and_a_layer(devices):
     assert held(state)[1] + sizes.temp_size_in_bytes < (16 + 8) * config.parameters / devices + layer
 
 
-KEPT = [(None, mx.SINGLE, 0), ({"dp": 2, "tp": 2}, mx.HEADS + "batch@dp", 3)]
-
-
-@pytest.mark.parametrize(("axes", "strategy", "zero"), KEPT)
+@pytest.mark.parametrize(
+    ("axes", "strategy", "zero"),
+    [
+        (None, mx.SINGLE, 0),
+        pytest.param({"dp": 2, "tp": 2}, mx.HEADS + "batch@dp", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_moments_on_the_host_make_the_same_steps(axes, strategy, zero):
     found = []
     for offload in (False, True):
@@ -173,14 +176,14 @@ def test_moments_on_the_host_make_the_same_steps(axes, strategy, zero):
         model = model if axes is None else mx.shard(model, mx.make_mesh(axes), strategy)
         state = train.TrainState.init(model, OPTIMIZER, zero=zero, offload=offload)
         step = train.make_step(OPTIMIZER)
-        for number in range(3):
+        for number in range(2):
             assert memories(state.model) == {"device"}
             # A single number is not worth the way.
             assert memories(state.optimizer_state) == {"pinned_host" if offload else "device"}
             state, _ = step(state, batch(number))
         assert memories(state.optimizer_state) == {"pinned_host" if offload else "device"}
-        found.append(arrays(state))
-    assert all(bool(jnp.all(one == other)) for one, other in zip(*found, strict=True))
+        found.append([np.asarray(leaf) for leaf in arrays(state)])
+    assert all(np.array_equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def memories(tree):

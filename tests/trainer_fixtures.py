@@ -21,6 +21,12 @@ def batches(count, *, seed=0):
         yield train.one_a_row([train.causal(draw.integers(0, CONFIG.vocab, SEQ)) for _ in range(ROWS)], SEQ)
 
 
+def host_batches(shard=(0, 1)):
+    """One host's rows of batches without end."""
+    ids = np.random.default_rng(0).integers(0, CONFIG.vocab, (64, SEQ + 1))
+    return train.batches(list(ids), rows=ROWS, seq=SEQ, shard=shard)
+
+
 def model(axes=None, layout=""):
     made = mx.Mistral.init(CONFIG, key=jr.key(0))
     return made if axes is None else mx.shard(made, mx.make_mesh(axes), mx.Strategy(layout))

@@ -20,6 +20,7 @@ from .prompt import Prompts, checked_prompts, pad_left
 from .reading import prompt_width, read_pieces
 from .request import Request
 from .sampler import Sampler
+from .whole import check_whole, is_whole
 
 
 # A cache has room for at least this many steps before it is put in order.
@@ -346,11 +347,10 @@ def put_in_order(
 
 
 def _check_beams(num_beams: int, num_return_sequences: int, vocab: int):
-    if num_beams < 1:
-        raise ValueError(f"num_beams is {num_beams}; it must be at least 1.")
+    check_whole("num_beams", num_beams, 1)
     if num_beams > vocab:
         raise ValueError(f"num_beams is {num_beams}, more than the {vocab} tokens of the vocabulary; ask for fewer.")
-    if not 1 <= num_return_sequences <= num_beams:
+    if not (is_whole(num_return_sequences) and 1 <= num_return_sequences <= num_beams):
         raise ValueError(
             f"num_return_sequences is {num_return_sequences}; it must be at least 1 and at most num_beams, {num_beams}."
         )

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..parallel import SINGLE, AbstractNamed, Strategy, place
+from .whole import check_whole
 
 
 class AbstractProcessor(eqx.Module):
@@ -249,8 +250,7 @@ class MinNewTokens(AbstractProcessor):
     count: np.ndarray | Int[Array, ""]
 
     def __init__(self, count: int):
-        if count < 0:
-            raise ValueError(f"The least number of new tokens is {count}; it must be 0 or more.")
+        check_whole("The least number of new tokens", count, 0)
         self.count = np.asarray(count, np.int32)
 
     def init_state(self, texts: Sequence[Sequence[int]], ends: Sequence[int], vocab: int) -> Countdown:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Int
 from ..nn import Cache, Mistral
 from ..parallel import place_on, specs, spmd
 from .prompt import bucket
+from .whole import is_whole
 
 
 # A prompt is read in pieces of at most this many tokens: scores then take memory for this many queries at a time.
@@ -60,8 +61,10 @@ def check_chunk(chunk: int):
 
     **Raises:** `ValueError` if there are none.
     """
-    if chunk < 1:
-        raise ValueError(f"A prompt cannot be read in pieces of {chunk} tokens; give at least 1.")
+    if not is_whole(chunk) or chunk < 1:
+        raise ValueError(
+            f"A prompt cannot be read in pieces of {chunk} tokens; give a whole number of them, at least 1."
+        )
 
 
 def check_context(longest: int, max_new_tokens: int, context: int):

@@ -20,6 +20,7 @@ from .prompt import pad_left
 from .reading import CHUNK, check_chunk, check_context, place_rows, prompt_width, read_pieces
 from .sampler import Sampler
 from .stops import Stops
+from .whole import check_whole, is_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,26 +70,24 @@ class Request:
 
         **Raises:** `ValueError` as `generate` says.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+        check_whole("max_new_tokens", max_new_tokens, 1)
         vocab = model.config.vocab
         before = [] if prefix is None else checked_prefix(prefix, model)
         check_context(len(before) + max(map(len, rows)), max_new_tokens, model.config.max_positions)
         check_chunk(prefill_chunk)
-        if num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}; it must be at least 1.")
+        check_whole("num_samples", num_samples, 1)
         if num_samples > 1 and sampler.greedy:
             raise ValueError(
                 f"num_samples is {num_samples}, but without drawing all samples of a prompt are the same; give a "
                 "temperature."
             )
-        if logprobs is not None and not 0 <= logprobs <= vocab:
+        if logprobs is not None and not (is_whole(logprobs) and 0 <= logprobs <= vocab):
             raise ValueError(f"logprobs is {logprobs}; it must be from 0 to the vocabulary's {vocab}.")
         idle = -len(rows) % parts(model, "batch")
         keys = _row_keys(key, sampler, len(rows), idle, num_samples)
         ends = [] if eos_id is None else list(eos_id) if isinstance(eos_id, Iterable) else [eos_id]
         for end in ends:
-            if not 0 <= end < vocab:
+            if not (is_whole(end) and 0 <= end < vocab):
                 raise ValueError(
                     f"The end token {end} is outside the vocabulary of {vocab}; leave out eos_id if "
                     "nothing is to stop early."

@@ -77,8 +77,9 @@ class Uncompiled:
         def function(kept: PyTree, given: PyTree) -> PyTree:
             return eqx.filter(self.function(*eqx.combine((kept, given), static)), eqx.is_array)
 
-        # The weights take memory in each phase, also in one that has no use for them.
-        jitted = jax.jit(function, donate_argnums=(1,) if self.donates else (), keep_unused=True)
+        # The weights take memory in each phase, also in one that has no use for them. A step uses all that it is given;
+        # then JAX also leaves out what nobody reads.
+        jitted = jax.jit(function, donate_argnums=(1,) if self.donates else (), keep_unused=self.name != "step")
         return jitted.trace(*shapes).lower(lowering_platforms=(platform,))
 
 
