@@ -16,18 +16,23 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTAL
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_tour_runs(smollm2_path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert len(SNIPPETS) == 6
+    assert len(SNIPPETS) == 7
     names = {}
     printed = []
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), names)
         printed.append(capsys.readouterr().out)
-    call, batch, stream, training, split, _ = printed
+    call, batch, stream, training, run, split, _ = printed
     assert call == " Paris\n"
     assert len(batch.splitlines()) == 2
     assert len(stream) > 20
     before, after = map(float, training.split("->"))
     assert after < before
+    # Sixty steps are enough for symbols in order, if not yet for the right ones.
+    symbols = [int(symbol) for symbol in re.findall(r"\d", run)]
+    assert symbols == sorted(symbols)
+    assert len(symbols) == 4
+    assert (tmp_path / "out/sort/60").is_dir()
     assert relative_error(names["logits"], names["model"](names["ids"])) < 1e-5
     assert split == "['heads', 'sequence_parallel', 'kv_replicated', 'heads_x_kv_seq']\n"
     saved, loaded = (names[name].blocks[0].attention_norm.weight for name in ("trained", "again"))

@@ -1,10 +1,14 @@
-"""The pages on training and the example, run as they stand."""
+"""The pages on training and the examples, run as they stand."""
 
+import csv
 import json
 import re
 import runpy
 import types
 from pathlib import Path
+
+import numpy as np
+import pytest
 
 import mistral_eqx as mx
 
@@ -54,10 +58,79 @@ def test_the_page_on_data(tmp_path, monkeypatch):
     assert "mx.encode_chat" in conversations
 
 
-def test_sorting_is_learned(capsys):
-    """A tenth of the example's steps: it has begun to sort."""
-    runpy.run_path(str(ROOT / "examples/train_sort.py"))["main"](60)
-    printed = capsys.readouterr().out
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
+def test_the_page_on_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run, patience, best = _snippets("trainer.md")
+    names = {}
+    exec(compile(run, "trainer.md", "exec"), names)
+    lines = capsys.readouterr().out.splitlines()
+    # The second call goes on from the first one's last step.
+    assert [line.split(":")[0] for line in lines] == ["step 20", "step 40"]
+    before, after = (float(line.split()[-1]) for line in lines)
+    assert after < before
+    with (tmp_path / "runs/sort/training.csv").open() as file:
+        assert [int(line["step"]) for line in csv.DictReader(file)] == [1, 10, 20, 21, 30, 40]
+    exec(compile(best, "trainer.md", "exec"), names)
+    np.testing.assert_array_equal(names["best"].norm.weight, names["model"].norm.weight)
+    exec(compile(patience, "trainer.md", "exec"), names)
+    first, second = names["Patience"](1.0), names["Patience"](1.0)
+    run = types.SimpleNamespace(stop=False)
+    for norm in (2.0, 0.5, 2.0, 2.0):
+        first.on_log(run, {"gradient_norm": norm})
+    assert not run.stop
+    second.set_state(first.get_state())
+    second.on_log(run, {"gradient_norm": 2.0})
+    assert run.stop
+
+
+@pytest.fixture
+def example(capsys):
+    """Runs an example and gives what it printed, and the losses among that."""
+
+    def run(name, *arguments):
+        runpy.run_path(str(ROOT / "examples" / name))["main"](*arguments)
+        printed = capsys.readouterr().out
+        return printed, [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)", printed, flags=re.MULTILINE)]
+
+    return run
+
+
+def test_sorting_is_learned(example):
+    """A few of the example's steps: it has begun to sort."""
+    printed, losses = example("train_sort.py", 60)
     assert losses[-1] < 0.6 * losses[0]
     assert re.search(r"\d+ of \d+ held-out sequences are sorted", printed)
+
+
+def test_adding_is_learned(example):
+    """A few of the example's steps: it has begun to learn which digits there are."""
+    printed, losses = example("train_adder.py", 30, 32)
+    assert losses[-1] < losses[0]
+    assert re.search(r"\d+ of 1000 held-out sums are right", printed)
+    assert len(re.findall(r"^\d\d \+ \d\d = \d{3}$", printed, flags=re.MULTILINE)) == 5
+
+
+def test_characters_are_learned_and_the_run_goes_on(example, tmp_path):
+    printed, losses = example("train_characters.py", tmp_path / "run", 6, 4, 16)
+    assert losses[-1] < losses[0]
+    # The model speaks before the first step and after the last one.
+    assert printed.count("Call me ") == 2
+    assert printed.count("held out: loss") == 1
+    with (tmp_path / "run/training.csv").open() as file:
+        assert [int(line["step"]) for line in csv.DictReader(file)] == [1, 6]
+    assert (tmp_path / "run/6").is_dir()
+    printed, losses = example("train_characters.py", tmp_path / "run", 6, 4, 16)
+    assert losses == []
+
+
+def test_a_sharded_run_goes_on_on_another_mesh(example):
+    printed, losses = example("pretrain_sharded.py", 10, 16, 16)
+    first, second = re.findall(
+        r"^(\S+), ZeRO (\d), from step (\d+): ([\d.]+) MB of state a device$", printed, flags=re.MULTILINE
+    )
+    assert first[:3] == ("dp=4,tp=2", "3", "0")
+    assert second[:3] == ("dp=2,tp=4", "1", "5")
+    # Each holds 1/8 of all that is split, against 1/4 of the weights and 1/8 of the moments.
+    assert float(first[3]) < float(second[3])
+    assert losses[-1] < losses[0]
+    assert len(re.findall(r"^['\"].*['\"]$", printed, flags=re.MULTILINE)) == 2

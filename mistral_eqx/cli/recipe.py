@@ -16,7 +16,8 @@ class Model:
 
     - `name`: of a preset, whose shapes get random weights; or with `weights` a checkpoint, as of `--model`.
     - `weights`: whether training begins with the weights of a checkpoint.
-    - `config`: entries of a preset's config that are other.
+    - `config`: entries of a preset's config that are other, such as `layers`. The vocabulary is that of the data or
+        the tokenizer, unless a larger `vocab` is given; a window of 0 is none.
     - `seed`: of random weights, and of those of adapters.
     """
 
@@ -142,6 +143,56 @@ class Recipe:
     lora: LoRA | None = None
     devices: Devices = Devices()
 
+    def check(self):
+        """**Raises:** `ValueError` if an entry has no such choice, or belongs to another one and would do nothing."""
+        for name, value, choices in (
+            ("data.kind", self.data.kind, (*MADE, "characters", *READ)),
+            ("optimizer.schedule", self.optimizer.schedule, ("constant", "cosine", "wsd")),
+            ("training.compute_dtype", self.training.compute_dtype, ("float32", "bfloat16", "float16")),
+        ):
+            if value not in choices:
+                raise ValueError(f"The recipe's {name!r} is {value!r}; it must be one of {', '.join(choices)}.")
+        if self.model.weights and self.model.config:
+            raise ValueError(
+                "The recipe's 'model.config' changes a preset, and the weights of a checkpoint have theirs; leave one "
+                "of it and 'model.weights' out."
+            )
+        if self.training.samples and self.data.kind in MADE:
+            raise ValueError(
+                f"The recipe's 'training.samples' are texts, and data of kind {self.data.kind!r} has none; leave "
+                "them out."
+            )
+        fresh = {
+            "data": Data(self.data.kind, self.data.rows),
+            "optimizer": Optimizer(self.optimizer.learning_rate),
+        }
+        for (table, name), (entry, choices) in _BELONGS.items():
+            own = getattr(self, table)
+            if getattr(own, name) != getattr(fresh[table], name) and getattr(own, entry) not in choices:
+                raise ValueError(
+                    f"The recipe's '{table}.{name}' does nothing where '{table}.{entry}' is {getattr(own, entry)!r}; "
+                    f"it belongs to {', '.join(choices)}."
+                )
+
+
+MADE = ("sort", "adder")
+READ = ("text", "json_lines", "parquet", "chat")
+_TEXTS = ("text", "json_lines", "parquet")
+# Entries that only some choices of another entry of their table look at.
+_BELONGS = {
+    ("data", "path"): ("kind", ("characters", *READ)),
+    ("data", "held_out"): ("kind", READ),
+    ("data", "field"): ("kind", ("json_lines", "parquet", "chat")),
+    ("data", "separator"): ("kind", ("text",)),
+    ("data", "tokenizer"): ("kind", READ),
+    ("data", "options"): ("kind", MADE),
+    ("data", "objective"): ("kind", _TEXTS),
+    ("data", "objective_options"): ("kind", _TEXTS),
+    ("optimizer", "warmup"): ("schedule", ("cosine", "wsd")),
+    ("optimizer", "end"): ("schedule", ("cosine", "wsd")),
+    ("optimizer", "decay"): ("schedule", ("wsd",)),
+}
+
 
 def read_recipe(path: Path, changes: Sequence[str]) -> Recipe:
     """Reads a recipe.
@@ -192,25 +243,30 @@ def _read(kind: type[Any], table: Mapping[str, Any], where: str) -> Any:
         is_needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if is_needed and name not in table:
             raise ValueError(f"The recipe lacks {where + name!r}; add it, or give it with --set {where}{name}=...")
-    return kind(**{name: _typed(value, types_of[name], repr(where + name), name) for name, value in table.items()})
+    return kind(**{name: typed(value, types_of[name], where + name) for name, value in table.items()})
 
 
-def _typed(value: Any, expected: Any, shown: str, name: str) -> Any:
+def typed(value: Any, expected: Any, name: str) -> Any:
+    """A value of TOML as the type that an entry has.
+
+    **Raises:** `ValueError` that names the entry, if it is another type's.
+    """
     options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
     for option in options:
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
             return _read(typing.cast(Any, option), value, f"{name}.")
         if option is float and type(value) is int:
             return float(value)
-        if option == list[str]:
-            if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+        if typing.get_origin(option) in (list, Sequence):
+            (entries,) = typing.get_args(option)
+            if isinstance(value, list) and all(type(entry) is entries for entry in value):
                 return value
         elif (isinstance(option, type) and type(value) is option) or (
             typing.get_origin(option) is dict and isinstance(value, dict)
         ):
             return value
     wanted = " or ".join(_NAMES.get(str(option), "a table") for option in options if option is not types.NoneType)
-    raise ValueError(f"The recipe's {shown} is {value!r}; it must be {wanted}.")
+    raise ValueError(f"The recipe's {name!r} is {value!r}; it must be {wanted}.")
 
 
 _NAMES = {
@@ -219,4 +275,6 @@ _NAMES = {
     str(str): "a text",
     str(bool): "true or false",
     str(list[str]): "a list of texts",
+    str(list[int]): "a list of whole numbers",
+    str(Sequence[int]): "a list of whole numbers",
 }

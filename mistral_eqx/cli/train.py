@@ -1,6 +1,7 @@
 """`mistral-eqx train`: what a recipe says, from the first step or from where it ended."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,13 +45,18 @@ def train(
 
     changes = [
         *(change or []),
-        *([f'folder="{folder}"'] if folder is not None else []),
+        *([f"folder={_quoted(folder)}"] if folder is not None else []),
         *([f"training.steps={steps}"] if steps is not None else []),
-        *([f'devices.mesh="{mesh}"'] if mesh is not None else []),
-        *([f'devices.strategy="{strategy}"'] if strategy is not None else []),
+        *([f"devices.mesh={_quoted(mesh)}"] if mesh is not None else []),
+        *([f"devices.strategy={_quoted(strategy)}"] if strategy is not None else []),
     ]
     wanted = read_recipe(recipe, changes)
     _run(wanted, recipe.parent, coordinator, num_processes, process_id)
+
+
+def _quoted(text: str) -> str:
+    """A text in TOML, whose escapes JSON's are."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _run(recipe: "Recipe", near: Path, coordinator: str | None, num_processes: int | None, process_id: int | None):
@@ -60,24 +66,26 @@ def _run(recipe: "Recipe", near: Path, coordinator: str | None, num_processes: i
     from ..parallel import agree
     from .devices import Devices
     from .loading import locate
-    from .training import continuations, count_solved, make_trainer, open_sets
+    from .training import continuations, count_solved, make_trainer, open_sets, share_of_rows
 
     devices = Devices(recipe.devices.mesh, recipe.devices.strategy, coordinator, num_processes, process_id)
     agree("recipe", repr(recipe))
+    recipe.check()
     path = locate(recipe.model.name) if recipe.model.weights else None
     config = _config(recipe) if path is None else open_checkpoint(path).config
-    tokenizer = None
-    if recipe.data.tokenizer is not None or path is not None:
-        tokenizer = mx.load_tokenizer(path if recipe.data.tokenizer is None else locate(recipe.data.tokenizer))
+    place = path if recipe.data.tokenizer is None else locate(recipe.data.tokenizer)
+    tokenizer = None if place is None else mx.load_tokenizer(place)
+    eos_ids = () if tokenizer is None else tuple(tokenizer.eos_ids)
     if path is None and tokenizer is not None:
-        config = dataclasses.replace(config, vocab=tokenizer.vocab)
+        config = _with_vocab(recipe, config, tokenizer.vocab)
+        config = dataclasses.replace(config, bos_id=tokenizer.bos_id, eos_ids=eos_ids)
     sets = open_sets(recipe.data, near, Path(recipe.folder) / "tokens", tokenizer, config.vocab)
     if path is None and sets.vocab is not None:
-        config = dataclasses.replace(config, vocab=sets.vocab)
-    eos_ids = () if tokenizer is None else tuple(tokenizer.eos_ids)
-    show = continuations(sets, recipe.training.samples, eos_ids)
-    trainer = make_trainer(recipe, sets, show)
+        config = _with_vocab(recipe, config, sets.vocab)
     placed, split, where = devices.place(config)
+    shard = share_of_rows(placed, split)
+    show = continuations(sets, recipe.training.samples, eos_ids)
+    trainer = make_trainer(recipe, sets, show, shard)
     model = _model(recipe, config, path, placed, split)
     batches = mx.train.batches(
         sets.known,
@@ -86,6 +94,7 @@ def _run(recipe: "Recipe", near: Path, coordinator: str | None, num_processes: i
         objective=sets.objective,
         seed=recipe.data.seed,
         packing=recipe.data.packing,
+        shard=shard,
     )
     processes.say(
         f"{config.parameters:,} weights, {recipe.training.steps} steps of {recipe.data.rows} rows of {sets.seq} "
@@ -99,7 +108,10 @@ def _run(recipe: "Recipe", near: Path, coordinator: str | None, num_processes: i
 
 
 def _config(recipe: "Recipe") -> Any:
+    import typing
+
     from ..presets import PRESETS
+    from .recipe import typed
 
     if recipe.model.name not in PRESETS:
         raise ValueError(
@@ -107,14 +119,29 @@ def _config(recipe: "Recipe") -> Any:
             f"{', '.join(PRESETS)}."
         )
     config, changes = PRESETS[recipe.model.name], dict(recipe.model.config)
-    for name in changes:
-        if name not in vars(config):
-            raise ValueError(f"The recipe's 'model.config' has {name!r}; a config has {', '.join(vars(config))}.")
+    types = typing.get_type_hints(type(config)) | {"windows": list[int]}
+    for name, value in changes.items():
+        # These two belong to a tokenizer.
+        if name not in types or name in ("bos_id", "eos_ids"):
+            own = ", ".join(name for name in types if name not in ("bos_id", "eos_ids"))
+            raise ValueError(f"The recipe's 'model.config' has {name!r}, which cannot be set; it may have {own}.")
+        changes[name] = typed(value, types[name], f"model.config.{name}")
     if "windows" in changes:
         changes["windows"] = tuple(window or None for window in changes["windows"])
     elif "layers" in changes:
         changes["windows"] = (None,) * changes["layers"]
     return dataclasses.replace(config, **changes)
+
+
+def _with_vocab(recipe: "Recipe", config: Any, vocab: int) -> Any:
+    """A config with the vocabulary of the data, or the larger one that the recipe asks for."""
+    wanted = recipe.model.config.get("vocab", vocab)
+    if wanted < vocab:
+        raise ValueError(
+            f"The recipe's 'model.config' has a vocab of {wanted}, and the data {vocab} tokens; make it at least that, "
+            "or leave it out."
+        )
+    return dataclasses.replace(config, vocab=wanted)
 
 
 def _model(recipe: "Recipe", config: Any, path: Path | None, placed: Any, split: Any) -> "Mistral":
@@ -154,9 +181,10 @@ def _tell(folder: Path):
         path = folder / f"{name}.csv"
         if path.exists() and processes.number() == 0:
             with path.open(newline="") as file:
-                last = list(csv.DictReader(file))[-1]
-            figures = ", ".join(f"{what} {float(last[what]):.4g}" for what in ("loss", "accuracy"))
-            processes.say(f"{name}: step {last['step']}, {figures}")
+                lines = list(csv.DictReader(file))
+            for last in lines[-1:]:
+                figures = ", ".join(f"{what} {float(last[what]):.4g}" for what in ("loss", "accuracy"))
+                processes.say(f"{name}: step {last['step']}, {figures}")
 
 
 def _save(recipe: "Recipe", model: "Mistral", tokenizer: Any):

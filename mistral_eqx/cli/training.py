@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import math
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,16 +14,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import typer
 
 from . import processes
-from .recipe import Data, Optimizer, Recipe
+from .recipe import MADE, Data, Optimizer, Recipe, typed
 
 
 if TYPE_CHECKING:
     import numpy as np
     import optax
+    from jax.sharding import Mesh
 
     import mistral_eqx as mx
 
     from ..nn import Mistral
+    from ..parallel import Strategy
     from ..text import AbstractTokenizer
 
 
@@ -45,8 +50,22 @@ class Sets(NamedTuple):
     decode: Callable[[Any], str] | None = None
 
 
-_MADE = ("sort", "adder")
-_READ = ("text", "json_lines", "parquet", "chat")
+def share_of_rows(mesh: Mesh | None, strategy: Strategy) -> tuple[int, int]:
+    """Which part of a batch's rows this process gives, and of how many: those of its devices.
+
+    Processes whose devices share rows give the same ones.
+    """
+    import jax
+    from jax.sharding import NamedSharding
+
+    if mesh is None or not processes.several():
+        return 0, 1
+    parts = math.prod(mesh.shape[axis] for axis in strategy.split_over("batch"))
+    rows: dict[int, set[int]] = {}
+    for device, (part,) in NamedSharding(mesh, strategy.spec("batch")).devices_indices_map((parts,)).items():
+        rows.setdefault(device.process_index, set()).add(part.start or 0)
+    shares = sorted({min(own) for own in rows.values()})
+    return shares.index(min(rows[jax.process_index()])), len(shares)
 
 
 def open_sets(data: Data, near: Path, tokens: Path, tokenizer: AbstractTokenizer | None, vocab: int) -> Sets:
@@ -64,19 +83,17 @@ def open_sets(data: Data, near: Path, tokens: Path, tokenizer: AbstractTokenizer
     """
     from ..train import data as sets
 
-    if data.kind in _MADE:
-        kind = sets.Sort if data.kind == "sort" else sets.Adder
-        known, held_out = (_called(kind, data.options, "data.options", held_out=part) for part in (False, True))
+    if data.kind in MADE:
+        kind = {"sort": sets.Sort, "adder": sets.Adder}[data.kind]
+        options = _checked(kind, data.options, "data.options", given=("held_out",))
+        known, held_out = (kind(**options, held_out=part) for part in (False, True))
         return Sets(known, held_out, None, data.seq or known.seq, known.vocab)
     if data.seq is None:
         raise ValueError(f"The recipe lacks 'data.seq', how many columns a row has, for data of kind {data.kind!r}.")
-    if data.kind != "characters" and data.kind not in _READ:
-        kinds = ", ".join((*_MADE, "characters", *_READ))
-        raise ValueError(f"The recipe's 'data.kind' is {data.kind!r}; it must be one of {kinds}.")
     if data.path is None:
         raise ValueError(f"The recipe lacks 'data.path', the file to read, for data of kind {data.kind!r}.")
     if data.kind == "characters":
-        text = "".join(path.read_text(encoding="utf-8") for path in _paths(data.path, near))
+        text = "".join(_text(path) for path in _paths(data.path, near))
         known, held_out = (sets.Characters(text, data.seq, held_out=part) for part in (False, True))
         return Sets(known, held_out, None, data.seq, known.vocab, known.encode, known.decode)
     if tokenizer is None:
@@ -124,51 +141,58 @@ def _objective(
     if data.kind == "chat":
         encode = functools.partial(mx.encode_chat, tokenizer)
         return lambda messages, random: train.chat(messages, encode), seq
-    masked = {"vocab": vocab, **options}
-    # A piece has one token more than its length.
-    chosen = {
-        "causal": (lambda ids, random: train.causal(ids, **options), seq),
-        "prefix_lm": (lambda ids, random: train.prefix_lm(ids, random.integers(1, len(ids)), **options), seq),
-        "bert_mask": (lambda ids, random: _called(train.bert_mask, masked, _OPTIONS, ids, random), seq - 1),
-        "mass": (lambda ids, random: _called(train.mass, masked, _OPTIONS, ids, random), (2 * seq) // 3 - 2),
-        "replace_spans": (
-            lambda ids, random: _called(train.replace_spans, options, _OPTIONS, ids, random),
-            int(seq / 1.3) - 3,
-        ),
-        "drop_spans": (lambda ids, random: _called(train.drop_spans, options, _OPTIONS, ids, random), seq - 1),
+    # How long a piece may be, which has one token more than its length.
+    lengths = {
+        "causal": seq,
+        "prefix_lm": seq,
+        "bert_mask": seq - 1,
+        "mass": (2 * seq) // 3 - 2,
+        "replace_spans": int(seq / 1.3) - 3,
+        "drop_spans": seq - 1,
     }
-    if data.objective not in chosen:
+    if data.objective not in lengths:
         raise ValueError(
-            f"The recipe's 'data.objective' is {data.objective!r}; it must be one of {', '.join(chosen)}, or the kind "
+            f"The recipe's 'data.objective' is {data.objective!r}; it must be one of {', '.join(lengths)}, or the kind "
             "of the data 'chat'."
         )
-    function, piece = chosen[data.objective]
-    if piece < 1:
+    if lengths[data.objective] < 1:
         raise ValueError(f"Rows of {seq} columns are too short for the objective {data.objective!r}; make them longer.")
-    return function, piece
+    function = getattr(train, data.objective)
+    known = {"vocab": vocab} if "vocab" in inspect.signature(function).parameters else {}
+    options = {**known, **_checked(function, options, "data.objective_options", given=tuple(known))}
+    match data.objective:
+        case "causal":
+            return lambda ids, random: train.causal(ids), seq
+        case "prefix_lm":
+            return lambda ids, random: train.prefix_lm(ids, random.integers(1, len(ids))), seq
+    return lambda ids, random: function(ids, random, **options), lengths[data.objective]
 
 
-_OPTIONS = "data.objective_options"
-
-
-def _called(function: Callable[..., Any], options: Mapping[str, Any], where: str, *arguments: Any, **more: Any) -> Any:
-    """Calls a function with options of a recipe."""
-    import inspect
-
-    takes = inspect.signature(function).parameters
+def _checked(
+    function: Callable[..., Any], options: Mapping[str, Any], where: str, *, given: tuple[str, ...]
+) -> dict[str, Any]:
+    """Options of a recipe, if a function takes them as they are; what is `given` otherwise is none of them."""
+    takes = {
+        name: parameter
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name not in given and (parameter.kind is parameter.KEYWORD_ONLY or inspect.isclass(function))
+    }
     for name in options:
         if name not in takes:
-            raise ValueError(
-                f"The recipe's {where!r} have {name!r}, which is not taken there; take of {', '.join(takes)}."
-            )
-    missing = [
-        name
-        for name, parameter in takes.items()
-        if parameter.default is parameter.empty and parameter.kind is parameter.KEYWORD_ONLY and name not in options
-    ]
-    if missing and not more:
-        raise ValueError(f"The recipe's {where!r} lack {missing[0]!r}; add it.")
-    return function(*arguments, **options, **more)
+            may = f"it takes {', '.join(takes)}" if takes else "it takes none"
+            raise ValueError(f"The recipe's {where!r} have {name!r}, which is not taken there; {may}.")
+    for name, parameter in takes.items():
+        if parameter.default is parameter.empty and name not in options:
+            raise ValueError(f"The recipe's {where!r} lack {name!r}; add it.")
+    types = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    return {name: typed(value, types[name], f"{where}.{name}") for name, value in options.items()}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason}; convert it, as by iconv -t UTF-8.") from error
 
 
 def _paths(path: str | list[str], near: Path) -> list[Path]:
@@ -188,18 +212,18 @@ def make_optimizer(optimizer: Optimizer, steps: int) -> optax.GradientTransforma
             rate = optimizer.learning_rate
         case "cosine":
             rate = train.warmup_cosine(optimizer.learning_rate, warmup=optimizer.warmup, steps=steps, end=optimizer.end)
-        case "wsd":
+        case _:
             decay = max(1, steps // 10) if optimizer.decay is None else optimizer.decay
             rate = train.wsd(
                 optimizer.learning_rate, warmup=optimizer.warmup, decay=decay, steps=steps, end=optimizer.end
             )
-        case other:
-            raise ValueError(f"The recipe's 'optimizer.schedule' is {other!r}; it must be constant, cosine or wsd.")
     return train.adamw(rate, weight_decay=optimizer.weight_decay, b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps)
 
 
-def make_trainer(recipe: Recipe, sets: Sets, show: Callable[[Mistral], object] | None) -> mx.Trainer:
-    """The recipe's trainer, with its callbacks."""
+def make_trainer(
+    recipe: Recipe, sets: Sets, show: Callable[[Mistral], object] | None, shard: tuple[int, int]
+) -> mx.Trainer:
+    """The recipe's trainer, with its callbacks; it evaluates on this process's share of rows."""
     from .. import train
 
     wanted = recipe.training
@@ -224,6 +248,7 @@ def make_trainer(recipe: Recipe, sets: Sets, show: Callable[[Mistral], object] |
             shuffle=False,
             epochs=1,
             remainder="pad",
+            shard=shard,
         )
     settings = {field.name: getattr(wanted, field.name) for field in dataclasses.fields(wanted)}
     options = {name: settings[name] for name in _OF_TRAINER}
