@@ -201,7 +201,7 @@ MASKED = ("data.kind=text", "data.options={}", "data.path=recipe.toml", "data.se
         (["optimizer.schedule=linear"], ["'optimizer.schedule'", "'linear'", "wsd"]),
         (["optimizer.decay=3"], ["'optimizer.decay'", "'cosine'"]),
         (["training.compute_dtype=int8"], ["'training.compute_dtype'", "'int8'", "bfloat16"]),
-        (["training.remat=all"], ["'all'", "block"]),
+        (["training.remat=all"], ["'training.remat'", "'all'", "block"]),
         (["training.samples=['a']"], ["'training.samples'", "'sort'"]),
         (["training.save_every=0"], ["save_every is 0"]),
         (["devices.strategy=tensor"], ["'tensor'"]),

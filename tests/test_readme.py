@@ -28,11 +28,8 @@ def test_the_tour_runs(smollm2_path, tmp_path, monkeypatch, capsys):
     assert len(stream) > 20
     before, after = map(float, training.split("->"))
     assert after < before
-    # Sixty steps are enough for symbols in order, if not yet for the right ones.
-    symbols = [int(symbol) for symbol in re.findall(r"\d", run)]
-    assert symbols == sorted(symbols)
-    assert len(symbols) == 4
-    assert (tmp_path / "out/sort/60").is_dir()
+    assert run == "[[1 1 2 3]]\n"
+    assert (tmp_path / "out/sort/300").is_dir()
     assert relative_error(names["logits"], names["model"](names["ids"])) < 1e-5
     assert split == "['heads', 'sequence_parallel', 'kv_replicated', 'heads_x_kv_seq']\n"
     saved, loaded = (names[name].blocks[0].attention_norm.weight for name in ("trained", "again"))

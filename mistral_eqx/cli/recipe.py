@@ -148,6 +148,7 @@ class Recipe:
         for name, value, choices in (
             ("data.kind", self.data.kind, (*MADE, "characters", *READ)),
             ("optimizer.schedule", self.optimizer.schedule, ("constant", "cosine", "wsd")),
+            ("training.remat", self.training.remat, ("none", "dots", "block")),
             ("training.compute_dtype", self.training.compute_dtype, ("float32", "bfloat16", "float16")),
         ):
             if value not in choices:
