@@ -40,5 +40,5 @@ def to_device(optimizer_state: PyTree) -> PyTree:
     return _moved(optimizer_state, jax.memory.Space.Device)
 
 
-def _moved(tree: PyTree, space: jax.memory.Space) -> PyTree:
+def _moved(tree: PyTree, space: Any) -> PyTree:
     return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if is_offloaded(leaf) else leaf, tree)
