@@ -1,7 +1,7 @@
 """How fast is a model trained, here and with transformers and torch?
 
-The weights of the preset `smollm2-135m` in float32, AdamW, 4 rows of 256 tokens of Moby-Dick a step: here with each choice of
-what the backward pass computes again, and with transformers, whose losses must be the same, step by step.
+The weights of the preset `smollm2-135m` in float32, AdamW, 4 rows of 256 tokens of Moby-Dick a step: here with each
+choice of what the backward pass computes again, and with transformers, whose losses must be the same, step by step.
 
 And how long does a step take to compile? That of 8 and that of 32 layers, which are scanned.
 
@@ -199,9 +199,7 @@ def differences(measured: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[fl
     reference = measured[REFERENCE][0]["losses"]
     result = {}
     for name, found in measured.items():
-        first, *others = (
-            max(abs(one["losses"][at] - loss) for one in found) for at, loss in enumerate(reference)
-        )
+        first, *others = (max(abs(one["losses"][at] - loss) for one in found) for at, loss in enumerate(reference))
         result[name] = first, max(others)
     return result
 
@@ -211,7 +209,9 @@ def markdown(report: dict[str, Any]) -> str:
     measured, compiling = report["measured"], report["compiling"]
     rates = {name: [rate for one in found for rate in one["rates"]] for name, found in measured.items()}
     medians = {name: statistics.median(one) for name, one in rates.items()}
-    lines = [["", "tokens/s", f"{TIMES} transformers", "first step, s", "peak, GB", "last loss", "first loss differs by"]]
+    lines = [
+        ["", "tokens/s", f"{TIMES} transformers", "first step, s", "peak, GB", "last loss", "first loss differs by"]
+    ]
     for name, found in measured.items():
         lines.append(
             [
@@ -231,8 +231,8 @@ def markdown(report: dict[str, Any]) -> str:
         parts = [statistics.median(one[part] for one in found) for part in ("lower_seconds", "compile_seconds")]
         compiled.append([name, *(f"{part:.1f}" for part in parts), f"{seconds[name] / least:.2f}"])
     how = (
-        f"{ROWS} rows of {SEQ} tokens a step; rounds: {report['rounds']}, steps in each: {report['steps']}, after one that "
-        "is not counted; medians of all, with the least and the most."
+        f"{ROWS} rows of {SEQ} tokens a step; rounds: {report['rounds']}, steps in each: {report['steps']}, after one "
+        "that is not counted; medians of all, with the least and the most."
     )
     return f"{table(lines)}\n\n{table(compiled)}\n\n{footnote(report, how)}"
 
