@@ -55,6 +55,26 @@ def test_contract_has_the_gradient_of_a_product(dtype):
     assert relative_error(for_x[0, 0], np.einsum("o,oij->ij", c, w)) < bound
 
 
+def test_gradient_of_scanned_layers_copies_no_weights():
+    weights, x = jax.ShapeDtypeStruct((3, 8, 8), jnp.float32), jax.ShapeDtypeStruct((2, 4, 8), jnp.float32)
+
+    def loss(weights, x):
+        def layer(x, weight):
+            return jnp.sin(DenseWeight(weight).contract(x, "embed", "hidden")), None
+
+        return jnp.sum(jax.lax.scan(layer, x, weights)[0])
+
+    forward, backward = (
+        [output.aval.shape for output in equation.outvars]
+        for equation in jax.make_jaxpr(jax.grad(loss))(weights, x).eqns
+        if equation.primitive.name == "scan"
+    )
+    # Of the activations it keeps those that came in.
+    assert (3, *x.shape) in forward
+    assert weights.shape not in forward
+    assert backward.count(weights.shape) == 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_are_those_of_the_table(dtype):
     table, ids = _draw((50, 8), dtype), jnp.asarray([[0, 49, 7], [7, 7, 31]], jnp.int32)

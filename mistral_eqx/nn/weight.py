@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -66,10 +67,7 @@ class DenseWeight(AbstractWeight):
         return cls(jr.normal(key, shape, dtype) * jnp.asarray(std, dtype))
 
     def contract(self, x: Float[Array, "batch seq *in"], in_dims: str, out_dims: str) -> Float[Array, "batch seq *out"]:
-        inner = len(in_dims.split())
-        return lax.platform_dependent(
-            self.value, x, cpu=partial(_contract_cpu, inner=inner), default=partial(_contract_as_stored, inner=inner)
-        )
+        return _contract(self.value, x, len(in_dims.split()))
 
     def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
         return _rows(self.value, ids)
@@ -107,6 +105,28 @@ def _rows_of_bits(table: Array, ids: Array) -> Array:
     # Bound to the ids, the table's bits cannot be computed ahead of a decoding loop, which would copy it.
     table, ids = lax.optimization_barrier((table, ids))
     return from_bits(to_bits(table)[ids], table.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _contract(weight: Array, x: Array, inner: int) -> Array:
+    return lax.platform_dependent(
+        weight, x, cpu=partial(_contract_cpu, inner=inner), default=partial(_contract_as_stored, inner=inner)
+    )
+
+
+def _contract_jvp(inner: int, primals, tangents):
+    # Linear in each: a gradient needs weight and activations as they came in. Through the choice of a platform it would
+    # keep what each lowering makes of them, and a scan over layers would so write copies of all weights.
+    (weight, x), (d_weight, d_x) = primals, tangents
+    parts = [
+        _contract_as_stored(one, other, inner)
+        for one, other in ((d_weight, x), (weight, d_x))
+        if not isinstance(one, SymbolicZero) and not isinstance(other, SymbolicZero)
+    ]
+    return _contract(weight, x, inner), sum(parts[1:], start=parts[0])
+
+
+_contract.defjvp(_contract_jvp, symbolic_zeros=True)
 
 
 def _contract_as_stored(weight: Array, x: Array, inner: int) -> Array:
