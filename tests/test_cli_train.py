@@ -234,7 +234,7 @@ def test_files_that_are_no_recipes(recipe, tmp_path):
     whole = recipe.read_text()
     recipe.write_text(whole.replace("rows = 8", ""))
     assert_refused(run("train", recipe), "lacks 'data.rows'", "--set data.rows=")
-    recipe.write_text("folder = ")
+    recipe.write_text("folder = \n")
     assert_refused(run("train", recipe), "recipe.toml is no TOML", "line 1")
     recipe.write_bytes(b"\xff")
     assert_refused(run("train", recipe), "recipe.toml is not UTF-8 text")

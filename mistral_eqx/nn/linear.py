@@ -1,10 +1,15 @@
 """A linear layer over named dimensions, column- or row-parallel by what its strategy splits."""
 
 import equinox as eqx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from ..parallel import SINGLE, AbstractNamed, Strategy, psum_tokens
 from .weight import AbstractWeight
+
+
+# What rematerialisation may keep by this name: results, after they were added up.
+LINEAR = "linear"
 
 
 class Linear(AbstractNamed):
@@ -30,7 +35,7 @@ class Linear(AbstractNamed):
 
     def __call__(self, x: Float[Array, "batch seq *in"]) -> Float[Array, "batch tokens *out"]:
         y = self.weight.contract(x, self.in_dims, self.out_dims).astype(x.dtype)
-        return psum_tokens(y, self.in_dims, self.strategy)
+        return checkpoint_name(psum_tokens(y, self.in_dims, self.strategy), LINEAR)
 
     def array_dims(self) -> dict[str, str]:
         return {f"weight.{field}": dims for field, dims in self.weight.dims(self.in_dims, self.out_dims).items()}

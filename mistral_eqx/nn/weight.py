@@ -130,9 +130,12 @@ _contract.defjvp(_contract_jvp, symbolic_zeros=True)
 
 
 def _contract_as_stored(weight: Array, x: Array, inner: int) -> Array:
-    contracted = tuple(range(weight.ndim - inner, weight.ndim)), tuple(range(2, x.ndim))
+    # Tokens are one dimension: gradients are then products of matrices, which XLA on CPU does not lay out anew.
+    (batch, seq), outer = x.shape[:2], weight.ndim - inner
+    x = x.reshape(batch * seq, *x.shape[2:])
+    contracted = tuple(range(outer, weight.ndim)), tuple(range(1, x.ndim))
     y = lax.dot_general(weight, x, (contracted, ((), ())), preferred_element_type=at_least_float32(x.dtype))
-    return jnp.moveaxis(y, (-2, -1), (0, 1))
+    return jnp.moveaxis(y, -1, 0).reshape(batch, seq, *y.shape[:-1])
 
 
 def _contract_cpu(weight: Array, x: Array, inner: int) -> Array:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ..lora import has_adapters, is_adapter, with_keys
 from ..nn import Block, Mistral, Unembedding
+from ..nn.linear import LINEAR
 from ..parallel import Strategy, all_tokens, own_slots, specs
 from .batch import Batch
 
@@ -23,7 +24,7 @@ _REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "none": lambda layer: layer,
     "block": lambda layer: jax.checkpoint(layer, prevent_cse=False),
     "dots": lambda layer: jax.checkpoint(
-        layer, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        layer, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(LINEAR)
     ),
 }
 
