@@ -16,7 +16,7 @@ from mistral_eqx.train import data
 TEXT = Path(__file__).parent / "data" / "moby-dick.txt"
 
 
-def main(folder="runs/characters", steps=600, rows=32, seq=128):
+def main(folder="runs/characters", steps=300, rows=32, seq=128):
     text = TEXT.read_text(encoding="utf-8")
     known, held_out = data.Characters(text, seq), data.Characters(text, seq, held_out=True)
 
@@ -33,11 +33,11 @@ def main(folder="runs/characters", steps=600, rows=32, seq=128):
         compute_dtype=None,
         remat="none",
         checkpoint_dir=folder,
-        save_every=200,
+        save_every=100,
         evaluate_on=data.batches(held_out, rows=rows, seq=seq, shuffle=False, epochs=1, remainder="pad"),
-        evaluate_every=200,
-        log_every=50,
-        callbacks=[Print(), mx.train.Samples(show, every=200)],
+        evaluate_every=100,
+        log_every=25,
+        callbacks=[Print(), mx.train.Samples(show, every=100)],
     )
     trainer.fit(model, data.batches(known, rows=rows, seq=seq), steps=steps)
 
