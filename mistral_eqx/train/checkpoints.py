@@ -101,7 +101,7 @@ class Checkpoints:
             if then != now:
                 raise ValueError(
                     f"The checkpoint in {self.folder} was written by a run with {name} {then!r}, and this one has "
-                    f"{now!r}; give it a folder of its own, or the same {name}."
+                    f"{now!r}; give it a folder of its own."
                 )
         arrays = _by_name(state)
         wanted = {

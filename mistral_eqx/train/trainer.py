@@ -208,9 +208,11 @@ class Trainer:
             if batch is None:
                 break
             _check(batch, run.state)
-            run.state, metrics = step(run.state, _placed(batch, run.state))
+            placed = _placed(batch, run.state)
+            run.state, metrics = step(run.state, placed)
             run.step += 1
-            clock.count(batch)
+            # Each process sees its own rows, which may be all there are.
+            clock.count(batch, placed.inputs.shape[0] // batch.inputs.shape[0])
             for callback in callbacks:
                 callback.on_step(run, metrics)
             done = stopping.wanted(run.step) or run.stop or run.step == run.steps
@@ -257,8 +259,8 @@ class _Clock:
     def begin(self):
         self._start, self._tokens = time.perf_counter(), 0
 
-    def count(self, batch: Batch):
-        self._tokens += int(np.sum(np.asarray(batch.positions) >= 0)) * jax.process_count()
+    def count(self, batch: Batch, shares: int):
+        self._tokens += int(np.sum(np.asarray(batch.positions) >= 0)) * shares
 
     def figures(self, state: TrainState, batch: Batch, dtype: DTypeLike | None) -> dict[str, float]:
         """Tokens a second, and the part of the devices' measured peak that this is; NaN before there is a start."""

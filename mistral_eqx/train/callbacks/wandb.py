@@ -1,5 +1,6 @@
 """Curves in Weights & Biases."""
 
+import importlib
 import importlib.util
 from collections.abc import Mapping
 from typing import Any
@@ -28,8 +29,7 @@ class WandB(Callback):
 
     def on_start(self, run: Run):
         if jax.process_index() == 0:
-            import wandb
-
+            wandb: Any = importlib.import_module("wandb")
             self._run = wandb.init(resume="allow", **self._settings)
             self._settings["id"] = self._run.id
 
