@@ -56,6 +56,29 @@ def test_the_best_model_is_kept(tmp_path):
         trainer(None, train.KeepBest()).fit(model(), batches(1), steps=1)
 
 
+class Counted(train.Callback):
+    """Counts steps, from whatever step on a run goes on."""
+
+    def __init__(self):
+        self.count = 0
+
+    def on_step(self, run, metrics):
+        self.count += 1
+
+    def get_state(self):
+        return {"count": self.count}
+
+    def set_state(self, state):
+        self.count = state["count"]
+
+
+def test_callbacks_go_on_whatever_stands_beside_them(tmp_path):
+    first, second, third = Counted(), Counted(), Counted()
+    trainer(tmp_path, first, At(2, stop)).fit(model(), batches(4), steps=4)
+    trainer(tmp_path, Losses(), second, third, progress=True).fit(model(), batches(4), steps=4)
+    assert (first.count, second.count, third.count) == (2, 4, 2)
+
+
 def test_samples_are_shown(capsys):
     shown = []
     run = trainer(None, train.Samples(lambda model: shown.append(float(model.norm.weight[0])), every=2))

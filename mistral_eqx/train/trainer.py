@@ -178,9 +178,13 @@ class Trainer:
                 raise ValueError(
                     f"The run made {run.step} steps, and there are {passed} batches; give those that it began with."
                 )
-        for callback, (name, state) in zip(callbacks, more["callbacks"], strict=False):
-            if name == type(callback).__name__:
-                callback.set_state(state)
+        # Other callbacks may have come or gone; of those of one name the order counts.
+        kept: dict[str, list[dict[str, Any]]] = {}
+        for name, state in more["callbacks"]:
+            kept.setdefault(name, []).append(state)
+        for callback in callbacks:
+            if states := kept.get(type(callback).__name__):
+                callback.set_state(states.pop(0))
 
     def _train(
         self,
