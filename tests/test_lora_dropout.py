@@ -79,6 +79,7 @@ def test_a_model_with_dropout_says_what_it_says_without():
     assert (run(model, ids) == run(adapted(), ids)).all()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_as_it_would_have():
     """Beside weights that only dequantise; the state holds no key, and a step is made anew."""
     model = adapted(quantized(small_model(config=CONFIG)), dropout=0.9)
@@ -108,6 +109,7 @@ def model64(dropout=DROPOUT):
     return adapted(model, targets=(*LINEAR, "head"), rank=2, dtype=jnp.float64, dropout=dropout)
 
 
+@pytest.mark.slow
 def test_the_backward_pass_drops_what_the_forward_pass_did():
     """The gradient, for which blocks are computed again, against the difference of two forward passes."""
     with jax.enable_x64(True):

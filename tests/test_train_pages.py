@@ -123,6 +123,7 @@ def test_characters_are_learned_and_the_run_goes_on(example, tmp_path):
     assert losses == []
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_on_on_another_mesh(example):
     printed, losses = example("pretrain_sharded.py", 10, 16, 16)
     first, second = re.findall(
