@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import pytest
 from model_fixtures import relative_error
 
+import mistral_eqx as mx
+
 
 README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
@@ -28,7 +30,11 @@ def test_the_tour_runs(smollm2_path, tmp_path, monkeypatch, capsys):
     assert len(stream) > 20
     before, after = map(float, training.split("->"))
     assert after < before
-    assert run == "[[1 1 2 3]]\n"
+    assert re.fullmatch(r"\[\[\d \d \d \d\]\]\n", run)
+    # After so few steps it sorts most problems that it has seen; one of 24 comes out sorted by chance.
+    problems = names["problems"]
+    out = mx.generate(names["sorter"], problems.prompts, max_new_tokens=4)
+    assert (out.tokens == problems.answers).all(axis=1).mean() > 0.5
     assert (tmp_path / "out/sort/300").is_dir()
     assert relative_error(names["logits"], names["model"](names["ids"])) < 1e-5
     assert split == "['heads', 'sequence_parallel', 'kv_replicated', 'heads_x_kv_seq']\n"

@@ -103,8 +103,10 @@ class _TrainingLedger(Ledger):
         self.sum("softmax maximum again", "kv_seq", layers, self.tokens, heads, self.wide)
         head_dim = self.local("head_dim") + 1
         self.sum("softmax sum and values again", "kv_seq", layers, self.tokens, heads, head_dim, self.wide)
-        self.sum_tokens("attention output again", "kv_heads q_per_kv head_dim", layers, seq)
         self.all_tokens("feed-forward input again", layers, seq)
+        if self.training.remat == "dots":
+            return  # results of linear layers are kept, after they were added up
+        self.sum_tokens("attention output again", "kv_heads q_per_kv head_dim", layers, seq)
         between = layers - layers // _turn(self.config)
         if between:
             self.sum_tokens("feed-forward output again", "hidden", between, seq)
