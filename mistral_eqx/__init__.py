@@ -4,6 +4,7 @@ from . import lora as lora, nn as nn, parallel as parallel, train as train
 from .checkpoint import load as load, load_lora as load_lora, save as save, save_lora as save_lora
 from .config import MistralConfig as MistralConfig
 from .conversion import convert as convert
+from .errors import InputError as InputError
 from .evaluate import (
     Perplexity as Perplexity,
     Scores as Scores,

@@ -5,6 +5,8 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
+from .errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class MistralConfig:
@@ -46,19 +48,19 @@ class MistralConfig:
         for name in (*sizes, "rope_theta", "norm_eps"):
             value = getattr(self, name)
             if not value > 0:
-                raise ValueError(f"The config's {name} is {value}, but it must be positive.")
+                raise InputError(f"The config's {name} is {value}, but it must be positive.")
         if self.head_dim % 2:
-            raise ValueError(
+            raise InputError(
                 f"The config's head_dim is {self.head_dim}, but it must be even: the rotary embedding turns pairs."
             )
         if len(self.windows) != self.layers:
-            raise ValueError(
+            raise InputError(
                 f"The config has {len(self.windows)} windows for {self.layers} layers; give one entry a layer, "
                 "None where a layer sees all positions."
             )
         for window in self.windows:
             if window is not None and window < 1:
-                raise ValueError(
+                raise InputError(
                     f"The config has a window of {window}, but a query sees at least itself: give 1 or more, or None."
                 )
 
@@ -94,13 +96,13 @@ class MistralConfig:
         document = _Document(settings, "config.json")
         model_type = document.take("model_type", None)
         if model_type not in _HF_DEFAULTS:
-            raise ValueError(
+            raise InputError(
                 f"config.json has model_type {model_type!r}, which is not supported; the supported ones are "
                 f"{_listed(_HF_DEFAULTS)}."
             )
         for architecture in document.take("architectures", None) or ():
             if architecture not in _HF_ARCHITECTURES:
-                raise ValueError(
+                raise InputError(
                     f"config.json names the architecture {architecture!r}, which is not supported; the supported "
                     f"ones are {_listed(_HF_ARCHITECTURES)}."
                 )
@@ -143,7 +145,7 @@ class MistralConfig:
         """
         sizes = {window for window in self.windows if window is not None}
         if len(sizes) > 1:
-            raise ValueError(
+            raise InputError(
                 f"The layers have windows of {_listed(sorted(sizes))} positions, but config.json has a place for one "
                 "size only; use the format 'mistral'."
             )
@@ -278,7 +280,7 @@ class MistralConfig:
         document.expect("general.type", ("model", None), None)
         parts = document.optional_integer("split.count", None) or 1
         if parts > 1:
-            raise ValueError(
+            raise InputError(
                 f"The GGUF file is one of {parts} parts; put them together first, with llama.cpp's "
                 "llama-gguf-split --merge."
             )
@@ -370,11 +372,11 @@ class _Document:
         self._taken.add(key)
         value = self._settings.get(key, default)
         if value is _REQUIRED:
-            raise ValueError(f"{self._name} does not tell {key}, without which the model cannot be built; add it.")
+            raise InputError(f"{self._name} does not tell {key}, without which the model cannot be built; add it.")
         return value
 
-    def _wrong(self, key: str, value: object, wanted: str) -> ValueError:
-        return ValueError(f"{self._name} has {key} {value!r}, but it must be {wanted}.")
+    def _wrong(self, key: str, value: object, wanted: str) -> InputError:
+        return InputError(f"{self._name} has {key} {value!r}, but it must be {wanted}.")
 
     def optional_integer(self, key: str, default: Any = _REQUIRED) -> int | None:
         value = self.take(key, default)
@@ -420,10 +422,10 @@ class _Document:
         value = self.take(key, default)
         if value not in supported:
             named = _listed(value for value in supported if value is not None)
-            raise ValueError(f"{self._name} has {key} {value!r}, which is not supported; supported is {named}.")
+            raise InputError(f"{self._name} has {key} {value!r}, which is not supported; supported is {named}.")
 
-    def refuse(self, key: str, value: object) -> ValueError:
-        return ValueError(
+    def refuse(self, key: str, value: object) -> InputError:
+        return InputError(
             f"{self._name} sets {key} to {_short(value)}, which this package does not compute; use a checkpoint "
             "without it, or delete the key if it does not change the model."
         )
@@ -464,7 +466,7 @@ def _shortest(value: float) -> float:
 
 def _per_head(embed: int, heads: int, source: str) -> int:
     if heads < 1 or embed % heads:
-        raise ValueError(
+        raise InputError(
             f"{source} gives no head_dim, and its width {embed} does not divide among {heads} heads; add head_dim."
         )
     return embed // heads
@@ -472,7 +474,7 @@ def _per_head(embed: int, heads: int, source: str) -> int:
 
 def _per_kv(heads: int, kv_heads: int, source: str) -> int:
     if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(
+        raise InputError(
             f"{source} has {heads} query heads and {kv_heads} key/value heads, but the first number must be a "
             "multiple of the second."
         )
@@ -484,7 +486,7 @@ def _agreed(spellings: Mapping[str, Any], source: str, default: Any) -> Any:
     given = {key: value for key, value in spellings.items() if value is not None}
     if len(set(given.values())) > 1:
         told = " and ".join(f"{key} {value!r}" for key, value in given.items())
-        raise ValueError(f"{source} has {told}, which contradict each other; keep the right one.")
+        raise InputError(f"{source} has {told}, which contradict each other; keep the right one.")
     return next(iter(given.values()), default)
 
 
@@ -496,7 +498,7 @@ def _hf_rope_theta(document: _Document) -> float:
             raise document.refuse(key, rope)
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise ValueError(
+            raise InputError(
                 f"config.json asks for the rope type {kind!r} in {key}, which is not supported; supported is "
                 "'default', without scaling."
             )
@@ -512,7 +514,7 @@ def _hf_windows(document: _Document, layers: int, default: int | None) -> tuple[
     # llama has no window at all: there the key is left in the document, to be refused if it is set.
     window = document.optional_integer("sliding_window", default) if default is not None else None
     if document.take("use_sliding_window", None) is False and window is not None:
-        raise ValueError(
+        raise InputError(
             f"config.json has a sliding_window of {window} and use_sliding_window false, and programs differ in which "
             "of them they heed; set sliding_window to null, or remove use_sliding_window."
         )
@@ -520,14 +522,14 @@ def _hf_windows(document: _Document, layers: int, default: int | None) -> tuple[
     if kinds is None:
         return (window,) * layers
     if len(kinds) != layers:
-        raise ValueError(
+        raise InputError(
             f"config.json has {len(kinds)} layer_types for {layers} layers (num_hidden_layers); give one a layer."
         )
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise document.refuse("layer_types", kind)
         if kind == "sliding_attention" and window is None:
-            raise ValueError(
+            raise InputError(
                 "config.json has sliding_attention among its layer_types but no sliding_window; add its size."
             )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -540,11 +542,11 @@ def _mistral_windows(document: _Document, layers: int) -> tuple[int | None, ...]
         pattern = value if isinstance(value, list | tuple) else None if value is None else [value]
         sizes = [] if pattern is None else [window for window in pattern if window is not None]
         if any(isinstance(window, bool) or not isinstance(window, int) for window in sizes):
-            raise ValueError(f"params.json has {key} {value!r}, but it must be an integer, null, or a list of these.")
+            raise InputError(f"params.json has {key} {value!r}, but it must be an integer, null, or a list of these.")
         spellings[key] = None if pattern is None else tuple(pattern)
     pattern = _agreed(spellings, "params.json", (None,))
     if not pattern or layers % len(pattern):
-        raise ValueError(
+        raise InputError(
             f"params.json has a sliding_window pattern of {len(pattern)} layers, which does not divide the "
             f"{layers} layers of the model; give a pattern that does."
         )

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from .checkpoint import convert as convert_weights, locate, open_checkpoint
 from .checkpoint.loading import Progress
 from .checkpoint.writing import Format
+from .errors import InputError
 from .text import load_tokenizer
 from .text.load import tokenizer_file
 from .text.settings import FILES, GENERATION
@@ -64,7 +65,7 @@ def _writer_of_tokenizer(path: Path) -> Callable[[Path], None]:
             return load_tokenizer(checkpoint.path).save
         except ValueError as error:
             remedy = "or leave the tokenizer out (tokenizer=False)."
-            raise ValueError(f"{str(error).rstrip('.')}, {remedy}") from error
+            raise InputError(f"{str(error).rstrip('.')}, {remedy}") from error
 
     def copy(folder: Path):
         for pattern in (*FILES, GENERATION) if path.is_dir() else ():

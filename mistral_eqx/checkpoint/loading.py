@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 
+from ..errors import InputError
 from ..nn import Mistral
 from ..nn.rotary import Rotary
 from ..parallel import SINGLE, Strategy, agree, by_hand
@@ -65,7 +66,7 @@ def load(
     strategy cannot split; with several processes also if their checkpoints, strategies, meshes or dtypes differ.
     """
     if mesh is None and strategy != SINGLE:
-        raise ValueError(
+        raise InputError(
             f"The strategy {strategy.layout!r} splits a model over a mesh, but none is given; make one with its axes, "
             "as in load(path, mesh=jax.make_mesh((8,), ('tp',)), strategy=...)."
         )
@@ -131,7 +132,7 @@ def supported_dtype(dtype: DTypeLike) -> np.dtype:
     except TypeError:
         name = repr(dtype)
     if name not in DTYPES:
-        raise ValueError(f"Weights cannot be loaded as {name!r}; the supported dtypes are {', '.join(DTYPES)}.")
+        raise InputError(f"Weights cannot be loaded as {name!r}; the supported dtypes are {', '.join(DTYPES)}.")
     return DTYPES[name]
 
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from ..config import MistralConfig
+from ..errors import InputError
 from .files import merged, read_json, shards
 from .pth import read_pickles
 from .reader import Checkpoint, LazyTensor, main_dtype
@@ -48,7 +49,7 @@ def _tensors(folder: Path, config: MistralConfig) -> dict[str, LazyTensor]:
     pickles = sorted(folder.glob("consolidated*.pth"))
     if pickles:
         return read_pickles(pickles, config)
-    raise ValueError(
+    raise InputError(
         f"The folder {str(folder)!r} has a params.json but no weights {WEIGHTS!r} or 'consolidated.00.pth'; "
         "fetch them too."
     )
@@ -62,4 +63,4 @@ def _expect_all(folder: Path, files: list[Path]):
         for number in range(1, count + 1):
             name = f"consolidated-{number:0{width}}-of-{match[2]}.safetensors"
             if not (folder / name).exists():
-                raise ValueError(f"The folder {str(folder)!r} lacks {name!r}, one of {count} files; fetch it too.")
+                raise InputError(f"The folder {str(folder)!r} lacks {name!r}, one of {count} files; fetch it too.")

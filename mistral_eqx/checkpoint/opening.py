@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from ..errors import InputError
 from .gguf import open_gguf
 from .hf import INDEX, WEIGHTS, open_hf
 from .mistral import has_weights, open_mistral
@@ -24,10 +25,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path).expanduser()
     if path.is_file():
         if path.suffix in (".safetensors", ".json", ".pth", ".bin"):
-            raise ValueError(f"{str(path)!r} is a single file of a checkpoint; give the folder that holds it.")
+            raise InputError(f"{str(path)!r} is a single file of a checkpoint; give the folder that holds it.")
         return open_gguf(path)
     if not path.is_dir():
-        raise ValueError(f"There is no file or folder {str(path)!r}; give the path of a checkpoint.")
+        raise InputError(f"There is no file or folder {str(path)!r}; give the path of a checkpoint.")
     hf, mistral = (path / "config.json").exists(), (path / "params.json").exists()
     hf_weights = (path / WEIGHTS).exists() or (path / INDEX).exists()
     if hf and (hf_weights or not (mistral and has_weights(path))):
@@ -38,6 +39,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if len(files) == 1:
         return open_gguf(files[0])
     if files:
-        raise ValueError(f"The folder {str(path)!r} holds {len(files)} .gguf files; give the path of one of them.")
+        raise InputError(f"The folder {str(path)!r} holds {len(files)} .gguf files; give the path of one of them.")
     what = "is empty" if not any(path.iterdir()) else "has neither a config.json nor a params.json nor a .gguf file"
-    raise ValueError(f"The folder {str(path)!r} {what}; give a folder with a model's config and weights.")
+    raise InputError(f"The folder {str(path)!r} {what}; give a folder with a model's config and weights.")

@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from ..config import MistralConfig
+from ..errors import InputError
 from ..lora import LoRAWeight, TrainedWeight, adapt, shapes_of, sites
 from ..nn import Mistral
 from ..parallel import everywhere
@@ -69,7 +70,7 @@ def save_lora(
     """
     found = {path: site.weight for path, site in sites(model).items() if isinstance(site.weight, LoRAWeight)}
     if not found:
-        raise ValueError("The model has no adapters to save; put some into it with apply_lora, or save all of it.")
+        raise InputError("The model has no adapters to save; put some into it with apply_lora, or save all of it.")
     _check_alike(model, found)
     first = next(iter(found.values()))
     order = {_site(row): row for row in rows(model.config)}
@@ -120,7 +121,7 @@ def load_lora(model: Mistral, folder: str | os.PathLike[str], *, dtype: DTypeLik
     folder = Path(folder).expanduser()
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise ValueError(f"The folder {str(folder)!r} has no {name!r}; give one to which PEFT saved adapters.")
+            raise InputError(f"The folder {str(folder)!r} has no {name!r}; give one to which PEFT saved adapters.")
     settings = read_json(folder / CONFIG)
     rank, alpha, dropout = _read_settings(settings, folder / CONFIG)
     tensors = safetensors.read_header(folder / WEIGHTS)
@@ -140,31 +141,31 @@ def load_lora(model: Mistral, folder: str | os.PathLike[str], *, dtype: DTypeLik
             jnp.asarray(read_rows(b, wanted, rows=place).reshape(*outputs, rank)),
         )
     if tensors:
-        raise ValueError(
+        raise InputError(
             f"{str(folder / WEIGHTS)!r} holds the tensor {next(iter(tensors))!r}, for which the model has no place; "
             "load adapters of linear layers that were trained for this model."
         )
     if not adapters:
-        raise ValueError(f"{str(folder / WEIGHTS)!r} holds no adapters; give a folder to which PEFT saved some.")
+        raise InputError(f"{str(folder / WEIGHTS)!r} holds no adapters; give a folder to which PEFT saved some.")
     return adapt(model, adapters, alpha=alpha, dropout=dropout, use_rslora=bool(settings.get("use_rslora")))
 
 
 def _check_alike(model: Mistral, found: dict[str, LoRAWeight]):
     """Refuses what one folder cannot tell."""
     if isinstance(model.embedding.weight, LoRAWeight | TrainedWeight):
-        raise ValueError(
+        raise InputError(
             "The embedding has an adapter or was trained as a whole, which a folder of adapters does not hold here; "
             "merge the adapters and save the model."
         )
     kinds = {(weight.rank, weight.alpha, weight.use_rslora, weight.dropout) for weight in found.values()}
     if len(kinds) > 1:
-        raise ValueError(
+        raise InputError(
             f"The adapters differ in rank, alpha, scaling or dropout ({', '.join(map(str, sorted(kinds)))}), and one "
             "folder tells but one of each; merge the adapters and save the model."
         )
     twice = [path for path, weight in found.items() if isinstance(weight.base, LoRAWeight)]
     if twice:
-        raise ValueError(
+        raise InputError(
             f"The layer {twice[0]!r} has two adapters, and a folder holds one; merge them and save the model."
         )
 
@@ -173,34 +174,34 @@ def _read_settings(settings: dict[str, Any], path: Path) -> tuple[int, float, fl
     """The rank, alpha and dropout of adapters, of a kind that is supported."""
     kind = settings.get("peft_type")
     if kind != "LORA":
-        raise ValueError(
+        raise InputError(
             f"{str(path)!r} describes adapters of type {kind!r}, but only 'LORA' is read; merge them there."
         )
     for name in _CHANGES:
         if settings.get(name):
-            raise ValueError(
+            raise InputError(
                 f"{str(path)!r} sets {name!r} to {settings[name]!r}, which is not supported; merge the adapters with "
                 "PEFT and load the model that this gives."
             )
     if settings.get("bias", "none") != "none":
-        raise ValueError(
+        raise InputError(
             f"{str(path)!r} trains biases ('bias' is {settings['bias']!r}), but the model has none; train adapters "
             "with 'bias': 'none'."
         )
     start = settings.get("init_lora_weights", True)
     if start not in _STARTS:
-        raise ValueError(
+        raise InputError(
             f"{str(path)!r} has 'init_lora_weights' {start!r}, which changes the weights below the adapters too; let "
             "PEFT convert them to plain LoRA when it saves."
         )
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise ValueError(
+        raise InputError(
             f"{str(path)!r} must tell the rank 'r' and 'lora_alpha' as numbers; it has {rank!r}, {alpha!r}."
         )
     dropout = settings.get("lora_dropout", 0.0)
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ValueError(
+        raise InputError(
             f"{str(path)!r} has 'lora_dropout' {dropout!r}; it must be a number from 0 on that is less than 1."
         )
     return rank, float(alpha), float(dropout)
@@ -208,9 +209,9 @@ def _read_settings(settings: dict[str, Any], path: Path) -> tuple[int, float, fl
 
 def _expected(tensor: LazyTensor | None, name: str, shape: tuple[int, int], folder: Path) -> LazyTensor:
     if tensor is None:
-        raise ValueError(f"{str(folder / WEIGHTS)!r} lacks the tensor {name!r}, the other half of an adapter.")
+        raise InputError(f"{str(folder / WEIGHTS)!r} lacks the tensor {name!r}, the other half of an adapter.")
     if tensor.shape != shape:
-        raise ValueError(
+        raise InputError(
             f"The tensor {name!r} has shape {tensor.shape}, but the rank and the model ask for {shape}; load adapters "
             "that were trained for this model."
         )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..config import MistralConfig
+from ..errors import InputError
 from .names import rows
 from .reader import DTYPES, LazyTensor
 
@@ -89,7 +90,7 @@ def read_pickles(files: Sequence[Path], config: MistralConfig) -> dict[str, Lazy
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(
+        raise InputError(
             f"{str(files[0])!r} was pickled by torch, which is not installed; run pip install 'mistral-eqx[torch]', "
             "or use the release's safetensors."
         ) from error
@@ -99,13 +100,13 @@ def read_pickles(files: Sequence[Path], config: MistralConfig) -> dict[str, Lazy
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"{str(file)!r} cannot be read as weights of torch ({reason}); fetch it again.") from error
+            raise InputError(f"{str(file)!r} cannot be read as weights of torch ({reason}); fetch it again.") from error
         if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-            raise ValueError(f"{str(file)!r} does not hold a mapping from names to tensors; fetch it again.")
+            raise InputError(f"{str(file)!r} does not hold a mapping from names to tensors; fetch it again.")
         for name, value in content.items():
             dtype = DTYPES.get(str(value.dtype).removeprefix("torch."))
             if dtype is None:
-                raise ValueError(
+                raise InputError(
                     f"The tensor {name!r} of {str(file)!r} has the dtype {value.dtype}, which is not supported; "
                     f"the supported ones are {', '.join(DTYPES)}: use an unquantised checkpoint."
                 )
@@ -125,7 +126,7 @@ def _joined(parts: list[TorchTensor], shape: tuple[int, ...] | None, files: Sequ
             whole[axis] = sum(part.shape[axis] for part in parts)
             if tuple(whole) == shape and all(_others(part, axis) == _others(parts[0], axis) for part in parts):
                 return ConcatenatedTensor(parts, axis)
-    raise ValueError(
+    raise InputError(
         f"The parts of the tensor {parts[0].name!r} in {files[0].name!r} and the files after it have the shapes "
         f"{[part.shape for part in parts]}, which do not make up {shape}; use the release's safetensors."
     )

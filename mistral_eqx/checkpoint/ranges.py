@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import InputError
+
 
 def read_ranges(path: Path, ranges: Iterable[tuple[int, int]], into: np.ndarray):
     """Fills a contiguous array with ranges of a file. Of the file nothing else is read.
@@ -27,7 +29,7 @@ def read_ranges(path: Path, ranges: Iterable[tuple[int, int]], into: np.ndarray)
             while begin < end:
                 count = file.readinto(view[begin:end])
                 if not count:
-                    raise ValueError(f"{str(path)!r} is truncated, it ended while it was read; fetch it again.")
+                    raise InputError(f"{str(path)!r} is truncated, it ended while it was read; fetch it again.")
                 begin += count
 
 

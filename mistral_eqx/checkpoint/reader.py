@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from ..config import MistralConfig
+from ..errors import InputError
 from .ranges import runs
 
 
@@ -170,7 +171,7 @@ def read_columns(
         with np.errstate(over="ignore"):
             block = block.astype(dtype, copy=False)
         if check and not np.isfinite(block).all():
-            raise ValueError(
+            raise InputError(
                 f"The tensor {tensor.name!r} holds NaN or infinity among its rows {first} to {first + stop - start - 1}"
                 f" (as {dtype.name}); the file is damaged or was written by a training run that diverged: fetch it "
                 "again, or load it without the check."

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import InputError
 from .ranges import of_columns, read_ranges
 from .reader import DTYPES, LazyTensor
 
@@ -53,41 +54,41 @@ def read_header(path: Path) -> dict[str, LazyTensor]:
     """
     size = path.stat().st_size
     if size == 0:
-        raise ValueError(f"{str(path)!r} is empty; fetch it again.")
+        raise InputError(f"{str(path)!r} is empty; fetch it again.")
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > _LONGEST_HEADER:
-            raise ValueError(f"{str(path)!r} is not a safetensors file: it does not begin with the length of a header.")
+            raise InputError(f"{str(path)!r} is not a safetensors file: it does not begin with the length of a header.")
         if 8 + length > size:
-            raise ValueError(_truncated(path, 8 + length, size))
+            raise InputError(_truncated(path, 8 + length, size))
         header = file.read(length)
     try:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         described = {name: _describe(entry) for name, entry in entries.items()}
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} is not a safetensors file: its header cannot be read ({error}).") from error
+        raise InputError(f"{str(path)!r} is not a safetensors file: its header cannot be read ({error}).") from error
     tensors: dict[str, LazyTensor] = {}
     end = 0
     # The format leaves no gap between tensors and lets none share bytes: each begins where the one before it ends.
     for name, (stored, shape, start, stop) in sorted(described.items(), key=lambda item: item[1][2:]):
         if stored not in _STORED:
-            raise ValueError(
+            raise InputError(
                 f"The tensor {name!r} of {str(path)!r} has the dtype {stored}, which is not supported; the supported "
                 f"ones are {', '.join(_STORED)}: use an unquantised checkpoint."
             )
         dtype = _STORED[stored]
         if start != end or stop - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(
+            raise InputError(
                 f"{str(path)!r} is damaged: its header puts the tensor {name!r} at bytes {start} to {stop}, which does "
                 "not fit its shape or its neighbours; fetch it again."
             )
         end = stop
         tensors[name] = PlainTensor(name, shape, dtype, stored, path, 8 + length + start)
     if 8 + length + end > size:
-        raise ValueError(_truncated(path, 8 + length + end, size))
+        raise InputError(_truncated(path, 8 + length + end, size))
     if 8 + length + end < size:
-        raise ValueError(
+        raise InputError(
             f"{str(path)!r} is damaged: it has {size} bytes, but its header describes {8 + length + end}; fetch it "
             "again."
         )
@@ -98,7 +99,7 @@ def _describe(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
     if any(type(number) is not int or number < 0 for number in (*shape, start, stop)):
-        raise ValueError("a size is not a whole number")
+        raise InputError("a size is not a whole number")
     return str(entry["dtype"]), shape, start, stop
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..config import MistralConfig
+from ..errors import InputError
 from .names import EMBEDDING, HEAD, Row, is_derived, rows
 from .placement import ON_DEFAULT_DEVICE, Index, Placement
 from .reader import Checkpoint, LazyTensor, read_columns
@@ -114,12 +115,12 @@ def sources(checkpoint: Checkpoint, placement: Placement = ON_DEFAULT_DEVICE) ->
         expected = row.file_shape(config)
         if name not in tensors:
             hint = " (or mark the embeddings as tied there, if the head is the embedding table)" if row is HEAD else ""
-            raise ValueError(
+            raise InputError(
                 f"{str(checkpoint.path)!r} has no tensor {name!r}, which its config asks for in shape {expected}; "
                 f"fetch the checkpoint again, or correct the config{hint}."
             )
         if tensors[name].shape != expected:
-            raise ValueError(
+            raise InputError(
                 f"The tensor {name!r} of {str(checkpoint.path)!r} has shape {tensors[name].shape}, but its config asks "
                 f"for {expected}; the weights and the config belong to different models: fetch both again together."
             )
@@ -130,11 +131,11 @@ def sources(checkpoint: Checkpoint, placement: Placement = ON_DEFAULT_DEVICE) ->
             _expect_same(checkpoint, name, placement.parts(EMBEDDING.dims, EMBEDDING.shape(config)))
             continue
         if name == "rope_freqs.weight":
-            raise ValueError(
+            raise InputError(
                 f"{str(checkpoint.path)!r} has a tensor 'rope_freqs.weight': it scales the rotary embedding as Llama 3 "
                 "does, which is not supported; use a model without it."
             )
-        raise ValueError(
+        raise InputError(
             f"{str(checkpoint.path)!r} has a tensor {name!r}, for which a model with its config has no place; the "
             "weights belong to another kind of model, or the config tells too few layers."
         )
@@ -155,7 +156,7 @@ def _expect_same(checkpoint: Checkpoint, head: str, parts: Sequence[Index]):
         return True
 
     if first.shape != second.shape or not all(same(index) for index in parts):
-        raise ValueError(
+        raise InputError(
             f"The config of {str(checkpoint.path)!r} says that the head is the embedding table, but the tensors "
             f"{head!r} and {table!r} differ; mark the embeddings as not tied in the config."
         )

@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..errors import InputError
+
 
 # The files by one of which a folder is known that may be replaced.
 _KNOWN_BY = {"checkpoint": {"config.json", "params.json"}, "PEFT adapter": {"adapter_config.json"}}
@@ -50,16 +52,16 @@ def expect_free(target: str | os.PathLike[str], overwrite: bool, what: str = "ch
     if not target.exists():
         return
     if not target.is_dir():
-        raise ValueError(f"{str(target)!r} is a file, but a {what} is written as a folder; give another path.")
+        raise InputError(f"{str(target)!r} is a file, but a {what} is written as a folder; give another path.")
     names = {file.name for file in target.iterdir()}
     if not names:
         return
     if not overwrite:
-        raise ValueError(
+        raise InputError(
             f"The folder {str(target)!r} is not empty; give another path, or allow it to be replaced (overwrite)."
         )
     others = {name for kind, known in _KNOWN_BY.items() if kind != what for name in known}
     if names.isdisjoint(_KNOWN_BY[what]) or names & others:
-        raise ValueError(
+        raise InputError(
             f"The folder {str(target)!r} holds other files than a {what}, which would be lost; give another path."
         )

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from ..config import MistralConfig
+from ..errors import InputError
 from ..nn import Mistral
 from . import hf, mistral, safetensors
 from .hub import locate
@@ -81,18 +82,18 @@ def save(
     order = list(rows(config))
     for row in order:
         if row.path not in arrays:
-            raise ValueError(
+            raise InputError(
                 f"The model has no dense weight {row.path!r}, which its config asks for; merge its adapters and "
                 "dequantise it before it is saved."
             )
         found = arrays[row.path]
         if found.shape != row.shape(config) or found.dtype not in DTYPES.values():
-            raise ValueError(
+            raise InputError(
                 f"The model's weight {row.path!r} is {found.dtype} of shape {found.shape}, but its config asks for "
                 f"{row.shape(config)}, in {', '.join(DTYPES)}; cast it, or correct the config."
             )
     if surplus := sorted(set(arrays) - {row.path for row in order}):
-        raise ValueError(
+        raise InputError(
             f"The model has a weight {surplus[0]!r}, for which a checkpoint has no place; merge its adapters and "
             "dequantise it before it is saved."
         )
@@ -228,7 +229,7 @@ def _write(folder: Path, config: MistralConfig, tensors: list[_Tensor], format: 
         settings_file, settings = "params.json", config.to_params_json()
         single, index = mistral.WEIGHTS, mistral.INDEX
     else:
-        raise ValueError(f"There is no format {format!r} to write; give 'hf' or 'mistral'.")
+        raise InputError(f"There is no format {format!r} to write; give 'hf' or 'mistral'.")
     _write_json(folder / settings_file, settings)
     stem = single.removesuffix(".safetensors")
     placed: dict[str, str] = {}
@@ -269,5 +270,5 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 def _bytes(size: int | str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS or not float(match[1]) > 0:
-        raise ValueError(f"The size {size!r} cannot be read; give bytes, or a number with a unit such as '5GB'.")
+        raise InputError(f"The size {size!r} cannot be read; give bytes, or a number with a unit such as '5GB'.")
     return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))

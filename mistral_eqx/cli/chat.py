@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import InputError
 from . import options, processes
 
 
@@ -67,7 +68,7 @@ def chat(
     }
     sampler, stops = make_sampler(**sampling), checked_stops(stop or ())
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
     devices = Devices(mesh, strategy, coordinator, num_processes, process_id)
     path = locate(model)
     # All that can be refused without the weights is refused before they are read.
@@ -94,7 +95,7 @@ def chat(
         if room < 1:
             full = f"The conversation fills the model's context of {weights.config.max_positions} tokens"
             if not interactive:
-                raise ValueError(f"{full}; put /reset on a line before the next turn.")
+                raise InputError(f"{full}; put /reset on a line before the next turn.")
             processes.say(f"{full}; /reset starts anew.")
             continue
         stopwatch, said, reply, interrupted = Stopwatch(len(ids)), mx.StopText(tokenizer, stops), [], False

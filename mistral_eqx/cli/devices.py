@@ -7,6 +7,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+from ..errors import InputError
 from . import processes
 
 
@@ -43,7 +44,7 @@ class Devices:
         if self._axes is None and self._wanted is not None:
             used = _axes_of(self._wanted)
             if len(used) > 1:
-                raise ValueError(
+                raise InputError(
                     f"The strategy {strategy!r} splits over the axes {' and '.join(used)}, and no mesh says how many "
                     f"devices each takes; add, for example, --mesh {','.join(f'{axis}=2' for axis in used)}."
                 )
@@ -70,7 +71,7 @@ class Devices:
             used = ["tp"] if self._wanted is None else _axes_of(self._wanted) or ["tp"]
             axes = {used[0]: jax.device_count()}
             if axes[used[0]] == 1:
-                raise ValueError(
+                raise InputError(
                     "There is one device, and nothing to split a model over; where virtual devices of the CPU will do, "
                     f"add, for example, --mesh {used[0]}=2."
                 )
@@ -89,10 +90,10 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
 
     if coordinator == "auto":
         if (num_processes, process_id) != (None, None):
-            raise ValueError("--coordinator auto finds out --num-processes and --process-id; leave them out.")
+            raise InputError("--coordinator auto finds out --num-processes and --process-id; leave them out.")
         coordinator = None
     elif None in (coordinator, num_processes, process_id):
-        raise ValueError(
+        raise InputError(
             "Several processes need --coordinator, --num-processes and --process-id; give all three, or --coordinator "
             "auto where SLURM, Cloud TPU or Open MPI starts them."
         )
@@ -140,7 +141,7 @@ def _first_legal(config: MistralConfig, mesh: Mesh) -> Strategy:
                 return strategy
     if refused is not None:
         raise refused
-    raise ValueError(
+    raise InputError(
         f"No strategy has a name and the axes {', '.join(mesh.axis_names)}; call them tp, or kv and rep, or write the "
         f"layout, as in --strategy 'kv_heads@{mesh.axis_names[-1]} hidden@{mesh.axis_names[-1]}'."
     )

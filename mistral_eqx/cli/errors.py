@@ -1,10 +1,12 @@
-"""What a user sees when something is wrong: one sentence, and exit code 2."""
+"""What a user sees when something is wrong: one sentence. Exit code 2 for an input, 70 for a fault of this program."""
 
 import contextlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -70,7 +72,19 @@ def _option(argument: str) -> str:
     return _OPTIONS.get(argument, "--" + argument.replace("_", "-"))
 
 
-def _end(sentence: str) -> NoReturn:
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]
+
+
+def _briefly(error: Exception) -> str:
+    """The kind of an error, what it says, and the last line of this package that it passed."""
+    package = str(Path(__file__).parents[1])
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(package)]
+    where = f" at {Path(frames[-1].filename).relative_to(package)}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{where}: {' '.join(str(error).split())[:200]}"
+
+
+def _end(sentence: str, code: int = 2) -> NoReturn:
     where = f" in process {processes.number()}" if processes.number() else ""
     typer.echo(f"Error{where}: {' '.join(sentence.split())}", err=True)
-    raise typer.Exit(2)
+    raise typer.Exit(code)

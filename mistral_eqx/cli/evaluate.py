@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
+from ..errors import InputError
 from . import options, processes
 
 
@@ -78,7 +79,7 @@ def perplexity(
         config = open_checkpoint(path).config
         context, stride = window_sizes(config, context, stride)
         if batch < 1:
-            raise ValueError(f"--batch is {batch}; it must be at least 1.")
+            raise InputError(f"--batch is {batch}; it must be at least 1.")
         placed, split, where = devices.place(config)
         tokenizer = mx.load_tokenizer(path)
         if file.seekable():
@@ -127,4 +128,4 @@ def _opened(path: Path) -> Iterator[TextIO]:
         with path.open(encoding="utf-8", newline="") as file:
             yield file
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason}; convert it, as by iconv -t UTF-8.") from error
+        raise InputError(f"{path} is not UTF-8 text: {error.reason}; convert it, as by iconv -t UTF-8.") from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import InputError
 from . import options, processes
 
 
@@ -128,11 +129,11 @@ def generate(
     wanted.check()
     arguments = prompt or []
     if prompts is not None and arguments:
-        raise ValueError("There are prompts as arguments and a file of --prompts; give one or the other.")
+        raise InputError("There are prompts as arguments and a file of --prompts; give one or the other.")
     if prompts is None and output is not None:
-        raise ValueError("--output is for the texts of --prompts; send those of other prompts on with '>'.")
+        raise InputError("--output is for the texts of --prompts; send those of other prompts on with '>'.")
     if output is None and overwrite:
-        raise ValueError("--overwrite replaces the file of --output, which is not given; leave it out.")
+        raise InputError("--overwrite replaces the file of --output, which is not given; leave it out.")
     alone = (coordinator, num_processes, process_id) == (None, None, None)
     # What is piped in reaches process 0, which has to know first that there are others.
     from_stdin = prompts is None and (not arguments or "-" in arguments)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import InputError
 from . import options
 
 
@@ -143,7 +144,7 @@ def _trainings(train: bool, zero: list[int] | None, asked: dict[str, Any]) -> li
         return [Training(zero=stage, **asked) for stage in zero or [0]]
     names = [*(["zero"] if zero else []), *asked]
     if names:
-        raise ValueError(f"--{names[0]} is of training; add --train, or leave it out.")
+        raise InputError(f"--{names[0]} is of training; add --train, or leave it out.")
     return [False]
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
+
 
 # How a file of prompts is to be written, at the end of sentences about one that is not.
 _REMEDY = 'write {"prompt": "..."} on each line, or a text as a JSON string'
@@ -40,12 +42,12 @@ def read_texts(arguments: Sequence[str]) -> list[str]:
     **Raises:** `ValueError` if one is empty, or is no text.
     """
     if not arguments and sys.stdin.isatty():
-        raise ValueError("There is no prompt; give one as an argument, or pipe it in.")
+        raise InputError("There is no prompt; give one as an argument, or pipe it in.")
     texts = [_read_stdin() if argument == "-" else argument for argument in arguments or ["-"]]
     for number, text in enumerate(texts, 1):
         if not text:
             which = "The prompt" if len(texts) == 1 else f"Prompt {number}"
-            raise ValueError(f"{which} is empty; give some text to continue.")
+            raise InputError(f"{which} is empty; give some text to continue.")
     return texts
 
 
@@ -54,7 +56,7 @@ def _read_stdin() -> str:
         # The newline at the end is the pipe's or the editor's, hardly ever meant.
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"The prompt on stdin is not {error.encoding.upper()} text: {error.reason}.") from error
+        raise InputError(f"The prompt on stdin is not {error.encoding.upper()} text: {error.reason}.") from error
 
 
 def encode_texts(texts: Sequence[str], encode: Callable[[str], list[int]]) -> list[Prompt]:
@@ -92,7 +94,7 @@ def read_file(path: str, encode: Callable[[str], list[int]]) -> Iterator[Prompt]
                 yield Prompt(number, record["prompt"], _encoded(record["prompt"], encode, where), record)
                 number += 1
     if number == 0:
-        raise ValueError(f"There is no prompt in {name}; {_REMEDY}.")
+        raise InputError(f"There is no prompt in {name}; {_REMEDY}.")
 
 
 def expect_file(path: str):
@@ -101,7 +103,7 @@ def expect_file(path: str):
     **Raises:** `OSError` if nothing is there, `ValueError` if it is a folder.
     """
     if path != "-" and stat.S_ISDIR(os.stat(path).st_mode):
-        raise ValueError(f"{path!r} is a folder; give a file of prompts.")
+        raise InputError(f"{path!r} is a folder; give a file of prompts.")
 
 
 def count_file(path: str, encode: Callable[[str], list[int]]) -> int | None:
@@ -118,15 +120,15 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON; {_REMEDY}.") from error
+        raise InputError(f"{where} is no JSON; {_REMEDY}.") from error
     if isinstance(record, str):
         record = {"prompt": record}
     if not isinstance(record, dict) or "prompt" not in record:
-        raise ValueError(f'{where} has no "prompt"; {_REMEDY}.')
+        raise InputError(f'{where} has no "prompt"; {_REMEDY}.')
     if not isinstance(record["prompt"], str):
-        raise ValueError(f'{where} has a "prompt" that is no string; {_REMEDY}.')
+        raise InputError(f'{where} has a "prompt" that is no string; {_REMEDY}.')
     if not record["prompt"]:
-        raise ValueError(f"{where} has an empty prompt; give some text to continue.")
+        raise InputError(f"{where} has an empty prompt; give some text to continue.")
     return record
 
 
@@ -136,7 +138,7 @@ def _encoded(text: str, encode: Callable[[str], list[int]], where: str | None) -
     except ValueError as error:
         if where is None:
             raise
-        raise ValueError(f"{where}: {error}") from error
+        raise InputError(f"{where}: {error}") from error
 
 
 def in_batches(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -152,14 +154,14 @@ class Recipe:
             ("training.compute_dtype", self.training.compute_dtype, ("float32", "bfloat16", "float16")),
         ):
             if value not in choices:
-                raise ValueError(f"The recipe's {name!r} is {value!r}; it must be one of {', '.join(choices)}.")
+                raise InputError(f"The recipe's {name!r} is {value!r}; it must be one of {', '.join(choices)}.")
         if self.model.weights and self.model.config:
-            raise ValueError(
+            raise InputError(
                 "The recipe's 'model.config' changes a preset, and the weights of a checkpoint have theirs; leave one "
                 "of it and 'model.weights' out."
             )
         if self.training.samples and self.data.kind in MADE:
-            raise ValueError(
+            raise InputError(
                 f"The recipe's 'training.samples' are texts, and data of kind {self.data.kind!r} has none; leave "
                 "them out."
             )
@@ -170,7 +172,7 @@ class Recipe:
         for (table, name), (entry, choices) in _BELONGS.items():
             own = getattr(self, table)
             if getattr(own, name) != getattr(fresh[table], name) and getattr(own, entry) not in choices:
-                raise ValueError(
+                raise InputError(
                     f"The recipe's '{table}.{name}' does nothing where '{table}.{entry}' is {getattr(own, entry)!r}; "
                     f"it belongs to {', '.join(choices)}."
                 )
@@ -208,19 +210,19 @@ def read_recipe(path: Path, changes: Sequence[str]) -> Recipe:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason}; convert it, as by iconv -t UTF-8.") from error
+        raise InputError(f"{path} is not UTF-8 text: {error.reason}; convert it, as by iconv -t UTF-8.") from error
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is no TOML: {error}; mend it there.") from error
+        raise InputError(f"{path} is no TOML: {error}; mend it there.") from error
     for change in changes:
         name, sign, text = change.partition("=")
         if not sign or not name:
-            raise ValueError(f"--set {change!r} does not say what to set; write it as in --set training.steps=100.")
+            raise InputError(f"--set {change!r} does not say what to set; write it as in --set training.steps=100.")
         table = document
         *tables, last = name.split(".")
         for key in tables:
             table = table.setdefault(key, {})
             if not isinstance(table, dict):
-                raise ValueError(f"--set {change!r} goes into {key!r}, which is no table; look at the names in {path}.")
+                raise InputError(f"--set {change!r} goes into {key!r}, which is no table; look at the names in {path}.")
         table[last] = _value(text)
     return _read(Recipe, document, "")
 
@@ -239,11 +241,11 @@ def _read(kind: type[Any], table: Mapping[str, Any], where: str) -> Any:
         if name not in fields:
             near = difflib.get_close_matches(name, fields, 1)
             meant = repr(where + near[0]) if near else f"one of {', '.join(fields)}"
-            raise ValueError(f"The recipe has {where + name!r}, which there is not; you may have meant {meant}.")
+            raise InputError(f"The recipe has {where + name!r}, which there is not; you may have meant {meant}.")
     for name, field in fields.items():
         is_needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if is_needed and name not in table:
-            raise ValueError(f"The recipe lacks {where + name!r}; add it, or give it with --set {where}{name}=...")
+            raise InputError(f"The recipe lacks {where + name!r}; add it, or give it with --set {where}{name}=...")
     return kind(**{name: typed(value, types_of[name], where + name) for name, value in table.items()})
 
 
@@ -267,7 +269,7 @@ def typed(value: Any, expected: Any, name: str) -> Any:
         ):
             return value
     wanted = " or ".join(_NAMES.get(str(option), "a table") for option in options if option is not types.NoneType)
-    raise ValueError(f"The recipe's {name!r} is {value!r}; it must be {wanted}.")
+    raise InputError(f"The recipe's {name!r} is {value!r}; it must be {wanted}.")
 
 
 _NAMES = {

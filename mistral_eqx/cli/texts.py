@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ..errors import InputError
 from . import processes
 from .continuing import Continuation, Likely
 from .prompts import Prompt
@@ -113,12 +114,12 @@ def expect_output(output: Path, overwrite: bool):
     **Raises:** `ValueError` if its folder is not there, or something that may not be replaced is.
     """
     if not output.parent.is_dir():
-        raise ValueError(f"The folder of {str(output)!r} is not there; make it, or give another path.")
+        raise InputError(f"The folder of {str(output)!r} is not there; make it, or give another path.")
     for path in (output, _partial(output)):
         if path.exists() and not path.is_file():
-            raise ValueError(f"{str(path)!r} is no file that could be replaced; give another path.")
+            raise InputError(f"{str(path)!r} is no file that could be replaced; give another path.")
         if path.exists() and not overwrite:
-            raise ValueError(f"The file {str(path)!r} is there already; give another path, or add --overwrite.")
+            raise InputError(f"The file {str(path)!r} is there already; give another path, or add --overwrite.")
 
 
 def _partial(output: Path) -> Path:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import InputError
 from . import options, processes
 
 
@@ -114,7 +115,7 @@ def _config(recipe: "Recipe") -> Any:
     from .recipe import typed
 
     if recipe.model.name not in PRESETS:
-        raise ValueError(
+        raise InputError(
             f"The recipe's 'model.name' is {recipe.model.name!r}; without 'model.weights' it must be a preset: "
             f"{', '.join(PRESETS)}."
         )
@@ -124,7 +125,7 @@ def _config(recipe: "Recipe") -> Any:
         # These two belong to a tokenizer.
         if name not in types or name in ("bos_id", "eos_ids"):
             own = ", ".join(name for name in types if name not in ("bos_id", "eos_ids"))
-            raise ValueError(f"The recipe's 'model.config' has {name!r}, which cannot be set; it may have {own}.")
+            raise InputError(f"The recipe's 'model.config' has {name!r}, which cannot be set; it may have {own}.")
         changes[name] = typed(value, types[name], f"model.config.{name}")
     if "windows" in changes:
         changes["windows"] = tuple(window or None for window in changes["windows"])
@@ -137,7 +138,7 @@ def _with_vocab(recipe: "Recipe", config: Any, vocab: int) -> Any:
     """A config with the vocabulary of the data, or the larger one that the recipe asks for."""
     wanted = recipe.model.config.get("vocab", vocab)
     if wanted < vocab:
-        raise ValueError(
+        raise InputError(
             f"The recipe's 'model.config' has a vocab of {wanted}, and the data {vocab} tokens; make it at least that, "
             "or leave it out."
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
+from ..errors import InputError
 from . import processes
 from .recipe import MADE, Data, Optimizer, Recipe, typed
 
@@ -89,15 +90,15 @@ def open_sets(data: Data, near: Path, tokens: Path, tokenizer: AbstractTokenizer
         known, held_out = (kind(**options, held_out=part) for part in (False, True))
         return Sets(known, held_out, None, data.seq or known.seq, known.vocab)
     if data.seq is None:
-        raise ValueError(f"The recipe lacks 'data.seq', how many columns a row has, for data of kind {data.kind!r}.")
+        raise InputError(f"The recipe lacks 'data.seq', how many columns a row has, for data of kind {data.kind!r}.")
     if data.path is None:
-        raise ValueError(f"The recipe lacks 'data.path', the file to read, for data of kind {data.kind!r}.")
+        raise InputError(f"The recipe lacks 'data.path', the file to read, for data of kind {data.kind!r}.")
     if data.kind == "characters":
         text = "".join(_text(path) for path in _paths(data.path, near))
         known, held_out = (sets.Characters(text, data.seq, held_out=part) for part in (False, True))
         return Sets(known, held_out, None, data.seq, known.vocab, known.encode, known.decode)
     if tokenizer is None:
-        raise ValueError(
+        raise InputError(
             f"Data of kind {data.kind!r} takes a tokenizer, which a preset lacks; name one as 'data.tokenizer'."
         )
     objective, piece = _objective(data, tokenizer, vocab)
@@ -151,12 +152,12 @@ def _objective(
         "drop_spans": seq - 1,
     }
     if data.objective not in lengths:
-        raise ValueError(
+        raise InputError(
             f"The recipe's 'data.objective' is {data.objective!r}; it must be one of {', '.join(lengths)}, or the kind "
             "of the data 'chat'."
         )
     if lengths[data.objective] < 1:
-        raise ValueError(f"Rows of {seq} columns are too short for the objective {data.objective!r}; make them longer.")
+        raise InputError(f"Rows of {seq} columns are too short for the objective {data.objective!r}; make them longer.")
     function = getattr(train, data.objective)
     known = {"vocab": vocab} if "vocab" in inspect.signature(function).parameters else {}
     options = {**known, **_checked(function, options, "data.objective_options", given=tuple(known))}
@@ -180,10 +181,10 @@ def _checked(
     for name in options:
         if name not in takes:
             may = f"it takes {', '.join(takes)}" if takes else "it takes none"
-            raise ValueError(f"The recipe's {where!r} have {name!r}, which is not taken there; {may}.")
+            raise InputError(f"The recipe's {where!r} have {name!r}, which is not taken there; {may}.")
     for name, parameter in takes.items():
         if parameter.default is parameter.empty and name not in options:
-            raise ValueError(f"The recipe's {where!r} lack {name!r}; add it.")
+            raise InputError(f"The recipe's {where!r} lack {name!r}; add it.")
     types = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
     return {name: typed(value, types[name], f"{where}.{name}") for name, value in options.items()}
 
@@ -192,14 +193,14 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason}; convert it, as by iconv -t UTF-8.") from error
+        raise InputError(f"{path} is not UTF-8 text: {error.reason}; convert it, as by iconv -t UTF-8.") from error
 
 
 def _paths(path: str | list[str], near: Path) -> list[Path]:
     paths = [near / Path(one).expanduser() for one in ([path] if isinstance(path, str) else path)]
     for one in paths:
         if not one.is_file():
-            raise ValueError(f"There is no file {str(one)!r}, which the recipe names; check the path.")
+            raise InputError(f"There is no file {str(one)!r}, which the recipe names; check the path.")
     return paths
 
 
@@ -235,7 +236,7 @@ def make_trainer(
         *([train.Samples(show, every=wanted.evaluate_every)] if show is not None else []),
     ]
     if sets.held_out is None and (wanted.keep_best or wanted.early_stop is not None):
-        raise ValueError(
+        raise InputError(
             "The recipe has nothing to evaluate on, which 'keep_best' and 'early_stop' go by; add 'data.held_out'."
         )
     evaluate_on = None

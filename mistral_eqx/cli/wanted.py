@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from ..errors import InputError
 from .sampling import make_sampler
 
 
@@ -83,25 +84,25 @@ class Wanted:
         from ..text.stops import checked_stops
 
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
         sampler = self.sampler()
         checked_stops(self.stop)
         if (self.min_new_tokens or 0) > self.max_new_tokens:
-            raise ValueError(
+            raise InputError(
                 f"--min-new-tokens is {self.min_new_tokens}, but a text gets at most {self.max_new_tokens}; ask for "
                 "more with --max-new-tokens."
             )
         if self.min_new_tokens and self.ignore_eos:
-            raise ValueError(
+            raise InputError(
                 "--min-new-tokens holds back the tokens that end a text, and with --ignore-eos none does; leave one "
                 "of the two out."
             )
         if self.num_beams is not None:
             self._check_beams(self.num_beams)
         elif self.length_penalty is not None:
-            raise ValueError("--length-penalty ranks the texts of a beam search; add --num-beams, or leave it out.")
+            raise InputError("--length-penalty ranks the texts of a beam search; add --num-beams, or leave it out.")
         elif self.samples > 1 and sampler.greedy:
-            raise ValueError(
+            raise InputError(
                 f"--num-samples is {self.samples}, but without drawing all texts of a prompt are the same; add "
                 "--temperature, or --num-beams for the best ones of a beam search."
             )
@@ -111,12 +112,12 @@ class Wanted:
 
         for name in _NOT_WITH_BEAMS:
             if getattr(self, name) not in (None, ()):
-                raise ValueError(
+                raise InputError(
                     f"--{name.replace('_', '-')} does not combine with --num-beams, which searches for the likeliest "
                     "texts by the model's own probabilities; leave one of the two out."
                 )
         if self.samples > num_beams:
-            raise ValueError(
+            raise InputError(
                 f"--num-samples is {self.samples}, more than the {num_beams} of --num-beams; a beam search has as many "
                 "texts as beams."
             )
@@ -133,4 +134,4 @@ class Wanted:
         """
         for option, value in (("--num-beams", self.num_beams), ("--logprobs", self.logprobs)):
             if value is not None and value > vocab:
-                raise ValueError(f"{option} is {value}, more than the {vocab} tokens of the vocabulary; ask for fewer.")
+                raise InputError(f"{option} is {value}, more than the {vocab} tokens of the vocabulary; ask for fewer.")

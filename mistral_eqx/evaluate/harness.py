@@ -21,6 +21,7 @@ except ImportError as error:
         "'mistral-eqx[eval]'."
     ) from error
 
+from ..errors import InputError
 from ..generate import Sampler, generate
 from ..generate.stops import Stops
 from ..nn import Mistral
@@ -88,11 +89,11 @@ class Harness(TemplateLM):
         super().__init__()
         context = model.config.max_positions
         if batch < 1:
-            raise ValueError(f"Requests cannot be read {batch} at a time; give at least 1.")
+            raise InputError(f"Requests cannot be read {batch} at a time; give at least 1.")
         if not 1 <= (max_length or context) <= context:
-            raise ValueError(f"max_length is {max_length}; it must be from 1 to this model's context of {context}.")
+            raise InputError(f"max_length is {max_length}; it must be from 1 to this model's context of {context}.")
         if not tokenizer.eos_ids:
-            raise ValueError(f"{tokenizer.name} has no token that ends a text, which the harness needs.")
+            raise InputError(f"{tokenizer.name} has no token that ends a text, which the harness needs.")
         self.model = model
         self.tokenizer = tokenizer
         self.batch = batch
@@ -167,7 +168,7 @@ class Harness(TemplateLM):
             new, stop = options.pop("max_gen_toks"), [one for one in options.pop("until") if one]
             sampler = _sampler(options)
             if new >= self.max_length:
-                raise ValueError(
+                raise InputError(
                     f"max_gen_toks is {new}, and a text may have {self.max_length} tokens in all; ask for fewer."
                 )
             contexts = [self.tok_encode(requests[at].args[0]) or [self.prefix_token_id] for at in members]
@@ -195,7 +196,7 @@ class Harness(TemplateLM):
         **Raises:** `ValueError` if there is no way to render it.
         """
         if self._render_chat is None:
-            raise ValueError("A chat template is to be applied; give render_chat=mistral_eqx.render_chat.")
+            raise InputError("A chat template is to be applied; give render_chat=mistral_eqx.render_chat.")
         return self._render_chat(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
 
     @property
@@ -215,7 +216,7 @@ def _sampler(options: dict[str, Any]) -> Sampler:
     draws = options.pop("do_sample")
     numbers = {name: options.pop(name, None) for name in ("temperature", "top_k", "top_p", "min_p", "typical_p")}
     if options:
-        raise ValueError(
+        raise InputError(
             f"A task asks for {min(options)}={options[min(options)]!r} in its generation_kwargs, an option that the "
             "adapter does not know; leave it out of the task."
         )

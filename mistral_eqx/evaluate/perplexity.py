@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from ..config import MistralConfig
+from ..errors import InputError
 from ..nn import Mistral
 from .score import score
 
@@ -116,7 +117,7 @@ def perplexity(
     """
     context, stride = window_sizes(model.config, context, stride)
     if batch < 1:
-        raise ValueError(f"Windows cannot be read {batch} at a time; give at least 1.")
+        raise InputError(f"Windows cannot be read {batch} at a time; give at least 1.")
     tokens = itertools.chain.from_iterable(encode_parts(tokenizer, text))
     found = Perplexity(0.0, 0, 0)
     windows = _windows(tokens, context, stride)
@@ -142,14 +143,14 @@ def window_sizes(config: MistralConfig, context: int | None, stride: int | None)
     if context is None:
         context = config.max_positions
     if not 2 <= context <= config.max_positions:
-        raise ValueError(
+        raise InputError(
             f"context is {context}; it must be at least 2, and at most this model's context of "
             f"{config.max_positions} tokens."
         )
     if stride is None:
         stride = context // 2
     if not 1 <= stride <= context:
-        raise ValueError(f"stride is {stride}; it must be at least 1, and at most the context of {context} tokens.")
+        raise InputError(f"stride is {stride}; it must be at least 1, and at most the context of {context} tokens.")
     return context, stride
 
 
@@ -189,11 +190,11 @@ def encode_parts(tokenizer: Tokenizer, text: str | Readable) -> Iterator[list[_T
         sizes = [len(tokenizer.token_bytes(id, first=first and at == 0)) for at, id in enumerate(ids)]
         tokens = [*start, *map(_Token, ids, sizes)]
         if first and len(tokens) < 2:
-            raise ValueError("The text has one token, and nothing before it to foretell it from; give a longer one.")
+            raise InputError("The text has one token, and nothing before it to foretell it from; give a longer one.")
         yield tokens
         start, first = [], False
     if first:
-        raise ValueError("The text is empty; give one of at least two tokens.")
+        raise InputError("The text is empty; give one of at least two tokens.")
 
 
 def _parts(text: Readable) -> Iterator[str]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ..errors import InputError
 from ..generate.caches import empty_cache, parts, slots
 from ..generate.prompt import Prompts, checked_prompts, pad_left
 from ..generate.reading import CHUNK, check_chunk, place_rows, prompt_width, read_piece
@@ -61,7 +62,7 @@ def score(model: Mistral, rows: Prompts, *, piece: int = CHUNK, last: int | None
     lengths, context = [len(text) for text in texts], model.config.max_positions
     longest = max(lengths)
     if longest > context + 1:
-        raise ValueError(
+        raise InputError(
             f"A row of {longest} tokens does not fit into this model's context of {context} tokens, of which the last "
             "token needs none; cut it, as mistral_eqx.perplexity does."
         )

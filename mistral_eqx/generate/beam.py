@@ -12,6 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from ..errors import InputError
 from ..nn import Cache, LayerCache, Mistral
 from ..nn.precision import at_least_float32
 from ..parallel import Strategy, everywhere, gather, own_slot, own_slots, place, pmax, psum, specs, spmd
@@ -56,14 +57,14 @@ class Rules(eqx.Module):
         **Raises:** `ValueError` if the penalty or the word for early stopping is wrong.
         """
         if not any(early_stopping is known for known in (False, True)) and early_stopping != "never":
-            raise ValueError(f"early_stopping is {early_stopping!r}; it must be True, False or 'never'.")
+            raise InputError(f"early_stopping is {early_stopping!r}; it must be True, False or 'never'.")
         if not math.isfinite(length_penalty):
-            raise ValueError(f"length_penalty is {length_penalty}; it must be a finite number, such as 1.0.")
+            raise InputError(f"length_penalty is {length_penalty}; it must be a finite number, such as 1.0.")
         with np.errstate(over="ignore", under="ignore"):
             divisors = np.arange(1.0, new + 1) ** length_penalty
             used = divisors[:limit].astype(np.float32)
         if not (np.isfinite(used) & (used > 0)).all():
-            raise ValueError(
+            raise InputError(
                 f"length_penalty is {length_penalty}, and {limit} to that power is beyond what a float32 can hold; "
                 "give a number closer to 0."
             )
@@ -349,9 +350,9 @@ def put_in_order(
 def _check_beams(num_beams: int, num_return_sequences: int, vocab: int):
     check_whole("num_beams", num_beams, 1)
     if num_beams > vocab:
-        raise ValueError(f"num_beams is {num_beams}, more than the {vocab} tokens of the vocabulary; ask for fewer.")
+        raise InputError(f"num_beams is {num_beams}, more than the {vocab} tokens of the vocabulary; ask for fewer.")
     if not (is_whole(num_return_sequences) and 1 <= num_return_sequences <= num_beams):
-        raise ValueError(
+        raise InputError(
             f"num_return_sequences is {num_return_sequences}; it must be at least 1 and at most num_beams, {num_beams}."
         )
 

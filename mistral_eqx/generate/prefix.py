@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Array, Int
 
+from ..errors import InputError
 from ..nn import Cache, Mistral
 from .caches import empty_cache, parts, slots
 from .prompt import checked_prompts, pad_left
@@ -64,5 +65,5 @@ def checked_prefix(prefix: Prefix, model: Mistral) -> tuple[int, ...]:
     **Raises:** `ValueError` if another model read it.
     """
     if prefix.model is not model:
-        raise ValueError("The prefix was read by another model; read it again with this one, by mistral_eqx.prefill.")
+        raise InputError("The prefix was read by another model; read it again with this one, by mistral_eqx.prefill.")
     return prefix.ids

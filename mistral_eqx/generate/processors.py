@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ..errors import InputError
 from ..parallel import SINGLE, AbstractNamed, Strategy, place
 from .whole import check_whole
 
@@ -92,7 +93,7 @@ class RepetitionPenalty(AbstractProcessor):
 
     def __init__(self, penalty: float):
         if not 0 < penalty < float("inf"):
-            raise ValueError(f"The repetition penalty is {penalty}; it must be a positive number.")
+            raise InputError(f"The repetition penalty is {penalty}; it must be a positive number.")
         self.penalty = np.asarray(penalty, np.float32)
 
     def init_state(self, texts: Sequence[Sequence[int]], ends: Sequence[int], vocab: int) -> Seen:
@@ -186,7 +187,7 @@ class LogitBias(AbstractProcessor):
     def __init__(self, biases: Mapping[int, float]):
         for id, bias in biases.items():
             if not bias < float("inf"):
-                raise ValueError(f"The bias of the token {id} is {bias}; it must be a number, or minus infinity.")
+                raise InputError(f"The bias of the token {id} is {bias}; it must be a number, or minus infinity.")
         self.ids = np.asarray(list(biases), np.int32)
         self.biases = np.asarray(list(biases.values()), np.float32)
 
@@ -316,14 +317,14 @@ class Constraint(AbstractProcessor, AbstractNamed):
     def init_state(self, texts: Sequence[Sequence[int]], ends: Sequence[int], vocab: int) -> Rows:
         mask = eqx.filter_eval_shape(self.allowed, self.state)
         if not isinstance(mask, jax.ShapeDtypeStruct) or (mask.shape, mask.dtype) != ((vocab,), np.bool_):
-            raise ValueError(
+            raise InputError(
                 f"A constraint's `allowed` must return one boolean for each of the {vocab} tokens of the vocabulary, "
                 f"but it returned {_described(mask)}."
             )
         state = jax.eval_shape(lambda: self.state)
         after = eqx.filter_eval_shape(self.advance, self.state, jax.ShapeDtypeStruct((), np.int32))
         if _described(after) != _described(state):
-            raise ValueError(
+            raise InputError(
                 f"A constraint's `advance` must return a state like the one that it is given, {_described(state)}, "
                 f"but it returned {_described(after)}."
             )
@@ -345,20 +346,20 @@ class Constraint(AbstractProcessor, AbstractNamed):
 
 def _additive(name: str, penalty: float) -> np.ndarray:
     if not -2 <= penalty <= 2:
-        raise ValueError(f"The {name} penalty is {penalty}; it must be from -2 to 2.")
+        raise InputError(f"The {name} penalty is {penalty}; it must be from -2 to 2.")
     return np.asarray(penalty, np.float32)
 
 
 def _checked(kind: str, ids: np.ndarray | Array, vocab: int) -> list[int]:
     ids = np.asarray(ids)
     if wrong := ids[(ids < 0) | (ids >= vocab)].tolist():
-        raise ValueError(f"The {kind} token {wrong[0]} is outside the vocabulary of {vocab}; leave it out.")
+        raise InputError(f"The {kind} token {wrong[0]} is outside the vocabulary of {vocab}; leave it out.")
     return ids.tolist()
 
 
 def _check_choice(forbidden: Collection[int], vocab: int):
     if len(forbidden) == vocab:
-        raise ValueError(f"All {vocab} tokens of the vocabulary are forbidden; leave at least one to choose.")
+        raise InputError(f"All {vocab} tokens of the vocabulary are forbidden; leave at least one to choose.")
 
 
 def _own(ids: np.ndarray | Array, size: int, strategy: Strategy) -> Array:

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
+from ..errors import InputError
+
 
 Prompts: TypeAlias = Sequence[Sequence[int] | np.ndarray | Int[Array, " _"]] | np.ndarray | Int[Array, "batch seq"]
 
@@ -37,7 +39,7 @@ def checked_prompts(prompts: Prompts, vocab: int) -> list[list[int]]:
         prompts = [_without_padding(row) for row in np.asarray(prompts)]
     rows = [_checked_prompt(number, prompt, vocab) for number, prompt in enumerate(prompts)]
     if not rows:
-        raise ValueError("There is no prompt; give at least one list of token ids.")
+        raise InputError("There is no prompt; give at least one list of token ids.")
     return rows
 
 
@@ -52,14 +54,14 @@ def _checked_prompt(number: int, prompt: Any, vocab: int) -> list[int]:
     except ValueError:  # lists of several lengths in one
         row = None
     if row is not None and row.size == 0:
-        raise ValueError(
+        raise InputError(
             f"Prompt {number} is empty; give at least one token id, such as the tokenizer's beginning of text."
         )
     if row is None or row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
-        raise ValueError(f"Prompt {number} is {reprlib.repr(prompt)}, but it must be a flat list of token ids.")
+        raise InputError(f"Prompt {number} is {reprlib.repr(prompt)}, but it must be a flat list of token ids.")
     if row.min() < 0 or row.max() >= vocab:
         wrong = int(row[(row < 0) | (row >= vocab)][0])
-        raise ValueError(
+        raise InputError(
             f"Prompt {number} has the token id {wrong}, outside the vocabulary of {vocab}; "
             "was it made by another model's tokenizer?"
         )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from ..errors import InputError
 from ..nn import Cache, Mistral
 from ..parallel import place_on, specs, spmd
 from .prompt import bucket
@@ -62,7 +63,7 @@ def check_chunk(chunk: int):
     **Raises:** `ValueError` if there are none.
     """
     if not is_whole(chunk) or chunk < 1:
-        raise ValueError(
+        raise InputError(
             f"A prompt cannot be read in pieces of {chunk} tokens; give a whole number of them, at least 1."
         )
 
@@ -73,7 +74,7 @@ def check_context(longest: int, max_new_tokens: int, context: int):
     **Raises:** `ValueError` that tells the three numbers.
     """
     if longest + max_new_tokens > context:
-        raise ValueError(
+        raise InputError(
             f"A prompt of {longest} tokens and {max_new_tokens} new ones are more than this model's context of "
             f"{context} tokens; shorten the prompt or ask for fewer new tokens."
         )

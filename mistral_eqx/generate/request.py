@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int, Key, PyTree
 
+from ..errors import InputError
 from ..nn import Cache, Mistral
 from ..parallel import everywhere, place_on, specs
 from .caches import capacity, empty_cache, first_room, grow, holds, parts, slots
@@ -77,18 +78,18 @@ class Request:
         check_chunk(prefill_chunk)
         check_whole("num_samples", num_samples, 1)
         if num_samples > 1 and sampler.greedy:
-            raise ValueError(
+            raise InputError(
                 f"num_samples is {num_samples}, but without drawing all samples of a prompt are the same; give a "
                 "temperature."
             )
         if logprobs is not None and not (is_whole(logprobs) and 0 <= logprobs <= vocab):
-            raise ValueError(f"logprobs is {logprobs}; it must be from 0 to the vocabulary's {vocab}.")
+            raise InputError(f"logprobs is {logprobs}; it must be from 0 to the vocabulary's {vocab}.")
         idle = -len(rows) % parts(model, "batch")
         keys = _row_keys(key, sampler, len(rows), idle, num_samples)
         ends = [] if eos_id is None else list(eos_id) if isinstance(eos_id, Iterable) else [eos_id]
         for end in ends:
             if not (is_whole(end) and 0 <= end < vocab):
-                raise ValueError(
+                raise InputError(
                     f"The end token {end} is outside the vocabulary of {vocab}; leave out eos_id if "
                     "nothing is to stop early."
                 )
@@ -211,7 +212,7 @@ class Request:
             return
         if (stuck := everywhere(decoding.stuck)).any():
             row, new = int(np.argmax(stuck)), int(decoding.step) - 1
-            raise ValueError(
+            raise InputError(
                 f"The processors forbid every token to row {row} after {new} new ones; let them allow at least one, "
                 "such as an end token."
             )
@@ -223,15 +224,15 @@ def _row_keys(
     """One key for each row, by what the user gave."""
     if key is None:
         if not sampler.greedy:
-            raise ValueError("Sampling draws random numbers; give a key, such as key=jax.random.key(0).")
+            raise InputError("Sampling draws random numbers; give a key, such as key=jax.random.key(0).")
         key = jr.key(0)
     if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        raise ValueError("The key must be one that jax.random.key made, such as key=jax.random.key(0).")
+        raise InputError("The key must be one that jax.random.key made, such as key=jax.random.key(0).")
     fold = jax.vmap(jr.fold_in, in_axes=(None, 0))
     if key.ndim == 0:
         return fold(key, jnp.arange((batch + idle) * samples))
     if key.shape != (batch,):
-        raise ValueError(f"There are {batch} prompts and keys of shape {key.shape}; give one key, or one a prompt.")
+        raise InputError(f"There are {batch} prompts and keys of shape {key.shape}; give one key, or one a prompt.")
     if samples > 1:
         key = jax.vmap(fold, in_axes=(0, None))(key, jnp.arange(samples)).reshape(-1)
     return jnp.concatenate([key, *[key[:1]] * (idle * samples)])

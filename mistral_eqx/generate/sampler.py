@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from ..errors import InputError
 from ..parallel import SINGLE, Strategy, gather, place, pmax, pmin, psum
 from .processors import AbstractProcessor
 from .whole import check_whole
@@ -59,20 +60,20 @@ class Sampler(eqx.Module):
         processors: Sequence[AbstractProcessor] = (),
     ):
         if temperature is not None and not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or a positive number.")
+            raise InputError(f"temperature is {temperature}; it must be 0 (greedy) or a positive number.")
         if top_k is not None:
             check_whole("top_k", top_k, 1)
         if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1.")
+            raise InputError(f"top_p is {top_p}; it must be above 0 and at most 1.")
         if min_p is not None and not 0 <= min_p <= 1:
-            raise ValueError(f"min_p is {min_p}; it must be from 0 to 1.")
+            raise InputError(f"min_p is {min_p}; it must be from 0 to 1.")
         if typical_p is not None and not 0 < typical_p <= 1:
-            raise ValueError(f"typical_p is {typical_p}; it must be above 0 and at most 1.")
+            raise InputError(f"typical_p is {typical_p}; it must be above 0 and at most 1.")
         if isinstance(processors, AbstractProcessor):
-            raise ValueError(f"{type(processors).__name__} is one processor; give a list, processors=[...].")
+            raise InputError(f"{type(processors).__name__} is one processor; give a list, processors=[...].")
         for processor in processors:
             if not isinstance(processor, AbstractProcessor):
-                raise ValueError(f"{processor!r} is no processor; give a mistral_eqx.AbstractProcessor.")
+                raise InputError(f"{processor!r} is no processor; give a mistral_eqx.AbstractProcessor.")
         if temperature == 0 or all(value is None for value in (temperature, top_k, top_p, min_p, typical_p)):
             temperature = top_k = top_p = min_p = typical_p = None
         elif temperature is None:

@@ -6,6 +6,8 @@ from typing import Protocol, SupportsIndex, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int
 
+from ..errors import InputError
+
 
 @runtime_checkable
 class Stops(Protocol):
@@ -50,5 +52,5 @@ def stop_rows(stop: str | Sequence[str], tokenizer: Tokenizer | None, rows: int)
     if not isinstance(stop, str) and not stop:
         return None
     if tokenizer is None:
-        raise ValueError("Stop strings are found in text; give the tokenizer too.")
+        raise InputError("Stop strings are found in text; give the tokenizer too.")
     return tokenizer.find_stops(stop, rows)

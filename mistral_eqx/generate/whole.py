@@ -3,6 +3,8 @@
 import operator
 from typing import Any
 
+from ..errors import InputError
+
 
 def is_whole(number: Any) -> bool:
     """Whether it is an integer of any library, and no fraction or text."""
@@ -25,6 +27,6 @@ def check_whole(name: str, number: Any, least: int):
     **Raises:** `ValueError` if it is not.
     """
     if not is_whole(number):
-        raise ValueError(f"{name} is {number!r}; it must be a whole number, at least {least}.")
+        raise InputError(f"{name} is {number!r}; it must be a whole number, at least {least}.")
     if number < least:
-        raise ValueError(f"{name} is {number}; it must be at least {least}.")
+        raise InputError(f"{name} is {number}; it must be at least {least}.")

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from ..errors import InputError
 from ..nn import DenseWeight, Embedding, Mistral
 from ..parallel import shard, specs, spmd
 from .sites import Site, at_sites, dims_of, sites
@@ -61,17 +62,17 @@ def apply_lora(
         on and less than 1.
     """
     if rank < 1:
-        raise ValueError(f"An adapter cannot have rank {rank}; take at least 1.")
+        raise InputError(f"An adapter cannot have rank {rank}; take at least 1.")
     if not 0 <= dropout < 1:
-        raise ValueError(f"An adapter cannot have dropout {dropout}; take a number from 0 on that is less than 1.")
+        raise InputError(f"An adapter cannot have dropout {dropout}; take a number from 0 on that is less than 1.")
     found = sites(model)
     names = dict.fromkeys(_name(path) for path in found)
     unknown = [target for target in targets if target not in names]
     if unknown or not targets:
         what = f"the target {unknown[0]!r}" if unknown else "no target"
-        raise ValueError(f"LoRA was given {what}, but a layer is needed that the model has: {', '.join(names)}.")
+        raise InputError(f"LoRA was given {what}, but a layer is needed that the model has: {', '.join(names)}.")
     if train_embeddings and "embedding" in targets:
-        raise ValueError(
+        raise InputError(
             "The embedding cannot have an adapter and be trained as a whole too; leave out the target 'embedding' or "
             "train_embeddings."
         )

@@ -9,6 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt16
 
+from ..errors import InputError
 from .precision import from_bits, to_bits
 
 
@@ -167,7 +168,7 @@ class Cache(eqx.Module):
         """A copy with `kv_seq` slots, at least as many as there are."""
         more = kv_seq - self.kv_seq
         if more < 0:
-            raise ValueError(f"A cache of {self.kv_seq} slots cannot grow to {kv_seq}; ask for at least as many.")
+            raise InputError(f"A cache of {self.kv_seq} slots cannot grow to {kv_seq}; ask for at least as many.")
         return Cache(
             tuple(layer.grow(kv_seq) for layer in self.layers),
             jnp.pad(self.positions, ((0, 0), (0, more)), constant_values=-1),

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ..config import MistralConfig
+from ..errors import InputError
 from ..parallel import SINGLE, Strategy, all_tokens, entered, own_slot, own_slots, pmax, specs, spmd
 from .attention import Attention
 from .block import Block
@@ -120,7 +121,7 @@ class Mistral(eqx.Module):
             return
         devices = math.prod(self.mesh.shape[axis] for axis in self.strategy.split_over("batch"))
         if ids.shape[0] % devices:
-            raise ValueError(
+            raise InputError(
                 f"{ids.shape[0]} rows cannot be split over {devices} devices, as the strategy "
                 f"{self.strategy.layout!r} does with 'batch'; give a multiple of {devices}."
             )
@@ -171,7 +172,7 @@ class Mistral(eqx.Module):
         """
         self._check_rows(ids)
         if span is not None and cache is not None:
-            raise ValueError(
+            raise InputError(
                 "A span tells columns, and a cache has none; read the whole text at once, without a cache."
             )
         rows, layers = self.strategy.spec("batch"), specs(cache, self.strategy)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ..errors import InputError
 from .watch import running
 
 
@@ -29,7 +30,7 @@ def agree(what: str, value: str) -> None:
     digests = np.asarray(multihost_utils.process_allgather(digest))
     different = np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
     if different:
-        raise ValueError(
+        raise InputError(
             f"The {what} is not the same on all processes: {_listed(different)} from 0; start all of them with the "
             "same arguments and files."
         )
@@ -52,7 +53,7 @@ def share(text: str | None) -> Any:
     if watch is not None:
         return watch.share(text)
     if jax.process_count() > 1:
-        raise ValueError(
+        raise InputError(
             "A text cannot be shared between processes that jax.distributed.initialize started; call "
             "mistral_eqx.parallel.initialize in its place."
         )

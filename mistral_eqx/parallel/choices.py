@@ -7,6 +7,7 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh
 
 from ..config import MistralConfig
+from ..errors import InputError
 from .mesh import make_mesh
 from .strategy import (
     HEAD_DIM,
@@ -44,7 +45,7 @@ def read_strategy(text: str) -> Strategy:
     if named is not None:
         return named + entries if entries.strip() else named
     if "@" not in name:
-        raise ValueError(
+        raise InputError(
             f"There is no strategy {name!r}; the names are single, {', '.join(NAMED)}, and a text reads "
             "'kv_heads@tp hidden@tp'."
         )
@@ -85,7 +86,7 @@ def strategies(config: MistralConfig, n_devices: int) -> list[Choice]:
     **Returns:** the choices, those that split the weights the most first.
     """
     if n_devices < 1:
-        raise ValueError(f"n_devices is {n_devices}; it must be at least 1.")
+        raise InputError(f"n_devices is {n_devices}; it must be at least 1.")
     found = []
     for copies in _divisors(n_devices):
         for name, strategy in NAMED.items():

@@ -10,6 +10,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from ..errors import InputError
 from .watch import address, meet, run
 
 
@@ -35,19 +36,19 @@ def parse_axes(axes: str | Mapping[str, int]) -> dict[str, int]:
         for entry in re.split(r"[\s,]+", axes.strip(" \t,")):
             match = _AXIS.fullmatch(entry)
             if match is None:
-                raise ValueError(
+                raise InputError(
                     f"The mesh {axes!r} must name its axes and their sizes, such as 'tp=8' or 'dp=2,tp=4'."
                 )
             if match[1] in sizes:
-                raise ValueError(f"The mesh {axes!r} names the axis {match[1]!r} twice; keep one.")
+                raise InputError(f"The mesh {axes!r} names the axis {match[1]!r} twice; keep one.")
             sizes[match[1]] = int(match[2])
     else:
         sizes = dict(axes)
     if not sizes:
-        raise ValueError("The mesh has no axes; give at least one, such as {'tp': 8}.")
+        raise InputError("The mesh has no axes; give at least one, such as {'tp': 8}.")
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"The axis {name!r} of the mesh has size {size}; it must be at least 1.")
+            raise InputError(f"The axis {name!r} of the mesh has size {size}; it must be at least 1.")
     return sizes
 
 
@@ -71,7 +72,7 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[Any] | None = Non
     count = math.prod(sizes.values())
     devices = jax.devices() if devices is None else list(devices)
     if count > len(devices):
-        raise ValueError(
+        raise InputError(
             f"The mesh {show(sizes)} takes {count} devices and there are {len(devices)}; make it smaller"
             f"{_virtual(devices, count)}."
         )
@@ -79,7 +80,7 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[Any] | None = Non
     processes = {device.process_index for device in jax.devices()}
     missing = processes - {device.process_index for device in devices}
     if missing and len(processes) > 1:
-        raise ValueError(
+        raise InputError(
             f"The mesh {show(sizes)} takes {count} of {jax.device_count()} devices, and none of process "
             f"{', '.join(map(str, sorted(missing)))}; take all devices, or start fewer processes."
         )
@@ -135,10 +136,10 @@ def initialize(
     from jax._src import xla_bridge
 
     if jax.distributed.is_initialized():
-        raise ValueError("The processes are connected already; call mistral_eqx.parallel.initialize once.")
+        raise InputError("The processes are connected already; call mistral_eqx.parallel.initialize once.")
     coordinator, num_processes, process_id = _places(coordinator, num_processes, process_id, timeout)
     if xla_bridge.backends_are_initialized():
-        raise ValueError(
+        raise InputError(
             "Devices are in use already; call mistral_eqx.parallel.initialize before the first array is made."
         )
     watch = meet(coordinator, num_processes, process_id, timeout)
@@ -152,7 +153,7 @@ def initialize(
             heartbeat_timeout_seconds=_HEARTBEAT,
         )
     except RuntimeError as error:
-        raise ValueError(f"JAX could not connect the processes at {coordinator!r}: {error}") from error
+        raise InputError(f"JAX could not connect the processes at {coordinator!r}: {error}") from error
     run(watch)
     # What is registered last runs first: before JAX waits for the others.
     atexit.register(watch.end)
@@ -169,21 +170,21 @@ def _places(
         found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, math.ceil(timeout))
         coordinator, num_processes, process_id, _ = found
         if coordinator is None or num_processes is None or process_id is None:
-            raise ValueError(
+            raise InputError(
                 "Neither SLURM nor Cloud TPU nor Open MPI started this process, so its place cannot be found; give "
                 "coordinator, num_processes and process_id."
             )
     if coordinator is None or num_processes is None or process_id is None:
         there = [name for name in given if name not in missing]
-        raise ValueError(
+        raise InputError(
             f"There is {' and '.join(there)} without {' and '.join(missing)}; give all three, or "
             "none where SLURM, Cloud TPU or Open MPI starts the processes."
         )
     address(coordinator)
     if num_processes < 1:
-        raise ValueError(f"num_processes is {num_processes}; it must be at least 1.")
+        raise InputError(f"num_processes is {num_processes}; it must be at least 1.")
     if not 0 <= process_id < num_processes:
-        raise ValueError(
+        raise InputError(
             f"process_id is {process_id}; with {num_processes} processes it must be from 0 to {num_processes - 1}."
         )
     return coordinator, num_processes, process_id

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from ..errors import InputError
 from .agreement import agree
 from .spmd import specs
 from .strategy import Strategy
@@ -113,33 +114,33 @@ def einshard(x: Array | np.ndarray, expression: str, mesh: Mesh) -> Array:
     """
     words = expression.split()
     if words.count("...") > 1:
-        raise ValueError(f"The expression {expression!r} has more than one '...'; keep one.")
+        raise InputError(f"The expression {expression!r} has more than one '...'; keep one.")
     if "..." in words:
         at = words.index("...")
         words[at : at + 1] = ["."] * (x.ndim - len(words) + 1)
     if len(words) != x.ndim:
-        raise ValueError(
+        raise InputError(
             f"The expression {expression!r} is for another number of dimensions than the array's {x.ndim}, "
             f"which has shape {x.shape}; give one word a dimension, or '...' for those that are not split."
         )
     names = [word.split("@")[0] for word in words]
     if twice := {name for name in names if names.count(name) > 1} - {"."}:
-        raise ValueError(f"The expression {expression!r} has two dimensions {min(twice)!r}; give each its own name.")
+        raise InputError(f"The expression {expression!r} has two dimensions {min(twice)!r}; give each its own name.")
     layout = Strategy(" ".join(word for word in words if "@" in word))
     taken: set[str] = set()
     for name, size in zip(names, x.shape, strict=True):
         devices = 1
         for axis in layout.split_over(name):
             if axis not in mesh.shape:
-                raise ValueError(
+                raise InputError(
                     f"The expression {expression!r} splits {name!r} over the mesh axis {axis!r}, which the mesh lacks: "
                     f"it has {', '.join(map(repr, mesh.shape))}."
                 )
             if axis in taken:
-                raise ValueError(f"The expression {expression!r} uses the mesh axis {axis!r} for two dimensions.")
+                raise InputError(f"The expression {expression!r} uses the mesh axis {axis!r} for two dimensions.")
             taken.add(axis)
             devices *= mesh.shape[axis]
         if size % devices:
-            raise ValueError(f"{size} {name} cannot be split over {devices} devices; change the mesh or the array.")
+            raise InputError(f"{size} {name} cannot be split over {devices} devices; change the mesh or the array.")
     agree("expression", expression)
     return place_on(x, mesh, layout.spec(" ".join(names)))

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.tree_util import KeyPath
 from jaxtyping import AbstractArray, Array, PyTree
 
+from ..errors import InputError
 from .collectives import vary_alike
 from .strategy import Strategy
 
@@ -113,7 +114,7 @@ def _dims(root: PyTree, path: KeyPath) -> str:
     for kind in (annotation, *typing.get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, AbstractArray):
             return kind.dim_str
-    raise ValueError(
+    raise InputError(
         f"Nothing tells the dimensions of {jax.tree_util.keystr(path)}; annotate the field with jaxtyping, as "
         "Float[Array, 'embed'] does."
     )

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ..config import MistralConfig
+from ..errors import InputError
 
 
 _ENTRY = re.compile(r"([a-z_]+)@([a-z_0-9]+(?:,[a-z_0-9]+)*)")
@@ -61,15 +62,15 @@ class Strategy:
         for entry in self.layout.split():
             match = _ENTRY.fullmatch(entry)
             if match is None:
-                raise ValueError(
+                raise InputError(
                     f"The entry {entry!r} of the strategy {self.layout!r} must be a dimension and its mesh axes, "
                     "such as 'kv_heads@tp' or 'hidden@kv,rep'."
                 )
             dim, names = match[1], tuple(match[2].split(","))
             if dim in axes:
-                raise ValueError(f"The strategy {self.layout!r} names the dimension {dim!r} twice; keep one entry.")
+                raise InputError(f"The strategy {self.layout!r} names the dimension {dim!r} twice; keep one entry.")
             if len(set(names)) < len(names):
-                raise ValueError(f"The entry {entry!r} of a strategy names one mesh axis twice; keep one.")
+                raise InputError(f"The entry {entry!r} of a strategy names one mesh axis twice; keep one.")
             axes[dim] = names
         return axes
 
@@ -107,23 +108,23 @@ class Strategy:
         sizes: Mapping[str, int] = mesh.shape
         for dim, axes in self._axes.items():
             if dim not in _OF_CONFIG + _OF_CALL:
-                raise ValueError(
+                raise InputError(
                     f"The strategy {self.layout!r} splits {dim!r}, which is no dimension that can be split; these are: "
                     f"{', '.join(_OF_CALL + _OF_CONFIG)}."
                 )
             for axis in axes:
                 if axis not in sizes:
-                    raise ValueError(
+                    raise InputError(
                         f"The strategy {self.layout!r} splits {dim!r} over the mesh axis {axis!r}, but the mesh has "
                         f"{_listed(sizes)}; make a mesh with that axis, or name one of its own."
                     )
             devices = math.prod(sizes[axis] for axis in axes)
             if dim in _OF_CONFIG and getattr(config, dim) % devices:
-                raise ValueError(
+                raise InputError(
                     f"{getattr(config, dim)} {dim} cannot be split over {devices} devices; {_remedy(dim, devices)}."
                 )
             if dim == "head_dim" and config.head_dim // devices % 2:
-                raise ValueError(
+                raise InputError(
                     f"{config.head_dim} head_dim over {devices} devices would tear apart the pairs that the rotary "
                     "embedding turns; take at most half as many devices."
                 )
@@ -132,7 +133,7 @@ class Strategy:
             for dim in dims.split():
                 for axis in self._axes.get(dim, ()):
                     if axis in taken:
-                        raise ValueError(
+                        raise InputError(
                             f"The strategy {self.layout!r} splits {taken[axis]!r} and {dim!r} over the same axis "
                             f"{axis!r}, and {array} {'have' if array.endswith('s') else 'has'} both; give one of them "
                             "another axis."
@@ -141,12 +142,12 @@ class Strategy:
         for dims in ("kv_heads q_per_kv head_dim", "hidden", "vocab"):
             missing = [axis for axis in self._axes.get("seq", ()) if axis not in self.split_over(dims)]
             if missing:
-                raise ValueError(
+                raise InputError(
                     f"The strategy {self.layout!r} splits 'seq' over {missing[0]!r}, but none of {dims!r}; sums over "
                     "these are what it scatters, so split one of them over that axis too."
                 )
         if self.split_over("seq") and self.split_over("embed"):
-            raise ValueError(
+            raise InputError(
                 f"The strategy {self.layout!r} splits the residual stream by 'seq' and by 'embed'; keep one of them."
             )
 

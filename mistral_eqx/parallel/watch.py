@@ -19,6 +19,8 @@ import threading
 import time
 from typing import Any, NoReturn
 
+from ..errors import InputError
+
 
 # How long a process that learns of another's failure may still take to report its own, which says more.
 _GRACE = 1.0
@@ -168,7 +170,7 @@ def address(coordinator: str) -> tuple[str, int]:
     """Host and port of `"host:port"`."""
     match = re.fullmatch(r"\[?([^\s\[\]/]+?)\]?:(\d{1,5})", coordinator)
     if match is None or not 0 < int(match[2]) < 2**16:
-        raise ValueError(
+        raise InputError(
             f"The coordinator {coordinator!r} must be the host of process 0 and a free port there, such as "
             "'10.0.0.1:8476'."
         )
@@ -203,7 +205,7 @@ def _receive(coordinator: str, processes: int, timeout: float, deadline: float) 
         door = _open_door(port)
     except OSError as error:
         why = os.strerror(error.errno or 0)
-        raise ValueError(
+        raise InputError(
             f"Process 0 cannot listen at port {port} of the coordinator {coordinator!r} ({why}); choose another port, "
             "the same on all processes."
         ) from error
@@ -237,7 +239,7 @@ def _receive(coordinator: str, processes: int, timeout: float, deadline: float) 
     if wrong is not None:
         for connection in answered:
             connection.close()
-        raise ValueError(wrong)
+        raise InputError(wrong)
     return peers
 
 
@@ -291,10 +293,10 @@ def _join(coordinator: str, processes: int, process: int, timeout: float, deadli
             continue
         if wrong:
             connection.close()
-            raise ValueError(wrong)
+            raise InputError(wrong)
         _keep(connection)
         return connection
-    raise ValueError(
+    raise InputError(
         f"Process 0 was not found at the coordinator {coordinator!r} within {timeout:g} s ({reason}); start it there, "
         "and give its address and port to all processes."
     )
@@ -311,7 +313,7 @@ def _line(connection: socket.socket) -> bytes:
     while not line.endswith(b"\n"):
         byte = connection.recv(1)
         if not byte or len(line) > 2000:
-            raise ValueError("This is no line.")
+            raise InputError("This is no line.")
         line += byte
     return line
 

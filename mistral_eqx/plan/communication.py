@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 
 from ..config import MistralConfig
+from ..errors import InputError
 from ..generate import Sampler
 from ..parallel import Strategy
 
@@ -138,7 +139,7 @@ class Ledger:
     def share(self, dim: str, size: int) -> int:
         """One device's share of a dimension whose size is a call's."""
         if size % self.parts(dim):
-            raise ValueError(
+            raise InputError(
                 f"A {dim} of {size} cannot be split over {self.parts(dim)} devices; take a multiple of that."
             )
         return size // self.parts(dim)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from .report import Phase, Report
 from .tables import label, title
 
@@ -47,7 +48,7 @@ def picture(reports: Sequence[Report], path: str | Path):
     **Raises:** `ValueError` if there is no report, or matplotlib is not installed.
     """
     if not reports:
-        raise ValueError("There is no report to draw; give at least one.")
+        raise InputError("There is no report to draw; give at least one.")
     require_matplotlib()
     from matplotlib.figure import Figure
 
@@ -72,7 +73,7 @@ def require_matplotlib():
     **Raises:** `ValueError` that says so.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("A picture takes matplotlib, which is not installed; run pip install 'mistral-eqx[plot]'.")
+        raise InputError("A picture takes matplotlib, which is not installed; run pip install 'mistral-eqx[plot]'.")
 
 
 def _draw_memory(axes: Any, reports: Sequence[Report]):

@@ -14,6 +14,7 @@ from typing import Any
 from jax.sharding import AbstractMesh
 
 from ..config import MistralConfig
+from ..errors import InputError
 from ..generate.reading import prompt_width
 from ..parallel import NAMED, SINGLE, Choice, Strategy, read_strategy, strategies
 from ..parallel.mesh import parse_axes, show
@@ -83,18 +84,18 @@ def plan(
     _check_positive("batch", batch)
     rows = math.prod(axes[axis] for axis in split.split_over("batch"))
     if batch % rows:
-        raise ValueError(f"A batch of {batch} cannot be split over {rows} devices; take a multiple of {rows}.")
+        raise InputError(f"A batch of {batch} cannot be split over {rows} devices; take a multiple of {rows}.")
     if training is None:
         prompt, kv_seq = _generation(config, prompt, kv_seq)
     else:
         if (prompt, kv_seq) != (None, None):
-            raise ValueError("Training has no prompt and no cache; leave out prompt and kv_seq, and say train's seq.")
+            raise InputError("Training has no prompt and no cache; leave out prompt and kv_seq, and say train's seq.")
         _check_training(config, training, split, axes, batch, rows)
         prompt = kv_seq = 0
     if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}.")
+        raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}.")
     if chip is not None and importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
+        raise InputError(
             "To compile for a TPU takes libtpu, which is not installed; run pip install 'mistral-eqx[tpu]', or plan "
             "for virtual devices."
         )
@@ -126,7 +127,7 @@ def plan(
 
 def _check_positive(what: str, size: int):
     if size < 1:
-        raise ValueError(f"{what} is {size}; it must be at least 1.")
+        raise InputError(f"{what} is {size}; it must be at least 1.")
 
 
 def _generation(config: MistralConfig, prompt: int | None, kv_seq: int | None) -> tuple[int, int]:
@@ -135,12 +136,12 @@ def _generation(config: MistralConfig, prompt: int | None, kv_seq: int | None) -
     _check_positive("prompt", prompt)
     _check_positive("kv_seq", kv_seq)
     if kv_seq < prompt_width(prompt):
-        raise ValueError(
+        raise InputError(
             f"A prompt of {prompt} tokens is read as {prompt_width(prompt)} and does not fit into a cache of "
             f"{kv_seq} slots; take a longer kv_seq or a shorter prompt."
         )
     if kv_seq > config.max_positions:
-        raise ValueError(
+        raise InputError(
             f"kv_seq is {kv_seq} and the model's context {config.max_positions} tokens; take a shorter kv_seq."
         )
     return prompt, kv_seq
@@ -151,19 +152,19 @@ def _check_training(
 ):
     Zero.init(training.zero, AbstractMesh(tuple(axes.values()), tuple(axes)), split)
     if batch % (training.accumulate * rows):
-        raise ValueError(
+        raise InputError(
             f"A batch of {batch} cannot be cut into {training.accumulate} parts for each of {rows} devices; take a "
             f"multiple of {training.accumulate * rows}."
         )
     if training.seq > config.max_positions:
-        raise ValueError(
+        raise InputError(
             f"seq is {training.seq} and the model's context {config.max_positions} tokens; take a shorter seq."
         )
 
 
 def _preset(name: str) -> MistralConfig:
     if name not in PRESETS:
-        raise ValueError(f"There is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
+        raise InputError(f"There is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
     return PRESETS[name]
 
 
@@ -174,12 +175,12 @@ def count_devices(topology: str | None, devices: int | None) -> int:
     """
     if topology is not None:
         if devices is not None:
-            raise ValueError(f"The topology {topology!r} says how many devices there are; leave out devices={devices}.")
+            raise InputError(f"The topology {topology!r} says how many devices there are; leave out devices={devices}.")
         return math.prod(_sides(topology))
     if devices is None:
-        raise ValueError("Say for what to plan: a topology such as 'v4:2x2x4', or a number of virtual devices.")
+        raise InputError("Say for what to plan: a topology such as 'v4:2x2x4', or a number of virtual devices.")
     if devices < 1:
-        raise ValueError(f"devices is {devices}; it must be at least 1.")
+        raise InputError(f"devices is {devices}; it must be at least 1.")
     return devices
 
 
@@ -188,11 +189,11 @@ def _chip(topology: str | None) -> Chip | None:
         return None
     chip, sides = CHIPS.get(topology.partition(":")[0]), _sides(topology)
     if chip is None:
-        raise ValueError(
+        raise InputError(
             f"There are no figures of the chip in the topology {topology!r}; the chips are {', '.join(CHIPS)}."
         )
     if len(sides) != chip.links // 2:
-        raise ValueError(
+        raise InputError(
             f"Chips {chip.name} are connected along {chip.links // 2} sides, and {topology!r} has {len(sides)}; write, "
             f"for example, '{chip.name}:{'x'.join('2' * (chip.links // 2))}'."
         )
@@ -202,7 +203,7 @@ def _chip(topology: str | None) -> Chip | None:
 def _sides(topology: str) -> list[int]:
     match = _TOPOLOGY.fullmatch(topology)
     if match is None:
-        raise ValueError(
+        raise InputError(
             f"The topology {topology!r} must be a chip and how many of them there are along each side, such as "
             "'v4:2x2x4' or 'v5e:4x4'."
         )
@@ -221,7 +222,7 @@ def _place(
         label = _name(split)
         axes = _axes(config, split, count) if mesh is None else parse_axes(mesh)
     if math.prod(axes.values()) != count:
-        raise ValueError(f"The mesh {show(axes)} takes {math.prod(axes.values())} devices and there are {count}.")
+        raise InputError(f"The mesh {show(axes)} takes {math.prod(axes.values())} devices and there are {count}.")
     split.check(config, AbstractMesh(tuple(axes.values()), tuple(axes)))
     return label, split, axes
 
@@ -243,7 +244,7 @@ def _axes(config: MistralConfig, split: Strategy, count: int) -> dict[str, int]:
     words = re.findall(r"@(\S+)", split.layout)
     used = list(dict.fromkeys(axis for word in words for axis in word.split(",")))
     if len(used) > 1:
-        raise ValueError(
+        raise InputError(
             f"The strategy {split.layout!r} splits over the axes {' and '.join(used)}, and none of the meshes of "
             f"{count} devices that come with a strategy fits; say how many devices each axis takes, such as "
             f"mesh={','.join(f'{axis}=2' for axis in used)!r}."
@@ -273,5 +274,5 @@ def _compiled(job: Job) -> list[Any]:
         raise RuntimeError(f"The compiler failed (exit code {done.returncode}): {done.stderr.strip()[-2000:]}")
     answer = json.loads(done.stdout)
     if "refused" in answer:
-        raise ValueError(answer["refused"])
+        raise InputError(answer["refused"])
     return [read_phase(phase) for phase in answer["phases"]]

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from ..errors import InputError
 from ..train import REMATS
 
 
@@ -27,8 +28,8 @@ class Training:
     def __post_init__(self):
         for what in ("seq", "accumulate"):
             if getattr(self, what) < 1:
-                raise ValueError(f"{what} is {getattr(self, what)}; it must be at least 1.")
+                raise InputError(f"{what} is {getattr(self, what)}; it must be at least 1.")
         if self.remat not in REMATS:
-            raise ValueError(
+            raise InputError(
                 f"There is no rematerialisation {self.remat!r}; take one of {', '.join(map(repr, REMATS))}."
             )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ..config import MistralConfig
+from ..errors import InputError
 from ..parallel import Strategy
 from .communication import Collective, Ledger
 from .training import Training
@@ -39,7 +40,7 @@ def training_step(
     here.
     """
     if batch % training.accumulate:
-        raise ValueError(f"A batch of {batch} cannot be cut into {training.accumulate} parts; take a multiple of that.")
+        raise InputError(f"A batch of {batch} cannot be cut into {training.accumulate} parts; take a multiple of that.")
     ledger = _TrainingLedger(config, strategy, axes, batch // training.accumulate, dtype, training)
     ledger.check()
     ledger.forward()
@@ -84,7 +85,7 @@ class _TrainingLedger(Ledger):
         split = self.strategy.split_over
         heads = set(split("kv_heads head_dim"))
         if self.parts("embed") > 1 or (split("head_dim") and split("kv_seq")) or not set(split("seq")) <= heads:
-            raise ValueError(
+            raise InputError(
                 f"There is no closed form of a training step under {self.strategy.layout!r}; take a strategy with a "
                 "name, or count the exchanges of a plan."
             )

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from ..config import MistralConfig
+from ..errors import InputError
 from .hlo import Program
 from .programs import Job, Uncompiled, programs
 from .report import Exchange, Memory
@@ -64,7 +65,7 @@ def _topology(name: str) -> list[Any]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        raise ValueError(f"libtpu refuses the topology {name!r}: {error}") from error
+        raise InputError(f"libtpu refuses the topology {name!r}: {error}") from error
 
 
 def _measure(program: Uncompiled, job: Job) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from ..errors import InputError
 from .instruct import encode_instruct
 from .tokenizer import AbstractTokenizer
 
@@ -37,7 +38,7 @@ def render_chat(tokenizer: AbstractTokenizer, messages: Messages, *, add_generat
     """
     if tokenizer.chat_template is None:
         remedy = "encode_chat gives the ids directly" if tokenizer.release_file else _REMEDY
-        raise ValueError(f"{tokenizer.name} has no chat template; {remedy}.")
+        raise InputError(f"{tokenizer.name} has no chat template; {remedy}.")
     return _render(tokenizer, _plain(messages), add_generation_prompt)
 
 
@@ -57,7 +58,7 @@ def encode_chat(tokenizer: AbstractTokenizer, messages: Messages, *, add_generat
     if tokenizer.chat_template is None and tokenizer.release_file is not None:
         return encode_instruct(tokenizer.release_file, messages)
     if tokenizer.chat_template is None:
-        raise ValueError(f"{tokenizer.name} has no chat template; {_REMEDY}.")
+        raise InputError(f"{tokenizer.name} has no chat template; {_REMEDY}.")
     mark = _unused_character(messages, tokenizer.chat_template)
     shielded = _shield(messages, tokenizer, mark)
     segments = tokenizer.segments(_render(tokenizer, shielded, add_generation_prompt))
@@ -74,14 +75,14 @@ _REMEDY = "give a folder or .gguf of an instruction-tuned model, or put a chat_t
 def _plain(messages: Messages) -> list[dict[str, Any]]:
     """The messages as nothing but JSON's types, so that a template can call no method of a user's object."""
     if not messages:
-        raise ValueError("The conversation is empty; give at least one message.")
+        raise InputError("The conversation is empty; give at least one message.")
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"Each message must be a dict with 'role' and 'content', not {message!r}.")
+            raise InputError(f"Each message must be a dict with 'role' and 'content', not {message!r}.")
     try:
         return json.loads(json.dumps([dict(message) for message in messages]))
     except TypeError as error:
-        raise ValueError(f"The messages must consist of text, numbers, lists and dicts: {error}.") from error
+        raise InputError(f"The messages must consist of text, numbers, lists and dicts: {error}.") from error
 
 
 def _unused_character(messages: list[dict[str, Any]], template: str) -> str:
@@ -128,13 +129,13 @@ def _render(tokenizer: AbstractTokenizer, messages: list[dict[str, Any]], add_ge
             documents=None,
         )
     except _Refusal as error:
-        raise ValueError(f"{template} refuses these messages: {_sentence(error)}") from error
+        raise InputError(f"{template} refuses these messages: {_sentence(error)}") from error
     except TemplateSyntaxError as error:
-        raise ValueError(f"{template} is no valid jinja2 (line {error.lineno}): {_sentence(error)}") from error
+        raise InputError(f"{template} is no valid jinja2 (line {error.lineno}): {_sentence(error)}") from error
     except SecurityError as error:
-        raise ValueError(f"{template} does what no chat template may do: {_sentence(error)}") from error
+        raise InputError(f"{template} does what no chat template may do: {_sentence(error)}") from error
     except Exception as error:  # a template is a program, and may fail in any way
-        raise ValueError(
+        raise InputError(
             f"{template} cannot be applied to these messages: {type(error).__name__}: {_sentence(error)}"
         ) from error
 

@@ -7,6 +7,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from ..checkpoint.gguf import read_gguf
+from ..errors import InputError
 from .huggingface import SPACE_PREFIX, HuggingFaceTokenizer
 from .pre_tokenizers import PRE_TOKENIZERS
 from .sentencepiece import SentencePieceTokenizer
@@ -30,13 +31,13 @@ def read_gguf_tokenizer(path: Path) -> AbstractTokenizer:
     for token in _required(metadata, "tokens", path):
         # Bytes that are no UTF-8 come from the reader as lone surrogates.
         if not token.isascii() and any("\ud800" <= character <= "\udfff" for character in token):
-            raise ValueError(f"{path} is damaged: its vocabulary has the token {token!r}, no UTF-8; fetch it again.")
+            raise InputError(f"{path} is damaged: its vocabulary has the token {token!r}, no UTF-8; fetch it again.")
     kind = _required(metadata, "model", path)
     if kind == "llama":
         return _sentencepiece(metadata, path)
     if kind == "gpt2":
         return _byte_level(metadata, path)
-    raise ValueError(
+    raise InputError(
         f"The vocabulary of {path} is of the kind {kind!r} (tokenizer.ggml.model), and only 'llama' and 'gpt2' can be "
         "read; use the model's folder with its tokenizer.json."
     )
@@ -48,7 +49,7 @@ def _sentencepiece(metadata: Mapping[str, Any], path: Path) -> SentencePieceToke
     _same_length(path, tokens=tokens, token_type=types, scores=scores)
     normal = [score for score, kind in zip(scores, types, strict=True) if kind == NORMAL]
     if len(normal) > 1 and min(normal) == max(normal):
-        raise ValueError(
+        raise InputError(
             f"All scores of the vocabulary of {path} are equal (tokenizer.ggml.scores), so it does not say which "
             "tokens to join first; use the model's folder with its tokenizer.json."
         )
@@ -78,20 +79,20 @@ def _byte_level(metadata: Mapping[str, Any], path: Path) -> HuggingFaceTokenizer
     merges, pre = _required(metadata, "merges", path), _required(metadata, "pre", path)
     _same_length(path, tokens=tokens, token_type=types)
     if pre not in PRE_TOKENIZERS:
-        raise ValueError(
+        raise InputError(
             f"The vocabulary of {path} is for the pre-tokenizer {pre!r} (tokenizer.ggml.pre), which is none of "
             f"{', '.join(PRE_TOKENIZERS)}; use the model's folder with its tokenizer.json."
         )
     vocabulary = {token: id for id, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
         twice = next(token for id, token in enumerate(tokens) if vocabulary[token] != id)
-        raise ValueError(f"{path} is damaged: its vocabulary has the token {twice!r} twice; fetch it again.")
+        raise InputError(f"{path} is damaged: its vocabulary has the token {twice!r} twice; fetch it again.")
     cutting = PRE_TOKENIZERS[pre]
     try:
         pairs = [tuple(merge.split(" ")) for merge in merges]
         tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=cutting.ignores_merges))
     except Exception as error:  # the library raises nothing more precise
-        raise ValueError(f"The merges of {path} do not fit its vocabulary ({error}); fetch it again.") from error
+        raise InputError(f"The merges of {path} do not fit its vocabulary ({error}); fetch it again.") from error
     changes = cutting.normalizers()
     if metadata.get("tokenizer.ggml.add_space_prefix", False):
         changes += SPACE_PREFIX
@@ -118,14 +119,14 @@ def _byte_level(metadata: Mapping[str, Any], path: Path) -> HuggingFaceTokenizer
 def _required(metadata: Mapping[str, Any], key: str, path: Path) -> Any:
     key = f"tokenizer.ggml.{key}"
     if key not in metadata:
-        raise ValueError(f"{path} has no {key}; use the model's folder with its tokenizer.json.")
+        raise InputError(f"{path} has no {key}; use the model's folder with its tokenizer.json.")
     return metadata[key]
 
 
 def _same_length(path: Path, **lists: list[Any]):
     if len({len(values) for values in lists.values()}) > 1:
         lengths = " but ".join(f"{len(values)} {key}" for key, values in lists.items())
-        raise ValueError(f"{path} is damaged: its vocabulary has {lengths}; fetch it again.")
+        raise InputError(f"{path} is damaged: its vocabulary has {lengths}; fetch it again.")
 
 
 def _ends(metadata: Mapping[str, Any], path: Path, vocab: int) -> tuple[int | None, list[int]]:
@@ -133,7 +134,7 @@ def _ends(metadata: Mapping[str, Any], path: Path, vocab: int) -> tuple[int | No
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "eom")]
     for key in keys:
         if metadata.get(key, 0) >= vocab:
-            raise ValueError(
+            raise InputError(
                 f"{path} is damaged: its {key} is {metadata[key]}, outside the vocabulary of {vocab}; fetch it again."
             )
     return metadata.get(keys[0]), [metadata[key] for key in keys[1:] if key in metadata]

@@ -7,6 +7,7 @@ from typing import Any, final
 
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
+from ..errors import InputError
 from .settings import read_json, read_settings
 from .tokenizer import AbstractTokenizer, control_pattern
 
@@ -146,7 +147,7 @@ def _decoding(tokenizer: Tokenizer, name: str) -> tuple[bool, bool]:
     ]
     if steps in (known, known[:3]):
         return False, len(steps) == 4
-    raise ValueError(
+    raise InputError(
         f"The decoder {' + '.join(kinds) or 'null'} of {name} is none that Mistral-like models use, so its tokens "
         "cannot be turned into text one by one; use another tokenizer.json."
     )
@@ -168,12 +169,12 @@ def read_tokenizer_json(path: Path) -> HuggingFaceTokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more precise
-        raise ValueError(f"{path} is no tokenizer.json, or it is damaged ({error}); fetch it again.") from error
+        raise InputError(f"{path} is no tokenizer.json, or it is damaged ({error}); fetch it again.") from error
     _cut_like_tekken(tokenizer, path.with_name("tekken.json"))
     settings = read_settings(path.parent)
     for token, id in settings.added_tokens.items():
         if tokenizer.token_to_id(token) != id:
-            raise ValueError(
+            raise InputError(
                 f"The settings in {path.parent} give the token {token!r} the id {id}, and {path.name} does not; "
                 "are both files of the same model?"
             )
@@ -212,7 +213,7 @@ def _cut_like_tekken(tokenizer: Tokenizer, original: Path):
 def _id(tokenizer: Tokenizer, token: str, path: Path) -> int:
     id = tokenizer.token_to_id(token)
     if id is None:
-        raise ValueError(
+        raise InputError(
             f"The settings in {path.parent} name the token {token!r}, which {path.name} does not have; "
             "are both files of the same model?"
         )

@@ -5,6 +5,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
+
 
 def encode_instruct(release_file: Path, messages: list[dict[str, Any]]) -> list[int]:
     """A conversation as token ids, ready for the assistant's answer.
@@ -20,7 +22,7 @@ def encode_instruct(release_file: Path, messages: list[dict[str, Any]]) -> list[
         version.
     """
     if importlib.util.find_spec("mistral_common") is None:
-        raise ValueError(
+        raise InputError(
             f"{release_file} has no chat template, and Mistral's own format takes the extra `tekken`: "
             "pip install 'mistral-eqx[tekken]'."
         )
@@ -37,9 +39,9 @@ def encode_instruct(release_file: Path, messages: list[dict[str, Any]]) -> list[
     except ValidationError as error:
         wrong = error.errors()[0]
         place = ".".join(map(str, wrong["loc"]))
-        raise ValueError(f"Mistral's format refuses the conversation at {place}: {wrong['msg']}.") from error
+        raise InputError(f"Mistral's format refuses the conversation at {place}: {wrong['msg']}.") from error
     except MistralCommonException as error:
-        raise ValueError(f"Mistral's format refuses the conversation: {error}.") from error
+        raise InputError(f"Mistral's format refuses the conversation: {error}.") from error
 
 
 @functools.lru_cache(maxsize=2)
@@ -62,7 +64,7 @@ def _tokenizer(release_file: Path, changed: int, closed: bool):
     elif controls.is_special("[INST]"):
         version, format = TokenizerVersion.v3, InstructTokenizerV3
     else:
-        raise ValueError(
+        raise InputError(
             f"{release_file} has no chat template, and does not tell whether it is one of Mistral's; "
             f"if so, rename it to {release_file.name}.v1, else put a chat_template.jinja beside it."
         )

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from ..checkpoint.hub import locate
+from ..errors import InputError
 from .gguf_vocabulary import read_gguf_tokenizer
 from .huggingface import read_tokenizer_json
 from .sentencepiece import read_sentencepiece
@@ -30,14 +31,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> AbstractTokenizer:
     """
     path = tokenizer_file(locate(path))
     if not path.stat().st_size:
-        raise ValueError(f"{path} is empty; fetch it again.")
+        raise InputError(f"{path} is empty; fetch it again.")
     if path.suffix.lower() == ".gguf":
         return read_gguf_tokenizer(path)
     if path.suffix == ".json":
         return TekkenTokenizer(path) if "tekken" in path.name else read_tokenizer_json(path)
     if _SENTENCEPIECE.search(path.name):
         return read_sentencepiece(path)
-    raise ValueError(f"{path} is no tokenizer by its name: {_KNOWN}.")
+    raise InputError(f"{path} is no tokenizer by its name: {_KNOWN}.")
 
 
 def tokenizer_file(path: Path) -> Path:
@@ -58,5 +59,5 @@ def tokenizer_file(path: Path) -> Path:
     if not models and len(ggufs) == 1:
         return ggufs[0]
     if not models:
-        raise ValueError(f"The folder {folder} has no tokenizer, which is {_KNOWN}.")
+        raise InputError(f"The folder {folder} has no tokenizer, which is {_KNOWN}.")
     return max(models, key=lambda file: int(models[file][1] or 0))

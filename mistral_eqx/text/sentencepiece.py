@@ -6,6 +6,7 @@ from typing import Any, final
 
 from sentencepiece import SentencePieceProcessor
 
+from ..errors import InputError
 from .huggingface import HuggingFaceTokenizer
 from .sentencepiece_merges import with_merges
 from .settings import read_settings
@@ -56,11 +57,11 @@ class SentencePieceTokenizer(AbstractTokenizer):
             self._first = SentencePieceProcessor(model_proto=model)
             self._later = SentencePieceProcessor(model_proto=model + _WITHOUT_PREFIX)
         except RuntimeError as error:
-            raise ValueError(
+            raise InputError(
                 f"{name} is no sentencepiece model, or it is damaged ({error}); fetch it again."
             ) from error
         if not model or self._first.vocab_size() == 0:
-            raise ValueError(f"{name} is empty; a sentencepiece model has a vocabulary.")
+            raise InputError(f"{name} is empty; a sentencepiece model has a vocabulary.")
         self.name = name
         self.vocab = self._first.vocab_size()
         controls = [id for id in range(self.vocab) if self._first.is_control(id)]
@@ -79,7 +80,7 @@ class SentencePieceTokenizer(AbstractTokenizer):
     def _id(self, token: str) -> int:
         id = self._first.piece_to_id(token)
         if self._first.id_to_piece(id) != token:
-            raise ValueError(
+            raise InputError(
                 f"The settings beside {self.name} name the token {token!r}, which it does not have; "
                 "use a folder that has a tokenizer.json too."
             )
@@ -134,7 +135,7 @@ def read_sentencepiece(path: Path) -> SentencePieceTokenizer:
     )
     missing = [text for text, id in settings.added_tokens.items() if id >= tokenizer.vocab]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"{path.parent} adds {missing[0]!r} to the tokens of {path.name}, which does not have it; "
             "use a folder that has a tokenizer.json too."
         )

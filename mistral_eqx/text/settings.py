@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
+
 
 # All files, as patterns of their names, by which a folder says what its tokenizer is.
 FILES = (
@@ -53,7 +55,7 @@ def read_settings(folder: Path) -> Settings:
     try:
         return _settings(folder)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise InputError(
             f"The settings of the tokenizer in {folder} are not of the form that Hugging Face's tokenizer_config.json "
             f"and config.json have ({type(error).__name__}: {error}); fetch them again."
         ) from error
@@ -123,7 +125,7 @@ def _chat_template(folder: Path, configured: Any) -> str | None:
         try:
             return file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8; a chat template is plain text.") from error
+            raise InputError(f"{file} is not UTF-8; a chat template is plain text.") from error
     if configured is None:
         configured = read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(configured, list):
@@ -146,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}); fetch it again.") from error
+        raise InputError(f"{path} is no valid JSON ({error}); fetch it again.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}; fetch it again.")
+        raise InputError(f"{path} must hold a JSON object, not a {type(content).__name__}; fetch it again.")
     return content

@@ -6,6 +6,7 @@ from typing import SupportsIndex
 import numpy as np
 from jaxtyping import Bool, Int
 
+from ..errors import InputError
 from .detokenizer import Detokenizer
 from .tokenizer import AbstractTokenizer
 
@@ -120,5 +121,5 @@ def checked_stops(stop: str | Iterable[str]) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for one in stops:
         if not isinstance(one, str) or not one:
-            raise ValueError(f"The stop string {one!r} must be a string of at least one character; leave it out.")
+            raise InputError(f"The stop string {one!r} must be a string of at least one character; leave it out.")
     return stops

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
+from ..errors import InputError
 from .settings import read_settings
 from .tokenizer import AbstractTokenizer, control_pattern
 
@@ -25,7 +26,7 @@ class TekkenTokenizer(AbstractTokenizer):
         **Raises:** `ValueError` if the file is damaged or mistral-common is not installed.
         """
         if importlib.util.find_spec("mistral_common") is None:
-            raise ValueError(f"To read {path} takes the extra `tekken`: pip install 'mistral-eqx[tekken]'.")
+            raise InputError(f"To read {path} takes the extra `tekken`: pip install 'mistral-eqx[tekken]'.")
         from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
         from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
@@ -33,7 +34,7 @@ class TekkenTokenizer(AbstractTokenizer):
             self._tekken = Tekkenizer.from_file(path)
         except Exception as error:  # of many kinds, bare asserts among them
             reason = " ".join(f"{type(error).__name__}: {error}"[:200].split())
-            raise ValueError(f"{path} is no tekken.json, or it is damaged ({reason}); fetch it again.") from error
+            raise InputError(f"{path} is no tekken.json, or it is damaged ({reason}); fetch it again.") from error
         self._named = SpecialTokenPolicy.KEEP
         settings = read_settings(path.parent)
         self.name = str(path)

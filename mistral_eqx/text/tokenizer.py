@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+from ..errors import InputError
 from .settings import FILES, GENERATION, write_settings
 
 
@@ -102,7 +103,7 @@ class AbstractTokenizer(abc.ABC):
         """
         add_bos = self.adds_bos if add_bos is None else add_bos
         if add_bos and self.bos_id is None:
-            raise ValueError(f"{self.name} has no token for the beginning of a text; leave out add_bos=True.")
+            raise InputError(f"{self.name} has no token for the beginning of a text; leave out add_bos=True.")
         ids = self.encode_segments(self.segments(text) if parse_special else [text])
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
@@ -126,7 +127,7 @@ class AbstractTokenizer(abc.ABC):
                 try:
                     segment.encode()
                 except UnicodeEncodeError as error:
-                    raise ValueError(
+                    raise InputError(
                         f"The text has half a surrogate pair at position {error.start}, which is no character; "
                         "read it with the right encoding."
                     ) from error
@@ -179,7 +180,7 @@ class AbstractTokenizer(abc.ABC):
         folder.mkdir(parents=True, exist_ok=True)
         names = (*FILES, GENERATION) if len(self.eos_ids) > 1 else FILES
         if there := sorted(file.name for name in names for file in folder.glob(name)):
-            raise ValueError(
+            raise InputError(
                 f"The folder {str(folder)!r} holds {there[0]!r} already; remove it, or give another folder."
             )
         with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer.partial-") as partial:
@@ -207,7 +208,7 @@ class AbstractTokenizer(abc.ABC):
         """
         id = operator.index(id)
         if not 0 <= id < self.vocab:
-            raise ValueError(
+            raise InputError(
                 f"The token id {id} is outside the vocabulary of {self.vocab} of {self.name}; "
                 "was it made by another model?"
             )

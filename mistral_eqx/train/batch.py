@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
+from ..errors import InputError
 from ..nn import Span
 
 
@@ -105,7 +106,7 @@ def cut(ids: Sequence[int] | Integer[np.ndarray, " tokens"], seq: int) -> list[I
 
 def _in_rows(rows: Sequence[Sequence[Example]], seq: int) -> Batch:
     if not rows:
-        raise ValueError("There are no examples to make a batch of; give at least one.")
+        raise InputError("There are no examples to make a batch of; give at least one.")
     shape = len(rows), seq
     columns = np.broadcast_to(np.arange(seq, dtype=np.int32), shape)
     # Padding sees itself, which is never seen by others.
@@ -122,7 +123,7 @@ def _in_rows(rows: Sequence[Sequence[Example]], seq: int) -> Batch:
         for example in examples:
             stop = start + len(example.inputs)
             if stop > seq:
-                raise ValueError(
+                raise InputError(
                     f"A text of {len(example.inputs)} tokens does not fit into a row of {seq}; cut it, or make the "
                     "rows longer."
                 )

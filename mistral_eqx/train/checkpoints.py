@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array
 
+from ..errors import InputError
 from .step import TrainState
 
 
@@ -31,9 +32,9 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, about: Mapping[str, Any], *, keep: int = 2):
         if keep < 1:
-            raise ValueError(f"A run cannot keep {keep} checkpoints; keep at least 1.")
+            raise InputError(f"A run cannot keep {keep} checkpoints; keep at least 1.")
         if importlib.util.find_spec("orbax") is None:
-            raise ValueError("To keep checkpoints of a run takes the extra `train`: pip install 'mistral-eqx[train]'.")
+            raise InputError("To keep checkpoints of a run takes the extra `train`: pip install 'mistral-eqx[train]'.")
         # It takes seconds to import, which only who keeps checkpoints should wait for.
         import orbax.checkpoint as ocp
 
@@ -92,14 +93,14 @@ class Checkpoints:
         """
         step = self.latest
         if step is None:
-            raise ValueError(f"There is no checkpoint in {self.folder}; train first, or name another folder.")
+            raise InputError(f"There is no checkpoint in {self.folder}; train first, or name another folder.")
         found = self._manager.restore(
             step, args=self._args.Composite(about=self._args.JsonRestore(), more=self._args.JsonRestore())
         )
         for name in {**found["about"], **self._about}:
             then, now = found["about"].get(name), self._about.get(name)
             if then != now:
-                raise ValueError(
+                raise InputError(
                     f"The checkpoint in {self.folder} was written by a run with {name} {then!r}, and this one has "
                     f"{now!r}; give it a folder of its own."
                 )
@@ -134,7 +135,7 @@ class Checkpoints:
         now = {name: (leaf.shape, str(leaf.dtype)) for name, leaf in wanted.items()}
         for name in {**now, **then}:
             if then.get(name) != now.get(name):
-                raise ValueError(
+                raise InputError(
                     f"The checkpoint in {self.folder} has {_listed(then.get(name))} for {name!r}, and this run has "
                     f"{_listed(now.get(name))}; give it a folder of its own, or the same model and optimizer."
                 )
@@ -159,7 +160,7 @@ class _Told:
             there = "There is no complete one yet" if latest is None else f"That of step {latest} is complete"
             reason = " ".join(str(error).split())
             reason = reason if len(reason) < 120 else f"{reason[:60]} ... {reason[-55:]}"
-            raise ValueError(
+            raise InputError(
                 f"A checkpoint could not be written to {self._checkpoints.folder}: {reason}. {there}; make room, or "
                 "mend what is wrong there, and train on."
             ) from error

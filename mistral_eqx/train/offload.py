@@ -7,6 +7,8 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from ..errors import InputError
+
 
 HOST = "pinned_host"
 
@@ -19,7 +21,7 @@ def check_host(mesh: Mesh | None):
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
     if HOST not in kinds:
-        raise ValueError(
+        raise InputError(
             f"Devices of the platform {device.platform!r} have no memory {HOST!r} for the optimizer's state; leave out "
             "offload=True."
         )

@@ -4,6 +4,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
+from ..errors import InputError
 from ..nn import Linear, Unembedding
 
 
@@ -80,4 +81,4 @@ def _rise(peak: float, warmup: int) -> optax.Schedule:
 
 def _check(holds: bool, problem: str):
     if not holds:
-        raise ValueError(f"{problem}; change the schedule's numbers of steps.")
+        raise InputError(f"{problem}; change the schedule's numbers of steps.")

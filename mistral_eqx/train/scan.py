@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from ..errors import InputError
 from ..lora import has_adapters, is_adapter, with_keys
 from ..nn import Block, Mistral, Unembedding
 from ..nn.linear import LINEAR
@@ -101,7 +102,7 @@ class Stacked(eqx.Module):
         **Raises:** `ValueError` if `remat` is none of these.
         """
         if remat not in _REMAT:
-            raise ValueError(f"There is no rematerialisation {remat!r}; take one of {', '.join(map(repr, _REMAT))}.")
+            raise InputError(f"There is no rematerialisation {remat!r}; take one of {', '.join(map(repr, _REMAT))}.")
         strategy = self.outer.strategy
         inputs, positions = jnp.asarray(batch.inputs), jnp.asarray(batch.positions)
         seq = inputs.shape[1]

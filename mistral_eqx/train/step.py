@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from ..errors import InputError
 from ..nn import Mistral
 from ..nn.precision import at_least_float32
 from ..parallel import Strategy, place, psum, psum_varying, specs, spmd, vary_alike
@@ -193,7 +194,7 @@ def make_step(
     **Returns:** the function. It raises `ValueError` if the rows of a batch cannot be cut into as many parts.
     """
     if accumulate < 1:
-        raise ValueError(f"A batch cannot be gone through in {accumulate} parts; accumulate must be at least 1.")
+        raise InputError(f"A batch cannot be gone through in {accumulate} parts; accumulate must be at least 1.")
 
     def on_device(state: TrainState, batch: Batch, *, cuts: Stacked) -> tuple[TrainState, Metrics]:
         strategy, zero = state.strategy, state.zero
@@ -236,7 +237,7 @@ def make_step(
     def compiled(batch: Batch, state: TrainState) -> tuple[TrainState, Metrics]:
         strategy, mesh = state.strategy, state.model.outer.mesh
         if state.zero.stage == 3 and remat == "none":
-            raise ValueError(
+            raise InputError(
                 "ZeRO 3 lets go of a layer's weights and gathers them again for the backward pass, which remat='none' "
                 "forbids; take 'block' or 'dots'."
             )
@@ -251,7 +252,7 @@ def make_step(
         devices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
         parts = accumulate * devices
         if batch.inputs.shape[0] % parts:
-            raise ValueError(
+            raise InputError(
                 f"{batch.inputs.shape[0]} rows cannot be cut into {parts} equal parts, by accumulation times the "
                 "devices that share a batch; give a multiple."
             )

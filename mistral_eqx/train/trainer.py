@@ -17,6 +17,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
+from ..errors import InputError
 from ..nn import Mistral
 from .batch import Batch
 from .callback import Callback, Run
@@ -89,7 +90,7 @@ class Trainer:
     def __post_init__(self):
         for name in ("save_every", "evaluate_every", "log_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"The trainer's {name} is {getattr(self, name)}; it must be at least 1.")
+                raise InputError(f"The trainer's {name} is {getattr(self, name)}; it must be at least 1.")
 
     def fit(self, model: Mistral, batches: Iterable[Batch], *, steps: int | None = None) -> Mistral:
         """Trains a model.
@@ -129,7 +130,7 @@ class Trainer:
             self._train(run, iterator, checkpoints, callbacks, stopping)
         stopping.end()
         if steps is not None and run.step < steps and not run.stop:
-            raise ValueError(
+            raise InputError(
                 f"The batches ended after {run.step} of {steps} steps; give as many as there are steps, or an iterable "
                 "that begins again."
             )
@@ -146,10 +147,10 @@ class Trainer:
         **Raises:** `ValueError` if there is no such checkpoint, or it is of another model.
         """
         if self.checkpoint_dir is None:
-            raise ValueError("This trainer keeps no checkpoints; give it the checkpoint_dir of the run.")
+            raise InputError("This trainer keeps no checkpoints; give it the checkpoint_dir of the run.")
         folder = Path(self.checkpoint_dir) / BEST if best else Path(self.checkpoint_dir)
         if not folder.is_dir():
-            raise ValueError(f"There is no checkpoint in {folder}; train first, or name another folder.")
+            raise InputError(f"There is no checkpoint in {folder}; train first, or name another folder.")
         state = self._state(model)
         with contextlib.closing(Checkpoints(folder, {}) if best else self._checkpoints(folder, model)) as checkpoints:
             return checkpoints.restore(state)[0].unstacked()
@@ -175,7 +176,7 @@ class Trainer:
         else:
             passed = sum(1 for _ in itertools.islice(iterator, run.step))
             if passed < run.step:
-                raise ValueError(
+                raise InputError(
                     f"The run made {run.step} steps, and there are {passed} batches; give those that it began with."
                 )
         # Other callbacks may have come or gone; of those of one name the order counts.
@@ -236,7 +237,7 @@ class Trainer:
                 save()
                 clock.begin()
         if run.step == 0:
-            raise ValueError("There are no batches to train on; give at least one.")
+            raise InputError("There are no batches to train on; give at least one.")
         save()
 
     def _step(self) -> Step:
@@ -296,7 +297,7 @@ def _evaluated(evaluation: Evaluation, state: TrainState, batches: Iterable[Batc
         sums = evaluation(state, _placed(batch, state))
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     if total is None or float(total.weight) == 0:
-        raise ValueError(
+        raise InputError(
             "There is nothing to evaluate on: no batch has a token that counts; give some, or leave it out."
         )
     loss = float(total.cross_entropy / total.weight)
@@ -313,14 +314,14 @@ def _check(batch: Batch, state: TrainState):
     config = state.model.outer.config
     seq = batch.inputs.shape[1]
     if seq > config.max_positions:
-        raise ValueError(
+        raise InputError(
             f"The rows of the batches have {seq} columns, and the model's context is {config.max_positions} tokens; "
             "make the rows shorter."
         )
     for ids in (batch.inputs, batch.targets):
         if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < config.vocab:
             wrong = ids.min() if ids.min() < 0 else ids.max()
-            raise ValueError(
+            raise InputError(
                 f"A batch has the id {wrong}, and the model's vocabulary {config.vocab} entries; take the tokenizer "
                 "that belongs to the model."
             )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from ..errors import InputError
 from ..parallel import Strategy, gather_parts, own_part, scatter_sum, vary
 from .scan import AS_IT_IS, Gathering, Stacked, trained, weights
 
@@ -46,10 +47,10 @@ class Zero:
         **Raises:** `ValueError` if there is no such stage, or nothing to split over.
         """
         if stage not in (0, 1, 2, 3):
-            raise ValueError(f"There is no ZeRO stage {stage}; take 0, 1, 2 or 3.")
+            raise InputError(f"There is no ZeRO stage {stage}; take 0, 1, 2 or 3.")
         axes = strategy.split_over("batch")
         if stage and (mesh is None or not axes):
-            raise ValueError(
+            raise InputError(
                 f"ZeRO {stage} splits state over devices that share a batch, and the strategy {strategy.layout!r} does "
                 "not split 'batch'; add ' batch@dp' to it, and the axis dp to the mesh."
             )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ...errors import InputError
 from ..callback import Callback, Run
 from ..checkpoints import Checkpoints
 
@@ -22,7 +23,7 @@ class KeepBest(Callback):
 
     def on_start(self, run: Run):
         if run.folder is None:
-            raise ValueError("The best model is kept beside a run's checkpoints; give the trainer a checkpoint_dir.")
+            raise InputError("The best model is kept beside a run's checkpoints; give the trainer a checkpoint_dir.")
         self._checkpoints = Checkpoints(run.folder / BEST, {}, keep=1)
 
     def on_evaluation(self, run: Run, figures: Mapping[str, float]):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from ...errors import InputError
 from ..callback import Callback, Run
 
 
@@ -36,7 +37,7 @@ class CSV(Callback):
     def _path(self, run: Run, name: str) -> Path:
         folder = run.folder if self._folder is None else Path(self._folder)
         if folder is None:
-            raise ValueError("There is no folder for the figures; name one, or give the trainer a checkpoint_dir.")
+            raise InputError("There is no folder for the figures; name one, or give the trainer a checkpoint_dir.")
         return folder / f"{name}.csv"
 
     def _write(self, path: Path, run: Run, figures: Mapping[str, float]):

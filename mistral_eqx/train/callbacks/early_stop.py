@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ...errors import InputError
 from ..callback import Callback, Run
 
 
@@ -17,7 +18,7 @@ class EarlyStop(Callback):
 
     def __init__(self, patience: int, *, by: float = 0.0):
         if patience < 1:
-            raise ValueError(f"A run cannot be patient for {patience} evaluations; take at least 1.")
+            raise InputError(f"A run cannot be patient for {patience} evaluations; take at least 1.")
         self._patience, self._by = patience, by
         self._least, self._since = float("inf"), 0
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from ...errors import InputError
 from ...nn import Mistral
 from ..callback import Callback, Run
 from ..step import Metrics
@@ -27,7 +28,7 @@ class Samples(Callback):
 
     def __init__(self, show: Callable[[Mistral], object], *, every: int):
         if every < 1:
-            raise ValueError(f"Samples cannot be shown every {every} steps; take at least 1.")
+            raise InputError(f"Samples cannot be shown every {every} steps; take at least 1.")
         self._show, self._every = show, every
         self._shown: int | None = None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from ...errors import InputError
 from ..callback import Callback, Run
 
 
@@ -20,14 +21,14 @@ class TensorBoard(Callback):
 
     def __init__(self, folder: str | Path | None = None):
         if importlib.util.find_spec("tensorboardX") is None:
-            raise ValueError("TensorBoard takes the extra `tensorboard`: pip install 'mistral-eqx[tensorboard]'.")
+            raise InputError("TensorBoard takes the extra `tensorboard`: pip install 'mistral-eqx[tensorboard]'.")
         self._folder = folder
         self._writer: Any = None
 
     def on_start(self, run: Run):
         folder = self._folder or (run.folder / "tensorboard" if run.folder is not None else None)
         if folder is None:
-            raise ValueError("There is no folder for TensorBoard; name one, or give the trainer a checkpoint_dir.")
+            raise InputError("There is no folder for TensorBoard; name one, or give the trainer a checkpoint_dir.")
         if jax.process_index() == 0:
             from tensorboardX import SummaryWriter
 

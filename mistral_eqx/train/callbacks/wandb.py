@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from ...errors import InputError
 from ..callback import Callback, Run
 
 
@@ -23,7 +24,7 @@ class WandB(Callback):
 
     def __init__(self, project: str, **settings: Any):
         if importlib.util.find_spec("wandb") is None:
-            raise ValueError("Weights & Biases takes the extra `wandb`: pip install 'mistral-eqx[wandb]'.")
+            raise InputError("Weights & Biases takes the extra `wandb`: pip install 'mistral-eqx[wandb]'.")
         self._settings = {"project": project, **settings}
         self._run: Any = None
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from ...errors import InputError
 from ..batch import Batch, Example
 
 
@@ -93,26 +94,26 @@ def batches(
     divide the rows, or a number makes no sense. An example that does not fit into a row is refused when it comes.
     """
     if importlib.util.find_spec("grain") is None:
-        raise ValueError("Batches take Grain, which is not installed; run pip install 'mistral-eqx[train]'.")
+        raise InputError("Batches take Grain, which is not installed; run pip install 'mistral-eqx[train]'.")
     index, count = shard
     if rows < 1 or seq < 1:
-        raise ValueError(f"A batch of {rows} rows of {seq} columns has no room for an example; make it larger.")
+        raise InputError(f"A batch of {rows} rows of {seq} columns has no room for an example; make it larger.")
     if not 0 <= index < count:
-        raise ValueError(f"There is no process {index} of {count}; number them from 0.")
+        raise InputError(f"There is no process {index} of {count}; number them from 0.")
     if rows % count:
-        raise ValueError(f"{count} processes do not divide {rows} rows; change the number of rows.")
+        raise InputError(f"{count} processes do not divide {rows} rows; change the number of rows.")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"The seed {seed} is not from 0 to 2^32 - 1; take another.")
+        raise InputError(f"The seed {seed} is not from 0 to 2^32 - 1; take another.")
     if epochs is not None and epochs < 1:
-        raise ValueError(f"{epochs} epochs have no examples; give at least one, or None for no end.")
+        raise InputError(f"{epochs} epochs have no examples; give at least one, or None for no end.")
     if remainder not in ("drop", "pad"):
-        raise ValueError(f"There is no remainder={remainder!r}; take 'drop' or 'pad'.")
+        raise InputError(f"There is no remainder={remainder!r}; take 'drop' or 'pad'.")
     if remainder == "pad" and epochs is None:
-        raise ValueError("Batches without end have no remainder to pad; give epochs=1 to see each example once.")
+        raise InputError("Batches without end have no remainder to pad; give epochs=1 to see each example once.")
     if not len(source):
-        raise ValueError("The source has no examples, so there is nothing to learn; give at least one.")
+        raise InputError("The source has no examples, so there is nothing to learn; give at least one.")
     if remainder == "drop" and len(source) < rows:
-        raise ValueError(
+        raise InputError(
             f"The source has {len(source)} examples, fewer than the {rows} rows of a batch; give more, make batches "
             "smaller, or take remainder='pad' with epochs=1."
         )

@@ -5,6 +5,7 @@ from typing import SupportsIndex
 
 import numpy as np
 
+from ...errors import InputError
 from ..batch import Example
 from ..objective import causal
 
@@ -36,14 +37,14 @@ class Characters:
         **Raises:** `ValueError` if the text has too few characters for one piece.
         """
         if seq < 1:
-            raise ValueError(f"A row of {seq} columns has no room for a character; make it longer.")
+            raise InputError(f"A row of {seq} columns has no room for a character; make it longer.")
         self.alphabet = "".join(sorted(set(text)))
         self.vocab = len(self.alphabet)
         self.seq = seq
         at = len(text) - len(text) // 10
         part = text[at:] if held_out else text[:at]
         if len(part) < seq + 1:
-            raise ValueError(
+            raise InputError(
                 f"A text of {len(text)} characters, a tenth of it held out, is too short for rows of {seq}; give a "
                 "longer one, or make the rows shorter."
             )
@@ -65,7 +66,7 @@ class Characters:
         place = {character: token for token, character in enumerate(self.alphabet)}
         unknown = set(text) - place.keys()
         if unknown:
-            raise ValueError(f"The text has the character {min(unknown)!r}, which was not learned; leave it out.")
+            raise InputError(f"The text has the character {min(unknown)!r}, which was not learned; leave it out.")
         return [place[character] for character in text]
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:

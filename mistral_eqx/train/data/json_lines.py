@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from ...errors import InputError
 from .texts import AbstractTexts, Paths, Spans, files_of, fingerprint
 
 
@@ -36,14 +37,14 @@ class JSONLines(AbstractTexts):
         try:
             record = json.loads(content.decode())
         except UnicodeDecodeError as error:
-            raise ValueError(f"{line} is not UTF-8; convert the file, for example with iconv.") from error
+            raise InputError(f"{line} is not UTF-8; convert the file, for example with iconv.") from error
         except json.JSONDecodeError as error:
-            raise ValueError(f"{line} is no JSON ({error.msg} at column {error.colno}); correct it.") from error
+            raise InputError(f"{line} is no JSON ({error.msg} at column {error.colno}); correct it.") from error
         if not isinstance(record, dict):
-            raise ValueError(f"{line} is no object of JSON but a {type(record).__name__}; write one a line.")
+            raise InputError(f"{line} is no object of JSON but a {type(record).__name__}; write one a line.")
         if self.field not in record:
             names = ", ".join(map(repr, list(record)[:5])) or "nothing"
-            raise ValueError(f"{line} has no field {self.field!r}, but {names}; name the one with the text.")
+            raise InputError(f"{line} has no field {self.field!r}, but {names}; name the one with the text.")
         return document(record[self.field], f"{line}, field {self.field!r},")
 
     def fingerprint(self) -> str:
@@ -60,7 +61,7 @@ def document(value: object, where: str) -> str | list[dict[str, Any]]:
         and all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value)
     ):
         return value
-    raise ValueError(f"{where} is neither a text nor a list of messages with 'role' and 'content'; leave it out.")
+    raise InputError(f"{where} is neither a text nor a list of messages with 'role' and 'content'; leave it out.")
 
 
 def _bounds(file: Path) -> Int[np.ndarray, "documents 2"]:

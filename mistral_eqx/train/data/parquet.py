@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ...errors import InputError
 from .json_lines import document
 from .texts import AbstractTexts, Paths, files_of, fingerprint, located
 
@@ -29,7 +30,7 @@ class Parquet(AbstractTexts):
         self.files = files_of(path)
         self.column = column
         if importlib.util.find_spec("pyarrow") is None:
-            raise ValueError(
+            raise InputError(
                 f"To read {str(self.files[0])!r} takes the extra `parquet`: pip install 'mistral-eqx[parquet]'."
             )
         # Each row group: its file, and its number there.
@@ -41,7 +42,7 @@ class Parquet(AbstractTexts):
             counts += found
         self._stops = np.cumsum(counts, dtype=np.int64)
         if not sum(counts):
-            raise ValueError(f"{str(self.files[0])!r} holds no rows; give a file with text in it.")
+            raise InputError(f"{str(self.files[0])!r} holds no rows; give a file with text in it.")
         # A pair is replaced as a whole, so that threads need no lock.
         self._last: tuple[int, Any] = -1, None
 
@@ -72,11 +73,11 @@ def _row_groups(file: Path, column: str) -> list[int]:
     try:
         opened = pyarrow.parquet.ParquetFile(file)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{str(file)!r} is no file of Parquet, or it is damaged; fetch it again.") from error
+        raise InputError(f"{str(file)!r} is no file of Parquet, or it is damaged; fetch it again.") from error
     with opened:
         names = opened.schema_arrow.names
         if column not in names:
-            raise ValueError(
+            raise InputError(
                 f"{str(file)!r} has no column {column!r}, but {', '.join(map(repr, names[:5]))}; name the one with the "
                 "text."
             )

@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import Int
 
+from ...errors import InputError
 from .texts import located
 from .tokens import Tokens
 
@@ -23,13 +24,13 @@ class Pieces:
         **Raises:** `ValueError` if no document has two tokens.
         """
         if seq < 1:
-            raise ValueError(f"A row of {seq} columns has no room for a token; make it longer.")
+            raise InputError(f"A row of {seq} columns has no room for a token; make it longer.")
         self.tokens = tokens
         self.seq = seq
         # The last piece starts before the last token.
         self._stops = np.cumsum(np.maximum(tokens.lengths - 1 + seq - 1, 0) // seq)
         if not len(self):
-            raise ValueError(f"None of {len(tokens)} documents has two tokens, so nothing is told; give others.")
+            raise InputError(f"None of {len(tokens)} documents has two tokens, so nothing is told; give others.")
 
     def __len__(self) -> int:
         return int(self._stops[-1])

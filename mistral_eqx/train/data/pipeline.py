@@ -9,6 +9,7 @@ import grain
 import numpy as np
 from jaxtyping import Shaped
 
+from ...errors import InputError
 from ..batch import Batch, Example, one_a_row
 from ..objective import causal
 from .batches import Source
@@ -92,7 +93,7 @@ def _example(
 ) -> Example:
     example = _given(item) if objective is None else objective(item, random)
     if len(example.inputs) > seq:
-        raise ValueError(
+        raise InputError(
             f"An example of {len(example.inputs)} tokens does not fit into a row of {seq}; cut texts "
             "shorter with data.Pieces, or make the rows longer."
         )

@@ -5,6 +5,7 @@ import abc
 import numpy as np
 from jaxtyping import Int
 
+from ...errors import InputError
 from ..batch import Example
 from ..objective import causal
 
@@ -71,7 +72,7 @@ def split(count: int, held_out: bool, seed: int) -> Int[np.ndarray, " problems"]
     **Raises:** `ValueError` if there are too few to hold one out, or too many.
     """
     if not 5 <= count <= _MOST:
-        raise ValueError(f"There are {count} such problems, not 5 to {_MOST}; change how long they are.")
+        raise InputError(f"There are {count} such problems, not 5 to {_MOST}; change how long they are.")
     shuffled = np.random.default_rng(seed).permutation(count)
     at = min(count // 5, _HELD_OUT)
     return shuffled[:at] if held_out else shuffled[at:]

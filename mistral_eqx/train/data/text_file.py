@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from ...errors import InputError
 from .texts import AbstractTexts, Paths, Spans, files_of, fingerprint
 
 
@@ -23,7 +24,7 @@ class TextFile(AbstractTexts):
         **Raises:** `ValueError` if a file is not there, or none has text.
         """
         if separator == "":
-            raise ValueError("Nothing cannot stand between documents; give a separator, or None for whole files.")
+            raise InputError("Nothing cannot stand between documents; give a separator, or None for whole files.")
         self.files = files_of(path)
         self.separator = separator
         self._spans = Spans(self.files, [_bounds(file, separator) for file in self.files])
@@ -36,7 +37,7 @@ class TextFile(AbstractTexts):
         try:
             return content.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise InputError(
                 f"{str(file)!r} is not UTF-8 from byte {start + error.start} on; convert it, for example with iconv."
             ) from error
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from ...errors import InputError
+
 
 # One file, or several that are read one after the other.
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -56,7 +58,7 @@ class Spans:
         # How many documents there are up to and with each file.
         self.stops = np.cumsum([len(of_file) for of_file in bounds])
         if not self.stops[-1]:
-            raise ValueError(f"{_names(files)} holds no documents; give a file with text in it.")
+            raise InputError(f"{_names(files)} holds no documents; give a file with text in it.")
 
     def __len__(self) -> int:
         return int(self.stops[-1])
@@ -82,10 +84,10 @@ def files_of(path: Paths) -> list[Path]:
     """The files of an argument, each of which is there."""
     files = [Path(file) for file in ([path] if isinstance(path, str | os.PathLike) else path)]
     if not files:
-        raise ValueError("There are no files to read texts from; give the path of one.")
+        raise InputError("There are no files to read texts from; give the path of one.")
     for file in files:
         if not file.is_file():
-            raise ValueError(f"There is no file {str(file)!r} to read texts from; check the path.")
+            raise InputError(f"There is no file {str(file)!r} to read texts from; check the path.")
     return files
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from ...errors import InputError
 from .texts import AbstractTexts
 
 
@@ -53,9 +54,9 @@ class Tokens:
             self.ids = np.memmap(self.folder / _IDS, np.dtype(about["dtype"]), mode="r")
             self.offsets = np.load(self.folder / _OFFSETS, mmap_mode="r")
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{str(folder)!r} holds no tokens to be read; delete it and tokenise again.") from error
+            raise InputError(f"{str(folder)!r} holds no tokens to be read; delete it and tokenise again.") from error
         if len(self.ids) != about["tokens"] or len(self.offsets) != about["documents"] + 1:
-            raise ValueError(f"The tokens in {str(folder)!r} are cut off; delete the folder and tokenise again.")
+            raise InputError(f"The tokens in {str(folder)!r} are cut off; delete the folder and tokenise again.")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -101,9 +102,9 @@ def tokenise(
     **Raises:** `ValueError` if there are no texts or all are empty, or an id is outside of the vocabulary.
     """
     if not len(texts):
-        raise ValueError("There are no texts to tokenise; give at least one.")
+        raise InputError("There are no texts to tokenise; give at least one.")
     if end_id is not None and not 0 <= end_id < vocab:
-        raise ValueError(f"The end token {end_id} is outside of the vocabulary of {vocab}; give an id of the model's.")
+        raise InputError(f"The end token {end_id} is outside of the vocabulary of {vocab}; give an id of the model's.")
     about = {"format": _FORMAT, "texts": _known_by(texts), "tokenizer": _samples(texts, encode)}
     about |= {"vocab": vocab, "end_id": end_id}
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
@@ -141,7 +142,7 @@ def _write(
             ids = np.asarray(encode(texts[number]), np.int64)
             outside = ids[(ids < 0) | (ids >= vocab)]
             if len(outside):
-                raise ValueError(
+                raise InputError(
                     f"Document {number} has the id {outside[0]}, outside of the vocabulary of {vocab}; take the "
                     "tokenizer that belongs to the model."
                 )
@@ -152,7 +153,7 @@ def _write(
             if progress is not None:
                 progress(number + 1, len(texts))
     if not offsets[-1]:
-        raise ValueError(f"All of {len(texts)} texts are empty, so there is nothing to learn; give others.")
+        raise InputError(f"All of {len(texts)} texts are empty, so there is nothing to learn; give others.")
     np.save(folder / _OFFSETS, np.asarray(offsets, np.int64))
     about = about | {"dtype": dtype.name, "documents": len(texts), "tokens": offsets[-1]}
     (folder / _ABOUT).write_text(json.dumps(about, indent=2))

@@ -7,6 +7,7 @@ from typing import SupportsIndex
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
+from ...errors import InputError
 from ..batch import Example
 
 
@@ -44,7 +45,7 @@ def prefix_lm(ids: Ids, prefix: SupportsIndex) -> Example:
     """
     prefix = operator.index(prefix)
     if not 1 <= prefix < len(ids):
-        raise ValueError(f"A prefix of {prefix} tokens leaves nothing to read or to tell of {len(ids)}; change it.")
+        raise InputError(f"A prefix of {prefix} tokens leaves nothing to read or to tell of {len(ids)}; change it.")
     return shifted(ids, prefix, (np.arange(len(ids)) >= prefix).astype(np.float32))
 
 
@@ -64,7 +65,7 @@ def shifted(
     """
     whole = np.asarray(ids, np.int32)
     if len(whole) < 2:
-        raise ValueError(f"A text of {len(whole)} tokens has none that another one tells; give two or more ids.")
+        raise InputError(f"A text of {len(whole)} tokens has none that another one tells; give two or more ids.")
     weights = np.ones(len(whole), np.float32) if learned is None else np.asarray(learned, np.float32)
     columns = np.arange(len(whole), dtype=np.int32)
     positions = columns if positions is None else positions

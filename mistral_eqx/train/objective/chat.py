@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ...errors import InputError
 from ..batch import Example
 from .causal import causal
 
@@ -28,12 +29,12 @@ def chat(messages: Sequence[Mapping[str, Any]], encode: Callable[..., list[int]]
     learned = [0.0] * len(ids)
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant" and number > 0]
     if not turns:
-        raise ValueError("No message but the first is the assistant's, so there is nothing to learn; give an answer.")
+        raise InputError("No message but the first is the assistant's, so there is nothing to learn; give an answer.")
     for number in turns:
         before = encode(messages[:number], add_generation_prompt=True)
         after = encode(messages[: number + 1], add_generation_prompt=False)
         if after[: len(before)] != before or ids[: len(after)] != after:
-            raise ValueError(
+            raise InputError(
                 f"The chat template writes what comes before message {number} otherwise when it is answered or more "
                 "follows, so the assistant's words cannot be told apart; learn each answer as a conversation of its "
                 "own, or give a template that only adds to what it wrote."

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
+from ...errors import InputError
 from ..batch import Example
 from .causal import Ids, shifted
 
@@ -38,7 +39,7 @@ def bert_mask(
     whole = np.asarray(ids, np.int32)
     choosable = np.flatnonzero(~np.isin(whole, never))
     if not len(choosable):
-        raise ValueError(f"None of {len(whole)} tokens may be masked; give a text with others than those in `never`.")
+        raise InputError(f"None of {len(whole)} tokens may be masked; give a text with others than those in `never`.")
     chosen = np.zeros(len(whole), bool)
     chosen[random.choice(choosable, max(1, round(probability * len(choosable))), replace=False)] = True
     columns = np.arange(len(whole), dtype=np.int32)
@@ -61,7 +62,7 @@ def mass(ids: Ids, random: np.random.Generator, *, mask_id: int, vocab: int, par
     """
     whole = np.asarray(ids, np.int32)
     if len(whole) < 2:
-        raise ValueError(f"A text of {len(whole)} tokens has no fragment beside others; give two or more ids.")
+        raise InputError(f"A text of {len(whole)} tokens has no fragment beside others; give two or more ids.")
     length = min(max(1, round(part * len(whole))), len(whole) - 1)
     start = int(random.integers(0, len(whole) - length + 1))
     columns = np.arange(len(whole), dtype=np.int32)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
+from ...errors import InputError
 from ..batch import Example
 from .causal import Ids, prefix_lm
 
@@ -29,7 +30,7 @@ def replace_spans(
     """
     text, spans = _taken_out(np.asarray(ids, np.int32), random, density, mean_span)
     if len(spans) + 1 > len(sentinels):
-        raise ValueError(
+        raise InputError(
             f"A text of {len(ids)} tokens has {len(spans)} spans, and with one for the end takes {len(spans) + 1} "
             f"sentinels, not {len(sentinels)}; give more, or shorter texts."
         )
@@ -57,7 +58,7 @@ def _taken_out(
 ) -> tuple[list[Int[np.ndarray, " kept"]], list[Int[np.ndarray, " span"]]]:
     """The parts that stay, and the spans between them; the text begins with a part and ends with a span."""
     if len(ids) < 2:
-        raise ValueError(f"A text of {len(ids)} tokens has no span beside others; give two or more ids.")
+        raise InputError(f"A text of {len(ids)} tokens has no span beside others; give two or more ids.")
     noise = min(max(1, round(density * len(ids))), len(ids) - 1)
     count = min(max(1, round(noise / mean_span)), noise, len(ids) - noise)
     kept, spans = (_lengths(total, count, random) for total in (len(ids) - noise, noise))

@@ -1,0 +1,183 @@
+"""Files that are read whole: text, JSON and TOML, within limits of size and depth."""
+
+import json
+import math
+import os
+import stat
+import tomllib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import InputError
+
+
+MiB = 2**20
+# Real config files have four levels at most; recursion in whoever reads the result stays far from Python's limit.
+DEEPEST = 64
+
+Value = TypeVar("Value")
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int = 16 * MiB) -> bytes:
+    """Reads a regular file whole.
+
+    **Arguments:**
+
+    - `path`: the file, or a link to it.
+    - `limit`: the most bytes that it may have.
+
+    **Returns:** its bytes.
+
+    **Raises:** `InputError` if it is a folder, a pipe or a device, or is larger than `limit`; `OSError` if it cannot be
+    read.
+    """
+    path = Path(path)
+    expect_regular(path)
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        size = f"{limit // MiB} MB" if limit >= MiB else f"{limit} bytes"
+        raise InputError(
+            f"{str(path)!r} is larger than {size}, which no file of its kind is; fetch it again.", file=path
+        )
+    return content
+
+
+def expect_regular(path: Path):
+    """Refuses what has no end, or blocks whoever opens it.
+
+    **Raises:** `InputError` if `path` is a folder, a pipe, a socket or a device; `OSError` if nothing is there.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+        raise InputError(f"{str(path)!r} is {kind}, not a file; replace it by the file.", file=path)
+
+
+def read_text(path: str | os.PathLike[str], limit: int = 16 * MiB) -> str:
+    """Reads a file of UTF-8 text whole; a byte order mark at its beginning is dropped.
+
+    **Raises:** `InputError` as `read_bytes`, and if it is not UTF-8.
+    """
+    return decoded(read_bytes(path, limit), path)
+
+
+def decoded(content: bytes, path: str | os.PathLike[str]) -> str:
+    """The text that bytes of UTF-8 stand for; a byte order mark at its beginning is dropped.
+
+    **Raises:** `InputError` that names `path` and the position, if they are not UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{str(path)!r} is not UTF-8 text: {error.reason} at byte {error.start}; convert it, as by iconv -t UTF-8.",
+            file=path,
+        ) from error
+
+
+def read_json(path: str | os.PathLike[str], limit: int = 16 * MiB) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    **Raises:** `InputError` that names the file, if it holds something else, or nests deeper than `DEEPEST` levels.
+    """
+    content = parse_json(read_text(path, limit), repr(str(path)), file=path)
+    if not isinstance(content, dict):
+        raise InputError(f"{str(path)!r} must hold a JSON object, not {_kind_of(content)}; fetch it again.", file=path)
+    return content
+
+
+def parse_json(text: str | bytes, name: str, *, file: str | os.PathLike[str] | None = None, remedy: str = "") -> Any:
+    """Parses JSON as its standard has it: no NaN, no Infinity; no key twice in an object.
+
+    **Arguments:**
+
+    - `text`: the JSON.
+    - `name`: of the file or line, for messages.
+    - `file`: the file of the error.
+    - `remedy`: what the message asks for; to fetch the file again unless given.
+
+    **Raises:** `InputError` if it is not JSON, has a number that is not finite, or nests deeper than `DEEPEST` levels.
+    """
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not a JSON number")
+
+    def finite(digits: str) -> float:
+        number = float(digits)
+        if not math.isfinite(number):
+            raise ValueError(f"the number {shown(digits, 20)} is too large")
+        return number
+
+    def parse() -> Any:
+        return json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=_without_duplicates)
+
+    return _parsed(parse, name, "JSON", file, remedy or "fetch it again")
+
+
+def read_toml(path: str | os.PathLike[str], limit: int = MiB) -> dict[str, Any]:
+    """Reads a TOML document from a file.
+
+    **Raises:** `InputError` that names the file, if it holds something else, or nests deeper than `DEEPEST` levels.
+    """
+    text = read_text(path, limit)
+    return _parsed(lambda: tomllib.loads(text), repr(str(path)), "TOML", path, "correct it there")
+
+
+def _parsed(
+    parse: Callable[[], Value], name: str, kind: str, file: str | os.PathLike[str] | None, remedy: str
+) -> Value:
+    try:
+        content = parse()
+        if depth(content) <= DEEPEST:
+            return content
+        reason = f"it nests deeper than {DEEPEST} levels"
+    except RecursionError:
+        reason = f"it nests deeper than {DEEPEST} levels"
+    except ValueError as error:
+        reason = _shortened(str(error))
+    raise InputError(f"{name} is not valid {kind} ({reason}); {remedy}.", file=file)
+
+
+def depth(content: Any) -> int:
+    """How many lists and objects stand in each other, counted without recursion."""
+    levels, level = 0, [content]
+    while level and levels <= DEEPEST:
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+        nested = [value for value in inner if isinstance(value, dict | list)]
+        levels += any(isinstance(value, dict | list) for value in level)
+        level = nested
+    return levels
+
+
+def _without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key {shown(key)} stands there twice")
+        content[key] = value
+    return content
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value as a message shows it: printable, on one line, not longer than `most` characters."""
+    try:
+        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list that holds itself
+        text = f"a very large {type(value).__name__}"
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def _kind_of(value: Any) -> str:
+    names = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "null")

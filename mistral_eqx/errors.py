@@ -1,0 +1,40 @@
+"""The exception for what a user can put right."""
+
+import os
+
+
+class InputError(ValueError):
+    """An argument, an option or a file cannot be used. The message is one sentence that names it and the remedy.
+
+    Any other exception that leaves this package is a fault of the package.
+
+    **Attributes:**
+
+    - `file`: the file or folder that is wrong, or `None`.
+    - `key`: the argument, option, key or tensor that is wrong, by the name that the user's file or call has for it, or
+        `None`.
+    - `remedy`: what to do, if the message does not say it already.
+    """
+
+    file: str | None
+    key: str | None
+    remedy: str | None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: str | os.PathLike[str] | None = None,
+        key: str | None = None,
+        remedy: str | None = None,
+    ):
+        """**Arguments:**
+
+        - `message`: what is wrong, with the value and where it stands; the whole sentence unless `remedy` is given.
+        - `file`, `key`: see the attributes.
+        - `remedy`: is added to the message, after a semicolon.
+        """
+        super().__init__(message if remedy is None else f"{message.rstrip('.')}; {remedy.rstrip('.')}.")
+        self.file = None if file is None else os.fspath(file)
+        self.key = key
+        self.remedy = remedy
