@@ -64,8 +64,9 @@ def the_one(folder: Path, config: MistralConfig, readings: Sequence[Reading]) ->
                 continue
             why = f"which differ in the tensor {shown(differing)}"
         raise InputError(
-            f"The folder {str(folder)!r} holds weights in {first.file!r} and in {other.file!r}, {why}; move the file "
-            "that does not belong there out of the folder.",
+            f"The folder {str(folder)!r} holds weights in {first.file!r} and in {other.file!r}, {why}; keep one "
+            "of the two "
+            "and move the files of the other out of the folder.",
             file=folder / other.file,
         )
     return tensors
