@@ -1,4 +1,6 @@
 import contextlib
+import os
+import tracemalloc
 
 import gguf
 import numpy as np
@@ -157,6 +159,117 @@ def _small_file(tmp_path_factory):
     writer.write_tensors_to_file()
     writer.close()
     return path.read_bytes()
+
+
+def _u32(number):
+    return number.to_bytes(4, "little")
+
+
+def _u64(number):
+    return number.to_bytes(8, "little")
+
+
+def _text(text):
+    return _u64(len(text)) + text
+
+
+def _file(tensors, *, keys=(), count=None, data=b"", alignment=32):
+    """A file with these tensors, as name, shape, kind and offset, and these keys; right or wrong."""
+    header = b"GGUF" + _u32(3) + _u64(len(tensors) if count is None else count) + _u64(len(keys)) + b"".join(keys)
+    for name, shape, kind, offset in tensors:
+        axes = b"".join(map(_u64, reversed(shape)))
+        header += _text(name) + _u32(len(shape)) + axes + _u32(kind) + _u64(offset)
+    return header + bytes(-len(header) % alignment) + data
+
+
+ALIGNMENT = _text(b"general.alignment")
+TWO = [(b"one", (3, 8), 0, 0), (b"two", (3,), 0, 96)]
+DATA = np.arange(27, dtype=np.float32).tobytes()
+
+
+@pytest.mark.parametrize("padding", [0, 20])
+@pytest.mark.parametrize("keys", [[], [ALIGNMENT + _u32(4) + _u32(32)]])
+def test_what_writers_write_is_read(keys, padding, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(_file(TWO, keys=keys, data=DATA + bytes(padding)))
+    _, tensors = read_gguf(path)
+    np.testing.assert_array_equal(tensors["one"][...], np.arange(24).reshape(3, 8))
+    np.testing.assert_array_equal(tensors["two"][...], [24, 25, 26])
+    if padding:  # which the format's own reader needs
+        for tensor in gguf.GGUFReader(path).tensors:
+            np.testing.assert_array_equal(tensors[tensor.name][...], tensor.data)
+
+
+def _nested(levels):
+    return _text(b"x") + _u32(9) + (_u32(9) + _u64(1)) * levels + _u32(0) + _u64(0)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (
+            _file([TWO[0], (b"two", (3,), 0, 0)], data=DATA + bytes(20)),
+            r"puts the tensor 'two' at offset 0, which",
+        ),
+        (_file([TWO[0], (b"two", (3,), 0, 92)], data=DATA + bytes(20)), r"puts the tensor 'two' at offset 92"),
+        (_file([TWO[0], (b"two", (3,), 0, 128)], data=DATA + bytes(64)), r"puts the tensor 'two' at offset 128"),
+        (_file([(b"one", (3, 8), 0, 32), TWO[1]], data=DATA + bytes(64)), r"puts the tensor 'one' at offset 32"),
+        (_file(TWO[::-1], data=DATA + bytes(20)), r"puts the tensor 'two' at offset 96"),
+        (_file(TWO, count=1, data=DATA + bytes(20)), r"its last tensor ends at"),
+        (_file(TWO, data=DATA + bytes(21)), r"has \d+ bytes, but its last tensor ends at"),
+        (_file(TWO, data=DATA[:-1]), r"is truncated: it has \d+ bytes, but the tensor 'two' ends at"),
+        (_file([TWO[0], TWO[0]], data=DATA), r"it holds two tensors 'one'"),
+        (_file([(b"\xff", (3, 8), 0, 0)], data=DATA), r"name of tensor number 0 is not UTF-8 text"),
+        (_file([(b"x" * 10**6, (2**40,), 0, 0)]), r"but the tensor 'x{,90}\.\.\. ends at"),
+        (_file([(b"one", (2**63, 2**63), 0, 0)]), r"but the tensor 'one' ends at"),
+        (_file([(b"one", (1,) * 9, 0, 0)], data=DATA), r"its tensor 'one' has 9 axes"),
+        (_file([], keys=[_text(b"a") + _u32(4) + _u32(1)] * 2), r"it has the key 'a' twice"),
+        (_file([], keys=[_text(b"\xff") + _u32(4) + _u32(1)]), r"key number 0 is not UTF-8 text"),
+        (_file([], keys=[_text(b"a") + _u32(77)]), r"the value of its key 'a' has the unknown type 77"),
+        (
+            _file([], keys=[_text(b"a") + _u32(9) + _u32(77) + _u64(0)]),
+            r"the array of its key 'a' has entries of",
+        ),
+        (_file([], keys=[_nested(100)]), r"the arrays of its key 'x' nest deeper than"),
+        (_file([], keys=[ALIGNMENT + _u32(4) + _u32(0)]), r"its general\.alignment is 0, and not a power of two"),
+        (_file([], keys=[ALIGNMENT + _u32(4) + _u32(24)]), r"its general\.alignment is 24"),
+        (_file([], keys=[ALIGNMENT + _u32(10) + _u64(32)]), r"its general\.alignment is 32"),
+    ],
+)
+def test_what_cannot_be_true_is_refused(content, sentence, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"model\.gguf.*{sentence}") as caught:
+        read_gguf(path)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("content", "size"),
+    [
+        (_file([], count=2**40), 2**33),
+        (_file([], keys=[_text(b"a") + _u32(9) + _u32(0) + _u64(2**31)]), 2**32),
+        (_file([], keys=[_text(b"a") + _u32(9) + _u32(8) + _u64(2**26)]), 2**30),
+        (_file([], keys=[_text(b"a") + _u32(8) + _u64(2**30)]), 2**31),
+        (_file([], keys=[_text(b"a") + _u32(9) + _u32(0) + _u64(2**63)]), 2**12),
+    ],
+)
+def test_counts_are_not_believed(content, size, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    os.truncate(path, size)  # the rest takes no room on the disk
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"model\.gguf' is (damaged|truncated)"):
+        read_gguf(path)
+    assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    tracemalloc.stop()
+
+
+def test_a_file_without_weights_is_no_checkpoint(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(_file([]))
+    with pytest.raises(ValueError, match=r"model\.gguf' holds no tensors"):
+        open_checkpoint(path)
 
 
 def test_other_files_are_refused(tmp_path):

@@ -1,10 +1,14 @@
 import json
+import os
 import shutil
+import unittest.mock
 
+import equinox as eqx
 import pytest
-from checkpoint_fixtures import edit_json, random_model, tiny, write_gguf
+from checkpoint_fixtures import assert_same_weights, edit_json, random_model, tiny, write_gguf
 
-from mistral_eqx.checkpoint import open_checkpoint, save
+from mistral_eqx.checkpoint import convert, load, open_checkpoint, save
+from mistral_eqx.checkpoint.names import rows
 
 
 @pytest.fixture
@@ -37,13 +41,71 @@ def test_folders_and_files_are_told_apart(hf, mistral, getkey, tmp_path):
     assert open_checkpoint(path.rename(path.with_name("model"))).format == "gguf"
 
 
-def test_a_folder_with_both_layouts(hf, mistral):
-    for file in mistral.iterdir():
+def test_a_folder_with_both_layouts(hf, tmp_path):
+    convert(hf, tmp_path / "release", format="mistral")
+    for file in (tmp_path / "release").iterdir():
         shutil.copy(file, hf)
     assert open_checkpoint(hf).format == "hf"
     for file in hf.glob("model*"):
         file.unlink()
     assert open_checkpoint(hf).format == "mistral"
+
+
+def _with_a_single_file(folder, model):
+    save(model, folder.parent / "single")
+    shutil.copy(folder.parent / "single" / "model.safetensors", folder)
+
+
+def _with_stale_shards(folder, model):
+    save(model, folder.parent / "stale", max_shard_size="90KB")
+    (shard, *_) = (folder.parent / "stale").glob("model-00001-of-*.safetensors")
+    shutil.copy(shard, folder)
+
+
+def _with_a_release(folder, model):
+    save(model, folder.parent / "release", format="mistral")
+    for file in (folder.parent / "release").iterdir():
+        shutil.copy(file, folder)
+
+
+def _with_a_gguf(folder, model):
+    write_gguf(folder / "other.gguf", model)
+
+
+@pytest.mark.parametrize("add", [_with_a_single_file, _with_stale_shards, _with_a_release, _with_a_gguf])
+def test_weights_that_a_folder_holds_twice_must_be_the_same(add, getkey, tmp_path):
+    model = random_model(tiny(), getkey())
+    save(model, tmp_path / "hf", max_shard_size="20KB")
+    add(tmp_path / "hf", model)
+    assert_same_weights(load(tmp_path / "hf"), model)
+    for folder in tmp_path.iterdir():
+        if folder.name != "hf":
+            shutil.rmtree(folder)
+    table = model.embedding.weight.value
+    other = eqx.tree_at(lambda model: model.embedding.weight.value, model, table.at[7, 3].add(1e-3))
+    add(tmp_path / "hf", other)
+    with pytest.raises(ValueError, match=r"holds weights in '.*index\.json' and in '.*', which differ"):
+        load(tmp_path / "hf")
+
+
+def test_a_single_file_that_replaced_its_shards_is_read(hf, getkey):
+    model = random_model(tiny(), getkey())
+    for file in hf.glob("model-*"):
+        file.unlink()
+    _with_a_single_file(hf, model)
+    assert_same_weights(load(hf), model)
+
+
+def test_shards_without_their_index(hf):
+    (hf / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"but has only 'model-00001-of-.*', a shard without that index"):
+        open_checkpoint(hf)
+
+
+def test_a_folder_with_adapters_and_a_model(hf):
+    (hf / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds adapters \('adapter_config\.json'\) beside a model; .* load_lora"):
+        open_checkpoint(hf)
 
 
 def test_missing_and_empty_folders(tmp_path):
@@ -79,12 +141,12 @@ def test_a_config_without_weights(hf, mistral):
         open_checkpoint(mistral)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null", b"[" * 100_000, b'{"a": 1, "a": 2}'])
 def test_settings_that_are_no_json_object(hf, mistral, content):
     for file in (hf / "config.json", mistral / "params.json", hf / "model.safetensors.index.json"):
         original = file.read_bytes()
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"'.*{file.name}' (is not JSON|must hold a JSON object)"):
+        with pytest.raises(ValueError, match=rf"'.*{file.name}' (is not valid JSON|is not UTF-8|must hold a)"):
             open_checkpoint(file.parent)
         file.write_bytes(original)
 
@@ -124,6 +186,57 @@ def test_an_index_that_says_something_else(hf):
         edit_json(index, weight_map=wrong)
         with pytest.raises(ValueError, match=r"has no weight_map from tensors to files"):
             open_checkpoint(hf)
+    edit_json(index, weight_map={})
+    with pytest.raises(ValueError, match=r"index\.json' has an empty weight_map"):
+        open_checkpoint(hf)
+    other = next(name for name in placed.values() if name != placed["model.norm.weight"])
+    edit_json(index, weight_map={**placed, "model.norm.weight": other})
+    with pytest.raises(ValueError, match=rf"says that '{other}' holds the tensor 'model\.norm\.weight', but it"):
+        open_checkpoint(hf)
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "..", "", "config.json", "a" * 5000 + ".safetensors", "a\0b.safetensors"]
+)
+def test_an_index_that_names_what_is_no_shard(hf, name):
+    index = hf / "model.safetensors.index.json"
+    edit_json(index, weight_map={"model.norm.weight": name})
+    with pytest.raises(ValueError, match=r"index\.json' names the file '.{,90}, which is not in its folder") as caught:
+        open_checkpoint(hf)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json", "model-00001-of-*"])
+def test_what_is_no_file_is_not_opened(hf, file):
+    (path,) = hf.glob(file)
+    path.unlink()
+    os.mkfifo(path)  # which would block whoever opens it
+    with pytest.raises(ValueError, match=r"' is a pipe, not a file|names the file '.*', which is not in its folder"):
+        open_checkpoint(hf)
+
+
+def test_layers_are_not_counted_out(hf):
+    edit_json(hf / "config.json", num_hidden_layers=9999)
+    with (
+        unittest.mock.patch("mistral_eqx.checkpoint.source.rows", side_effect=rows) as counted,
+        pytest.raises(ValueError, match=r"has no tensor 'model\.layers\.2\.input_layernorm\.weight'"),
+    ):
+        load(hf)
+    assert counted.call_count == 1
+
+
+@pytest.mark.parametrize("format", ["hf", "mistral", "gguf"])
+def test_a_stale_number_of_tokens_is_named(format, getkey, tmp_path):
+    model = random_model(tiny(), getkey())
+    if format == "gguf":
+        path = write_gguf(tmp_path / "model.gguf", model, metadata=[("llama.vocab_size", 70)])
+        key = r"llama\.vocab_size"
+    else:
+        path, key = tmp_path / "model", "vocab_size"
+        save(model, path, format=format)
+        edit_json(path / {"hf": "config.json", "mistral": "params.json"}[format], vocab_size=70)
+    with pytest.raises(ValueError, match=rf"hold 80 tokens and the config's '{key}' says 70: set '{key}' to 80"):
+        load(path)
 
 
 def test_several_files_of_mistral_without_an_index(mistral):

@@ -1,5 +1,6 @@
 """Folders of adapters: what is written is read again, and what cannot be read is named."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -104,10 +105,29 @@ def test_what_stands_there_is_not_lost(folder, tmp_path):
         ({"use_dora": True}, ["'use_dora'"]),
         ({"rank_pattern": {"q_proj": 4}}, ["'rank_pattern'"]),
         ({"alpha_pattern": {"q_proj": 4}}, ["'alpha_pattern'"]),
-        ({"modules_to_save": ["lm_head"]}, ["'modules_to_save'"]),
+        ({"modules_to_save": ["lm_head"]}, ["'modules_to_save'", "lacks the tensor 'base_model.model.lm_head.weight'"]),
+        ({"modules_to_save": ["score"]}, ["'modules_to_save'", "'score'"]),
+        ({"modules_to_save": "lm_head"}, ["'modules_to_save'", "'lm_head'"]),
         ({"init_lora_weights": "pissa"}, ["'pissa'"]),
         ({"r": "many"}, ["'r'", "'many'"]),
         ({"r": 5}, ["shape", "(5,"]),
+        ({"r": True}, ["'r'", "True"]),
+        ({"r": 0}, ["'r'", "at least 1"]),
+        ({"lora_alpha": 0}, ["'lora_alpha'", "greater than 0"]),
+        ({"lora_alpha": -1.5}, ["'lora_alpha'", "-1.5"]),
+        ({"lora_alpha": True}, ["'lora_alpha'", "True"]),
+        ({"lora_alpha": 10**400}, ["'lora_alpha'", "finite"]),
+        ({"lora_alpha": float("nan")}, ["adapter_config.json", "NaN is not a JSON number"]),
+        ({"lora_dropout": 1}, ["'lora_dropout'", "less than 1"]),
+        ({"use_rslora": "x"}, ["'use_rslora'", "'x'", "true or false"]),
+        ({"use_rslora": 1}, ["'use_rslora'", "true or false"]),
+        ({"init_lora_weights": 0}, ["'init_lora_weights'", "is 0"]),
+        ({"rank_pattern": 0}, ["'rank_pattern'"]),
+        ({"target_modules": 5}, ["'target_modules'", "is 5"]),
+        ({"target_modules": [1]}, ["'target_modules'", "its entry 0"]),
+        ({"target_modules": ["q_proj"]}, ["'target_modules'", "layers.0.self_attn.k_proj"]),
+        ({"target_modules": "x"}, ["'target_modules'", "'x'"]),
+        ({"base_model_name_or_path": 5}, ["'base_model_name_or_path'", "is 5"]),
     ],
 )
 def test_settings_that_are_refused(changed, settings, words):
@@ -129,6 +149,81 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 def test_tensors_that_are_refused(changed, tensors, words):
     with refused(*words):
         mx.load_lora(MODEL, changed(tensors=tensors))
+
+
+HEAD = "base_model.model.lm_head"
+TABLE = np.random.default_rng(0).normal(size=(CONFIG.vocab, CONFIG.embed)).astype(np.float32)
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear", r".*\.(q|k|v|o|gate|up|down)_proj"])
+def test_targets_that_fit(changed, targets):
+    _equal(mx.load_lora(MODEL, changed({"target_modules": targets})), adapted(MODEL))
+
+
+@pytest.mark.parametrize(("name", "path"), [(HEAD, "head"), ("base_model.model.model.embed_tokens", "embedding")])
+def test_tables_that_were_trained_as_a_whole(changed, name, path, tmp_path):
+    module = name.rsplit(".", 1)[-1]
+    folder = changed({"modules_to_save": [module]}, lambda tensors: tensors | {f"{name}.weight": TABLE})
+    model = mx.load_lora(MODEL, folder)
+    np.testing.assert_array_equal(getattr(mx.merge_lora(model), path).weight.value, TABLE)
+    _equal(mx.load_lora(MODEL, folder), adapted(MODEL))
+    # The other table is the model's.
+    other = "head" if path == "embedding" else "embedding"
+    np.testing.assert_array_equal(getattr(model, other).weight.value, getattr(MODEL, other).weight.value)
+    with refused(path, "trained as a whole"):
+        mx.save_lora(model, tmp_path / "again")
+    with refused(f"{name}.weight", "(65,"):
+        mx.load_lora(
+            MODEL, changed({}, lambda tensors: tensors | {f"{name}.weight": np.resize(TABLE, (65, CONFIG.embed))})
+        )
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_table_under_an_adapter_of_its_own(own, tmp_path):
+    """Where `lm_head` is a target, PEFT saves the head itself too, and the embedding table."""
+    targets = ("q_proj", "head")
+    mx.save_lora(adapted(MODEL, targets=targets), tmp_path / "adapters")
+    weights = tmp_path / "adapters" / peft.WEIGHTS
+    head = np.asarray(MODEL.head.weight.value) if own else TABLE
+    embedding = np.asarray(MODEL.embedding.weight.value)
+    more = {f"{HEAD}.base_layer.weight": head, "base_model.model.model.embed_tokens.weight": embedding}
+    save_file(load_file(weights) | more, weights)
+    model = mx.load_lora(MODEL, tmp_path / "adapters")
+    _equal(model, adapted(MODEL, targets=targets))
+    np.testing.assert_array_equal(model.head.weight.base.dense(), head)
+    if own:  # nothing was trained but adapters
+        mx.save_lora(model, tmp_path / "again")
+    else:
+        with refused("head", "trained as a whole"):
+            mx.save_lora(model, tmp_path / "again")
+
+
+def test_tables_of_a_tied_model(tmp_path):
+    config = dataclasses.replace(CONFIG, tied=True)
+    tied = small_model(config=config)
+    mx.save_lora(adapted(tied), tmp_path / "adapters")
+    weights = tmp_path / "adapters" / peft.WEIGHTS
+    embed = "base_model.model.model.embed_tokens.weight"
+    plain = load_file(weights)
+    save_file(plain | {embed: TABLE, f"{HEAD}.weight": TABLE}, weights)
+    np.testing.assert_array_equal(
+        mx.merge_lora(mx.load_lora(tied, tmp_path / "adapters")).embedding.weight.value, TABLE
+    )
+    for tables in ({f"{HEAD}.weight": TABLE}, {embed: TABLE, f"{HEAD}.weight": TABLE + 1}):
+        save_file(plain | tables, weights)
+        with refused("lm_head.weight", "the head is the embedding table"):
+            mx.load_lora(tied, tmp_path / "adapters")
+
+
+@pytest.mark.parity
+def test_a_pickle_beside_the_weights(folder):
+    torch = pytest.importorskip("torch")
+    tensors = {name: torch.from_numpy(array) for name, array in load_file(folder / peft.WEIGHTS).items()}
+    torch.save(tensors, folder / "adapter_model.bin")
+    _equal(mx.load_lora(MODEL, folder), adapted(MODEL))
+    torch.save({name: tensor + 1 for name, tensor in tensors.items()}, folder / "adapter_model.bin")
+    with refused("'adapter_model.safetensors' and in 'adapter_model.bin'", "differ"):
+        mx.load_lora(MODEL, folder)
 
 
 def test_adapters_that_a_folder_cannot_tell(tmp_path):

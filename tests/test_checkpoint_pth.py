@@ -1,5 +1,6 @@
 import json
 import sys
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +124,121 @@ def test_what_is_no_mapping_of_tensors_is_refused(tmp_path):
     file.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"cannot be read as weights of torch"):
         load(folder)
+
+
+def _rewritten(path, change):
+    """Writes the zip archive anew, each record's bytes, or `None` for no such record, as `change` gives them."""
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            if (changed := change(name.partition("/")[2], content)) is not None:
+                archive.writestr(name, changed)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        # Torch reads past the end of a record that is too short, into the next one or to the end of the file.
+        (lambda name, content: content[:-4] if name == "data/0" else content, "its records are not as long as its"),
+        (lambda name, content: content[:8] if name == "data/1" else content, "its records are not as long as its"),
+        (lambda name, content: content + bytes(64) if name == "data/0" else content, "its records are not as long"),
+        (lambda name, content: None if name == "data/1" else content, "cannot be read as weights of torch"),
+        (lambda name, content: None if name == "data.pkl" else content, "cannot be read as weights of torch"),
+        (lambda name, content: content[:-9] if name == "data.pkl" else content, "cannot be read as weights of torch"),
+        (lambda name, content: b"]q\x00." if name == "data.pkl" else content, "does not hold a mapping"),
+        (
+            lambda name, content: b"c__builtin__\nexit\n)R." if name == "data.pkl" else content,
+            "Weights only load failed",
+        ),
+        (lambda name, content: b"r\xff\xff\xff\xff." if name == "data.pkl" else content, "cannot be read as weights"),
+    ],
+)
+def test_records_that_are_not_those_of_the_tensors(change, words, tmp_path):
+    torch = pytest.importorskip("torch")
+    folder = release(tmp_path / "release", tiny())
+    file = folder / "consolidated.00.pth"
+    torch.save({"one.weight": torch.ones(3, 5), "two.weight": torch.ones(7)}, file)
+    _rewritten(file, lambda name, content: content)
+    assert {name: tensor[...].sum() for name, tensor in open_checkpoint(folder).tensors.items()} == {
+        "one.weight": 15,
+        "two.weight": 7,
+    }
+    _rewritten(file, change)
+    with pytest.raises(ValueError, match=rf"consolidated\.00\.pth'.*{words}"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parity
+def test_a_compressed_archive_is_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    folder = release(tmp_path / "release", tiny())
+    file = folder / "consolidated.00.pth"
+    torch.save({"one.weight": torch.ones(300)}, file)
+    with zipfile.ZipFile(file) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match=r"the record 'consolidated\.00/data\.pkl' is compressed"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parity
+def test_tensors_of_other_kinds_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    folder = release(tmp_path / "release", tiny())
+    file = folder / "consolidated.00.pth"
+    for wrong in (
+        torch.ones(4, 6).T,
+        torch.ones(1).expand(10**9, 10**9),
+        torch.ones(4, 6)[:, :3],
+        torch.eye(3).to_sparse(),
+        torch.ones(3, device="meta"),
+    ):
+        torch.save({"norm.weight": wrong}, file)
+        with pytest.raises(
+            ValueError, match=r"tensor 'norm\.weight' of '.*' does not lie in one piece|cannot be read as"
+        ):
+            open_checkpoint(folder)
+    torch.save({3: torch.ones(3)}, file)
+    with pytest.raises(ValueError, match=r"does not hold a mapping from names to tensors"):
+        open_checkpoint(folder)
+    # Views of one storage, a parameter and nothing at all are fine.
+    both = torch.arange(12.0).reshape(4, 3)
+    torch.save({"a": both[:2], "b": both[2:], "c": torch.nn.Parameter(torch.ones(2)), "d": torch.ones(0, 3)}, file)
+    tensors = open_checkpoint(folder).tensors
+    np.testing.assert_array_equal(tensors["b"][...], both[2:].numpy())
+    np.testing.assert_array_equal(tensors["c"][...], [1, 1])
+    assert tensors["d"][...].shape == (0, 3)
+
+
+@pytest.mark.parity
+def test_files_of_different_models(getkey, tmp_path):
+    torch = pytest.importorskip("torch")
+    model, other = (random_model(tiny(), getkey()) for _ in range(2))
+    folder = release(tmp_path / "release", model.config)
+    for number, one in enumerate((model, other)):
+        torch.save(state(torch, one), folder / f"consolidated.{number:02}.pth")
+    with pytest.raises(
+        ValueError, match=r"'tok_embeddings\.weight' is whole in 'consolidated\.00\.pth' and in a file after"
+    ):
+        open_checkpoint(folder)
+    (folder / "consolidated.01.pth").rename(folder / "consolidated.02.pth")
+    with pytest.raises(ValueError, match=r"holds 'consolidated\.02\.pth' but lacks 'consolidated\.01\.pth'"):
+        open_checkpoint(folder)
+    (folder / "consolidated.02.pth").unlink()
+    assert_same_weights(load(folder), model)
+    convert(folder, tmp_path / "safetensors", format="mistral")
+    file = tmp_path / "safetensors" / "consolidated.safetensors"
+    file.rename(folder / file.name)
+    assert_same_weights(load(folder), model)
+    torch.save(state(torch, other), folder / "consolidated.00.pth")
+    with pytest.raises(
+        ValueError, match=r"in 'consolidated\.safetensors' and in 'consolidated\.00\.pth', which differ"
+    ):
+        open_checkpoint(folder)
 
 
 class Payload:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from cli_fixtures import assert_refused, run, save_tiny_model
@@ -44,6 +45,30 @@ def test_no_weights_are_read(tiny, monkeypatch):
 
     monkeypatch.setattr(LazyTensor, "__getitem__", lambda *args: pytest.fail("a tensor was read"))
     assert run("inspect", tiny).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["[bold][/red]x", "\x1b[2Jx", "\ud800", "", "a\0b", "x" * 10**6, "a\nb"])
+def test_names_that_are_no_text(name, tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8 : 8 + length])
+    entries[name] = entries.pop("model.norm.weight")
+    header = json.dumps(entries).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    result = run("inspect", folder)
+    # It is shown as it is, or escaped and cut, and then refused.
+    assert result.exit_code == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert "has no tensor 'model.norm.weight'" in line
+    assert len(line) < 1000
+    shown = name if name.startswith("[") else ascii(name)[1:-1][:100]
+    assert any(shown in line for line in result.stdout.splitlines())
+    assert len(result.stdout) < 20_000
+    assert result.stdout.replace("\n", "").isprintable()
+    tensors = json.loads(run("inspect", folder, "--json").stdout)["tensors"]
+    assert name in {tensor["name"] for tensor in tensors}
 
 
 def test_a_preset_without_weights_has_a_config_and_a_count(tmp_path, monkeypatch):

@@ -1,66 +1,96 @@
-"""What folders of weights have in common: JSON files, and an index of several weight files."""
+"""What folders of weights have in common: an index of several weight files."""
 
-import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from ..checks import checked
+from ..documents import read_json, shown
 from ..errors import InputError
 from .reader import LazyTensor
 from .safetensors import read_header
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file.
+def indexed(index: Path) -> dict[str, str]:
+    """Reads which file each tensor is in.
 
-    **Raises:** `ValueError` that names the file, if it holds something else.
+    **Arguments:**
+
+    - `index`: the JSON file that says so.
+
+    **Returns:** names of files by names of tensors.
+
+    **Raises:** `InputError` that names the index, if it says something else, or names what cannot be such a file.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{str(path)!r} is not JSON ({error}); fetch it again.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{str(path)!r} must hold a JSON object; fetch it again.")
-    return content
+    placed = checked(
+        read_json(index).get("weight_map"),
+        dict[str, str],
+        f"{str(index)!r} has no weight_map from tensors to files: it",
+        file=index,
+        key="weight_map",
+        remedy="fetch it again",
+    )
+    if not placed:
+        raise InputError(f"{str(index)!r} has an empty weight_map; fetch it again.", file=index, key="weight_map")
+    for tensor, name in placed.items():
+        # A name with a folder in it could lead out of the checkpoint.
+        if os.path.basename(name) != name or not name.endswith(".safetensors") or not name.isprintable():
+            raise InputError(
+                f"{str(index)!r} names the file {shown(name)}, which is not in its folder or not a safetensors file; "
+                "fetch the index again.",
+                file=index,
+                key=tensor,
+            )
+    return placed
 
 
-def shards(folder: Path, index: Path) -> dict[str, LazyTensor]:
+def shards(index: Path) -> dict[str, LazyTensor]:
     """Reads which tensors several safetensors files hold together.
 
     **Arguments:**
 
-    - `folder`: where they are.
-    - `index`: the JSON file that says which tensor is in which of them.
+    - `index`: the JSON file beside them that says which tensor is in which of them.
 
     **Returns:** all tensors by name.
 
-    **Raises:** `ValueError` if a file is absent, or holds other tensors than the index says.
+    **Raises:** `InputError` if a file is absent, or holds other tensors than the index says.
     """
-    placed = read_json(index).get("weight_map")
-    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
-        raise InputError(f"{str(index)!r} has no weight_map from tensors to files; fetch it again.")
-    for name in dict.fromkeys(placed.values()):
-        # A name with a folder in it could lead out of the checkpoint.
-        if Path(name).name != name or not (folder / name).is_file():
-            raise InputError(f"{str(index)!r} names the file {name!r}, which is not in its folder; fetch it too.")
-    tensors = merged(folder / name for name in dict.fromkeys(placed.values()))
-    for name, file in placed.items():
-        if name not in tensors:
+    placed = indexed(index)
+    files = dict.fromkeys(placed.values())
+    for name in files:
+        if not os.path.isfile(index.parent / name):
             raise InputError(
-                f"{str(index)!r} says that {file!r} holds the tensor {name!r}, but it does not; fetch both again."
+                f"{str(index)!r} names the file {shown(name)}, which is not in its folder; fetch it too.",
+                file=index,
+                key=name,
             )
-    return tensors
+    headers = {name: read_header(index.parent / name) for name in files}
+    for tensor, name in placed.items():
+        if tensor not in headers[name]:
+            raise InputError(
+                f"{str(index)!r} says that {name!r} holds the tensor {shown(tensor)}, but it does not; fetch both "
+                "again.",
+                file=index,
+                key=tensor,
+            )
+    return _merged({index.parent / name: header for name, header in headers.items()})
 
 
 def merged(files: Iterable[Path]) -> dict[str, LazyTensor]:
     """The tensors of several safetensors files, each of which has names of its own."""
+    return _merged({file: read_header(file) for file in files})
+
+
+def _merged(headers: dict[Path, dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
-    for file in files:
-        for name, tensor in read_header(file).items():
+    for file, header in headers.items():
+        for name, tensor in header.items():
             if name in tensors:
                 raise InputError(
-                    f"{str(file)!r} holds the tensor {name!r}, which another file of that folder holds too; "
-                    "remove the file that does not belong there."
+                    f"{str(file)!r} holds the tensor {shown(name)}, which another file of that folder holds too; "
+                    "remove the file that does not belong there.",
+                    file=file,
+                    key=name,
                 )
             tensors[name] = tensor
     return tensors

@@ -2,8 +2,7 @@
 
 import functools
 import math
-import mmap
-import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +10,17 @@ import gguf
 import numpy as np
 
 from ..config import MistralConfig
+from ..documents import expect_regular, shown
 from ..errors import InputError
+from .gguf_header import TensorInfo, read_header
 from .names import HEAD
 from .ranges import of_columns, read_ranges
 from .reader import DTYPES, Checkpoint, LazyTensor, main_dtype
+from .readings import Reading
 from .safetensors import PlainTensor
 
 
 _PLAIN = {"F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}
-
-_SCALARS = {
-    gguf.GGUFValueType.UINT8: "B",
-    gguf.GGUFValueType.INT8: "b",
-    gguf.GGUFValueType.UINT16: "H",
-    gguf.GGUFValueType.INT16: "h",
-    gguf.GGUFValueType.UINT32: "I",
-    gguf.GGUFValueType.INT32: "i",
-    gguf.GGUFValueType.FLOAT32: "f",
-    gguf.GGUFValueType.BOOL: "?",
-    gguf.GGUFValueType.UINT64: "Q",
-    gguf.GGUFValueType.INT64: "q",
-    gguf.GGUFValueType.FLOAT64: "d",
-}
 
 
 class QuantisedTensor(LazyTensor):
@@ -94,11 +82,22 @@ def open_gguf(path: Path) -> Checkpoint:
 
     **Returns:** the checkpoint.
 
-    **Raises:** `ValueError` if the file is not of that format, is truncated, or holds something that is not supported.
+    **Raises:** `InputError` if the file is not of that format, is truncated, or holds something that is not supported.
     """
     metadata, tensors = read_gguf(path)
-    config = MistralConfig.from_gguf(metadata, tied=HEAD.gguf not in tensors)
+    if not tensors:
+        raise InputError(f"{str(path)!r} holds no tensors; give a file with a model's weights.", file=path)
+    try:
+        config = MistralConfig.from_gguf(metadata, tied=HEAD.gguf not in tensors)
+    except InputError as error:
+        # The config knows the keys, and only here is known which file they are from.
+        raise InputError(f"{str(path)!r} cannot be used: {error}", file=path, key=error.key) from error
     return Checkpoint(path, "gguf", config, main_dtype(tensors), tensors, metadata)
+
+
+def readings(files: Sequence[Path]) -> list[Reading]:
+    """The ways to read weights from GGUF files that lie in a folder."""
+    return [Reading(file.name, "gguf", lambda _, file=file: read_gguf(file)[1]) for file in files]
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
@@ -113,55 +112,95 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
 
     **Returns:** the values by their keys, and the tensors by their names.
 
-    **Raises:** `ValueError` if the file is not of that format, is truncated, or has an element type that is not
-    supported.
+    **Raises:** `InputError` if the file is not of that format, is truncated, has an element type that is not
+    supported, or if its tensors do not lie one after the other as llama.cpp has them: in the order of the header, each
+    at the next multiple of the alignment, and nothing after the last one.
     """
+    expect_regular(path)
     size = path.stat().st_size
     if size == 0:
-        raise InputError(f"{str(path)!r} is empty; fetch it again.")
+        raise InputError(f"{str(path)!r} is empty; fetch it again.", file=path)
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
-            raise InputError(f"{str(path)!r} is not a GGUF file: it does not begin with the letters GGUF.")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            try:
-                version, metadata, infos, end = _Header(content).read()
-            except (struct.error, IndexError) as error:
-                raise InputError(f"{str(path)!r} is truncated within its header; fetch it again.") from error
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{str(path)!r} is damaged: {error}; fetch it again.") from error
-    if version not in (2, 3):
-        raise InputError(f"{str(path)!r} is GGUF of version {version}; supported are 2 and 3, little-endian.")
-    alignment = metadata.get("general.alignment", 32)
-    if type(alignment) is not int or alignment < 1:
-        raise InputError(f"{str(path)!r} is damaged: its general.alignment is {alignment!r}; fetch it again.")
-    base = -(-end // alignment) * alignment
-    tensors = {name: _tensor(path, size, base, name, *info) for name, info in infos.items()}
-    return metadata, tensors
+            raise InputError(f"{str(path)!r} is not a GGUF file: it does not begin with the letters GGUF.", file=path)
+        try:
+            header = read_header(file, size)
+        except EOFError as error:
+            raise InputError(f"{str(path)!r} is truncated within its header; fetch it again.", file=path) from error
+        except InputError as error:
+            raise InputError(f"{str(path)!r} {error}", file=path, key=error.key) from error
+    base = stop = end = _aligned(header.end, header.alignment)
+    tensors: dict[str, LazyTensor] = {}
+    for name, info in header.tensors.items():
+        start, stop = end, end + _nbytes(path, name, info)
+        if base + info.offset != start:
+            raise InputError(
+                f"{str(path)!r} is damaged: its header puts the tensor {shown(name)} at offset {info.offset}, which is "
+                "not where the tensor before it ends; fetch it again.",
+                file=path,
+                key=name,
+            )
+        if stop > size:
+            raise InputError(
+                f"{str(path)!r} is truncated: it has {size} bytes, but the tensor {shown(name)} ends at {shown(stop)}; "
+                "fetch it again.",
+                file=path,
+                key=name,
+            )
+        tensors[name] = _tensor(path, name, info, start)
+        end = _aligned(stop, header.alignment)
+    # The padding after the last tensor may be left out.
+    if tensors and size > end:
+        raise InputError(
+            f"{str(path)!r} is damaged: it has {size} bytes, but its last tensor ends at {stop}; fetch it again.",
+            file=path,
+        )
+    return header.metadata, tensors
 
 
-def _tensor(path: Path, size: int, base: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> LazyTensor:
+def _aligned(position: int, alignment: int) -> int:
+    return -(-position // alignment) * alignment
+
+
+def _kind(path: Path, name: str, info: TensorInfo) -> gguf.GGMLQuantizationType:
     try:
-        known = gguf.GGMLQuantizationType(kind)
+        known = gguf.GGMLQuantizationType(info.kind)
     except ValueError:
         known = None
     if known is None or not (known.name in _PLAIN or _can_dequantise(known)):
-        stored = str(kind) if known is None else known.name
+        stored = str(info.kind) if known is None else known.name
         raise InputError(
-            f"The tensor {name!r} of {str(path)!r} has the element type {stored}, which the gguf package cannot "
-            "dequantise; use a file quantised otherwise, such as Q8_0 or Q4_K_M."
+            f"The tensor {shown(name)} of {str(path)!r} has the element type {stored}, which the gguf package cannot "
+            "dequantise; use a file quantised otherwise, such as Q8_0 or Q4_K_M.",
+            file=path,
+            key=name,
         )
-    block, block_bytes = gguf.GGML_QUANT_SIZES[known]
-    if not shape or shape[-1] % block:
-        raise InputError(f"{str(path)!r} is damaged: the tensor {name!r} has shape {shape} in blocks of {block}.")
-    row_bytes = shape[-1] // block * block_bytes
-    stop = base + offset + math.prod(shape[:-1]) * row_bytes
-    if stop > size:
+    return known
+
+
+def _row_bytes(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...]) -> int:
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    return shape[-1] // block * block_bytes
+
+
+def _nbytes(path: Path, name: str, info: TensorInfo) -> int:
+    kind = _kind(path, name, info)
+    block = gguf.GGML_QUANT_SIZES[kind][0]
+    if not info.shape or info.shape[-1] % block:
         raise InputError(
-            f"{str(path)!r} is truncated: it has {size} bytes, but the tensor {name!r} ends at {stop}; fetch it again."
+            f"{str(path)!r} is damaged: the tensor {shown(name)} has shape {info.shape} in blocks of {block}; fetch it "
+            "again.",
+            file=path,
+            key=name,
         )
-    if known.name in _PLAIN:
-        return PlainTensor(name, shape, _PLAIN[known.name], known.name, path, base + offset)
-    return QuantisedTensor(name, shape, known, row_bytes, path, base + offset)
+    return math.prod(info.shape[:-1]) * _row_bytes(kind, info.shape)
+
+
+def _tensor(path: Path, name: str, info: TensorInfo, offset: int) -> LazyTensor:
+    kind = _kind(path, name, info)
+    if kind.name in _PLAIN:
+        return PlainTensor(name, info.shape, _PLAIN[kind.name], kind.name, path, offset)
+    return QuantisedTensor(name, info.shape, kind, _row_bytes(kind, info.shape), path, offset)
 
 
 @functools.cache
@@ -172,63 +211,3 @@ def _can_dequantise(kind: gguf.GGMLQuantizationType) -> bool:
     except NotImplementedError:
         return False
     return True
-
-
-class _Header:
-    """A cursor over the header of a GGUF file."""
-
-    def __init__(self, content: mmap.mmap):
-        self._content = content
-        self._at = 4
-
-    def read(self) -> tuple[int, dict[str, Any], dict[str, tuple[tuple[int, ...], int, int]], int]:
-        """The version, the values, each tensor's shape, element type and offset, and where the header ends."""
-        version = self._number("I")
-        if version not in (2, 3):
-            return version, {}, {}, 0
-        tensors, pairs = self._number("Q"), self._number("Q")
-        metadata = {}
-        for _ in range(pairs):
-            key = self._text()
-            metadata[key] = self._value(self._number("I"))
-        infos = {}
-        for _ in range(tensors):
-            name = self._text()
-            if name in infos:
-                raise InputError(f"it holds two tensors {name!r}")
-            rank = self._number("I")
-            if rank > 8:
-                raise InputError(f"its tensor {name!r} has {rank} axes")
-            axes = [self._number("Q") for _ in range(rank)]
-            # The file tells the innermost axis first.
-            infos[name] = tuple(reversed(axes)), self._number("I"), self._number("Q")
-        return version, metadata, infos, self._at
-
-    def _number(self, code: str) -> Any:
-        (value,) = struct.unpack_from(f"<{code}", self._content, self._at)
-        self._at += struct.calcsize(f"<{code}")
-        return value
-
-    def _text(self) -> str:
-        length = self._number("Q")
-        start, self._at = self._at, self._at + length
-        if self._at > len(self._content):
-            raise IndexError
-        # A vocabulary may hold tokens that are no text by themselves; their bytes survive this.
-        return self._content[start : self._at].decode("utf-8", errors="surrogateescape")
-
-    def _value(self, kind: int) -> Any:
-        if kind == gguf.GGUFValueType.STRING:
-            return self._text()
-        if kind == gguf.GGUFValueType.ARRAY:
-            element, count = self._number("I"), self._number("Q")
-            if element in _SCALARS:
-                code = _SCALARS[gguf.GGUFValueType(element)]
-                start, self._at = self._at, self._at + count * struct.calcsize(f"<{code}")
-                if self._at > len(self._content):
-                    raise IndexError
-                return list(struct.unpack_from(f"<{count}{code}", self._content, start))
-            return [self._value(element) for _ in range(count)]
-        if kind not in _SCALARS:
-            raise InputError(f"a value of its header has the unknown type {kind}")
-        return self._number(_SCALARS[gguf.GGUFValueType(kind)])

@@ -1,40 +1,47 @@
 """Folders of adapters as PEFT has them: `adapter_config.json` and `adapter_model.safetensors`."""
 
+import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from ..checks import Count, Positive, ShareBelowOne, checked
 from ..config import MistralConfig
+from ..documents import read_json, shown
 from ..errors import InputError
-from ..lora import LoRAWeight, TrainedWeight, adapt, shapes_of, sites
+from ..lora import LoRAWeight, Site, TrainedWeight, adapt, shapes_of, sites
+from ..lora.sites import at_sites
 from ..nn import Mistral
 from ..parallel import everywhere
 from . import safetensors
-from .files import read_json
 from .loading import supported_dtype
-from .names import EMBEDDING, Row, rows
+from .names import EMBEDDING, HEAD, Row, rows
+from .opening import ADAPTER
 from .processes import on_all
+from .pth import read_pickle
 from .reader import LazyTensor, read_rows
+from .readings import same_values
 from .source import file_order
 from .staging import staged
 
 
-CONFIG = "adapter_config.json"
+CONFIG = ADAPTER
 WEIGHTS = "adapter_model.safetensors"
+_PICKLED = "adapter_model.bin"
 
 # What makes an adapter compute something else than `B A x`, or train something else. Absent or empty it does not.
 _CHANGES = (
     "use_dora",
     "lora_bias",
     "fan_in_fan_out",
-    "modules_to_save",
     "rank_pattern",
     "alpha_pattern",
     "trainable_token_indices",
@@ -49,7 +56,9 @@ _CHANGES = (
     "velora_config",
 )
 # Ways to begin that leave the weights below as they are.
-_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+_Start = bool | Literal["gaussian", "eva", "orthogonal"] | None
+# Tables of the vocabulary, which PEFT saves whole where they were trained, or lie under an adapter of their own.
+_TABLES = {"embed_tokens": EMBEDDING, "lm_head": HEAD}
 
 
 def save_lora(
@@ -111,27 +120,33 @@ def load_lora(model: Mistral, folder: str | os.PathLike[str], *, dtype: DTypeLik
 
     - `model`: the model that they were trained for, on one device or on a mesh.
     - `folder`: holds `adapter_config.json` and `adapter_model.safetensors`.
-    - `dtype`: of the adapters.
+    - `dtype`: of the adapters, and of an embedding table or a head that was trained as a whole.
 
-    **Returns:** the model with adapters, as [`mistral_eqx.apply_lora`][] makes it.
+    **Returns:** the model with adapters, as [`mistral_eqx.apply_lora`][] makes it. An embedding table or a head that
+    the folder holds takes the place of the model's.
 
-    **Raises:** `ValueError` that names what is wrong: a file, a tensor that the model has no place for, or a kind of
-    adapter that is not supported.
+    **Raises:** `InputError` that names what is wrong: a file, a key, a tensor that the model has no place for, or a
+    kind of adapter that is not supported.
     """
     folder = Path(folder).expanduser()
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise InputError(f"The folder {str(folder)!r} has no {name!r}; give one to which PEFT saved adapters.")
-    settings = read_json(folder / CONFIG)
-    rank, alpha, dropout = _read_settings(settings, folder / CONFIG)
+            raise InputError(
+                f"The folder {str(folder)!r} has no {name!r}; give one to which PEFT saved adapters.", file=folder
+            )
+    settings = _read_settings(folder / CONFIG)
+    rank, wanted = settings.rank, supported_dtype(dtype)
     tensors = safetensors.read_header(folder / WEIGHTS)
-    places, wanted = sites(model), supported_dtype(dtype)
+    _expect_one_reading(folder, tensors)
+    model = _with_tables(model, tensors, settings, wanted, folder)
+    places = sites(model)
     adapters: dict[str, tuple[jax.Array, jax.Array]] = {}
     for row in rows(model.config):
         names = _names(row)
         path = _site(row)
         if row is EMBEDDING or path not in places or not tensors.keys() & set(names):
             continue
+        settings.expect_target(row, folder / CONFIG)
         inputs, outputs = shapes_of(places[path])
         sizes = (rank, int(np.prod(inputs))), (int(np.prod(outputs)), rank)
         a, b = (_expected(tensors.pop(name, None), name, size, folder) for name, size in zip(names, sizes, strict=True))
@@ -142,21 +157,29 @@ def load_lora(model: Mistral, folder: str | os.PathLike[str], *, dtype: DTypeLik
         )
     if tensors:
         raise InputError(
-            f"{str(folder / WEIGHTS)!r} holds the tensor {next(iter(tensors))!r}, for which the model has no place; "
-            "load adapters of linear layers that were trained for this model."
+            f"{str(folder / WEIGHTS)!r} holds the tensor {shown(next(iter(tensors)))}, for which the model has no "
+            "place; "
+            "load adapters of linear layers that were trained for this model.",
+            file=folder / WEIGHTS,
+            key=next(iter(tensors)),
         )
     if not adapters:
-        raise InputError(f"{str(folder / WEIGHTS)!r} holds no adapters; give a folder to which PEFT saved some.")
-    return adapt(model, adapters, alpha=alpha, dropout=dropout, use_rslora=bool(settings.get("use_rslora")))
+        raise InputError(
+            f"{str(folder / WEIGHTS)!r} holds no adapters; give a folder to which PEFT saved some.",
+            file=folder / WEIGHTS,
+        )
+    return adapt(model, adapters, alpha=settings.alpha, dropout=settings.dropout, use_rslora=settings.use_rslora)
 
 
 def _check_alike(model: Mistral, found: dict[str, LoRAWeight]):
     """Refuses what one folder cannot tell."""
-    if isinstance(model.embedding.weight, LoRAWeight | TrainedWeight):
-        raise InputError(
-            "The embedding has an adapter or was trained as a whole, which a folder of adapters does not hold here; "
-            "merge the adapters and save the model."
-        )
+    for path, site in sites(model).items():
+        weight = site.weight.base if isinstance(site.weight, LoRAWeight) else site.weight
+        if isinstance(weight, TrainedWeight) or (path == "embedding" and isinstance(site.weight, LoRAWeight)):
+            raise InputError(
+                f"The {path} has an adapter or was trained as a whole, which a folder of adapters does not hold here; "
+                "merge the adapters and save the model."
+            )
     kinds = {(weight.rank, weight.alpha, weight.use_rslora, weight.dropout) for weight in found.values()}
     if len(kinds) > 1:
         raise InputError(
@@ -170,50 +193,169 @@ def _check_alike(model: Mistral, found: dict[str, LoRAWeight]):
         )
 
 
-def _read_settings(settings: dict[str, Any], path: Path) -> tuple[int, float, float]:
-    """The rank, alpha and dropout of adapters, of a kind that is supported."""
-    kind = settings.get("peft_type")
-    if kind != "LORA":
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What a folder says of adapters of a kind that is supported."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    use_rslora: bool
+    targets: str | list[str] | None
+    tables: list[str]
+
+    def expect_target(self, row: Row, path: Path):
+        """Refuses an adapter that PEFT would pass over, because its layer is none of the targets."""
+        layer, targets = row.hf.removesuffix(".weight"), self.targets
+        if isinstance(targets, str):
+            # The tensors tell what was trained; an expression from a file may take for ever, a plain name does not.
+            fits = re.fullmatch(r"[\w.-]+", targets) is None or targets in (layer, "all-linear")
+        else:
+            fits = targets is None or any(f".{layer}".endswith(f".{target}") for target in targets)
+        if not fits:
+            raise InputError(
+                f"{str(path)!r} has 'target_modules' {shown(targets)}, but the weights hold an adapter of {layer!r}; "
+                "fetch both again together.",
+                file=path,
+                key="target_modules",
+            )
+
+
+def _read_settings(path: Path) -> _Settings:
+    settings = read_json(path)
+
+    def of(key: str, kind: Any, default: Any = None) -> Any:
+        value = settings.get(key, default)
+        return checked(value, kind, f"{str(path)!r} has {key!r}, which", file=path, key=key, remedy="correct it there")
+
+    if (kind := settings.get("peft_type")) != "LORA":
         raise InputError(
-            f"{str(path)!r} describes adapters of type {kind!r}, but only 'LORA' is read; merge them there."
+            f"{str(path)!r} describes adapters of type {shown(kind)}, but only 'LORA' is read; merge them there.",
+            file=path,
+            key="peft_type",
         )
     for name in _CHANGES:
-        if settings.get(name):
+        value = settings.get(name)
+        if not (value is None or value is False or (isinstance(value, str | list | dict) and not value)):
             raise InputError(
-                f"{str(path)!r} sets {name!r} to {settings[name]!r}, which is not supported; merge the adapters with "
-                "PEFT and load the model that this gives."
+                f"{str(path)!r} sets {name!r} to {shown(value)}, which is not supported; merge the adapters with "
+                "PEFT and load the model that this gives.",
+                file=path,
+                key=name,
             )
     if settings.get("bias", "none") != "none":
         raise InputError(
-            f"{str(path)!r} trains biases ('bias' is {settings['bias']!r}), but the model has none; train adapters "
-            "with 'bias': 'none'."
+            f"{str(path)!r} trains biases ('bias' is {shown(settings['bias'])}), but the model has none; train "
+            "adapters "
+            "with 'bias': 'none'.",
+            file=path,
+            key="bias",
         )
-    start = settings.get("init_lora_weights", True)
-    if start not in _STARTS:
+    checked(
+        settings.get("init_lora_weights", True),
+        _Start,
+        f"{str(path)!r} has 'init_lora_weights', which",
+        file=path,
+        key="init_lora_weights",
+        remedy="let PEFT convert the adapters to plain LoRA when it saves",
+    )
+    tables = of("modules_to_save", list[str] | None) or []
+    if unknown := [name for name in tables if name not in _TABLES]:
         raise InputError(
-            f"{str(path)!r} has 'init_lora_weights' {start!r}, which changes the weights below the adapters too; let "
-            "PEFT convert them to plain LoRA when it saves."
+            f"{str(path)!r} has {shown(unknown[0])} in 'modules_to_save', but only {', '.join(_TABLES)} are read; "
+            "merge "
+            "the adapters with PEFT and load the model that this gives.",
+            file=path,
+            key="modules_to_save",
         )
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise InputError(
-            f"{str(path)!r} must tell the rank 'r' and 'lora_alpha' as numbers; it has {rank!r}, {alpha!r}."
-        )
-    dropout = settings.get("lora_dropout", 0.0)
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise InputError(
-            f"{str(path)!r} has 'lora_dropout' {dropout!r}; it must be a number from 0 on that is less than 1."
-        )
-    return rank, float(alpha), float(dropout)
+    for key in ("base_model_name_or_path", "task_type"):
+        of(key, str | None)
+    return _Settings(
+        rank=of("r", Count),
+        alpha=of("lora_alpha", Positive),
+        dropout=of("lora_dropout", ShareBelowOne, 0.0),
+        use_rslora=of("use_rslora", bool, False),
+        targets=of("target_modules", str | list[str] | None),
+        tables=tables,
+    )
+
+
+def _expect_one_reading(folder: Path, tensors: dict[str, LazyTensor]):
+    """Refuses a pickle beside the weights that holds others."""
+    pickled = folder / _PICKLED
+    if not pickled.exists():
+        return
+    try:
+        copies = read_pickle(pickled)
+        if copies.keys() == tensors.keys() and all(same_values(tensors[name], copies[name]) for name in copies):
+            return
+        reason = "differ"
+    except InputError as error:
+        reason = f"cannot be compared ({str(error).rstrip('.')})"
+    raise InputError(
+        f"The folder {str(folder)!r} holds adapters in {WEIGHTS!r} and in {_PICKLED!r}, which {reason}; remove "
+        "the file "
+        "that does not belong there.",
+        file=pickled,
+    )
+
+
+def _with_tables(
+    model: Mistral, tensors: dict[str, LazyTensor], settings: _Settings, dtype: np.dtype, folder: Path
+) -> Mistral:
+    """The model with the embedding table and the head that the folder holds; these are taken out of the tensors."""
+    places = sites(model)
+    changed: dict[str, TrainedWeight] = {}
+    for module, row in _TABLES.items():
+        stem = f"base_model.model.{row.hf.removesuffix('.weight')}"
+        names = [name for name in (f"{stem}.weight", f"{stem}.base_layer.weight") if name in tensors]
+        if module in settings.tables and f"{stem}.weight" not in names:
+            raise InputError(
+                f"{str(folder / CONFIG)!r} has {module!r} in 'modules_to_save', but {WEIGHTS!r} lacks the tensor "
+                f"'{stem}.weight'; fetch both again.",
+                file=folder / CONFIG,
+                key="modules_to_save",
+            )
+        for name in names:
+            tensor = _expected(tensors.pop(name), name, row.file_shape(model.config), folder)
+            # The head of a tied model is the table.
+            path = _site(EMBEDDING if model.config.tied else row)
+            table = read_rows(tensor, np.dtype(model.dtype))
+            now = np.asarray(changed[path].value) if path in changed else everywhere(places[path].weight.dense())
+            if np.array_equal(now.astype(table.dtype), table):
+                continue
+            if path in changed or (model.config.tied and row is HEAD):
+                raise InputError(
+                    f"The tensor {name!r} of {str(folder / WEIGHTS)!r} is another table than the embedding, but "
+                    "in this "
+                    "model the head is the embedding table; merge the adapters with PEFT and load the model that this "
+                    "gives.",
+                    file=folder / WEIGHTS,
+                    key=name,
+                )
+            stored = table if name.endswith(".base_layer.weight") else read_rows(tensor, dtype)
+            changed[path] = TrainedWeight(jnp.asarray(stored), np.dtype(model.dtype))
+
+    def replaced(path: str, site: Site) -> Site:
+        return dataclasses.replace(site, weight=changed[path]) if path in changed else site
+
+    return at_sites(replaced, model) if changed else model
 
 
 def _expected(tensor: LazyTensor | None, name: str, shape: tuple[int, int], folder: Path) -> LazyTensor:
     if tensor is None:
-        raise InputError(f"{str(folder / WEIGHTS)!r} lacks the tensor {name!r}, the other half of an adapter.")
+        raise InputError(
+            f"{str(folder / WEIGHTS)!r} lacks the tensor {name!r}, the other half of an adapter; fetch it again.",
+            file=folder / WEIGHTS,
+            key=name,
+        )
     if tensor.shape != shape:
         raise InputError(
-            f"The tensor {name!r} has shape {tensor.shape}, but the rank and the model ask for {shape}; load adapters "
-            "that were trained for this model."
+            f"The tensor {name!r} of {str(folder / WEIGHTS)!r} has shape {shown(tensor.shape)}, but the rank and "
+            "the model "
+            f"ask for {shape}; load adapters that were trained for this model.",
+            file=folder / WEIGHTS,
+            key=name,
         )
     return tensor
 

@@ -49,7 +49,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256(repr((checkpoint.format, checkpoint.config)).encode())
     for name, tensor in sorted(checkpoint.tensors.items()):
         digest.update(repr((name, tensor.shape, tensor.stored)).encode())
-        if count := tensor.shape[0]:
+        if tensor.shape and (count := tensor.shape[0]):
             digest.update(tensor.rows(0, 1).tobytes())
             digest.update(tensor.rows(count - 1, count).tobytes())
     return digest.hexdigest()

@@ -1,13 +1,17 @@
 """The safetensors format: a length, a JSON header, and the tensors' bytes one after the other."""
 
+import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge
 
+from ..checks import checked
+from ..documents import expect_regular, parse_json, shown
 from ..errors import InputError
 from .ranges import of_columns, read_ranges
 from .reader import DTYPES, LazyTensor
@@ -18,6 +22,10 @@ _NAMES = {dtype: stored for stored, dtype in _STORED.items()}
 
 # The limit of the format's own library, which keeps a garbage length from being believed.
 _LONGEST_HEADER = 100_000_000
+# A tensor's entry has about six commas. Lists of nothing would take a hundred times the memory of their text.
+_MOST_COMMAS = 2**21
+_MOST_AXES = 8
+_Size = Annotated[int, Ge(0)]
 
 
 class PlainTensor(LazyTensor):
@@ -50,61 +58,107 @@ def read_header(path: Path) -> dict[str, LazyTensor]:
 
     **Returns:** its tensors by name.
 
-    **Raises:** `ValueError` if the file is not of that format, is truncated, or holds a dtype that is not supported.
+    **Raises:** `InputError` if the file is not of that format, is truncated, or holds a dtype that is not supported:
+    whatever the format's own library refuses, and a key that stands in the header twice.
     """
+    expect_regular(path)
     size = path.stat().st_size
     if size == 0:
-        raise InputError(f"{str(path)!r} is empty; fetch it again.")
+        raise InputError(f"{str(path)!r} is empty; fetch it again.", file=path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > _LONGEST_HEADER:
-            raise InputError(f"{str(path)!r} is not a safetensors file: it does not begin with the length of a header.")
+            raise InputError(
+                f"{str(path)!r} is not a safetensors file: it does not begin with the length of a header.", file=path
+            )
         if 8 + length > size:
-            raise InputError(_truncated(path, 8 + length, size))
+            raise _truncated(path, 8 + length, size)
         header = file.read(length)
     try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        described = {name: _describe(entry) for name, entry in entries.items()}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{str(path)!r} is not a safetensors file: its header cannot be read ({error}).") from error
+        described = _described(header)
+    except InputError as error:
+        raise InputError(
+            f"{str(path)!r} is not a safetensors file: its header cannot be read ({str(error).rstrip('.')}).",
+            file=path,
+            key=error.key,
+        ) from error
     tensors: dict[str, LazyTensor] = {}
     end = 0
     # The format leaves no gap between tensors and lets none share bytes: each begins where the one before it ends.
-    for name, (stored, shape, start, stop) in sorted(described.items(), key=lambda item: item[1][2:]):
-        if stored not in _STORED:
+    for name, entry in sorted(described.items(), key=lambda item: item[1].data_offsets):
+        if entry.dtype not in _STORED:
             raise InputError(
-                f"The tensor {name!r} of {str(path)!r} has the dtype {stored}, which is not supported; the supported "
-                f"ones are {', '.join(_STORED)}: use an unquantised checkpoint."
+                f"The tensor {shown(name)} of {str(path)!r} has the dtype {shown(entry.dtype)[1:-1]}, which is not "
+                f"supported; the supported ones are {', '.join(_STORED)}: use an unquantised checkpoint.",
+                file=path,
+                key=name,
             )
-        dtype = _STORED[stored]
-        if start != end or stop - start != math.prod(shape) * dtype.itemsize:
+        dtype = _STORED[entry.dtype]
+        start, stop = entry.data_offsets
+        if start != end or stop - start != math.prod(entry.shape) * dtype.itemsize:
             raise InputError(
-                f"{str(path)!r} is damaged: its header puts the tensor {name!r} at bytes {start} to {stop}, which does "
-                "not fit its shape or its neighbours; fetch it again."
+                f"{str(path)!r} is damaged: its header puts the tensor {shown(name)} at bytes {shown(start)} to "
+                f"{shown(stop)}, which does not fit its shape or its neighbours; fetch it again.",
+                file=path,
+                key=name,
             )
         end = stop
-        tensors[name] = PlainTensor(name, shape, dtype, stored, path, 8 + length + start)
+        tensors[name] = PlainTensor(name, entry.shape, dtype, entry.dtype, path, 8 + length + start)
     if 8 + length + end > size:
-        raise InputError(_truncated(path, 8 + length + end, size))
+        raise _truncated(path, 8 + length + end, size)
     if 8 + length + end < size:
         raise InputError(
             f"{str(path)!r} is damaged: it has {size} bytes, but its header describes {8 + length + end}; fetch it "
-            "again."
+            "again.",
+            file=path,
         )
     return tensors
 
 
-def _describe(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    start, stop = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    if any(type(number) is not int or number < 0 for number in (*shape, start, stop)):
-        raise InputError("a size is not a whole number")
-    return str(entry["dtype"]), shape, start, stop
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """What a header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
 
 
-def _truncated(path: Path, expected: int, size: int) -> str:
-    return f"{str(path)!r} is truncated: it has {size} bytes of {expected}; fetch it again."
+def _described(header: bytes) -> dict[str, _Entry]:
+    """The entries of a header by their tensors' names."""
+    if header.count(b",") > _MOST_COMMAS:
+        raise InputError("it lists more than a model has; fetch it again.")
+    try:
+        text = header.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"it is not UTF-8 text, {error.reason}; fetch it again.") from error
+    entries = parse_json(text, "it")
+    if not isinstance(entries, dict):
+        raise InputError(f"it must be a JSON object, not {shown(entries)}; fetch it again.")
+    if (notes := entries.pop("__metadata__", None)) is not None:
+        checked(notes, dict[str, str], "its __metadata__", key="__metadata__")
+    return {name: _entry(name, entry) for name, entry in entries.items()}
+
+
+def _entry(name: str, entry: Any) -> _Entry:
+    def of(key: str, kind: Any) -> Any:
+        found = entry.get(key) if isinstance(entry, dict) else None
+        return checked(found, kind, f"{key!r} of the tensor {shown(name)}", key=name, remedy="fetch it again")
+
+    shape, offsets = of("shape", list[_Size]), of("data_offsets", list[_Size])
+    if len(offsets) != 2 or len(shape) > _MOST_AXES:
+        raise InputError(
+            f"the tensor {shown(name)} has {len(shape)} axes and {len(offsets)} offsets, but at most {_MOST_AXES} axes "
+            "and two offsets are possible; fetch it again.",
+            key=name,
+        )
+    return _Entry(of("dtype", str), tuple(shape), (offsets[0], offsets[1]))
+
+
+def _truncated(path: Path, expected: int, size: int) -> InputError:
+    return InputError(
+        f"{str(path)!r} is truncated: it has {size} bytes of {shown(expected)}; fetch it again.", file=path
+    )
 
 
 def write(

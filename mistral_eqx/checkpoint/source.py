@@ -6,10 +6,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..config import MistralConfig
+from ..documents import shown
 from ..errors import InputError
 from .names import EMBEDDING, HEAD, Row, is_derived, rows
 from .placement import ON_DEFAULT_DEVICE, Index, Placement
 from .reader import Checkpoint, LazyTensor, read_columns
+
+
+# What each format's config calls the size of the vocabulary; in GGUF it is the number of tokens unless given.
+_VOCAB = {"hf": "vocab_size", "mistral": "vocab_size", "gguf": "llama.vocab_size"}
 
 
 def file_order(row: Row, config: MistralConfig, format: str) -> np.ndarray:
@@ -109,42 +114,84 @@ def sources(checkpoint: Checkpoint, placement: Placement = ON_DEFAULT_DEVICE) ->
     **Raises:** `ValueError` that names a tensor that is missing, that the model does not have, or whose shape is not
     the one that the config asks for.
     """
+    wanted = rows_of(checkpoint)
+    if checkpoint.config.tied and HEAD.name(checkpoint.format) in checkpoint.tensors:
+        _expect_same(checkpoint, placement.parts(EMBEDDING.dims, EMBEDDING.shape(checkpoint.config)))
+    return [Source(row, checkpoint.tensors[name], checkpoint.config, checkpoint.format) for name, row in wanted.items()]
+
+
+def rows_of(checkpoint: Checkpoint) -> dict[str, Row]:
+    """The tensors that the config of a checkpoint asks for, by their names in its files; nothing is read.
+
+    **Raises:** `InputError` that names a tensor that is missing, that the model does not have, or whose shape is not
+    the one that the config asks for.
+    """
     config, format, tensors = checkpoint.config, checkpoint.format, checkpoint.tensors
-    wanted = {row.name(format): row for row in rows(config)}
-    for name, row in wanted.items():
-        expected = row.file_shape(config)
+    wanted: dict[str, Row] = {}
+    # However many layers the config has, this ends at the first that the files lack.
+    for row in rows(config):
+        name, expected = row.name(format), row.file_shape(config)
+        wanted[name] = row
         if name not in tensors:
             hint = " (or mark the embeddings as tied there, if the head is the embedding table)" if row is HEAD else ""
             raise InputError(
                 f"{str(checkpoint.path)!r} has no tensor {name!r}, which its config asks for in shape {expected}; "
-                f"fetch the checkpoint again, or correct the config{hint}."
+                f"fetch the checkpoint again, or correct the config{hint}.",
+                file=checkpoint.path,
+                key=name,
             )
         if tensors[name].shape != expected:
-            raise InputError(
-                f"The tensor {name!r} of {str(checkpoint.path)!r} has shape {tensors[name].shape}, but its config asks "
-                f"for {expected}; the weights and the config belong to different models: fetch both again together."
-            )
+            raise _of_another_shape(checkpoint, row, expected)
     for name in tensors:
-        if name in wanted or is_derived(name, format):
-            continue
-        if name == HEAD.name(format):
-            _expect_same(checkpoint, name, placement.parts(EMBEDDING.dims, EMBEDDING.shape(config)))
+        if name in wanted or is_derived(name, format) or (config.tied and name == HEAD.name(format)):
             continue
         if name == "rope_freqs.weight":
             raise InputError(
                 f"{str(checkpoint.path)!r} has a tensor 'rope_freqs.weight': it scales the rotary embedding as Llama 3 "
-                "does, which is not supported; use a model without it."
+                "does, which is not supported; use a model without it.",
+                file=checkpoint.path,
+                key=name,
             )
         raise InputError(
-            f"{str(checkpoint.path)!r} has a tensor {name!r}, for which a model with its config has no place; the "
-            "weights belong to another kind of model, or the config tells too few layers."
+            f"{str(checkpoint.path)!r} has a tensor {shown(name)}, for which a model with its config has no place; the "
+            "weights belong to another kind of model, or the config tells too few layers.",
+            file=checkpoint.path,
+            key=name,
         )
-    return [Source(row, tensors[name], config, format) for name, row in wanted.items()]
+    return wanted
 
 
-def _expect_same(checkpoint: Checkpoint, head: str, parts: Sequence[Index]):
+def _of_another_shape(checkpoint: Checkpoint, row: Row, expected: tuple[int, ...]) -> InputError:
+    name = row.name(checkpoint.format)
+    found = checkpoint.tensors[name].shape
+    message = (
+        f"The tensor {name!r} of {str(checkpoint.path)!r} has shape {shown(found)}, but its config asks for "
+        f"{shown(expected)}; "
+    )
+    sizes = {
+        checkpoint.tensors[table.name(checkpoint.format)].shape[:1]
+        for table in (EMBEDDING, HEAD)
+        if table.name(checkpoint.format) in checkpoint.tensors
+    }
+    if row in (EMBEDDING, HEAD) and found[1:] == expected[1:] and len(sizes) == 1:
+        # All tables of the vocabulary agree, so the config is stale: a tokenizer was extended after it was written.
+        key = _VOCAB[checkpoint.format]
+        return InputError(
+            f"{message}the files hold {found[0]} tokens and the config's {key!r} says {expected[0]}: set {key!r} to "
+            f"{found[0]} if the weights are the right ones, or fetch both again together.",
+            file=checkpoint.path,
+            key=key,
+        )
+    return InputError(
+        f"{message}the weights and the config belong to different models: fetch both again together.",
+        file=checkpoint.path,
+        key=name,
+    )
+
+
+def _expect_same(checkpoint: Checkpoint, parts: Sequence[Index]):
     # Some files of tied models store the table twice. If the two differ, the config is wrong.
-    table = EMBEDDING.name(checkpoint.format)
+    table, head = EMBEDDING.name(checkpoint.format), HEAD.name(checkpoint.format)
     first, second = checkpoint.tensors[table], checkpoint.tensors[head]
 
     def same(index: Index) -> bool:
@@ -158,5 +205,7 @@ def _expect_same(checkpoint: Checkpoint, head: str, parts: Sequence[Index]):
     if first.shape != second.shape or not all(same(index) for index in parts):
         raise InputError(
             f"The config of {str(checkpoint.path)!r} says that the head is the embedding table, but the tensors "
-            f"{head!r} and {table!r} differ; mark the embeddings as not tied in the config."
+            f"{head!r} and {table!r} differ; mark the embeddings as not tied in the config.",
+            file=checkpoint.path,
+            key=head,
         )

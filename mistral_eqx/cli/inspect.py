@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..documents import shown
 from . import options
 
 
@@ -21,13 +22,16 @@ def inspect(
 ):
     """Show a model's config, tensors, sizes and parameter count.
 
-    Of a checkpoint only the headers are read. A preset that is only a shape has a config and a parameter count. What is
-    not on this machine yet is fetched first.
+    Of a checkpoint only the headers are read. If its tensors are not those that its config asks for, it is shown and
+    then refused. A preset that is only a shape has a config and a parameter count. What is not on this machine yet is
+    fetched first.
     """
     from ..checkpoint import hub, open_checkpoint
+    from ..checkpoint.source import rows_of
     from ..presets import PRESETS
     from .loading import locate
 
+    checkpoint = None
     if hub.is_only_a_shape(model):
         description = {"preset": model, "parameters": PRESETS[model].parameters, "config": _config(PRESETS[model])}
     else:
@@ -50,6 +54,8 @@ def inspect(
         typer.echo(json.dumps(description, indent=2))
     else:
         _show(description)
+    if checkpoint is not None:
+        rows_of(checkpoint)
 
 
 def _config(config: Any) -> dict[str, Any]:
@@ -73,6 +79,7 @@ def _totals(tensors: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 def _show(description: dict[str, Any]):
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     class Output(Console):
         def on_broken_pipe(self):
@@ -86,12 +93,18 @@ def _show(description: dict[str, Any]):
         for column, justify in columns.items():
             table.add_column(column, justify=justify, overflow="fold")  # pyright: ignore[reportArgumentType]
         for row in rows:
-            table.add_row(*row)
+            # Names are the file's: brackets in them are no markup.
+            table.add_row(*(Text(cell) for cell in row))
         console.print(table, "")
 
     if "tensors" in description:
         rows = [
-            (tensor["name"], " x ".join(map(str, tensor["shape"])), tensor["stored"], f"{tensor['bytes']:,}")
+            (
+                _printable(tensor["name"]),
+                " x ".join(map(str, tensor["shape"])),
+                tensor["stored"],
+                f"{tensor['bytes']:,}",
+            )
             for tensor in description["tensors"]
         ]
         show("Tensors", {"name": "left", "shape": "right", "stored as": "left", "bytes": "right"}, rows)
@@ -110,6 +123,11 @@ def _show(description: dict[str, Any]):
             if field == "parameters":
                 text = f"{text} ({_short(value)})"
             console.print(f"{field}: {text}", markup=False, soft_wrap=True)
+
+
+def _printable(name: str) -> str:
+    """A name from a file, on one line of a terminal that it cannot command."""
+    return name if name and name.isprintable() and len(name) <= 200 else shown(name, 200)
 
 
 def _windows(windows: list[int | None]) -> str:

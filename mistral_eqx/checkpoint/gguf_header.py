@@ -1,0 +1,179 @@
+"""The header of a GGUF file: keys and values, and where each tensor lies."""
+
+import dataclasses
+import struct
+from typing import IO, Any, NoReturn
+
+from gguf import GGUFValueType
+
+from ..documents import DEEPEST, shown
+from ..errors import InputError
+
+
+_SCALARS = {
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.FLOAT32: "f",
+    GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT64: "d",
+}
+# Real headers have a few megabytes, some hundred thousand values and some hundred tensors. In memory a value takes up
+# to a hundred bytes, however few it has in the file.
+_LONGEST = 100_000_000
+_MOST_VALUES = 4 * 2**20
+_MOST_TENSORS = 2**17
+_MOST_AXES = 8
+_ALIGNMENT = "general.alignment"
+_CHUNK = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """What the header says of a tensor: its shape, outermost axis first, its element type, its place in the data."""
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """A header: its values by their keys, its tensors by their names, the alignment of tensors, and where it ends."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    alignment: int
+    end: int
+
+
+def read_header(file: IO[bytes], size: int) -> Header:
+    """Reads the header of a file of GGUF, behind its first four letters.
+
+    **Arguments:**
+
+    - `file`: stands behind them.
+    - `size`: of the file, in bytes.
+
+    **Raises:** `InputError` whose message continues a sentence that begins with the file; `EOFError` if the header is
+    longer than the file.
+    """
+    return _Cursor(file, size).header()
+
+
+def _damaged(what: str, key: str | None = None) -> NoReturn:
+    raise InputError(f"is damaged: {what}; fetch it again.", key=key)
+
+
+class _Cursor:
+    """A place in the header. Bytes are read as they are needed, and nothing is made before they are there."""
+
+    def __init__(self, file: IO[bytes], size: int):
+        self._file = file
+        self._size = size
+        self._begin = file.tell()
+        self._content = b""
+        self._at = 0
+        self._values = 0
+
+    def header(self) -> Header:
+        version = self._number("I")
+        if version not in (2, 3):
+            raise InputError(f"is GGUF of version {version}; supported are 2 and 3, little-endian.")
+        tensors, pairs = self._number("Q"), self._number("Q")
+        # A tensor takes at least 24 bytes, a key with its value at least 13.
+        if 24 * tensors + 13 * pairs > self._size:
+            raise EOFError
+        if tensors > _MOST_TENSORS or pairs > _MOST_TENSORS:
+            _damaged(f"its header counts {tensors} tensors and {pairs} keys, more than a model has")
+        metadata: dict[str, Any] = {}
+        alignment = 32
+        for number in range(pairs):
+            key = self._name(f"key number {number}")
+            if key in metadata:
+                _damaged(f"it has the key {shown(key)} twice", key)
+            kind = self._number("I")
+            metadata[key] = self._value(kind, key, 0)
+            if key == _ALIGNMENT:
+                alignment = metadata[key]
+                if kind != GGUFValueType.UINT32 or alignment < 1 or alignment & (alignment - 1):
+                    _damaged(f"its {_ALIGNMENT} is {shown(alignment)}, and not a power of two", key)
+        infos: dict[str, TensorInfo] = {}
+        for number in range(tensors):
+            name = self._name(f"the name of tensor number {number}")
+            if name in infos:
+                _damaged(f"it holds two tensors {shown(name)}", name)
+            rank = self._number("I")
+            if rank > _MOST_AXES:
+                _damaged(f"its tensor {shown(name)} has {rank} axes", name)
+            axes = [self._number("Q") for _ in range(rank)]
+            # The file tells the innermost axis first.
+            infos[name] = TensorInfo(tuple(reversed(axes)), self._number("I"), self._number("Q"))
+        return Header(metadata, infos, alignment, self._begin + self._at)
+
+    def _take(self, count: int) -> int:
+        """Where the next `count` bytes begin, once they are there."""
+        start, stop = self._at, self._at + count
+        if stop > len(self._content):
+            if self._begin + stop > self._size:
+                raise EOFError
+            if stop > _LONGEST:
+                _damaged(f"its header is longer than {_LONGEST // 10**6} MB, which none of a model is")
+            self._content += self._file.read(max(stop - len(self._content), len(self._content), _CHUNK))
+            if stop > len(self._content):
+                raise EOFError
+        self._at = stop
+        return start
+
+    def _number(self, code: str) -> Any:
+        start = self._take(struct.calcsize(f"<{code}"))
+        (value,) = struct.unpack_from(f"<{code}", self._content, start)
+        return value
+
+    def _text(self) -> bytes:
+        length = self._number("Q")
+        start = self._take(length)
+        return self._content[start : start + length]
+
+    def _name(self, what: str) -> str:
+        content = self._text()
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError:
+            _damaged(f"{what} is not UTF-8 text: {shown(content)}")
+
+    def _value(self, kind: int, key: str, depth: int) -> Any:
+        if kind == GGUFValueType.STRING:
+            # A vocabulary may hold tokens that are no text by themselves; their bytes survive this.
+            return self._text().decode("utf-8", errors="surrogateescape")
+        if kind == GGUFValueType.ARRAY:
+            return self._array(key, depth)
+        if kind not in _SCALARS:
+            _damaged(f"the value of its key {shown(key)} has the unknown type {kind}", key)
+        return self._number(_SCALARS[GGUFValueType(kind)])
+
+    def _array(self, key: str, depth: int) -> list[Any]:
+        element, count = self._number("I"), self._number("Q")
+        if element not in _SCALARS and element not in (GGUFValueType.STRING, GGUFValueType.ARRAY):
+            _damaged(f"the array of its key {shown(key)} has entries of the unknown type {element}", key)
+        code = _SCALARS.get(GGUFValueType(element))
+        # A string has at least its length, an array its type and its length.
+        smallest = 8 if element == GGUFValueType.STRING else 12 if code is None else struct.calcsize(f"<{code}")
+        if self._begin + self._at + count * smallest > self._size:
+            raise EOFError
+        self._values += count
+        if self._values > _MOST_VALUES:
+            _damaged(
+                f"the arrays up to its key {shown(key)} have {self._values} entries, more than those of a model", key
+            )
+        if depth == DEEPEST:
+            _damaged(f"the arrays of its key {shown(key)} nest deeper than {DEEPEST} levels", key)
+        if code is not None:
+            start = self._take(count * smallest)
+            return list(struct.unpack_from(f"<{count}{code}", self._content, start))
+        return [self._value(element, key, depth + 1) for _ in range(count)]
