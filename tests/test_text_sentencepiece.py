@@ -4,6 +4,7 @@ import pytest
 from fixtures.text import tiny
 
 from mistral_eqx.text import SentencePieceTokenizer, load_tokenizer
+from mistral_eqx.text.sentencepiece_model import write_model
 
 
 RELEASED = [
@@ -118,3 +119,30 @@ def test_a_versioned_name_wins(tmp_path, data):
     shutil.copy(data / RELEASED[0], tmp_path / "tokenizer.model")
     shutil.copy(data / RELEASED[2], tmp_path / "tokenizer.model.v3")
     assert load_tokenizer(tmp_path).vocab == 32768
+
+
+def changed(at, piece):
+    """The pieces with another one in a place."""
+    return [*tiny.PIECES[:at], piece, *tiny.PIECES[at + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "words"),
+    [
+        (changed(4, ("<0xZZ>", 0.0, tiny.BYTE)), "stands for a byte and is written '<0xZZ>'"),
+        (changed(270, ("x", float("nan"), tiny.NORMAL)), "the score nan"),
+        (changed(270, ("x", 0.0, 99)), "the type 99"),
+        (changed(270, ("x\0", 0.0, tiny.NORMAL)), "the character NUL"),
+        (changed(270, ("x" * 5000, 0.0, tiny.NORMAL)), "5000 characters"),
+        (tiny.PIECES[1:], "0 tokens for unknown words"),
+        ([tiny.PIECES[0], *((text, score, tiny.CONTROL) for text, score, _ in tiny.PIECES[1:])], "none of its tokens"),
+        ([], "0 tokens for unknown words"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_tokens_that_cannot_be_are_refused(tmp_path, pieces, words):
+    model = write_model(pieces, add_dummy_prefix=True, remove_extra_whitespaces=False, precompiled_charsmap=b"")
+    (tmp_path / "tokenizer.model").write_bytes(model + b"\x12\x00")
+    with pytest.raises(ValueError, match=r"tokenizer\.model is no sentencepiece model, or it is damaged") as caught:
+        load_tokenizer(tmp_path)
+    assert words in str(caught.value)

@@ -85,7 +85,7 @@ TOKENS = [1, 2, 3, 260, *MODEL.encode("hello the t  t", add_bos=False), 44, 9999
 
 
 @settings(deadline=None)
-@given(prompt=st.lists(st.sampled_from(TOKENS), max_size=4), new=st.lists(st.sampled_from(TOKENS), max_size=4))
+@given(prompt=st.lists(st.sampled_from(TOKENS[:-1]), max_size=4), new=st.lists(st.sampled_from(TOKENS), max_size=4))
 def test_a_continuation_goes_on_where_its_prompt_ends(prompt, new):
     """Unless the prompt ends with a control token: what follows one begins a text."""
     for skip_special in (True, False):

@@ -1,10 +1,9 @@
 """Text as its tokens arrive."""
 
 import codecs
-from collections.abc import Sequence
 from typing import SupportsIndex
 
-from .tokenizer import AbstractTokenizer
+from .tokenizer import AbstractTokenizer, Ids
 
 
 class Detokenizer:
@@ -21,7 +20,7 @@ class Detokenizer:
     ```
     """
 
-    def __init__(self, tokenizer: AbstractTokenizer, *, skip_special: bool = True, after: Sequence[SupportsIndex] = ()):
+    def __init__(self, tokenizer: AbstractTokenizer, *, skip_special: bool = True, after: Ids = ()):
         """**Arguments:**
 
         - `tokenizer`: whose tokens will come.

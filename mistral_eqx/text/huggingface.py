@@ -190,6 +190,7 @@ def read_tokenizer_json(path: Path) -> HuggingFaceTokenizer:
     with blame(path, f"{path} is no tokenizer.json, or it is damaged"):
         _check_replacements(text)
         tokenizer = Tokenizer.from_str(text)
+        _check_steps(tokenizer)
     _cut_like_tekken(tokenizer, path.with_name("tekken.json"))
     settings = read_settings(path.parent)
     _add_tokens(tokenizer, settings, path)
@@ -221,6 +222,21 @@ def read_tokenizer_json(path: Path) -> HuggingFaceTokenizer:
         adds_bos=bool(add_bos) and bos_id is not None,
         chat_template=settings.chat_template,
     )
+
+
+def _check_steps(tokenizer: Tokenizer):
+    """Refuses steps on which the library would panic, and write about it.
+
+    **Raises:** `ValueError`.
+    """
+    for step in _steps(tokenizer.normalizer, "normalizers"):
+        if step.get("prepend") == "" or step.get("pattern") in ({"String": ""}, {"Regex": ""}):
+            raise ValueError(f"its normalizer {step['type']} replaces nothing")
+    for step in _steps(tokenizer.post_processor, "processors"):
+        pieces = [*step.get("single", ()), *step.get("pair", ())]
+        named = [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]
+        if unknown := [token for token in named if token not in step.get("special_tokens", {})]:
+            raise ValueError(f"its post_processor does not give the id of {shown(unknown[0])}")
 
 
 def _check_replacements(content: str):
@@ -291,13 +307,13 @@ def _cut_like_tekken(tokenizer: Tokenizer, original: Path):
     if not original.is_file() or [step["type"] for step in _steps(tokenizer.decoder, "decoders")] != ["ByteLevel"]:
         return
     config = read_json(original, LARGEST).get("config", {})
-    pattern = config.get("pattern") if isinstance(config, dict) else config
-    if not isinstance(pattern, str | None):
+    pattern = config.get("pattern") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(pattern, str | None):
         raise InputError(
-            f"{original} has the pattern {shown(pattern)} in its config, which must be a regular expression; fetch it "
+            f"{original} must have a config with a pattern that is a regular expression, not {shown(config)}; fetch it "
             "again.",
             file=original,
-            key="config.pattern",
+            key="config",
         )
     if pattern is not None:
         with blame(original, f"{original} has a pattern in its config that is no regular expression"):

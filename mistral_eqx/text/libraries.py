@@ -29,6 +29,7 @@ def blame(file: str | os.PathLike[str], complaint: str, remedy: str = "fetch it 
         # A panic of Rust is no `Exception`.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".removeprefix("Exception: ").split())
+        kind = "" if type(error).__name__ in ("Exception", "PanicException") else f"{type(error).__name__}: "
+        reason = " ".join(f"{kind}{error}".split())
         reason = reason if len(reason) <= 160 else f"{reason[:157]}..."
         raise InputError(f"{complaint} ({reason}); {remedy}.", file=file) from error

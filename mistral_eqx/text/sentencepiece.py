@@ -11,7 +11,7 @@ from ..errors import InputError
 from .huggingface import HuggingFaceTokenizer
 from .libraries import LARGEST, blame
 from .sentencepiece_merges import with_merges
-from .sentencepiece_model import CONTROL, USER_DEFINED, checked_types, read_pieces, write_pieces
+from .sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, checked_types, read_pieces, write_pieces
 from .settings import Settings, read_settings
 from .tokenizer import AbstractTokenizer, control_pattern, encode_as_text
 
@@ -133,6 +133,13 @@ def read_sentencepiece(path: Path) -> SentencePieceTokenizer:
     """
     settings = read_settings(path.parent)
     model = read_bytes(path, LARGEST)
+    unknown = [kind for _, _, kind in read_pieces(model, path)].count(UNKNOWN)
+    if unknown != 1:
+        raise InputError(
+            f"{path} is no sentencepiece model, or it is damaged (it has {unknown} tokens for unknown words, not one); "
+            "fetch it again.",
+            file=path,
+        )
     return SentencePieceTokenizer(
         model + _added_pieces(model, settings, path),
         name=str(path),

@@ -107,6 +107,8 @@ def checked_types(model: bytes, name: str) -> list[int]:
             complaint = f"its token {id} stands for a byte and is written {shown(text)}"
         elif not math.isfinite(score):
             complaint = f"its token {id} has the score {score}"
+        elif "\0" in text:
+            complaint = f"its token {id} has the character NUL"
         elif len(text) > _LONGEST:
             complaint = f"its token {id} has {len(text)} characters"
     if complaint:

@@ -14,6 +14,10 @@ from .settings import read_settings
 from .tokenizer import AbstractTokenizer, control_pattern
 
 
+# A pattern that finds all of this finds all of any text.
+_PROBE = "A word, 12 \u00e9\u5929\n\t!"
+
+
 @final
 class TekkenTokenizer(AbstractTokenizer):
     """A `tekken.json`: byte-level BPE with the control tokens first.
@@ -37,6 +41,8 @@ class TekkenTokenizer(AbstractTokenizer):
         with blame(path, f"{path} is no tekken.json, or it is damaged"):
             self._tekken = Tekkenizer.from_file(path)
             self.bos_id, eos_id = self._tekken.bos_id, self._tekken.eos_id
+            if self._tekken.decode(self._tekken.encode(_PROBE, bos=False, eos=False)) != _PROBE:
+                raise ValueError("its pattern leaves out parts of a text")
             names = {id: self._tekken.id_to_piece(id) for id in sorted(self._tekken.special_ids)}
         self._named = SpecialTokenPolicy.KEEP
         settings = read_settings(path.parent)

@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, runtime_checkable
 
 from ..errors import InputError
 from .settings import FILES, GENERATION, write_settings
@@ -16,6 +16,19 @@ from .settings import FILES, GENERATION, write_settings
 
 if TYPE_CHECKING:
     from .stops import StopRows
+
+
+@runtime_checkable
+class Ids(Protocol):
+    """Token ids in order: a list, or an integer array of one dimension."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __getitem__(self, at: Any, /) -> Any:
+        """The id at a place."""
+        ...
 
 
 class AbstractTokenizer(abc.ABC):
@@ -137,9 +150,7 @@ class AbstractTokenizer(abc.ABC):
                 first = False
         return ids
 
-    def decode(
-        self, ids: Iterable[SupportsIndex], *, skip_special: bool = True, after: Sequence[SupportsIndex] = ()
-    ) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], *, skip_special: bool = True, after: Ids = ()) -> str:
         """Turns token ids into text.
 
         ```python
@@ -167,7 +178,7 @@ class AbstractTokenizer(abc.ABC):
                 parts.append(self.token_bytes(id, first=begins and not parts))
         return b"".join(parts).decode(errors="replace")
 
-    def begins_text(self, after: Sequence[SupportsIndex], *, skip_special: bool = True) -> bool:
+    def begins_text(self, after: Ids, *, skip_special: bool = True) -> bool:
         """Whether what follows these ids begins a text, so that its first word loses the space that encoding adds.
 
         **Arguments:**
@@ -195,7 +206,7 @@ class AbstractTokenizer(abc.ABC):
             )
         return id
 
-    def find_stops(self, stop: str | Sequence[str], after: Sequence[Sequence[SupportsIndex]]) -> "StopRows":
+    def find_stops(self, stop: str | Sequence[str], after: Sequence[Ids]) -> "StopRows":
         """Watches for stop strings in the texts of rows, as their tokens come.
 
         **Arguments:**
