@@ -22,9 +22,9 @@ def main(name="smollm2-135m"):
             eos_id=[*tokenizer.eos_ids, *tokenizer.encode(".", add_bos=False)],
         )
         print(f"length penalty {penalty}")
-        for found in zip(best.tokens, best.lengths, best.scores, strict=True):
+        for prompt, *found in zip(prompts, best.tokens, best.lengths, best.scores, strict=True):
             for tokens, length, score in zip(*found, strict=True):
-                print(f"  {score:8.3f} {tokenizer.decode(tokens[:length])!r}")
+                print(f"  {score:8.3f} {tokenizer.decode(tokens[:length], after=prompt)!r}")
 
 
 if __name__ == "__main__":

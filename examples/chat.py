@@ -14,7 +14,7 @@ def main(name="smollm2-135m"):
         print(">", question)
         messages.append({"role": "user", "content": question})
         ids = mx.encode_chat(tokenizer, messages)
-        text, answer = mx.Detokenizer(tokenizer), ""
+        text, answer = mx.Detokenizer(tokenizer, after=ids), ""
         for token in conversation.reply(ids, max_new_tokens=48, eos_id=tokenizer.eos_ids):
             piece = text.push(token)
             print(piece, end="", flush=True)

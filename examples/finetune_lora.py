@@ -18,8 +18,7 @@ QUESTIONS = ("What is the capital of France?", "What do bees make?", "How many l
 
 def answers(model, tokenizer):
     prompts = [mx.encode_chat(tokenizer, [{"role": "user", "content": question}]) for question in QUESTIONS]
-    out = mx.generate(model, prompts, max_new_tokens=32, eos_id=tokenizer.eos_ids)
-    return [tokenizer.decode(ids[:length]) for ids, length in zip(out.tokens, out.lengths, strict=True)]
+    return mx.generate(model, prompts, max_new_tokens=32, eos_id=tokenizer.eos_ids, tokenizer=tokenizer).texts
 
 
 def main(path="smollm2-135m", folder="adapters", steps=60, rows=8):

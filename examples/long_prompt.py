@@ -17,7 +17,7 @@ def main(name="smollm2-135m", tokens=4000):
     start = time.perf_counter()
     out = mx.generate(model, [prompt], max_new_tokens=16)
     seconds = time.perf_counter() - start
-    print(repr(tokenizer.decode(out.tokens[0])))
+    print(repr(tokenizer.decode(out.tokens[0], after=prompt)))
 
     scores = config.q_heads * tokens**2 * 4
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -31,12 +31,12 @@ def host(name, coordinator, processes, process):
 
     tokenizer = mx.load_tokenizer(name)
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    out = mx.generate(model, prompts, max_new_tokens=12, eos_id=tokenizer.eos_ids)
+    out = mx.generate(model, prompts, max_new_tokens=12, eos_id=tokenizer.eos_ids, tokenizer=tokenizer)
     # Every process has the tokens of all.
     if jax.process_index() == 0:
         print(f"{jax.device_count()} devices of {jax.process_count()} processes")
-        for prompt, tokens, length in zip(PROMPTS, out.tokens, out.lengths, strict=True):
-            print(f"{prompt}{tokenizer.decode(tokens[:length])!r}")
+        for prompt, text in zip(PROMPTS, out.texts, strict=True):
+            print(f"{prompt}{text!r}")
 
 
 def main(name="smollm2-135m", processes=2):

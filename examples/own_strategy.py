@@ -33,7 +33,7 @@ def main(name="smollm2-135m"):
     tokenizer = mx.load_tokenizer(name)
     ids = jnp.asarray([tokenizer.encode("The capital of France is")])
     out = mx.generate(model, ids, max_new_tokens=16)
-    print(tokenizer.decode(out.tokens[0]))
+    print(tokenizer.decode(out.tokens[0], after=ids[0]))
 
     # Any array can be split by such an expression, and then meets the model's in one program.
     x = mx.einshard(jnp.ones((4, 8, 6)), "batch@rows ... embed@columns", mesh)

@@ -25,7 +25,7 @@ def main(name="smollm2-135m"):
         )
         print(options)
         for seed, tokens, length in zip(seeds, out.tokens, out.lengths, strict=True):
-            print(f"  seed {seed}: {tokenizer.decode(tokens[:length])!r}")
+            print(f"  seed {seed}: {tokenizer.decode(tokens[:length], after=prompt)!r}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def main(name="smollm2-135m", devices=3):
     model = mx.load(name, dtype="float32")
     logits = eqx.filter_jit(model)(ids)
     expected = mx.generate(model, ids, max_new_tokens=16).tokens[0].tolist()
-    print(f"{'one device':30} {tokenizer.decode(expected)!r}")
+    print(f"{'one device':30} {tokenizer.decode(expected, after=ids[0])!r}")
 
     for choice in mx.strategies(model.config, int(devices)):
         if "batch" in choice.name:
@@ -31,7 +31,7 @@ def main(name="smollm2-135m", devices=3):
         error = jnp.max(jnp.abs(jax.device_get(eqx.filter_jit(parts)(ids)) - logits)) / jnp.max(jnp.abs(logits))
         found = mx.generate(parts, ids, max_new_tokens=16).tokens[0].tolist()
         axes = ",".join(f"{axis}={size}" for axis, size in choice.axes.items())
-        print(f"{choice.name + ' ' + axes:30} {tokenizer.decode(found)!r}, logits off by {error:.0e}")
+        print(f"{choice.name + ' ' + axes:30} {tokenizer.decode(found, after=ids[0])!r}, logits off by {error:.0e}")
         assert found == expected
 
 

@@ -119,3 +119,29 @@ def test_texts_that_are_drawn_and_options_that_are_refused(lm_eval, folder):
         Harness(model, tokenizer, max_length=65)
     with pytest.raises(ValueError, match=r"cannot be read 0 at a time; give at least 1\.$"):
         Harness(model, tokenizer, batch=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_control_token_among_the_stop_strings_ends_a_text(lm_eval, folder):
+    from lm_eval.api.instance import Instance
+
+    from mistral_eqx.evaluate.harness import Harness
+
+    model, tokenizer = mx.load(folder), mx.load_tokenizer(folder)
+    ours = Harness(model, tokenizer)
+    prompt = tokenizer.encode("The", parse_special=True)
+    (end,) = tokenizer.encode("<|im_end|>", add_bos=False, parse_special=True)
+    bias = mx.LogitBias({end: 1e3})
+    request = {"until": ["<|im_end|>"], "max_gen_toks": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mistral_eqx.evaluate.harness._sampler", lambda options: mx.Sampler(processors=[bias]))
+        (text,) = ours.generate_until([Instance("generate_until", {}, ("The", request), 0)])
+        out = mx.generate(
+            model,
+            [prompt],
+            max_new_tokens=8,
+            sampler=mx.Sampler(processors=[bias]),
+            stop="<|im_end|>",
+            tokenizer=tokenizer,
+        )
+    assert (text, out.lengths.tolist(), out.texts) == ("", [1], [""])

@@ -4,7 +4,7 @@ import pytest
 from generation_fixtures import PROMPTS, VOCAB, refused, spy, talking_model
 from hypothesis import given, settings, strategies as st
 
-from mistral_eqx import Conversation, Sampler, StopText, generate, stream
+from mistral_eqx import Conversation, Sampler, StopText, generate, prefill, stream
 from mistral_eqx.generate import generation
 from mistral_eqx.text.tokenizer import AbstractTokenizer, control_pattern
 
@@ -38,6 +38,17 @@ PIECES += [(a * 3).encode() for a in "abcde"] + [b"ca", b"ea", b"ab ", b" ", b" 
 TOKENIZER = Pieces(PIECES[: VOCAB - 1])
 
 
+class Words(Pieces):
+    """Tokens that each begin with a space, which the first one of a text loses."""
+
+    def token_bytes(self, id, *, first):
+        piece = super().token_bytes(id, first=first)
+        return piece.removeprefix(b" ") if first else piece
+
+
+WORDS = Words([f" w{number}".encode() for number in range(VOCAB - 1)])
+
+
 def cut_by_definition(text, stops):
     """The text before the stop string that is complete first, and that string."""
     for end in range(1, len(text) + 1):
@@ -67,6 +78,31 @@ def test_a_text_is_cut_where_the_first_stop_string_begins(ids, stops):
     given += text.flush()
     assert given == expected
     assert text.stopped == stopped
+
+
+@pytest.mark.parametrize(
+    ("ids", "stop", "text", "count"),
+    [
+        ("a<b", "<end>", "a", 2),
+        ("ab<b", "b<end>", "a", 3),
+        ("a<<b", "<end><end>", "a", 3),
+        ("a<bc", "end>b", "a", 3),
+        ("a<bc", "<end>bd", "abc", 4),
+        ("a<<bc", "<end>b", "a", 4),
+        # What is shown has no stop string either.
+        ("a<bc", "ab", "", 3),
+        ("a<bc", ["bc", "d>b"], "a", 3),
+    ],
+)
+def test_stop_strings_may_name_control_tokens(ids, stop, text, count):
+    """`<` stands for the control token, whose name is `<end>`."""
+    ids = [VOCAB - 1 if letter == "<" else PIECES.index(letter.encode()) for letter in ids]
+    stops = StopText(TOKENIZER, stop)
+    given, read = "", 0
+    for id in ids:
+        if stops.stopped is None:
+            given, read = given + stops.push(id), read + 1
+    assert (given + stops.flush(), read) == (text, count)
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +213,36 @@ def test_log_probabilities_end_with_their_row(free):
 def test_mistakes_are_refused_in_one_sentence(call, arguments, words):
     with refused(*words):
         call(talking_model(windows=(None,)), PROMPTS, **({"max_new_tokens": 4, "tokenizer": TOKENIZER} | arguments))
+
+
+@pytest.mark.parametrize("way", ["lists", "array", "samples", "prefix", "stop", "stream"])
+def test_texts_continue_their_prompts(way):
+    """A prompt's text and that of its continuation are the text of all ids; after a control token a text begins."""
+    model, prompts = talking_model(windows=(None,)), [*PROMPTS[:2], [4, VOCAB - 1]]
+    options = {"max_new_tokens": 6, "tokenizer": WORDS}
+    before = prompts
+    if way == "samples":
+        options |= {"num_samples": 2, "sampler": Sampler(temperature=1.0), "key": jr.key(0)}
+        before = [row for row in prompts for _ in range(2)]
+    elif way == "prefix":
+        options["prefix"] = prefill(model, [3, VOCAB - 1])
+    elif way == "stop":
+        options["stop"] = "no such text"
+    given = prompts
+    if way == "array":
+        width = max(map(len, prompts))
+        given = np.asarray([[-1] * (width - len(row)) + row for row in prompts], np.int32)
+    if way == "stream":
+        del options["tokenizer"]
+        rows = np.stack(list(stream(model, given, **options)), 1).tolist()
+        made = [StopText(WORDS, (), after=row) for row in prompts]
+        texts = ["".join(map(text.push, row)) + text.flush() for text, row in zip(made, rows, strict=True)]
+    else:
+        out = generate(model, given, **options)
+        rows, texts = out.tokens.tolist(), out.texts
+    for prompt, row, text in zip(before, rows, texts, strict=True):
+        if prompt[-1] == VOCAB - 1:
+            assert text == WORDS.decode(row)
+        else:
+            assert WORDS.decode(prompt) + text == WORDS.decode([*prompt, *row])
+    assert texts[0].startswith(" w")

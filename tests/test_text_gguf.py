@@ -4,6 +4,7 @@ import pytest
 from fixtures.text import tiny
 
 from mistral_eqx.checkpoint.gguf import read_gguf
+from mistral_eqx.errors import InputError
 from mistral_eqx.text import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 from mistral_eqx.text.pre_tokenizers import PRE_TOKENIZERS
 
@@ -223,3 +224,71 @@ def test_smollm2_gives_the_recorded_ids(smollm2_path):
     for case in tiny.RECORDED:
         assert tokenizer.encode(case["text"]) == case["ids"]
         assert tokenizer.decode(case["ids"]) == case["text"]
+
+
+@pytest.mark.parametrize("kind", [tiny.CONTROL, tiny.USER_DEFINED, tiny.NORMAL])
+@pytest.mark.parametrize(
+    "name", ["<|eot_id|>", "<|im_end|>", "<|end|>", "<|eom_id|>", "<end_of_turn>", "<|endoftext|>"]
+)
+def test_end_tokens_are_known_by_their_text(tmp_path, name, kind):
+    """Whatever type a file gives them: they end a text, are no text, and a user cannot write them."""
+    pieces = [*tiny.PIECES, (name, -2000.0, kind)]
+    tokens, scores, types = map(list, zip(*pieces, strict=True))
+    metadata = tiny.sentencepiece_metadata(tokens=tokens, scores=scores, token_type=types)
+    level = [token for token in tiny.byte_level_tokens() if token not in tiny.CONTROLS]
+    tokens = ["<s>", *level, name]
+    types = [tiny.CONTROL, *[tiny.NORMAL] * len(level), kind]
+    bytes_of = tiny.byte_level_metadata(
+        tokens=tokens, token_type=types, bos_token_id=0, eos_token_id=0, unknown_token_id=None
+    )
+    for vocabulary in (metadata, bytes_of):
+        path = tiny.write_gguf(tmp_path / "tiny.gguf", **vocabulary)
+        tokenizer = load_tokenizer(path)
+        end = tokenizer.vocab - 1
+        assert tokenizer.eos_ids == (vocabulary["eos_token_id"], end)
+        assert end not in tokenizer.encode(f"a{name}{name}b")
+        assert tokenizer.encode(f"a{name}", parse_special=True)[-1] == end
+        assert tokenizer.decode(tokenizer.encode(f"a{name}b", parse_special=True)) == "ab"
+        assert tokenizer.decode(tokenizer.encode(f"a{name}b")) == f"a{name}b"
+        path.unlink()
+
+
+def test_a_token_for_unknown_words_ends_nothing(tmp_path):
+    assert byte_level(tmp_path, unknown_token_id=0).eos_ids == (2,)
+    assert byte_level(tmp_path, unknown_token_id=None).eos_ids == (2, 0)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bos_token_id", "1"),
+        ("bos_token_id", True),
+        ("eos_token_id", 99999),
+        ("add_bos_token", 1),
+        ("add_space_prefix", "no"),
+        ("tokens", [1, 2]),
+        ("tokens", "abc"),
+        ("token_type", [99] * 400),
+        ("token_type", "all control"),
+        ("chat_template", 5),
+        ("model", 5),
+        ("scores", [float("nan")] * 400),
+        ("merges", [1, 2]),
+        ("pre", ["smollm"]),
+    ],
+)
+def test_keys_of_a_wrong_kind_are_refused_by_name(tmp_path, kind, key, value):
+    if (key in ("scores",) and kind == "gpt2") or (key in ("merges", "pre") and kind == "llama"):
+        pytest.skip("this kind does not read the key")
+    metadata = tiny.byte_level_metadata() if kind == "gpt2" else tiny.sentencepiece_metadata()
+    count = len(metadata["tokens"])
+    if value == "all control":
+        value = [tiny.CONTROL] * count
+    if isinstance(value, list) and len(value) == 400:
+        value = value[:count]
+    path = tiny.write_gguf(tmp_path / "tiny.gguf", **{**metadata, key: value})
+    with pytest.raises(InputError, match=r"tiny\.gguf.*; (fetch it again|use the model's folder.*)\.$") as caught:
+        load_tokenizer(path)
+    assert caught.value.file == str(path)
+    assert caught.value.key.endswith(key)

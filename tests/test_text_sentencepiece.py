@@ -4,6 +4,7 @@ import pytest
 from fixtures.text import tiny
 
 from mistral_eqx.text import SentencePieceTokenizer, load_tokenizer
+from mistral_eqx.text.sentencepiece_model import write_model
 
 
 RELEASED = [
@@ -61,11 +62,40 @@ def test_settings_beside_the_file(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (3, (260, 2, 3))
 
 
-def test_tokens_that_the_file_does_not_have_are_refused(tmp_path):
+def test_tokens_that_only_the_settings_have_are_added(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(tiny.sentencepiece_model())
-    tiny.write_json(tmp_path / "added_tokens.json", {"<extra>": len(tiny.PIECES), "</s>": 2})
-    with pytest.raises(ValueError, match=r"adds '<extra>' to the tokens of tokenizer\.model, which does not have it"):
+    vocab = len(tiny.PIECES)
+    tiny.write_json(tmp_path / "added_tokens.json", {"<end>": vocab + 1, "<extra>": vocab, "</s>": 2})
+    tiny.write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<end>"})
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab, tokenizer.eos_ids) == (vocab + 2, (vocab + 1, 2))
+    (a,) = tokenizer._later.encode("a")
+    ids = tokenizer.encode("<s><extra>a<end>", add_bos=False, parse_special=True)
+    assert ids == [1, vocab, a, vocab + 1]
+    assert vocab + 1 not in tokenizer.encode("a<end>")
+    assert tokenizer.decode(ids) == "<extra>a"
+    tokenizer.save(tmp_path / "out")
+    again = load_tokenizer(tmp_path / "out")
+    assert again.encode("<s><extra>a<end>", add_bos=False, parse_special=True) == ids
+
+
+@pytest.mark.parametrize("added", [{"<far>": len(tiny.PIECES) + 1}, {"</s>": 3}, {"</s>": len(tiny.PIECES)}])
+def test_added_tokens_that_do_not_fit_are_refused(tmp_path, added):
+    (tmp_path / "tokenizer.model").write_bytes(tiny.sentencepiece_model())
+    tiny.write_json(tmp_path / "added_tokens.json", added)
+    with pytest.raises(ValueError, match=r"give the token '.*' the id \d+, and tokenizer\.model does not; use a"):
         load_tokenizer(tmp_path)
+
+
+def test_an_end_token_of_the_vocabulary_s_own_is_no_text(tmp_path):
+    """Of the type that is always found in a text (user defined)."""
+    (tmp_path / "tokenizer.model").write_bytes(tiny.sentencepiece_model())
+    tiny.write_json(tmp_path / "tokenizer_config.json", {"eos_token": "[REF]"})
+    tokenizer = load_tokenizer(tmp_path)
+    assert 260 not in tokenizer.encode("hello [REF][REF] the")
+    assert tokenizer.encode("[REF]", parse_special=True) == [1, 260]
+    assert tokenizer.decode([1, 260]) == ""
+    assert tokenizer.decode(tokenizer.encode("hello [REF][REF] the")) == "hello [REF][REF] the"
 
 
 def test_a_named_token_that_the_file_does_not_have_is_refused(tmp_path):
@@ -89,3 +119,30 @@ def test_a_versioned_name_wins(tmp_path, data):
     shutil.copy(data / RELEASED[0], tmp_path / "tokenizer.model")
     shutil.copy(data / RELEASED[2], tmp_path / "tokenizer.model.v3")
     assert load_tokenizer(tmp_path).vocab == 32768
+
+
+def changed(at, piece):
+    """The pieces with another one in a place."""
+    return [*tiny.PIECES[:at], piece, *tiny.PIECES[at + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "words"),
+    [
+        (changed(4, ("<0xZZ>", 0.0, tiny.BYTE)), "stands for a byte and is written '<0xZZ>'"),
+        (changed(270, ("x", float("nan"), tiny.NORMAL)), "the score nan"),
+        (changed(270, ("x", 0.0, 99)), "the type 99"),
+        (changed(270, ("x\0", 0.0, tiny.NORMAL)), "the character NUL"),
+        (changed(270, ("x" * 5000, 0.0, tiny.NORMAL)), "5000 characters"),
+        (tiny.PIECES[1:], "0 tokens for unknown words"),
+        ([tiny.PIECES[0], *((text, score, tiny.CONTROL) for text, score, _ in tiny.PIECES[1:])], "none of its tokens"),
+        ([], "0 tokens for unknown words"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_tokens_that_cannot_be_are_refused(tmp_path, pieces, words):
+    model = write_model(pieces, add_dummy_prefix=True, remove_extra_whitespaces=False, precompiled_charsmap=b"")
+    (tmp_path / "tokenizer.model").write_bytes(model + b"\x12\x00")
+    with pytest.raises(ValueError, match=r"tokenizer\.model is no sentencepiece model, or it is damaged") as caught:
+        load_tokenizer(tmp_path)
+    assert words in str(caught.value)

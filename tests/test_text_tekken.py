@@ -1,3 +1,4 @@
+import base64
 import importlib.util
 import json
 
@@ -49,4 +50,62 @@ def test_without_mistral_common_the_extra_is_named(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mistral_common" else find(name))
     with pytest.raises(ValueError, match=r"takes the extra `tekken`: pip install 'mistral-eqx\[tekken\]'\."):
+        load_tokenizer(tmp_path)
+
+
+def small_tekken():
+    """The least content of a `tekken.json`: all bytes, and control tokens."""
+    names = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    return {
+        "config": {
+            "pattern": r"[^\s]+|\s+",
+            "num_vocab_tokens": 256,
+            "default_vocab_size": 256 + len(names),
+            "default_num_special_tokens": len(names),
+            "version": "v3",
+        },
+        "vocab": [
+            {"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode(), "token_str": None}
+            for byte in range(256)
+        ],
+        "special_tokens": [{"rank": rank, "token_str": name, "is_control": True} for rank, name in enumerate(names)],
+    }
+
+
+def test_a_small_file_is_read(tmp_path):
+    pytest.importorskip("mistral_common")
+    tiny.write_json(tmp_path / "tekken.json", small_tekken())
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a\u00e9") == [1, *(byte + 5 for byte in "a\u00e9".encode())]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("default_num_special_tokens", 2**62),
+        ("default_num_special_tokens", "5"),
+        ("default_vocab_size", 2**62),
+        ("default_vocab_size", -1),
+        ("pattern", "(("),
+        ("pattern", "x"),
+        ("pattern", None),
+        ("version", "v99"),
+        ("special_tokens", []),
+        ("special_tokens", 5),
+        ("ranks", 99),
+        ("vocab", {}),
+        ("config", []),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path, key, value):
+    pytest.importorskip("mistral_common")
+    content = small_tekken()
+    if key == "ranks":
+        content["special_tokens"][3]["rank"] = value
+    else:
+        (content["config"] if key in content["config"] else content)[key] = value
+    tiny.write_json(tmp_path / "tekken.json", content)
+    with pytest.raises(
+        ValueError, match=r"tekken\.json is no tekken\.json, or it is damaged \(.*\); fetch it again\.$"
+    ):
         load_tokenizer(tmp_path)

@@ -1,7 +1,7 @@
 """EleutherAI's lm-evaluation-harness drives a model. It takes the extra `eval`; nothing else here imports this file."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import jax
 import jax.random as jr
@@ -10,7 +10,10 @@ import numpy as np
 
 try:
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
-    from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
+        normalize_gen_kwargs,
+        postprocess_generated_text,
+    )
     from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
         get_rolling_token_windows,
         make_disjoint_window,
@@ -41,12 +44,12 @@ class Tokenizer(Protocol):
         """Turns text into token ids."""
         ...
 
-    def decode(self, ids: Any, *, skip_special: bool = True) -> str:
-        """Turns token ids into text."""
+    def decode(self, ids: Any, *, skip_special: bool = True, after: Sequence[SupportsIndex] = ()) -> str:
+        """Turns token ids that continue others into text."""
         ...
 
-    def find_stops(self, stop: str | Sequence[str], rows: int) -> Stops:
-        """Watches for stop strings in so many rows."""
+    def find_stops(self, stop: str | Sequence[str], after: Sequence[Sequence[SupportsIndex]]) -> Stops:
+        """Watches for stop strings in rows that continue these ids."""
         ...
 
 
@@ -185,7 +188,9 @@ class Harness(TemplateLM):
                     stop=stop,
                     tokenizer=self.tokenizer,
                 )
-                for number, text in zip(numbers, out.texts or (), strict=True):
+                for number, row, length in zip(numbers, np.asarray(out.tokens), out.lengths.tolist(), strict=True):
+                    # As the harness makes texts of a model of transformers: from the new tokens alone.
+                    text = postprocess_generated_text(self.tokenizer.decode(row[:length]), stop, None)
                     texts[number] = text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return texts

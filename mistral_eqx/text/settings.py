@@ -36,6 +36,7 @@ class Settings:
     - `add_bos`: whether a text starts with the token that starts a text.
     - `chat_template`: the jinja2 template for conversations.
     - `added_tokens`: tokens that were added to the vocabulary, with their ids.
+    - `special_tokens`: the text of those that are control tokens.
     """
 
     bos_token: str | None
@@ -45,6 +46,7 @@ class Settings:
     add_bos: bool | None
     chat_template: str | None
     added_tokens: Mapping[str, int]
+    special_tokens: frozenset[str]
 
 
 def read_settings(folder: Path) -> Settings:
@@ -77,7 +79,19 @@ def _settings(folder: Path) -> Settings:
         chat_template=_chat_template(folder, tokenizer.get("chat_template")),
         added_tokens={text: id for text, id in added.items() if text is not None}
         | read_json(folder / "added_tokens.json"),
+        special_tokens=_special(special) | _special(tokenizer),
     )
+
+
+def _special(settings: Mapping[str, Any]) -> frozenset[str]:
+    """The tokens that settings name for a purpose, list as special or mark as such."""
+    named = [settings.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = settings.get(key) or ()
+        named += listed.values() if isinstance(listed, dict) else listed
+    marked = settings.get("added_tokens_decoder", {}).values()
+    named += [token for token in marked if isinstance(token, dict) and token.get("special") is True]
+    return frozenset(text for token in named if isinstance(text := _text(token), str) and text)
 
 
 def write_settings(
