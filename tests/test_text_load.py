@@ -38,3 +38,19 @@ def test_what_is_empty(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(ValueError, match=rf"{name} is empty; fetch it again\."):
         load_tokenizer(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer.model.v3"])
+def test_what_is_too_large_is_not_read(tmp_path, name):
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(2**33)
+    with pytest.raises(
+        ValueError, match=rf"{name}' is larger than 64 MB, which no file of its kind is; fetch it again"
+    ):
+        load_tokenizer(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path / "tokenizer.json")

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from fixtures.text import templates, tiny
+from tokenizers import processors
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
 from mistral_eqx import presets
@@ -185,3 +186,43 @@ def test_a_mistral_template_on_its_own_vocabulary(transformers, data, tmp_path):
     for conversation in templates.CONVERSATIONS:
         ids = reference.apply_chat_template(conversation, return_dict=False)
         assert encode_chat(tokenizer, conversation) == ids
+
+
+@pytest.mark.parametrize("add_bos", [True, False, None])
+@pytest.mark.parametrize("starts", [True, False])
+@pytest.mark.parametrize(
+    ("make", "bos", "eos"), [("byte_level_json", "<|im_start|>", "<|im_end|>"), ("metaspace_json", "<s>", "</s>")]
+)
+def test_the_last_step_starts_a_text_as_in_transformers(transformers, tmp_path, make, bos, eos, starts, add_bos):
+    """Whatever add_bos_token says; and what is written then gives the same ids there."""
+    reference = getattr(tiny, make)(tmp_path / "in")
+    single = f"{bos} $A" if starts else "$A"
+    special = [(bos, 1)] if starts else []
+    reference.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    reference.save(str(tmp_path / "in" / "tokenizer.json"))
+    settings = {"bos_token": bos, "eos_token": eos, "tokenizer_class": "PreTrainedTokenizerFast"}
+    tiny.write_json(
+        tmp_path / "in" / "tokenizer_config.json",
+        settings if add_bos is None else {**settings, "add_bos_token": add_bos},
+    )
+    tiny.write_json(tmp_path / "in" / "config.json", {"model_type": "mistral"})
+    tokenizer = load_tokenizer(tmp_path / "in")
+    save_with_config(tokenizer, tmp_path / "out")
+    for folder in ("in", "out"):
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
+        for text in ("hello the t", f"a{eos}b", "the  t"):
+            assert theirs(text).input_ids == tokenizer.encode(text, parse_special=True)
+
+
+def test_tokens_that_only_the_settings_have_are_those_of_transformers(transformers, tmp_path):
+    vocab = tiny.byte_level_json(tmp_path).get_vocab_size()
+    tiny.write_json(tmp_path / "added_tokens.json", {"<x>": vocab + 1, "<end>": vocab})
+    tiny.write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<end>"})
+    tiny.write_json(tmp_path / "config.json", {"model_type": "mistral"})
+    theirs, tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    for text in ("a<x>b", "a<end>", "<x><x>"):
+        ids = theirs(text).input_ids
+        assert tokenizer.encode(text, parse_special=True) == ids
+        assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    save_with_config(tokenizer, tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("a<x>").input_ids == theirs("a<x>").input_ids

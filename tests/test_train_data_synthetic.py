@@ -72,6 +72,7 @@ def test_characters():
     assert known.alphabet == held_out.alphabet == "".join(sorted(set(text)))
     assert known.vocab == len(set(text))
     assert known.decode(known.encode(text)) == text
+    assert known.decode([known.vocab, *known.encode("the"), known.vocab + 5]) == "the"
 
     def told(example):
         return known.decode([example.inputs[0], *example.targets])

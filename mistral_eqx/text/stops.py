@@ -73,7 +73,7 @@ class StopText:
             self._text += range(len(self._held), len(self._held) + len(added))
         self._held += added
         # Stop strings are looked for in the text, and in the text with the names of control tokens.
-        views = [(self._held, range(len(self._held)))]
+        views: list[tuple[str, Sequence[int]]] = [(self._held, range(len(self._held)))]
         if len(self._text) < len(self._held):
             views.append(("".join(self._held[at] for at in self._text), self._text))
         # The first that is complete, as if the characters had come one by one; of two, the longer one.
