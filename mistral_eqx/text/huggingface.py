@@ -7,8 +7,9 @@ from typing import Any, final
 
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
+from ..documents import MiB, read_json
 from ..errors import InputError
-from .settings import read_json, read_settings
+from .settings import read_settings
 from .tokenizer import AbstractTokenizer, control_pattern
 
 
@@ -203,7 +204,7 @@ def _cut_like_tekken(tokenizer: Tokenizer, original: Path):
 
     Some of Mistral's folders hold a `tokenizer.json` that was converted with another model's expression.
     """
-    pattern = read_json(original).get("config", {}).get("pattern")
+    pattern = read_json(original, 64 * MiB).get("config", {}).get("pattern") if original.is_file() else None
     if pattern is not None and [step["type"] for step in _steps(tokenizer.decoder, "decoders")] == ["ByteLevel"]:
         cut = pre_tokenizers.Split(Regex(pattern), "isolated")
         write = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
