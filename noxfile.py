@@ -61,6 +61,13 @@ def invariance(session: nox.Session):
 
 
 @nox.session
+def fuzz(session: nox.Session):
+    """Ten minutes of damaged files, settings and options: each refused in one sentence, or accepted and right."""
+    session.install("-e", ".[test]")
+    session.run("python", "tests/fuzz", *(session.posargs or ["--seconds", "600"]))
+
+
+@nox.session
 def lint(session: nox.Session):
     """Style and common mistakes."""
     session.install("ruff>=0.14")

@@ -3,6 +3,22 @@
 import os
 
 
+# Longer messages lose their middle: a damaged file may have names of megabytes.
+_LONGEST = 1000
+
+
+def one_line(text: str) -> str:
+    """A text as a terminal can show it: on one line, control characters and half surrogate pairs as escapes."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST - 300]} ... {text[-295:]}"
+    text = " ".join(text.split("\n"))
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
 class InputError(ValueError):
     """An argument, an option or a file cannot be used. The message is one sentence that names it and the remedy.
 
@@ -34,7 +50,7 @@ class InputError(ValueError):
         - `file`, `key`: see the attributes.
         - `remedy`: is added to the message, after a semicolon.
         """
-        super().__init__(message if remedy is None else f"{message.rstrip('.')}; {remedy.rstrip('.')}.")
+        super().__init__(one_line(message if remedy is None else f"{message.rstrip('.')}; {remedy.rstrip('.')}."))
         self.file = None if file is None else os.fspath(file)
         self.key = key
         self.remedy = remedy
