@@ -43,6 +43,8 @@ class TekkenTokenizer(AbstractTokenizer):
         self.eos_ids = tuple(dict.fromkeys([self._tekken.eos_id, *settings.eos_ids]))
         self.adds_bos = settings.add_bos is not False
         self.chat_template = settings.chat_template
+        if settings.template_tokens is not None:
+            self.template_tokens = settings.template_tokens
         names = {id: self._tekken.id_to_piece(id) for id in sorted(self._tekken.special_ids)}
         self.control_tokens = {name: id for id, name in names.items()}
         self.control_pattern = control_pattern([("", self.control_tokens, "")])

@@ -83,6 +83,15 @@ class AbstractTokenizer(abc.ABC):
         """
 
     @functools.cached_property
+    def template_tokens(self) -> Mapping[str, str]:
+        """The texts of tokens by the names that a chat template has for them, such as `bos_token`.
+
+        These are the tokens that start and end a text; a tokenizer whose files name more has them all.
+        """
+        named = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None)}
+        return {name: self._name_of(id) for name, id in named.items() if id is not None}
+
+    @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         """The ids of the control tokens."""
         return frozenset(self.control_tokens.values())
@@ -124,16 +133,23 @@ class AbstractTokenizer(abc.ABC):
                 ids.append(segment)
                 first = False
             elif segment:
-                try:
-                    segment.encode()
-                except UnicodeEncodeError as error:
-                    raise InputError(
-                        f"The text has half a surrogate pair at position {error.start}, which is no character; "
-                        "read it with the right encoding."
-                    ) from error
-                ids += self.encode_plain(segment, first=first)
+                ids += self.encode_text(segment, first=first)
                 first = False
         return ids
+
+    def encode_text(self, text: str, *, first: bool) -> list[int]:
+        """As `encode_plain`.
+
+        **Raises:** `InputError` if `text` has half a surrogate pair.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"The text has half a surrogate pair at position {error.start}, which is no character; "
+                "read it with the right encoding."
+            ) from error
+        return self.encode_plain(text, first=first)
 
     def decode(self, ids: Iterable[SupportsIndex], *, skip_special: bool = True) -> str:
         """Turns token ids into text.
