@@ -29,6 +29,10 @@ class TooLong(Exception):
     """A template writes more than it may."""
 
 
+class TooSlow(BaseException):
+    """A template takes too long. It is no `Exception`, so that no filter takes it for a wrong value."""
+
+
 class VisibleNamespace(Namespace):
     """A namespace without hidden names, which the sandbox would not watch."""
 
@@ -63,8 +67,12 @@ class Generation(Extension):
     def parse(self, parser):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        marks = [nodes.Output([nodes.Name(f"generation_{side}", "load")]).set_lineno(line) for side in ("start", "end")]
-        return [marks[0], *body, marks[1]]
+        marks = [nodes.Name(f"generation_{side}", "load") for side in ("start", "end")]
+        # A block of its own, as in transformers: what is set in it is not known behind it.
+        return nodes.CallBlock(self.call_method("marked", marks), [], [], body).set_lineno(line)
+
+    def marked(self, start, end, caller):
+        return f"{start}{caller()}{end}"
 
 
 @lru_cache(maxsize=8)
@@ -77,6 +85,10 @@ def compiled(template):
         "namespace": VisibleNamespace,
     }
     return environment.from_string(template)
+
+
+def stop(*_):
+    raise TooSlow
 
 
 def refuse(message):
@@ -94,14 +106,20 @@ def answer(request):
         return {"text": _rendered(request)}
     except TooLong:
         kind, said, line = "long", "", None
+    except TooSlow as error:
+        # jinja2 translates the lines of what is an `Exception`.
+        kind, said, line = "time", "", _line(error)
+        line = None if line is None else compiled(request["template"]).get_corresponding_lineno(line)
     except Refusal as error:
         kind, said, line = "refusal", error, None
     except TemplateSyntaxError as error:
         kind, said, line = "syntax", error, error.lineno
     except SecurityError as error:
         kind, said, line = "forbidden", error, _line(error)
-    except MemoryError:
-        kind, said, line = "memory", "", None
+    except MemoryError as error:
+        kind, said, line = "memory", "", _line(error)
+    except RecursionError as error:
+        kind, said, line = "deep", "", _line(error)
     except Exception as error:  # a template is a program, and may fail in any way
         kind, said, line = "failed", f"{type(error).__name__}: {error}", _line(error)
     return {"kind": kind, "said": str(said)[:500], "line": line}
@@ -118,13 +136,15 @@ def _rendered(request):
 
 
 def _line(error):
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
+    frames = traceback.walk_tb(error.__traceback__)
+    lines = [line for frame, line in frames if frame.f_code.co_filename == "<template>"]
     return lines[-1] if lines else None
 
 
 def main(seconds, memory):
     """Answers requests, each four bytes of length and JSON, until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGPROF, stop)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -134,8 +154,12 @@ def main(seconds, memory):
         request = json.loads(requests.read(struct.unpack("<I", head)[0]))
         used = resource.getrusage(resource.RUSAGE_SELF)
         # Past it the kernel ends this process, whatever it does.
-        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + seconds + 1, hard))
-        content = json.dumps(answer(request)).encode()
+        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + seconds + 2, hard))
+        # A second before, it can still say in which line it is.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        told = answer(request)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        content = json.dumps(told).encode()
         answers.write(struct.pack("<I", len(content)) + content)
         answers.flush()
 

@@ -17,10 +17,11 @@ from typing import Any
 from ..errors import InputError
 
 
-# Seconds of a processor, seconds in all, bytes, and characters.
+# Seconds of a processor, seconds in all, and bytes. Templates in use take milliseconds and a few megabytes.
 PROCESSOR_TIME, TIME = 2, 30
 MEMORY = 512 * 2**20
-LONGEST = 2**24
+# A text may have so many characters beside ten times those of what the template sees.
+LONGEST = 2**20
 LONGEST_TEMPLATE = 2**20
 
 _WORKER = Path(__file__).with_name("template_worker.py")
@@ -45,29 +46,24 @@ def render(template: str, variables: Mapping[str, Any], name: str) -> str:
     """
     if len(template) > LONGEST_TEMPLATE:
         raise InputError(f"{name} has {len(template)} characters, more than any template has; fetch it again.")
-    longest = LONGEST + 4 * len(json.dumps(variables))
+    longest = LONGEST + 10 * len(json.dumps(variables))
     told = _process.ask({"template": template, "variables": variables, "longest": longest})
     if "text" in told:
         return told["text"]
     said = " ".join(told["said"].split()).rstrip(".")
-    line = "" if told["line"] is None else f"line {told['line']}"
+    line = "" if told["line"] is None else f" (line {told['line']})"
     remedy = "use another template, or put a chat_template.jinja of your own beside the tokenizer"
-    match told["kind"]:
-        case "refusal":
-            raise InputError(f"{name} refuses these messages: {said}.")
-        case "syntax":
-            raise InputError(f"{name} is no valid jinja2 ({line}): {said}.")
-        case "forbidden":
-            where = line and f" ({line})"
-            raise InputError(f"{name} does what no chat template may do: {said}{where}.")
-        case "failed":
-            where = line and f"{line}, "
-            raise InputError(f"{name} cannot be applied to these messages: {where}{said}.")
-        case "long":
-            raise InputError(f"{name} writes more than {longest} characters; {remedy}.")
-        case "memory":
-            raise InputError(f"{name} takes more than {MEMORY // 2**20} MB of memory; {remedy}.")
-    raise InputError(f"{name} takes more than {PROCESSOR_TIME} s of processor time or {TIME} s in all; {remedy}.")
+    sentences = {
+        "refusal": f" refuses these messages: {said}.",
+        "syntax": f" is no valid jinja2{line}: {said}.",
+        "forbidden": f" does what no chat template may do: {said}{line}.",
+        "failed": f"{line} cannot be applied to these messages: {said}.",
+        "long": f" writes more than {longest} characters{line}; {remedy}.",
+        "memory": f" takes more than {MEMORY // 2**20} MB of memory{line}; {remedy}.",
+        "deep": f" calls itself without end, or nests too deeply{line}; {remedy}.",
+        "time": f" takes more than {PROCESSOR_TIME} s of processor time or {TIME} s in all{line}; {remedy}.",
+    }
+    raise InputError(name + sentences[told["kind"]], key="chat_template")
 
 
 class _Process:
@@ -97,10 +93,15 @@ class _Process:
     def _start(self):
         if self._process is not None and self._owner == os.getpid():
             self.stop()
-        # Its folder is not searched for modules (-P): they have names of their own there.
-        command = [sys.executable, "-P", str(_WORKER), str(PROCESSOR_TIME), str(MEMORY)]
+        # It finds modules where this program does, but not in its own folder (-P), and leaves ctrl-C to this program.
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+            [sys.executable, "-P", str(_WORKER), str(PROCESSOR_TIME), str(MEMORY)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         self._owner = os.getpid()
         for pipe in (self._process.stdin, self._process.stdout):
