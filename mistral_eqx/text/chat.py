@@ -253,8 +253,8 @@ def _write(tokenizer: AbstractTokenizer, messages: list[dict[str, Any]], add_gen
     """What the template writes, and which control tokens in it are its own.
 
     For this it writes once more, with marks around the names of control tokens that messages have. It may strip or
-    search where a mark stands in the way, so only the order of the names is taken from there: the text is that of the
-    messages as they are, unless it has other names.
+    search where a mark stands in the way, so it is only taken from there whose the names are: the text is that of the
+    messages as they are, unless that does not tell.
     """
     begin, end, left, right = _unused_characters(messages, tokenizer.chat_template or "", 4)
     generation = {"generation_start": begin, "generation_end": end} if _has_generation(tokenizer) else {}
@@ -265,9 +265,9 @@ def _write(tokenizer: AbstractTokenizer, messages: list[dict[str, Any]], add_gen
         raw = _render(tokenizer, marked, add_generation_prompt, generation)
         other_text, other_marks = _taken_out(raw, begin + end + left + right)
         found = _names_between(tokenizer, other_text, other_marks, left, right)
-        if [each.name for each in found] == [each.name for each in names]:
-            pairs = zip(names, found, strict=True)
-            names = [dataclasses.replace(name, of_message=other.of_message) for name, other in pairs]
+        owned = _with_owners(names, found)
+        if owned is not None:
+            names = owned
         else:
             text, names = other_text, found
             marks = [(at, mark) for at, mark in other_marks if mark in begin + end]
@@ -300,6 +300,20 @@ def _names_between(
         else:
             found += _names(tokenizer, text, start, stop)
     return found
+
+
+def _with_owners(names: list[_Name], found: list[_Name]) -> list[_Name] | None:
+    """The names, each with whose it is as found among marks: by the order or, if that differs, by the name alone."""
+    if [each.name for each in names] == [each.name for each in found]:
+        owners = [each.of_message for each in found]
+    else:
+        known: dict[str, set[bool]] = {}
+        for each in found:
+            known.setdefault(each.name, set()).add(each.of_message)
+        if any(len(known.get(each.name, ())) != 1 for each in names):
+            return None
+        owners = [True in known[each.name] for each in names]
+    return [dataclasses.replace(name, of_message=owner) for name, owner in zip(names, owners, strict=True)]
 
 
 def _parts(tokenizer: AbstractTokenizer, text: str, names: list[_Name]) -> Iterator[_Part]:
