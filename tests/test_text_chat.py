@@ -417,6 +417,11 @@ def test_variables_come_from_the_files_of_the_tokenizer(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert render_chat(tokenizer, [templates.USER]) == "[][<|im_end|>][<|endoftext|>][][<|im_start|>]"
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, (2, 0))
+    # Also in the files that are written of it.
+    tokenizer.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert again.template_tokens == tokenizer.template_tokens
+    assert render_chat(again, [templates.USER]) == render_chat(tokenizer, [templates.USER])
 
 
 # The assistant's words.

@@ -222,6 +222,7 @@ def write_settings(
     eos: Sequence[tuple[int, str]],
     add_bos: bool,
     chat_template: str | None,
+    template_tokens: Mapping[str, str],
     **more: Any,
 ):
     """Writes `tokenizer_config.json`, and `generation_config.json` if several tokens end a text.
@@ -230,11 +231,15 @@ def write_settings(
 
     - `folder`: where.
     - `bos`, `eos`: id and text of the token that starts a text, and of those that end one.
-    - `add_bos`, `chat_template`: as in `Settings`.
+    - `add_bos`, `chat_template`, `template_tokens`: as in `Settings`.
     - `more`: other keys of `tokenizer_config.json`.
     """
+    others = {name: text for name, text in template_tokens.items() if name not in ("bos_token", "eos_token")}
+    extra = {name: text for name, text in others.items() if name not in _NAMED}
     configuration = {
         **more,
+        **{name: text for name, text in others.items() if name in _NAMED},
+        **({"extra_special_tokens": extra} if extra else {}),
         "bos_token": None if bos is None else bos[1],
         "eos_token": eos[0][1] if eos else None,
         "add_bos_token": add_bos,

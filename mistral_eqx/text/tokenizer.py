@@ -208,6 +208,7 @@ class AbstractTokenizer(abc.ABC):
                 eos=[(id, self._name_of(id)) for id in self.eos_ids],
                 add_bos=self.adds_bos,
                 chat_template=self.chat_template,
+                template_tokens=self.template_tokens,
                 **more,
             )
             # A vocabulary without its settings would be another tokenizer, so it comes last.
