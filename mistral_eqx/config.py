@@ -300,6 +300,8 @@ class MistralConfig:
         vocab = document.integer("llama.vocab_size", None if tokens is None else len(tokens))
         window = document.optional_integer("llama.attention.sliding_window", None)
         eos_ids = [document.optional_integer(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot", "eom")]
+        named = ends_by_name(tokens, document.optional_integer("tokenizer.ggml.unknown_token_id", None))
+        eos_ids += [id for id in named if id < vocab]
         config = cls(
             vocab=vocab,
             embed=embed,
@@ -318,6 +320,50 @@ class MistralConfig:
         )
         document.refuse_rest(_GGUF_WITHOUT_EFFECT, prefix="llama.")
         return config
+
+
+# Names by which llama.cpp knows the end of a text, a turn or a message, whatever a file says of these tokens.
+_ENDS = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|calls|>",
+    "<|flush|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<|tool_response>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "</s>",
+    "<eos>",
+    "[EOS]",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+)
+
+
+def ends_by_name(tokens: Any, unknown: int | None) -> list[int]:
+    """The ids of a GGUF file's tokens whose name says that they end a text, a turn or a message, as llama.cpp has it.
+
+    **Arguments:**
+
+    - `tokens`: the vocabulary, in the order of its ids.
+    - `unknown`: the token that the file uses for unknown words, which ends nothing.
+    """
+    names = tokens if isinstance(tokens, list) else []
+    ids = {name: id for id, name in enumerate(names) if isinstance(name, str) and name in _ENDS and id != unknown}
+    # Formats with channels and tools have one of these within a turn.
+    calls = {"<|call|>", "<|calls|>"} & ids.keys()
+    if calls and ("<|flush|>" in ids or {"<|return|>", "<|call|>"} <= ids.keys()):
+        ids.pop("<|end|>", None)
+    if "<|tool_response>" in ids:
+        ids.pop("</s>", None)
+    return sorted(ids.values())
 
 
 _HF_ARCHITECTURES = ("MistralForCausalLM", "MinistralForCausalLM", "LlamaForCausalLM")

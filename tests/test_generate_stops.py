@@ -69,6 +69,31 @@ def test_a_text_is_cut_where_the_first_stop_string_begins(ids, stops):
     assert text.stopped == stopped
 
 
+@pytest.mark.parametrize(
+    ("ids", "stop", "text", "count"),
+    [
+        ("a<b", "<end>", "a", 2),
+        ("ab<b", "b<end>", "a", 3),
+        ("a<<b", "<end><end>", "a", 3),
+        ("a<bc", "end>b", "a", 3),
+        ("a<bc", "<end>bd", "abc", 4),
+        ("a<<bc", "<end>b", "a", 4),
+        # What is shown has no stop string either.
+        ("a<bc", "ab", "", 3),
+        ("a<bc", ["bc", "d>b"], "a", 3),
+    ],
+)
+def test_stop_strings_may_name_control_tokens(ids, stop, text, count):
+    """`<` stands for the control token, whose name is `<end>`."""
+    ids = [VOCAB - 1 if letter == "<" else PIECES.index(letter.encode()) for letter in ids]
+    stops = StopText(TOKENIZER, stop)
+    given, read = "", 0
+    for id in ids:
+        if stops.stopped is None:
+            given, read = given + stops.push(id), read + 1
+    assert (given + stops.flush(), read) == (text, count)
+
+
 @pytest.fixture(scope="module")
 def free():
     """What the prompts give without stop strings: tokens and texts."""

@@ -2,7 +2,7 @@ import json
 
 import pytest
 from fixtures.text import tiny
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mistral_eqx.text import HuggingFaceTokenizer, load_tokenizer
 
@@ -167,3 +167,131 @@ def test_the_given_file_is_read(tmp_path):
     (tmp_path / "tokenizer.json").rename(tmp_path / "my_tokenizer.json")
     assert isinstance(reference, Tokenizer)
     assert load_tokenizer(tmp_path / "my_tokenizer.json").encode("hello") == reference.encode("hello").ids
+
+
+def test_a_token_that_only_the_settings_have_is_added(tmp_path):
+    reference = tiny.byte_level_json(tmp_path)
+    vocab = reference.get_vocab_size()
+    tiny.write_json(tmp_path / "added_tokens.json", {"<last>": vocab + 1, "<end>": vocab})
+    tiny.write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<end>"})
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab, tokenizer.eos_ids) == (vocab + 2, (vocab,))
+    (a,) = tokenizer.encode("a")
+    assert tokenizer.encode("a<last>", parse_special=True) == tokenizer.encode("a<last>") == [a, vocab + 1]
+    assert tokenizer.encode("a<end>", parse_special=True) == [a, vocab]
+    assert vocab not in tokenizer.encode("a<end>")
+    assert tokenizer.decode([a, vocab + 1, vocab]) == "a<last>"
+    tiny.write_json(tmp_path / "added_tokens.json", {"<far>": vocab + 1})
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=rf"give the token '<far>' the id {vocab + 1}, and tokenizer\.json does not"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eos_token": "<own>"},
+        {"added_tokens_decoder": {"ID": {"content": "<own>", "special": True}}},
+        {"extra_special_tokens": ["<own>"]},
+        {"pad_token": {"content": "<own>"}},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_token_is_special_if_one_of_the_files_says_so(tmp_path, settings):
+    reference = tiny.byte_level_json(tmp_path)
+    reference.add_tokens([AddedToken("<own>", normalized=False)])
+    reference.save(str(tmp_path / "tokenizer.json"))
+    own = reference.token_to_id("<own>")
+    assert load_tokenizer(tmp_path).encode("a<own>")[-1] == own
+    settings = json.loads(json.dumps(settings).replace("ID", str(own)))
+    tiny.write_json(tmp_path / "tokenizer_config.json", settings)
+    tokenizer = load_tokenizer(tmp_path)
+    assert own not in tokenizer.encode("a<own>")
+    assert tokenizer.encode("a<own>", parse_special=True)[-1] == own
+    assert tokenizer.decode(tokenizer.encode("a<own>", parse_special=True)) == "a"
+
+
+def test_an_end_token_that_is_a_word_is_no_text_but_is_read(tmp_path):
+    tiny.byte_level_json(tmp_path)
+    (newline,) = load_tokenizer(tmp_path).encode("\n")
+    tiny.write_json(tmp_path / "generation_config.json", {"eos_token_id": [2, newline]})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a\n")[-1] == newline
+    assert tokenizer.decode(tokenizer.encode("a\n")) == "a"
+
+
+def test_control_tokens_among_the_words_of_a_model_are_text(tmp_path):
+    """A unigram model finds the names of its control tokens in a text."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -5.0) for letter in "\u2581a</s>")]
+    reference = Tokenizer(models.Unigram(pieces, unk_id=0))
+    reference.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    reference.decoder = decoders.Metaspace(prepend_scheme="first")
+    reference.add_special_tokens(["</s>"])
+    reference.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert 1 not in tokenizer.encode("a</s></s>a")
+    assert tokenizer.decode(tokenizer.encode("a</s></s>a")) == "a</s></s>a"
+    assert tokenizer.encode("a</s>", parse_special=True)[-1] == 1
+
+
+@pytest.mark.parametrize("add_bos", [True, False, None])
+@pytest.mark.parametrize(
+    ("step", "starts"),
+    [
+        (processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]), True),
+        (processors.TemplateProcessing(single="$A <|im_end|>", special_tokens=[("<|im_end|>", 2)]), False),
+        (processors.ByteLevel(), False),
+    ],
+    ids=["template", "end", "bytes"],
+)
+def test_the_last_step_of_the_file_says_what_starts_a_text(tmp_path, step, starts, add_bos):
+    reference = tiny.byte_level_json(tmp_path)
+    reference.post_processor = step
+    reference.save(str(tmp_path / "tokenizer.json"))
+    tiny.write_json(
+        tmp_path / "tokenizer_config.json", {"bos_token": "<|endoftext|>" if not starts else "<|im_start|>"}
+    )
+    if add_bos is not None:
+        settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        tiny.write_json(tmp_path / "tokenizer_config.json", {**settings, "add_bos_token": add_bos})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.adds_bos == starts
+    assert (tokenizer.encode("a")[0] == 1) == starts
+    tokenizer.save(tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out").encode("a") == tokenizer.encode("a")
+
+
+NORMALIZERS = {
+    "prepend": {"type": "Prepend", "prepend": ""},
+    "replace": {"type": "Replace", "pattern": {"Regex": ""}, "content": "x"},
+    "no table": {"type": "Precompiled", "precompiled_charsmap": ""},
+    "short table": {"type": "Precompiled", "precompiled_charsmap": "/////w=="},
+    "table within": {
+        "type": "Sequence",
+        "normalizers": [{"type": "Precompiled", "precompiled_charsmap": "/////w=="}],
+    },
+}
+CUTS = {"slow": "(a+)+$", "wrong": "(("}
+
+
+@pytest.mark.parametrize("case", [*NORMALIZERS, *CUTS])
+def test_what_makes_the_library_panic_is_one_sentence(tmp_path, case):
+    tiny.byte_level_json(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    if case in NORMALIZERS:
+        content["normalizer"] = NORMALIZERS[case]
+    else:
+        cut = {"type": "Split", "pattern": {"Regex": CUTS[case]}, "behavior": "Isolated", "invert": False}
+        content["pre_tokenizer"] = cut
+    tiny.write_json(tmp_path / "tokenizer.json", content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json .*\(.*\); fetch it again\.$") as caught:
+        load_tokenizer(tmp_path).encode("a" * 60 + "b")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_tekken_file_beside_is_checked(tmp_path):
+    tiny.byte_level_json(tmp_path)
+    for content in ('{"config": []}', '{"config": {"pattern": 5}}', '{"config": {"pattern": "(("}}', "[", "[" * 10**5):
+        (tmp_path / "tekken.json").write_text(content)
+        with pytest.raises(ValueError, match=r"tekken\.json.*; fetch it again\.$"):
+            load_tokenizer(tmp_path)

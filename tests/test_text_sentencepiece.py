@@ -61,11 +61,40 @@ def test_settings_beside_the_file(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (3, (260, 2, 3))
 
 
-def test_tokens_that_the_file_does_not_have_are_refused(tmp_path):
+def test_tokens_that_only_the_settings_have_are_added(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(tiny.sentencepiece_model())
-    tiny.write_json(tmp_path / "added_tokens.json", {"<extra>": len(tiny.PIECES), "</s>": 2})
-    with pytest.raises(ValueError, match=r"adds '<extra>' to the tokens of tokenizer\.model, which does not have it"):
+    vocab = len(tiny.PIECES)
+    tiny.write_json(tmp_path / "added_tokens.json", {"<end>": vocab + 1, "<extra>": vocab, "</s>": 2})
+    tiny.write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<end>"})
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab, tokenizer.eos_ids) == (vocab + 2, (vocab + 1, 2))
+    (a,) = tokenizer._later.encode("a")
+    ids = tokenizer.encode("<s><extra>a<end>", add_bos=False, parse_special=True)
+    assert ids == [1, vocab, a, vocab + 1]
+    assert vocab + 1 not in tokenizer.encode("a<end>")
+    assert tokenizer.decode(ids) == "<extra>a"
+    tokenizer.save(tmp_path / "out")
+    again = load_tokenizer(tmp_path / "out")
+    assert again.encode("<s><extra>a<end>", add_bos=False, parse_special=True) == ids
+
+
+@pytest.mark.parametrize("added", [{"<far>": len(tiny.PIECES) + 1}, {"</s>": 3}, {"</s>": len(tiny.PIECES)}])
+def test_added_tokens_that_do_not_fit_are_refused(tmp_path, added):
+    (tmp_path / "tokenizer.model").write_bytes(tiny.sentencepiece_model())
+    tiny.write_json(tmp_path / "added_tokens.json", added)
+    with pytest.raises(ValueError, match=r"give the token '.*' the id \d+, and tokenizer\.model does not; use a"):
         load_tokenizer(tmp_path)
+
+
+def test_an_end_token_of_the_vocabulary_s_own_is_no_text(tmp_path):
+    """Of the type that is always found in a text (user defined)."""
+    (tmp_path / "tokenizer.model").write_bytes(tiny.sentencepiece_model())
+    tiny.write_json(tmp_path / "tokenizer_config.json", {"eos_token": "[REF]"})
+    tokenizer = load_tokenizer(tmp_path)
+    assert 260 not in tokenizer.encode("hello [REF][REF] the")
+    assert tokenizer.encode("[REF]", parse_special=True) == [1, 260]
+    assert tokenizer.decode([1, 260]) == ""
+    assert tokenizer.decode(tokenizer.encode("hello [REF][REF] the")) == "hello [REF][REF] the"
 
 
 def test_a_named_token_that_the_file_does_not_have_is_refused(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 from fixtures.text import tiny
 from hypothesis import given, settings, strategies as st
 
-from mistral_eqx.text import SentencePieceTokenizer, load_tokenizer
+from mistral_eqx.text import Detokenizer, SentencePieceTokenizer, StopText, load_tokenizer
 
 
 MODEL = SentencePieceTokenizer(tiny.sentencepiece_model(), name="tiny.model")
@@ -66,10 +66,47 @@ def test_decode_takes_arrays(byte_level):
         assert byte_level.decode(array) == "hello the 天"
 
 
-def test_decode_refuses_ids_outside_the_vocabulary(byte_level):
-    for id in (-1, byte_level.vocab, 10**6):
-        with pytest.raises(ValueError, match=rf"The token id {id} is outside the vocabulary of {byte_level.vocab} of"):
-            byte_level.decode([3, id])
+def test_decode_refuses_negative_ids(byte_level):
+    with pytest.raises(ValueError, match=rf"The token id -1 is outside the vocabulary of {byte_level.vocab} of"):
+        byte_level.decode([3, -1])
+
+
+def test_ids_past_the_vocabulary_are_no_text(byte_level):
+    """The rows with which models pad their embedding have numbers and no names."""
+    (a,) = byte_level.encode("a")
+    for tokenizer in (byte_level, MODEL):
+        for id in (tokenizer.vocab, 10**6):
+            assert tokenizer.decode([id, a]) == tokenizer.decode([a])
+            assert tokenizer.token_name(id) == ""
+
+
+# Ids of a prompt and of what follows it; in MODEL 260 is ordinary and 1 to 3 are control tokens.
+TOKENS = [1, 2, 3, 260, *MODEL.encode("hello the t  t", add_bos=False), 44, 9999]
+
+
+@settings(deadline=None)
+@given(prompt=st.lists(st.sampled_from(TOKENS), max_size=4), new=st.lists(st.sampled_from(TOKENS), max_size=4))
+def test_a_continuation_goes_on_where_its_prompt_ends(prompt, new):
+    """Unless the prompt ends with a control token: what follows one begins a text."""
+    for skip_special in (True, False):
+        if skip_special and prompt and prompt[-1] in MODEL.special_ids:
+            expected = MODEL.decode(new)
+        else:
+            expected = MODEL.decode([*prompt, *new], skip_special=skip_special).removeprefix(
+                MODEL.decode(prompt, skip_special=skip_special)
+            )
+        assert MODEL.decode(new, skip_special=skip_special, after=prompt) == expected
+        detokenizer = Detokenizer(MODEL, skip_special=skip_special, after=prompt)
+        assert "".join(map(detokenizer.push, new)) + detokenizer.flush() == expected
+    text = StopText(MODEL, ["\0"], after=prompt)
+    assert "".join(map(text.push, new)) + text.flush() == MODEL.decode(new, after=prompt)
+
+
+def test_the_first_space_of_a_continuation_is_kept():
+    prompt, whole = MODEL.encode("hello"), MODEL.encode("hello the")
+    assert whole[: len(prompt)] == prompt
+    assert MODEL.decode(whole[len(prompt) :], after=prompt) == " the"
+    assert MODEL.decode(whole[len(prompt) :]) == MODEL.decode(whole[len(prompt) :], after=[*prompt, 3]) == "the"
 
 
 def test_bytes_that_are_no_utf8_become_replacement_characters(byte_level):

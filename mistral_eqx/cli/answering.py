@@ -31,7 +31,7 @@ def answer_one(model: Mistral, tokenizer: AbstractTokenizer, prompt: Prompt, wan
     """
     import mistral_eqx as mx
 
-    text = mx.StopText(tokenizer, wanted.stop)
+    text = mx.StopText(tokenizer, wanted.stop, after=prompt.ids)
     stopwatch = Stopwatch(len(prompt.ids))
     interrupted = False
     try:

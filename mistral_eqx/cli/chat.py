@@ -98,7 +98,8 @@ def chat(
                 raise InputError(f"{full}; put /reset on a line before the next turn.")
             processes.say(f"{full}; /reset starts anew.")
             continue
-        stopwatch, said, reply, interrupted = Stopwatch(len(ids)), mx.StopText(tokenizer, stops), [], False
+        stopwatch, reply, interrupted = Stopwatch(len(ids)), [], False
+        said = mx.StopText(tokenizer, stops, after=ids)
         tokens = conversation.reply(
             ids,
             max_new_tokens=min(max_new_tokens, room),

@@ -80,20 +80,20 @@ def continue_batch(
     filled = [*prompts, *[prompts[0]] * (size - len(prompts))]
     ids = [prompt.ids for prompt in filled]
     options = options_of(wanted, tokenizer, filled)
-    rows = len(prompts) * wanted.samples
+    texts = [_Text(tokenizer, wanted, prompt.ids) for prompt in prompts for _ in range(wanted.samples)]
     try:
         if wanted.num_beams is not None:
             best = _interruptible(lambda: mx.beam_search(model, ids, **options))
-            texts = _best(best, rows, tokenizer, wanted)
+            found = _best(best, texts, wanted)
         elif wanted.logprobs is not None:
             out = _interruptible(lambda: mx.generate(model, ids, logprobs=wanted.logprobs, **options))
-            texts = _generated(out, rows, tokenizer, wanted)
+            found = _generated(out, texts, tokenizer)
         else:
-            texts, interrupted = _streamed(mx.stream(model, ids, **options), rows, tokenizer, wanted)
-            return _grouped(texts, wanted.samples), interrupted
+            found, interrupted = _streamed(mx.stream(model, ids, **options), texts)
+            return _grouped(found, wanted.samples), interrupted
     except KeyboardInterrupt:
         return [], True
-    return _grouped(texts, wanted.samples), False
+    return _grouped(found, wanted.samples), False
 
 
 def options_of(wanted: Wanted, tokenizer: AbstractTokenizer, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -121,12 +121,17 @@ def options_of(wanted: Wanted, tokenizer: AbstractTokenizer, prompts: Sequence[P
 
 
 class _Text:
-    """A text as its tokens come."""
+    """A text as its tokens come.
 
-    def __init__(self, tokenizer: AbstractTokenizer, wanted: Wanted):
+    **Arguments:**
+
+    - `after`: the prompt that it continues.
+    """
+
+    def __init__(self, tokenizer: AbstractTokenizer, wanted: Wanted, after: list[int]):
         from ..text import StopText
 
-        self._text = StopText(tokenizer, wanted.stop)
+        self._text = StopText(tokenizer, wanted.stop, after=after)
         self._ends = () if wanted.ignore_eos else tokenizer.eos_ids
         self._most = wanted.max_new_tokens
         self._parts: list[str] = []
@@ -146,10 +151,7 @@ class _Text:
         return Continuation(text, self._tokens, finish, score, logprobs)
 
 
-def _streamed(
-    stream: Iterable[Any], rows: int, tokenizer: AbstractTokenizer, wanted: Wanted
-) -> tuple[list[Continuation], bool]:
-    texts = [_Text(tokenizer, wanted) for _ in range(rows)]
+def _streamed(stream: Iterable[Any], texts: Sequence[_Text]) -> tuple[list[Continuation], bool]:
     interrupted = False
     try:
         for tokens in stream:
@@ -161,36 +163,31 @@ def _streamed(
     return [text.end() for text in texts], interrupted
 
 
-def _best(best: Beams, rows: int, tokenizer: AbstractTokenizer, wanted: Wanted) -> list[Continuation]:
+def _best(best: Beams, texts: Sequence[_Text], wanted: Wanted) -> list[Continuation]:
     import numpy as np
 
     tokens, lengths = np.asarray(best.tokens).reshape(-1, wanted.max_new_tokens), np.asarray(best.lengths).reshape(-1)
     scores = np.asarray(best.scores).reshape(-1)
     return [
-        _Text(tokenizer, wanted).push(tokens[row, : lengths[row]].tolist()).end(score=_shortest(scores[row]))
-        for row in range(rows)
+        text.push(tokens[row, : lengths[row]].tolist()).end(score=_shortest(scores[row]))
+        for row, text in enumerate(texts)
     ]
 
 
-def _generated(out: Generated, rows: int, tokenizer: AbstractTokenizer, wanted: Wanted) -> list[Continuation]:
+def _generated(out: Generated, texts: Sequence[_Text], tokenizer: AbstractTokenizer) -> list[Continuation]:
     import numpy as np
 
     tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
     chosen, top_tokens, top = (np.asarray(x) for x in (out.log_probs, out.top_tokens, out.top_log_probs))
 
-    def name(id: int) -> str:
-        return tokenizer.token_bytes(id, first=False).decode(errors="replace")
-
     def likely(row: int, at: int) -> Chosen:
         id, others = int(tokens[row, at]), zip(top_tokens[row, at].tolist(), top[row, at], strict=True)
-        alternatives = [Likely(other, name(other), _shortest(log)) for other, log in others]
-        return Chosen(id, name(id), _shortest(chosen[row, at]), alternatives)
+        alternatives = [Likely(other, tokenizer.token_name(other), _shortest(log)) for other, log in others]
+        return Chosen(id, tokenizer.token_name(id), _shortest(chosen[row, at]), alternatives)
 
     return [
-        _Text(tokenizer, wanted)
-        .push(tokens[row, : lengths[row]].tolist())
-        .end(logprobs=[likely(row, at) for at in range(lengths[row])])
-        for row in range(rows)
+        text.push(tokens[row, : lengths[row]].tolist()).end(logprobs=[likely(row, at) for at in range(lengths[row])])
+        for row, text in enumerate(texts)
     ]
 
 

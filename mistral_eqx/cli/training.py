@@ -289,8 +289,9 @@ def continuations(sets: Sets, samples: list[str], eos_ids: tuple[int, ...]) -> C
 
     def show(model: Mistral):
         out = mx.generate(model, prompts, max_new_tokens=64, eos_id=eos_ids or None)
-        for sample, tokens, length in zip(samples, out.tokens, out.lengths, strict=True):
-            _say(f"{sample}{decode([int(token) for token in tokens[:length]])}")
+        for prompt, tokens, length in zip(prompts, out.tokens.tolist(), out.lengths.tolist(), strict=True):
+            # All of it at once: the first word of a text would lose its space.
+            _say(decode([*prompt, *tokens[:length]]))
 
     return show
 

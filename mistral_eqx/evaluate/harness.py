@@ -1,7 +1,7 @@
 """EleutherAI's lm-evaluation-harness drives a model. It takes the extra `eval`; nothing else here imports this file."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import jax
 import jax.random as jr
@@ -41,12 +41,12 @@ class Tokenizer(Protocol):
         """Turns text into token ids."""
         ...
 
-    def decode(self, ids: Any, *, skip_special: bool = True) -> str:
-        """Turns token ids into text."""
+    def decode(self, ids: Any, *, skip_special: bool = True, after: Sequence[SupportsIndex] = ()) -> str:
+        """Turns token ids that continue others into text."""
         ...
 
-    def find_stops(self, stop: str | Sequence[str], rows: int) -> Stops:
-        """Watches for stop strings in so many rows."""
+    def find_stops(self, stop: str | Sequence[str], after: Sequence[Sequence[SupportsIndex]]) -> Stops:
+        """Watches for stop strings in rows that continue these ids."""
         ...
 
 

@@ -372,7 +372,7 @@ def beam_search(
 
     ```python
     best = mx.beam_search(model, prompts, num_beams=4, max_new_tokens=64, eos_id=tokenizer.eos_ids)
-    print(tokenizer.decode(best.tokens[0, 0, : best.lengths[0, 0]]))
+    print(tokenizer.decode(best.tokens[0, 0, : best.lengths[0, 0]], after=prompts[0]))
     ```
 
     In each step the `num_beams` texts of a prompt that are most probable so far go on, by all tokens, and of the

@@ -29,7 +29,8 @@ class Generated(NamedTuple):
 
     - `tokens`: new token ids; a row that ended early repeats its last token.
     - `lengths`: how many of them count, the end token included.
-    - `texts`: the text of each row, without the stop string that ended it; if there was a tokenizer.
+    - `texts`: the text of each row, which continues the prompt's, its first space included, and leaves out the stop
+        string that ended it; if there was a tokenizer.
     - `log_probs`: the logarithm of each token's probability; 0 past a row's length. If `logprobs` was given.
     - `top_tokens`, `top_log_probs`: the likeliest tokens in its place, likeliest first.
     """
@@ -60,8 +61,9 @@ def generate(
     """Continues each prompt, in one compiled loop.
 
     ```python
-    out = mx.generate(model, [tokenizer.encode("The capital of France is")], max_new_tokens=32)
-    print(tokenizer.decode(out.tokens[0, : out.lengths[0]].tolist()))
+    prompt = tokenizer.encode("The capital of France is")
+    out = mx.generate(model, [prompt], max_new_tokens=32, tokenizer=tokenizer)
+    print(out.texts[0])
     ```
 
     Each row gives the tokens that it would give alone, whatever its neighbours' lengths.
@@ -75,7 +77,8 @@ def generate(
     - `sampler`: how a token is chosen; greedy unless given.
     - `eos_id`: the token, or the tokens, that end a row. Without any, nothing stops early.
     - `key`: for samplers that draw: one key, from which each row gets its own, or an array with one key a prompt.
-    - `stop`: strings that end a row where they are complete in its new text, wherever in a token that is.
+    - `stop`: strings that end a row where they are complete in its new text, wherever in a token that is. One that has
+        the name of a control token is found too.
     - `tokenizer`: makes text of the new tokens; needed for `stop`.
     - `num_samples`: how many continuations to draw of each prompt, which is read once; they are neighbours in the
         result.
@@ -104,8 +107,9 @@ def generate(
         prefix=prefix,
         prefill_chunk=prefill_chunk,
     )
-    count = len(rows) * num_samples
-    stops = stop_rows(stop, tokenizer, count)
+    before = [row for row in rows for _ in range(num_samples)]
+    count = len(before)
+    stops = stop_rows(stop, tokenizer, before)
     size = max_new_tokens if stops is None else _PIECE
     decoding, _ = collections.deque(request.steps(*request.start(rows), size, stops), maxlen=1).pop()
     lengths = everywhere(decoding.lengths)[:count]
@@ -117,7 +121,10 @@ def generate(
     if stops is not None:
         texts = stops.flush()
     elif tokenizer is not None:
-        texts = [tokenizer.decode(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
+        texts = [
+            tokenizer.decode(row[:length], after=prompt)
+            for row, length, prompt in zip(tokens, lengths, before, strict=True)
+        ]
     out = Generated(jnp.asarray(tokens), jnp.asarray(lengths), texts)
     if decoding.log_probs is None:
         return out

@@ -35,17 +35,21 @@ class Stops(Protocol):
 class Tokenizer(Protocol):
     """A tokenizer, as generation sees it."""
 
-    def decode(self, ids: Iterable[SupportsIndex], *, skip_special: bool = True) -> str:
-        """Makes text of token ids."""
+    def decode(
+        self, ids: Iterable[SupportsIndex], *, skip_special: bool = True, after: Sequence[SupportsIndex] = ()
+    ) -> str:
+        """Makes text of token ids that continue others."""
         ...
 
-    def find_stops(self, stop: str | Sequence[str], rows: int) -> Stops:
-        """Watches for stop strings in so many rows."""
+    def find_stops(self, stop: str | Sequence[str], after: Sequence[Sequence[SupportsIndex]]) -> Stops:
+        """Watches for stop strings in rows that continue these ids."""
         ...
 
 
-def stop_rows(stop: str | Sequence[str], tokenizer: Tokenizer | None, rows: int) -> Stops | None:
-    """What looks for stop strings in so many rows, or `None` if there are none.
+def stop_rows(
+    stop: str | Sequence[str], tokenizer: Tokenizer | None, after: Sequence[Sequence[SupportsIndex]]
+) -> Stops | None:
+    """What looks for stop strings in rows that continue these ids, or `None` if there are no stop strings.
 
     **Raises:** `ValueError` if one is empty, or there is no tokenizer.
     """
@@ -53,4 +57,4 @@ def stop_rows(stop: str | Sequence[str], tokenizer: Tokenizer | None, rows: int)
         return None
     if tokenizer is None:
         raise InputError("Stop strings are found in text; give the tokenizer too.")
-    return tokenizer.find_stops(stop, rows)
+    return tokenizer.find_stops(stop, after)

@@ -38,7 +38,7 @@ def stream(
     compiled.
 
     **Arguments:** those of `generate`. A row whose text has a stop string ends with the token that completes it;
-    [`mistral_eqx.StopText`][] makes text of the tokens and leaves the stop string out.
+    [`mistral_eqx.StopText`][] makes text of the tokens, given the prompt, and leaves the stop string out.
 
     **Returns:** an iterator over int32 arrays of shape `(batch * num_samples,)`: one token a row, -1 for a row that has
     ended. It stops when all rows have ended, or after `max_new_tokens`.
@@ -57,8 +57,9 @@ def stream(
         prefix=prefix,
         prefill_chunk=prefill_chunk,
     )
-    count = len(rows) * num_samples
-    stops = stop_rows(stop, tokenizer, count)
+    before = [row for row in rows for _ in range(num_samples)]
+    count = len(before)
+    stops = stop_rows(stop, tokenizer, before)
 
     def tokens() -> Iterator[np.ndarray]:
         for decoding, _ in request.steps(*request.start(rows), 1, stops):
@@ -109,7 +110,7 @@ class Conversation:
         """
         (row,) = checked_prompts([ids], self._model.config.vocab)
         request = Request.init(self._model, [row], max_new_tokens, sampler or Sampler(), eos_id, key)
-        stops = stop_rows(stop, tokenizer, 1)
+        stops = stop_rows(stop, tokenizer, [row])
 
         def tokens() -> Iterator[int]:
             state = self._read(request, row)

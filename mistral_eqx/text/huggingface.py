@@ -1,19 +1,24 @@
 """Vocabularies that the `tokenizers` library runs."""
 
+import base64
+import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, final
 
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
-from ..documents import MiB, read_json
+from ..documents import read_json, read_text, shown
 from ..errors import InputError
-from .settings import read_settings
-from .tokenizer import AbstractTokenizer, control_pattern
+from .libraries import LARGEST, blame
+from .settings import Settings, read_settings
+from .tokenizer import AbstractTokenizer, control_pattern, encode_as_text
 
 
 _SPACE = "\u2581"
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_level() -> dict[str, int]:
@@ -56,44 +61,58 @@ class HuggingFaceTokenizer(AbstractTokenizer):
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        self.name = name
         self._first = tokenizer
-        self._later = _without_prefix(tokenizer)
         self._byte_level, self._strips = _decoding(tokenizer, name)
         self._added = tokenizer.get_added_tokens_decoder()
-        self.name = name
-        self.vocab = max(tokenizer.get_vocab_size(with_added_tokens=True), *(id + 1 for id in self._added), 0)
+        # The ids of a vocabulary may have gaps.
+        self.vocab = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id = bos_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.adds_bos = adds_bos
         self.chat_template = chat_template
         if template_tokens is not None:
             self.template_tokens = template_tokens
+        # An end token of another type is no text either, unless it is a word that texts have.
+        ends = {id: text for id in self.eos_ids if (text := self.token_name(id))}
+        with blame(name, f"{name} cannot encode the name of its end token"):
+            unwritten = [id for id, text in ends.items() if id in self._added or id not in _encode(tokenizer, text)]
+        mark_special(tokenizer, [ends[id] for id in unwritten if tokenizer.token_to_id(ends[id]) == id])
+        self._added = tokenizer.get_added_tokens_decoder()
+        self._later = _without_prefix(tokenizer)
         self.control_tokens = {token.content: id for id, token in self._added.items() if token.special}
         self.control_pattern = _pattern(token for token in self._added.values() if token.special)
         self.release_file = None
 
     def encode_plain(self, text: str, *, first: bool) -> list[int]:
-        return (self._first if first else self._later).encode(text, add_special_tokens=False).ids
+        def encode(part: str, first: bool) -> list[int]:
+            with blame(self.name, f"{self.name} cannot encode the text"):
+                return _encode(self._first if first else self._later, part)
+
+        # A model that has control tokens among its words, as unigram models do, finds them in a text.
+        return encode_as_text(encode, text, self.control_tokens, first=first)
 
     def token_bytes(self, id: int, *, first: bool) -> bytes:
         if id in self._added:
             return self._added[id].content.encode()
-        # The ids of a vocabulary may have gaps.
         token = self._first.id_to_token(id) or ""
         if self._byte_level:
             return bytes(_BYTES[c] for c in token) if all(c in _BYTES for c in token) else token.encode()
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:-1], 16)])
+        if byte := _BYTE.fullmatch(token):
+            return bytes([int(byte[1], 16)])
         if first and self._strips:
             token = token.removeprefix(_SPACE)
         return token.replace(_SPACE, " ").encode()
 
     def write_vocabulary(self, folder: Path) -> Mapping[str, Any]:
-        if self.adds_bos and self.bos_id is not None and self._first.post_processor is None:
+        start = [self.bos_id] if self.adds_bos and self.bos_id is not None else []
+        if _start(self._first) != start:
             # Where other programs look for what starts a text; here it is never run.
-            token = self._first.id_to_token(self.bos_id)
+            tokens = [self._first.id_to_token(id) for id in start]
             self._first.post_processor = processors.TemplateProcessing(
-                single=[token, "$A"], pair=[token, "$A", f"{token}:1", "$B:1"], special_tokens=[(token, self.bos_id)]
+                single=[*tokens, "$A"],
+                pair=[*tokens, "$A", *(f"{token}:1" for token in tokens), "$B:1"],
+                special_tokens=list(zip(tokens, start, strict=True)),
             )
         self._first.save(str(folder / "tokenizer.json"))
         return {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -170,18 +189,13 @@ def read_tokenizer_json(path: Path) -> HuggingFaceTokenizer:
 
     **Raises:** `ValueError` if it is damaged, or its tokens cannot be turned into text one by one.
     """
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more precise
-        raise InputError(f"{path} is no tokenizer.json, or it is damaged ({error}); fetch it again.") from error
+    text = read_text(path, LARGEST)
+    with blame(path, f"{path} is no tokenizer.json, or it is damaged"):
+        _check_replacements(text)
+        tokenizer = Tokenizer.from_str(text)
     _cut_like_tekken(tokenizer, path.with_name("tekken.json"))
     settings = read_settings(path.parent)
-    for token, id in settings.added_tokens.items():
-        if tokenizer.token_to_id(token) != id:
-            raise InputError(
-                f"The settings in {path.parent} give the token {token!r} the id {id}, and {path.name} does not; "
-                "are both files of the same model?"
-            )
+    _add_tokens(tokenizer, settings, path)
     bos_id = settings.bos_id
     if settings.bos_token is not None:
         bos_id = _id(tokenizer, settings.bos_token, path)
@@ -189,18 +203,88 @@ def read_tokenizer_json(path: Path) -> HuggingFaceTokenizer:
     if settings.eos_token is not None:
         eos_ids.insert(0, _id(tokenizer, settings.eos_token, path))
     add_bos = settings.add_bos
-    if add_bos is None:
-        # What the file's own last step puts around an empty text.
-        add_bos = bos_id is not None and bos_id in tokenizer.encode("", add_special_tokens=True).ids
+    if tokenizer.post_processor is not None:
+        # As transformers does, whatever the settings say.
+        with blame(path, f"{path} has a post_processor that cannot be applied"):
+            start = _start(tokenizer)
+        if any(tokenizer.id_to_token(id) is None for id in start):
+            raise InputError(
+                f"{path} puts the token ids {shown(start)} before a text (post_processor), which its vocabulary does "
+                "not have; fetch it again.",
+                file=path,
+                key="post_processor",
+            )
+        add_bos = bool(start)
+        bos_id = start[0] if start and bos_id not in start else bos_id
     return HuggingFaceTokenizer(
         tokenizer,
         name=str(path),
         bos_id=bos_id,
         eos_ids=eos_ids,
-        adds_bos=add_bos and bos_id is not None,
+        adds_bos=bool(add_bos) and bos_id is not None,
         chat_template=settings.chat_template,
         template_tokens=settings.template_tokens,
     )
+
+
+def _check_replacements(content: str):
+    """Refuses replacements of characters whose table is longer than it is: the library would abort.
+
+    **Raises:** `ValueError`.
+    """
+    # Few files have any, and to parse one takes as long as the library does.
+    if "charsmap" not in content and not re.search(r"\\u00[67]", content):
+        return
+    normalizers = [json.loads(content).get("normalizer")]
+    for step in normalizers:
+        if not isinstance(step, dict):
+            continue
+        normalizers += step.get("normalizers") or []
+        if step.get("type") == "Precompiled":
+            table = base64.b64decode(step.get("precompiled_charsmap") or "")
+            size = int.from_bytes(table[:4], "little")
+            if len(table) < 4 or size > len(table) - 4 or size % 4:
+                raise ValueError("its precompiled_charsmap is too short")
+
+
+def _add_tokens(tokenizer: Tokenizer, settings: Settings, path: Path):
+    """Adds tokens that only the settings have, and takes those for control tokens that only the settings call so."""
+    for token, id in sorted(settings.added_tokens.items(), key=lambda entry: entry[1]):
+        found = tokenizer.token_to_id(token)
+        if found is None and id == tokenizer.get_vocab_size(with_added_tokens=True):
+            tokenizer.add_tokens([AddedToken(token, normalized=token not in settings.special_tokens)])
+        elif found != id:
+            raise InputError(
+                f"The settings in {path.parent} give the token {shown(token)} the id {id}, and {path.name} does not; "
+                "are both files of the same model?",
+                file=path,
+                key=token,
+            )
+    mark_special(tokenizer, [token for token in settings.special_tokens if tokenizer.token_to_id(token) is not None])
+
+
+def mark_special(tokenizer: Tokenizer, names: Iterable[str]):
+    """Makes control tokens of tokens that the vocabulary has."""
+    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    special: list[AddedToken] = []
+    for name in names:
+        token = added.get(name) or AddedToken(name, normalized=False)
+        if not token.special:
+            token.special = True
+            special.append(token)
+    if special:
+        tokenizer.add_special_tokens(special)
+
+
+def _start(tokenizer: Tokenizer) -> list[int]:
+    """The ids that the file's own last step puts before a text."""
+    encoding = tokenizer.encode("a", add_special_tokens=True)
+    masked = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+    return [id for id, _ in itertools.takewhile(lambda entry: entry[1] == 1, masked)]
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _cut_like_tekken(tokenizer: Tokenizer, original: Path):
@@ -208,9 +292,20 @@ def _cut_like_tekken(tokenizer: Tokenizer, original: Path):
 
     Some of Mistral's folders hold a `tokenizer.json` that was converted with another model's expression.
     """
-    pattern = read_json(original, 64 * MiB).get("config", {}).get("pattern") if original.is_file() else None
-    if pattern is not None and [step["type"] for step in _steps(tokenizer.decoder, "decoders")] == ["ByteLevel"]:
-        cut = pre_tokenizers.Split(Regex(pattern), "isolated")
+    if not original.is_file() or [step["type"] for step in _steps(tokenizer.decoder, "decoders")] != ["ByteLevel"]:
+        return
+    config = read_json(original, LARGEST).get("config", {})
+    pattern = config.get("pattern") if isinstance(config, dict) else config
+    if not isinstance(pattern, str | None):
+        raise InputError(
+            f"{original} has the pattern {shown(pattern)} in its config, which must be a regular expression; fetch it "
+            "again.",
+            file=original,
+            key="config.pattern",
+        )
+    if pattern is not None:
+        with blame(original, f"{original} has a pattern in its config that is no regular expression"):
+            cut = pre_tokenizers.Split(Regex(pattern), "isolated")
         write = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, write])
 

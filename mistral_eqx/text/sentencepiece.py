@@ -6,11 +6,14 @@ from typing import Any, final
 
 from sentencepiece import SentencePieceProcessor
 
+from ..documents import read_bytes, shown
 from ..errors import InputError
 from .huggingface import HuggingFaceTokenizer
+from .libraries import LARGEST, blame
 from .sentencepiece_merges import with_merges
-from .settings import read_settings
-from .tokenizer import AbstractTokenizer, control_pattern
+from .sentencepiece_model import CONTROL, USER_DEFINED, checked_types, read_pieces, write_pieces
+from .settings import Settings, read_settings
+from .tokenizer import AbstractTokenizer, control_pattern, encode_as_text
 
 
 _SPACE = "\u2581"
@@ -54,20 +57,12 @@ class SentencePieceTokenizer(AbstractTokenizer):
 
         **Raises:** `ValueError` if `model` is no sentencepiece model, or does not have one of the tokens.
         """
-        try:
+        types = checked_types(model, name)
+        with blame(name, f"{name} is no sentencepiece model, or it is damaged"):
             self._first = SentencePieceProcessor(model_proto=model)
             self._later = SentencePieceProcessor(model_proto=model + _WITHOUT_PREFIX)
-        except RuntimeError as error:
-            raise InputError(
-                f"{name} is no sentencepiece model, or it is damaged ({error}); fetch it again."
-            ) from error
-        if not model or self._first.vocab_size() == 0:
-            raise InputError(f"{name} is empty; a sentencepiece model has a vocabulary.")
         self.name = name
         self.vocab = self._first.vocab_size()
-        controls = [id for id in range(self.vocab) if self._first.is_control(id)]
-        self.control_tokens = {self._first.id_to_piece(id): id for id in controls}
-        self.control_pattern = control_pattern([("", self.control_tokens, "")])
         bos_id = self._first.bos_id() if bos_token is None else self._id(bos_token)
         self.bos_id = bos_id if bos_id >= 0 else None
         named = [] if eos_token is None else [self._id(eos_token)]
@@ -78,7 +73,17 @@ class SentencePieceTokenizer(AbstractTokenizer):
             self.template_tokens = template_tokens
         self.release_file = release_file
         self._pieces = pieces
-        self._strips = self._first.encode("a") != self._later.encode("a")
+        with blame(name, f"{name} is no sentencepiece model, or it is damaged"):
+            self._strips = self._first.encode("a") != self._later.encode("a")
+        # An end token of another type is no text either, unless it is a word that texts have.
+        ends = [
+            id
+            for id in self.eos_ids
+            if id < self.vocab and (types[id] == USER_DEFINED or id not in self._encode(self.token_name(id), False))
+        ]
+        controls = {*ends, *(id for id, kind in enumerate(types) if kind == CONTROL)}
+        self.control_tokens = {self._first.id_to_piece(id): id for id in sorted(controls)}
+        self.control_pattern = control_pattern([("", self.control_tokens, "")])
 
     def _id(self, token: str) -> int:
         id = self._first.piece_to_id(token)
@@ -90,7 +95,11 @@ class SentencePieceTokenizer(AbstractTokenizer):
         return id
 
     def encode_plain(self, text: str, *, first: bool) -> list[int]:
-        return (self._first if first else self._later).encode(text)
+        return encode_as_text(self._encode, text, self.control_tokens, first=first)
+
+    def _encode(self, text: str, first: bool) -> list[int]:
+        with blame(self.name, f"{self.name} cannot encode the text"):
+            return (self._first if first else self._later).encode(text)
 
     def token_bytes(self, id: int, *, first: bool) -> bytes:
         piece = self._first.id_to_piece(id)
@@ -126,8 +135,9 @@ def read_sentencepiece(path: Path) -> SentencePieceTokenizer:
     **Raises:** `ValueError` if it is damaged, or the settings add tokens that it does not have.
     """
     settings = read_settings(path.parent)
-    tokenizer = SentencePieceTokenizer(
-        path.read_bytes(),
+    model = read_bytes(path, LARGEST)
+    return SentencePieceTokenizer(
+        model + _added_pieces(model, settings, path),
         name=str(path),
         bos_token=settings.bos_token,
         eos_token=settings.eos_token,
@@ -137,10 +147,24 @@ def read_sentencepiece(path: Path) -> SentencePieceTokenizer:
         template_tokens=settings.template_tokens,
         release_file=path,
     )
-    missing = [text for text, id in settings.added_tokens.items() if id >= tokenizer.vocab]
-    if missing:
-        raise InputError(
-            f"{path.parent} adds {missing[0]!r} to the tokens of {path.name}, which does not have it; "
-            "use a folder that has a tokenizer.json too."
-        )
-    return tokenizer
+
+
+def _added_pieces(model: bytes, settings: Settings, path: Path) -> bytes:
+    """What `model` lacks of the tokens that the settings add, to be written behind it.
+
+    **Raises:** `ValueError` if a token has another id in `model`, or ids are left out.
+    """
+    tokens = [piece for piece, _, _ in read_pieces(model, path)] if settings.added_tokens else []
+    added: list[tuple[str, float, int]] = []
+    for text, id in sorted(settings.added_tokens.items(), key=lambda entry: entry[1]):
+        if id == len(tokens) and text not in tokens:
+            tokens.append(text)
+            added.append((text, 0.0, CONTROL if text in settings.special_tokens else USER_DEFINED))
+        elif not 0 <= id < len(tokens) or tokens[id] != text:
+            raise InputError(
+                f"The settings in {path.parent} give the token {shown(text)} the id {id}, and {path.name} does not; "
+                "use a folder that has a tokenizer.json too.",
+                file=path,
+                key=text,
+            )
+    return write_pieces(added)

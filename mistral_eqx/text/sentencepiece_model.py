@@ -1,7 +1,15 @@
-"""Writes the file format of sentencepiece, so that its library can run a vocabulary that came another way."""
+"""The file format of sentencepiece: its tokens read and checked, and vocabularies that came another way written."""
 
+import math
+import os
+import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ..documents import shown
+from ..errors import InputError
+from .libraries import blame
 
 
 # The types of tokens, which GGUF numbers alike.
@@ -11,6 +19,10 @@ _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _PIECE, _SCORE, _TYPE = 1, 2, 3
 _MODEL_TYPE, _BYTE_FALLBACK, _BPE = 3, 35, 2
 _CHARSMAP, _ADD_PREFIX, _REMOVE_SPACES = 2, 3, 4
+
+_BYTE_NAME = re.compile("<0x[0-9A-Fa-f]{2}>")
+# The longest tokens in use are rows of some hundred spaces or dashes.
+_LONGEST = 4096
 
 
 def write_model(
@@ -34,10 +46,7 @@ def write_model(
     pieces = list(pieces)
     # The library wants all 256 byte tokens or none.
     byte_fallback = sum(kind == BYTE for _, _, kind in pieces) == 256
-    message = b"".join(
-        _bytes(_PIECES, _bytes(_PIECE, text.encode()) + _float(_SCORE, score) + _int(_TYPE, kind))
-        for text, score, kind in pieces
-    )
+    message = write_pieces(pieces)
     message += _bytes(_TRAINER, _int(_MODEL_TYPE, _BPE) + _int(_BYTE_FALLBACK, byte_fallback))
     return message + _bytes(
         _NORMALIZER,
@@ -45,6 +54,97 @@ def write_model(
         + _int(_ADD_PREFIX, add_dummy_prefix)
         + _int(_REMOVE_SPACES, remove_extra_whitespaces),
     )
+
+
+def write_pieces(pieces: Iterable[tuple[str, float, int]]) -> bytes:
+    """Tokens as a part of a `.model` file; behind such a file they are added to its tokens.
+
+    **Arguments:**
+
+    - `pieces`: text, score and type of each token.
+    """
+    return b"".join(
+        _bytes(_PIECES, _bytes(_PIECE, text.encode()) + _float(_SCORE, score) + _int(_TYPE, kind))
+        for text, score, kind in pieces
+    )
+
+
+def read_pieces(model: bytes, name: str | os.PathLike[str]) -> list[tuple[str, float, int]]:
+    """Text, score and type of each token in a `.model` file.
+
+    **Arguments:**
+
+    - `model`: the file's content.
+    - `name`: of the file, for messages.
+
+    **Raises:** `ValueError` if it is damaged.
+    """
+    pieces: list[tuple[str, float, int]] = []
+    with blame(name, f"{name} is no sentencepiece model, or it is damaged"):
+        for field, content in _fields(model):
+            if field == _PIECES:
+                entries = dict(_fields(bytes(content)))
+                (score,) = struct.unpack("<f", entries.get(_SCORE, bytes(4)))
+                pieces.append((entries.get(_PIECE, b"").decode(), score, entries.get(_TYPE, NORMAL)))
+    return pieces
+
+
+def checked_types(model: bytes, name: str) -> list[int]:
+    """The type of each token in a `.model` file.
+
+    **Raises:** `ValueError` if its tokens cannot be those of a vocabulary.
+    """
+    pieces = read_pieces(model, name)
+    complaint = None
+    if not pieces:
+        complaint = "it has no tokens"
+    elif not any(kind in (NORMAL, USER_DEFINED, BYTE) for _, _, kind in pieces):
+        complaint = "none of its tokens is text"
+    for id, (text, score, kind) in enumerate(pieces):
+        if not NORMAL <= kind <= BYTE:
+            complaint = f"its token {id} has the type {kind}"
+        elif kind == BYTE and not _BYTE_NAME.fullmatch(text):
+            complaint = f"its token {id} stands for a byte and is written {shown(text)}"
+        elif not math.isfinite(score):
+            complaint = f"its token {id} has the score {score}"
+        elif len(text) > _LONGEST:
+            complaint = f"its token {id} has {len(text)} characters"
+    if complaint:
+        raise InputError(
+            f"{name} is no sentencepiece model, or it is damaged ({complaint}); fetch it again.", file=name
+        )
+    return [kind for _, _, kind in pieces]
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of a message: bytes, or the number of those that are written as one.
+
+    **Raises:** `ValueError` or `IndexError` if it is damaged.
+    """
+    at = 0
+    while at < len(message):
+        key, at = _read_varint(message, at)
+        field, wire = key >> 3, key & 7
+        if wire == 0:
+            value, at = _read_varint(message, at)
+            yield field, value
+            continue
+        length, at = _read_varint(message, at) if wire == 2 else ({1: 8, 5: 4}.get(wire), at)
+        if length is None or at + length > len(message):
+            raise ValueError(f"a field at byte {at} does not end")
+        yield field, message[at : at + length]
+        at += length
+
+
+def _read_varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while shift < 70:
+        byte, at = message[at], at + 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+    raise ValueError(f"a number at byte {at} does not end")
 
 
 def _bytes(field: int, content: bytes) -> bytes:

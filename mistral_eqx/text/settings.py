@@ -39,7 +39,7 @@ class Settings:
     - `add_bos`: whether a text starts with the token that starts a text.
     - `chat_template`: the jinja2 template for conversations.
     - `template_tokens`: the variables of the template that stand for tokens, such as `pad_token`, with their text;
-        `None` if none of the tokenizer's files is there that could say it.
+        `None` if the tokenizer's files do not say it.
     - `added_tokens`: tokens that were added to the vocabulary, with their ids.
     - `special_tokens`: the text of the tokens that are named for a purpose, listed as special or marked as such.
     """
@@ -87,7 +87,7 @@ def read_settings(folder: Path) -> Settings:
     listed = [text for file in (special, tokenizer) for text in [*file.listed(), *file.named().values()]]
     marked = [text for text, _, is_special in decoder if is_special]
     defaults = _DEFAULTS if tokenizer.content.get("tokenizer_class") in _WITH_DEFAULTS else {}
-    known = any(file.there for file in (tokenizer, special))
+    known = bool(tokens) or "tokenizer_class" in tokenizer.content
     return Settings(
         bos_token=tokens.get("bos_token"),
         eos_token=tokens.get("eos_token"),
@@ -106,15 +106,12 @@ class _Object:
 
     **Attributes:**
 
-    - `there`: whether there is such a file.
-    - `content`: its keys; none if it is not there.
+    - `content`: its keys; none if there is no such file.
     """
 
     def __init__(self, path: Path):
-        found = _if_there(path, read_json)
         self._path = path
-        self.there = found is not None
-        self.content: dict[str, Any] = found or {}
+        self.content: dict[str, Any] = _if_there(path, read_json) or {}
 
     def get(self, key: str, kind: type[Value], wanted: str) -> Value | None:
         """A value of a type, or `None` if it is null or not there."""
@@ -134,9 +131,10 @@ class _Object:
 
     def ids(self, key: str) -> tuple[int, ...]:
         """One id; of the tokens that end a text there may be several."""
-        value = self.content.get(key)
-        several = key == "eos_token_id" and isinstance(value, list)
-        ids = value if several else [] if value is None else [value]
+        value: Any = self.content.get(key)
+        ids: list[Any] = value if key == "eos_token_id" and isinstance(value, list) else [value]
+        if value is None:
+            return ()
         if not all(_is_id(id) for id in ids):
             raise self.wrong(key, value, "a token id" + " or a list of them" * (key == "eos_token_id"))
         return tuple(ids)

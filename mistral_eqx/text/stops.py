@@ -1,5 +1,7 @@
 """Stop strings: words that end a text, wherever in its tokens they begin."""
 
+import bisect
+import operator
 from collections.abc import Iterable, Sequence
 from typing import SupportsIndex
 
@@ -15,10 +17,10 @@ class StopText:
     """Turns tokens into text one by one, until a stop string is complete.
 
     The text ends before the stop string. What may be the beginning of one is held back, so nothing that was given has
-    to be taken away again.
+    to be taken away again. Control tokens are no text, but a stop string that has the name of one is found too.
 
     ```python
-    text = StopText(tokenizer, ["\\n\\n"])
+    text = StopText(tokenizer, ["\\n\\n"], after=ids)
     for (token,) in mx.stream(model, [ids], max_new_tokens=64, stop=["\\n\\n"], tokenizer=tokenizer):
         print(text.push(token), end="")
     print(text.flush())
@@ -31,49 +33,83 @@ class StopText:
 
     stopped: str | None
 
-    def __init__(self, tokenizer: AbstractTokenizer, stop: str | Sequence[str]):
+    def __init__(self, tokenizer: AbstractTokenizer, stop: str | Sequence[str], *, after: Sequence[SupportsIndex] = ()):
         """**Arguments:**
 
         - `tokenizer`: whose tokens will come.
         - `stop`: one string or several.
+        - `after`: the ids that the tokens continue, as for [`mistral_eqx.Detokenizer`][].
 
-        **Raises:** `ValueError` if one is empty.
+        **Raises:** `ValueError` if a stop string is empty.
         """
         self.stopped = None
         self._stops = checked_stops(stop)
-        self._detokenizer = Detokenizer(tokenizer)
-        self._held = ""
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer, after=after)
+        self._held = ""  # with names of control tokens
+        self._text: list[int] = []  # where the characters in it are that are no name
 
     def push(self, id: SupportsIndex) -> str:
         """Takes the next token.
 
         **Returns:** the text that is now certain, perhaps `""`.
 
-        **Raises:** `ValueError` if `id` is outside the vocabulary.
+        **Raises:** `ValueError` if `id` is negative.
         """
-        return "" if self.stopped is not None else self._add(self._detokenizer.push(id))
+        if self.stopped is not None:
+            return ""
+        text = self._detokenizer.push(id)
+        if (id := operator.index(id)) in self._tokenizer.special_ids:
+            return self._add(self._tokenizer.token_name(id), is_text=False)
+        return self._add(text)
 
     def flush(self) -> str:
         """Ends the text: what was held back was no stop string."""
         text = "" if self.stopped is not None else self._add(self._detokenizer.flush())
-        held, self._held = self._held, ""
-        return text + held
+        return text + self._release(len(self._held))
 
-    def _add(self, text: str) -> str:
-        text = self._held + text
+    def _add(self, added: str, *, is_text: bool = True) -> str:
+        if is_text:
+            self._text += range(len(self._held), len(self._held) + len(added))
+        self._held += added
+        # Stop strings are looked for in the text, and in the text with the names of control tokens.
+        views = [(self._held, range(len(self._held)))]
+        if len(self._text) < len(self._held):
+            views.append(("".join(self._held[at] for at in self._text), self._text))
         # The first that is complete, as if the characters had come one by one; of two, the longer one.
-        found = min(((at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
+        found = min(
+            (
+                (places[at + len(stop) - 1], places[at], stop)
+                for text, places in views
+                for stop in self._stops
+                if (at := text.find(stop)) >= 0
+            ),
+            default=None,
+        )
         if found is not None:
             _, at, self.stopped = found
-            self._held = ""
-            return text[:at]
-        held = max(
-            (length for stop in self._stops for length in range(1, len(stop)) if text.endswith(stop[:length])),
-            default=0,
+            text = self._release(at)
+            self._held, self._text = "", []
+            return text
+        return self._release(
+            min(
+                (
+                    places[len(text) - length]
+                    for text, places in views
+                    for stop in self._stops
+                    for length in range(1, len(stop))
+                    if text.endswith(stop[:length])
+                ),
+                default=len(self._held),
+            )
         )
-        certain = len(text) - held
-        self._held = text[certain:]
-        return text[:certain]
+
+    def _release(self, end: int) -> str:
+        """The text in what is held up to `end`, from where on it is still held."""
+        count = bisect.bisect_left(self._text, end)
+        text = "".join(self._held[at] for at in self._text[:count])
+        self._held, self._text = self._held[end:], [at - end for at in self._text[count:]]
+        return text
 
 
 class StopRows:
@@ -88,11 +124,13 @@ class StopRows:
     lengths: Int[np.ndarray, " rows"]
     texts: list[str]
 
-    def __init__(self, tokenizer: AbstractTokenizer, stop: str | Sequence[str], rows: int):
-        self.lengths = np.full(rows, -1)
-        self.texts = [""] * rows
-        self._rows = [StopText(tokenizer, stop) for _ in range(rows)]
-        self._read = [0] * rows
+    def __init__(
+        self, tokenizer: AbstractTokenizer, stop: str | Sequence[str], after: Sequence[Sequence[SupportsIndex]]
+    ):
+        self.lengths = np.full(len(after), -1)
+        self.texts = [""] * len(after)
+        self._rows = [StopText(tokenizer, stop, after=ids) for ids in after]
+        self._read = [0] * len(after)
 
     def read(self, tokens: Int[np.ndarray, "rows new"], lengths: Int[np.ndarray, " rows"]) -> Bool[np.ndarray, " rows"]:
         """Takes all tokens so far, of which those before are not looked at again.

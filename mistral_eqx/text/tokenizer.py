@@ -6,7 +6,7 @@ import operator
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -31,7 +31,9 @@ class AbstractTokenizer(abc.ABC):
     - `bos_id`, `eos_ids`: the token that starts a text, if any, and those that end one.
     - `adds_bos`: whether `encode` starts with `bos_id` when it is not told.
     - `chat_template`: the jinja2 template that the file carries for conversations, if any.
-    - `control_tokens`: the text of each token that means something to the model and is no text, with its id.
+    - `control_tokens`: the text of each token that means something to the model and is no text, with its id. A token
+        that ends a text is one of them, whatever type its file gives it, unless it is a word that texts have, such as a
+        line break.
     - `control_pattern`: finds control tokens in a text; what matches the group that took part is the token.
     - `release_file`: Mistral's own tokenizer file, if it came from one: it fixes the format of conversations.
     """
@@ -65,7 +67,7 @@ class AbstractTokenizer(abc.ABC):
         **Arguments:**
 
         - `id`: less than `vocab` and not negative.
-        - `first`: whether no token comes before it; sentencepiece then drops the space that it adds when it encodes.
+        - `first`: whether it is the first of a text; sentencepiece then drops the space that it adds when it encodes.
 
         **Returns:** its bytes; for a control token those of its name.
         """
@@ -89,12 +91,12 @@ class AbstractTokenizer(abc.ABC):
         These are the tokens that start and end a text; a tokenizer whose files name more has them all.
         """
         named = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None)}
-        return {name: self._name_of(id) for name, id in named.items() if id is not None}
+        return {name: self.token_name(id) for name, id in named.items() if id is not None}
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
-        """The ids of the control tokens."""
-        return frozenset(self.control_tokens.values())
+        """The ids that are never text: those of the control tokens and of all tokens that end a text."""
+        return frozenset(self.control_tokens.values()) | frozenset(self.eos_ids)
 
     def encode(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
         """Turns text into token ids.
@@ -133,51 +135,88 @@ class AbstractTokenizer(abc.ABC):
                 ids.append(segment)
                 first = False
             elif segment:
-                ids += self.encode_text(segment, first=first)
+                try:
+                    segment.encode()
+                except UnicodeEncodeError as error:
+                    raise InputError(
+                        f"The text has half a surrogate pair at position {error.start}, which is no character; "
+                        "read it with the right encoding."
+                    ) from error
+                ids += self.encode_plain(segment, first=first)
                 first = False
         return ids
 
-    def encode_text(self, text: str, *, first: bool) -> list[int]:
-        """As `encode_plain`.
-
-        **Raises:** `InputError` if `text` has half a surrogate pair.
-        """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"The text has half a surrogate pair at position {error.start}, which is no character; "
-                "read it with the right encoding."
-            ) from error
-        return self.encode_plain(text, first=first)
-
-    def decode(self, ids: Iterable[SupportsIndex], *, skip_special: bool = True) -> str:
+    def decode(
+        self, ids: Iterable[SupportsIndex], *, skip_special: bool = True, after: Sequence[SupportsIndex] = ()
+    ) -> str:
         """Turns token ids into text.
+
+        ```python
+        prompt = tokenizer.encode("The capital of France is")
+        tokenizer.decode(new, after=prompt)  # " Paris", and without `after` the space could be missing
+        ```
 
         **Arguments:**
 
         - `ids`: ints, or an integer array of one dimension.
         - `skip_special`: whether control tokens leave no trace; otherwise their names appear.
+        - `after`: the ids that `ids` continue, such as a prompt's. A continuation keeps the space in front of its first
+            word, which the first word of a text and the first after a control token lose where encoding adds it.
 
-        **Returns:** the text; bytes that are no UTF-8 become U+FFFD.
+        **Returns:** the text; bytes that are no UTF-8 become U+FFFD. Ids past the vocabulary, with which many models
+        pad their embedding, are no text.
 
-        **Raises:** `ValueError` if an id is outside the vocabulary.
+        **Raises:** `ValueError` if an id is negative.
         """
         parts: list[bytes] = []
+        begins = self.begins_text(after, skip_special=skip_special)
         for id in ids:
             id = self.checked_id(id)
-            if not (skip_special and id in self.special_ids):
-                parts.append(self.token_bytes(id, first=not parts))
+            if id < self.vocab and not (skip_special and id in self.special_ids):
+                parts.append(self.token_bytes(id, first=begins and not parts))
         return b"".join(parts).decode(errors="replace")
 
-    def find_stops(self, stop: str | Sequence[str], rows: int) -> "StopRows":
-        """Watches for stop strings in the texts of so many rows, as their tokens come.
+    def begins_text(self, after: Sequence[SupportsIndex], *, skip_special: bool = True) -> bool:
+        """Whether what follows these ids begins a text, so that its first word loses the space that encoding adds.
 
-        **Raises:** `ValueError` if one is empty.
+        **Arguments:**
+
+        - `after`: all ids before, or the last of them.
+        - `skip_special`: whether control tokens leave no trace.
+        """
+        return len(after) == 0 or (skip_special and operator.index(after[-1]) in self.special_ids)
+
+    def token_name(self, id: int) -> str:
+        """The text of a token by itself, a control token's name included; `""` for an id past the vocabulary."""
+        return self.token_bytes(id, first=False).decode(errors="replace") if id < self.vocab else ""
+
+    def checked_id(self, id: SupportsIndex) -> int:
+        """`id` as an int.
+
+        **Raises:** `ValueError` if it is negative.
+        """
+        id = operator.index(id)
+        if id < 0:
+            raise InputError(
+                f"The token id {id} is outside the vocabulary of {self.vocab} of {self.name}; leave out padding, and "
+                "the -1 of rows that have ended.",
+                key="ids",
+            )
+        return id
+
+    def find_stops(self, stop: str | Sequence[str], after: Sequence[Sequence[SupportsIndex]]) -> "StopRows":
+        """Watches for stop strings in the texts of rows, as their tokens come.
+
+        **Arguments:**
+
+        - `stop`: one string or several.
+        - `after`: for each row the ids that it continues.
+
+        **Raises:** `ValueError` if a stop string is empty.
         """
         from .stops import StopRows
 
-        return StopRows(self, stop, rows)
+        return StopRows(self, stop, after)
 
     def save(self, folder: str | os.PathLike[str]):
         """Writes the files from which [`mistral_eqx.text.load_tokenizer`][] makes this tokenizer again.
@@ -204,8 +243,8 @@ class AbstractTokenizer(abc.ABC):
             vocabulary = list(Path(partial).iterdir())
             write_settings(
                 Path(partial),
-                bos=None if self.bos_id is None else (self.bos_id, self._name_of(self.bos_id)),
-                eos=[(id, self._name_of(id)) for id in self.eos_ids],
+                bos=None if self.bos_id is None else (self.bos_id, self.token_name(self.bos_id)),
+                eos=[(id, self.token_name(id)) for id in self.eos_ids],
                 add_bos=self.adds_bos,
                 chat_template=self.chat_template,
                 template_tokens=self.template_tokens,
@@ -215,21 +254,26 @@ class AbstractTokenizer(abc.ABC):
             for file in sorted(Path(partial).iterdir(), key=vocabulary.__contains__):
                 file.rename(folder / file.name)
 
-    def _name_of(self, id: int) -> str:
-        return self.token_bytes(id, first=False).decode(errors="replace")
 
-    def checked_id(self, id: SupportsIndex) -> int:
-        """`id` as an int.
+def encode_as_text(
+    encode: Callable[[str, bool], list[int]], text: str, controls: Mapping[str, int], *, first: bool
+) -> list[int]:
+    """The ids of a text by an encoder that may take the name of a control token for the token.
 
-        **Raises:** `ValueError` if it is outside the vocabulary.
-        """
-        id = operator.index(id)
-        if not 0 <= id < self.vocab:
-            raise InputError(
-                f"The token id {id} is outside the vocabulary of {self.vocab} of {self.name}; "
-                "was it made by another model?"
-            )
-        return id
+    **Arguments:**
+
+    - `encode`: gets a text, and whether it comes first.
+    - `controls`: the names. Where the encoder finds one, the text is cut after the name's first character, and the
+        parts are encoded by themselves; a name of a single character stays what it is.
+    """
+    ids = encode(text, first)
+    found = controls.items() if (present := set(ids)) else ()
+    places = [
+        f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name, id in found if id in present and len(name) > 1
+    ]
+    if not places:
+        return ids
+    return [id for at, part in enumerate(re.split("|".join(places), text)) for id in encode(part, first and at == 0)]
 
 
 def control_pattern(groups: Sequence[tuple[str, Iterable[str], str]]) -> re.Pattern[str]:

@@ -13,8 +13,8 @@ class Samples(Callback):
 
     ```python
     def show(model: mx.Mistral):
-        out = mx.generate(model, [prompt], max_new_tokens=32)
-        print(tokenizer.decode(out.tokens[0]))
+        out = mx.generate(model, [prompt], max_new_tokens=32, tokenizer=tokenizer)
+        print(out.texts[0])
 
 
     trainer = mx.Trainer(optimizer, callbacks=[mx.train.Samples(show, every=100)])

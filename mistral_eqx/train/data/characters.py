@@ -1,5 +1,6 @@
 """Say the next character, after [minGPT](https://github.com/karpathy/minGPT)'s demo."""
 
+import operator
 from collections.abc import Iterable
 from typing import SupportsIndex
 
@@ -70,5 +71,5 @@ class Characters:
         return [place[character] for character in text]
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """The text of tokens."""
-        return "".join(self.alphabet[token] for token in ids)
+        """The text of tokens; those past the alphabet, which a larger model may say, are no text."""
+        return "".join(self.alphabet[token] for token in ids if operator.index(token) < len(self.alphabet))
