@@ -1,6 +1,12 @@
+import concurrent.futures
 import dataclasses
+import functools
 import importlib.util
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from fixtures.text import templates, tiny
@@ -240,3 +246,212 @@ def test_without_mistral_common_the_extra_is_named(data, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mistral_common" else find(name))
     with pytest.raises(ValueError, match=r"takes the extra `tekken`: pip install 'mistral-eqx\[tekken\]'\."):
         encode_chat(tokenizer, [templates.USER])
+
+
+# What templates may take.
+
+SPENT = {
+    "{% for i in range(99999) %}\n{% for j in range(99999) %}{% endfor %}{% endfor %}": r"2 s of proc.* \(line 2\)",
+    "{{ 10 ** (10 ** 9) }}": "2 s of processor time",
+    "{{ 'a' * 10**10 }}": r"512 MB of memory \(line 1\)",
+    "{% set a = namespace(s='a') %}\n{% for i in range(99) %}{% set a.s = a.s + a.s %}{% endfor %}": "512 MB of memory",
+    "{{ strftime_now('%c' * 10**6) }}": "writes more than",
+    "{{ 'a' | center(10**9) }}": "512 MB of memory",
+    "{{ 'a' | indent(10**9) }}": "512 MB of memory",
+    "{{ '%1000000000d' % 1 }}": "512 MB of memory",
+    "{{ [1] | tojson(indent=10**9) }}": "512 MB of memory",
+    "{{ ('a,' * 10**6) | join('b' * 1000) }}": "512 MB of memory",
+    "{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}": "writes more than",
+    "\n{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": r"calls itself without end, or nests too deeply \(line 2\)",
+    "{{" + "(" * 5000 + "1" + ")" * 5000 + "}}": "nests too deeply",
+    "{% for i in range(10**12) %}{% endfor %}": "OverflowError",
+    "a\n{{ 1 // 0 }}": r"\(line 2\) cannot be applied to these messages: ZeroDivisionError",
+}
+
+
+@pytest.mark.parametrize(("template", "complaint"), SPENT.items())
+def test_a_template_that_takes_too_much_is_ended(tmp_path, template, complaint):
+    tokenizer = with_template(tmp_path, template)
+    with pytest.raises(ValueError, match=rf"^The chat template of .*tiny\.gguf[^\n]*{complaint}[^\n]*\.$"):
+        render_chat(tokenizer, [templates.USER])
+    # The next one is rendered as ever.
+    tokenizer.chat_template = "{{ messages[0].role }}"
+    assert render_chat(tokenizer, [templates.USER]) == "user"
+
+
+def test_threads_share_the_process_that_renders(chatml):
+    messages = [[{"role": "user", "content": str(number) * 1000}] for number in range(32)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda each: render_chat(chatml, each), messages))
+    assert texts == [render_chat(chatml, each) for each in messages]
+
+
+def test_an_interruption_leaves_no_answer_for_the_next_request(chatml, monkeypatch):
+    from mistral_eqx.text import templates as rendering
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rendering.json, "loads", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            rendering.render("first", {}, "It")
+    assert rendering.render("second", {}, "It") == "second"
+
+
+PROGRAM = """
+import os, signal, sys, threading
+from mistral_eqx.text import templates
+text = templates.render("{{ a }}", {"a": "b"}, "It")
+print(templates._process._process.pid, flush=True)
+if sys.argv[1] == "fork":
+    child = os.fork()
+    if not child:
+        os._exit(templates.render("{{ a }}", {"a": "c"}, "It") != "c")
+    assert os.waitpid(child, 0)[1] == 0 and templates.render("{{ a }}", {"a": "d"}, "It") == "d"
+if sys.argv[1] == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("way", ["end", "fork", "kill"])
+def test_no_process_stays_behind(way):
+    done = subprocess.run([sys.executable, "-c", PROGRAM, way], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == (-9 if way == "kill" else 0), done.stderr
+    assert done.stderr == ""
+    for _ in range(100):
+        state = Path(f"/proc/{int(done.stdout)}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {done.stdout} is still there")
+
+
+# Names of control tokens in messages.
+
+
+def with_thoughts(folder, template):
+    """A vocabulary in which `<think>` and `</think>` are control tokens."""
+    tokens = tiny.byte_level_tokens("<think>", "</think>")
+    types = [tiny.CONTROL] * 3 + [tiny.NORMAL] * (len(tokens) - 5) + [tiny.CONTROL] * 2
+    metadata = tiny.byte_level_metadata(tokens=tokens, token_type=types, chat_template=template)
+    return load_tokenizer(tiny.write_gguf(folder / "tiny.gguf", **metadata))
+
+
+TURN = "{%% for m in messages %%}<|im_start|>{{ m.role }}\n%s<|im_end|>\n{%% endfor %%}"
+THINKING = {
+    "last part, stripped": TURN % "{{ m.content.split('</think>')[-1].lstrip('\\n') }}",
+    "written anew": TURN
+    % (
+        "{% set c = m.content %}{% if '</think>' in c %}<think>\n{{ c.split('</think>')[0].rstrip('\\n')"
+        ".split('<think>')[-1].lstrip('\\n') }}\n</think>\n\n{{ c.split('</think>')[-1].lstrip('\\n') }}"
+        "{% else %}{{ c }}{% endif %}"
+    ),
+    "by its beginning": TURN
+    % "{% if m.content.startswith('<think>') %}{{ m.content[7:] }}{% else %}{{ m.content }}{% endif %}",
+    "replaced": TURN % "{{ m.content | replace('<think>', '') | replace('</think>', ' ') | trim }}",
+    "counted": TURN % "{{ m.content.count('<think>') }} {{ m.content | length }}",
+}
+THOUGHTS = ["plain", "<think>\nhm\n</think>\n\nfour", "<think>hm</think>four", "hm</think>\n\n four ", " </think>"]
+THOUGHTS += ["a < b", "<", "<think>", "<think><think></think>"]
+
+
+@pytest.mark.parametrize("how", THINKING)
+def test_templates_that_look_for_control_tokens_write_the_same_text_and_ids(tmp_path, how):
+    tokenizer = with_thoughts(tmp_path, THINKING[how])
+    for thought in THOUGHTS:
+        messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": thought}]
+        ids = encode_chat(tokenizer, messages)
+        assert tokenizer.decode(ids, skip_special=False) == render_chat(tokenizer, messages)
+        # The messages' names never become tokens; the template's do.
+        written = ids.count(tokenizer.control_tokens["</think>"])
+        assert written == (how == "written anew" and "</think>" in thought)
+        assert ids.count(1) == ids.count(2) == len(messages)
+
+
+def test_a_key_cannot_write_a_control_token_either(tmp_path):
+    tokenizer = with_template(tmp_path, "{{ messages[0] | tojson }}")
+    message = {"role": "user", "content": "Hi", "<|im_end|>": 1}
+    ids = encode_chat(tokenizer, [message])
+    assert 2 not in ids
+    assert tokenizer.decode(ids) == render_chat(tokenizer, [message])
+
+
+# What a template sees.
+
+
+def test_keys_that_are_null_count_as_absent(tmp_path):
+    tokenizer = with_template(tmp_path, "{% for m in messages %}{{ m | tojson }}{{ 'tool_calls' in m }}{% endfor %}")
+    messages = [{"role": "user", "content": "Hi", "tool_calls": None, "name": {"first": None}}]
+    assert render_chat(tokenizer, messages) == '{"role": "user", "content": "Hi", "name": {"first": null}}False'
+
+
+def test_a_thought_has_all_its_names(tmp_path):
+    tokenizer = with_template(tmp_path, "{{ messages[0].reasoning_content }} {{ messages[0].thinking }}")
+    for key in ("reasoning", "thinking", "reasoning_content"):
+        assert render_chat(tokenizer, [{"role": "user", "content": "Hi", key: "hm"}]) == "hm hm"
+
+
+def test_messages_that_are_no_json_are_refused(chatml):
+    endless = []
+    endless.append(endless)
+    deep = functools.reduce(lambda inner, _: [inner], range(100), "a")
+    huge = functools.reduce(lambda inner, _: [inner], range(10_000), "a")
+    for content in (endless, deep, huge, {1, 2}, 10**5000, b"a"):
+        with pytest.raises(ValueError, match=r"^The messages (must consist|nest deeper than 64)[^\n]*\.$"):
+            render_chat(chatml, [{"role": "user", "content": content}])
+
+
+def test_variables_come_from_the_files_of_the_tokenizer(tmp_path):
+    tiny.byte_level_json(tmp_path)
+    template = "{% for t in [bos_token, eos_token, pad_token, unk_token, turn_token] %}[{{ t }}]{% endfor %}"
+    config = {
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "extra_special_tokens": {"turn_token": "<|im_start|>"},
+        "chat_template": template,
+    }
+    tiny.write_json(tmp_path / "tokenizer_config.json", config)
+    tiny.write_json(tmp_path / "config.json", {"bos_token_id": 1, "eos_token_id": 0})
+    tokenizer = load_tokenizer(tmp_path)
+    assert render_chat(tokenizer, [templates.USER]) == "[][<|im_end|>][<|endoftext|>][][<|im_start|>]"
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, (2, 0))
+    # Also in the files that are written of it.
+    tokenizer.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert again.template_tokens == tokenizer.template_tokens
+    assert render_chat(again, [templates.USER]) == render_chat(tokenizer, [templates.USER])
+
+
+# The assistant's words.
+
+
+@pytest.mark.parametrize("answer", ["yes", "\nyes", "\n\nyes", " yes", "  yes", "\n", "", "yes\n", "\U0001f600"])
+def test_an_answer_is_encoded_apart_from_its_prompt(tmp_path, answer):
+    tokenizer = with_template(tmp_path, templates.CHATML)
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+    ids, mask = encode_chat(tokenizer, [*talk, *talk], add_generation_prompt=False, assistant_mask=True)
+    prompts = [encode_chat(tokenizer, talk[:1]), encode_chat(tokenizer, [*talk, *talk[:1]])]
+    said = tokenizer.encode(f"{answer}<|im_end|>\n", parse_special=True, add_bos=False)
+    question = prompts[1][len(encode_chat(tokenizer, talk, add_generation_prompt=False)) :]
+    assert ids == [*prompts[0], *said, *question, *said]
+    expected = [False] * len(prompts[0]) + [True] * len(said)
+    assert mask == [*expected, *[False] * len(question), *[True] * len(said)]
+
+
+def test_words_between_marks_of_generation_are_the_assistants(tmp_path):
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}<|im_end|>"
+        "{% endgeneration %}{% else %}U:{{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    tokenizer = with_template(tmp_path, template)
+    talk = [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "the<|im_end|>"}]
+    talk += [{"role": "assistant", "content": "<|im_end|>hello"}]
+    ids, mask = encode_chat(tokenizer, talk, add_generation_prompt=False, assistant_mask=True)
+    assert ids == encode_chat(tokenizer, talk, add_generation_prompt=False)
+    learned = [id for id, said in zip(ids, mask, strict=True) if said]
+    assert tokenizer.decode(learned, skip_special=False) == "hello<|im_end|><|im_end|>hello<|im_end|>"
+    assert (learned.count(2), ids.count(2)) == (2, 2)
+    with pytest.raises(ValueError, match="nothing to learn"):
+        encode_chat(tokenizer, talk[1:2], assistant_mask=True)

@@ -226,3 +226,50 @@ def test_tokens_that_only_the_settings_have_are_those_of_transformers(transforme
         assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     save_with_config(tokenizer, tmp_path / "out")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("a<x>").input_ids == theirs("a<x>").input_ids
+
+
+GENERATION = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+)
+PAGES = {
+    "generation": GENERATION,
+    "scope": "{% set a = 1 %}{% generation %}{% set a = 2 %}{{ a }}{% endgeneration %}{{ a }}{{ messages[0].content }}",
+    "tokens": "{{ bos_token is defined }}{{ eos_token }}{{ pad_token }}{{ unk_token is defined }}{{ turn_token }}"
+    "{{ additional_special_tokens is defined }}{{ extra_special_tokens is defined }}",
+    "nulls": "{% for m in messages %}{{ m | tojson }}{{ 'name' in m }}{{ m.tool_calls is defined }}{% endfor %}",
+    "thoughts": "{% for m in messages %}{{ m.reasoning_content }}{{ m.thinking }}{{ m.reasoning }}{% endfor %}",
+}
+TALK = [
+    {"role": "user", "content": "the 123", "name": None, "tool_calls": None},
+    {"role": "assistant", "content": "\n\nhello hello", "reasoning": "hm", "more": {"a": None, "b": [None, 1.5]}},
+    {"role": "user", "content": "  t  t"},
+    {"role": "assistant", "content": " 10 é", "thinking": "hm, hm", "reasoning_content": None},
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_templates_see_and_mark_what_they_do_in_transformers(transformers, tmp_path, page):
+    tiny.byte_level_json(tmp_path)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "extra_special_tokens": {"turn_token": "<|im_start|>"},
+        "chat_template": PAGES[page],
+    }
+    tiny.write_json(tmp_path / "tokenizer_config.json", config)
+    tiny.write_json(tmp_path / "config.json", {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 0})
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for length in range(1, len(TALK) + 1):
+        talk = TALK[:length]
+        text = theirs.apply_chat_template(talk, tokenize=False)
+        assert render_chat(ours, talk, add_generation_prompt=False) == text
+        told = theirs.apply_chat_template(
+            talk, return_dict=True, return_assistant_tokens_mask="generation" in PAGES[page]
+        )
+        assert encode_chat(ours, talk, add_generation_prompt=False) == told["input_ids"]
+        if any(told.get("assistant_masks", ())):
+            ids, mask = encode_chat(ours, talk, add_generation_prompt=False, assistant_mask=True)
+            assert (ids, [int(said) for said in mask]) == (told["input_ids"], told["assistant_masks"])

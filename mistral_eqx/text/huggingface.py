@@ -48,12 +48,13 @@ class HuggingFaceTokenizer(AbstractTokenizer):
         eos_ids: Iterable[int],
         adds_bos: bool,
         chat_template: str | None = None,
+        template_tokens: Mapping[str, str] | None = None,
     ):
         """**Arguments:**
 
         - `tokenizer`: will be changed so that names of control tokens in a text are text.
         - `name`: where it came from, for messages.
-        - `bos_id`, `eos_ids`, `adds_bos`, `chat_template`: as in `AbstractTokenizer`.
+        - `bos_id`, `eos_ids`, `adds_bos`, `chat_template`, `template_tokens`: as in `AbstractTokenizer`.
 
         **Raises:** `ValueError` if its decoder is of a kind that cannot be run token by token.
         """
@@ -70,6 +71,8 @@ class HuggingFaceTokenizer(AbstractTokenizer):
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.adds_bos = adds_bos
         self.chat_template = chat_template
+        if template_tokens is not None:
+            self.template_tokens = template_tokens
         # An end token of another type is no text either, unless it is a word that texts have.
         ends = {id: text for id in self.eos_ids if (text := self.token_name(id))}
         with blame(name, f"{name} cannot encode the name of its end token"):
@@ -221,6 +224,7 @@ def read_tokenizer_json(path: Path) -> HuggingFaceTokenizer:
         eos_ids=eos_ids,
         adds_bos=bool(add_bos) and bos_id is not None,
         chat_template=settings.chat_template,
+        template_tokens=settings.template_tokens,
     )
 
 

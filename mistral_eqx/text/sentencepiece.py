@@ -41,6 +41,7 @@ class SentencePieceTokenizer(AbstractTokenizer):
         eos_ids: Iterable[int] = (),
         adds_bos: bool = True,
         chat_template: str | None = None,
+        template_tokens: Mapping[str, str] | None = None,
         release_file: Path | None = None,
         pieces: Sequence[tuple[str, float, int]] | None = None,
     ):
@@ -50,7 +51,7 @@ class SentencePieceTokenizer(AbstractTokenizer):
         - `name`: where it came from, for messages.
         - `bos_token`: the token that starts a text, if it is not the one of `model`.
         - `eos_token`, `eos_ids`: tokens that end a text, beside the one of `model`.
-        - `adds_bos`, `chat_template`, `release_file`: as in `AbstractTokenizer`.
+        - `adds_bos`, `chat_template`, `template_tokens`, `release_file`: as in `AbstractTokenizer`.
         - `pieces`: text, score and type of each token, if `model` was made of them. From these `save` makes a
             `tokenizer.json` too, unless the model changes texts before it cuts them.
 
@@ -68,6 +69,8 @@ class SentencePieceTokenizer(AbstractTokenizer):
         self.eos_ids = tuple(dict.fromkeys(id for id in [*named, self._first.eos_id(), *eos_ids] if id >= 0))
         self.adds_bos = adds_bos and self.bos_id is not None
         self.chat_template = chat_template
+        if template_tokens is not None:
+            self.template_tokens = template_tokens
         self.release_file = release_file
         self._pieces = pieces
         with blame(name, f"{name} is no sentencepiece model, or it is damaged"):
@@ -148,6 +151,7 @@ def read_sentencepiece(path: Path) -> SentencePieceTokenizer:
         eos_ids=settings.eos_ids,
         adds_bos=settings.add_bos is not False,
         chat_template=settings.chat_template,
+        template_tokens=settings.template_tokens,
         release_file=path,
     )
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ..documents import MiB, read_json, read_text, shown
 from ..errors import InputError
 
 
@@ -32,11 +34,14 @@ class Settings:
     **Attributes:**
 
     - `bos_token`, `eos_token`: the text of the tokens that start and end a text.
-    - `bos_id`, `eos_ids`: the ids that the model's own configuration gives for them.
+    - `bos_id`, `eos_ids`: the ids that the model's own configuration gives for them. There is no `bos_id` where the
+        tokenizer's files say that nothing starts a text.
     - `add_bos`: whether a text starts with the token that starts a text.
     - `chat_template`: the jinja2 template for conversations.
+    - `template_tokens`: the variables of the template that stand for tokens, such as `pad_token`, with their text;
+        `None` if the tokenizer's files do not say it.
     - `added_tokens`: tokens that were added to the vocabulary, with their ids.
-    - `special_tokens`: the text of those that are control tokens.
+    - `special_tokens`: the text of the tokens that are named for a purpose, listed as special or marked as such.
     """
 
     bos_token: str | None
@@ -45,53 +50,167 @@ class Settings:
     eos_ids: tuple[int, ...]
     add_bos: bool | None
     chat_template: str | None
+    template_tokens: Mapping[str, str] | None
     added_tokens: Mapping[str, int]
     special_tokens: frozenset[str]
+
+
+# The tokens that have a purpose in every tokenizer of transformers.
+_NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_LISTED = ("extra_special_tokens", "additional_special_tokens")
+# What transformers' class takes unless the settings say otherwise.
+_DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_WITH_DEFAULTS = ("LlamaTokenizer", "LlamaTokenizerFast")
+
+Value = TypeVar("Value")
 
 
 def read_settings(folder: Path) -> Settings:
     """Reads `tokenizer_config.json` and its like, as far as they are there.
 
-    **Raises:** `ValueError` if one of them is damaged.
+    **Raises:** `ValueError` that names the file and the key, if one of them is damaged or of a wrong type.
     """
-    try:
-        return _settings(folder)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"The settings of the tokenizer in {folder} are not of the form that Hugging Face's tokenizer_config.json "
-            f"and config.json have ({type(error).__name__}: {error}); fetch them again."
-        ) from error
-
-
-def _settings(folder: Path) -> Settings:
-    tokenizer = read_json(folder / "tokenizer_config.json")
-    special = read_json(folder / "special_tokens_map.json")
+    tokenizer = _Object(folder / "tokenizer_config.json")
+    special = _Object(folder / "special_tokens_map.json")
+    more = _Object(folder / "added_tokens.json")
     # The model's configuration lists all ids that end a text where the tokenizer's names one.
-    model = {**read_json(folder / "config.json"), **read_json(folder / GENERATION)}
-    eos_ids = model.get("eos_token_id")
-    added = {_text(token): int(id) for id, token in tokenizer.get("added_tokens_decoder", {}).items()}
+    model, generation = _Object(folder / "config.json"), _Object(folder / GENERATION)
+    bos_id, eos_ids = (
+        (generation if key in generation.content else model).ids(key) for key in ("bos_token_id", "eos_token_id")
+    )
+    decoder = tokenizer.decoder()
+    # As transformers does: the older file counts where the newer one does not list the tokens itself.
+    older = {} if "added_tokens_decoder" in tokenizer.content else special.named()
+    tokens = older | tokenizer.named()
+    if tokens.get("bos_token", "") is None:
+        bos_id = ()
+    listed = [text for file in (special, tokenizer) for text in [*file.listed(), *file.named().values()]]
+    marked = [text for text, _, is_special in decoder if is_special]
+    defaults = _DEFAULTS if tokenizer.content.get("tokenizer_class") in _WITH_DEFAULTS else {}
+    known = bool(tokens) or "tokenizer_class" in tokenizer.content
     return Settings(
-        bos_token=_text(tokenizer.get("bos_token", special.get("bos_token"))),
-        eos_token=_text(tokenizer.get("eos_token", special.get("eos_token"))),
-        bos_id=model.get("bos_token_id"),
-        eos_ids=() if eos_ids is None else tuple(eos_ids) if isinstance(eos_ids, list) else (eos_ids,),
-        add_bos=tokenizer.get("add_bos_token"),
-        chat_template=_chat_template(folder, tokenizer.get("chat_template")),
-        added_tokens={text: id for text, id in added.items() if text is not None}
-        | read_json(folder / "added_tokens.json"),
-        special_tokens=_special(special) | _special(tokenizer),
+        bos_token=tokens.get("bos_token"),
+        eos_token=tokens.get("eos_token"),
+        bos_id=bos_id[0] if bos_id else None,
+        eos_ids=eos_ids,
+        add_bos=tokenizer.get("add_bos_token", bool, "true or false"),
+        chat_template=_chat_template(folder, tokenizer),
+        template_tokens={name: text for name, text in {**defaults, **tokens}.items() if text} if known else None,
+        added_tokens={text: id for text, id, _ in decoder} | more.ids_of_tokens(),
+        special_tokens=frozenset(text for text in [*listed, *marked] if text),
     )
 
 
-def _special(settings: Mapping[str, Any]) -> frozenset[str]:
-    """The tokens that settings name for a purpose, list as special or mark as such."""
-    named = [settings.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        listed = settings.get(key) or ()
-        named += listed.values() if isinstance(listed, dict) else listed
-    marked = settings.get("added_tokens_decoder", {}).values()
-    named += [token for token in marked if isinstance(token, dict) and token.get("special") is True]
-    return frozenset(text for token in named if isinstance(text := _text(token), str) and text)
+class _Object:
+    """A JSON object whose keys are checked as they are read.
+
+    **Attributes:**
+
+    - `content`: its keys; none if there is no such file.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.content: dict[str, Any] = _if_there(path, read_json) or {}
+
+    def get(self, key: str, kind: type[Value], wanted: str) -> Value | None:
+        """A value of a type, or `None` if it is null or not there."""
+        value = self.content.get(key)
+        if value is not None and type(value) is not kind:
+            raise self.wrong(key, value, wanted)
+        return value
+
+    def wrong(self, key: str, value: Any, wanted: str) -> InputError:
+        """The error for a key whose value cannot be used."""
+        return InputError(
+            f"{str(self._path)!r} says {shown(key)}: {shown(value)}, which must be {wanted}; correct the settings there"
+            " or fetch the file again.",
+            file=self._path,
+            key=key,
+        )
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """One id; of the tokens that end a text there may be several."""
+        value: Any = self.content.get(key)
+        ids: list[Any] = value if key == "eos_token_id" and isinstance(value, list) else [value]
+        if value is None:
+            return ()
+        if not all(_is_id(id) for id in ids):
+            raise self.wrong(key, value, "a token id" + " or a list of them" * (key == "eos_token_id"))
+        return tuple(ids)
+
+    def ids_of_tokens(self) -> dict[str, int]:
+        """All keys, as tokens with their ids."""
+        for text, id in self.content.items():
+            if not text or not _is_id(id):
+                raise self.wrong(text, id, "a token id")
+        return self.content
+
+    def decoder(self) -> list[tuple[str, int, bool]]:
+        """Text and id of the tokens that were added, and whether each is special."""
+        key, wanted = "added_tokens_decoder", "an object of tokens by their ids"
+        found = self.get(key, dict, wanted) or {}
+        tokens: list[tuple[str, int, bool]] = []
+        for id, token in found.items():
+            if not (id.isascii() and id.isdigit() and len(id) < 11 and _is_id(int(id)) and isinstance(token, dict)):
+                raise self.wrong(key, found, wanted)
+            tokens.append((self._text(f"{key}.{id}", token), int(id), token.get("special", False)))
+        return tokens
+
+    def named(self) -> dict[str, str | None]:
+        """The tokens that a key names; `None` where the key says that there is none."""
+        tokens = {key: value if value is None else self._text(key, value) for key, value in self._tokens()}
+        for key in _LISTED:
+            if isinstance(found := self.content.get(key), dict):
+                tokens |= {name: self._text(f"{key}.{name}", token) for name, token in found.items()}
+        return tokens
+
+    def _tokens(self) -> Iterator[tuple[str, Any]]:
+        for key, value in self.content.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if key in _NAMED or (key.endswith("_token") and isinstance(text, str)):
+                yield key, value
+
+    def listed(self) -> list[str]:
+        """The tokens that are special and have no name."""
+        tokens: list[str] = []
+        for key in _LISTED:
+            found = self.content.get(key)
+            if not isinstance(found, list | dict | None):
+                raise self.wrong(key, found, "a list of tokens")
+            if isinstance(found, list):
+                tokens += [self._text(key, token) for token in found]
+        return tokens
+
+    def _text(self, key: str, token: Any) -> str:
+        """The text of a token that is written as such or with its properties."""
+        text = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(text, str):
+            raise self.wrong(key, token, "a token, which is text or an object with 'content'")
+        if isinstance(token, dict):
+            for flag in ("special", "lstrip", "rstrip", "single_word", "normalized"):
+                if not isinstance(token.get(flag, False), bool):
+                    raise self.wrong(f"{key}.{flag}", token[flag], "true or false")
+        return text
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**32
+
+
+def _if_there(path: Path, read: Callable[[Path], Value]) -> Value | None:
+    """What a file holds that need not be there.
+
+    **Raises:** `ValueError` if it is there and cannot be read.
+    """
+    if not os.path.lexists(path):
+        return None
+    try:
+        return read(path)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        remedy = "fetch it again, or remove it"
+        raise InputError(f"{str(path)!r} cannot be read ({reason})", file=path, remedy=remedy) from error
 
 
 def write_settings(
@@ -101,6 +220,7 @@ def write_settings(
     eos: Sequence[tuple[int, str]],
     add_bos: bool,
     chat_template: str | None,
+    template_tokens: Mapping[str, str],
     **more: Any,
 ):
     """Writes `tokenizer_config.json`, and `generation_config.json` if several tokens end a text.
@@ -109,11 +229,15 @@ def write_settings(
 
     - `folder`: where.
     - `bos`, `eos`: id and text of the token that starts a text, and of those that end one.
-    - `add_bos`, `chat_template`: as in `Settings`.
+    - `add_bos`, `chat_template`, `template_tokens`: as in `Settings`.
     - `more`: other keys of `tokenizer_config.json`.
     """
+    others = {name: text for name, text in template_tokens.items() if name not in ("bos_token", "eos_token")}
+    extra = {name: text for name, text in others.items() if name not in _NAMED}
     configuration = {
         **more,
+        **{name: text for name, text in others.items() if name in _NAMED},
+        **({"extra_special_tokens": extra} if extra else {}),
         "bos_token": None if bos is None else bos[1],
         "eos_token": eos[0][1] if eos else None,
         "add_bos_token": add_bos,
@@ -132,37 +256,21 @@ def _write_json(path: Path, content: dict[str, Any]):
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _chat_template(folder: Path, configured: Any) -> str | None:
+def _chat_template(folder: Path, tokenizer: _Object) -> str | None:
     """The template for a conversation without tools; a file of its own wins."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{file} is not UTF-8; a chat template is plain text.") from error
-    if configured is None:
-        configured = read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(configured, list):
-        return {entry["name"]: entry["template"] for entry in configured}.get("default")
-    return configured
-
-
-def _text(token: Any) -> str | None:
-    """The text of a token that is written as such or with its properties."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, an empty one if there is no such file.
-
-    **Raises:** `ValueError` if it is damaged.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is no valid JSON ({error}); fetch it again.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object, not a {type(content).__name__}; fetch it again.")
-    return content
+    template = _if_there(folder / "chat_template.jinja", lambda path: read_text(path, MiB))
+    if template is not None:
+        return template
+    file = tokenizer if tokenizer.content.get("chat_template") is not None else _Object(folder / "chat_template.json")
+    configured = file.content.get("chat_template")
+    named = configured
+    if isinstance(configured, list) and all(isinstance(entry, dict) for entry in configured):
+        names = [entry.get("name") for entry in configured]
+        if all(isinstance(name, str) for name in names):
+            named = {entry["name"]: entry.get("template") for entry in configured}
+    if isinstance(named, dict) and all(isinstance(text, str) for text in named.values()):
+        return named.get("default")
+    if not isinstance(named, str | None):
+        wanted = "a jinja2 template, or a list of objects with 'name' and 'template'"
+        raise file.wrong("chat_template", configured, wanted)
+    return named

@@ -51,6 +51,8 @@ class TekkenTokenizer(AbstractTokenizer):
         self.eos_ids = tuple(dict.fromkeys([eos_id, *settings.eos_ids]))
         self.adds_bos = settings.add_bos is not False
         self.chat_template = settings.chat_template
+        if settings.template_tokens is not None:
+            self.template_tokens = settings.template_tokens
         self.control_tokens = {name: id for id, name in names.items()}
         self.control_pattern = control_pattern([("", self.control_tokens, "")])
         self.release_file = self._path = path

@@ -98,6 +98,15 @@ class AbstractTokenizer(abc.ABC):
         """
 
     @functools.cached_property
+    def template_tokens(self) -> Mapping[str, str]:
+        """The texts of tokens by the names that a chat template has for them, such as `bos_token`.
+
+        These are the tokens that start and end a text; a tokenizer whose files name more has them all.
+        """
+        named = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None)}
+        return {name: self.token_name(id) for name, id in named.items() if id is not None}
+
+    @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         """The ids that are never text: those of the control tokens and of all tokens that end a text."""
         return frozenset(self.control_tokens.values()) | frozenset(self.eos_ids)
@@ -249,6 +258,7 @@ class AbstractTokenizer(abc.ABC):
                 eos=[(id, self.token_name(id)) for id in self.eos_ids],
                 add_bos=self.adds_bos,
                 chat_template=self.chat_template,
+                template_tokens=self.template_tokens,
                 **more,
             )
             # A vocabulary without its settings would be another tokenizer, so it comes last.
