@@ -1,14 +1,17 @@
 """`mistral-eqx chat`: turns of a conversation that the model remembers."""
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
+from .. import interrupts
 from ..errors import InputError
 from . import options, processes
+from .background import Background
 
 
 def chat(
@@ -99,7 +102,8 @@ def chat(
             processes.say(f"{full}; /reset starts anew.")
             continue
         stopwatch, said, reply, interrupted = Stopwatch(len(ids)), mx.StopText(tokenizer, stops), [], False
-        tokens = conversation.reply(
+        reply_to = functools.partial(
+            conversation.reply,
             ids,
             max_new_tokens=min(max_new_tokens, room),
             sampler=sampler,
@@ -108,6 +112,7 @@ def chat(
             stop=stops,
             tokenizer=tokenizer,
         )
+        tokens = Background(reply_to)
         try:
             for token in tokens:
                 stopwatch.tick()
@@ -118,6 +123,10 @@ def chat(
             if processes.several():
                 raise
             interrupted = True
+            if interactive:
+                # The model can read the next turn when this token is done.
+                tokens.stop()
+                interrupts.forgive()
         reply.append(said.flush())
         _write(reply[-1] + "\n")
         if interactive:
