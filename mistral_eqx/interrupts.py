@@ -53,15 +53,15 @@ def stand_by():
     _stands_by = True
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in _SAID:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _nothing)
     with contextlib.suppress(Exception):  # stdin is closed, or no terminal
         import termios
 
         _terminal = termios.tcgetattr(0)
     threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    for number in _SAID:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _nothing)
     # A child has this process's pipe but not its thread.
     os.register_at_fork(after_in_child=_forget)
 
@@ -71,8 +71,10 @@ def _nothing(number: int, frame: Any):
 
 
 def _forget():
-    global _stands_by
-    _stands_by = False
+    global _stands_by, _lock
+    _stands_by, _lock = False, threading.RLock()
+    _wakes.clear()
+    _undoings.clear()
     signal.set_wakeup_fd(-1)
     for number in _SAID:
         if signal.getsignal(number) is _nothing:

@@ -56,11 +56,39 @@ def staged(target: str | os.PathLike[str], *, overwrite: bool = False, what: str
             cleaning.callback(_remove_empty, made)
             for parent in reversed(made):
                 parent.mkdir(exist_ok=True)
-            hidden = _make_hidden(target, cleaning)
+        folder = cleaning.enter_context(hidden_beside(target, target))
+        yield folder
+        with interrupts.held(), _told_of(target):
+            _move(folder.parent, target, overwrite, what)
+
+
+@contextlib.contextmanager
+def hidden_beside(path: Path, target: Path) -> Iterator[Path]:
+    """Gives a folder in a hidden one beside `path`, `.name.partial-...`, which is removed at the end.
+
+    After a kill it stays, until `restore` is called for `path`.
+
+    **Arguments:**
+
+    - `target`: where its files are going to be, by which name messages call them.
+    """
+    with contextlib.ExitStack() as cleaning:
+        with _told_of(target):
+            hidden = _make_hidden(path, cleaning)
         with _told_of(target, hidden / _NEW):
             yield hidden / _NEW
-        with interrupts.held(), _told_of(target):
-            _move(hidden, target, overwrite, what)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While this is entered, no other process is in it for the same folder; where that cannot be, it does nothing."""
+    with contextlib.ExitStack() as cleaning:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                opened = os.open(folder, os.O_RDONLY)
+                cleaning.callback(os.close, opened)
+                fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
 
 
 def expect_free(target: str | os.PathLike[str], overwrite: bool, what: str = "checkpoint"):
@@ -110,6 +138,17 @@ def restore(target: str | os.PathLike[str]):
                     _remove(hidden)
 
 
+def made(folder: str | os.PathLike[str]) -> Path:
+    """The folder, which is made if it is not there.
+
+    **Raises:** `InputError` if it cannot be.
+    """
+    folder = _resolved(folder)
+    with _told_of(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def _may_be_replaced(names: set[str], what: str) -> bool:
     others = {name for kind, known in _KNOWN_BY.items() if kind != what for name in known}
     return not names or not (names.isdisjoint(_KNOWN_BY[what]) or names & others)
@@ -133,10 +172,11 @@ def _told_of(target: Path, folder: Path | None = None) -> Iterator[None]:
         if error.errno is None:
             raise
         file = target
-        if folder is not None:
-            if not isinstance(error.filename, str) or not Path(error.filename).is_relative_to(folder):
+        if folder is not None and error.filename is not None:
+            named = Path(os.fsdecode(error.filename))
+            if not named.is_relative_to(folder):
                 raise
-            file = target / Path(error.filename).relative_to(folder)
+            file = target / named.relative_to(folder)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise InputError(
             f"{str(file)!r} cannot be written: {error.strerror}; {'make room' if full else 'mend that'}, or give "
