@@ -22,6 +22,7 @@ from mistral_eqx.checkpoint import convert, load, locate, open_checkpoint, save,
 from mistral_eqx.checkpoint.finite import all_finite
 from mistral_eqx.checkpoint.reader import DTYPES
 from mistral_eqx.checkpoint.staging import staged
+from mistral_eqx.documents import shown
 from mistral_eqx.nn import DenseWeight
 
 
@@ -94,9 +95,11 @@ def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(getkey, tmp_path):
     assert_same_weights(load(tmp_path / "hf"), model)
 
 
-@pytest.mark.parametrize("size", ["", "5 parsecs", "-1GB", "0", "GB", "1e3"])
+@pytest.mark.parametrize("size", ["", "5 parsecs", "-1GB", "0", "GB", "1e3", "0.5", "9" * 31 + "GB", "\u0665KB"])
 def test_sizes_that_cannot_be_read(size, getkey, tmp_path):
-    with pytest.raises(ValueError, match=rf"The size {size!r} cannot be read; give bytes, or a number with a unit"):
+    with pytest.raises(
+        ValueError, match=rf"The size {shown(size)} cannot be read; give bytes, or a number with a unit"
+    ):
         save(random_model(tiny(), getkey()), tmp_path / "out", max_shard_size=size)
     assert listing(tmp_path) == []
 

@@ -200,10 +200,11 @@ def _make_hidden(target: Path, cleaning: contextlib.ExitStack) -> Path:
     """Makes the hidden folder, which is this process's own until `cleaning` removes it."""
     for _ in range(10):
         hidden = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
-        hidden.mkdir()
         remove = functools.partial(_remove, hidden)
         with contextlib.ExitStack() as own:
-            own.enter_context(interrupts.undone_by(remove))
+            with interrupts.held():
+                hidden.mkdir()
+                own.enter_context(interrupts.undone_by(remove))
             own.callback(remove)
             try:
                 own.enter_context(_locked(hidden / _MARK, "xb"))

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from ..config import MistralConfig
+from ..documents import shown
 from ..errors import InputError
 from ..nn import Mistral
 from . import hf, mistral, safetensors
@@ -310,7 +312,11 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 def _bytes(size: int | str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
-    if match is None or match[2].upper() not in _UNITS or not float(match[1]) > 0:
-        raise InputError(f"The size {size!r} cannot be read; give bytes, or a number with a unit such as '5GB'.")
-    return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", str(size), re.ASCII)
+    count = 0 if match is None else int(Fraction(match[1]) * _UNITS.get(match[2].upper(), 0))
+    if count < 1:
+        raise InputError(
+            f"The size {shown(size)} cannot be read; give bytes, or a number with a unit such as '5GB'.",
+            key="max_shard_size",
+        )
+    return count

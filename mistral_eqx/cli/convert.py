@@ -18,9 +18,12 @@ class Format(enum.StrEnum):
 
 def convert(
     source: Annotated[
-        str, typer.Argument(help="A checkpoint's folder, a .gguf file, a preset or a hub id such as 'owner/name'.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A checkpoint's folder, a .gguf file, a preset or a hub id such as 'owner/name'."
+        ),
     ],
-    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to write.")],
     format: Annotated[Format, typer.Option("--format", help="Hugging Face's layout, or Mistral's.")] = Format.HF,
     dtype: Annotated[
         options.DType | None, typer.Option("--dtype", help="Precision to write; the source's own unless given.")
