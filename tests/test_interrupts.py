@@ -30,6 +30,17 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix
 INTERRUPTIONS = int(os.environ.get("INTERRUPTIONS", "12"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _not_ignored():
+    """A shell lets commands in the background ignore ctrl-C, and so would those that are started here."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")

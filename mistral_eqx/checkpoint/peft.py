@@ -106,13 +106,14 @@ def save_lora(
         "init_lora_weights": True,
         "inference_mode": True,
     }
+    described = [(name, shape, dtype, iter([array])) for name, shape, dtype, array in tensors]
     several = not all(weight.a.value.is_fully_addressable for weight in found.values())
 
     def write():
         if jax.process_index() == 0:
             with staged(folder, overwrite=overwrite, what="PEFT adapter") as place:
                 with naming(place / WEIGHTS):
-                    safetensors.write(place / WEIGHTS, [(*described, iter([array])) for *described, array in tensors])
+                    safetensors.write(place / WEIGHTS, described)
                 with naming(place / CONFIG):
                     (place / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

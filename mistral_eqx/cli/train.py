@@ -105,7 +105,7 @@ def _run(recipe: "Recipe", near: Path, coordinator: str | None, num_processes: i
         model = trainer.fit(model, batches, steps=recipe.training.steps)
     except (KeyboardInterrupt, SystemExit) as ended:
         processes.say("Interrupted; the same command goes on from the checkpoint.")
-        raise typer.Exit(ended.code if isinstance(ended, SystemExit) else 130) from None
+        raise typer.Exit(getattr(ended, "code", 130)) from None
     _save(recipe, model, tokenizer)
     _tell(Path(recipe.folder))
     if isinstance(sets.held_out, mx.train.data.AbstractProblems):
