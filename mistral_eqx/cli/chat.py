@@ -132,7 +132,7 @@ def chat(
         if interactive:
             processes.say(stopwatch.line(*([where] if where else [])))
         elif interrupted:
-            raise typer.Exit(130)
+            raise KeyboardInterrupt
         messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(reply)}]
         turn += 1
 
