@@ -51,7 +51,7 @@ def stand_by():
     if _stands_by or os.name != "posix" or threading.current_thread() is not threading.main_thread():
         return
     _stands_by = True
-    reading, writing = os.pipe()
+    reading, writing = (_above_streams(end) for end in os.pipe())
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in _SAID:
@@ -64,6 +64,15 @@ def stand_by():
     threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
     # A child has this process's pipe but not its thread.
     os.register_at_fork(after_in_child=_forget)
+
+
+def _above_streams(file: int) -> int:
+    """The same file by a number that is none of stdin's, stdout's and stderr's, which may be closed."""
+    import fcntl
+
+    moved = fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(file)
+    return moved
 
 
 def _nothing(number: int, frame: Any):
