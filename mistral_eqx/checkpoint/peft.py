@@ -22,6 +22,7 @@ from ..lora.sites import at_sites
 from ..nn import Mistral
 from ..parallel import everywhere
 from . import safetensors
+from .finite import all_finite
 from .loading import supported_dtype
 from .names import EMBEDDING, HEAD, Row, rows
 from .opening import ADAPTER
@@ -30,7 +31,7 @@ from .pth import read_pickle
 from .reader import LazyTensor, read_rows
 from .readings import same_values
 from .source import file_order
-from .staging import staged
+from .staging import naming, staged
 
 
 CONFIG = ADAPTER
@@ -62,7 +63,12 @@ _TABLES = {"embed_tokens": EMBEDDING, "lm_head": HEAD}
 
 
 def save_lora(
-    model: Mistral, folder: str | os.PathLike[str], *, base: str | None = None, overwrite: bool = False
+    model: Mistral,
+    folder: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes a model's adapters, and nothing else of it, to a folder that PEFT loads.
 
@@ -73,9 +79,10 @@ def save_lora(
     - `folder`: appears when it is complete.
     - `base`: the name or path of the model below, which PEFT's `AutoPeftModel` loads on its own.
     - `overwrite`: whether adapters that already stand there are replaced, with all files of that folder.
+    - `allow_nonfinite`: whether adapters that are NaN or infinite are written too.
 
-    **Raises:** `ValueError` if there are no adapters, if they are of a kind that such a folder cannot tell, or if the
-    folder may not be written.
+    **Raises:** `ValueError` if there are no adapters, if they are of a kind that such a folder cannot tell or are not
+    finite, or if the folder may not or cannot be written.
     """
     found = {path: site.weight for path, site in sites(model).items() if isinstance(site.weight, LoRAWeight)}
     if not found:
@@ -88,6 +95,13 @@ def save_lora(
         for path, weight in found.items()
         for tensor in _file_tensors(order[path], model.config, everywhere(weight.a.value), everywhere(weight.b.value))
     ]
+    for name, _, _, array in tensors:
+        if not allow_nonfinite and not all_finite(array):
+            raise InputError(
+                f"The adapter's tensor {name!r} holds NaN or infinity, so nothing was saved; go back to adapters from "
+                "before they diverged, or write them as they are (allow_nonfinite=True).",
+                key=name,
+            )
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -102,13 +116,16 @@ def save_lora(
         "init_lora_weights": True,
         "inference_mode": True,
     }
+    described = [(name, shape, dtype, iter([array])) for name, shape, dtype, array in tensors]
     several = not all(weight.a.value.is_fully_addressable for weight in found.values())
 
     def write():
         if jax.process_index() == 0:
             with staged(folder, overwrite=overwrite, what="PEFT adapter") as place:
-                safetensors.write(place / WEIGHTS, tensors)
-                (place / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+                with naming(place / WEIGHTS):
+                    safetensors.write(place / WEIGHTS, described)
+                with naming(place / CONFIG):
+                    (place / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     on_all("saved adapters", write, several)
 
@@ -362,11 +379,11 @@ def _expected(tensor: LazyTensor | None, name: str, shape: tuple[int, int], fold
 
 def _file_tensors(
     row: Row, config: MistralConfig, a: np.ndarray, b: np.ndarray
-) -> list[tuple[str, tuple[int, ...], np.dtype, Iterator[np.ndarray]]]:
+) -> list[tuple[str, tuple[int, ...], np.dtype, np.ndarray]]:
     """`A` and `B` as matrices, the rows of `B` in the order of the weight's."""
     a, b = a.reshape(a.shape[0], -1), b.reshape(-1, b.shape[-1])
     b = b[np.argsort(file_order(row, config, "hf"))]
-    return [(name, x.shape, x.dtype, iter([x])) for name, x in zip(_names(row), (a, b), strict=True)]
+    return [(name, x.shape, x.dtype, x) for name, x in zip(_names(row), (a, b), strict=True)]
 
 
 def _names(row: Row) -> tuple[str, str]:

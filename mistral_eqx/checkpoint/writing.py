@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +15,11 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from ..config import MistralConfig
+from ..documents import shown
 from ..errors import InputError
 from ..nn import Mistral
 from . import hf, mistral, safetensors
+from .finite import all_finite
 from .hub import locate
 from .loading import Progress, path_of, supported_dtype
 from .names import Row, rows
@@ -24,7 +27,7 @@ from .opening import open_checkpoint
 from .processes import on_all
 from .reader import CHUNK_BYTES, DTYPES, read_rows
 from .source import Source, file_order, sources
-from .staging import expect_free, staged
+from .staging import expect_free, naming, staged
 
 
 Format = Literal["hf", "mistral"]
@@ -51,6 +54,7 @@ def save(
     format: Format = "hf",
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    allow_nonfinite: bool = False,
 ):
     """Writes a model to a folder that other programs can read.
 
@@ -68,9 +72,13 @@ def save(
         `params.json` and `consolidated.safetensors`.
     - `max_shard_size`: the largest size of a file of weights, in bytes or such as `"500MB"` and `"2GiB"`; a model that
         needs several gets an index. A single tensor is never divided.
-    - `overwrite`: whether a checkpoint that already stands there is replaced, with all its files.
+    - `overwrite`: whether a checkpoint that already stands there is replaced, with all its files, in one step: until
+        the new one is complete, and after an error or a kill, the old one is there.
+    - `allow_nonfinite`: whether weights that are NaN or infinite are written too; otherwise they are refused, since a
+        training run that diverged, or a cast that overflowed, is most likely not what was to be saved.
 
-    **Raises:** `ValueError` if the format has no place for one of the weights, or the folder may not be written.
+    **Raises:** `ValueError` if the format has no place for one of the weights, one of them is not finite, or the folder
+    may not or cannot be written.
     """
     config = model.config
     arrays = {
@@ -99,7 +107,7 @@ def save(
         )
     several = not all(isinstance(array, np.ndarray) or array.is_fully_addressable for array in arrays.values())
     waiting = {row.path: arrays[row.path] for row in order}
-    tensors = [_from_array(row, waiting, config, format) for row in order]
+    tensors = [_from_array(row, waiting, config, format, allow_nonfinite) for row in order]
 
     def write():
         with staged(path, overwrite=overwrite) as folder:
@@ -129,6 +137,7 @@ def convert(
     dtype: DTypeLike | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    allow_nonfinite: bool = False,
     progress: Progress | None = None,
     finish: Callable[[Path], None] | None = None,
 ):
@@ -139,6 +148,7 @@ def convert(
     - `source`: what [`mistral_eqx.load`][] takes.
     - `target`, `format`, `max_shard_size`, `overwrite`: as for [`mistral_eqx.save`][].
     - `dtype`: of all weights; the source's main dtype unless given, and float32 for quantised files.
+    - `allow_nonfinite`: whether weights that are NaN or infinite, in the file or as `dtype`, are written too.
     - `progress`: called after each tensor with the bytes read so far and those there are in all.
     - `finish`: called with the folder that will be `target`, to put more into it before it appears.
 
@@ -155,33 +165,66 @@ def convert(
         if progress is not None:
             progress(done, total)
 
-    tensors = [_from_source(part, wanted, format, report) for part in found]
+    tensors = [_from_source(part, wanted, format, report, checkpoint.path, allow_nonfinite) for part in found]
     with staged(target, overwrite=overwrite) as folder:
         _write(folder, checkpoint.config, tensors, format, max_shard_size)
         if finish is not None:
             finish(folder)
 
 
-def _from_array(row: Row, waiting: dict[str, jax.Array | np.ndarray], config: MistralConfig, format: Format) -> _Tensor:
+def _from_array(
+    row: Row,
+    waiting: dict[str, jax.Array | np.ndarray],
+    config: MistralConfig,
+    format: Format,
+    allow_nonfinite: bool,
+) -> _Tensor:
     """The model's tensor, which is taken out of those that are `waiting` when it is its turn."""
     shape = row.file_shape(config)
 
     def chunks() -> Iterator[np.ndarray]:
         flat = _on_host(waiting.pop(row.path)).reshape(shape)
         for model_rows in _model_rows(row, config, format, flat.dtype):
-            yield flat[model_rows]
+            chunk = flat[model_rows]
+            if not allow_nonfinite and not all_finite(chunk):
+                raise InputError(
+                    f"The tensor {row.name(format)!r} (the model's {row.path!r}) holds NaN or infinity, so nothing was "
+                    "saved; go back to a model from before it diverged, or write it as it is (allow_nonfinite=True).",
+                    key=row.name(format),
+                )
+            yield chunk
 
     return _Tensor(row.name(format), shape, np.dtype(waiting[row.path].dtype), chunks)
 
 
-def _from_source(source: Source, dtype: np.dtype, format: Format, report: Callable[[int], None]) -> _Tensor:
-    row, config = source.row, source.config
+def _from_source(
+    source: Source,
+    dtype: np.dtype,
+    format: Format,
+    report: Callable[[int], None],
+    path: Path,
+    allow_nonfinite: bool,
+) -> _Tensor:
+    row, config, tensor = source.row, source.config, source.tensor
 
     def chunks() -> Iterator[np.ndarray]:
         order = file_order(row, config, source.format)
         for model_rows in _model_rows(row, config, format, dtype):
-            yield read_rows(source.tensor, dtype, rows=order[model_rows])
-        report(source.tensor.nbytes)
+            rows = order[model_rows]
+            with naming(path):
+                chunk = read_rows(tensor, dtype, rows=rows)
+            if not allow_nonfinite and not all_finite(chunk):
+                overflows = dtype != tensor.dtype and all_finite(read_rows(tensor, tensor.dtype, rows=rows))
+                wrong = f"has numbers that {dtype.name} cannot hold" if overflows else "holds NaN or infinity"
+                remedy = "choose another dtype" if overflows else "fetch it again"
+                raise InputError(
+                    f"The tensor {tensor.name!r} of {str(path)!r} {wrong}, so nothing was written; {remedy}, or write "
+                    "it as it is (allow_nonfinite=True).",
+                    file=path,
+                    key=tensor.name,
+                )
+            yield chunk
+        report(tensor.nbytes)
 
     return _Tensor(row.name(format), row.file_shape(config), dtype, chunks)
 
@@ -236,9 +279,9 @@ def _write(folder: Path, config: MistralConfig, tensors: list[_Tensor], format: 
     for number, shard in enumerate(shards, start=1):
         name = single if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         placed |= {tensor.name: name for tensor in shard}
-        safetensors.write(
-            folder / name, [(tensor.name, tensor.shape, tensor.dtype, tensor.chunks()) for tensor in shard]
-        )
+        described = [(tensor.name, tensor.shape, tensor.dtype, tensor.chunks()) for tensor in shard]
+        with naming(folder / name):
+            safetensors.write(folder / name, described)
     if len(shards) > 1:
         size = sum(tensor.nbytes for tensor in tensors)
         _write_json(folder / index, {"metadata": {"total_size": size}, "weight_map": placed})
@@ -249,7 +292,8 @@ def _total(tensors: list[_Tensor], dtype: np.dtype) -> int:
 
 
 def _write_json(path: Path, content: dict[str, Any]):
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with naming(path):
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _shards(tensors: list[_Tensor], limit: int) -> list[list[_Tensor]]:
@@ -268,7 +312,11 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 def _bytes(size: int | str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
-    if match is None or match[2].upper() not in _UNITS or not float(match[1]) > 0:
-        raise InputError(f"The size {size!r} cannot be read; give bytes, or a number with a unit such as '5GB'.")
-    return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", str(size), re.ASCII)
+    count = 0 if match is None else int(Fraction(match[1]) * _UNITS.get(match[2].upper(), 0))
+    if count < 1:
+        raise InputError(
+            f"The size {shown(size)} cannot be read; give bytes, or a number with a unit such as '5GB'.",
+            key="max_shard_size",
+        )
+    return count

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .. import interrupts
 from .chat import chat
 from .convert import convert
 from .errors import OneSentence
@@ -16,7 +17,7 @@ from .generate import generate
 from .inspect import inspect
 from .options import Debug
 from .plan import plan
-from .processes import leave
+from .processes import drop, leave
 from .train import train
 
 
@@ -53,17 +54,31 @@ def _options(
 
 def main():
     """Runs the command line on this process's arguments."""
+    interrupts.stand_by()
     _open_closed_streams()
     # A terminal that cannot show a character gets a question mark in its place, not an end in the middle of a text.
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="replace")
     try:
-        app()
+        with interrupts.unless_leaving():
+            app()
     except SystemExit as ended:
+        _write_out()
+        if ended.code and interrupts.came() is not None:
+            # Threads may still be in native code, which an ordinary end would crash.
+            interrupts.leave(said=True)
         if ended.code:
             leave(ended.code if isinstance(ended.code, int) else 1)
         raise
+
+
+def _write_out():
+    """Writes what waits in stdout; what cannot be written is dropped, for which Python would print a traceback."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        drop(sys.stdout)
 
 
 def _open_closed_streams():

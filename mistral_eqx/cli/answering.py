@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from . import processes
+from .background import Background
 from .continuing import continue_batch, options_of
 from .progress import progress_bar
 from .prompts import Prompt
@@ -35,7 +36,8 @@ def answer_one(model: Mistral, tokenizer: AbstractTokenizer, prompt: Prompt, wan
     stopwatch = Stopwatch(len(prompt.ids))
     interrupted = False
     try:
-        for (token,) in mx.stream(model, [prompt.ids], **options_of(wanted, tokenizer, [prompt])):
+        options = options_of(wanted, tokenizer, [prompt])
+        for (token,) in Background(lambda: mx.stream(model, [prompt.ids], **options)):
             stopwatch.tick()
             _write(text.push(int(token)))
     except KeyboardInterrupt:
@@ -76,7 +78,8 @@ def answer_all(
     with progress_bar("Generating", counts=True, shown=bar) as report:
         try:
             report(done, total)
-            for batch in batches:
+            # Prompts may come slowly out of a pipe, but no more of them are read than are wanted.
+            for batch in Background(lambda: batches, ahead=False):
                 texts, interrupted = continue_batch(model, tokenizer, batch, wanted, size if done else 0)
                 for prompt, found in zip(batch, texts, strict=False):
                     write(prompt, found)

@@ -1,14 +1,17 @@
 """`mistral-eqx chat`: turns of a conversation that the model remembers."""
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
+from .. import interrupts
 from ..errors import InputError
 from . import options, processes
+from .background import Background
 
 
 def chat(
@@ -100,7 +103,8 @@ def chat(
             continue
         stopwatch, reply, interrupted = Stopwatch(len(ids)), [], False
         said = mx.StopText(tokenizer, stops, after=ids)
-        tokens = conversation.reply(
+        reply_to = functools.partial(
+            conversation.reply,
             ids,
             max_new_tokens=min(max_new_tokens, room),
             sampler=sampler,
@@ -109,6 +113,7 @@ def chat(
             stop=stops,
             tokenizer=tokenizer,
         )
+        tokens = Background(reply_to)
         try:
             for token in tokens:
                 stopwatch.tick()
@@ -119,12 +124,16 @@ def chat(
             if processes.several():
                 raise
             interrupted = True
+            if interactive:
+                # The model can read the next turn when this token is done.
+                tokens.stop()
+                interrupts.forgive()
         reply.append(said.flush())
         _write(reply[-1] + "\n")
         if interactive:
             processes.say(stopwatch.line(*([where] if where else [])))
         elif interrupted:
-            raise typer.Exit(130)
+            raise KeyboardInterrupt
         messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(reply)}]
         turn += 1
 

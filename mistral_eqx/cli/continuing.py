@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
-import concurrent.futures
-import contextlib
 import dataclasses
-import os
-import sys
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
+from .background import Background, interruptible
 from .prompts import Prompt
 from .wanted import Wanted
 
@@ -20,9 +15,6 @@ if TYPE_CHECKING:
     from ..generate import Beams, Generated
     from ..nn import Mistral
     from ..text.tokenizer import AbstractTokenizer
-
-
-Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +75,14 @@ def continue_batch(
     texts = [_Text(tokenizer, wanted, prompt.ids) for prompt in prompts for _ in range(wanted.samples)]
     try:
         if wanted.num_beams is not None:
-            best = _interruptible(lambda: mx.beam_search(model, ids, **options))
+            best = interruptible(lambda: mx.beam_search(model, ids, **options))
             found = _best(best, texts, wanted)
         elif wanted.logprobs is not None:
-            out = _interruptible(lambda: mx.generate(model, ids, logprobs=wanted.logprobs, **options))
+            out = interruptible(lambda: mx.generate(model, ids, logprobs=wanted.logprobs, **options))
             found = _generated(out, texts, tokenizer)
         else:
-            found, interrupted = _streamed(mx.stream(model, ids, **options), texts)
+            stream = Background(lambda: mx.stream(model, ids, **options))
+            found, interrupted = _streamed(stream, texts)
             return _grouped(found, wanted.samples), interrupted
     except KeyboardInterrupt:
         return [], True
@@ -198,30 +191,3 @@ def _shortest(x: Any) -> float:
 
 def _grouped(texts: list[Continuation], size: int) -> list[list[Continuation]]:
     return [texts[at : at + size] for at in range(0, len(texts), size)]
-
-
-def _interruptible(call: Callable[[], Result]) -> Result:
-    """The result of a call that computes for long outside Python, where ctrl-C would have to wait for its end."""
-    result: concurrent.futures.Future[Result] = concurrent.futures.Future()
-
-    def run():
-        try:
-            result.set_result(call())
-        except BaseException as error:
-            result.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        return result.result()
-    except KeyboardInterrupt:
-        if not result.done():
-            # The thread goes on, and an ordinary end of the process would abort it in the middle of native code.
-            atexit.register(_leave)
-        raise
-
-
-def _leave():
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(130)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import options
+from . import options, processes
 
 
 class Format(enum.StrEnum):
@@ -18,9 +18,12 @@ class Format(enum.StrEnum):
 
 def convert(
     source: Annotated[
-        str, typer.Argument(help="A checkpoint's folder, a .gguf file, a preset or a hub id such as 'owner/name'.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A checkpoint's folder, a .gguf file, a preset or a hub id such as 'owner/name'."
+        ),
     ],
-    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to write.")],
     format: Annotated[Format, typer.Option("--format", help="Hugging Face's layout, or Mistral's.")] = Format.HF,
     dtype: Annotated[
         options.DType | None, typer.Option("--dtype", help="Precision to write; the source's own unless given.")
@@ -28,6 +31,9 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(help="The most a file of weights may have, such as 5GB.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Write config and weights alone.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Write weights that are NaN or infinite too.")
+    ] = False,
     debug: options.Debug = False,
 ):
     """Write a checkpoint in another format.
@@ -50,6 +56,7 @@ def convert(
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             tokenizer=not no_tokenizer,
+            allow_nonfinite=allow_nonfinite,
             progress=bar,
         )
-    typer.echo(f"Wrote {target} ({sum(file.stat().st_size for file in target.iterdir()) / 1e6:,.0f} MB).", err=True)
+    processes.say(f"Wrote {target} ({sum(file.stat().st_size for file in target.iterdir()) / 1e6:,.0f} MB).")

@@ -1,7 +1,6 @@
 """What a user sees when something is wrong: one sentence. Exit code 2 for an input, 70 for a fault of this program."""
 
 import contextlib
-import os
 import re
 import sys
 import traceback
@@ -12,6 +11,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from .. import interrupts
 from . import processes
 from .options import DEBUG
 
@@ -22,17 +22,17 @@ _UsageError: Any = typer.BadParameter.__base__
 # A message of the library names its argument; here that is an option. A path that has such a word stays as it is.
 _ARGUMENT = re.compile(
     r"(?<![^\s(])(max_new_tokens|num_processes|process_id|top_k|top_p|min_p|typical_p|length_penalty|max_shard_size"
-    r"|^(?:temperature|context|stride)|(?<=\()(?:overwrite|tokenizer=False))"
+    r"|^(?:temperature|context|stride)|(?<=\()(?:overwrite|tokenizer=False|allow_nonfinite=True))"
     r"(?![^\s,;.)])"
 )
-_OPTIONS = {"tokenizer=False": "--no-tokenizer"}
+_OPTIONS = {"tokenizer=False": "--no-tokenizer", "allow_nonfinite=True": "--allow-nonfinite"}
 
 
 class OneSentence(TyperGroup):
     """A group of commands in which a user's mistake ends with exit code 2 and one sentence on stderr.
 
-    `--debug` shows the traceback instead. Ctrl-C ends with 130 and a closed pipe with 141, as for other programs that
-    a signal ends, both without a word.
+    `--debug` shows the traceback instead. Ctrl-C ends with 130, and a closed pipe with 141, without a word, as for
+    other programs that a signal ends.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -49,12 +49,15 @@ class OneSentence(TyperGroup):
 @contextlib.contextmanager
 def _one_sentence(ctx: Any) -> Iterator[None]:
     try:
-        yield
+        with interrupts.unless_leaving():
+            yield
     except KeyboardInterrupt:
+        if interrupts.came() is not None:
+            interrupts.leave()
         raise typer.Exit(130) from None
     except BrokenPipeError:
         # Else Python would try to write the rest at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        processes.drop(sys.stdout)
         raise typer.Exit(141) from None
     except _UsageError as error:
         _end(error.format_message())

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from ..errors import InputError
 from . import options, processes
+from .background import interruptible
 
 
 if TYPE_CHECKING:
@@ -102,11 +103,13 @@ def perplexity(
                     found = so_far
                     bar(so_far.bytes, total or None, title=f"Perplexity {so_far.perplexity:.4g}")
 
-                mx.perplexity(weights, tokenizer, file, context=context, stride=stride, batch=batch, progress=progress)
+                options = {"context": context, "stride": stride, "batch": batch, "progress": progress}
+                interruptible(lambda: mx.perplexity(weights, tokenizer, file, **options))
         except KeyboardInterrupt:
-            if found is not None:
-                _print(found, *figures, f"interrupted after {found.bytes:,} of {total:,} bytes")
-            raise
+            if found is None:
+                raise
+            _print(found, *figures, f"interrupted after {found.bytes:,} of {total:,} bytes")
+            raise typer.Exit(130) from None
     assert found is not None  # a text of which nothing can be scored was refused
     seconds = time.perf_counter() - start
     memory = peak_memory()

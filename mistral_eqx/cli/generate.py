@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .. import interrupts
 from ..errors import InputError
 from . import options, processes
 
@@ -176,7 +177,7 @@ def generate(
     if prompts is not None:
         # A bar on the terminal on which lines are written would get between them.
         bar = output is not None or not sys.stdout.isatty()
-        with json_lines(output if first else None, overwrite, num_samples is not None) as write:
+        with interrupts.answered(), json_lines(output if first else None, overwrite, num_samples is not None) as write:
             answer_all(weights, tokenizer, batches, wanted, batch_size, loaded, write, total, bar)
     elif len(given) == 1 and wanted.plain:
         answer_one(weights, tokenizer, given[0], wanted, loaded)

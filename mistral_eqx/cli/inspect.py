@@ -4,13 +4,13 @@ import collections
 import dataclasses
 import json
 import math
-import sys
 from typing import Annotated, Any
 
 import typer
 
 from ..documents import shown
 from . import options
+from .console import stdout_console
 
 
 def inspect(
@@ -77,16 +77,10 @@ def _totals(tensors: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def _show(description: dict[str, Any]):
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    class Output(Console):
-        def on_broken_pipe(self):
-            raise BrokenPipeError  # the command ends as any other does that nobody reads
-
-    # In a pipe or a file nothing is cut to the width of a terminal that is not there.
-    console = Output(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = stdout_console()
 
     def show(title: str, columns: dict[str, str], rows: list[tuple[str, ...]]):
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import processes
+from .programs import keep_programs
 
 
 if TYPE_CHECKING:
@@ -74,9 +74,4 @@ def _keep_compiled_programs():
 
     # Whoever has named a folder of their own keeps it.
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        folder = hub.cache_folder() / "xla"
-        # It only saves time: where it cannot be made, programs are compiled each time.
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", str(folder))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        keep_programs(hub.cache_folder() / "xla")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import interrupts
 from ..errors import InputError
 from . import options
+from .console import stdout_console
 
 
 if TYPE_CHECKING:
@@ -118,12 +119,12 @@ def plan(
     if not reports:
         raise refused[0][1]
     if picture is not None:
-        draw(reports, picture)
+        with interrupts.held():
+            draw(reports, picture)
     if as_json:
         typer.echo(json.dumps([report.to_dict() for report in reports], indent=2))
     else:
-        # In a pipe or a file nothing is cut to the width of a terminal that is not there.
-        Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table(reports))
+        stdout_console().print(table(reports))
     for name, error in refused:
         typer.echo(f"{name} is not planned: {error}", err=True)
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import TextIO
 
 import typer
 
@@ -36,9 +37,28 @@ def become(process: int):
 
 
 def say(line: str):
-    """Writes a line to stderr, on process 0 alone."""
+    """Writes a line to stderr, on process 0 alone; where nobody reads it any more, the work goes on without it."""
     if _number == 0:
-        typer.echo(line, err=True)
+        try:
+            typer.echo(line, err=True)
+        except BrokenPipeError:
+            drop(sys.stderr)
+
+
+def tell(line: str):
+    """Writes a line to stdout, as `say` does to stderr, for a command whose product is not what it prints."""
+    if _number == 0:
+        try:
+            typer.echo(line)
+        except BrokenPipeError:
+            drop(sys.stdout)
+
+
+def drop(stream: TextIO):
+    """Lets a stream lead nowhere, with what waits in it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def leave(code: int):

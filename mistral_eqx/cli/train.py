@@ -101,11 +101,15 @@ def _run(recipe: "Recipe", near: Path, coordinator: str | None, num_processes: i
         f"{config.parameters:,} weights, {recipe.training.steps} steps of {recipe.data.rows} rows of {sets.seq} "
         f"tokens{', ' + where if where else ''}"
     )
-    model = trainer.fit(model, batches, steps=recipe.training.steps)
+    try:
+        model = trainer.fit(model, batches, steps=recipe.training.steps)
+    except (KeyboardInterrupt, SystemExit) as ended:
+        processes.say("Interrupted; the same command goes on from the checkpoint.")
+        raise typer.Exit(getattr(ended, "code", 130)) from None
+    _save(recipe, model, tokenizer)
     _tell(Path(recipe.folder))
     if isinstance(sets.held_out, mx.train.data.AbstractProblems):
-        typer.echo(count_solved(model, sets.held_out))
-    _save(recipe, model, tokenizer)
+        processes.tell(count_solved(model, sets.held_out))
 
 
 def _config(recipe: "Recipe") -> Any:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import typer
-
 from ..errors import InputError
 from . import processes
 from .recipe import MADE, Data, Optimizer, Recipe, typed
@@ -309,5 +307,4 @@ def count_solved(model: Mistral, held_out: Any) -> str:
 
 
 def _say(line: str):
-    if processes.number() == 0:
-        typer.echo(line)
+    processes.tell(line)

@@ -19,6 +19,7 @@ import threading
 import time
 from typing import Any, NoReturn
 
+from .. import interrupts
 from ..errors import InputError
 
 
@@ -137,6 +138,7 @@ _running: list[Watch] = []
 def run(watch: Watch):
     """Makes a watch the one of this process, and begins to watch."""
     _running.append(watch)
+    interrupts.end_by(watch.leave)
     if os.name == "posix" and watch.process > 0:
         _put_off_aborts()
     watch.start()

@@ -5,11 +5,12 @@ import functools
 import operator
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, runtime_checkable
 
+from .. import interrupts
+from ..checkpoint.staging import alone, hidden_beside, made, restore
 from ..errors import InputError
 from .settings import FILES, GENERATION, write_settings
 
@@ -240,20 +241,17 @@ class AbstractTokenizer(abc.ABC):
 
         - `folder`: that of a model, or another. It is made if it is not there; each file appears when it is complete.
 
-        **Raises:** `ValueError` if `folder` holds files of a tokenizer already, with which these would be mixed up.
+        **Raises:** `ValueError` if `folder` holds files of a tokenizer already, with which these would be mixed up, or
+        cannot be written.
         """
-        folder = Path(folder).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        names = (*FILES, GENERATION) if len(self.eos_ids) > 1 else FILES
-        if there := sorted(file.name for name in names for file in folder.glob(name)):
-            raise InputError(
-                f"The folder {str(folder)!r} holds {there[0]!r} already; remove it, or give another folder."
-            )
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer.partial-") as partial:
-            more = self.write_vocabulary(Path(partial))
-            vocabulary = list(Path(partial).iterdir())
+        folder = made(folder)
+        self._expect_none_in(folder)
+        restore(folder / "tokenizer")
+        with hidden_beside(folder / "tokenizer", folder) as partial:
+            more = self.write_vocabulary(partial)
+            vocabulary = list(partial.iterdir())
             write_settings(
-                Path(partial),
+                partial,
                 bos=None if self.bos_id is None else (self.bos_id, self.token_name(self.bos_id)),
                 eos=[(id, self.token_name(id)) for id in self.eos_ids],
                 add_bos=self.adds_bos,
@@ -261,9 +259,20 @@ class AbstractTokenizer(abc.ABC):
                 template_tokens=self.template_tokens,
                 **more,
             )
-            # A vocabulary without its settings would be another tokenizer, so it comes last.
-            for file in sorted(Path(partial).iterdir(), key=vocabulary.__contains__):
-                file.rename(folder / file.name)
+            with alone(folder), interrupts.held():
+                # Another process may have come first.
+                self._expect_none_in(folder)
+                # A vocabulary without its settings would be another tokenizer, so it comes last.
+                for file in sorted(partial.iterdir(), key=vocabulary.__contains__):
+                    file.rename(folder / file.name)
+
+    def _expect_none_in(self, folder: Path):
+        names = (*FILES, GENERATION) if len(self.eos_ids) > 1 else FILES
+        if there := sorted(file.name for name in names for file in folder.glob(name)):
+            raise InputError(
+                f"The folder {str(folder)!r} holds {there[0]!r} already; remove it, or give another folder.",
+                file=folder,
+            )
 
 
 def encode_as_text(

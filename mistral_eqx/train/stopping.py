@@ -1,5 +1,6 @@
 """End between two steps, and not within one."""
 
+import contextlib
 import signal
 import threading
 from types import FrameType
@@ -7,6 +8,8 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+from .. import interrupts
 
 
 class Stopping:
@@ -19,9 +22,12 @@ class Stopping:
     def __init__(self):
         self.signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._section = contextlib.ExitStack()
 
     def __enter__(self) -> "Stopping":
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            # On the command line a signal would end the process.
+            self._section.enter_context(interrupts.answered())
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._came)
         return self
@@ -29,6 +35,9 @@ class Stopping:
     def __exit__(self, *error: Any):
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.signal is not None:
+            interrupts.take()
+        self._section.close()
 
     def wanted(self, step: int) -> bool:
         """Whether to stop after this step; all processes ask after each."""
