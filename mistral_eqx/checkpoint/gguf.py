@@ -97,7 +97,7 @@ def open_gguf(path: Path) -> Checkpoint:
     **Raises:** `ValueError` if the file is not of that format, is truncated, or holds something that is not supported.
     """
     metadata, tensors = read_gguf(path)
-    config = MistralConfig.from_gguf(metadata, tied=HEAD.gguf not in tensors)
+    config = MistralConfig.from_gguf(metadata, tied=HEAD.gguf not in tensors, file=path)
     return Checkpoint(path, "gguf", config, main_dtype(tensors), tensors, metadata)
 
 

@@ -26,7 +26,7 @@ def open_hf(folder: Path) -> Checkpoint:
     not supported.
     """
     metadata = read_json(folder / "config.json")
-    config = MistralConfig.from_hf(metadata)
+    config = MistralConfig.from_hf(metadata, file=folder / "config.json")
     if (folder / INDEX).exists():
         tensors = shards(folder, folder / INDEX)
     elif (folder / WEIGHTS).exists():

@@ -29,7 +29,7 @@ def open_mistral(folder: Path) -> Checkpoint:
     not supported.
     """
     metadata = read_json(folder / "params.json")
-    config = MistralConfig.from_params_json(metadata)
+    config = MistralConfig.from_params_json(metadata, file=folder / "params.json")
     tensors = _tensors(folder, config)
     return Checkpoint(folder, "mistral", config, main_dtype(tensors), tensors, metadata)
 
