@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
+from ..checks import Count
 from ..errors import InputError
 from . import options, processes
+from .options import within
 
 
 if TYPE_CHECKING:
@@ -43,13 +45,16 @@ def perplexity(
     text: Annotated[Path, typer.Option(help="The file to measure on, UTF-8 and of any size.")],
     model: options.Model = options.DEFAULT_MODEL,
     context: Annotated[
-        int | None, typer.Option(help="Tokens of a window; the model's whole context unless given.")
+        int | None,
+        typer.Option(callback=within(Count), help="Tokens of a window; the model's whole context unless given."),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(help="Tokens from one window's start to the next's; half of a window unless given."),
+        typer.Option(
+            callback=within(Count), help="Tokens from one window's start to the next's; half of a window unless given."
+        ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="How many windows are read together.")] = 1,
+    batch: Annotated[int, typer.Option(callback=within(Count), help="How many windows are read together.")] = 1,
     dtype: options.LoadDType = None,
     mesh: options.Mesh = None,
     strategy: options.Strategy = None,
@@ -78,8 +83,6 @@ def perplexity(
         # All that can be refused without the weights is refused before they are read.
         config = open_checkpoint(path).config
         context, stride = window_sizes(config, context, stride)
-        if batch < 1:
-            raise InputError(f"--batch is {batch}; it must be at least 1.")
         placed, split, where = devices.place(config)
         tokenizer = mx.load_tokenizer(path)
         if file.seekable():

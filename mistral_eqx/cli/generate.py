@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..checks import Count, CountOrZero
 from ..errors import InputError
 from . import options, processes
+from .options import within
 
 
 if TYPE_CHECKING:
@@ -37,30 +39,35 @@ def generate(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where --prompts writes; stdout unless given.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="How many prompts are decoded together.")] = 8,
+    batch_size: Annotated[int, typer.Option(callback=within(Count), help="How many prompts are decoded together.")] = 8,
     max_new_tokens: options.MaxNewTokens = 64,
     min_new_tokens: Annotated[
-        int | None, typer.Option(min=0, help="How many tokens to add before an end token may come.")
+        int | None,
+        typer.Option(callback=within(CountOrZero), help="How many tokens to add before an end token may come."),
     ] = None,
     stop: options.Stop = None,
     num_samples: Annotated[
         int | None,
         typer.Option(
-            min=1,
+            callback=within(Count),
             help="How many texts each prompt gets: drawn ones, or with --num-beams the best ones. 1 unless given.",
         ),
     ] = None,
     num_beams: Annotated[
-        int | None, typer.Option(min=1, help="Search for the likeliest text as a whole, with this many beams.")
+        int | None,
+        typer.Option(callback=within(Count), help="Search for the likeliest text as a whole, with this many beams."),
     ] = None,
     length_penalty: Annotated[
         float | None,
-        typer.Option(help="Above 0 a beam search favours long texts, below 0 short ones. 1 unless given."),
+        typer.Option(
+            callback=within(float), help="Above 0 a beam search favours long texts, below 0 short ones. 1 unless given."
+        ),
     ] = None,
     logprobs: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Show the logarithm of each token's probability, and those of this many likeliest ones."
+            callback=within(CountOrZero),
+            help="Show the logarithm of each token's probability, and those of this many likeliest ones.",
         ),
     ] = None,
     temperature: options.Temperature = None,
@@ -73,7 +80,8 @@ def generate(
     frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = 0,
     prefill_chunk: Annotated[
-        int | None, typer.Option(min=1, help="Read a prompt so many tokens at a time; fewer take less memory.")
+        int | None,
+        typer.Option(callback=within(Count), help="Read a prompt so many tokens at a time; fewer take less memory."),
     ] = None,
     dtype: options.LoadDType = None,
     mesh: options.Mesh = None,
