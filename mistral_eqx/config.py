@@ -125,6 +125,8 @@ class MistralConfig:
         head_dim = document.take("head_dim", Size | None, None) or _per_head(embed, heads, document)
         document.expect("hidden_act", ("silu", "swish"), "silu")
         document.expect("partial_rotary_factor", (1.0, None), None, float | None)
+        for key in ("torch_dtype", "dtype"):  # the weights have dtypes of their own
+            document.take(key, str | None, None)
         document.expect("is_causal", (True, None), None)
         config = document.make(
             cls,

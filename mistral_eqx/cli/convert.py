@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..documents import to_path
 from . import options
 
 
@@ -20,7 +21,7 @@ def convert(
     source: Annotated[
         str, typer.Argument(help="A checkpoint's folder, a .gguf file, a preset or a hub id such as 'owner/name'.")
     ],
-    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    target: Annotated[str, typer.Argument(help="The folder to write.")],
     format: Annotated[Format, typer.Option("--format", help="Hugging Face's layout, or Mistral's.")] = Format.HF,
     dtype: Annotated[
         options.DType | None, typer.Option("--dtype", help="Precision to write; the source's own unless given.")
@@ -40,6 +41,7 @@ def convert(
     from .loading import locate
     from .progress import progress_bar
 
+    to_path(target, "The target", "give the folder to write")
     path = locate(source)
     with progress_bar("Converting") as bar:
         mx.convert(
@@ -52,4 +54,5 @@ def convert(
             tokenizer=not no_tokenizer,
             progress=bar,
         )
-    typer.echo(f"Wrote {target} ({sum(file.stat().st_size for file in target.iterdir()) / 1e6:,.0f} MB).", err=True)
+    size = sum(file.stat().st_size for file in Path(target).expanduser().iterdir())
+    typer.echo(f"Wrote {target} ({size / 1e6:,.0f} MB).", err=True)

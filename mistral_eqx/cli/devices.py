@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from ..parallel import Strategy
 
 
-# XLA makes each virtual device in this machine's memory; the largest pod has fewer chips.
+# The largest pod has fewer chips.
 _MOST_DEVICES = 16_384
+# XLA makes each virtual device in this machine's memory, which takes seconds.
+_MOST_VIRTUAL = 1024
 _DEVICES_FLAG = "xla_force_host_platform_device_count"
 
 
@@ -148,6 +150,12 @@ def _make_virtual(axes: dict[str, int], count: int, check: Callable[[AbstractMes
         return  # the mesh says whether they are enough
     if check is not None:
         check(AbstractMesh(tuple(axes.values()), tuple(axes)))
+    if math.prod(axes.values()) > _MOST_VIRTUAL:
+        raise InputError(
+            f"The mesh takes {math.prod(axes.values())} devices, and this machine's processors would have to stand for "
+            f"more than {_MOST_VIRTUAL}; make it smaller, or set JAX_NUM_CPU_DEVICES.",
+            key="mesh",
+        )
     jax.config.update("jax_num_cpu_devices", -(-math.prod(axes.values()) // count))
 
 

@@ -131,7 +131,7 @@ def _with_options(error: InputError, options: dict[str, str]) -> str:
 def _file(error: OSError) -> str:
     """The file of an error of the system, as the user gave it."""
     if error.filename is None:
-        return "A file or stream"
+        return "stdout, or a file that was being written,"  # files that this program writes are named by whoever writes
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
     return name if name and name.isprintable() and len(name) <= 300 else shown(name)
 

@@ -126,9 +126,9 @@ def _print(found: Perplexity, *figures: str):
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
-    """A text file, as it is: no end of a line is changed."""
+    """A text file, as it is but for a byte order mark: no end of a line is changed."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             yield file
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error.reason}; convert it, as by iconv -t UTF-8.") from error

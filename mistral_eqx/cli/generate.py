@@ -1,5 +1,6 @@
 """`mistral-eqx generate`: what follows a prompt, or each of many."""
 
+import contextlib
 import itertools
 import json
 import sys
@@ -17,6 +18,10 @@ from .options import within
 
 if TYPE_CHECKING:
     from .prompts import Prompt
+
+
+# No token has more characters. What a context of such tokens cannot hold is not encoded: that may take minutes.
+_LONGEST_TOKEN = 1024
 
 
 def generate(
@@ -152,9 +157,9 @@ def generate(
         texts = json.loads(share(json.dumps(read_texts(arguments)) if first else None))
     if prompts is not None and first:
         expect_file(prompts)
-    if output is not None and first:
-        expect_output(output, overwrite)
     path = locate(model)
+    if prompts is not None and output is not None and first:
+        expect_output(output, overwrite, prompts, path)
     start = time.perf_counter()
     # All that can be refused without the weights is refused before they are read.
     config = open_checkpoint(path).config
@@ -163,6 +168,11 @@ def generate(
     tokenizer = mx.load_tokenizer(path)
 
     def encode(text: str) -> list[int]:
+        if len(text) > _LONGEST_TOKEN * config.max_positions:
+            raise InputError(
+                f"A prompt of {len(text):,} characters is longer than this model's context of {config.max_positions} "
+                "tokens; shorten the prompt."
+            )
         ids = tokenizer.encode(text)
         check_context(len(ids), max_new_tokens, config.max_positions)
         return ids
@@ -179,15 +189,16 @@ def generate(
     # Of a pipe no more than the first lines can be checked now.
     batches = itertools.chain(list(itertools.islice(batches, 1)), batches)
     agree("command", repr(([one.ids for one in given], batch_size, wanted, dtype, tokenizer.eos_ids)))
-    weights = load(path, dtype, check, placed, split)
-    loaded = [f"loaded in {time.perf_counter() - start:.2f} s as {precision(weights)}", *([where] if where else [])]
-    if prompts is not None:
-        # A bar on the terminal on which lines are written would get between them.
-        bar = output is not None or not sys.stdout.isatty()
-        with json_lines(output if first else None, overwrite, num_samples is not None) as write:
-            answer_all(weights, tokenizer, batches, wanted, batch_size, loaded, write, total, bar)
-    elif len(given) == 1 and wanted.plain:
-        answer_one(weights, tokenizer, given[0], wanted, loaded)
-    else:
-        write = readable(len(given) == wanted.samples == 1)
-        answer_all(weights, tokenizer, batches, wanted, batch_size, loaded, write)
+    # The file of the texts is made before the weights are read, so that it is not refused after.
+    several = num_samples is not None
+    lines = None if prompts is None else json_lines(output if first else None, overwrite, several)
+    with contextlib.nullcontext(readable(len(given) == wanted.samples == 1)) if lines is None else lines as write:
+        weights = load(path, dtype, check, placed, split)
+        seconds = time.perf_counter() - start
+        figures = [f"loaded in {seconds:.2f} s as {precision(weights)}", *([where] if where else [])]
+        if prompts is None and len(given) == 1 and wanted.plain:
+            answer_one(weights, tokenizer, given[0], wanted, figures)
+        else:
+            # A bar on the terminal on which lines are written would get between them.
+            bar = prompts is not None and (output is not None or not sys.stdout.isatty())
+            answer_all(weights, tokenizer, batches, wanted, batch_size, figures, write, total, bar)
