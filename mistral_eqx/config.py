@@ -1,11 +1,26 @@
 """The sizes and constants of a model, and how each checkpoint format writes them down."""
 
 import dataclasses
+import os
 import struct
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
+from annotated_types import Ge, Le, Lt
+
+from .checks import Count, CountOrZero, check_fields, checked
+from .documents import shown
 from .errors import InputError
+
+
+# Far above every published model, and low enough that no product of two of them is out of reach of an integer.
+Size = Annotated[int, Ge(1), Le(2**24)]
+# Layers are counted out before weights are read; published models have some hundred at most.
+Layers = Annotated[int, Ge(1), Le(10_000)]
+# Published models have from 1e4 to 1e11. Below 1 and far above, wavelengths are no numbers of float32.
+Base = Annotated[float, Ge(1), Le(1e18)]
+# Published models have 1e-5 or 1e-6. What is smaller than this is lost in float32.
+Epsilon = Annotated[float, Ge(1e-20), Lt(1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,45 +39,38 @@ class MistralConfig:
     - `tied`: whether the output head is the embedding table.
     - `bos_id`, `eos_ids`: the token that starts a text, if any, and those that end one.
 
-    **Raises:** `ValueError` if a size is not positive, `head_dim` is odd (a rotary pair would be missing its second
-    entry), or `windows` does not have one entry a layer.
+    **Raises:** `ValueError` if a field is of another type or outside its range, `head_dim` is odd (a rotary pair would
+    be missing its second entry), or `windows` does not have one entry a layer.
     """
 
-    vocab: int
-    embed: int
-    hidden: int
-    layers: int
-    kv_heads: int
-    q_per_kv: int
-    head_dim: int
-    rope_theta: float
-    norm_eps: float
-    max_positions: int
-    windows: tuple[int | None, ...]
+    vocab: Size
+    embed: Size
+    hidden: Size
+    layers: Layers
+    kv_heads: Size
+    q_per_kv: Size
+    head_dim: Size
+    rope_theta: Base
+    norm_eps: Epsilon
+    max_positions: Count
+    windows: tuple[Count | None, ...]
     tied: bool = False
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
+    bos_id: CountOrZero | None = None
+    eos_ids: tuple[CountOrZero, ...] = ()
 
     def __post_init__(self):
-        sizes = ("vocab", "embed", "hidden", "layers", "kv_heads", "q_per_kv", "head_dim", "max_positions")
-        for name in (*sizes, "rope_theta", "norm_eps"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise InputError(f"The config's {name} is {value}, but it must be positive.")
+        check_fields(self, "The config's {}".format)
         if self.head_dim % 2:
             raise InputError(
-                f"The config's head_dim is {self.head_dim}, but it must be even: the rotary embedding turns pairs."
+                f"The config's head_dim is {self.head_dim}, but it must be even: the rotary embedding turns pairs.",
+                key="head_dim",
             )
         if len(self.windows) != self.layers:
             raise InputError(
                 f"The config has {len(self.windows)} windows for {self.layers} layers; give one entry a layer, "
-                "None where a layer sees all positions."
+                "None where a layer sees all positions.",
+                key="windows",
             )
-        for window in self.windows:
-            if window is not None and window < 1:
-                raise InputError(
-                    f"The config has a window of {window}, but a query sees at least itself: give 1 or more, or None."
-                )
 
     @property
     def q_heads(self) -> int:
@@ -78,7 +86,7 @@ class MistralConfig:
         return tables * self.vocab * self.embed + self.layers * block + self.embed
 
     @classmethod
-    def from_hf(cls, settings: Mapping[str, Any]) -> "MistralConfig":
+    def from_hf(cls, settings: Mapping[str, Any], *, file: str | os.PathLike[str] | None = None) -> "MistralConfig":
         """Reads a Hugging Face `config.json` of model type `mistral`, `ministral` or `llama`.
 
         A key that is absent has the default of that model type in transformers: a `mistral` without the key
@@ -87,49 +95,55 @@ class MistralConfig:
         **Arguments:**
 
         - `settings`: the parsed JSON object.
+        - `file`: where it stands, for messages.
 
         **Returns:** the config.
 
-        **Raises:** `ValueError` that names the key, if one is missing, contradicts another, or asks for a computation
-        that this package does not do.
+        **Raises:** `ValueError` that names the key, if one is missing, has a value that it cannot have, contradicts
+        another, or asks for a computation that this package does not do.
         """
-        document = _Document(settings, "config.json")
-        model_type = document.take("model_type", None)
+        document = _Document(settings, "config.json", file)
+        model_type = document.take("model_type", str | None, None)
         if model_type not in _HF_DEFAULTS:
-            raise InputError(
-                f"config.json has model_type {model_type!r}, which is not supported; the supported ones are "
-                f"{_listed(_HF_DEFAULTS)}."
+            raise document.wrong(
+                "model_type",
+                f"{document.name} has model_type {shown(model_type)}, which is not supported; the supported ones are "
+                f"{_listed(_HF_DEFAULTS)}.",
             )
-        for architecture in document.take("architectures", None) or ():
+        for architecture in document.take("architectures", list[str] | None, None) or ():
             if architecture not in _HF_ARCHITECTURES:
-                raise InputError(
-                    f"config.json names the architecture {architecture!r}, which is not supported; the supported "
-                    f"ones are {_listed(_HF_ARCHITECTURES)}."
+                raise document.wrong(
+                    "architectures",
+                    f"{document.name} names the architecture {shown(architecture)} in architectures, which is not "
+                    f"supported; the supported ones are {_listed(_HF_ARCHITECTURES)}.",
                 )
         defaults = _HF_DEFAULTS[model_type]
-        embed = document.integer("hidden_size", 4096)
-        layers = document.integer("num_hidden_layers", 32)
-        heads = document.integer("num_attention_heads", 32)
-        kv_heads = document.optional_integer("num_key_value_heads", defaults["num_key_value_heads"]) or heads
-        head_dim = document.optional_integer("head_dim", None) or _per_head(embed, heads, "config.json")
+        embed = document.take("hidden_size", Size, 4096)
+        layers = document.take("num_hidden_layers", Layers, 32)
+        heads = document.take("num_attention_heads", Size, 32)
+        kv_heads = document.take("num_key_value_heads", Size | None, defaults["num_key_value_heads"]) or heads
+        head_dim = document.take("head_dim", Size | None, None) or _per_head(embed, heads, document)
         document.expect("hidden_act", ("silu", "swish"), "silu")
-        document.expect("partial_rotary_factor", (1.0, None), None)
+        document.expect("partial_rotary_factor", (1.0, None), None, float | None)
+        for key in ("torch_dtype", "dtype"):  # the weights have dtypes of their own
+            document.take(key, str | None, None)
         document.expect("is_causal", (True, None), None)
-        config = cls(
-            vocab=document.integer("vocab_size", 32000),
+        config = document.make(
+            cls,
+            vocab=document.take("vocab_size", Size, 32000),
             embed=embed,
-            hidden=document.integer("intermediate_size", defaults["intermediate_size"]),
+            hidden=document.take("intermediate_size", Size, defaults["intermediate_size"]),
             layers=layers,
             kv_heads=kv_heads,
-            q_per_kv=_per_kv(heads, kv_heads, "config.json"),
+            q_per_kv=_per_kv(heads, kv_heads, document),
             head_dim=head_dim,
             rope_theta=_hf_rope_theta(document),
-            norm_eps=document.number("rms_norm_eps", 1e-6),
-            max_positions=document.integer("max_position_embeddings", defaults["max_position_embeddings"]),
+            norm_eps=document.take("rms_norm_eps", Epsilon, 1e-6),
+            max_positions=document.take("max_position_embeddings", Count, defaults["max_position_embeddings"]),
             windows=_hf_windows(document, layers, defaults["sliding_window"]),
-            tied=document.flag("tie_word_embeddings", False),
-            bos_id=document.optional_integer("bos_token_id", 1),
-            eos_ids=document.integers("eos_token_id", (2,)),
+            tied=document.take("tie_word_embeddings", bool, False),
+            bos_id=document.take("bos_token_id", CountOrZero | None, 1),
+            eos_ids=document.ids("eos_token_id", (2,)),
         )
         document.refuse_rest(_HF_WITHOUT_EFFECT)
         return config
@@ -180,7 +194,9 @@ class MistralConfig:
         return settings
 
     @classmethod
-    def from_params_json(cls, settings: Mapping[str, Any]) -> "MistralConfig":
+    def from_params_json(
+        cls, settings: Mapping[str, Any], *, file: str | os.PathLike[str] | None = None
+    ) -> "MistralConfig":
         """Reads the `params.json` of a Mistral release.
 
         Releases that do not tell the longest context get 32768 positions, and those that do not tell the rope base
@@ -190,38 +206,41 @@ class MistralConfig:
         **Arguments:**
 
         - `settings`: the parsed JSON object.
+        - `file`: where it stands, for messages.
 
         **Returns:** the config.
 
-        **Raises:** `ValueError` that names the key, if one is missing, contradicts another, or asks for a computation
-        that this package does not do.
+        **Raises:** `ValueError` that names the key, if one is missing, has a value that it cannot have, contradicts
+        another, or asks for a computation that this package does not do.
         """
-        document = _Document(settings, "params.json")
+        document = _Document(settings, "params.json", file)
         document.expect("model_type", ("transformer", None), None)
         document.expect("activation", ("silu", None), None)
         document.expect("causal", (True, None), None)
-        layers = document.integer("n_layers")
-        heads = document.integer("n_heads")
-        kv_heads = document.integer("n_kv_heads")
-        config = cls(
-            vocab=document.integer("vocab_size"),
-            embed=document.integer("dim"),
-            hidden=document.integer("hidden_dim"),
+        layers = document.take("n_layers", Layers)
+        heads = document.take("n_heads", Size)
+        kv_heads = document.take("n_kv_heads", Size)
+        rope_theta = document.take("rope_theta", Base | None, None)
+        config = document.make(
+            cls,
+            vocab=document.take("vocab_size", Size),
+            embed=document.take("dim", Size),
+            hidden=document.take("hidden_dim", Size),
             layers=layers,
             kv_heads=kv_heads,
-            q_per_kv=_per_kv(heads, kv_heads, "params.json"),
-            head_dim=document.integer("head_dim"),
-            rope_theta=document.optional_number("rope_theta", None) or 10000.0,
-            norm_eps=document.number("norm_eps"),
+            q_per_kv=_per_kv(heads, kv_heads, document),
+            head_dim=document.take("head_dim", Size),
+            rope_theta=10000.0 if rope_theta is None else rope_theta,
+            norm_eps=document.take("norm_eps", Epsilon),
             max_positions=_agreed(
-                {key: document.optional_integer(key, None) for key in ("max_position_embeddings", "max_seq_len")},
-                "params.json",
+                {key: document.take(key, Count | None, None) for key in ("max_position_embeddings", "max_seq_len")},
+                document,
                 32768,
             ),
             windows=_mistral_windows(document, layers),
-            tied=document.flag("tied_embeddings", False),
-            bos_id=document.optional_integer("bos_id", 1),
-            eos_ids=document.integers("eos_ids", (2,)),
+            tied=document.take("tied_embeddings", bool, False),
+            bos_id=document.take("bos_id", CountOrZero | None, 1),
+            eos_ids=document.ids("eos_ids", (2,)),
         )
         document.refuse_rest(_MISTRAL_WITHOUT_EFFECT)
         return config
@@ -260,7 +279,9 @@ class MistralConfig:
         return settings
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any], *, tied: bool = False) -> "MistralConfig":
+    def from_gguf(
+        cls, metadata: Mapping[str, Any], *, tied: bool = False, file: str | os.PathLike[str] | None = None
+    ) -> "MistralConfig":
         """Reads the metadata of a GGUF file of architecture `llama`, which is what llama.cpp calls Mistral's too.
 
         **Arguments:**
@@ -268,54 +289,59 @@ class MistralConfig:
         - `metadata`: the file's keys and values; arrays need a length only.
         - `tied`: whether the head is the embedding table, which no key tells: it is so if the file holds no tensor
             `output.weight`.
+        - `file`: where they stand, for messages.
 
         **Returns:** the config. A file that does not tell a window has none, and one that does not tell the rope base
         has 10000, as in llama.cpp.
 
-        **Raises:** `ValueError` that names the key, if one is missing, or asks for a computation that this package
-        does not do.
+        **Raises:** `ValueError` that names the key, if one is missing, has a value that it cannot have, or asks for a
+        computation that this package does not do.
         """
-        document = _Document(metadata, "The GGUF metadata")
+        document = _Document(metadata, "GGUF metadata", file)
         document.expect("general.architecture", ("llama",), None)
         document.expect("general.type", ("model", None), None)
-        parts = document.optional_integer("split.count", None) or 1
+        parts = document.take("split.count", CountOrZero | None, None) or 1
         if parts > 1:
-            raise InputError(
-                f"The GGUF file is one of {parts} parts; put them together first, with llama.cpp's "
-                "llama-gguf-split --merge."
+            raise document.wrong(
+                "split.count",
+                f"{document.name} is one of {parts} parts; put them together first, with llama.cpp's "
+                "llama-gguf-split --merge.",
             )
         document.expect("llama.rope.scaling.type", ("none", None), None)
-        document.expect("llama.rope.scaling.factor", (0.0, 1.0, None), None)
+        document.expect("llama.rope.scaling.factor", (0.0, 1.0, None), None, float | None)
         document.expect("llama.attention.causal", (True, None), None)
-        layers = document.integer("llama.block_count")
-        embed = document.integer("llama.embedding_length")
-        heads = document.integer("llama.attention.head_count")
-        kv_heads = document.integer("llama.attention.head_count_kv", heads)
-        head_dim = document.integer(
-            "llama.attention.key_length", embed // heads if heads > 0 and embed % heads == 0 else None
+        layers = document.take("llama.block_count", Layers)
+        embed = document.take("llama.embedding_length", Size)
+        heads = document.take("llama.attention.head_count", Size)
+        kv_heads = document.take("llama.attention.head_count_kv", Size, heads)
+        head_dim = document.take(
+            "llama.attention.key_length", Size, embed // heads if embed % heads == 0 else _REQUIRED
         )
         for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-            document.expect(key, (head_dim,), head_dim)
-        tokens = document.take("tokenizer.ggml.tokens", None)
-        vocab = document.integer("llama.vocab_size", None if tokens is None else len(tokens))
-        window = document.optional_integer("llama.attention.sliding_window", None)
-        eos_ids = [document.optional_integer(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot", "eom")]
-        named = ends_by_name(tokens, document.optional_integer("tokenizer.ggml.unknown_token_id", None))
-        eos_ids += [id for id in named if id < vocab]
-        config = cls(
+            document.expect(key, (head_dim,), head_dim, Size)
+        tokens = document.take("tokenizer.ggml.tokens", Any, None)
+        count = None if tokens is None or isinstance(tokens, str) else getattr(tokens, "__len__", None)
+        vocab = document.take("llama.vocab_size", Size, _REQUIRED if count is None else count())
+        window = document.take("llama.attention.sliding_window", CountOrZero | None, None)
+        ids = {name: f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "eom")}
+        bos_id, *eos_ids = (document.take(key, CountOrZero | None, None) for key in ids.values())
+        unknown_id = document.take("tokenizer.ggml.unknown_token_id", CountOrZero | None, None)
+        eos_ids += [id for id in ends_by_name(tokens, unknown_id) if id < vocab]
+        config = document.make(
+            cls,
             vocab=vocab,
             embed=embed,
-            hidden=document.integer("llama.feed_forward_length"),
+            hidden=document.take("llama.feed_forward_length", Size),
             layers=layers,
             kv_heads=kv_heads,
-            q_per_kv=_per_kv(heads, kv_heads, "The GGUF metadata"),
+            q_per_kv=_per_kv(heads, kv_heads, document),
             head_dim=head_dim,
-            rope_theta=_shortest(document.number("llama.rope.freq_base", 10000.0)),
-            norm_eps=_shortest(document.number("llama.attention.layer_norm_rms_epsilon")),
-            max_positions=document.integer("llama.context_length"),
+            rope_theta=_shortest(document.take("llama.rope.freq_base", Base, 10000.0)),
+            norm_eps=_shortest(document.take("llama.attention.layer_norm_rms_epsilon", Epsilon)),
+            max_positions=document.take("llama.context_length", Count),
             windows=(window or None,) * layers,
             tied=tied,
-            bos_id=document.optional_integer("tokenizer.ggml.bos_token_id", None),
+            bos_id=bos_id,
             eos_ids=tuple(dict.fromkeys(token for token in eos_ids if token is not None)),
         )
         document.refuse_rest(_GGUF_WITHOUT_EFFECT, prefix="llama.")
@@ -407,76 +433,59 @@ _REQUIRED: Any = object()
 
 
 class _Document:
-    """Settings that are taken key by key, so that what nobody took can be refused."""
+    """Settings that are taken key by key, each held to its type, so that what nobody took can be refused."""
 
-    def __init__(self, settings: Mapping[str, Any], name: str):
+    def __init__(self, settings: Mapping[str, Any], kind: str, file: str | os.PathLike[str] | None):
+        self.name = kind if file is None else repr(os.fspath(file))
+        self.file = file
+        if not isinstance(settings, Mapping):
+            raise self.wrong(None, f"{self.name} is {shown(settings)}; it must be a table of keys and values.")
         self._settings = settings
-        self._name = name
         self._taken: set[str] = set()
 
-    def take(self, key: str, default: Any) -> Any:
+    def wrong(self, key: str | None, sentence: str) -> InputError:
+        return InputError(sentence, file=self.file, key=key)
+
+    def take(self, key: str, kind: Any, default: Any = _REQUIRED) -> Any:
+        """The value of a key, held to its type, or its default."""
         self._taken.add(key)
-        value = self._settings.get(key, default)
-        if value is _REQUIRED:
-            raise InputError(f"{self._name} does not tell {key}, without which the model cannot be built; add it.")
-        return value
+        if key not in self._settings:
+            if default is _REQUIRED:
+                raise self.wrong(
+                    key, f"{self.name} does not tell {key}, without which the model cannot be built; add it."
+                )
+            return default
+        return checked(self._settings[key], kind, f"The key {key} of {self.name}", file=self.file, key=key)
 
-    def _wrong(self, key: str, value: object, wanted: str) -> InputError:
-        return InputError(f"{self._name} has {key} {value!r}, but it must be {wanted}.")
+    def ids(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """One token or several."""
+        value = self.take(key, CountOrZero | list[CountOrZero] | None, default)
+        return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
-    def optional_integer(self, key: str, default: Any = _REQUIRED) -> int | None:
-        value = self.take(key, default)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise self._wrong(key, value, "an integer")
-        return value
-
-    def integer(self, key: str, default: Any = _REQUIRED) -> int:
-        # A default of None means that the key may be absent only if nothing else tells its value.
-        value = self.optional_integer(key, _REQUIRED if default is None else default)
-        if value is None:
-            raise self._wrong(key, value, "an integer")
-        return value
-
-    def integers(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        value = self.take(key, default)
-        several = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
-        if any(isinstance(one, bool) or not isinstance(one, int) for one in several):
-            raise self._wrong(key, value, "an integer or a list of integers")
-        return several
-
-    def optional_number(self, key: str, default: Any = _REQUIRED) -> float | None:
-        value = self.take(key, default)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._wrong(key, value, "a number")
-        return float(value)
-
-    def number(self, key: str, default: Any = _REQUIRED) -> float:
-        value = self.optional_number(key, default)
-        if value is None:
-            raise self._wrong(key, value, "a number")
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.take(key, default)
-        if not isinstance(value, bool):
-            raise self._wrong(key, value, "true or false")
-        return value
-
-    def expect(self, key: str, supported: tuple[Any, ...], default: Any) -> None:
-        value = self.take(key, default)
-        if value not in supported:
+    def expect(self, key: str, supported: tuple[Any, ...], default: Any, kind: Any = Any):
+        """Refuses a value that asks for something other than what this package computes."""
+        value = self.take(key, kind, default)
+        if not any(type(value) is type(one) and value == one for one in supported):
             named = _listed(value for value in supported if value is not None)
-            raise InputError(f"{self._name} has {key} {value!r}, which is not supported; supported is {named}.")
+            raise self.wrong(
+                key, f"{self.name} has {key} {shown(value)}, which is not supported; supported is {named}."
+            )
+
+    def make(self, config: type[MistralConfig], **fields: Any) -> MistralConfig:
+        """The config; what its fields contradict in each other is the file's mistake."""
+        try:
+            return config(**fields)
+        except InputError as error:
+            raise InputError(f"{self.name} cannot be used: {error}", file=self.file, key=error.key) from error
 
     def refuse(self, key: str, value: object) -> InputError:
-        return InputError(
-            f"{self._name} sets {key} to {_short(value)}, which this package does not compute; use a checkpoint "
-            "without it, or delete the key if it does not change the model."
+        return self.wrong(
+            key,
+            f"{self.name} sets {key} to {shown(value)}, which this package does not compute; use a checkpoint "
+            "without it, or delete the key if it does not change the model.",
         )
 
-    def refuse_rest(self, without_effect: frozenset[str], prefix: str = "") -> None:
+    def refuse_rest(self, without_effect: frozenset[str], prefix: str = ""):
         """Refuses what was not taken, unless it is known to have no effect or is switched off."""
         for key, value in self._settings.items():
             known = key in self._taken or key in without_effect
@@ -488,11 +497,6 @@ class _Document:
 
 def _is_off(value: Any) -> bool:
     return value is None or value is False or value in (0, "", [], {})
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _listed(values: Any) -> str:
@@ -510,73 +514,85 @@ def _shortest(value: float) -> float:
     return single
 
 
-def _per_head(embed: int, heads: int, source: str) -> int:
-    if heads < 1 or embed % heads:
-        raise InputError(
-            f"{source} gives no head_dim, and its width {embed} does not divide among {heads} heads; add head_dim."
+def _per_head(embed: int, heads: int, document: _Document) -> int:
+    if embed % heads:
+        raise document.wrong(
+            "head_dim",
+            f"{document.name} gives no head_dim, and its width {embed} does not divide among {heads} heads; add "
+            "head_dim.",
         )
     return embed // heads
 
 
-def _per_kv(heads: int, kv_heads: int, source: str) -> int:
-    if kv_heads < 1 or heads % kv_heads:
-        raise InputError(
-            f"{source} has {heads} query heads and {kv_heads} key/value heads, but the first number must be a "
-            "multiple of the second."
+def _per_kv(heads: int, kv_heads: int, document: _Document) -> int:
+    if heads % kv_heads:
+        raise document.wrong(
+            None,
+            f"{document.name} has {heads} query heads and {kv_heads} key/value heads, but the first number must be a "
+            "multiple of the second.",
         )
     return heads // kv_heads
 
 
-def _agreed(spellings: Mapping[str, Any], source: str, default: Any) -> Any:
+def _agreed(spellings: Mapping[str, Any], document: _Document, default: Any) -> Any:
     """The one value that several spellings of a setting give, `default` if none gives any."""
     given = {key: value for key, value in spellings.items() if value is not None}
     if len(set(given.values())) > 1:
-        told = " and ".join(f"{key} {value!r}" for key, value in given.items())
-        raise InputError(f"{source} has {told}, which contradict each other; keep the right one.")
+        told = " and ".join(f"{key} {shown(value)}" for key, value in given.items())
+        raise document.wrong(
+            next(iter(given)), f"{document.name} has {told}, which contradict each other; keep the right one."
+        )
     return next(iter(given.values()), default)
 
 
 def _hf_rope_theta(document: _Document) -> float:
-    spellings = {"rope_theta": document.optional_number("rope_theta", None)}
+    spellings = {"rope_theta": document.take("rope_theta", Base | None, None)}
     for key in ("rope_parameters", "rope_scaling"):
-        rope = document.take(key, None) or {}
-        if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+        rope = document.take(key, dict[str, Any] | None, None) or {}
+        if any(isinstance(value, Mapping) for value in rope.values()):
             raise document.refuse(key, rope)
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise InputError(
-                f"config.json asks for the rope type {kind!r} in {key}, which is not supported; supported is "
-                "'default', without scaling."
+            raise document.wrong(
+                key,
+                f"{document.name} asks for the rope type {shown(kind)} in {key}, which is not supported; supported is "
+                "'default', without scaling.",
             )
         for name, value in rope.items():
-            unscaled = name in ("factor", "partial_rotary_factor") and value == 1.0
+            unscaled = name in ("factor", "partial_rotary_factor") and value == 1.0 and value is not True
             if name not in ("rope_type", "type", "rope_theta") and not unscaled and not _is_off(value):
                 raise document.refuse(f"{key}.{name}", value)
-        spellings[f"{key}.rope_theta"] = _Document(rope, f"config.json's {key}").optional_number("rope_theta", None)
-    return _agreed(spellings, "config.json", 10000.0)
+        inner = f"{key}.rope_theta"
+        spellings[inner] = checked(
+            rope.get("rope_theta"), Base | None, f"The key {inner} of {document.name}", file=document.file, key=inner
+        )
+    return _agreed(spellings, document, 10000.0)
 
 
 def _hf_windows(document: _Document, layers: int, default: int | None) -> tuple[int | None, ...]:
     # llama has no window at all: there the key is left in the document, to be refused if it is set.
-    window = document.optional_integer("sliding_window", default) if default is not None else None
-    if document.take("use_sliding_window", None) is False and window is not None:
-        raise InputError(
-            f"config.json has a sliding_window of {window} and use_sliding_window false, and programs differ in which "
-            "of them they heed; set sliding_window to null, or remove use_sliding_window."
+    window = document.take("sliding_window", Count | None, default) if default is not None else None
+    if document.take("use_sliding_window", bool | None, None) is False and window is not None:
+        raise document.wrong(
+            "use_sliding_window",
+            f"{document.name} has a sliding_window of {window} and use_sliding_window false, and programs differ in "
+            "which of them they heed; set sliding_window to null, or remove use_sliding_window.",
         )
-    kinds = document.take("layer_types", None)
+    kinds = document.take("layer_types", list[str] | None, None)
     if kinds is None:
         return (window,) * layers
     if len(kinds) != layers:
-        raise InputError(
-            f"config.json has {len(kinds)} layer_types for {layers} layers (num_hidden_layers); give one a layer."
+        raise document.wrong(
+            "layer_types",
+            f"{document.name} has {len(kinds)} layer_types for {layers} layers (num_hidden_layers); give one a layer.",
         )
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise document.refuse("layer_types", kind)
         if kind == "sliding_attention" and window is None:
-            raise InputError(
-                "config.json has sliding_attention among its layer_types but no sliding_window; add its size."
+            raise document.wrong(
+                "sliding_window",
+                f"{document.name} has sliding_attention among its layer_types but no sliding_window; add its size.",
             )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
@@ -584,16 +600,13 @@ def _hf_windows(document: _Document, layers: int, default: int | None) -> tuple[
 def _mistral_windows(document: _Document, layers: int) -> tuple[int | None, ...]:
     spellings = {}
     for key in ("sliding_window", "_sliding_window"):
-        value = document.take(key, None)
-        pattern = value if isinstance(value, list | tuple) else None if value is None else [value]
-        sizes = [] if pattern is None else [window for window in pattern if window is not None]
-        if any(isinstance(window, bool) or not isinstance(window, int) for window in sizes):
-            raise InputError(f"params.json has {key} {value!r}, but it must be an integer, null, or a list of these.")
-        spellings[key] = None if pattern is None else tuple(pattern)
-    pattern = _agreed(spellings, "params.json", (None,))
+        value = document.take(key, Count | list[Count | None] | None, None)
+        spellings[key] = None if value is None else (value,) if isinstance(value, int) else tuple(value)
+    pattern: Sequence[int | None] = _agreed(spellings, document, (None,))
     if not pattern or layers % len(pattern):
-        raise InputError(
-            f"params.json has a sliding_window pattern of {len(pattern)} layers, which does not divide the "
-            f"{layers} layers of the model; give a pattern that does."
+        raise document.wrong(
+            "sliding_window",
+            f"{document.name} has a sliding_window pattern of {len(pattern)} layers, which does not divide the "
+            f"{layers} layers of the model; give a pattern that does.",
         )
-    return pattern * (layers // len(pattern))
+    return (*pattern,) * (layers // len(pattern))

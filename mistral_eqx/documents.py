@@ -44,6 +44,39 @@ def read_bytes(path: str | os.PathLike[str], limit: int = 16 * MiB) -> bytes:
     return content
 
 
+def to_path(name: str | os.PathLike[str], what: str, remedy: str = "give another path") -> Path:
+    """The path that a user gave, with `~` as the home it stands for.
+
+    **Arguments:**
+
+    - `name`: the path.
+    - `what`: it is, for messages, such as `"The name of the model"`.
+    - `remedy`: what the message asks for.
+
+    **Raises:** `InputError` if it is no path, is empty, has a null byte or half of a character, or names a user that
+    there is not.
+    """
+    try:
+        text = os.fspath(name)
+        if not isinstance(text, str):
+            raise TypeError
+    except TypeError as error:
+        raise InputError(f"{what} is {shown(name)}, which is no path; {remedy}.") from error
+    if not text:
+        raise InputError(f"{what} is empty; {remedy}.")
+    if "\0" in text:
+        raise InputError(f"{what} is {shown(text)}, and no path has a null byte; {remedy}.")
+    try:
+        os.fsencode(text)
+        return Path(text).expanduser()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} is {shown(text)}, which has half of a character; {remedy}.") from error
+    except RuntimeError as error:
+        raise InputError(
+            f"{what} is {shown(text)}, but there is no user {shown(Path(text).parts[0])} with a home; {remedy}."
+        ) from error
+
+
 def expect_regular(path: Path):
     """Refuses what has no end, or blocks whoever opens it.
 

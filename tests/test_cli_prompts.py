@@ -1,6 +1,9 @@
 """`mistral-eqx generate` with many prompts, many texts a prompt, and files of prompts."""
 
+import contextlib
+import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +19,10 @@ from cli_fixtures import assert_refused, run, save_tiny_model
 from multi_host_fixtures import environment, free_port
 
 import mistral_eqx as mx
-from mistral_eqx.cli.prompts import in_batches, read_file
+from mistral_eqx.cli.continuing import Chosen, Continuation, Likely
+from mistral_eqx.cli.prompts import Prompt, in_batches, read_file
+from mistral_eqx.cli.texts import json_lines
+from mistral_eqx.locks import try_lock
 
 
 PROMPTS = ["Call me", "Call", "Some years ago"]
@@ -195,8 +201,8 @@ def test_all_sampling_options_reach_the_sampler(tiny):
         (("--stop", ""), ["The stop string ''"]),
         (("--min-p", 2), ["--min-p is 2.0"]),
         (("--typical-p", 0), ["--typical-p is 0.0"]),
-        (("--repetition-penalty", 0), ["The repetition penalty is 0.0"]),
-        (("--frequency-penalty", 3), ["The frequency penalty is 3.0"]),
+        (("--repetition-penalty", 0), ["--repetition-penalty is 0.0"]),
+        (("--frequency-penalty", 3), ["--frequency-penalty is 3.0"]),
         (("--min-new-tokens", 65), ["--min-new-tokens is 65", "--max-new-tokens"]),
         (("--min-new-tokens", 1, "--ignore-eos"), ["--min-new-tokens", "--ignore-eos"]),
         (("--output", "x.jsonl"), ["--output is for the texts of --prompts"]),
@@ -216,9 +222,9 @@ def test_options_that_do_not_go_together_are_refused_before_the_weights_are_read
     [
         (b"", ["There is no prompt in"]),
         (b"\n \n", ["There is no prompt in"]),
-        (b'"a"\n\n{"prompt": "b"\n', ["Line 3 of", "is no JSON"]),
-        (b'"a"\n\xff\xfe"\n', ["Line 2 of", "is no JSON"]),
-        (b"[" * 100_000, ["Line 1 of", "is no JSON"]),
+        (b'"a"\n\n{"prompt": "b"\n', ["Line 3 of", "is not valid JSON"]),
+        (b'"a"\n\xff\xfe"\n', ["Line 2 of", "is not valid JSON"]),
+        (b"[" * 100_000, ["Line 1 of", "is not valid JSON"]),
         (b'{"text": "b"}\n', ["Line 1 of", 'has no "prompt"']),
         (b'["b"]\n', ["Line 1 of", 'has no "prompt"']),
         (b'{"prompt": 3}\n', ["Line 1 of", "is no string"]),
@@ -249,6 +255,101 @@ def test_files_that_cannot_be_used_are_refused(tiny, file, tmp_path):
     assert_refused(run(*options, tmp_path / "out"), "out.partial' is there already")
 
 
+def test_values_of_a_line_stay_as_they_stood(tiny, tmp_path):
+    kept = '"id": 12345678901234567890123, "x": 0.1000000000000000055, "y": [1.50, {"z": 1E5}], "s": "\\ud800"'
+    kept += ', "text": 1'
+    content = "\ufeff{" + kept + ', "prompt": "Call"}\r"Call me"\r\n\n'
+    (tmp_path / "p.jsonl").write_bytes(content.encode())
+    result = run("generate", "--model", tiny, "-n", 2, "--prompts", tmp_path / "p.jsonl")
+    assert result.exit_code == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    text = json.dumps(json.loads(first)["text"], ensure_ascii=False)
+    assert first.startswith("{" + kept.replace('"text": 1', f'"text": {text}') + ', "prompt": "Call", "tokens": 2')
+    assert json.loads(second)["prompt"] == "Call me"
+
+
+def test_a_probability_of_zero_is_null_in_json():
+    text = Continuation("b", 1, "length", logprobs=[Chosen(6, "b", -0.5, [Likely(5, "a", -math.inf)])])
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    with contextlib.redirect_stdout(out), json_lines(None, overwrite=False, several=False) as write:
+        write(Prompt(0, "a", [5], {"prompt": '"a"'}), [text])
+    (token,) = json.loads(out.buffer.getvalue(), parse_constant=pytest.fail)["logprobs"]
+    assert token["top"] == [{"id": 5, "token": "a", "logprob": None}]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"prompt": "a", "id": NaN}', ["NaN"]),
+        (b'{"prompt": "a", "id": 1e400}', ["1e400"]),
+        (b'{"prompt": "a", "prompt": "b"}', ["twice"]),
+        (b'{"prompt": "a", "x": ' + b"[" * 100 + b"]" * 100 + b"}", ["nests deeper"]),
+        (b'{"prompt": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", ["nests deeper"]),
+        (b'{"prompt": "a", "id": ' + b"9" * 5000 + b"}", ["4300"]),
+        (b'{"prompt": "a"}{"prompt": "b"}', ["Extra data"]),
+        ('"a"'.encode("utf-16"), ["UTF-8"]),
+        (b'{"prompt": "\\ud83d"}', ["half of a character"]),
+        (b'"' + b"a" * (16 * 2**20) + b'"', ["16 MB"]),
+        (b'"' + b"a" * 300_000 + b'"', ["300,000 characters", "context of 256"]),
+    ],
+)
+def test_what_is_no_json_or_too_much_is_refused_with_its_line(tiny, tmp_path, content, words):
+    (tmp_path / "p.jsonl").write_bytes(b'"fine"\n' + content + b"\n")
+    assert_refused(run("generate", "--model", tiny, "--prompts", tmp_path / "p.jsonl"), "Line 2 of", "p.jsonl'", *words)
+
+
+def test_what_is_read_is_not_written(tiny, file, tmp_path, monkeypatch):
+    monkeypatch.setattr(mx, "load", lambda *args, **options: pytest.fail("the weights were read"))
+    options = ("generate", "--model", tiny, "--overwrite", "--prompts")
+    for make in (os.link, os.symlink, os.replace):
+        (tmp_path / "x.partial").unlink(missing_ok=True)
+        make(file, tmp_path / "x.partial")
+        given = file if file.exists() else tmp_path / "x.partial"
+        assert_refused(run(*options, given, "--output", tmp_path / "x"), "x.partial' is the file of --prompts")
+        assert "Some years" in given.read_text()
+    weights = (tiny / "model.safetensors").read_bytes()
+    os.symlink(tiny / "model.safetensors", tmp_path / "w")
+    for output in (tiny / "model.safetensors", tmp_path / "w"):
+        assert_refused(run(*options, given, "--output", output), "is a file of the model")
+    assert (tiny / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks of Unix")
+def test_two_commands_do_not_write_one_file(tiny, file, tmp_path):
+    partial = tmp_path / "out.jsonl.partial"
+    options = (
+        "generate",
+        "--model",
+        tiny,
+        "-n",
+        2,
+        "--prompts",
+        file,
+        "--output",
+        tmp_path / "out.jsonl",
+        "--overwrite",
+    )
+    with open(partial, "wb") as other:
+        assert try_lock(other)
+        other.write(b"theirs")
+        other.flush()
+        assert_refused(run(*options), "Another command is writing", "out.jsonl.partial")
+        assert partial.read_bytes() == b"theirs"
+    # A process that died has left its file, and no lock.
+    assert run(*options).exit_code == 0
+    assert not partial.exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk of Linux")
+def test_a_full_disk_is_named(tiny, file, tmp_path):
+    command = [sys.executable, "-m", "mistral_eqx", "generate", "hi", "-n", "1", "--model", str(tiny)]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert "Error: stdout, or a file that was being written, cannot be used: No space left on device." in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
 def test_a_bad_line_of_a_pipe_leaves_the_lines_before(tiny, tmp_path):
     out = tmp_path / "out.jsonl"
     options = ("generate", "--model", tiny, "-n", 4, "--batch-size", 1, "--prompts", "-", "--output", out)
@@ -256,7 +357,7 @@ def test_a_bad_line_of_a_pipe_leaves_the_lines_before(tiny, tmp_path):
     assert result.exit_code == 2
     told, error = result.stderr.splitlines()
     assert told == f"The first 2 lines are in {out}.partial."
-    assert error.startswith("Error: Line 3 of stdin is no JSON")
+    assert error.startswith("Error: Line 3 of stdin is not valid JSON")
     assert [line["prompt"] for line in lines((tmp_path / "out.jsonl.partial").read_text())] == ["a", "b"]
     assert not out.exists()
 
@@ -265,13 +366,13 @@ def test_many_prompts_are_read_as_they_are_wanted(tiny, tmp_path, monkeypatch):
     """Of a stream only as many lines as a batch has are read."""
     read = []
 
-    def endless():
-        for number in range(1000):
-            read.append(number)
-            yield b'"Call"\n'
+    class Endless:
+        def readline(self, limit):
+            read.append(limit)
+            return b'"Call"\n'
 
     class Stdin:
-        buffer = endless()
+        buffer = Endless()
 
     monkeypatch.setattr(sys, "stdin", Stdin)
     batches = in_batches(read_file("-", mx.load_tokenizer(tiny).encode), 4)

@@ -1,11 +1,13 @@
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
 from mistral_eqx.config import MistralConfig
+from mistral_eqx.errors import InputError
 from mistral_eqx.presets import PRESETS
 
 
@@ -236,12 +238,12 @@ def test_windows_that_alternate():
         ({"num_local_experts": 8}, r"sets num_local_experts to 8"),
         ({"num_attention_heads": 30, "head_dim": 128}, r"30 query heads and 8 key/value heads"),
         ({"num_attention_heads": 24, "head_dim": None}, r"width 4096 does not divide among 24 heads; add head_dim"),
-        ({"vocab_size": "32000"}, r"has vocab_size '32000', but it must be an integer"),
-        ({"hidden_size": 0, "head_dim": 128}, r"embed is 0, but it must be positive"),
+        ({"vocab_size": "32000"}, r"vocab_size of config\.json is '32000'; it must be a whole number"),
+        ({"hidden_size": 0, "head_dim": 128}, r"hidden_size of config\.json is 0; it must be at least 1"),
         ({"head_dim": 127}, r"head_dim is 127, but it must be even"),
-        ({"tie_word_embeddings": 1}, r"tie_word_embeddings 1, but it must be true or false"),
-        ({"rope_theta": "big"}, r"rope_theta 'big', but it must be a number"),
-        ({"sliding_window": 0}, r"window of 0, but a query sees at least itself"),
+        ({"tie_word_embeddings": 1}, r"tie_word_embeddings of config\.json is 1; it must be true or false"),
+        ({"rope_theta": "big"}, r"rope_theta of config\.json is 'big'; it must be a number"),
+        ({"sliding_window": 0}, r"sliding_window of config\.json is 0; it must be at least 1"),
     ],
 )
 def test_hf_refuses_by_name(change, sentence):
@@ -271,8 +273,8 @@ def test_hf_ignores_what_has_no_effect():
         ({"model_type": "mamba"}, r"has model_type 'mamba'"),
         ({"causal": False}, r"has causal False"),
         ({"_sliding_window": 8}, r"contradict each other"),
-        ({"sliding_window": "wide"}, r"must be an integer, null, or a list"),
-        ({"vocab_size": -1}, r"vocab is -1, but it must be positive"),
+        ({"sliding_window": "wide"}, r"sliding_window of params\.json is 'wide'; it must be a whole number or a list"),
+        ({"vocab_size": -1}, r"vocab_size of params\.json is -1; it must be at least 1"),
     ],
 )
 def test_params_json_refuses_by_name(change, sentence):
@@ -306,7 +308,7 @@ def test_params_json_of_later_releases():
         ({"llama.attention.value_length": 32}, r"has llama\.attention\.value_length 32"),
         ({"llama.expert_count": 8}, r"sets llama\.expert_count to 8"),
         ({"llama.logit_scale": 0.5}, r"sets llama\.logit_scale to 0\.5"),
-        ({"llama.attention.head_count": [9, 9]}, r"head_count \[9, 9\], but it must be an integer"),
+        ({"llama.attention.head_count": [9, 9]}, r"head_count of GGUF metadata is \[9, 9\]; it must be a whole number"),
     ],
 )
 def test_gguf_refuses_by_name(change, sentence):
@@ -333,16 +335,85 @@ def test_gguf_derives_what_old_files_leave_out():
     ("change", "sentence"),
     [
         ({"windows": (None, None)}, r"has 2 windows for 3 layers; give one entry a layer"),
-        ({"windows": (None, None, 0)}, r"window of 0"),
+        ({"windows": (None, None, 0)}, r"windows is .*; its entry 2 must be at least 1"),
         ({"head_dim": 15}, r"head_dim is 15, but it must be even"),
-        ({"layers": 0, "windows": ()}, r"layers is 0, but it must be positive"),
-        ({"rope_theta": float("nan")}, r"rope_theta is nan, but it must be positive"),
-        ({"norm_eps": 0.0}, r"norm_eps is 0\.0, but it must be positive"),
+        ({"layers": 0, "windows": ()}, r"layers is 0; it must be at least 1"),
+        ({"rope_theta": float("nan")}, r"rope_theta is nan; it must be a finite number"),
+        ({"norm_eps": 0.0}, r"norm_eps is 0\.0; it must be at least 1e-20"),
     ],
 )
 def test_config_refuses_impossible_sizes(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         dataclasses.replace(PRESETS["gpt-nano"], **change)
+
+
+HUGE = (2**63, 10**12, 10**400, float("nan"), float("inf"), 1e400, -1, 1.5, True, "text", [], [1], ["x"], {"a": 1})
+SIZES = {
+    "from_hf": "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size "
+    "intermediate_size max_position_embeddings rms_norm_eps rope_theta sliding_window tie_word_embeddings bos_token_id "
+    "use_sliding_window layer_types model_type architectures rope_parameters",
+    "from_params_json": "dim n_layers head_dim hidden_dim n_heads n_kv_heads norm_eps vocab_size rope_theta "
+    "max_position_embeddings max_seq_len tied_embeddings bos_id model_type activation causal",
+    "from_gguf": "llama.block_count llama.context_length llama.embedding_length llama.feed_forward_length "
+    "llama.attention.head_count llama.attention.head_count_kv llama.rope.freq_base llama.vocab_size "
+    "llama.attention.layer_norm_rms_epsilon llama.attention.key_length llama.attention.sliding_window "
+    "llama.rope.dimension_count tokenizer.ggml.bos_token_id tokenizer.ggml.eos_token_id general.architecture "
+    "split.count",
+}
+ACCEPTED = {("rope_theta", 1.5), ("tie_word_embeddings", True), ("use_sliding_window", True), ("causal", True)}
+ACCEPTED |= {("tied_embeddings", True), ("llama.rope.freq_base", 1.5)}
+ACCEPTED |= {("rope_theta", 10**12), ("llama.rope.freq_base", 10**12)}
+BASES = {"from_hf": HF_7B, "from_params_json": PARAMS_7B, "from_gguf": GGUF_SMOLLM2}
+
+
+@pytest.mark.parametrize(("reader", "key"), [(reader, key) for reader in SIZES for key in SIZES[reader].split()])
+def test_what_a_key_cannot_be_is_refused_by_the_name_of_the_file_and_the_key(reader, key):
+    for value in HUGE:
+        settings = {**BASES[reader], key: value}
+        if any(key == name and value is one for name, one in ACCEPTED) or (key, value) == ("architectures", []):
+            getattr(MistralConfig, reader)(settings)
+            continue
+        with pytest.raises(InputError) as caught:
+            getattr(MistralConfig, reader)(settings, file="folder/of.it")
+        assert "'folder/of.it'" in str(caught.value)
+        assert key in str(caught.value)
+        assert len(str(caught.value)) < 400
+        assert caught.value.file == "folder/of.it"
+
+
+@pytest.mark.parametrize(
+    ("reader", "change", "key"),
+    [
+        ("from_hf", {"num_key_value_heads": 0}, "num_key_value_heads"),
+        ("from_hf", {"head_dim": 0}, "head_dim"),
+        ("from_hf", {"rope_theta": 0}, "rope_theta"),
+        ("from_hf", {"rope_theta": 1e-300}, "rope_theta"),
+        ("from_hf", {"rms_norm_eps": 1e300}, "rms_norm_eps"),
+        ("from_hf", {"use_sliding_window": "false"}, "use_sliding_window"),
+        ("from_hf", {"partial_rotary_factor": True}, "partial_rotary_factor"),
+        ("from_hf", {"is_causal": 1}, "is_causal"),
+        ("from_hf", {"rope_parameters": []}, "rope_parameters"),
+        ("from_hf", {"rope_parameters": {"rope_theta": "1e4"}}, "rope_parameters.rope_theta"),
+        ("from_hf", {"rope_parameters": {"rope_type": ["default"]}}, "rope_parameters"),
+        ("from_hf", {"eos_token_id": -1}, "eos_token_id"),
+        ("from_hf", {"eos_token_id": [2, -1]}, "eos_token_id"),
+        ("from_hf", {"eos_token_id": [[2]]}, "eos_token_id"),
+        ("from_params_json", {"rope_theta": 0}, "rope_theta"),
+        ("from_params_json", {"eos_ids": [2, True]}, "eos_ids"),
+        ("from_params_json", {"causal": 1}, "causal"),
+        ("from_params_json", {"sliding_window": [None, 0]}, "sliding_window"),
+        ("from_gguf", {"tokenizer.ggml.eot_token_id": -1}, "eot_token_id"),
+        ("from_gguf", {"llama.rope.scaling.factor": True}, "llama.rope.scaling.factor"),
+    ],
+)
+def test_values_that_once_passed_for_others_are_refused(reader, change, key):
+    with pytest.raises(InputError, match=re.escape(key)):
+        getattr(MistralConfig, reader)({**BASES[reader], **change})
+
+
+def test_numbers_of_numpy_are_numbers():
+    sizes = {"llama.block_count": np.uint32(30), "llama.rope.freq_base": np.float32(1e5)}
+    assert MistralConfig.from_gguf({**GGUF_SMOLLM2, **sizes}, tied=True) == PRESETS["smollm2-135m"]
 
 
 @pytest.mark.parity

@@ -87,11 +87,7 @@ def open_gguf(path: Path) -> Checkpoint:
     metadata, tensors = read_gguf(path)
     if not tensors:
         raise InputError(f"{str(path)!r} holds no tensors; give a file with a model's weights.", file=path)
-    try:
-        config = MistralConfig.from_gguf(metadata, tied=HEAD.gguf not in tensors)
-    except InputError as error:
-        # The config knows the keys, and only here is known which file they are from.
-        raise InputError(f"{str(path)!r} cannot be used: {error}", file=path, key=error.key) from error
+    config = MistralConfig.from_gguf(metadata, tied=HEAD.gguf not in tensors, file=path)
     return Checkpoint(path, "gguf", config, main_dtype(tensors), tensors, metadata)
 
 

@@ -34,7 +34,7 @@ def open_hf(folder: Path, own: Sequence[Reading], others: Sequence[Reading]) -> 
     not supported; also if the folder holds weights several times, and they differ.
     """
     metadata = read_json(folder / CONFIG)
-    config = MistralConfig.from_hf(metadata)
+    config = MistralConfig.from_hf(metadata, file=folder / CONFIG)
     if not own:
         pickled, loose = sorted(folder.glob("pytorch_model*.bin")), _loose(folder, set())
         found = "neither of them"

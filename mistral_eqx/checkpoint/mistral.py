@@ -36,7 +36,7 @@ def open_mistral(folder: Path, own: Sequence[Reading], others: Sequence[Reading]
     not supported; also if the folder holds weights several times, and they differ.
     """
     metadata = read_json(folder / CONFIG)
-    config = MistralConfig.from_params_json(metadata)
+    config = MistralConfig.from_params_json(metadata, file=folder / CONFIG)
     if not own:
         raise InputError(
             f"The folder {str(folder)!r} has a params.json but no weights {WEIGHTS!r} or 'consolidated.00.pth'; "

@@ -1,8 +1,8 @@
 """Which of the formats a folder or file has."""
 
 import os
-from pathlib import Path
 
+from ..documents import to_path
 from ..errors import InputError
 from . import gguf, hf, mistral
 from .reader import Checkpoint
@@ -24,7 +24,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     **Raises:** `InputError` that names the file or folder and says what is wrong with it.
     """
-    path = Path(path).expanduser()
+    path = to_path(path, "The path of the checkpoint")
     if path.is_file():
         if path.suffix in (".safetensors", ".json", ".pth", ".bin"):
             raise InputError(

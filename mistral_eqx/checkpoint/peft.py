@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 

@@ -99,6 +99,8 @@ class Checkpoint:
     - `dtype`: the files' main dtype; float32 for quantised weights.
     - `tensors`: every tensor by its name in the files.
     - `metadata`: `config.json`, `params.json` or the keys of the GGUF file, as they stand there.
+
+    **Raises:** `ValueError` if a token that starts or ends a text is outside the vocabulary.
     """
 
     path: Path
@@ -107,6 +109,17 @@ class Checkpoint:
     dtype: np.dtype
     tensors: Mapping[str, LazyTensor]
     metadata: Mapping[str, Any]
+
+    def __post_init__(self):
+        name = {"hf": "config.json", "mistral": "params.json"}.get(self.format)
+        file = self.path if name is None else self.path / name
+        for token in (self.config.bos_id, *self.config.eos_ids):
+            if token is not None and token >= self.config.vocab:
+                raise InputError(
+                    f"{str(file)!r} says that the token {token} starts or ends a text, but its vocabulary has "
+                    f"{self.config.vocab} tokens, from 0; correct the id there.",
+                    file=file,
+                )
 
 
 def main_dtype(tensors: Mapping[str, LazyTensor]) -> np.dtype:

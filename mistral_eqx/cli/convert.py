@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..documents import to_path
 from . import options, processes
 
 
@@ -23,7 +24,7 @@ def convert(
             metavar="SOURCE", help="A checkpoint's folder, a .gguf file, a preset or a hub id such as 'owner/name'."
         ),
     ],
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to write.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The folder to write.")],
     format: Annotated[Format, typer.Option("--format", help="Hugging Face's layout, or Mistral's.")] = Format.HF,
     dtype: Annotated[
         options.DType | None, typer.Option("--dtype", help="Precision to write; the source's own unless given.")
@@ -46,6 +47,7 @@ def convert(
     from .loading import locate
     from .progress import progress_bar
 
+    to_path(target, "The target", "give the folder to write")
     path = locate(source)
     with progress_bar("Converting") as bar:
         mx.convert(
@@ -59,4 +61,5 @@ def convert(
             allow_nonfinite=allow_nonfinite,
             progress=bar,
         )
-    processes.say(f"Wrote {target} ({sum(file.stat().st_size for file in target.iterdir()) / 1e6:,.0f} MB).")
+    size = sum(file.stat().st_size for file in Path(target).expanduser().iterdir())
+    processes.say(f"Wrote {target} ({size / 1e6:,.0f} MB).")

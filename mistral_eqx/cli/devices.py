@@ -7,15 +7,26 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+from ..documents import shown
 from ..errors import InputError
 from . import processes
+from .environment import start_devices
 
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
+    from collections.abc import Callable
+
+    from jax.sharding import AbstractMesh, Mesh
 
     from ..config import MistralConfig
     from ..parallel import Strategy
+
+
+# The largest pod has fewer chips.
+_MOST_DEVICES = 16_384
+# XLA makes each virtual device in this machine's memory, which takes seconds.
+_MOST_VIRTUAL = 1024
+_DEVICES_FLAG = "xla_force_host_platform_device_count"
 
 
 class Devices:
@@ -48,10 +59,14 @@ class Devices:
                     f"The strategy {strategy!r} splits over the axes {' and '.join(used)}, and no mesh says how many "
                     f"devices each takes; add, for example, --mesh {','.join(f'{axis}=2' for axis in used)}."
                 )
+        if self._axes is not None and math.prod(self._axes.values()) > _MOST_DEVICES:
+            raise InputError(
+                f"The mesh {shown(mesh)} takes {shown(math.prod(self._axes.values()))} devices, more than the "
+                f"{_MOST_DEVICES} that are possible; make it smaller.",
+                key="mesh",
+            )
         if (coordinator, num_processes, process_id) != (None, None, None):
             _connect(coordinator, num_processes, process_id, self._axes)
-        elif self._axes is not None:
-            _make_virtual(self._axes, 1)
 
     def place(self, config: MistralConfig) -> tuple[Mesh | None, Strategy, str]:
         """Finds the place of a model.
@@ -63,9 +78,12 @@ class Devices:
         from ..parallel import SINGLE, agree
         from ..parallel.mesh import make_mesh, show
 
-        if self._axes is None and self._wanted is None and not processes.several():
-            return None, SINGLE, ""
         axes = self._axes
+        if axes is not None and not processes.several():
+            _make_virtual(axes, 1, lambda mesh: self._expect_fit(config, mesh))
+        start_devices()
+        if axes is None and self._wanted is None and not processes.several():
+            return None, SINGLE, ""
         if axes is None:
             # One axis over all the devices there are.
             used = ["tp"] if self._wanted is None else _axes_of(self._wanted) or ["tp"]
@@ -83,6 +101,11 @@ class Devices:
         together = f" of {jax.process_count()} processes" if processes.several() else ""
         return mesh, strategy, f"{_name(strategy)} on {show(axes)}{together}"
 
+    def _expect_fit(self, config: MistralConfig, mesh: AbstractMesh):
+        """Refuses a mesh over which the model cannot be split, without its devices."""
+        strategy = _first_legal(config, mesh) if self._wanted is None else self._wanted
+        strategy.check(config, mesh)
+
 
 def _connect(coordinator: str | None, num_processes: int | None, process_id: int | None, axes: dict[str, int] | None):
     from ..parallel.mesh import initialize
@@ -91,34 +114,49 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
     if coordinator == "auto":
         if (num_processes, process_id) != (None, None):
             raise InputError("--coordinator auto finds out --num-processes and --process-id; leave them out.")
-        coordinator = None
     elif None in (coordinator, num_processes, process_id):
         raise InputError(
             "Several processes need --coordinator, --num-processes and --process-id; give all three, or --coordinator "
             "auto where SLURM, Cloud TPU or Open MPI starts them."
         )
-    initialize(coordinator, num_processes, process_id)
+    if num_processes is not None and process_id is not None and process_id >= num_processes:
+        raise InputError(
+            f"--process-id is {process_id}; with {num_processes} processes it must be from 0 to {num_processes - 1}."
+        )
+    initialize(None if coordinator == "auto" else coordinator, num_processes, process_id)
     watch = running()
     assert watch is not None  # it is what `initialize` leaves behind
     processes.become(watch.process)
     if axes is not None:
         _make_virtual(axes, watch.processes)
+    start_devices()
 
 
-def _make_virtual(axes: dict[str, int], count: int):
+def _make_virtual(axes: dict[str, int], count: int, check: Callable[[AbstractMesh], object] | None = None):
     """Asks for as many devices of the CPU as the mesh takes; where there are accelerators, it takes those.
 
     Whoever has asked for a number of devices gets that one.
+
+    **Arguments:**
+
+    - `check`: refuses a mesh that does not fit, before devices are made.
     """
     import jax
+    from jax._src import xla_bridge  # whether devices are in use, JAX tells in no public place
+    from jax.sharding import AbstractMesh
 
     asked = jax.config.values["jax_num_cpu_devices"] >= 0
-    if not asked and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        try:
-            jax.config.update("jax_num_cpu_devices", -(-math.prod(axes.values()) // count))
-        except RuntimeError:
-            # The devices of this process are in use already; the mesh says whether they are enough.
-            return
+    if asked or _DEVICES_FLAG in os.environ.get("XLA_FLAGS", "") or xla_bridge.backends_are_initialized():
+        return  # the mesh says whether they are enough
+    if check is not None:
+        check(AbstractMesh(tuple(axes.values()), tuple(axes)))
+    if math.prod(axes.values()) > _MOST_VIRTUAL:
+        raise InputError(
+            f"The mesh takes {math.prod(axes.values())} devices, and this machine's processors would have to stand for "
+            f"more than {_MOST_VIRTUAL}; make it smaller, or set JAX_NUM_CPU_DEVICES.",
+            key="mesh",
+        )
+    jax.config.update("jax_num_cpu_devices", -(-math.prod(axes.values()) // count))
 
 
 def _axes_of(strategy: Strategy) -> list[str]:
@@ -126,7 +164,7 @@ def _axes_of(strategy: Strategy) -> list[str]:
     return list(dict.fromkeys(re.findall(r"[^@,\s]+(?=[,\s]|$)", strategy.layout)))
 
 
-def _first_legal(config: MistralConfig, mesh: Mesh) -> Strategy:
+def _first_legal(config: MistralConfig, mesh: Mesh | AbstractMesh) -> Strategy:
     """The first of the named strategies that fits both the mesh and the model."""
     from ..parallel.choices import NAMED
 
@@ -135,7 +173,7 @@ def _first_legal(config: MistralConfig, mesh: Mesh) -> Strategy:
         if set(_axes_of(strategy)) <= set(mesh.axis_names):
             try:
                 strategy.check(config, mesh)
-            except ValueError as error:
+            except InputError as error:
                 refused = refused or error
             else:
                 return strategy

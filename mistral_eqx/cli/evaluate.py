@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
+from ..checks import Count
 from ..errors import InputError
 from . import options, processes
 from .background import interruptible
+from .options import within
 
 
 if TYPE_CHECKING:
@@ -44,13 +46,16 @@ def perplexity(
     text: Annotated[Path, typer.Option(help="The file to measure on, UTF-8 and of any size.")],
     model: options.Model = options.DEFAULT_MODEL,
     context: Annotated[
-        int | None, typer.Option(help="Tokens of a window; the model's whole context unless given.")
+        int | None,
+        typer.Option(callback=within(Count), help="Tokens of a window; the model's whole context unless given."),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(help="Tokens from one window's start to the next's; half of a window unless given."),
+        typer.Option(
+            callback=within(Count), help="Tokens from one window's start to the next's; half of a window unless given."
+        ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="How many windows are read together.")] = 1,
+    batch: Annotated[int, typer.Option(callback=within(Count), help="How many windows are read together.")] = 1,
     dtype: options.LoadDType = None,
     mesh: options.Mesh = None,
     strategy: options.Strategy = None,
@@ -79,8 +84,6 @@ def perplexity(
         # All that can be refused without the weights is refused before they are read.
         config = open_checkpoint(path).config
         context, stride = window_sizes(config, context, stride)
-        if batch < 1:
-            raise InputError(f"--batch is {batch}; it must be at least 1.")
         placed, split, where = devices.place(config)
         tokenizer = mx.load_tokenizer(path)
         if file.seekable():
@@ -126,9 +129,9 @@ def _print(found: Perplexity, *figures: str):
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
-    """A text file, as it is: no end of a line is changed."""
+    """A text file, as it is but for a byte order mark: no end of a line is changed."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             yield file
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error.reason}; convert it, as by iconv -t UTF-8.") from error

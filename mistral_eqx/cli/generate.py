@@ -1,5 +1,6 @@
 """`mistral-eqx generate`: what follows a prompt, or each of many."""
 
+import contextlib
 import itertools
 import json
 import sys
@@ -10,12 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import interrupts
+from ..checks import Count, CountOrZero
 from ..errors import InputError
 from . import options, processes
+from .options import within
 
 
 if TYPE_CHECKING:
     from .prompts import Prompt
+
+
+# No token has more characters. What a context of such tokens cannot hold is not encoded: that may take minutes.
+_LONGEST_TOKEN = 1024
 
 
 def generate(
@@ -38,30 +45,35 @@ def generate(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where --prompts writes; stdout unless given.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="How many prompts are decoded together.")] = 8,
+    batch_size: Annotated[int, typer.Option(callback=within(Count), help="How many prompts are decoded together.")] = 8,
     max_new_tokens: options.MaxNewTokens = 64,
     min_new_tokens: Annotated[
-        int | None, typer.Option(min=0, help="How many tokens to add before an end token may come.")
+        int | None,
+        typer.Option(callback=within(CountOrZero), help="How many tokens to add before an end token may come."),
     ] = None,
     stop: options.Stop = None,
     num_samples: Annotated[
         int | None,
         typer.Option(
-            min=1,
+            callback=within(Count),
             help="How many texts each prompt gets: drawn ones, or with --num-beams the best ones. 1 unless given.",
         ),
     ] = None,
     num_beams: Annotated[
-        int | None, typer.Option(min=1, help="Search for the likeliest text as a whole, with this many beams.")
+        int | None,
+        typer.Option(callback=within(Count), help="Search for the likeliest text as a whole, with this many beams."),
     ] = None,
     length_penalty: Annotated[
         float | None,
-        typer.Option(help="Above 0 a beam search favours long texts, below 0 short ones. 1 unless given."),
+        typer.Option(
+            callback=within(float), help="Above 0 a beam search favours long texts, below 0 short ones. 1 unless given."
+        ),
     ] = None,
     logprobs: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Show the logarithm of each token's probability, and those of this many likeliest ones."
+            callback=within(CountOrZero),
+            help="Show the logarithm of each token's probability, and those of this many likeliest ones.",
         ),
     ] = None,
     temperature: options.Temperature = None,
@@ -74,7 +86,8 @@ def generate(
     frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = 0,
     prefill_chunk: Annotated[
-        int | None, typer.Option(min=1, help="Read a prompt so many tokens at a time; fewer take less memory.")
+        int | None,
+        typer.Option(callback=within(Count), help="Read a prompt so many tokens at a time; fewer take less memory."),
     ] = None,
     dtype: options.LoadDType = None,
     mesh: options.Mesh = None,
@@ -145,9 +158,9 @@ def generate(
         texts = json.loads(share(json.dumps(read_texts(arguments)) if first else None))
     if prompts is not None and first:
         expect_file(prompts)
-    if output is not None and first:
-        expect_output(output, overwrite)
     path = locate(model)
+    if prompts is not None and output is not None and first:
+        expect_output(output, overwrite, prompts, path)
     start = time.perf_counter()
     # All that can be refused without the weights is refused before they are read.
     config = open_checkpoint(path).config
@@ -156,6 +169,11 @@ def generate(
     tokenizer = mx.load_tokenizer(path)
 
     def encode(text: str) -> list[int]:
+        if len(text) > _LONGEST_TOKEN * config.max_positions:
+            raise InputError(
+                f"A prompt of {len(text):,} characters is longer than this model's context of {config.max_positions} "
+                "tokens; shorten the prompt."
+            )
         ids = tokenizer.encode(text)
         check_context(len(ids), max_new_tokens, config.max_positions)
         return ids
@@ -172,15 +190,20 @@ def generate(
     # Of a pipe no more than the first lines can be checked now.
     batches = itertools.chain(list(itertools.islice(batches, 1)), batches)
     agree("command", repr(([one.ids for one in given], batch_size, wanted, dtype, tokenizer.eos_ids)))
-    weights = load(path, dtype, check, placed, split)
-    loaded = [f"loaded in {time.perf_counter() - start:.2f} s as {precision(weights)}", *([where] if where else [])]
-    if prompts is not None:
-        # A bar on the terminal on which lines are written would get between them.
-        bar = output is not None or not sys.stdout.isatty()
-        with interrupts.answered(), json_lines(output if first else None, overwrite, num_samples is not None) as write:
-            answer_all(weights, tokenizer, batches, wanted, batch_size, loaded, write, total, bar)
-    elif len(given) == 1 and wanted.plain:
-        answer_one(weights, tokenizer, given[0], wanted, loaded)
-    else:
-        write = readable(len(given) == wanted.samples == 1)
-        answer_all(weights, tokenizer, batches, wanted, batch_size, loaded, write)
+    # The file of the texts is made before the weights are read, so that it is not refused after.
+    several = num_samples is not None
+    with contextlib.ExitStack() as writing:
+        if prompts is None:
+            write = readable(len(given) == wanted.samples == 1)
+        else:
+            writing.enter_context(interrupts.answered())
+            write = writing.enter_context(json_lines(output if first else None, overwrite, several))
+        weights = load(path, dtype, check, placed, split)
+        seconds = time.perf_counter() - start
+        figures = [f"loaded in {seconds:.2f} s as {precision(weights)}", *([where] if where else [])]
+        if prompts is None and len(given) == 1 and wanted.plain:
+            answer_one(weights, tokenizer, given[0], wanted, figures)
+        else:
+            # A bar on the terminal on which lines are written would get between them.
+            bar = prompts is not None and (output is not None or not sys.stdout.isatty())
+            answer_all(weights, tokenizer, batches, wanted, batch_size, figures, write, total, bar)

@@ -6,14 +6,16 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from .. import interrupts
+from ..checks import Count
 from ..errors import InputError
 from . import options
 from .console import stdout_console
+from .options import within
 
 
 if TYPE_CHECKING:
@@ -29,7 +31,8 @@ def plan(
         typer.Option(help="The chips of a TPU and how many there are along each side, such as 'v4:2x2x4'."),
     ] = None,
     devices: Annotated[
-        int | None, typer.Option(help="In place of a topology, a number of virtual devices of the CPU.")
+        int | None,
+        typer.Option(callback=within(Count), help="In place of a topology, a number of virtual devices of the CPU."),
     ] = None,
     strategy: Annotated[
         list[str] | None,
@@ -39,10 +42,13 @@ def plan(
         ),
     ] = None,
     mesh: options.Mesh = None,
-    batch: Annotated[int, typer.Option(help="Rows that are computed together.")] = 8,
-    prompt: Annotated[int | None, typer.Option(help="Tokens of each row's prompt; 512 unless given.")] = None,
+    batch: Annotated[int, typer.Option(callback=within(Count), help="Rows that are computed together.")] = 8,
+    prompt: Annotated[
+        int | None, typer.Option(callback=within(Count), help="Tokens of each row's prompt; 512 unless given.")
+    ] = None,
     kv_seq: Annotated[
-        int | None, typer.Option("--kv-seq", help="Slots of each row in the cache; 4096 unless given.")
+        int | None,
+        typer.Option("--kv-seq", callback=within(Count), help="Slots of each row in the cache; 4096 unless given."),
     ] = None,
     dtype: Annotated[
         options.DType,
@@ -52,16 +58,22 @@ def plan(
         ),
     ] = options.DType.BFLOAT16,
     train: Annotated[bool, typer.Option("--train", help="Plan a step of training in place of generation.")] = False,
-    seq: Annotated[int | None, typer.Option(help="With --train: tokens of each row; 4096 unless given.")] = None,
+    seq: Annotated[
+        int | None, typer.Option(callback=within(Count), help="With --train: tokens of each row; 4096 unless given.")
+    ] = None,
     zero: Annotated[
         list[int] | None,
         typer.Option(
+            callback=within(list[Literal[0, 1, 2, 3]]),
             help="With --train: how much of the state is split over the devices that share a batch, from 0 to 3; 0 "
-            "unless given. May be given several times."
+            "unless given. May be given several times.",
         ),
     ] = None,
     accumulate: Annotated[
-        int | None, typer.Option(help="With --train: in how many parts a batch is gone through; 1 unless given.")
+        int | None,
+        typer.Option(
+            callback=within(Count), help="With --train: in how many parts a batch is gone through; 1 unless given."
+        ),
     ] = None,
     remat: Annotated[
         str | None,
@@ -85,12 +97,13 @@ def plan(
     A strategy that does not fit is told, and the others are planned.
     """
     from rich.console import Console
+    from rich.text import Text
 
     from ..plan import count_devices, plan as compile_plan, table
-    from ..plan.pictures import picture as draw, require_matplotlib
+    from ..plan.pictures import expect_picture, picture as draw
 
     if picture is not None:
-        require_matplotlib()
+        expect_picture(picture)
     config = _config(model)
     asked = {"seq": seq, "accumulate": accumulate, "remat": remat, "offload": offload or None}
     trainings = _trainings(train, zero, {name: value for name, value in asked.items() if value is not None})
@@ -99,7 +112,7 @@ def plan(
     for wanted, training in itertools.product(strategies, trainings):
         name = wanted if isinstance(wanted, str) else wanted.name
         try:
-            with Console(stderr=True).status(f"Compiling {name} for {topology or 'virtual devices'}"):
+            with Console(stderr=True).status(Text(f"Compiling {name} for {topology or 'virtual devices'}")):
                 report = compile_plan(
                     config,
                     topology=topology,
@@ -112,7 +125,7 @@ def plan(
                     dtype=dtype.value,
                     train=training,
                 )
-        except ValueError as error:
+        except InputError as error:
             refused.append((name, error))
         else:
             reports.append(dataclasses.replace(report, model=model))

@@ -41,7 +41,8 @@ def progress_bar(title: str, *, counts: bool = False, shown: bool = True) -> Ite
     amount = [MofNCompleteColumn()] if counts else [DownloadColumn(), TransferSpeedColumn()]
     hidden = processes.number() > 0 or not console.is_terminal or not shown
     bar = Progress(
-        TextColumn("{task.description}"),
+        # A file's name may have what rich takes for markup.
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         *amount,
         TimeRemainingColumn(),

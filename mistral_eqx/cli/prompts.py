@@ -1,19 +1,27 @@
 """Prompts from the command line, from stdin, and from files with one JSON value a line."""
 
+import codecs
 import contextlib
 import dataclasses
 import itertools
 import json
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..documents import MiB, parse_json, shown
 from ..errors import InputError
 
 
+# The most bytes of a line, and of a text on stdin; no model has so long a context.
+_LONGEST = 16 * MiB
+_DECODER = json.JSONDecoder()
+# What may stand before a key or a value of an object.
+_JSON_SPACE: Any = re.compile(r"[\s,:]*")
 # How a file of prompts is to be written, at the end of sentences about one that is not.
 _REMEDY = 'write {"prompt": "..."} on each line, or a text as a JSON string'
 
@@ -27,13 +35,13 @@ class Prompt:
     - `number`: the how many-th it is, from 0: it draws the same whatever batch it is in.
     - `text`: what the user wrote.
     - `ids`: its tokens.
-    - `record`: what stands on its line of a file.
+    - `record`: the values of the object on its line of a file, each as the JSON that stands there.
     """
 
     number: int
     text: str
     ids: list[int]
-    record: dict[str, Any] = dataclasses.field(default_factory=dict)
+    record: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read_texts(arguments: Sequence[str]) -> list[str]:
@@ -53,10 +61,14 @@ def read_texts(arguments: Sequence[str]) -> list[str]:
 
 def _read_stdin() -> str:
     try:
-        # The newline at the end is the pipe's or the editor's, hardly ever meant.
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"The prompt on stdin is not {error.encoding.upper()} text: {error.reason}.") from error
+        text = sys.stdin.read(_LONGEST + 1)
+        text.encode()  # where the locale has no encoding, bytes that are not UTF-8 pass for halves of characters
+    except UnicodeError as error:
+        raise InputError(f"The prompt on stdin is not UTF-8 text ({error.reason}); convert it.") from error
+    if len(text) > _LONGEST:
+        raise InputError(f"The prompt on stdin is longer than {_LONGEST // MiB} MB; give a shorter one.")
+    # The newline at the end is the pipe's or the editor's, hardly ever meant.
+    return text.removesuffix("\n")
 
 
 def encode_texts(texts: Sequence[str], encode: Callable[[str], list[int]]) -> list[Prompt]:
@@ -86,15 +98,30 @@ def read_file(path: str, encode: Callable[[str], list[int]]) -> Iterator[Prompt]
     """
     name = "stdin" if path == "-" else repr(path)
     number = 0
-    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as lines:
-        for at, line in enumerate(lines, 1):
+    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+        for at, line in enumerate(_lines(file.readline, name), 1):
+            where = f"Line {at} of {name}"
             if line.strip():
-                where = f"Line {at} of {name}"
-                record = _record(line, where)
-                yield Prompt(number, record["prompt"], _encoded(record["prompt"], encode, where), record)
+                record = _record(line, where, None if path == "-" else path)
+                text = record["prompt"]
+                yield Prompt(number, text, _encoded(text, encode, where), _kept(line, record))
                 number += 1
     if number == 0:
-        raise InputError(f"There is no prompt in {name}; {_REMEDY}.")
+        raise InputError(f"There is no prompt in {name}; {_REMEDY}.", file=None if path == "-" else path)
+
+
+def _lines(readline: Callable[[int], bytes], name: str) -> Iterator[bytes]:
+    """The lines of a file, whatever ends them, without a byte order mark."""
+    at = 0
+    while line := readline(_LONGEST + 1):
+        if len(line) > _LONGEST:
+            raise InputError(f"Line {at + 1} of {name} is longer than {_LONGEST // MiB} MB; {_REMEDY}.")
+        if at == 0:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        # JSON has no carriage return within a value.
+        for part in line.splitlines():
+            at += 1
+            yield part
 
 
 def expect_file(path: str):
@@ -102,6 +129,8 @@ def expect_file(path: str):
 
     **Raises:** `OSError` if nothing is there, `ValueError` if it is a folder.
     """
+    if not path:
+        raise InputError("--prompts is ''; give a file of prompts, or '-' for stdin.", key="prompts")
     if path != "-" and stat.S_ISDIR(os.stat(path).st_mode):
         raise InputError(f"{path!r} is a folder; give a file of prompts.")
 
@@ -116,20 +145,42 @@ def count_file(path: str, encode: Callable[[str], list[int]]) -> int | None:
     return sum(1 for _ in read_file(path, encode))
 
 
-def _record(line: bytes, where: str) -> dict[str, Any]:
+def _record(line: bytes, where: str, file: str | None) -> dict[str, Any]:
+    def wrong(what: str, remedy: str = _REMEDY) -> InputError:
+        return InputError(f"{where} {what}; {remedy}.", file=file)
+
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is no JSON; {_REMEDY}.") from error
+        record = parse_json(line.decode(), where, file=file, remedy=_REMEDY)
+    except UnicodeDecodeError as error:
+        raise wrong(f"is not valid JSON (it is not UTF-8: {error.reason} at byte {error.start})") from error
     if isinstance(record, str):
         record = {"prompt": record}
     if not isinstance(record, dict) or "prompt" not in record:
-        raise InputError(f'{where} has no "prompt"; {_REMEDY}.')
-    if not isinstance(record["prompt"], str):
-        raise InputError(f'{where} has a "prompt" that is no string; {_REMEDY}.')
-    if not record["prompt"]:
-        raise InputError(f"{where} has an empty prompt; give some text to continue.")
+        raise wrong('has no "prompt"')
+    text = record["prompt"]
+    if not isinstance(text, str):
+        raise wrong(f'has the "prompt" {shown(text)}, which is no string')
+    if not text:
+        raise wrong("has an empty prompt", "give some text to continue")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise wrong('has a "prompt" with half of a character (a surrogate without its pair)') from error
     return record
+
+
+def _kept(line: bytes, record: dict[str, Any]) -> dict[str, str]:
+    """The values of a line's object as JSON, each as it stood: a number keeps its digits."""
+    text = line.decode()
+    if not text.lstrip().startswith("{"):
+        return {key: json.dumps(value, ensure_ascii=False) for key, value in record.items()}
+    kept, at = {}, text.index("{") + 1
+    for _ in record:
+        key, at = _DECODER.raw_decode(text, _JSON_SPACE.match(text, at).end())
+        start = _JSON_SPACE.match(text, at).end()
+        _, at = _DECODER.raw_decode(text, start)
+        kept[key] = text[start:at]
+    return kept
 
 
 def _encoded(text: str, encode: Callable[[str], list[int]], where: str | None) -> list[int]:

@@ -3,12 +3,15 @@
 import contextlib
 import dataclasses
 import json
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 from ..errors import InputError
+from ..locks import try_lock
 from . import processes
 from .continuing import Continuation, Likely
 from .prompts import Prompt
@@ -40,9 +43,8 @@ def readable(alone: bool) -> Write:
             first = False
             sys.stdout.write(text.text + "\n")
             if text.logprobs is not None:
-                sys.stdout.write("\n")
-                for token in text.logprobs:
-                    sys.stdout.write("\t".join([_shown(token), *map(_shown, token.top)]) + "\n")
+                rows = ["\t".join([_shown(token), *map(_shown, token.top)]) + "\n" for token in text.logprobs]
+                sys.stdout.write("\n" + "".join(rows))
         sys.stdout.flush()
 
     return write
@@ -81,7 +83,8 @@ def json_lines(output: Path | None, overwrite: bool, several: bool) -> Iterator[
             if any(text.finish is None for text in texts):
                 return
             found = [_fields(text) for text in texts]
-            record = prompt.record | ({"samples": found} if several else found[0])
+            fields = {"samples": found} if several else found[0]
+            record = prompt.record | {key: _json(value) for key, value in fields.items()}
             if file is None:
                 sys.stdout.write(_line(record, sys.stdout.encoding))
                 sys.stdout.flush()
@@ -92,63 +95,122 @@ def json_lines(output: Path | None, overwrite: bool, several: bool) -> Iterator[
 
 
 def _fields(text: Continuation) -> dict[str, Any]:
-    fields = {key: value for key, value in dataclasses.asdict(text).items() if value is not None}
+    fields = {key: _number(value) for key, value in dataclasses.asdict(text).items() if value is not None}
     for token in fields.get("logprobs", ()):
+        for likely in (token, *token["top"]):
+            likely["logprob"] = _number(likely["logprob"])
         if not token["top"]:
             del token["top"]
     return fields
 
 
-def _line(record: dict[str, Any], encoding: str) -> str:
-    line = json.dumps(record, ensure_ascii=False) + "\n"
+def _number(value: Any) -> Any:
+    """JSON has no infinity; the logarithm of a probability of 0 is null there."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _line(record: dict[str, str], encoding: str) -> str:
+    """A line with an object of values that are JSON already."""
+    line = "{" + ", ".join(f"{_json(key)}: {value}" for key, value in record.items()) + "}\n"
     try:
         line.encode(encoding)
     except UnicodeEncodeError:
-        return json.dumps(record) + "\n"
+        return json.dumps(json.loads(line)) + "\n"
     return line
 
 
-def expect_output(output: Path, overwrite: bool):
-    """Refuses a file that cannot be written.
+def expect_output(output: Path, overwrite: bool, prompts: str, model: Path):
+    """Refuses a file that cannot be written, or whose writing would destroy what is read.
 
-    **Raises:** `ValueError` if its folder is not there, or something that may not be replaced is.
+    **Arguments:**
+
+    - `prompts`: the file that is read, or `'-'`.
+    - `model`: the folder or file of the model.
+
+    **Raises:** `ValueError` if its folder is not there, something that may not be replaced is, or another command
+    writes it.
     """
-    if not output.parent.is_dir():
-        raise InputError(f"The folder of {str(output)!r} is not there; make it, or give another path.")
-    for path in (output, _partial(output)):
-        if path.exists() and not path.is_file():
-            raise InputError(f"{str(path)!r} is no file that could be replaced; give another path.")
-        if path.exists() and not overwrite:
-            raise InputError(f"The file {str(path)!r} is there already; give another path, or add --overwrite.")
+    if not output.name or not output.parent.is_dir():
+        raise InputError(f"The folder of {str(output)!r} is not there; make it, or give another path.", file=output)
+    partial = _partial(output)
+    for path in (output, partial):
+        try:
+            path.lstat()
+        except FileNotFoundError:
+            continue
+        if not path.is_file():
+            raise InputError(f"{str(path)!r} is no file that could be replaced; give another path.", file=path)
+        if not overwrite:
+            raise InputError(
+                f"The file {str(path)!r} is there already; give another path, or add --overwrite.", file=path
+            )
+        if any(os.path.samefile(path, file) for file in _files(model)):
+            raise InputError(f"{str(path)!r} is a file of the model; give another path of --output.", file=path)
+    if partial.exists():
+        # The output itself may be the prompts' file, which is replaced when all of it was read.
+        if prompts != "-" and os.path.exists(prompts) and os.path.samefile(partial, prompts):
+            raise InputError(
+                f"{str(partial)!r} is the file of --prompts and is where --output {str(output)!r} is written "
+                "until it is complete; give another path.",
+                file=partial,
+            )
+        with open(partial, "rb") as file:
+            _expect_lock(file, partial)
+
+
+def _files(model: Path) -> list[Path]:
+    return [file for file in model.iterdir() if file.is_file()] if model.is_dir() else [model]
 
 
 def _partial(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+def _expect_lock(file: IO[bytes], partial: Path):
+    if not try_lock(file):
+        raise InputError(
+            f"Another command is writing {str(partial)!r}; wait for it, or give another path of --output.",
+            file=partial,
+        )
+
+
 @contextlib.contextmanager
 def _staged(output: Path, overwrite: bool) -> Iterator[Callable[[bytes], None]]:
-    expect_output(output, overwrite)
     partial, lines, whole = _partial(output), 0, 0
-    try:
-        with open(partial, "wb", buffering=0) as file:
+    mode = os.O_RDWR | os.O_CREAT | (0 if overwrite else os.O_EXCL) | getattr(os, "O_BINARY", 0)
+    with open(partial, "r+b", buffering=0, opener=lambda path, _: os.open(path, mode, 0o666)) as file:
+        _expect_lock(file, partial)
+        if not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+            # The one that wrote it has given it its name meanwhile.
+            raise InputError(f"Another command has just written {str(output)!r}; give another path.", file=output)
+        file.truncate(0)
 
-            def write(line: bytes):
-                nonlocal lines, whole
-                rest = memoryview(line)
-                try:
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                except BaseException:  # the disk may be full in the middle of a line, and ctrl-C may come there
-                    file.truncate(whole)
-                    raise
-                lines, whole = lines + 1, whole + len(line)
+        def write(line: bytes):
+            nonlocal lines, whole
+            rest = memoryview(line)
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except BaseException as error:  # the disk may be full in the middle of a line, and ctrl-C may come there
+                file.truncate(whole)
+                file.seek(whole)
+                if isinstance(error, OSError):
+                    raise OSError(error.errno, error.strerror, str(partial)) from error
+                raise
+            lines, whole = lines + 1, whole + len(line)
 
+        try:
             yield write
-    except BaseException:
-        if lines:
-            processes.say(f"The first {lines} lines are in {partial}.")
-        else:
-            partial.unlink(missing_ok=True)
-        raise
-    partial.replace(output)
+        except BaseException:
+            if lines:
+                processes.say(f"The first {lines} lines are in {partial}.")
+            else:
+                partial.unlink(missing_ok=True)
+            raise
+        if sys.platform == "win32":
+            file.close()  # which has no other name for a file that is open
+        partial.replace(output)

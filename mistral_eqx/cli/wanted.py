@@ -83,8 +83,6 @@ class Wanted:
         """
         from ..text.stops import checked_stops
 
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
         sampler = self.sampler()
         checked_stops(self.stop)
         if (self.min_new_tokens or 0) > self.max_new_tokens:
@@ -108,8 +106,6 @@ class Wanted:
             )
 
     def _check_beams(self, num_beams: int):
-        from ..generate.beam import Rules
-
         for name in _NOT_WITH_BEAMS:
             if getattr(self, name) not in (None, ()):
                 raise InputError(
@@ -121,11 +117,6 @@ class Wanted:
                 f"--num-samples is {self.samples}, more than the {num_beams} of --num-beams; a beam search has as many "
                 "texts as beams."
             )
-        if self.length_penalty is not None:
-            import numpy as np
-
-            ends = np.zeros(0, np.int32)
-            Rules.init(ends, self.max_new_tokens, self.max_new_tokens, self.length_penalty, early_stopping=False)
 
     def check_vocabulary(self, vocab: int):
         """Refuses what asks for more tokens than there are.

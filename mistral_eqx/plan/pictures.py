@@ -45,11 +45,11 @@ def picture(reports: Sequence[Report], path: str | Path):
     - `reports`: of one model on the same devices, a row for each; virtual devices have no times.
     - `path`: where the picture goes; its suffix says in which format, such as `.png` or `.svg`.
 
-    **Raises:** `ValueError` if there is no report, or matplotlib is not installed.
+    **Raises:** `ValueError` if there is no report, or as `expect_picture`.
     """
     if not reports:
         raise InputError("There is no report to draw; give at least one.")
-    require_matplotlib()
+    expect_picture(path)
     from matplotlib.figure import Figure
 
     names = [name for name in _TITLES if name in {phase.name for phase in reports[0].phases}]
@@ -67,13 +67,23 @@ def picture(reports: Sequence[Report], path: str | Path):
     figure.savefig(path, dpi=150)
 
 
-def require_matplotlib():
-    """Tells who has no matplotlib how to get it.
+def expect_picture(path: str | Path):
+    """Refuses what no picture can be drawn into, before anything is compiled.
 
-    **Raises:** `ValueError` that says so.
+    **Raises:** `ValueError` if matplotlib is not installed, it has no format of that suffix, or the folder is
+        absent.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("A picture takes matplotlib, which is not installed; run pip install 'mistral-eqx[plot]'.")
+    from matplotlib.figure import Figure
+
+    path, formats = Path(path), Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        known = ", ".join(f".{name}" for name in formats)
+        raise InputError(f"The picture {str(path)!r} must end in one of {known}; rename it.", file=path)
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else "is in a folder that is not there"
+        raise InputError(f"The picture {str(path)!r} {what}; give another path.", file=path)
 
 
 def _draw_memory(axes: Any, reports: Sequence[Report]):

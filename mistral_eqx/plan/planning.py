@@ -9,11 +9,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Le
 from jax.sharding import AbstractMesh
 
+from ..checks import Count, checked
 from ..config import MistralConfig
+from ..documents import shown
 from ..errors import InputError
 from ..generate.reading import prompt_width
 from ..parallel import NAMED, SINGLE, Choice, Strategy, read_strategy, strategies
@@ -27,8 +30,12 @@ from .report import Report, read_phase
 from .training import Training
 
 
-_TOPOLOGY = re.compile(r"(\w+):(\d+(?:x\d+)*)")
-_DTYPES = ("float32", "bfloat16", "float16")
+_TOPOLOGY = re.compile(r"(\w+):([0-9]+(?:x[0-9]+)*)")
+# More than the largest pod has.
+_MOST_DEVICES = 16_384
+# XLA makes each virtual device in this machine's memory.
+VirtualDevices = Annotated[int, Ge(1), Le(4096)]
+DTypes = Literal["float32", "bfloat16", "float16"]
 
 
 def plan(
@@ -78,10 +85,10 @@ def plan(
     is not installed or does not know the topology; `RuntimeError` if the compiler fails.
     """
     config, name = (model, "config") if isinstance(model, MistralConfig) else (_preset(model), model)
+    batch, dtype = checked(batch, Count, "batch"), checked(dtype, DTypes, "dtype")
     count, chip = count_devices(topology, devices), _chip(topology)
     label, split, axes = _place(config, strategy, mesh, count)
     training = Training() if train is True else train or None
-    _check_positive("batch", batch)
     rows = math.prod(axes[axis] for axis in split.split_over("batch"))
     if batch % rows:
         raise InputError(f"A batch of {batch} cannot be split over {rows} devices; take a multiple of {rows}.")
@@ -92,8 +99,6 @@ def plan(
             raise InputError("Training has no prompt and no cache; leave out prompt and kv_seq, and say train's seq.")
         _check_training(config, training, split, axes, batch, rows)
         prompt = kv_seq = 0
-    if dtype not in _DTYPES:
-        raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}.")
     if chip is not None and importlib.util.find_spec("libtpu") is None:
         raise InputError(
             "To compile for a TPU takes libtpu, which is not installed; run pip install 'mistral-eqx[tpu]', or plan "
@@ -125,16 +130,10 @@ def plan(
     )
 
 
-def _check_positive(what: str, size: int):
-    if size < 1:
-        raise InputError(f"{what} is {size}; it must be at least 1.")
-
-
 def _generation(config: MistralConfig, prompt: int | None, kv_seq: int | None) -> tuple[int, int]:
     """The lengths of a prompt and of a cache that can have it."""
-    prompt, kv_seq = 512 if prompt is None else prompt, 4096 if kv_seq is None else kv_seq
-    _check_positive("prompt", prompt)
-    _check_positive("kv_seq", kv_seq)
+    prompt = checked(512 if prompt is None else prompt, Count, "prompt")
+    kv_seq = checked(4096 if kv_seq is None else kv_seq, Count, "kv_seq")
     if kv_seq < prompt_width(prompt):
         raise InputError(
             f"A prompt of {prompt} tokens is read as {prompt_width(prompt)} and does not fit into a cache of "
@@ -163,8 +162,8 @@ def _check_training(
 
 
 def _preset(name: str) -> MistralConfig:
-    if name not in PRESETS:
-        raise InputError(f"There is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise InputError(f"There is no preset {shown(name)}; the presets are {', '.join(PRESETS)}.")
     return PRESETS[name]
 
 
@@ -175,13 +174,13 @@ def count_devices(topology: str | None, devices: int | None) -> int:
     """
     if topology is not None:
         if devices is not None:
-            raise InputError(f"The topology {topology!r} says how many devices there are; leave out devices={devices}.")
+            raise InputError(
+                f"The topology {shown(topology)} says how many devices there are; leave the number of devices out."
+            )
         return math.prod(_sides(topology))
     if devices is None:
         raise InputError("Say for what to plan: a topology such as 'v4:2x2x4', or a number of virtual devices.")
-    if devices < 1:
-        raise InputError(f"devices is {devices}; it must be at least 1.")
-    return devices
+    return checked(devices, VirtualDevices, "devices")
 
 
 def _chip(topology: str | None) -> Chip | None:
@@ -201,13 +200,20 @@ def _chip(topology: str | None) -> Chip | None:
 
 
 def _sides(topology: str) -> list[int]:
-    match = _TOPOLOGY.fullmatch(topology)
+    # int() refuses thousands of digits.
+    match = _TOPOLOGY.fullmatch(topology) if isinstance(topology, str) and len(topology) < 100 else None
     if match is None:
         raise InputError(
-            f"The topology {topology!r} must be a chip and how many of them there are along each side, such as "
+            f"The topology {shown(topology)} must be a chip and how many of them there are along each side, such as "
             "'v4:2x2x4' or 'v5e:4x4'."
         )
-    return [int(side) for side in match[2].split("x")]
+    sides = [int(side) for side in match[2].split("x")]
+    if not 1 <= math.prod(sides) <= _MOST_DEVICES:
+        raise InputError(
+            f"The topology {shown(topology)} has {shown(math.prod(sides))} chips; it must have at least 1 along each "
+            f"side, and {_MOST_DEVICES} at most."
+        )
+    return sides
 
 
 def _place(

@@ -11,6 +11,7 @@ from .report import Exchange, Phase, Report
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
 
 def table(reports: Sequence[Report]) -> Group:
@@ -24,9 +25,11 @@ def table(reports: Sequence[Report]) -> Group:
         whether it fits.
     """
     from rich.console import Group
+    from rich.text import Text
 
-    remarks = (line for report in reports for line in _remarks(report))
-    return Group(title(reports[0]), "", _memory(reports), "", _work(reports), "", *remarks)
+    # A name may have what rich takes for markup, so each stands in a `Text`.
+    remarks = (Text(line) for report in reports for line in _remarks(report))
+    return Group(Text(title(reports[0])), "", _memory(reports), "", _work(reports), "", *remarks)
 
 
 def _memory(reports: Sequence[Report]) -> Table:
@@ -90,12 +93,14 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return rows
 
 
-def _rows(reports: Sequence[Report]) -> Iterator[tuple[Report, Phase, tuple[str, str]]]:
+def _rows(reports: Sequence[Report]) -> Iterator[tuple[Report, Phase, tuple[Text, str]]]:
     """Each phase of each report, with the cells that name it."""
+    from rich.text import Text
+
     for report in reports:
         for phase in report.phases:
             name = label(report) if phase is report.phases[0] else ""
-            yield report, phase, (name, f"{phase.name} x {phase.runs}" if phase.runs > 1 else phase.name)
+            yield report, phase, (Text(name), f"{phase.name} x {phase.runs}" if phase.runs > 1 else phase.name)
 
 
 def label(report: Report) -> str:

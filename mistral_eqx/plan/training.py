@@ -1,7 +1,9 @@
 """What is asked of a plan of training."""
 
 import dataclasses
+from typing import Literal
 
+from ..checks import Count, check_fields
 from ..errors import InputError
 from ..train import REMATS
 
@@ -17,19 +19,20 @@ class Training:
     - `accumulate`, `remat`: as of [`mistral_eqx.train.make_step`][].
     - `offload`: whether the moments are kept in the host's memory, as of
         [`init`][mistral_eqx.train.TrainState.init].
+
+    **Raises:** `ValueError` if one is of another type or outside its range.
     """
 
-    seq: int = 4096
-    zero: int = 0
-    accumulate: int = 1
+    seq: Count = 4096
+    zero: Literal[0, 1, 2, 3] = 0
+    accumulate: Count = 1
     remat: str = "block"
     offload: bool = False
 
     def __post_init__(self):
-        for what in ("seq", "accumulate"):
-            if getattr(self, what) < 1:
-                raise InputError(f"{what} is {getattr(self, what)}; it must be at least 1.")
+        check_fields(self)
         if self.remat not in REMATS:
             raise InputError(
-                f"There is no rematerialisation {self.remat!r}; take one of {', '.join(map(repr, REMATS))}."
+                f"There is no rematerialisation {self.remat!r}; take one of {', '.join(map(repr, REMATS))}.",
+                key="remat",
             )

@@ -1,0 +1,62 @@
+"""Variables of the environment that would end this process inside JAX or XLA, without a sentence."""
+
+import os
+import subprocess
+import sys
+
+from ..checks import Count, checked
+from ..documents import shown
+from ..errors import InputError
+
+
+_FLAGS = "XLA_FLAGS"
+_DEVICES = "JAX_NUM_CPU_DEVICES"
+
+
+def check_environment():
+    """Refuses what JAX would refuse with a traceback when it is imported.
+
+    **Raises:** `InputError` that names the variable.
+    """
+    number = os.environ.get(_DEVICES)
+    if number:
+        whole = int(number) if number.isascii() and number.removeprefix("-").isdigit() else number
+        if whole != -1:  # JAX's word for as many as there are
+            checked(whole, Count, f"The variable {_DEVICES}")
+
+
+def start_devices():
+    """Makes JAX's devices, if there are none yet.
+
+    **Raises:** `InputError` that names the variable, if JAX or XLA cannot use what the environment says.
+    """
+    import jax
+    from jax._src import xla_bridge  # whether devices are in use, JAX tells in no public place
+
+    flags = os.environ.get(_FLAGS, "").strip()
+    if flags and not xla_bridge.backends_are_initialized():
+        _expect_flags(flags)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        platforms = os.environ.get("JAX_PLATFORMS")
+        which = f"the platforms {shown(platforms)} of JAX_PLATFORMS" if platforms else "its devices"
+        raise InputError(
+            f"JAX cannot start {which} ({' '.join(str(error).split())[:200]}); correct the variables of the "
+            "environment, as by JAX_PLATFORMS=cpu.",
+            key="JAX_PLATFORMS",
+        ) from error
+
+
+def _expect_flags(flags: str):
+    """XLA ends the process at a flag that it does not know, so another process tries them."""
+    attempt = "import jaxlib.xla_client; jaxlib.xla_client.make_cpu_client()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", attempt], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if _FLAGS in line] or [f"exit code {done.returncode}"]
+        reason = lines[0].rpartition("] ")[2]
+        raise InputError(
+            f"XLA refuses the variable {_FLAGS}={shown(flags)} ({reason[:200]}); correct it, or unset it.", key=_FLAGS
+        )
