@@ -121,7 +121,7 @@ def test_files_that_are_not_there_or_empty_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b'{"text": "cut', ["is no JSON", "column"]),
+        (b'{"text": "cut', ["is not valid JSON", "column"]),
         (b"", ["is no JSON"]),
         (b'{"text": "\xff"}', ["is not UTF-8"]),
         (b'["text"]', ["no object", "list"]),
