@@ -122,7 +122,7 @@ def test_files_that_are_not_there_or_empty_are_refused(tmp_path):
     ("line", "words"),
     [
         (b'{"text": "cut', ["is not valid JSON", "column"]),
-        (b"", ["is no JSON"]),
+        (b"", ["is not valid JSON"]),
         (b'{"text": "\xff"}', ["is not UTF-8"]),
         (b'["text"]', ["no object", "list"]),
         (b'{"txt": "a", "id": 1}', ["no field 'text'", "'txt', 'id'"]),
@@ -145,7 +145,7 @@ def test_other_wrong_files_are_named(tmp_path):
     pq.write_table(pa.table({"body": ["a"], "n": [1]}), tmp_path / "b.parquet")
     with refused("no column 'text'", "'body', 'n'"):
         data.Parquet(tmp_path / "b.parquet")
-    with refused("Row 0", "'n'", "neither"):
+    with refused("Row 1 of", "'n'", "neither"):
         data.Parquet(tmp_path / "b.parquet", column="n")[0]
 
 

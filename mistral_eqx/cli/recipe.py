@@ -254,7 +254,8 @@ def _read(kind: type[Any], table: Mapping[str, Any], where: str) -> Any:
 
 def _entry(value: Any, kind: Any, name: str) -> Any:
     """A value of TOML as its entry has it: a table of its own, or what the annotation says."""
-    table = next((one for one in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(one)), None)
+    kinds = (kind, *typing.get_args(kind))
+    table = next((one for one in kinds if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
     if table is None:
         return entry_of(value, kind, name)
     return _read(typing.cast(Any, table), entry_of(value, dict, name), f"{name}.")
