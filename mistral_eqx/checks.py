@@ -97,8 +97,18 @@ def check_fields(settings: Any, name: Callable[[str], str] = str, *, file: str |
         object.__setattr__(settings, field.name, value)
 
 
+def check_arguments(function: Any, **values: Any):
+    """Holds arguments of a function to their annotations.
+
+    **Raises:** `InputError` that names the argument.
+    """
+    kinds = kinds_of(function)
+    for name, value in values.items():
+        checked(value, kinds[name], name)
+
+
 @functools.cache
-def kinds_of(settings: type[Any]) -> Mapping[str, Any]:
+def kinds_of(settings: Any) -> Mapping[str, Any]:
     """The annotation of each field of a dataclass, or of each argument of a function, bounds included."""
     return typing.get_type_hints(settings, include_extras=True)
 

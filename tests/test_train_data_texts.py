@@ -59,7 +59,7 @@ def test_parquet(tmp_path):
     pq.write_table(pa.table({"messages": [CHAT, None]}), tmp_path / "chat.parquet")
     talks = data.Parquet(tmp_path / "chat.parquet", column="messages")
     assert talks[0] == CHAT
-    with refused("Row 1", "'messages'", "neither"):
+    with refused("Row 2 of", "'messages'", "neither"):
         talks[1]
 
 
@@ -121,8 +121,8 @@ def test_files_that_are_not_there_or_empty_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b'{"text": "cut', ["is no JSON", "column"]),
-        (b"", ["is no JSON"]),
+        (b'{"text": "cut', ["is not valid JSON", "column"]),
+        (b"", ["is not valid JSON"]),
         (b'{"text": "\xff"}', ["is not UTF-8"]),
         (b'["text"]', ["no object", "list"]),
         (b'{"txt": "a", "id": 1}', ["no field 'text'", "'txt', 'id'"]),
@@ -145,7 +145,7 @@ def test_other_wrong_files_are_named(tmp_path):
     pq.write_table(pa.table({"body": ["a"], "n": [1]}), tmp_path / "b.parquet")
     with refused("no column 'text'", "'body', 'n'"):
         data.Parquet(tmp_path / "b.parquet")
-    with refused("Row 0", "'n'", "neither"):
+    with refused("Row 1 of", "'n'", "neither"):
         data.Parquet(tmp_path / "b.parquet", column="n")[0]
 
 

@@ -3,12 +3,13 @@
 import dataclasses
 import difflib
 import tomllib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from ..checks import Count, CountOrZero, NotNegative, Positive, Seed, ShareBelowOne, checked, kinds_of
+from ..documents import read_toml, shown
 from ..errors import InputError
 
 
@@ -26,7 +27,7 @@ class Model:
     name: str
     weights: bool = False
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,22 +40,24 @@ class Data:
     - `field`: of JSON lines or Parquet.
     - `separator`: between the documents of a text.
     - `tokenizer`: as of a checkpoint; the model's own unless given.
+    - `on_bad_row`: what becomes of a row that cannot be used: `"refuse"` before training begins, or `"skip"`.
     - `options`: of the set that is made, such as `digits`.
     - `seq`, `rows`, `packing`, `seed`: as of [`mistral_eqx.train.data.batches`][].
     - `objective`: the name of one in `mistral_eqx.train`, and `objective_options` what it takes.
     """
 
-    kind: str
-    rows: int
+    kind: Literal["sort", "adder", "characters", "text", "json_lines", "parquet", "chat"]
+    rows: Count
     path: str | list[str] | None = None
     held_out: str | list[str] | None = None
     field: str | None = None
     separator: str | None = None
     tokenizer: str | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    seq: int | None = None
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    seq: Count | None = None
     packing: bool = False
-    seed: int = 0
+    seed: Seed = 0
     objective: str = "causal"
     objective_options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -66,15 +69,15 @@ class Optimizer:
     - `schedule`: `"constant"`, `"cosine"` or `"wsd"`, with `warmup`, `decay` and `end`.
     """
 
-    learning_rate: float
-    schedule: str = "cosine"
-    warmup: int = 0
-    decay: int | None = None
-    end: float = 0.0
-    weight_decay: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    learning_rate: Positive
+    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
+    warmup: CountOrZero = 0
+    decay: Count | None = None
+    end: NotNegative = 0.0
+    weight_decay: NotNegative = 0.1
+    b1: ShareBelowOne = 0.9
+    b2: ShareBelowOne = 0.95
+    eps: Positive = 1e-8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,21 +91,21 @@ class Training:
     - `tensorboard`: whether figures go there; `wandb`: the project that they go to.
     """
 
-    steps: int
-    compute_dtype: str = "bfloat16"
-    accumulate: int = 1
-    clip: float | None = 1.0
-    remat: str = "block"
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    zero: int = 0
+    steps: Count
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    accumulate: Count = 1
+    clip: Positive | None = 1.0
+    remat: Literal["none", "dots", "block"] = "block"
+    label_smoothing: ShareBelowOne = 0.0
+    z_loss: NotNegative = 0.0
+    zero: Literal[0, 1, 2, 3] = 0
     offload: bool = False
-    seed: int = 0
-    save_every: int = 500
-    keep: int = 2
-    evaluate_every: int = 500
-    log_every: int = 10
-    early_stop: int | None = None
+    seed: Seed = 0
+    save_every: Count = 500
+    keep: Count = 2
+    evaluate_every: Count = 500
+    log_every: Count = 10
+    early_stop: Count | None = None
     keep_best: bool = False
     samples: list[str] = dataclasses.field(default_factory=list)
     tensorboard: bool = False
@@ -113,10 +116,10 @@ class Training:
 class LoRA:
     """**Attributes:** as of [`mistral_eqx.apply_lora`][]."""
 
-    rank: int
-    alpha: float
+    rank: Count
+    alpha: Positive
     targets: list[str] = dataclasses.field(default_factory=lambda: ["q_proj", "v_proj"])
-    dropout: float = 0.0
+    dropout: ShareBelowOne = 0.0
     use_rslora: bool = False
     train_embeddings: bool = False
 
@@ -147,14 +150,11 @@ class Recipe:
 
     def check(self):
         """**Raises:** `ValueError` if an entry has no such choice, or belongs to another one and would do nothing."""
-        for name, value, choices in (
-            ("data.kind", self.data.kind, (*MADE, "characters", *READ)),
-            ("optimizer.schedule", self.optimizer.schedule, ("constant", "cosine", "wsd")),
-            ("training.remat", self.training.remat, ("none", "dots", "block")),
-            ("training.compute_dtype", self.training.compute_dtype, ("float32", "bfloat16", "float16")),
-        ):
-            if value not in choices:
-                raise InputError(f"The recipe's {name!r} is {value!r}; it must be one of {', '.join(choices)}.")
+        places = {"folder": self.folder, "data.path": self.data.path, "data.held_out": self.data.held_out}
+        for name, value in places.items():
+            for path in [value] if isinstance(value, str) else value or []:
+                if not path or "\0" in path:
+                    raise InputError(f"The recipe's {name!r} is {shown(path)}, which is no path; correct it.", key=name)
         if self.model.weights and self.model.config:
             raise InputError(
                 "The recipe's 'model.config' changes a preset, and the weights of a checkpoint have theirs; leave one "
@@ -188,6 +188,7 @@ _BELONGS = {
     ("data", "field"): ("kind", ("json_lines", "parquet", "chat")),
     ("data", "separator"): ("kind", ("text",)),
     ("data", "tokenizer"): ("kind", READ),
+    ("data", "on_bad_row"): ("kind", READ),
     ("data", "options"): ("kind", MADE),
     ("data", "objective"): ("kind", _TEXTS),
     ("data", "objective_options"): ("kind", _TEXTS),
@@ -207,12 +208,7 @@ def read_recipe(path: Path, changes: Sequence[str]) -> Recipe:
 
     **Raises:** `ValueError` that names the entry, if one is missing, unknown or of another type.
     """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error.reason}; convert it, as by iconv -t UTF-8.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path} is no TOML: {error}; mend it there.") from error
+    document = read_toml(path)
     for change in changes:
         name, sign, text = change.partition("=")
         if not sign or not name:
@@ -229,55 +225,45 @@ def read_recipe(path: Path, changes: Sequence[str]) -> Recipe:
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        document = tomllib.loads(f"value = {text}")
+    except RecursionError:
+        raise InputError(f"--set has the value {shown(text)}, which nests too deep; correct it.") from None
+    except ValueError:
         return text
+    return document["value"] if len(document) == 1 else text
 
 
 def _read(kind: type[Any], table: Mapping[str, Any], where: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    types_of = typing.get_type_hints(kind)
+    kinds = kinds_of(kind)
     for name in table:
         if name not in fields:
             near = difflib.get_close_matches(name, fields, 1)
             meant = repr(where + near[0]) if near else f"one of {', '.join(fields)}"
-            raise InputError(f"The recipe has {where + name!r}, which there is not; you may have meant {meant}.")
+            entry = where + name
+            raise InputError(
+                f"The recipe has {shown(entry)}, which there is not; you may have meant {meant}.", key=entry
+            )
     for name, field in fields.items():
         is_needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if is_needed and name not in table:
-            raise InputError(f"The recipe lacks {where + name!r}; add it, or give it with --set {where}{name}=...")
-    return kind(**{name: typed(value, types_of[name], where + name) for name, value in table.items()})
+            entry = where + name
+            raise InputError(f"The recipe lacks {entry!r}; add it, or give it with --set {entry}=...", key=entry)
+    return kind(**{name: _entry(value, kinds[name], where + name) for name, value in table.items()})
 
 
-def typed(value: Any, expected: Any, name: str) -> Any:
-    """A value of TOML as the type that an entry has.
+def _entry(value: Any, kind: Any, name: str) -> Any:
+    """A value of TOML as its entry has it: a table of its own, or what the annotation says."""
+    kinds = (kind, *typing.get_args(kind))
+    table = next((one for one in kinds if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
+    if table is None:
+        return entry_of(value, kind, name)
+    return _read(typing.cast(Any, table), entry_of(value, dict, name), f"{name}.")
 
-    **Raises:** `ValueError` that names the entry, if it is another type's.
+
+def entry_of(value: Any, kind: Any, name: str) -> Any:
+    """A value that is what the annotation of its entry says.
+
+    **Raises:** `InputError` that names the entry.
     """
-    options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
-    for option in options:
-        if dataclasses.is_dataclass(option) and isinstance(value, dict):
-            return _read(typing.cast(Any, option), value, f"{name}.")
-        if option is float and type(value) is int:
-            return float(value)
-        if typing.get_origin(option) in (list, Sequence):
-            (entries,) = typing.get_args(option)
-            if isinstance(value, list) and all(type(entry) is entries for entry in value):
-                return value
-        elif (isinstance(option, type) and type(value) is option) or (
-            typing.get_origin(option) is dict and isinstance(value, dict)
-        ):
-            return value
-    wanted = " or ".join(_NAMES.get(str(option), "a table") for option in options if option is not types.NoneType)
-    raise InputError(f"The recipe's {name!r} is {value!r}; it must be {wanted}.")
-
-
-_NAMES = {
-    str(int): "a whole number",
-    str(float): "a number",
-    str(str): "a text",
-    str(bool): "true or false",
-    str(list[str]): "a list of texts",
-    str(list[int]): "a list of whole numbers",
-    str(Sequence[int]): "a list of whole numbers",
-}
+    return checked(value, kind, f"The recipe's {name!r}", key=name)

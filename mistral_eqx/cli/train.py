@@ -28,6 +28,9 @@ def train(
             "--set", metavar="NAME=VALUE", help="Another entry of the recipe that is to be other, such as data.rows=8."
         ),
     ] = None,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Go on with a run also if its data or what it draws are others now.")
+    ] = False,
     mesh: options.Mesh = None,
     strategy: options.Strategy = None,
     coordinator: options.Coordinator = None,
@@ -52,7 +55,7 @@ def train(
         *([f"devices.strategy={_quoted(strategy)}"] if strategy is not None else []),
     ]
     wanted = read_recipe(recipe, changes)
-    _run(wanted, recipe.parent, coordinator, num_processes, process_id)
+    _run(wanted, recipe.parent, allow_changes, coordinator, num_processes, process_id)
 
 
 def _quoted(text: str) -> str:
@@ -60,7 +63,14 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _run(recipe: "Recipe", near: Path, coordinator: str | None, num_processes: int | None, process_id: int | None):
+def _run(
+    recipe: "Recipe",
+    near: Path,
+    allow_changes: bool,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+):
     import mistral_eqx as mx
 
     from ..checkpoint import open_checkpoint
@@ -83,10 +93,16 @@ def _run(recipe: "Recipe", near: Path, coordinator: str | None, num_processes: i
     sets = open_sets(recipe.data, near, Path(recipe.folder) / "tokens", tokenizer, config.vocab)
     if path is None and sets.vocab is not None:
         config = _with_vocab(recipe, config, sets.vocab)
+    if sets.seq > config.max_positions:
+        raise InputError(
+            f"The recipe's 'data.seq' is {sets.seq}, and the model's context is {config.max_positions} tokens; make "
+            "the rows shorter.",
+            key="data.seq",
+        )
     placed, split, where = devices.place(config)
     shard = share_of_rows(placed, split)
     show = continuations(sets, recipe.training.samples, eos_ids)
-    trainer = make_trainer(recipe, sets, show, shard)
+    trainer = make_trainer(recipe, sets, show, shard, allow_changes)
     model = _model(recipe, config, path, placed, split)
     batches = mx.train.batches(
         sets.known,
@@ -113,10 +129,9 @@ def _run(recipe: "Recipe", near: Path, coordinator: str | None, num_processes: i
 
 
 def _config(recipe: "Recipe") -> Any:
-    import typing
-
+    from ..checks import CountOrZero, kinds_of
     from ..presets import PRESETS
-    from .recipe import typed
+    from .recipe import entry_of
 
     if recipe.model.name not in PRESETS:
         raise InputError(
@@ -124,18 +139,22 @@ def _config(recipe: "Recipe") -> Any:
             f"{', '.join(PRESETS)}."
         )
     config, changes = PRESETS[recipe.model.name], dict(recipe.model.config)
-    types = typing.get_type_hints(type(config)) | {"windows": list[int]}
+    kinds = {**kinds_of(type(config)), "windows": list[CountOrZero]}
     for name, value in changes.items():
         # These two belong to a tokenizer.
-        if name not in types or name in ("bos_id", "eos_ids"):
-            own = ", ".join(name for name in types if name not in ("bos_id", "eos_ids"))
+        if name not in kinds or name in ("bos_id", "eos_ids"):
+            own = ", ".join(name for name in kinds if name not in ("bos_id", "eos_ids"))
             raise InputError(f"The recipe's 'model.config' has {name!r}, which cannot be set; it may have {own}.")
-        changes[name] = typed(value, types[name], f"model.config.{name}")
+        changes[name] = entry_of(value, kinds[name], f"model.config.{name}")
     if "windows" in changes:
         changes["windows"] = tuple(window or None for window in changes["windows"])
     elif "layers" in changes:
         changes["windows"] = (None,) * changes["layers"]
-    return dataclasses.replace(config, **changes)
+    try:
+        return dataclasses.replace(config, **changes)
+    except InputError as error:
+        name = "model.config" + (f".{error.key}" if error.key else "")
+        raise InputError(f"The recipe's {name!r} makes no model: {error}", key=name) from error
 
 
 def _with_vocab(recipe: "Recipe", config: Any, vocab: int) -> Any:
@@ -185,11 +204,14 @@ def _tell(folder: Path):
     for name in ("training", "evaluation"):
         path = folder / f"{name}.csv"
         if path.exists() and processes.number() == 0:
-            with path.open(newline="") as file:
-                lines = list(csv.DictReader(file))
-            for last in lines[-1:]:
-                figures = ", ".join(f"{what} {float(last[what]):.4g}" for what in ("loss", "accuracy"))
-                processes.say(f"{name}: step {last['step']}, {figures}")
+            try:
+                with path.open(newline="", encoding="utf-8") as file:
+                    lines = list(csv.DictReader(file))
+                for last in lines[-1:]:
+                    figures = ", ".join(f"{what} {float(last[what]):.4g}" for what in ("loss", "accuracy"))
+                    processes.say(f"{name}: step {last['step']}, {figures}")
+            except (OSError, ValueError, KeyError, TypeError, csv.Error):
+                processes.say(f"{path} is no file of figures; the model is not concerned.")
 
 
 def _save(recipe: "Recipe", model: "Mistral", tokenizer: Any):

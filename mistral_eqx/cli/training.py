@@ -6,14 +6,15 @@ import dataclasses
 import functools
 import inspect
 import math
-import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..checks import kinds_of
+from ..documents import read_text
 from ..errors import InputError
 from . import processes
-from .recipe import MADE, Data, Optimizer, Recipe, typed
+from .recipe import MADE, Data, Optimizer, Recipe, entry_of
 
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def open_sets(data: Data, near: Path, tokens: Path, tokenizer: AbstractTokenizer
     **Raises:** `ValueError` if an entry is missing or does not fit the kind.
     """
     from ..train import data as sets
+    from ..train.data.texts import one_kind_of_line_end
 
     if data.kind in MADE:
         kind = {"sort": sets.Sort, "adder": sets.Adder}[data.kind]
@@ -92,7 +94,7 @@ def open_sets(data: Data, near: Path, tokens: Path, tokenizer: AbstractTokenizer
     if data.path is None:
         raise InputError(f"The recipe lacks 'data.path', the file to read, for data of kind {data.kind!r}.")
     if data.kind == "characters":
-        text = "".join(_text(path) for path in _paths(data.path, near))
+        text = "".join(one_kind_of_line_end(read_text(path, 2**30)) for path in _paths(data.path, near))
         known, held_out = (sets.Characters(text, data.seq, held_out=part) for part in (False, True))
         return Sets(known, held_out, None, data.seq, known.vocab, known.encode, known.decode)
     if tokenizer is None:
@@ -100,13 +102,24 @@ def open_sets(data: Data, near: Path, tokens: Path, tokenizer: AbstractTokenizer
             f"Data of kind {data.kind!r} takes a tokenizer, which a preset lacks; name one as 'data.tokenizer'."
         )
     objective, piece = _objective(data, tokenizer, vocab)
-    known = _entries(data, data.path, near, tokens, tokenizer, vocab, piece)
-    held_out = None if data.held_out is None else _entries(data, data.held_out, near, tokens, tokenizer, vocab, piece)
+    known = _entries(data, data.path, near, tokens, tokenizer, vocab, piece, objective)
+    held_out = (
+        None
+        if data.held_out is None
+        else _entries(data, data.held_out, near, tokens, tokenizer, vocab, piece, objective)
+    )
     return Sets(known, held_out, objective, data.seq, None, tokenizer.encode, tokenizer.decode)
 
 
 def _entries(
-    data: Data, path: str | list[str], near: Path, tokens: Path, tokenizer: AbstractTokenizer, vocab: int, piece: int
+    data: Data,
+    path: str | list[str],
+    near: Path,
+    tokens: Path,
+    tokenizer: AbstractTokenizer,
+    vocab: int,
+    piece: int,
+    objective: Any,
 ) -> Any:
     from ..train import data as sets
     from .progress import progress_bar
@@ -114,7 +127,13 @@ def _entries(
     paths = _paths(path, near)
     match data.kind:
         case "chat":
-            return sets.JSONLines(paths, field=data.field or "messages")
+            rows = sets.JSONLines(paths, field=data.field or "messages")
+            with progress_bar("Reading chats", counts=True) as bar:
+                usable = sets.Usable(
+                    rows, functools.partial(_fits, objective, data.seq), on_bad_row=data.on_bad_row, progress=bar
+                )
+            _tell_skipped(usable.skipped)
+            return usable
         case "json_lines":
             texts = sets.JSONLines(paths, field=data.field or "text")
         case "parquet":
@@ -123,8 +142,30 @@ def _entries(
             texts = sets.TextFile(paths, separator=data.separator)
     end_id = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
     with progress_bar("Encoding texts", counts=True) as bar:
-        encoded = sets.tokenise(texts, tokenizer.encode, tokens, vocab=vocab, end_id=end_id, progress=bar)
+        encoded = sets.tokenise(
+            texts,
+            tokenizer.encode,
+            tokens,
+            vocab=vocab,
+            end_id=end_id,
+            on_bad_row=data.on_bad_row,
+            progress=bar,
+        )
+    _tell_skipped(encoded.skipped)
     return sets.Pieces(encoded, piece)
+
+
+def _fits(objective: Callable[[Any, Any], mx.train.Example], seq: int, messages: Any):
+    length = len(objective(messages, None).inputs)
+    if length > seq:
+        raise InputError(f"it has {length} tokens, which do not fit into a row of {seq}; make 'data.seq' larger.")
+
+
+def _tell_skipped(skipped: list[str]):
+    if skipped:
+        from ..train.data.usable import told
+
+        processes.say(told(skipped))
 
 
 def _objective(
@@ -183,15 +224,8 @@ def _checked(
     for name, parameter in takes.items():
         if parameter.default is parameter.empty and name not in options:
             raise InputError(f"The recipe's {where!r} lack {name!r}; add it.")
-    types = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    return {name: typed(value, types[name], f"{where}.{name}") for name, value in options.items()}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error.reason}; convert it, as by iconv -t UTF-8.") from error
+    kinds = kinds_of(function.__init__ if inspect.isclass(function) else function)
+    return {name: entry_of(value, kinds[name], f"{where}.{name}") for name, value in options.items()}
 
 
 def _paths(path: str | list[str], near: Path) -> list[Path]:
@@ -220,7 +254,11 @@ def make_optimizer(optimizer: Optimizer, steps: int) -> optax.GradientTransforma
 
 
 def make_trainer(
-    recipe: Recipe, sets: Sets, show: Callable[[Mistral], object] | None, shard: tuple[int, int]
+    recipe: Recipe,
+    sets: Sets,
+    show: Callable[[Mistral], object] | None,
+    shard: tuple[int, int],
+    allow_changes: bool = False,
 ) -> mx.Trainer:
     """The recipe's trainer, with its callbacks; it evaluates on this process's share of rows."""
     from .. import train
@@ -257,6 +295,7 @@ def make_trainer(
         checkpoint_dir=recipe.folder,
         evaluate_on=evaluate_on,
         callbacks=callbacks,
+        allow_changes=allow_changes,
         **options,
     )
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import uuid
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,7 @@ class Checkpoints:
         return step
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads the newest checkpoint.
+        """Reads the newest checkpoint, or if that is damaged the newest one that is not, with a warning.
 
         **Arguments:**
 
@@ -91,9 +93,33 @@ class Checkpoints:
 
         **Raises:** `ValueError` if the checkpoint is of another model or another optimizer.
         """
-        step = self.latest
-        if step is None:
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps:
             raise InputError(f"There is no checkpoint in {self.folder}; train first, or name another folder.")
+        for step in steps:
+            try:
+                found = self._restore(step, state)
+            except InputError:
+                raise
+            except Exception as error:  # Orbax and what it builds on raise errors of any kind for damaged files
+                damaged = f"The checkpoint of step {step} in {self.folder} is damaged ({type(error).__name__})"
+                if step == steps[-1]:
+                    raise InputError(
+                        f"{damaged}, and none before it can be read; delete the folder to begin anew.",
+                        file=self.folder,
+                    ) from error
+                warnings.warn(f"{damaged} and put aside; the one before it is read.", stacklevel=2)
+                self._put_aside(step)
+            else:
+                return found
+        raise AssertionError("a step is read, or the last one raised")
+
+    def _put_aside(self, step: int):
+        if jax.process_index() == 0:
+            (self.folder / str(step)).rename(self.folder / f"damaged-{step}-{uuid.uuid4().hex[:8]}")
+        self._manager.reload()
+
+    def _restore(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         found = self._manager.restore(
             step, args=self._args.Composite(about=self._args.JsonRestore(), more=self._args.JsonRestore())
         )
@@ -110,7 +136,8 @@ class Checkpoints:
         }
         self._check(step, wanted)
         for leaf in arrays.values():
-            leaf.delete()  # so that there is never more than one state
+            if not leaf.is_deleted():
+                leaf.delete()  # so that there is never more than one state
         read = self._manager.restore(step, args=self._args.Composite(state=self._args.StandardRestore(wanted)))["state"]
         return _named(state, read), found["more"]
 

@@ -4,6 +4,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
+from ..checks import Count, CountOrZero, NotNegative, Positive, ShareBelowOne, check_arguments, checked
 from ..errors import InputError
 from ..nn import Linear, Unembedding
 
@@ -11,10 +12,10 @@ from ..nn import Linear, Unembedding
 def adamw(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    weight_decay: float = 0.1,
-    b1: float = 0.9,
-    b2: float = 0.95,
-    eps: float = 1e-8,
+    weight_decay: NotNegative = 0.1,
+    b1: ShareBelowOne = 0.9,
+    b2: ShareBelowOne = 0.95,
+    eps: Positive = 1e-8,
 ) -> optax.GradientTransformation:
     """Adam with decoupled weight decay ([Loshchilov and Hutter](https://arxiv.org/abs/1711.05101)), of matrices alone.
 
@@ -29,6 +30,9 @@ def adamw(
 
     **Returns:** a transformation of optax, for the weights of any model.
     """
+    if not callable(learning_rate):
+        checked(learning_rate, NotNegative, "learning_rate")
+    check_arguments(adamw, weight_decay=weight_decay, b1=b1, b2=b2, eps=eps)
     return optax.chain(
         optax.scale_by_adam(b1, b2, eps),
         optax.add_decayed_weights(weight_decay, mask=decayed),
@@ -55,18 +59,20 @@ def _is_matrix(node: PyTree) -> bool:
     return isinstance(node, Linear | Unembedding)
 
 
-def warmup_cosine(peak: float, *, warmup: int, steps: int, end: float = 0.0) -> optax.Schedule:
+def warmup_cosine(peak: Positive, *, warmup: CountOrZero, steps: Count, end: NotNegative = 0.0) -> optax.Schedule:
     """Rises in a line to `peak` in `warmup` steps, then falls to `end` at `steps` along half a cosine
     ([SGDR](https://arxiv.org/abs/1608.03983))."""
+    check_arguments(warmup_cosine, peak=peak, warmup=warmup, steps=steps, end=end)
     _check(0 <= warmup < steps, f"{warmup} steps of warmup leave none of {steps}")
     return optax.join_schedules(
         [_rise(peak, warmup), optax.cosine_decay_schedule(peak, steps - warmup, end / peak)], [warmup]
     )
 
 
-def wsd(peak: float, *, warmup: int, decay: int, steps: int, end: float = 0.0) -> optax.Schedule:
+def wsd(peak: Positive, *, warmup: CountOrZero, decay: Count, steps: Count, end: NotNegative = 0.0) -> optax.Schedule:
     """Rises in a line to `peak` in `warmup` steps, stays, and falls in a line to `end` in the last `decay` steps
     ([warmup, stable, decay](https://arxiv.org/abs/2404.06395)). Training can go on from the stable part."""
+    check_arguments(wsd, peak=peak, warmup=warmup, decay=decay, steps=steps, end=end)
     _check(warmup >= 0 and decay > 0 and warmup + decay <= steps, f"{warmup} + {decay} steps are not within {steps}")
     return optax.join_schedules(
         [_rise(peak, warmup), optax.constant_schedule(peak), optax.linear_schedule(peak, end, decay)],

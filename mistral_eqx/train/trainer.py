@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +18,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
+from ..checks import Count, NotNegative, Positive, Seed, ShareBelowOne, checked, kinds_of
 from ..errors import InputError
 from ..nn import Mistral
 from .batch import Batch
@@ -25,6 +27,7 @@ from .callbacks import CSV, ProgressBar
 from .callbacks.best import BEST
 from .checkpoints import Checkpoints
 from .evaluation import Evaluation, make_evaluation
+from .lock import alone
 from .loss import Sums
 from .step import Metrics, Step, TrainState, make_step
 from .stopping import Stopping
@@ -64,33 +67,35 @@ class Trainer:
     - `log_every`: after how many steps to look at figures, for which the host waits for the device.
     - `callbacks`: what else to do.
     - `progress`: whether there is a bar, if there is a terminal.
+    - `allow_changes`: whether a run may go on with other batches, another `accumulate` or another `seed`. If the
+        batches are others they begin at the first one.
     """
 
     optimizer: optax.GradientTransformation
     _: dataclasses.KW_ONLY
     compute_dtype: DTypeLike | None = jnp.bfloat16
-    accumulate: int = 1
-    clip: float | None = 1.0
+    accumulate: Count = 1
+    clip: Positive | None = 1.0
     remat: str = "block"
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    label_smoothing: ShareBelowOne = 0.0
+    z_loss: NotNegative = 0.0
     dtype: DTypeLike = jnp.float32
     zero: int = 0
     offload: bool = False
-    seed: int = 0
+    seed: Seed = 0
     checkpoint_dir: str | Path | None = None
-    save_every: int = 500
-    keep: int = 2
+    save_every: Count = 500
+    keep: Count = 2
     evaluate_on: Iterable[Batch] | None = None
-    evaluate_every: int = 500
-    log_every: int = 10
+    evaluate_every: Count = 500
+    log_every: Count = 10
     callbacks: Sequence[Callback] = ()
     progress: bool = True
+    allow_changes: bool = False
 
     def __post_init__(self):
-        for name in ("save_every", "evaluate_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"The trainer's {name} is {getattr(self, name)}; it must be at least 1.")
+        for name in _CHECKED:
+            checked(getattr(self, name), kinds_of(Trainer)[name], f"The trainer's {name}", key=name)
 
     def fit(self, model: Mistral, batches: Iterable[Batch], *, steps: int | None = None) -> Mistral:
         """Trains a model.
@@ -119,15 +124,17 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             checkpoints = None
             if run.folder is not None:
+                stack.enter_context(alone(run.folder))
                 checkpoints = stack.enter_context(contextlib.closing(self._checkpoints(run.folder, model)))
             iterator = iter(batches)
+            order, begun = self._order(batches), 0
             if checkpoints is not None and checkpoints.latest is not None:
-                self._go_on(run, checkpoints, iterator, callbacks)
+                begun = self._go_on(run, checkpoints, iterator, callbacks, order)
             stopping = stack.enter_context(Stopping())
             for callback in callbacks:
                 stack.callback(callback.on_end, run)
                 callback.on_start(run)
-            self._train(run, iterator, checkpoints, callbacks, stopping)
+            self._train(run, iterator, checkpoints, callbacks, stopping, {"order": order, "begun": begun})
         stopping.end()
         if steps is not None and run.step < steps and not run.stop:
             raise InputError(
@@ -168,14 +175,47 @@ class Trainer:
         about = {f"the config's {name}": value for name, value in dataclasses.asdict(model.config).items()}
         return Checkpoints(folder, about, keep=self.keep)
 
-    def _go_on(self, run: Run, checkpoints: Checkpoints, iterator: Iterator[Batch], callbacks: Sequence[Callback]):
+    def _order(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """What a run that goes on must have in common with itself, by what a message calls it, in JSON's types."""
+        known = {f"the batches' {name}": value for name, value in getattr(batches, "order", {}).items()}
+        held_out = getattr(self.evaluate_on, "order", {})
+        known |= {f"the held-out batches' {name}": value for name, value in held_out.items()}
+        return known | {"the trainer's accumulate": self.accumulate, "the trainer's seed": self.seed}
+
+    def _go_on(
+        self,
+        run: Run,
+        checkpoints: Checkpoints,
+        iterator: Iterator[Batch],
+        callbacks: Sequence[Callback],
+        order: Mapping[str, Any],
+    ) -> int:
+        """Sets a run to where it ended, and returns at which step its batches began."""
         run.state, more = checkpoints.restore(run.state)
         run.step = int(run.state.steps)
-        if more["position"] is not None and isinstance(iterator, _Resumable):
+        then, begun = more.get("order") or {}, more.get("begun", 0)
+        changed = [name for name in then if name in order and then[name] != order[name]]
+        others = any(name.startswith("the batches'") for name in changed)
+        if changed:
+            what = ", ".join(
+                name if name.endswith(" examples") else f"{name} {then[name]!r}, now {order[name]!r}"
+                for name in changed
+            )
+            if not self.allow_changes:
+                raise InputError(
+                    f"The run in {run.folder} was made with other values: {what}; give what it began with, a folder of "
+                    "its own, or allow changes (allow_changes=True, --allow-changes).",
+                    file=run.folder,
+                )
+            begins = ", and the batches begin at the first one" if others else ""
+            warnings.warn(f"The run in {run.folder} goes on with other values: {what}{begins}.", stacklevel=3)
+        if others:
+            begun = run.step
+        elif more["position"] is not None and isinstance(iterator, _Resumable):
             iterator.set_state(_position(more["position"]))
         else:
-            passed = sum(1 for _ in itertools.islice(iterator, run.step))
-            if passed < run.step:
+            passed = sum(1 for _ in itertools.islice(iterator, run.step - begun))
+            if passed < run.step - begun:
                 raise InputError(
                     f"The run made {run.step} steps, and there are {passed} batches; give those that it began with."
                 )
@@ -186,6 +226,7 @@ class Trainer:
         for callback in callbacks:
             if states := kept.get(type(callback).__name__):
                 callback.set_state(states.pop(0))
+        return begun
 
     def _train(
         self,
@@ -194,6 +235,7 @@ class Trainer:
         checkpoints: Checkpoints | None,
         callbacks: Sequence[Callback],
         stopping: Stopping,
+        about: Mapping[str, Any],
     ):
         step, evaluation = self._step(), make_evaluation(compute_dtype=self.compute_dtype)
         clock = _Clock()
@@ -203,7 +245,7 @@ class Trainer:
             if checkpoints is not None:
                 state = iterator.get_state() if isinstance(iterator, _Resumable) else None
                 kept = [(type(callback).__name__, callback.get_state()) for callback in callbacks]
-                checkpoints.save(run.state, {"position": _json(state), "callbacks": kept})
+                checkpoints.save(run.state, {"position": _json(state), "callbacks": kept, **about})
                 for callback in callbacks:
                     callback.on_checkpoint(run)
 
@@ -251,6 +293,19 @@ class Trainer:
             z_loss=self.z_loss,
             seed=self.seed,
         )
+
+
+_CHECKED = (
+    "accumulate",
+    "clip",
+    "label_smoothing",
+    "z_loss",
+    "seed",
+    "save_every",
+    "keep",
+    "evaluate_every",
+    "log_every",
+)
 
 
 class _Clock:

@@ -9,3 +9,4 @@ from .sort import Sort as Sort
 from .text_file import TextFile as TextFile
 from .texts import AbstractTexts as AbstractTexts
 from .tokens import Tokens as Tokens, tokenise as tokenise
+from .usable import Usable as Usable

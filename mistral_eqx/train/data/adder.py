@@ -1,9 +1,16 @@
 """Add two numbers, after [minGPT](https://github.com/karpathy/minGPT)'s demo."""
 
+from typing import Annotated
+
 import numpy as np
+from annotated_types import Ge, Le
 from jaxtyping import Int
 
+from ...checks import Seed, check_arguments
 from .problems import AbstractProblems, digits, split
+
+
+Digits = Annotated[int, Ge(1), Le(3)]
 
 
 class Adder(AbstractProblems):
@@ -12,7 +19,7 @@ class Adder(AbstractProblems):
     Numbers are filled up with zeros, so that all problems have the same length.
     """
 
-    def __init__(self, digits: int = 2, *, held_out: bool = False, seed: int = 0):
+    def __init__(self, digits: Digits = 2, *, held_out: bool = False, seed: Seed = 0):
         """**Arguments:**
 
         - `digits`: of each of the two numbers.
@@ -21,6 +28,7 @@ class Adder(AbstractProblems):
 
         **Raises:** `ValueError` if there are fewer than 5 such problems, or more than 2^24.
         """
+        check_arguments(Adder.__init__, digits=digits, seed=seed)
         self.vocab = 10
         self.seq = 3 * digits
         self.digits = digits

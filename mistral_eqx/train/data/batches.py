@@ -1,5 +1,6 @@
 """Batches without end, or for some epochs, from where one stopped."""
 
+import hashlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -122,4 +123,36 @@ def batches(
 
     examples = stream(source, objective, seq, seed, shuffle, epochs)
     arrange = packed if packing else in_rows
-    return arrange(examples, rows, seq, (index, count), remainder == "pad")
+    made: Any = arrange(examples, rows, seq, (index, count), remainder == "pad")
+    made.order = {
+        "rows": rows,
+        "seq": seq,
+        "seed": seed,
+        "shuffle": shuffle,
+        "epochs": epochs,
+        "packing": packing,
+        "number of examples": len(source),
+        "examples": _content(source, objective),
+    }
+    return made
+
+
+# By so many examples, or all if there are fewer, a source and an objective are known.
+_KNOWN_BY = 256
+
+
+def _content(source: Source, objective: Callable[[Any, np.random.Generator], Example] | None) -> str:
+    """Another one if the examples are others: their files, their tokenizer, or what the objective makes of them."""
+    content = hashlib.sha256()
+    random = np.random.default_rng(0)
+    for number in np.unique(np.linspace(0, len(source) - 1, _KNOWN_BY).astype(int)):
+        try:
+            item = source[int(number)]
+            example = item if objective is None else objective(item, random)
+        except InputError as error:  # which is said when its turn comes
+            example = str(error)
+        parts = example if isinstance(example, Example) else (example,)
+        for part in parts:
+            content.update(part.encode() if isinstance(part, str) else np.asarray(part).tobytes())
+            content.update(b"\n")
+    return content.hexdigest()[:16]

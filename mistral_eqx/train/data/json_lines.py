@@ -1,6 +1,7 @@
 """Documents that are a line of JSON each."""
 
-import json
+import mmap
+import re
 from array import array
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from ...documents import parse_json, shown
 from ...errors import InputError
-from .texts import AbstractTexts, Paths, Spans, files_of, fingerprint
+from .texts import AbstractTexts, Paths, Spans, files_of, fingerprint, text_start
+
+
+_LINE_END = re.compile(rb"\r\n|\r|\n")
 
 
 class JSONLines(AbstractTexts):
-    """Files in which each line is an object of JSON, in UTF-8."""
+    """Files in which each line is an object of JSON, in UTF-8. Lines may end as on any system."""
 
     def __init__(self, path: Paths, field: str = "text"):
         """**Arguments:**
@@ -35,17 +40,19 @@ class JSONLines(AbstractTexts):
         file, number, _, content = self._spans.read(index)
         line = f"Line {number + 1} of {str(file)!r}"
         try:
-            record = json.loads(content.decode())
+            record = parse_json(content.decode(), line, file=file, remedy="correct it")
         except UnicodeDecodeError as error:
             raise InputError(f"{line} is not UTF-8; convert the file, for example with iconv.") from error
-        except json.JSONDecodeError as error:
-            raise InputError(f"{line} is no JSON ({error.msg} at column {error.colno}); correct it.") from error
         if not isinstance(record, dict):
             raise InputError(f"{line} is no object of JSON but a {type(record).__name__}; write one a line.")
         if self.field not in record:
-            names = ", ".join(map(repr, list(record)[:5])) or "nothing"
+            names = ", ".join(shown(name) for name in list(record)[:5]) or "nothing"
             raise InputError(f"{line} has no field {self.field!r}, but {names}; name the one with the text.")
         return document(record[self.field], f"{line}, field {self.field!r},")
+
+    def where(self, index: int) -> str:
+        file, number, _, _ = self._spans.read(index)
+        return f"Line {number + 1} of {str(file)!r}"
 
     def fingerprint(self) -> str:
         return fingerprint(self.files, "json lines", self.field)
@@ -65,12 +72,17 @@ def document(value: object, where: str) -> str | list[dict[str, Any]]:
 
 
 def _bounds(file: Path) -> Int[np.ndarray, "documents 2"]:
-    stops, stop, last = array("q"), 0, 0
-    with file.open("rb") as opened:
-        for line in opened:
-            stop += len(line)
-            stops.append(stop)
+    start, size = text_start(file), file.stat().st_size
+    if size == start:
+        return np.zeros((0, 2), np.int64)
+    starts, last = array("q", [start]), 0
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        for end in _LINE_END.finditer(text, start):
+            starts.append(end.end())
             # Blank lines at the end are no documents.
-            last = len(stops) if line.strip() else last
-    ends = np.fromiter(stops, np.int64, last)
-    return np.stack([np.concatenate([[0], ends])[:-1], ends], axis=1)
+            last = len(starts) - 1 if text[starts[-2] : end.start()].strip() else last
+        if text[starts[-1] :].strip():
+            starts.append(size)
+            last = len(starts) - 1
+    ends = np.fromiter(starts, np.int64, last + 1)
+    return np.stack([ends[:-1], ends[1:]], axis=1)

@@ -53,16 +53,31 @@ class Parquet(AbstractTexts):
         group, row = located(self._stops, index)
         kept, values = self._last
         if kept != group:
+            import pyarrow
             import pyarrow.parquet
 
             file, number = self._groups[group]
-            with pyarrow.parquet.ParquetFile(file) as opened:
-                values = opened.read_row_group(number, columns=[self.column])[self.column]
+            try:
+                with pyarrow.parquet.ParquetFile(file) as opened:
+                    values = opened.read_row_group(number, columns=[self.column])[self.column]
+            except (pyarrow.ArrowException, OSError) as error:
+                raise _damaged(file) from error
             self._last = group, values
-        return document(values[row].as_py(), f"Row {index} of column {self.column!r}")
+        return document(values[row].as_py(), f"{self.where(index)}, column {self.column!r},")
+
+    def where(self, index: int) -> str:
+        group, _ = located(self._stops, index)
+        file = self._groups[group][0]
+        first = next(number for number, (other, _) in enumerate(self._groups) if other == file)
+        before = int(self._stops[first - 1]) if first else 0
+        return f"Row {index - before + 1} of {str(file)!r}"
 
     def fingerprint(self) -> str:
         return fingerprint(self.files, "parquet", self.column)
+
+
+def _damaged(file: Path) -> InputError:
+    return InputError(f"{str(file)!r} is no file of Parquet, or it is damaged; fetch it again.", file=file)
 
 
 def _row_groups(file: Path, column: str) -> list[int]:
@@ -72,8 +87,8 @@ def _row_groups(file: Path, column: str) -> list[int]:
 
     try:
         opened = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{str(file)!r} is no file of Parquet, or it is damaged; fetch it again.") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(file) from error
     with opened:
         names = opened.schema_arrow.names
         if column not in names:

@@ -1,6 +1,7 @@
 """Texts that stay in their files until they are asked for."""
 
 import abc
+import codecs
 import hashlib
 import json
 import os
@@ -37,6 +38,10 @@ class AbstractTexts(abc.ABC):
         - `index`: from 0 to all but one. It may be called from several threads.
         """
 
+    def where(self, index: int) -> str:
+        """What a message calls a document: the file, and which line or row of it."""
+        return f"Row {index + 1}"
+
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """Another one if the documents may be others, so that what was made of them is made again."""
@@ -70,6 +75,17 @@ class Spans:
         with self.files[file].open("rb") as opened:
             opened.seek(start)
             return self.files[file], number, start, opened.read(stop - start)
+
+
+def text_start(file: Path) -> int:
+    """How many bytes the byte order mark takes at a file's beginning, if it has one."""
+    with file.open("rb") as opened:
+        return len(codecs.BOM_UTF8) if opened.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+
+
+def one_kind_of_line_end(text: str) -> str:
+    """A text whose lines end as Python's do, whatever system wrote it."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def located(stops: Int[np.ndarray, " parts"], index: int) -> tuple[int, int]:

@@ -15,10 +15,11 @@ from jaxtyping import Int
 
 from ...errors import InputError
 from .texts import AbstractTexts
+from .usable import OnBadRow, use
 
 
 # Changes when the files of a cache do.
-_FORMAT = 1
+_FORMAT = 2
 _ABOUT, _IDS, _OFFSETS = "about.json", "ids.bin", "offsets.npy"
 # A tokenizer is known by what it makes of the beginnings of so many texts, of so many characters each.
 _SAMPLES, _BEGINNING = 16, 1000
@@ -31,12 +32,14 @@ class Tokens:
 
     - `folder`: where they are.
     - `vocab`: all ids are below this.
+    - `skipped`: a sentence for each row that was left out.
     - `ids`: of all documents, one after the other.
     - `offsets`: where each document starts, and where the last one stops.
     """
 
     folder: Path
     vocab: int
+    skipped: list[str]
     ids: Int[np.ndarray, " tokens"]
     offsets: Int[np.ndarray, " documents_and_end"]
 
@@ -51,6 +54,7 @@ class Tokens:
         try:
             about = json.loads((self.folder / _ABOUT).read_text())
             self.vocab = about["vocab"]
+            self.skipped = about.get("skipped", [])
             self.ids = np.memmap(self.folder / _IDS, np.dtype(about["dtype"]), mode="r")
             self.offsets = np.load(self.folder / _OFFSETS, mmap_mode="r")
         except (OSError, ValueError, KeyError) as error:
@@ -81,6 +85,7 @@ def tokenise(
     *,
     vocab: int,
     end_id: int | None = None,
+    on_bad_row: OnBadRow = "refuse",
     progress: Callable[[int, int], None] | None = None,
 ) -> Tokens:
     """Encodes texts once, and finds their tokens on disk from then on.
@@ -97,6 +102,8 @@ def tokenise(
     - `folder`: where folders of tokens are kept; made if it is not there.
     - `vocab`: the model's number of ids. They are kept in as many bytes as it takes.
     - `end_id`: put behind each text, if given.
+    - `on_bad_row`: what becomes of a row that cannot be read or encoded: `"refuse"`, or `"skip"` to go on without it;
+        `skipped` of the result has a sentence for each.
     - `progress`: called after each text with how many are done, and how many there are.
 
     **Raises:** `ValueError` if there are no texts or all are empty, or an id is outside of the vocabulary.
@@ -105,8 +112,8 @@ def tokenise(
         raise InputError("There are no texts to tokenise; give at least one.")
     if end_id is not None and not 0 <= end_id < vocab:
         raise InputError(f"The end token {end_id} is outside of the vocabulary of {vocab}; give an id of the model's.")
-    about = {"format": _FORMAT, "texts": _known_by(texts), "tokenizer": _samples(texts, encode)}
-    about |= {"vocab": vocab, "end_id": end_id}
+    about = {"format": _FORMAT, "texts": _known_by(texts), "tokenizer": _samples(texts, encode, on_bad_row)}
+    about |= {"vocab": vocab, "end_id": end_id, "on_bad_row": on_bad_row}
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     done = Path(folder) / name
     if done.exists():
@@ -114,7 +121,7 @@ def tokenise(
     partial = done.with_name(f".{name}.partial-{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:
-        _write(texts, encode, partial, about, vocab, end_id, progress)
+        _write(texts, encode, partial, about, vocab, end_id, on_bad_row, progress)
         try:
             partial.rename(done)
         except OSError:
@@ -133,13 +140,20 @@ def _write(
     about: dict[str, Any],
     vocab: int,
     end_id: int | None,
+    on_bad_row: OnBadRow,
     progress: Callable[[int, int], None] | None,
 ):
     dtype = np.min_scalar_type(vocab - 1)
-    offsets = array("q", [0])
+    offsets, skipped = array("q", [0]), list[str]()
     with (folder / _IDS).open("wb") as file:
         for number in range(len(texts)):
-            ids = np.asarray(encode(texts[number]), np.int64)
+            try:
+                ids = np.asarray(use(texts, number, encode), np.int64)
+            except InputError as error:
+                if on_bad_row == "refuse":
+                    raise
+                skipped.append(str(error))
+                continue
             outside = ids[(ids < 0) | (ids >= vocab)]
             if len(outside):
                 raise InputError(
@@ -155,7 +169,8 @@ def _write(
     if not offsets[-1]:
         raise InputError(f"All of {len(texts)} texts are empty, so there is nothing to learn; give others.")
     np.save(folder / _OFFSETS, np.asarray(offsets, np.int64))
-    about = about | {"dtype": dtype.name, "documents": len(texts), "tokens": offsets[-1]}
+    about = about | {"dtype": dtype.name, "documents": len(offsets) - 1, "tokens": offsets[-1]}
+    about |= {"skipped": skipped}
     (folder / _ABOUT).write_text(json.dumps(about, indent=2))
 
 
@@ -168,11 +183,15 @@ def _known_by(texts: AbstractTexts | Sequence[Any]) -> str:
     return content.hexdigest()
 
 
-def _samples(texts: AbstractTexts | Sequence[Any], encode: Callable[..., Sequence[int]]) -> str:
+def _samples(texts: AbstractTexts | Sequence[Any], encode: Callable[..., Sequence[int]], on_bad_row: OnBadRow) -> str:
     """What the tokenizer makes of some texts."""
     made = hashlib.sha256()
     for number in np.unique(np.linspace(0, len(texts) - 1, _SAMPLES).astype(int)):
-        text = texts[int(number)]
-        ids = encode(text[:_BEGINNING] if isinstance(text, str) else text)
+        try:
+            ids = use(texts, int(number), lambda text: encode(text[:_BEGINNING] if isinstance(text, str) else text))
+        except InputError:
+            if on_bad_row == "refuse":
+                raise
+            continue
         made.update(np.asarray(ids, np.int64).tobytes() + b"\n")
     return made.hexdigest()
