@@ -35,7 +35,10 @@ def read_bytes(path: str | os.PathLike[str], limit: int = 16 * MiB) -> bytes:
     path = Path(path)
     expect_regular(path)
     with open(path, "rb") as file:
-        content = file.read(limit + 1)
+        # What is asked for is allocated at once, so it is what the file says to have; some systems' files say nothing.
+        content = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
+        while len(content) <= limit and (more := file.read(MiB)):
+            content += more
     if len(content) > limit:
         size = f"{limit // MiB} MB" if limit >= MiB else f"{limit} bytes"
         raise InputError(

@@ -358,7 +358,7 @@ def _with_tables(
     return at_sites(replaced, model) if changed else model
 
 
-def _expected(tensor: LazyTensor | None, name: str, shape: tuple[int, int], folder: Path) -> LazyTensor:
+def _expected(tensor: LazyTensor | None, name: str, shape: tuple[int, ...], folder: Path) -> LazyTensor:
     if tensor is None:
         raise InputError(
             f"{str(folder / WEIGHTS)!r} lacks the tensor {name!r}, the other half of an adapter; fetch it again.",

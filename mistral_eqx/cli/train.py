@@ -217,6 +217,7 @@ def _tell(folder: Path):
 def _save(recipe: "Recipe", model: "Mistral", tokenizer: Any):
     import mistral_eqx as mx
 
+    _expect_finite(recipe, model)
     if recipe.lora is not None and not recipe.lora.train_embeddings:
         target = Path(recipe.folder) / "adapters"
         mx.save_lora(model, target, base=recipe.model.name, overwrite=True)
@@ -227,3 +228,22 @@ def _save(recipe: "Recipe", model: "Mistral", tokenizer: Any):
         if tokenizer is not None and processes.number() == 0:
             tokenizer.save(target)
     processes.say(f"Saved to {target}")
+
+
+def _expect_finite(recipe: "Recipe", model: "Mistral"):
+    """**Raises:** `InputError` if a weight is NaN or infinite; nothing is written then."""
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+
+    def all_finite(arrays: Any) -> Any:
+        return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(arrays)]))
+
+    # One program over all weights: of several processes each gets the same answer.
+    if not jax.jit(all_finite)(eqx.filter(model, eqx.is_inexact_array)):
+        raise InputError(
+            f"The trained model has weights that are NaN or infinite, so it is not saved to {recipe.folder!r}; train "
+            "again in another folder, with a smaller optimizer.learning_rate.",
+            file=recipe.folder,
+            key="optimizer.learning_rate",
+        )
