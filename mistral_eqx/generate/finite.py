@@ -48,6 +48,6 @@ def not_finite(where: str, *, processors: bool = False) -> InputError:
     """
     cause = " or what the processors made of them" if processors else ""
     return InputError(
-        f"The model's logits for {where}{cause} are not finite; load it with check=True (--check) to find a weight that "
-        "is damaged, or with dtype='float32' (--dtype float32) if its numbers are too large for 16 bits."
+        f"The model's logits for {where}{cause} are not finite; load it with check=True (--check) to find a weight "
+        "that is damaged, or with dtype='float32' (--dtype float32) if its numbers are too large for 16 bits."
     )
