@@ -128,10 +128,10 @@ def test_devices_exchange_no_logits(divisible):
     ids = module.place_rows(parts, np.zeros((3, 24), np.int32))
     cache = module.empty_cache(parts, 3, 48, 24)
     found = exchanges(module._read.lower((parts, ids, ids, ids), cache))
-    # The residual stream, after the embedding and in one layer twice, and three numbers a token.
+    # The residual stream, after the embedding and in one layer twice, and four numbers a token.
     stream, token = 3 * 24 * 24 * 4, 3 * 24 * 4
     assert found["all_reduce", stream, 2] == 3
-    assert sum(bytes * times for (_, bytes, _), times in found.items()) == 3 * stream + 3 * token
+    assert sum(bytes * times for (_, bytes, _), times in found.items()) == 3 * stream + 4 * token
     assert {kind for kind, *_ in found} == {"all_reduce"}
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 from sharding_fixtures import mesh, sharded
 
 from mistral_eqx.generate import Sampler
+from mistral_eqx.generate.sampler import gumbel
 from mistral_eqx.parallel import Strategy, specs
 
 
@@ -265,6 +266,70 @@ def test_trap_categorical_of_softmax_undoes_the_top_p_filter(getkey):
     assert nucleus[tokens].all()
     # Nor are the tokens inside it made as likely as each other.
     assert_distributed(tokens, softmax(filter_by_definition(logits, top_p=0.5)))
+
+
+@pytest.fixture(params=["whole", "split"])
+def number_drawn(request):
+    """Draws tokens for one row of logits, on one device and with a part of the vocabulary on each of four."""
+
+    def whole(sampler, logits, keys):
+        return drawn(sampler, jnp.tile(logits[None], (keys.shape[0], 1)), keys)
+
+    def split(sampler, logits, keys):
+        strategy, arrays = Strategy("vocab@tp"), jax.tree.map(jnp.asarray, sampler)
+        found, _ = sharded(
+            lambda sampler, logits, keys: sampler(
+                jnp.tile(logits[None], (keys.shape[0], 1)), jr.wrap_key_data(keys), strategy
+            ),
+            mesh(4),
+            (arrays, logits, jr.key_data(keys)),
+            (specs(arrays, strategy), jax.P("tp"), jax.P()),
+            jax.P(),
+        )
+        return found
+
+    return {"whole": whole, "split": split}[request.param]
+
+
+def test_noise_is_as_likely_as_it_should_be_to_its_far_end():
+    """Of each number that 32 bits can be, small ones one by one: what share of them is below is what is drawn above."""
+    small, large = np.arange(5000), np.geomspace(5000, 2**32 - 1, 5000)
+    bits = np.unique(np.concatenate([small, large.astype(np.int64), 2**32 - 1 - small]))
+    noise = np.asarray(gumbel(jnp.asarray(bits, jnp.uint32)), np.float64)
+    assert np.isfinite(noise).all()
+    assert noise.max() > 22
+    share = (bits + 0.5) / 2**32
+    np.testing.assert_allclose(1 - np.exp(-np.exp(-noise)), share, rtol=2e-5, atol=0)
+    # Where all but few are below, what counts is the share above; that of the last 32 is too small for a float32.
+    np.testing.assert_allclose(np.exp(-np.exp(-noise)), 1 - share, rtol=2e-5, atol=2.0**-24)
+
+
+@pytest.mark.slow
+def test_a_long_tail_is_drawn_as_often_as_it_is_likely(number_drawn, getkey):
+    """131,071 tokens have 1 % together, each a thirteen millionth."""
+    share, rows, batches = 0.01, 100, 80
+    logits, others = jnp.log(jnp.full(131_072, share / 131_071)).at[0].set(jnp.log(1 - share)), 0
+    for key in jr.split(getkey(), batches):
+        others += int((np.asarray(number_drawn(Sampler(1.0), logits, jr.split(key, rows))) > 0).sum())
+    # 80 are right; 33 come of noise that ends near 15.9.
+    expected = share * rows * batches
+    assert abs(others - expected) < 3.5 * np.sqrt(expected)
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-20])
+def test_equal_logits_are_drawn_alike_at_a_low_temperature(temperature, number_drawn, getkey):
+    logits = jnp.full(64, -2.0).at[jnp.asarray([9, 50])].set(3.1)
+    tokens = np.asarray(number_drawn(Sampler(temperature), logits, jr.split(getkey(), DRAWS)))
+    assert set(tokens.tolist()) == {9, 50}
+    assert abs((tokens == 9).sum() - DRAWS / 2) < 3.5 * np.sqrt(DRAWS) / 2
+
+
+def test_logits_that_differ_by_their_last_digit_are_not_equal_at_a_low_temperature(getkey):
+    # Their quotients are 0.24 apart, where a float32 near 310,000 is 0.03 apart from the next.
+    logits = np.array([-2.0, np.nextafter(np.float32(3.1), np.float32(4)), 3.1], np.float32)
+    odds = np.exp((logits[1] - logits[2]).astype(np.float64) / 1e-6)
+    tokens = draws(Sampler(1e-6), logits, getkey())
+    assert_distributed(tokens[tokens > 0] - 1, np.array([odds, 1]) / (1 + odds))
 
 
 def test_trap_temperature_alone_crashed(getkey):

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..errors import InputError
 from ..generate.caches import empty_cache, parts, slots
+from ..generate.finite import not_finite
 from ..generate.prompt import Prompts, checked_prompts, pad_left
 from ..generate.reading import CHUNK, check_chunk, place_rows, prompt_width, read_piece
 from ..nn import Cache, Mistral, Unembedding, log_likelihood
@@ -22,7 +23,8 @@ class Scores(NamedTuple):
 
     - `log_probs`: the logarithm of each token's probability, given those before it in its row; 0 for a row's first
         token, which has none, and past a row's length.
-    - `greedy`: whether each token is the likeliest one in its place; `False` where `log_probs` says nothing.
+    - `greedy`: whether each token is the one that greedy decoding takes in its place: the likeliest, of equally likely
+        ones the first. `False` where `log_probs` says nothing.
     - `lengths`: how many tokens each row has.
     """
 
@@ -55,7 +57,8 @@ def score(model: Mistral, rows: Prompts, *, piece: int = CHUNK, last: int | None
 
     **Returns:** [`mistral_eqx.evaluate.Scores`][], as wide as the longest row.
 
-    **Raises:** `ValueError` if a row is empty, has an id outside the vocabulary, or does not fit into the context.
+    **Raises:** `ValueError` if a row is empty, has an id outside the vocabulary, or does not fit into the context; and
+    if a logit is not finite.
     """
     texts = checked_prompts(rows, model.config.vocab)
     check_chunk(piece)
@@ -84,9 +87,11 @@ def score(model: Mistral, rows: Prompts, *, piece: int = CHUNK, last: int | None
     log_probs, greedy = np.zeros(ids.shape, np.float32), np.zeros(ids.shape, bool)
     for part, *found in scored:
         log_probs[:, part], greedy[:, part] = map(everywhere, found)
-    return Scores(
-        jnp.asarray(_aligned(log_probs, lengths)), jnp.asarray(_aligned(greedy, lengths)), jnp.asarray(lengths)
-    )
+    log_probs, greedy = _aligned(log_probs, lengths), _aligned(greedy, lengths)
+    if (wrong := np.argwhere(~np.isfinite(log_probs))).size:
+        row, position = wrong[0].tolist()
+        raise not_finite(f"token {position} of row {row}")
+    return Scores(jnp.asarray(log_probs), jnp.asarray(greedy), jnp.asarray(lengths))
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -102,7 +107,7 @@ def _read(
         embedding = model.embedding
         head = Unembedding(embedding.weight, embedding.strategy) if model.head is None else model.head
         found = log_likelihood(head, hidden, targets)
-        return found.log_probs, found.log_probs >= found.largest - found.log_sums, cache
+        return found.log_probs, found.likeliest, cache
 
     rows, layers = strategy.spec("batch"), specs(cache, strategy)
     in_specs = specs(model, strategy), rows, rows, rows, layers

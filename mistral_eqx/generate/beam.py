@@ -17,6 +17,7 @@ from ..nn import Cache, LayerCache, Mistral
 from ..nn.precision import at_least_float32
 from ..parallel import Strategy, everywhere, gather, own_slot, own_slots, place, pmax, psum, specs, spmd
 from .caches import capacity, empty_cache, holds, parts, slots
+from .finite import lost, marked, not_finite, proceeds
 from .prompt import Prompts, checked_prompts, pad_left
 from .reading import prompt_width, read_pieces
 from .request import Request
@@ -97,7 +98,8 @@ class Search(eqx.Module):
     - `finished_tokens`, `finished_lengths`: the best texts that have ended, best first.
     - `finished_scores`: the sums of their log-probabilities, divided by the rules' divisor.
     - `done`: which rows take no further text.
-    - `unfinished`: whether there is a row that does, on any device.
+    - `lost`: 1 for a row that was not done, and one of whose beams had a logit that was not finite; 0 for all others.
+    - `unfinished`: whether there is a row that does, on any device, and all logits were finite.
     - `step`: how many tokens were decoded.
     """
 
@@ -110,6 +112,7 @@ class Search(eqx.Module):
     finished_lengths: Int[Array, "batch beams"]
     finished_scores: Float[Array, "batch beams"]
     done: Bool[Array, " batch"]
+    lost: Int[Array, " batch"]
     unfinished: Bool[Array, ""]
     step: Int[Array, ""]
 
@@ -136,6 +139,7 @@ class Search(eqx.Module):
             finished_lengths=jnp.zeros((batch, beams), jnp.int32),
             finished_scores=none,
             done=done,
+            lost=jnp.zeros(batch, jnp.int32),
             unfinished=jnp.ones((), bool),
             step=jnp.zeros((), jnp.int32),
         )
@@ -145,7 +149,10 @@ class Search(eqx.Module):
         beams, step = self.scores.shape[1], self.step
         # Of so many candidates at least `beams` do not end.
         count = max(2, 1 + rules.ends.shape[0]) * beams
-        log_probabilities, ids = _likeliest(logits, count, strategy)
+        log_probabilities, ids, largest = _likeliest(logits, count, strategy)
+        # Where there is no beam, nothing matters.
+        counts = ~self.done[:, None] & (self.scores > -jnp.inf)
+        now_lost = jnp.max(jnp.where(counts, lost(largest), 0), axis=1)
         sums = (self.scores[:, :, None] + log_probabilities).reshape(ids.shape[0], -1)
         sums, chosen = lax.top_k(sums, min(count, sums.shape[1]))
         parent, token = chosen // ids.shape[2], _take(ids.reshape(ids.shape[0], -1), chosen)
@@ -174,8 +181,8 @@ class Search(eqx.Module):
             finished_lengths=_take(jnp.concatenate([self.finished_lengths, new_lengths], axis=1), best),
             finished_scores=finished_scores,
             done=done,
-            # All devices leave the loop together, also those whose own rows are done.
-            unfinished=pmax(jnp.any(~done).astype(jnp.int32), "batch", strategy) > 0,
+            lost=now_lost,
+            unfinished=proceeds(~done, now_lost, strategy),
             step=step + 1,
         )
 
@@ -211,13 +218,15 @@ def _append(tokens: Array, token: Array, step: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(tokens, token[:, :, None], step, axis=2)
 
 
-def _likeliest(logits: Float[Array, "batch beams vocab"], count: int, strategy: Strategy) -> tuple[Array, Array]:
-    """The largest log-probabilities of each beam, and their tokens; of equal ones the first.
+def _likeliest(
+    logits: Float[Array, "batch beams vocab"], count: int, strategy: Strategy
+) -> tuple[Array, Array, Float[Array, "batch beams"]]:
+    """The largest log-probabilities of each beam, and their tokens; of equal ones the first. And the largest logit.
 
     Where the vocabulary is split, devices exchange two numbers a beam and their largest logits.
     """
     batch, beams, size = logits.shape
-    logits = logits.astype(at_least_float32(logits.dtype)).reshape(batch * beams, size)
+    logits = marked(logits.astype(at_least_float32(logits.dtype)).reshape(batch * beams, size))
     largest = pmax(jnp.max(logits, axis=1, keepdims=True), "vocab", strategy)
     total = psum(jnp.sum(jnp.exp(logits - largest), axis=1, keepdims=True), "vocab", strategy)
     best, ids = lax.top_k(logits, min(count, size))
@@ -228,7 +237,7 @@ def _likeliest(logits: Float[Array, "batch beams vocab"], count: int, strategy: 
         best, at = lax.top_k(best, min(count, best.shape[1]))
         ids = _take(ids, at)
     log_probabilities = (best - largest) - jnp.log(total)
-    return log_probabilities.reshape(batch, beams, -1), ids.reshape(batch, beams, -1)
+    return log_probabilities.reshape(batch, beams, -1), ids.reshape(batch, beams, -1), largest.reshape(batch, beams)
 
 
 @eqx.filter_jit
@@ -396,7 +405,7 @@ def beam_search(
     `lengths` and `scores` of shape `(batch, num_return_sequences)`.
 
     **Raises:** `ValueError` if an argument is out of its range, or as [`mistral_eqx.generate`][] does for prompts and
-    end tokens.
+    end tokens; if a logit is not finite.
     """
     _check_beams(num_beams, num_return_sequences, model.config.vocab)
     rows = checked_prompts(prompts, model.config.vocab)
@@ -415,6 +424,8 @@ def beam_search(
         search, cache = put_in_order(model, live, search, cache, slots(model, room))
         until = min(step + (room - int(live)) // num_beams, max_new_tokens)
         search, cache = extend((model, search, rules, np.asarray(until, np.int32)), cache)
+    if (rows_lost := everywhere(search.lost)).any():
+        raise not_finite(f"new token {int(search.step)} of row {int(np.argmax(rows_lost))}")
     tokens, lengths, scores = (
         everywhere(x)[: len(rows), :num_return_sequences]
         for x in (search.finished_tokens, search.finished_lengths, search.finished_scores)

@@ -92,7 +92,8 @@ def generate(
 
     **Raises:** `ValueError` if a prompt is empty, has an id outside the vocabulary, or does not fit into the context
     with its new tokens; if an end token is outside the vocabulary; if a sampler draws and there is no key; if a stop
-    string is empty or there is no tokenizer for it; if a processor does not fit the vocabulary or forbids every token.
+    string is empty or there is no tokenizer for it; if a processor does not fit the vocabulary or forbids every token;
+    if a logit of a row that goes on is not finite.
     """
     rows = checked_prompts(prompts, model.config.vocab)
     request = Request.init(

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from ..nn import Cache, Mistral
-from ..parallel import Strategy, pmax, specs, spmd
+from ..parallel import Strategy, specs, spmd
 from .caches import repeated
+from .finite import lost, marked, proceeds
 from .log_probs import LogProbs
 from .sampler import Sampler
 
@@ -27,11 +28,12 @@ class Decoding(eqx.Module):
     - `tokens`: all new tokens so far; the column of the next one is `step`.
     - `lengths`: how many new tokens each row has, an end token included.
     - `ended`: which rows have met an end token.
-    - `unfinished`: whether there is a row that has not, on any device.
+    - `unfinished`: whether there is a row that has not, on any device, and each can go on.
     - `step`: how many tokens were decoded.
     - `keys`: one a row; the draw of a step uses the row's key and the step.
     - `states`: what each of the sampler's processors remembers.
-    - `stuck`: which rows' processors forbade every token; `None` without any.
+    - `lost`: which rows had nothing to choose from: 1 where a logit was not finite, -1 where processors forbade every
+        token. A row that had ended has 0, as all others.
     - `log_probs`: of the new tokens and of others in their place, if they are wanted.
     """
 
@@ -43,8 +45,8 @@ class Decoding(eqx.Module):
     unfinished: Bool[Array, ""]
     step: Int[Array, ""]
     keys: Key[Array, " batch"]
+    lost: Int[Array, " batch"]
     states: tuple[PyTree, ...] = ()
-    stuck: Bool[Array, " batch"] | None = None
     log_probs: LogProbs | None = None
 
     @classmethod
@@ -74,8 +76,8 @@ class Decoding(eqx.Module):
             unfinished=jnp.ones((), bool),
             step=jnp.zeros((), jnp.int32),
             keys=keys,
+            lost=none,
             states=states,
-            stuck=jnp.zeros_like(ended) if states else None,
             log_probs=None if alternatives is None else LogProbs.init(none.shape[0], new, alternatives),
         )
 
@@ -83,22 +85,27 @@ class Decoding(eqx.Module):
         """Chooses one token a row by its logits, and adds it."""
         processed = sampler.process(logits, self.states, strategy)
         keys = jax.vmap(jr.fold_in, in_axes=(0, None))(self.keys, self.step)
-        after = self.append(sampler(processed, keys, strategy), ends, strategy)
+        token, largest = sampler.choose(marked(logits, processed if self.states else None), keys, strategy)
+        after = self.append(token, largest, ends, strategy)
         if self.log_probs is not None:
             log_probs = self.log_probs.record(logits, after.token, self.step, strategy)
             after = dataclasses.replace(after, log_probs=log_probs)
         if self.states:
             processors = zip(sampler.processors, self.states, strict=True)
             states = tuple(processor.next_state(state, after.token, strategy) for processor, state in processors)
-            stuck = ~self.ended & (pmax(jnp.max(processed, axis=1), "vocab", strategy) == -jnp.inf)
-            # There is nothing to go on with: all devices leave the loop, and `Request` says why.
-            lost = pmax(jnp.any(stuck).astype(jnp.int32), "batch", strategy) > 0
-            after = dataclasses.replace(after, states=states, stuck=stuck, unfinished=after.unfinished & ~lost)
+            after = dataclasses.replace(after, states=states)
         return after
 
-    def append(self, token: Int[Array, " batch"], ends: Int[Array, " ends"], strategy: Strategy) -> "Decoding":
+    def append(
+        self,
+        token: Int[Array, " batch"],
+        largest: Float[Array, " batch"],
+        ends: Int[Array, " ends"],
+        strategy: Strategy,
+    ) -> "Decoding":
         """Adds one token a row; a row that has ended gets its end token again, and its length stays."""
         token = jnp.where(self.ended, self.token, token)
+        now_lost = jnp.where(self.ended, 0, lost(largest))
         ended = self.ended | jnp.any(token[:, None] == ends[None, :], axis=1)
         return Decoding(
             token=token,
@@ -106,12 +113,12 @@ class Decoding(eqx.Module):
             tokens=lax.dynamic_update_slice_in_dim(self.tokens, token[:, None], self.step, axis=1),
             lengths=jnp.where(self.ended, self.lengths, self.step + 1),
             ended=ended,
-            # All devices leave the loop together, also those whose own rows have ended.
-            unfinished=pmax(jnp.any(~ended).astype(jnp.int32), "batch", strategy) > 0,
+            # With a row that has nothing to go on with, the loop is left at once, and `Request` says why.
+            unfinished=proceeds(~ended, now_lost, strategy),
             step=self.step + 1,
             keys=self.keys,
+            lost=now_lost,
             states=self.states,
-            stuck=self.stuck,
             log_probs=self.log_probs,
         )
 

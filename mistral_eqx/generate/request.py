@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..nn import Cache, Mistral
 from ..parallel import everywhere, place_on, specs
 from .caches import capacity, empty_cache, first_room, grow, holds, parts, slots
+from .finite import not_finite
 from .loop import Decoding, decode, first_tokens, grow_state
 from .prefix import Prefix, checked_prefix
 from .prompt import pad_left
@@ -208,13 +209,15 @@ class Request:
         )
 
     def _check(self, decoding: Decoding):
-        if decoding.stuck is None:
+        if decoding.unfinished:
             return
-        if (stuck := everywhere(decoding.stuck)).any():
-            row, new = int(np.argmax(stuck)), int(decoding.step) - 1
+        if (lost := everywhere(decoding.lost)).any():
+            row, new = int(np.argmax(lost != 0)), int(decoding.step)
+            if lost[row] > 0:
+                raise not_finite(f"new token {new} of row {row}", processors=bool(self.sampler.processors))
             raise InputError(
-                f"The processors forbid every token to row {row} after {new} new ones; let them allow at least one, "
-                "such as an end token."
+                f"The processors forbid every token to row {row} after {new - 1} new ones; let them allow at least "
+                "one, such as an end token."
             )
 
 

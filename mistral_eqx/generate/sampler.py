@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt32
 
 from ..errors import InputError
+from ..nn.precision import at_least_float32
 from ..parallel import SINGLE, Strategy, gather, place, pmax, pmin, psum
 from .processors import AbstractProcessor
 from .whole import check_whole
@@ -105,15 +106,27 @@ class Sampler(eqx.Module):
 
         **Returns:** token ids, shape `(batch,)`.
         """
-        if not self.greedy:
-            logits = self.filter(logits, strategy)
-            part, parts = place("vocab", strategy)
-            size = logits.shape[-1]
-            # This device's part of the noise of the whole vocabulary, each entry of which depends on the key and its
-            # own index alone.
-            noise = jax.vmap(lambda key: jr.gumbel(key, (parts * size,), logits.dtype))(keys)
-            logits = logits + lax.dynamic_slice_in_dim(noise, part * size, size, axis=1)
-        return _argmax(logits, strategy)
+        return self.choose(logits, keys, strategy)[0]
+
+    def choose(
+        self, logits: Float[Array, "batch vocab"], keys: Key[Array, " batch"], strategy: Strategy = SINGLE
+    ) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
+        """Chooses one token a row, and tells the largest of each row's logits, which that takes in any case."""
+        if self.temperature is None:
+            return _argmax(logits, strategy)
+        largest = _largest(logits, strategy)
+        part, parts = place("vocab", strategy)
+        size = logits.shape[-1]
+        # This device's part of the noise of the whole vocabulary, each entry of which depends on the key and its
+        # own index alone.
+        noise = gumbel(jax.vmap(lambda key: jr.bits(key, (parts * size,), jnp.uint32))(keys))
+        noise = lax.dynamic_slice_in_dim(noise, part * size, size, axis=1)
+        # Without the largest, as noise would be rounded away where logits are divided by a small temperature.
+        above = jnp.where(jnp.isfinite(largest), largest, 0)
+        wide = at_least_float32(logits.dtype)
+        kept = (self._kept(logits, largest, self.temperature, strategy) - above).astype(wide)
+        token, _ = _argmax(kept / self.temperature.astype(wide) + noise.astype(wide), strategy)
+        return token, largest[:, 0]
 
     def process(
         self, logits: Float[Array, "batch vocab"], states: Sequence[PyTree], strategy: Strategy = SINGLE
@@ -127,70 +140,105 @@ class Sampler(eqx.Module):
         """The logits from which a token is drawn: divided by the temperature, minus infinity for tokens left out."""
         if self.temperature is None:
             return logits
+        kept = self._kept(logits, _largest(logits, strategy), self.temperature, strategy)
+        return kept / self.temperature.astype(logits.dtype)
+
+    def _kept(
+        self,
+        logits: Float[Array, "batch vocab"],
+        largest: Float[Array, "batch 1"],
+        temperature: np.ndarray | Array,
+        strategy: Strategy,
+    ) -> Float[Array, "batch vocab"]:
+        """Minus infinity for tokens left out. No step but the last leaves out the likeliest, of the logit `largest`."""
         # A positive factor changes no order. What is compared below is not divided before: where XLA computes a
         # quotient twice, it may round it in two ways, and the largest logit would be above all.
-        temperature = self.temperature.astype(logits.dtype)
+        temperature = temperature.astype(logits.dtype)
         if self.top_k is not None:
-            largest = _top_k(logits, self.top_k)
+            best = _top_k(logits, self.top_k)
             if strategy.split_over("vocab"):
                 # The largest of all are among the largest of each device.
-                largest = _top_k(gather(largest, "vocab", strategy, axis=1), self.top_k)
+                best = _top_k(gather(best, "vocab", strategy, axis=1), self.top_k)
             # The minimum, and not the last one: of that XLA on CPU makes a sort of all logits.
-            logits = jnp.where(logits < jnp.min(largest, axis=-1, keepdims=True), -jnp.inf, logits)
+            logits = jnp.where(logits < jnp.min(best, axis=-1, keepdims=True), -jnp.inf, logits)
         if self.top_p is not None:
-            logits = jnp.where(_in_nucleus(logits, temperature, self.top_p, strategy), logits, -jnp.inf)
+            logits = jnp.where(_in_nucleus(logits, largest, temperature, self.top_p, strategy), logits, -jnp.inf)
         if self.min_p is not None:
-            largest = pmax(jnp.max(logits, axis=-1, keepdims=True), "vocab", strategy)
             least = largest + jnp.log(self.min_p).astype(logits.dtype) * temperature
             logits = jnp.where(logits < least, -jnp.inf, logits)
         if self.typical_p is not None:
-            logits = jnp.where(_typical(logits, temperature, self.typical_p, strategy), logits, -jnp.inf)
-        return logits / temperature
+            logits = jnp.where(_typical(logits, largest, temperature, self.typical_p, strategy), logits, -jnp.inf)
+        return logits
+
+
+def gumbel(bits: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Noise from random bits that makes of the largest of `logits + noise` a draw from their softmax.
+
+    That of `jax.random.gumbel` is made from 23 bits and ends near 15.9, so that less likely tokens are drawn too
+    seldom; its mode "high" takes twice the time. This one is made from all 32 bits of as many random numbers and ends
+    near 22.9: of tokens a billion times less likely than the likeliest, not one draw in a hundred is missing.
+    """
+    uniform = (bits.astype(jnp.float32) + 0.5) * 2.0**-32
+    # -log(1 - uniform), of which the first terms of its series are exact where the difference is not.
+    series = uniform * (1 + uniform * (1 / 2 + uniform / 3))
+    exponential = jnp.where(uniform < 2.0**-7, series, -jnp.log(1 - jnp.minimum(uniform, 1 - 2.0**-24)))
+    return -jnp.log(exponential)
+
+
+def _largest(logits: Float[Array, "batch vocab"], strategy: Strategy) -> Float[Array, "batch 1"]:
+    return pmax(jnp.max(logits, axis=-1, keepdims=True), "vocab", strategy)
 
 
 def _top_k(logits: Float[Array, "batch vocab"], k: int) -> Float[Array, "batch k"]:
     return lax.top_k(logits, min(k, logits.shape[-1]))[0]
 
 
-def _argmax(logits: Float[Array, "batch vocab"], strategy: Strategy) -> Int[Array, " batch"]:
-    """The first index of the largest logit, which takes 8 bytes a row and device to agree on."""
+def _argmax(
+    logits: Float[Array, "batch vocab"], strategy: Strategy
+) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
+    """The first index of the largest logit, which takes 8 bytes a row and device to agree on; and that logit."""
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logit = jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]
     if not strategy.split_over("vocab"):
-        return best
+        return best, logit
     part, _ = place("vocab", strategy)
-    logit = jnp.max(logits, axis=-1)
-    first = jnp.where(logit == pmax(logit, "vocab", strategy), best + part * logits.shape[-1], jnp.iinfo(jnp.int32).max)
-    return pmin(first, "vocab", strategy)
+    largest = pmax(logit, "vocab", strategy)
+    first = jnp.where(logit == largest, best + part * logits.shape[-1], jnp.iinfo(jnp.int32).max)
+    return pmin(first, "vocab", strategy), largest
 
 
 def _weights(
-    logits: Float[Array, "batch vocab"], temperature: Array | np.ndarray, strategy: Strategy
+    logits: Float[Array, "batch vocab"],
+    largest: Float[Array, "batch 1"],
+    temperature: Array | np.ndarray,
+    strategy: Strategy,
 ) -> tuple[Float[Array, "batch vocab"], Float[Array, "batch 1"]]:
     """Probabilities, but for their sum: the largest is 1. And that sum."""
-    largest = pmax(jnp.max(logits, axis=-1, keepdims=True), "vocab", strategy)
     weights = jnp.exp(((logits - largest) / temperature).astype(jnp.float32))
     return weights, psum(jnp.sum(weights, axis=-1, keepdims=True), "vocab", strategy)
 
 
 def _in_nucleus(
     logits: Float[Array, "batch vocab"],
+    largest: Float[Array, "batch 1"],
     temperature: Array | np.ndarray,
     top_p: Array | np.ndarray,
     strategy: Strategy,
 ) -> Bool[Array, "batch vocab"]:
     """Which tokens are in the smallest set whose probabilities sum to `top_p`."""
-    weights, total = _weights(logits, temperature, strategy)
+    weights, total = _weights(logits, largest, temperature, strategy)
     return _smallest_set(weights, total, _order(weights), _ORDER_OF_1, top_p, strategy)
 
 
 def _typical(
     logits: Float[Array, "batch vocab"],
+    largest: Float[Array, "batch 1"],
     temperature: Array | np.ndarray,
     typical_p: Array | np.ndarray,
     strategy: Strategy,
 ) -> Bool[Array, "batch vocab"]:
     """Which tokens are in the smallest set of those with the most usual surprise that sums to `typical_p`."""
-    weights, total = _weights(logits, temperature, strategy)
+    weights, total = _weights(logits, largest, temperature, strategy)
     surprise = -jnp.log(jnp.maximum(weights / total, jnp.finfo(jnp.float32).tiny))
     mean = psum(jnp.sum(weights / total * surprise, axis=-1, keepdims=True), "vocab", strategy)
     # Less than 1, and nearest comes first.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..parallel import Strategy, place, pmax, psum, psum_together, specs, vary_alike
 from .embedding import Unembedding
@@ -25,21 +25,21 @@ Carry = TypeVar("Carry")
 
 
 class Likelihood(NamedTuple):
-    """What is known of the logits of each token; all in float32 at least.
+    """What is known of the logits of each token; in float32 at least. NaN if a logit is not finite.
 
     **Attributes:**
 
     - `log_probs`: the logarithm of the target's probability.
     - `log_sums`: the logarithm of the sum of all exponentiated logits, which a z-loss keeps small.
-    - `largest`: the largest logit, without a gradient. The target is the likeliest token where
-        `log_probs >= largest - log_sums`.
+    - `likeliest`: whether the target is the likeliest token, of several with the largest logit the first: the one that
+        greedy decoding takes.
     - `means`: the mean of all logits, which label smoothing needs. Where `vocab` is split, it is four further
         bytes a token to exchange, if it is used.
     """
 
     log_probs: Float[Array, "batch seq"]
     log_sums: Float[Array, "batch seq"]
-    largest: Float[Array, "batch seq"]
+    likeliest: Bool[Array, "batch seq"]
     means: Float[Array, "batch seq"]
 
 
@@ -50,7 +50,7 @@ def log_likelihood(
 
     Goes through the vocabulary in chunks of the head's rows, with a running maximum and sum; the backward pass computes
     each chunk's logits again, from the saved logarithm of each token's sum. Where the strategy splits `vocab`, devices
-    exchange 12 bytes a token: the maximum, the sum of exponentials and the target's logit.
+    exchange 16 bytes a token: the maximum, the sum of exponentials, the target's logit and whether it comes first.
 
     **Arguments:**
 
@@ -66,12 +66,19 @@ def log_likelihood(
     leaves, tree = jax.tree.flatten((hidden, arrays))
     hidden, arrays = jax.tree.unflatten(tree, vary_alike(*leaves))
     floats, others = eqx.partition(arrays, eqx.is_inexact_array)
-    sums: _Sums = _of_part(_Inputs(floats, hidden, others, targets - part * rows), static)
+    own = targets - part * rows
+    sums: _Sums = _of_part(_Inputs(floats, hidden, others, own), static)
     largest = pmax(lax.stop_gradient(sums.largest), "vocab", strategy)
-    total, chosen = psum_together(jnp.exp(sums.log_sum - largest)[..., None], sums.chosen[..., None], "vocab", strategy)
+    total = jnp.exp(sums.log_sum - largest)
+    # 1 from the device whose first largest logit is the target's, less 1 from each that has an equal one before it.
+    holds = sums.largest == largest
+    first = (sums.first == own).astype(total.dtype) - (sums.first < own).astype(total.dtype)
+    first = lax.stop_gradient(jnp.where(holds, first, 0))
+    total, of_target = psum_together(total[..., None], jnp.stack([sums.chosen, first], axis=-1), "vocab", strategy)
     log_sums = largest + jnp.log(total[..., 0])
+    chosen, likeliest = of_target[..., 0], of_target[..., 1] == 1
     means = psum(sums.sum, "vocab", strategy) / (rows * parts)
-    return Likelihood(chosen[..., 0] - log_sums, log_sums, largest, means)
+    return Likelihood(chosen - log_sums, log_sums, likeliest, means)
 
 
 class _Inputs(NamedTuple):
@@ -83,9 +90,11 @@ class _Inputs(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Of the logits of some rows: their largest, the logarithm of their exponentials' sum, the target's, their sum."""
+    """Of the logits of some rows: their largest and the first row that has it, the logarithm of their exponentials'
+    sum, the target's, their sum."""
 
     largest: Array
+    first: Array
     log_sum: Array
     chosen: Array
     sum: Array
@@ -95,7 +104,7 @@ class _Sums(NamedTuple):
 def _of_part(inputs: _Inputs, static: PyTree) -> _Sums:
     def of_chunk(start: Array | int, size: int) -> _Sums:
         head = eqx.combine(_take(inputs.floats, start, size), _take(inputs.others, start, size), static)
-        return _sums(head(inputs.hidden), inputs.rows - start)
+        return _sums(head(inputs.hidden), inputs.rows - start, start)
 
     first, size, starts = _chunks(inputs, static)
     return _over(starts, lambda sums, start: _merged(sums, of_chunk(start, size)), of_chunk(0, first))
@@ -166,14 +175,23 @@ def _added(whole: PyTree, part: PyTree, start: Array | int) -> PyTree:
     return jax.tree.map(add, whole, part, specs(whole, _ROWS))
 
 
-def _sums(logits: Float[Array, "batch seq rows"], rows: Int[Array, "batch seq"]) -> _Sums:
-    largest, size = jnp.max(logits, axis=-1), logits.shape[-1]
+def _sums(logits: Float[Array, "batch seq rows"], rows: Int[Array, "batch seq"], start: Array | int) -> _Sums:
+    size, of_all = logits.shape[-1], jnp.sum(logits, axis=-1)
+    largest, first = jnp.max(logits, axis=-1), jnp.argmax(logits, axis=-1).astype(rows.dtype) + start
     total = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
+    # Minus infinity would add nothing to that sum, and go unnoticed.
+    total = jnp.where(jnp.isfinite(of_all), total, jnp.nan)
     chosen = jnp.take_along_axis(logits, jnp.clip(rows, 0, size - 1)[..., None], axis=-1)[..., 0]
     chosen = jnp.where((rows >= 0) & (rows < size), chosen, 0)
-    return _Sums(largest, largest + jnp.log(total), chosen, jnp.sum(logits, axis=-1))
+    return _Sums(largest, first, largest + jnp.log(total), chosen, of_all)
 
 
 def _merged(one: _Sums, other: _Sums) -> _Sums:
-    largest, log_sum = jnp.maximum(one.largest, other.largest), jnp.logaddexp(one.log_sum, other.log_sum)
-    return _Sums(largest, log_sum, one.chosen + other.chosen, one.sum + other.sum)
+    """Of some rows and of others after them."""
+    return _Sums(
+        jnp.maximum(one.largest, other.largest),
+        jnp.where(other.largest > one.largest, other.first, one.first),
+        jnp.logaddexp(one.log_sum, other.log_sum),
+        one.chosen + other.chosen,
+        one.sum + other.sum,
+    )

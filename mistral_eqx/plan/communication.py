@@ -198,12 +198,13 @@ class Ledger:
 
     def choice(self, sampler: Sampler):
         """What choosing the next token exchanges."""
-        if sampler.top_k is not None and not sampler.greedy:
+        if not sampler.greedy:
+            self.sum("largest logit", "vocab", 1, self.rows, self.wide)
+        if sampler.top_k is not None:
             candidates = min(sampler.top_k, self.local("vocab"))
             entry = 1, self.rows, candidates, self.wide
             self.write("all_gather", "top-k candidates", self.parts("vocab"), entry)
         if sampler.top_p is not None:
-            self.sum("top-p maximum", "vocab", 1, self.rows, self.wide)
             self.sum("top-p sum", "vocab", 1, self.rows, 4)
             self.sum("top-p candidates", "vocab", _NUCLEUS_TURNS, self.rows, _NUCLEUS_CANDIDATES, 4)
         self.sum("best logit", "vocab", 1, self.rows, self.wide)

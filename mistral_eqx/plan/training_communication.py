@@ -94,7 +94,7 @@ class _TrainingLedger(Ledger):
         """What the forward pass exchanges, and the loss of each token."""
         self.model(self.training.seq, self.kv_seq, logits=0)
         self.sum("largest logit", "vocab", 1, self.tokens, self.wide)
-        self.sum("sum of exponentials and target", "vocab", 1, 2 * self.tokens, self.wide)
+        self.sum("sum of exponentials, target and whether it is first", "vocab", 1, 3 * self.tokens, self.wide)
 
     def again(self):
         """What is exchanged again since the backward pass computes a turn of blocks again: all but its last sum."""

@@ -16,7 +16,7 @@ class Sums(NamedTuple):
 
     - `loss`: what is made small.
     - `cross_entropy`: the part of it that is minus the logarithm of the targets' probabilities.
-    - `correct`: of the targets that are the likeliest token.
+    - `correct`: of the targets that are the likeliest token, of equally likely ones the first.
     - `weight`: of the tokens that count.
     """
 
@@ -56,10 +56,9 @@ def loss_sums(
         loss = (1 - label_smoothing) * loss + label_smoothing * (found.log_sums - found.means)
     if z_loss:
         loss = loss + z_loss * found.log_sums**2
-    is_likeliest = found.log_probs >= found.largest - found.log_sums
     return Sums(
         loss=jnp.sum(weights * loss),
         cross_entropy=-jnp.sum(weights * found.log_probs),
-        correct=jnp.sum(weights * is_likeliest.astype(weights.dtype)),
+        correct=jnp.sum(weights * found.likeliest.astype(weights.dtype)),
         weight=jnp.sum(weights),
     )
