@@ -147,8 +147,9 @@ def _fit(value: Any, kind: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    is_scalar = not isinstance(value, bool | int | float | str) and getattr(value, "shape", None) == ()
-    return value.item() if is_scalar and hasattr(value, "item") else value
+    if isinstance(value, bool | int | float | str) or getattr(value, "shape", None) != ():
+        return value
+    return value.item()
 
 
 def _finite(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Which of the formats a folder or file has."""
 
 import os
+from pathlib import Path
 
 from ..documents import to_path
 from ..errors import InputError

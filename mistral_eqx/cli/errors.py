@@ -1,6 +1,7 @@
 """What a user sees when something is wrong: one sentence. Exit code 2 for an input, 70 for a fault of this program."""
 
 import contextlib
+import os
 import re
 import sys
 import traceback

@@ -150,12 +150,12 @@ def _config(model: str) -> MistralConfig:
     return PRESETS[model] if model in PRESETS else open_checkpoint(locate(model)).config
 
 
-def _trainings(train: bool, zero: list[int] | None, asked: dict[str, Any]) -> list[Training | bool]:
+def _trainings(train: bool, zero: list[Any] | None, asked: dict[str, Any]) -> list[Training | bool]:
     """The steps of training that were asked for; one that is none where it is generation that is planned."""
     from ..plan import Training
 
     if train:
-        return [Training(zero=stage, **asked) for stage in zero or [0]]
+        return [*(Training(zero=stage, **asked) for stage in zero or [0])]
     names = [*(["zero"] if zero else []), *asked]
     if names:
         raise InputError(f"--{names[0]} is of training; add --train, or leave it out.")

@@ -64,7 +64,7 @@ def _read_stdin() -> str:
         text = sys.stdin.read(_LONGEST + 1)
         text.encode()  # where the locale has no encoding, bytes that are not UTF-8 pass for halves of characters
     except UnicodeError as error:
-        raise InputError(f"The prompt on stdin is not UTF-8 text ({error.reason}); convert it.") from error
+        raise InputError(f"The prompt on stdin is not UTF-8 text ({error}); convert it.") from error
     if len(text) > _LONGEST:
         raise InputError(f"The prompt on stdin is longer than {_LONGEST // MiB} MB; give a shorter one.")
     # The newline at the end is the pipe's or the editor's, hardly ever meant.

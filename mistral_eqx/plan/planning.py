@@ -132,18 +132,18 @@ def plan(
 
 def _generation(config: MistralConfig, prompt: int | None, kv_seq: int | None) -> tuple[int, int]:
     """The lengths of a prompt and of a cache that can have it."""
-    prompt = checked(512 if prompt is None else prompt, Count, "prompt")
-    kv_seq = checked(4096 if kv_seq is None else kv_seq, Count, "kv_seq")
-    if kv_seq < prompt_width(prompt):
+    length: int = checked(512 if prompt is None else prompt, Count, "prompt")
+    slots: int = checked(4096 if kv_seq is None else kv_seq, Count, "kv_seq")
+    if slots < prompt_width(length):
         raise InputError(
-            f"A prompt of {prompt} tokens is read as {prompt_width(prompt)} and does not fit into a cache of "
-            f"{kv_seq} slots; take a longer kv_seq or a shorter prompt."
+            f"A prompt of {length} tokens is read as {prompt_width(length)} and does not fit into a cache of "
+            f"{slots} slots; take a longer kv_seq or a shorter prompt."
         )
-    if kv_seq > config.max_positions:
+    if slots > config.max_positions:
         raise InputError(
-            f"kv_seq is {kv_seq} and the model's context {config.max_positions} tokens; take a shorter kv_seq."
+            f"kv_seq is {slots} and the model's context {config.max_positions} tokens; take a shorter kv_seq."
         )
-    return prompt, kv_seq
+    return length, slots
 
 
 def _check_training(

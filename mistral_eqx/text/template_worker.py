@@ -67,7 +67,7 @@ class Generation(Extension):
     def parse(self, parser):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        marks = [nodes.Name(f"generation_{side}", "load") for side in ("start", "end")]
+        marks: list[nodes.Expr] = [nodes.Name(f"generation_{side}", "load") for side in ("start", "end")]
         # A block of its own, as in transformers: what is set in it is not known behind it.
         return nodes.CallBlock(self.call_method("marked", marks), [], [], body).set_lineno(line)
 
