@@ -4,6 +4,10 @@
 from . import interrupts as interrupts  # isort: split
 
 
+# Then JAX, with a sentence where it cannot be imported.
+from . import environment as environment  # isort: split
+
+
 from . import lora as lora, nn as nn, parallel as parallel, train as train
 from .checkpoint import load as load, load_lora as load_lora, save as save, save_lora as save_lora
 from .config import MistralConfig as MistralConfig

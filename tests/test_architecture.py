@@ -18,6 +18,7 @@ NAME = PACKAGE.name
 GROUND = ("errors", "interrupts", "documents", "checks", "locks")
 # What each room sees, besides itself, the ground and other people's packages. A room that is not here sees nothing.
 SEES = {
+    "environment": set(),
     "config": set(),
     "presets": {"config"},
     "parallel": {"config"},

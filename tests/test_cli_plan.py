@@ -1,9 +1,12 @@
+import io
 import json
 
 import pytest
 from cli_fixtures import assert_refused, run, save_tiny_model
+from rich.console import Console
 
-from mistral_eqx.plan import Memory, Phase, Report, planning
+import mistral_eqx as mx
+from mistral_eqx.plan import Memory, Phase, Report, Training, planning
 
 
 SMALL = ("--batch", 2, "--prompt", 16, "--kv-seq", 64)
@@ -59,7 +62,48 @@ def test_all_takes_what_is_legal(tiny, monkeypatch):
         (("--topology", "v9:2x2"), ["v5p"]),
         (("--devices", 8, "--strategy", "tensor"), ["'tensor'"]),
         (("--devices", 8, "--dtype", "int8"), ["int8"]),
+        (("--devices", 10**7), ["--devices is 10000000", "at most 4096"]),
+        (("--topology", "v4:0x0x0"), ["'v4:0x0x0' has 0 chips"]),
+        (("--topology", "v4:99999x99999x99999"), ["'v4:99999x99999x99999'", "16384 at most"]),
+        (("--devices", 1, "--train", "--zero", 9), ["--zero is [9]", "one of 0, 1, 2, 3"]),
+        (("--devices", 1, "--train", "--prompt", 3), ["--prompt and --kv-seq are of generation", "--seq"]),
+        (("--devices", 1, "--picture", "x.zzz"), ["'x.zzz' must end in one of", ".png"]),
+        (("--devices", 1, "--picture", "absent/x.png"), ["'absent/x.png'", "folder that is not there"]),
     ],
 )
 def test_a_plan_that_cannot_be_made_ends_with_one_sentence(options, words):
     assert_refused(run("plan", "7b-v0.2", *options), *words)
+
+
+def test_names_with_brackets_are_shown_as_they_are():
+    memory = Memory(10**6, 2 * 10**6, 0, 0, 0)
+    phase = Phase("decode", 1, 1, memory, 0.0, 0, 0, (), (), 1.0, None, None)
+    fields = {"parameters": 1, "place": "[/nope]", "devices": 1, "chip": None, "layout": "", "axes": {"tp": 1}}
+    fields |= {"batch": 1, "prompt": 1, "kv_seq": 1, "dtype": "float32", "phases": (phase,), "training": None}
+    out = io.StringIO()
+    Console(file=out, width=160).print(Report(model="[bold]m", strategy="[/x] :smile:", **fields).table())
+    for name in ("[bold]m", "[/nope]", "[/x] :smile:"):
+        assert name in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"devices": 0}, "devices is 0; it must be at least 1"),
+        ({"devices": 10**400}, "devices is 1000"),
+        ({"devices": 1, "batch": 0}, "batch is 0"),
+        ({"devices": 1, "prompt": 10**12}, "prompt is 1000000000000"),
+        ({"devices": 1, "kv_seq": -1}, "kv_seq is -1"),
+        ({"devices": 1, "dtype": "int8"}, "dtype is 'int8'; it must be one of 'float32', 'bfloat16', 'float16'"),
+        ({"topology": "v4:" + "9" * 5000}, "must be a chip"),
+    ],
+)
+def test_wrong_arguments_of_the_library_are_named(arguments, said):
+    with pytest.raises(mx.InputError, match=said):
+        mx.plan("gpt-nano", **{"strategy": "single", **arguments})
+
+
+@pytest.mark.parametrize("fields", [{"seq": 0}, {"accumulate": 2**31}, {"remat": "all"}])
+def test_training_holds_its_fields_to_their_ranges(fields):
+    with pytest.raises(mx.InputError, match=str(next(iter(fields)) if "remat" not in fields else "rematerialisation")):
+        Training(**fields)

@@ -210,6 +210,9 @@ def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     ("name", "sentence"),
     [
         ("", "The name of the model is empty"),
+        ("a\0b", "a null byte"),
+        ("a\ud800b", "half of a character"),
+        ("~no-such-user/x", "no user '~no-such-user' with a home"),
         ("smolm2-135m", r"no file, folder or preset 'smolm2-135m'.* Did you mean 'smollm2-135m'\?"),
         ("7b-v0.1", "The preset '7b-v0.1' is only a shape"),
         ("absent/model.gguf", r"no file, folder or preset 'absent/model.gguf'"),

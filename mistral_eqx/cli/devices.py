@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..documents import shown
 from ..errors import InputError
 from . import processes
-from .environment import start_devices
+from .starting import start_devices
 
 
 if TYPE_CHECKING:
@@ -142,11 +142,9 @@ def _make_virtual(axes: dict[str, int], count: int, check: Callable[[AbstractMes
     - `check`: refuses a mesh that does not fit, before devices are made.
     """
     import jax
-    from jax._src import xla_bridge  # whether devices are in use, JAX tells in no public place
     from jax.sharding import AbstractMesh
 
-    asked = jax.config.values["jax_num_cpu_devices"] >= 0
-    if asked or _DEVICES_FLAG in os.environ.get("XLA_FLAGS", "") or xla_bridge.backends_are_initialized():
+    if _are_known():
         return  # the mesh says whether they are enough
     if check is not None:
         check(AbstractMesh(tuple(axes.values()), tuple(axes)))
@@ -157,6 +155,15 @@ def _make_virtual(axes: dict[str, int], count: int, check: Callable[[AbstractMes
             key="mesh",
         )
     jax.config.update("jax_num_cpu_devices", -(-math.prod(axes.values()) // count))
+
+
+def _are_known() -> bool:
+    """Whether somebody has said how many devices there are, or they are in use."""
+    import jax
+    from jax._src import xla_bridge  # whether devices are in use, JAX tells in no public place
+
+    asked = jax.config.values["jax_num_cpu_devices"] >= 0
+    return asked or _DEVICES_FLAG in os.environ.get("XLA_FLAGS", "") or xla_bridge.backends_are_initialized()
 
 
 def _axes_of(strategy: Strategy) -> list[str]:

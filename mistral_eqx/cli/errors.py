@@ -16,7 +16,6 @@ from .. import interrupts
 from ..documents import shown
 from ..errors import InputError
 from . import processes
-from .environment import check_environment
 from .options import DEBUG
 
 
@@ -45,7 +44,6 @@ class OneSentence(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         with _one_sentence(self, ctx):
-            check_environment()
             return super().invoke(ctx)
 
 

@@ -108,6 +108,8 @@ def plan(
     asked = {"seq": seq, "accumulate": accumulate, "remat": remat, "offload": offload or None}
     trainings = _trainings(train, zero, {name: value for name, value in asked.items() if value is not None})
     reports, refused = [], []
+    if train and (prompt, kv_seq) != (None, None):
+        raise InputError("--prompt and --kv-seq are of generation; leave them out beside --train, and give --seq.")
     strategies = _wanted(config, strategy or [], mesh, count_devices(topology, devices))
     for wanted, training in itertools.product(strategies, trainings):
         name = wanted if isinstance(wanted, str) else wanted.name

@@ -1,28 +1,14 @@
-"""Variables of the environment that would end this process inside JAX or XLA, without a sentence."""
+"""Starts JAX's devices, which variables of the environment can prevent, and XLA would end this process for."""
 
 import os
 import subprocess
 import sys
 
-from ..checks import Count, checked
 from ..documents import shown
 from ..errors import InputError
 
 
 _FLAGS = "XLA_FLAGS"
-_DEVICES = "JAX_NUM_CPU_DEVICES"
-
-
-def check_environment():
-    """Refuses what JAX would refuse with a traceback when it is imported.
-
-    **Raises:** `InputError` that names the variable.
-    """
-    number = os.environ.get(_DEVICES)
-    if number:
-        whole = int(number) if number.isascii() and number.removeprefix("-").isdigit() else number
-        if whole != -1:  # JAX's word for as many as there are
-            checked(whole, Count, f"The variable {_DEVICES}")
 
 
 def start_devices():
