@@ -13,8 +13,9 @@ import mistral_eqx
 PACKAGE = Path(mistral_eqx.__file__).parent
 NAME = PACKAGE.name
 
-# What every room sees: the exception, bounded reading of files, declared checks; of these each sees those before it.
-GROUND = ("errors", "documents", "checks")
+# What every room sees: the exception, bounded reading of files, declared checks, checks of JAX's keys and precisions;
+# of these each sees those before it.
+GROUND = ("errors", "documents", "checks", "arguments")
 # What each room sees, besides itself, the ground and other people's packages. A room that is not here sees nothing.
 SEES = {
     "config": set(),
