@@ -207,6 +207,8 @@ def shown(value: object, most: int = 80) -> str:
         text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, a list that holds itself
         text = f"a very large {type(value).__name__}"
+    if "\n" in text:  # an array, of which each row has a line
+        text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

@@ -13,9 +13,9 @@ import mistral_eqx
 PACKAGE = Path(mistral_eqx.__file__).parent
 NAME = PACKAGE.name
 
-# What every room sees: the exception, signals, bounded reading of files, declared checks, locks; each sees those
-# before it.
-GROUND = ("errors", "interrupts", "documents", "checks", "locks")
+# What every room sees: the exception, signals, bounded reading of files, declared checks, checks of JAX's keys and
+# precisions, locks; each sees those before it.
+GROUND = ("errors", "interrupts", "documents", "checks", "arguments", "locks")
 # What each room sees, besides itself, the ground and other people's packages. A room that is not here sees nothing.
 SEES = {
     "environment": set(),

@@ -117,7 +117,7 @@ def test_texts_that_are_drawn_and_options_that_are_refused(lm_eval, folder):
         Harness(model, tokenizer).apply_chat_template([{"role": "user", "content": "x"}])
     with pytest.raises(ValueError, match=r"max_length is 65; it must be from 1 to this model's context of 64\.$"):
         Harness(model, tokenizer, max_length=65)
-    with pytest.raises(ValueError, match=r"cannot be read 0 at a time; give at least 1\.$"):
+    with pytest.raises(ValueError, match=r"batch is 0; it must be at least 1\.$"):
         Harness(model, tokenizer, batch=0)
 
 

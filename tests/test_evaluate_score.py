@@ -150,7 +150,7 @@ def test_memory_does_not_hold_logits_of_a_long_row():
         ([[1], []], {}, ["Prompt 1 is empty"]),
         ([[VOCAB]], {}, ["token id 61"]),
         ([[1] * 101], {}, ["row of 101 tokens", "context of 99"]),
-        ([[1, 2]], {"piece": 0}, ["pieces of 0 tokens"]),
+        ([[1, 2]], {"piece": 0}, ["piece is 0"]),
     ],
 )
 def test_bad_rows_are_refused(model, rows, options, words):

@@ -363,7 +363,7 @@ def test_a_step_does_nothing_with_a_whole_cache_but_update_and_contract_it(dtype
         ({"num_return_sequences": 5}, ["num_return_sequences is 5", "at most num_beams, 4"]),
         ({"num_return_sequences": 1.5}, ["num_return_sequences is 1.5"]),
         ({"num_return_sequences": 0}, ["num_return_sequences is 0"]),
-        ({"early_stopping": "always"}, ["early_stopping is 'always'", "True, False or 'never'"]),
+        ({"early_stopping": "always"}, ["early_stopping is 'always'", "True, False, 'never'"]),
         ({"early_stopping": 1}, ["early_stopping is 1"]),
         ({"length_penalty": math.inf}, ["length_penalty is inf", "finite"]),
         ({"length_penalty": math.nan}, ["length_penalty is nan", "finite"]),

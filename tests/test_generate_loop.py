@@ -512,11 +512,11 @@ def test_another_temperature_or_top_p_compiles_nothing():
         ({"sampler": NUCLEUS, "key": 0}, ["jax.random.key"]),
         ({"num_samples": 0, "sampler": NUCLEUS}, ["num_samples is 0", "at least 1"]),
         ({"num_samples": 3}, ["num_samples is 3", "are the same", "temperature"]),
-        ({"prefill_chunk": 0}, ["pieces of 0 tokens", "at least 1"]),
-        ({"prefill_chunk": 2.5}, ["pieces of 2.5 tokens", "whole number"]),
+        ({"prefill_chunk": 0}, ["prefill_chunk is 0", "at least 1"]),
+        ({"prefill_chunk": 2.5}, ["prefill_chunk is 2.5", "whole number"]),
         ({"max_new_tokens": 2.5}, ["max_new_tokens is 2.5", "whole number"]),
         ({"num_samples": 1.5, "sampler": NUCLEUS}, ["num_samples is 1.5", "whole number"]),
-        ({"eos_id": 1.5}, ["end token 1.5", f"vocabulary of {VOCAB}"]),
+        ({"eos_id": 1.5}, ["end token is 1.5", "whole number"]),
     ],
 )
 @pytest.mark.parametrize("call", [generate, stream])
@@ -529,7 +529,7 @@ def test_mistakes_are_refused_in_one_sentence(call, arguments, words):
 def test_mistakes_of_generate_alone_are_refused_in_one_sentence():
     model, other = talking_model(max_positions=64), talking_model()
     for number in (-1, VOCAB + 1, 1.5):
-        with refused(f"logprobs is {number}", f"from 0 to the vocabulary's {VOCAB}"):
+        with refused(f"logprobs is {number}", {-1: "at least 0", 1.5: "whole number"}.get(number, f"at most {VOCAB}")):
             generate(model, PROMPTS, max_new_tokens=4, logprobs=number)
     with refused("read by another model"):
         generate(model, PROMPTS, max_new_tokens=4, prefix=prefill(other, [1, 2]))

@@ -329,11 +329,11 @@ class Tokens(eqx.Module):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: mx.RepetitionPenalty(0.0), ["repetition penalty is 0.0", "positive"]),
+        (lambda: mx.RepetitionPenalty(0.0), ["repetition penalty is 0.0", "greater than 0"]),
         (lambda: mx.RepetitionPenalty(-1.0), ["repetition penalty is -1.0"]),
         (lambda: mx.RepetitionPenalty(math.nan), ["repetition penalty is nan"]),
-        (lambda: mx.PresencePenalty(2.5), ["presence penalty is 2.5", "from -2 to 2"]),
-        (lambda: mx.FrequencyPenalty(-3.0), ["frequency penalty is -3.0", "from -2 to 2"]),
+        (lambda: mx.PresencePenalty(2.5), ["presence penalty is 2.5", "at most 2"]),
+        (lambda: mx.FrequencyPenalty(-3.0), ["frequency penalty is -3.0", "at least -2"]),
         (lambda: mx.LogitBias({4: math.inf}), ["bias of the token 4 is inf"]),
         (lambda: mx.LogitBias({4: math.nan}), ["bias of the token 4 is nan"]),
         (lambda: mx.MinNewTokens(-1), ["least number of new tokens is -1"]),

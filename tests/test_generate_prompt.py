@@ -95,7 +95,10 @@ def test_trap_16_bit_token_ids_overflow_large_vocabularies():
         ([[1], [1, [2, 3]]], ["Prompt 1 is [1, [2, 3]]", "flat list of token ids"]),
         ([1, 2, 3], ["Prompt 0 is 1", "flat list of token ids"]),
         (["Hello"], ["Prompt 0 is 'Hello'", "flat list of token ids"]),
-        ("Hello", ["Prompt 0 is 'H'", "flat list of token ids"]),
+        ("Hello", ["The prompts are 'Hello'", "lists of token ids"]),
+        (5, ["The prompts are 5", "lists of token ids"]),
+        ([[5, True, 6]], ["Prompt 0 is [5, True, 6]", "flat list of token ids"]),
+        ([None], ["Prompt 0 is None", "flat list of token ids"]),
         (np.zeros((2, 100, 100), np.int32), ["Prompt 0", "flat list of token ids"]),
     ],
 )

@@ -191,7 +191,7 @@ def test_what_is_refused(tmp_path):
         mx.apply_lora(model, targets=("head",), **options)
     with refused("no target"):
         mx.apply_lora(model, targets=(), **options)
-    with refused("rank 0"):
+    with refused("rank is 0"):
         mx.apply_lora(model, **{**options, "rank": 0})
     with refused("embedding", "train_embeddings"):
         mx.apply_lora(model, targets=("embedding",), train_embeddings=True, **options)

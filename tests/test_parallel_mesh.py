@@ -1,4 +1,5 @@
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from jax.experimental import mesh_utils
@@ -44,12 +45,21 @@ def test_devices_can_be_chosen():
         ("tp=-2", "must name its axes and their sizes"),
         ("tp=2;dp=2", "must name its axes and their sizes"),
         ("tp=2,tp=2", "names the axis 'tp' twice"),
-        ("tp=0", "'tp' of the mesh has size 0"),
-        ({"tp": -1}, "'tp' of the mesh has size -1"),
+        ("tp=0", "axis 'tp' is 0; it must be at least 1"),
+        ({"tp": -1}, "axis 'tp' is -1; it must be at least 1"),
         ({}, "has no axes"),
+        ("tp=" + "9" * 30, "axis 'tp' is 9+; it must be at most 1048576"),
+        ("tp=" + "9" * 6000, "axis 'tp' is 9+; it must be at most 1048576"),
+        ({"tp": 10**5000}, "axis 'tp' is a very large int; it must be at most 1048576"),
+        ("a=1048576,b=1048576", "takes 1099511627776 devices, more than 1048576"),
+        ({"tp": 2.5}, "axis 'tp' is 2.5; it must be a whole number"),
+        ({"tp": True}, "axis 'tp' is True; it must be a whole number"),
+        (["tp"], r"The mesh is \['tp'\]; give its axes"),
+        (None, "The mesh is None; give its axes"),
     ],
 )
-def test_a_wrong_mesh_is_refused_in_a_sentence(axes, sentence):
+def test_a_wrong_mesh_is_refused_in_a_sentence(axes, sentence, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=sentence) as error:
         make_mesh(axes)
     assert str(error.value).endswith(".")

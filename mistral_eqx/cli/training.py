@@ -127,6 +127,7 @@ def _entries(
     paths = _paths(path, near)
     match data.kind:
         case "chat":
+            assert data.seq is not None
             rows = sets.JSONLines(paths, field=data.field or "messages")
             with progress_bar("Reading chats", counts=True) as bar:
                 usable = sets.Usable(

@@ -24,6 +24,7 @@ except ImportError as error:
         "'mistral-eqx[eval]'."
     ) from error
 
+from ..checks import Count, Seed, checked
 from ..errors import InputError
 from ..generate import Sampler, generate
 from ..generate.stops import Stops
@@ -91,9 +92,10 @@ class Harness(TemplateLM):
         """
         super().__init__()
         context = model.config.max_positions
-        if batch < 1:
-            raise InputError(f"Requests cannot be read {batch} at a time; give at least 1.")
-        if not 1 <= (max_length or context) <= context:
+        batch = checked(batch, Count, "batch")
+        seed = checked(seed, Seed, "seed")
+        max_length = checked(max_length, int | None, "max_length")
+        if not 1 <= (context if max_length is None else max_length) <= context:
             raise InputError(f"max_length is {max_length}; it must be from 1 to this model's context of {context}.")
         if not tokenizer.eos_ids:
             raise InputError(f"{tokenizer.name} has no token that ends a text, which the harness needs.")

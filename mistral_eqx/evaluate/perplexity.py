@@ -4,12 +4,15 @@ import dataclasses
 import io
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from ..checks import Count, checked
 from ..config import MistralConfig
+from ..documents import shown
 from ..errors import InputError
 from ..nn import Mistral
 from .score import score
@@ -64,8 +67,9 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """The inverse of the tokens' probability, their geometric mean."""
-        return math.exp(-self.log_prob / self.tokens)
+        """The inverse of the tokens' probability, their geometric mean; infinity if it is beyond a float."""
+        mean = -self.log_prob / self.tokens
+        return math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf
 
     @property
     def bits_per_byte(self) -> float:
@@ -115,9 +119,10 @@ def perplexity(
     **Raises:** `ValueError` if the text has less than two tokens, `context` is more than the model's, or `stride` is
     not from 1 to `context`.
     """
-    context, stride = window_sizes(model.config, context, stride)
-    if batch < 1:
-        raise InputError(f"Windows cannot be read {batch} at a time; give at least 1.")
+    context, stride = window_sizes(checked(model, Mistral, "model").config, context, stride)
+    batch = checked(batch, Count, "batch")
+    if not isinstance(text, str | Readable):
+        raise InputError(f"The text is {shown(text)}; give a string, or a file that is open for reading text.")
     tokens = itertools.chain.from_iterable(encode_parts(tokenizer, text))
     found = Perplexity(0.0, 0, 0)
     windows = _windows(tokens, context, stride)
@@ -142,6 +147,7 @@ def window_sizes(config: MistralConfig, context: int | None, stride: int | None)
     """
     if context is None:
         context = config.max_positions
+    context = checked(context, Count, "context")
     if not 2 <= context <= config.max_positions:
         raise InputError(
             f"context is {context}; it must be at least 2, and at most this model's context of "
@@ -149,6 +155,7 @@ def window_sizes(config: MistralConfig, context: int | None, stride: int | None)
         )
     if stride is None:
         stride = context // 2
+    stride = checked(stride, Count, "stride")
     if not 1 <= stride <= context:
         raise InputError(f"stride is {stride}; it must be at least 1, and at most the context of {context} tokens.")
     return context, stride
@@ -201,6 +208,8 @@ def _parts(text: Readable) -> Iterator[str]:
     """A text in parts that end where words do."""
     held = ""
     while block := text.read(_BLOCK):
+        if not isinstance(block, str):
+            raise InputError("The file gives bytes, not text; open it as text, with encoding='utf-8'.")
         held += block
         end = _last_word(held) or (len(held) if len(held) >= _MOST_BLOCKS * _BLOCK else 0)
         if end:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ..checks import CountOrZero, checked
 from ..errors import InputError
 from ..generate.caches import empty_cache, parts, slots
 from ..generate.finite import not_finite
@@ -60,8 +61,9 @@ def score(model: Mistral, rows: Prompts, *, piece: int = CHUNK, last: int | None
     **Raises:** `ValueError` if a row is empty, has an id outside the vocabulary, or does not fit into the context; and
     if a logit is not finite.
     """
-    texts = checked_prompts(rows, model.config.vocab)
-    check_chunk(piece)
+    texts = checked_prompts(rows, checked(model, Mistral, "model").config.vocab)
+    piece = check_chunk(piece, "piece")
+    last = checked(last, CountOrZero | None, "last")
     lengths, context = [len(text) for text in texts], model.config.max_positions
     longest = max(lengths)
     if longest > context + 1:

@@ -1,6 +1,5 @@
 """Beam search: one compiled `lax.while_loop`, in which no key or value is ever moved."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -12,6 +11,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from ..checks import Count, checked
 from ..errors import InputError
 from ..nn import Cache, LayerCache, Mistral
 from ..nn.precision import at_least_float32
@@ -22,7 +22,6 @@ from .prompt import Prompts, checked_prompts, pad_left
 from .reading import prompt_width, read_pieces
 from .request import Request
 from .sampler import Sampler
-from .whole import check_whole, is_whole
 
 
 # A cache has room for at least this many steps before it is put in order.
@@ -57,10 +56,8 @@ class Rules(eqx.Module):
 
         **Raises:** `ValueError` if the penalty or the word for early stopping is wrong.
         """
-        if not any(early_stopping is known for known in (False, True)) and early_stopping != "never":
-            raise InputError(f"early_stopping is {early_stopping!r}; it must be True, False or 'never'.")
-        if not math.isfinite(length_penalty):
-            raise InputError(f"length_penalty is {length_penalty}; it must be a finite number, such as 1.0.")
+        early_stopping = checked(early_stopping, Literal[True, False, "never"], "early_stopping")
+        length_penalty = checked(length_penalty, float, "length_penalty")
         with np.errstate(over="ignore", under="ignore"):
             divisors = np.arange(1.0, new + 1) ** length_penalty
             used = divisors[:limit].astype(np.float32)
@@ -356,14 +353,16 @@ def put_in_order(
     return spmd(move, model.mesh, (state, split, strategy.spec("")), (state, split))(search, cache, used)
 
 
-def _check_beams(num_beams: int, num_return_sequences: int, vocab: int):
-    check_whole("num_beams", num_beams, 1)
+def _check_beams(num_beams: int, num_return_sequences: int, vocab: int) -> tuple[int, int]:
+    num_beams = checked(num_beams, Count, "num_beams")
     if num_beams > vocab:
         raise InputError(f"num_beams is {num_beams}, more than the {vocab} tokens of the vocabulary; ask for fewer.")
-    if not (is_whole(num_return_sequences) and 1 <= num_return_sequences <= num_beams):
+    num_return_sequences = checked(num_return_sequences, Count, "num_return_sequences")
+    if num_return_sequences > num_beams:
         raise InputError(
             f"num_return_sequences is {num_return_sequences}; it must be at least 1 and at most num_beams, {num_beams}."
         )
+    return num_beams, num_return_sequences
 
 
 def beam_search(
@@ -376,6 +375,7 @@ def beam_search(
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
     eos_id: int | Sequence[int] | None = None,
+    sampler: None = None,
 ) -> Beams:
     """Continues each prompt with the texts that a beam search finds most probable.
 
@@ -400,6 +400,7 @@ def beam_search(
         the best one that goes on has a worse score than the worst of them, were it to end now. `"never"`: when it could
         not have a better one at any length.
     - `eos_id`: the token, or the tokens, that end a text. Without any, all get `max_new_tokens`.
+    - `sampler`: refused, since a search draws nothing and has no processors.
 
     **Returns:** [`mistral_eqx.Beams`][], with `tokens` of shape `(batch, num_return_sequences, max_new_tokens)`, and
     `lengths` and `scores` of shape `(batch, num_return_sequences)`.
@@ -407,7 +408,10 @@ def beam_search(
     **Raises:** `ValueError` if an argument is out of its range, or as [`mistral_eqx.generate`][] does for prompts and
     end tokens; if a logit is not finite.
     """
-    _check_beams(num_beams, num_return_sequences, model.config.vocab)
+    checked(model, Mistral, "model")
+    if sampler is not None:
+        raise InputError("A beam search draws nothing and takes no sampler; leave it out, or use mistral_eqx.generate.")
+    num_beams, num_return_sequences = _check_beams(num_beams, num_return_sequences, model.config.vocab)
     rows = checked_prompts(prompts, model.config.vocab)
     request = Request.init(model, rows, max_new_tokens, Sampler(), eos_id, None)
     rules = Rules.init(request.ends, capacity(max_new_tokens), max_new_tokens, length_penalty, early_stopping)

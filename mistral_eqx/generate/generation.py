@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from ..checks import checked
 from ..nn import Mistral
 from ..parallel import everywhere
 from .prefix import Prefix
@@ -95,12 +96,12 @@ def generate(
     string is empty or there is no tokenizer for it; if a processor does not fit the vocabulary or forbids every token;
     if a logit of a row that goes on is not finite.
     """
-    rows = checked_prompts(prompts, model.config.vocab)
+    rows = checked_prompts(prompts, checked(model, Mistral, "model").config.vocab)
     request = Request.init(
         model,
         rows,
         max_new_tokens,
-        sampler or Sampler(),
+        Sampler() if sampler is None else sampler,
         eos_id,
         key,
         num_samples=num_samples,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Array, Int
 
+from ..checks import checked
 from ..errors import InputError
 from ..nn import Cache, Mistral
 from .caches import empty_cache, parts, slots
@@ -49,9 +50,9 @@ def prefill(
 
     **Raises:** `ValueError` if the prefix is empty, has an id outside the vocabulary, or fills the context.
     """
-    (row,) = checked_prompts([prefix], model.config.vocab)
+    (row,) = checked_prompts([prefix], checked(model, Mistral, "model").config.vocab)
     check_context(len(row), 1, model.config.max_positions)
-    check_chunk(prefill_chunk)
+    prefill_chunk = check_chunk(prefill_chunk)
     rows = parts(model, "batch")
     ids, positions = pad_left([row] * rows, prompt_width(len(row)))
     cache = empty_cache(model, rows, slots(model, ids.shape[1]))

@@ -2,18 +2,20 @@
 
 import abc
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, SupportsIndex
+from typing import Annotated, Any, SupportsIndex
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge, Le
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ..checks import CountOrZero, Positive, checked
+from ..documents import shown
 from ..errors import InputError
 from ..parallel import SINGLE, AbstractNamed, Strategy, place
-from .whole import check_whole
 
 
 class AbstractProcessor(eqx.Module):
@@ -92,9 +94,9 @@ class RepetitionPenalty(AbstractProcessor):
     penalty: np.ndarray | Float[Array, ""]
 
     def __init__(self, penalty: float):
-        if not 0 < penalty < float("inf"):
-            raise InputError(f"The repetition penalty is {penalty}; it must be a positive number.")
-        self.penalty = np.asarray(penalty, np.float32)
+        penalty = checked(penalty, Positive, "The repetition penalty", key="penalty")
+        # Beyond these bounds a float32 would become 0 or infinity.
+        self.penalty = np.asarray(np.clip(penalty, 1e-30, 1e30), np.float32)
 
     def init_state(self, texts: Sequence[Sequence[int]], ends: Sequence[int], vocab: int) -> Seen:
         seen = np.zeros((len(texts), vocab), bool)
@@ -185,11 +187,10 @@ class LogitBias(AbstractProcessor):
     biases: np.ndarray | Float[Array, " ids"]
 
     def __init__(self, biases: Mapping[int, float]):
-        for id, bias in biases.items():
-            if not bias < float("inf"):
-                raise InputError(f"The bias of the token {id} is {bias}; it must be a number, or minus infinity.")
-        self.ids = np.asarray(list(biases), np.int32)
-        self.biases = np.asarray(list(biases.values()), np.float32)
+        if not isinstance(biases, Mapping):
+            raise InputError(f"biases is {shown(biases)}; give a dict of token ids and numbers, such as {{11: 1.5}}.")
+        self.ids = np.asarray(_ids("A biased token", biases), np.int32)
+        self.biases = np.asarray([_bias(id, bias) for id, bias in biases.items()], np.float32)
 
     def init_state(self, texts: Sequence[Sequence[int]], ends: Sequence[int], vocab: int) -> None:
         ids = _checked("biased", self.ids, vocab)
@@ -217,7 +218,7 @@ class BannedTokens(AbstractProcessor):
     ids: np.ndarray | Int[Array, " ids"]
 
     def __init__(self, ids: Iterable[SupportsIndex]):
-        self.ids = np.asarray(sorted({int(id) for id in ids}), np.int32)
+        self.ids = np.asarray(sorted(set(_ids("A banned token", ids))), np.int32)
 
     def init_state(self, texts: Sequence[Sequence[int]], ends: Sequence[int], vocab: int) -> None:
         _check_choice(_checked("banned", self.ids, vocab), vocab)
@@ -251,8 +252,7 @@ class MinNewTokens(AbstractProcessor):
     count: np.ndarray | Int[Array, ""]
 
     def __init__(self, count: int):
-        check_whole("The least number of new tokens", count, 0)
-        self.count = np.asarray(count, np.int32)
+        self.count = np.asarray(checked(count, CountOrZero, "The least number of new tokens", key="count"), np.int32)
 
     def init_state(self, texts: Sequence[Sequence[int]], ends: Sequence[int], vocab: int) -> Countdown:
         if self.count > 0:
@@ -305,6 +305,9 @@ class Constraint(AbstractProcessor, AbstractNamed):
         advance: Callable[[Any, Int[Array, ""]], Any],
         state: PyTree,
     ):
+        for name, function in (("allowed", allowed), ("advance", advance)):
+            if not callable(function):
+                raise InputError(f"A constraint's `{name}` is {shown(function)}; give a function of a row's state.")
         # On the device at once: a table would be sent there again each time that the loop is entered.
         self.allowed, self.advance = jax.tree.map(
             lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, (allowed, advance)
@@ -345,9 +348,24 @@ class Constraint(AbstractProcessor, AbstractNamed):
 
 
 def _additive(name: str, penalty: float) -> np.ndarray:
-    if not -2 <= penalty <= 2:
-        raise InputError(f"The {name} penalty is {penalty}; it must be from -2 to 2.")
-    return np.asarray(penalty, np.float32)
+    kind = Annotated[float, Ge(-2), Le(2)]
+    return np.asarray(checked(penalty, kind, f"The {name} penalty", key="penalty"), np.float32)
+
+
+def _bias(id: int, bias: float) -> float:
+    if isinstance(bias, float | np.floating) and np.isneginf(bias):
+        return float(bias)
+    limit = float(np.finfo(np.float32).max)
+    remedy = "minus infinity forbids a token"
+    return checked(bias, Annotated[float, Ge(-limit), Le(limit)], f"The bias of the token {id}", remedy=remedy)
+
+
+def _ids(name: str, ids: Any) -> list[int]:
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise InputError(f"{shown(ids)} are no token ids; give a list of whole numbers.", key="ids")
+    # Whether the vocabulary has them is seen once there is one.
+    kind = Annotated[int, Ge(-(2**31)), Le(2**31 - 1)]
+    return [checked(id, kind, name, key="ids") for id in ids]
 
 
 def _checked(kind: str, ids: np.ndarray | Array, vocab: int) -> list[int]:

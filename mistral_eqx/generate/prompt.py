@@ -1,13 +1,13 @@
 """Prompts of many lengths in one array."""
 
-import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jaxtyping import Array, Int
 
+from ..documents import shown
 from ..errors import InputError
 
 
@@ -37,6 +37,8 @@ def checked_prompts(prompts: Prompts, vocab: int) -> list[list[int]]:
     """
     if isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim == 2:
         prompts = [_without_padding(row) for row in np.asarray(prompts)]
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise InputError(f"The prompts are {shown(prompts)}; give a list of lists of token ids, as a tokenizer makes.")
     rows = [_checked_prompt(number, prompt, vocab) for number, prompt in enumerate(prompts)]
     if not rows:
         raise InputError("There is no prompt; give at least one list of token ids.")
@@ -51,14 +53,17 @@ def _without_padding(row: np.ndarray) -> np.ndarray:
 def _checked_prompt(number: int, prompt: Any, vocab: int) -> list[int]:
     try:
         row = np.asarray(prompt)
-    except ValueError:  # lists of several lengths in one
+        # numpy takes True among integers for 1.
+        if isinstance(prompt, list | tuple) and any(isinstance(id, bool | np.bool_) for id in prompt):
+            row = None
+    except (ValueError, TypeError):  # lists of several lengths in one
         row = None
     if row is not None and row.size == 0:
         raise InputError(
             f"Prompt {number} is empty; give at least one token id, such as the tokenizer's beginning of text."
         )
     if row is None or row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
-        raise InputError(f"Prompt {number} is {reprlib.repr(prompt)}, but it must be a flat list of token ids.")
+        raise InputError(f"Prompt {number} is {shown(prompt)}, but it must be a flat list of token ids.")
     if row.min() < 0 or row.max() >= vocab:
         wrong = int(row[(row < 0) | (row >= vocab)][0])
         raise InputError(

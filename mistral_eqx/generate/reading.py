@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from ..checks import Count, checked
 from ..errors import InputError
 from ..nn import Cache, Mistral
 from ..parallel import place_on, specs, spmd
 from .prompt import bucket
-from .whole import is_whole
 
 
 # A prompt is read in pieces of at most this many tokens: scores then take memory for this many queries at a time.
@@ -57,15 +57,12 @@ def place_rows(model: Mistral, x: np.ndarray | Array) -> Array:
     return jnp.asarray(x) if mesh is None else place_on(np.asarray(x), mesh, model.strategy.spec("batch"))
 
 
-def check_chunk(chunk: int):
+def check_chunk(chunk: int, name: str = "prefill_chunk") -> int:
     """Refuses pieces without a token.
 
-    **Raises:** `ValueError` if there are none.
+    **Raises:** `ValueError` that names the argument, if there are none.
     """
-    if not is_whole(chunk) or chunk < 1:
-        raise InputError(
-            f"A prompt cannot be read in pieces of {chunk} tokens; give a whole number of them, at least 1."
-        )
+    return checked(chunk, Count, name, remedy="a prompt is read so many tokens at a time")
 
 
 def check_context(longest: int, max_new_tokens: int, context: int):

@@ -2,15 +2,19 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from annotated_types import Ge, Le
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int, Key, PyTree
 
+from ..checks import Count, checked
+from ..documents import shown
 from ..errors import InputError
 from ..nn import Cache, Mistral
 from ..parallel import everywhere, place_on, specs
@@ -18,11 +22,11 @@ from .caches import capacity, empty_cache, first_room, grow, holds, parts, slots
 from .finite import not_finite
 from .loop import Decoding, decode, first_tokens, grow_state
 from .prefix import Prefix, checked_prefix
+from .processors import MinNewTokens
 from .prompt import pad_left
 from .reading import CHUNK, check_chunk, check_context, place_rows, prompt_width, read_pieces
 from .sampler import Sampler
 from .stops import Stops
-from .whole import check_whole, is_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,27 +76,36 @@ class Request:
 
         **Raises:** `ValueError` as `generate` says.
         """
-        check_whole("max_new_tokens", max_new_tokens, 1)
+        checked(model, Mistral, "model")
+        checked(sampler, Sampler, "sampler")
+        checked(prefix, Prefix | None, "prefix", remedy="mistral_eqx.prefill makes one")
+        max_new_tokens = checked(max_new_tokens, Count, "max_new_tokens")
         vocab = model.config.vocab
         before = [] if prefix is None else checked_prefix(prefix, model)
         check_context(len(before) + max(map(len, rows)), max_new_tokens, model.config.max_positions)
-        check_chunk(prefill_chunk)
-        check_whole("num_samples", num_samples, 1)
+        prefill_chunk = check_chunk(prefill_chunk)
+        num_samples = checked(num_samples, Count, "num_samples")
         if num_samples > 1 and sampler.greedy:
             raise InputError(
                 f"num_samples is {num_samples}, but without drawing all samples of a prompt are the same; give a "
                 "temperature."
             )
-        if logprobs is not None and not (is_whole(logprobs) and 0 <= logprobs <= vocab):
-            raise InputError(f"logprobs is {logprobs}; it must be from 0 to the vocabulary's {vocab}.")
+        logprobs = checked(logprobs, Annotated[int, Ge(0), Le(vocab)] | None, "logprobs")
         idle = -len(rows) % parts(model, "batch")
         keys = _row_keys(key, sampler, len(rows), idle, num_samples)
-        ends = [] if eos_id is None else list(eos_id) if isinstance(eos_id, Iterable) else [eos_id]
+        several = isinstance(eos_id, Iterable) and not isinstance(eos_id, str)
+        ends = [] if eos_id is None else list(eos_id) if several else [eos_id]
         for end in ends:
-            if not (is_whole(end) and 0 <= end < vocab):
+            if not 0 <= checked(end, int, "The end token", key="eos_id") < vocab:
                 raise InputError(
-                    f"The end token {end} is outside the vocabulary of {vocab}; leave out eos_id if "
+                    f"The end token {shown(end)} is outside the vocabulary of {vocab}; leave out eos_id if "
                     "nothing is to stop early."
+                )
+        for processor in sampler.processors:
+            if isinstance(processor, MinNewTokens) and processor.count > max_new_tokens:
+                raise InputError(
+                    f"MinNewTokens asks for at least {processor.count} new tokens, but max_new_tokens is "
+                    f"{max_new_tokens}; ask for fewer, or let there be more."
                 )
         texts = [[*before, *row] for row in (*rows, *rows[:1] * idle) for _ in range(num_samples)]
         states = tuple(processor.init_state(texts, ends, vocab) for processor in sampler.processors)

@@ -10,11 +10,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt32
 
+from ..checks import Count, NotNegative, PositiveShare, Share, checked
+from ..documents import shown
 from ..errors import InputError
 from ..nn.precision import at_least_float32
 from ..parallel import SINGLE, Strategy, gather, place, pmax, pmin, psum
 from .processors import AbstractProcessor
-from .whole import check_whole
 
 
 _ORDER_OF_1 = int(np.float32(1).view(np.int32))
@@ -60,21 +61,18 @@ class Sampler(eqx.Module):
         typical_p: float | None = None,
         processors: Sequence[AbstractProcessor] = (),
     ):
-        if temperature is not None and not 0 <= temperature < float("inf"):
-            raise InputError(f"temperature is {temperature}; it must be 0 (greedy) or a positive number.")
-        if top_k is not None:
-            check_whole("top_k", top_k, 1)
-        if top_p is not None and not 0 < top_p <= 1:
-            raise InputError(f"top_p is {top_p}; it must be above 0 and at most 1.")
-        if min_p is not None and not 0 <= min_p <= 1:
-            raise InputError(f"min_p is {min_p}; it must be from 0 to 1.")
-        if typical_p is not None and not 0 < typical_p <= 1:
-            raise InputError(f"typical_p is {typical_p}; it must be above 0 and at most 1.")
+        temperature = checked(temperature, NotNegative | None, "temperature", remedy="0 is greedy")
+        top_k = checked(top_k, Count | None, "top_k")
+        top_p = checked(top_p, PositiveShare | None, "top_p")
+        min_p = checked(min_p, Share | None, "min_p")
+        typical_p = checked(typical_p, PositiveShare | None, "typical_p")
         if isinstance(processors, AbstractProcessor):
             raise InputError(f"{type(processors).__name__} is one processor; give a list, processors=[...].")
+        if not isinstance(processors, Sequence):
+            raise InputError(f"processors is {shown(processors)}; give a list of mistral_eqx.AbstractProcessor.")
         for processor in processors:
             if not isinstance(processor, AbstractProcessor):
-                raise InputError(f"{processor!r} is no processor; give a mistral_eqx.AbstractProcessor.")
+                raise InputError(f"{shown(processor)} is no processor; give a mistral_eqx.AbstractProcessor.")
         if temperature == 0 or all(value is None for value in (temperature, top_k, top_p, min_p, typical_p)):
             temperature = top_k = top_p = min_p = typical_p = None
         elif temperature is None:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from ..checks import checked
 from ..nn import Cache, Mistral
 from ..parallel import everywhere
 from .caches import capacity, first_room, grow, slots
@@ -45,12 +46,12 @@ def stream(
 
     **Raises:** `ValueError` as `generate` does, at the call.
     """
-    rows = checked_prompts(prompts, model.config.vocab)
+    rows = checked_prompts(prompts, checked(model, Mistral, "model").config.vocab)
     request = Request.init(
         model,
         rows,
         max_new_tokens,
-        sampler or Sampler(),
+        Sampler() if sampler is None else sampler,
         eos_id,
         key,
         num_samples=num_samples,
@@ -80,7 +81,7 @@ class Conversation:
     """
 
     def __init__(self, model: Mistral):
-        self._model = model
+        self._model = checked(model, Mistral, "model")
         self._ids: list[int] = []
         self._cache: Cache | None = None
 
@@ -109,7 +110,9 @@ class Conversation:
         **Raises:** `ValueError` as `generate` does, at the call.
         """
         (row,) = checked_prompts([ids], self._model.config.vocab)
-        request = Request.init(self._model, [row], max_new_tokens, sampler or Sampler(), eos_id, key)
+        request = Request.init(
+            self._model, [row], max_new_tokens, Sampler() if sampler is None else sampler, eos_id, key
+        )
         stops = stop_rows(stop, tokenizer, [row])
 
         def tokens() -> Iterator[int]:

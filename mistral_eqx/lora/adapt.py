@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from ..arguments import check_key, float_dtype
+from ..checks import Count, Positive, ShareBelowOne, checked
 from ..errors import InputError
 from ..nn import DenseWeight, Embedding, Mistral
 from ..parallel import shard, specs, spmd
@@ -58,13 +60,16 @@ def apply_lora(
 
     **Returns:** the model.
 
-    **Raises:** `ValueError` if a target is no layer of the model, the rank is less than 1, or the dropout is not from 0
-        on and less than 1.
+    **Raises:** `ValueError` if a target is no layer of the model, the rank is less than 1 or more than the layers have
+        inputs or outputs, `alpha` is not positive, or the dropout is not from 0 on and less than 1.
     """
-    if rank < 1:
-        raise InputError(f"An adapter cannot have rank {rank}; take at least 1.")
-    if not 0 <= dropout < 1:
-        raise InputError(f"An adapter cannot have dropout {dropout}; take a number from 0 on that is less than 1.")
+    checked(model, Mistral, "model")
+    rank = checked(rank, Count, "rank")
+    targets = checked(targets, tuple[str, ...], "targets")
+    train_embeddings = checked(train_embeddings, bool, "train_embeddings")
+    dtype = float_dtype(dtype)
+    check_key(key)
+    alpha, dropout, use_rslora = _strength(alpha, dropout, use_rslora)
     found = sites(model)
     names = dict.fromkeys(_name(path) for path in found)
     unknown = [target for target in targets if target not in names]
@@ -77,6 +82,11 @@ def apply_lora(
             "train_embeddings."
         )
     chosen = [path for path in found if _name(path) in targets]
+    widest = max(math.prod(side) for path in chosen for side in shapes_of(found[path]))
+    if rank > widest:
+        raise InputError(
+            f"rank is {rank}, but no target has more than {widest} inputs or outputs; take less.", key="rank"
+        )
     keys = dict(zip(chosen, jr.split(key, len(chosen)), strict=True))
 
     def drawn(path: str) -> tuple[Array, Array]:
@@ -107,7 +117,10 @@ def adapt(
     - `model`: on one device or on a mesh.
     - `adapters`: `A` and `B` for some layers, by the layer's path such as `"blocks.0.attention.q_proj"`.
     - `alpha`, `dropout`, `use_rslora`: as for [`mistral_eqx.apply_lora`][].
+
+    **Raises:** `ValueError` if one of these is out of its range.
     """
+    alpha, dropout, use_rslora = _strength(alpha, dropout, use_rslora)
 
     def wrapped(path: str, site: Site) -> Site:
         if path not in adapters:
@@ -122,6 +135,14 @@ def adapt(
     return model if model.mesh is None else shard(model, model.mesh, model.strategy)
 
 
+def _strength(alpha: float, dropout: float, use_rslora: bool) -> tuple[float, float, bool]:
+    return (
+        checked(alpha, Positive, "alpha"),
+        checked(dropout, ShareBelowOne, "dropout"),
+        checked(use_rslora, bool, "use_rslora"),
+    )
+
+
 def merge_lora(model: Mistral) -> Mistral:
     """Adds the adapters to the weights that they stand beside, so that the model is as fast as without them.
 
@@ -132,6 +153,8 @@ def merge_lora(model: Mistral) -> Mistral:
     **Returns:** the model, dense where it had adapters: a quantised weight is the sum of what it stands for and of its
     adapter, in the precision to which it is dequantised. Other weights are as they were.
     """
+
+    checked(model, Mistral, "model")
 
     def merged(path: str, site: Site) -> Site:
         if not isinstance(site.weight, LoRAWeight | TrainedWeight):

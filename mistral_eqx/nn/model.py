@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from ..arguments import check_key, float_dtype
+from ..checks import checked
 from ..config import MistralConfig
 from ..errors import InputError
 from ..parallel import SINGLE, Strategy, all_tokens, entered, own_slot, own_slots, pmax, specs, spmd
@@ -74,6 +76,10 @@ class Mistral(eqx.Module):
         - `dtype`: of all weights.
         - `strategy`: the leaf of every layer that says how it is split.
         """
+        checked(config, MistralConfig, "config", remedy="mistral_eqx.PRESETS has some")
+        checked(strategy, Strategy, "strategy")
+        check_key(key)
+        dtype = float_dtype(dtype)
         embed_key, head_key, *block_keys = jr.split(key, 2 + config.layers)
         table = (config.vocab, config.embed)
         return cls(
@@ -117,6 +123,10 @@ class Mistral(eqx.Module):
         )
 
     def _check_rows(self, ids: Array):
+        if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise InputError(
+                f"Token ids have shape {ids.shape} and dtype {ids.dtype}; give integers of shape (batch, seq)."
+            )
         if self.mesh is None or entered():
             return
         devices = math.prod(self.mesh.shape[axis] for axis in self.strategy.split_over("batch"))

@@ -1,14 +1,17 @@
 """Which strategies a model can have on a number of devices."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Le
 from jax.sharding import AbstractMesh, Mesh
 
+from ..checks import checked
 from ..config import MistralConfig
 from ..errors import InputError
-from .mesh import make_mesh
+from .mesh import MOST_DEVICES, make_mesh
 from .strategy import (
     HEAD_DIM,
     HEADS,
@@ -40,6 +43,7 @@ def read_strategy(text: str) -> Strategy:
 
     **Raises:** `ValueError` if there is no such name.
     """
+    checked(text, str, "strategy")
     name, _, entries = text.strip().partition(" ")
     named = {"single": SINGLE, **NAMED}.get(name.lower().replace("-", "_"))
     if named is not None:
@@ -85,8 +89,8 @@ def strategies(config: MistralConfig, n_devices: int) -> list[Choice]:
 
     **Returns:** the choices, those that split the weights the most first.
     """
-    if n_devices < 1:
-        raise InputError(f"n_devices is {n_devices}; it must be at least 1.")
+    checked(config, MistralConfig, "config")
+    n_devices = checked(n_devices, Annotated[int, Ge(1), Le(MOST_DEVICES)], "n_devices")
     found = []
     for copies in _divisors(n_devices):
         for name, strategy in NAMED.items():
@@ -119,4 +123,5 @@ def _is_legal(strategy: Strategy, config: MistralConfig, axes: dict[str, int]) -
 
 
 def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})

@@ -4,17 +4,23 @@ import atexit
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+from annotated_types import Ge, Le
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from ..checks import Count, Positive, checked
+from ..documents import shown
 from ..errors import InputError
 from .watch import address, meet, run
 
 
 _AXIS = re.compile(r"([a-z_0-9]+)=([0-9]+)")
+
+# No machine has more devices; a product of sizes below it is a number that can be counted out.
+MOST_DEVICES = 2**20
 
 # JAX ends a process that hears nothing of another for this long, whether or not our own watch has noticed.
 _HEARTBEAT = 40
@@ -41,14 +47,21 @@ def parse_axes(axes: str | Mapping[str, int]) -> dict[str, int]:
                 )
             if match[1] in sizes:
                 raise InputError(f"The mesh {axes!r} names the axis {match[1]!r} twice; keep one.")
-            sizes[match[1]] = int(match[2])
-    else:
+            # So many digits are too many for any mesh, and far more would be too many for `int`.
+            sizes[match[1]] = int(match[2][:20])
+    elif isinstance(axes, Mapping):
         sizes = dict(axes)
+    else:
+        raise InputError(f"The mesh is {shown(axes)}; give its axes and their sizes, such as 'tp=8' or {{'tp': 8}}.")
     if not sizes:
         raise InputError("The mesh has no axes; give at least one, such as {'tp': 8}.")
     for name, size in sizes.items():
-        if size < 1:
-            raise InputError(f"The axis {name!r} of the mesh has size {size}; it must be at least 1.")
+        checked(name, str, "The name of a mesh's axis")
+        sizes[name] = checked(
+            size, Annotated[int, Ge(1), Le(MOST_DEVICES)], f"The size of the mesh's axis {shown(name)}"
+        )
+    if (count := math.prod(sizes.values())) > MOST_DEVICES:
+        raise InputError(f"The mesh {show(sizes)} takes {count} devices, more than {MOST_DEVICES}; make it smaller.")
     return sizes
 
 
@@ -100,7 +113,7 @@ def show(axes: Mapping[str, int]) -> str:
 
 def _virtual(devices: Sequence[Any], count: int) -> str:
     """What to do on a machine that has no accelerators."""
-    if any(device.platform != "cpu" for device in devices):
+    if any(device.platform != "cpu" for device in devices) or count > 1024:
         return ""
     each = -(-count // jax.process_count())
     where = "" if jax.process_count() == 1 else " on each process"
@@ -137,6 +150,7 @@ def initialize(
 
     if jax.distributed.is_initialized():
         raise InputError("The processes are connected already; call mistral_eqx.parallel.initialize once.")
+    timeout = checked(timeout, Positive, "timeout")
     coordinator, num_processes, process_id = _places(coordinator, num_processes, process_id, timeout)
     if xla_bridge.backends_are_initialized():
         raise InputError(
@@ -181,8 +195,8 @@ def _places(
             "none where SLURM, Cloud TPU or Open MPI starts the processes."
         )
     address(coordinator)
-    if num_processes < 1:
-        raise InputError(f"num_processes is {num_processes}; it must be at least 1.")
+    num_processes = checked(num_processes, Count, "num_processes")
+    process_id = checked(process_id, int, "process_id")
     if not 0 <= process_id < num_processes:
         raise InputError(
             f"process_id is {process_id}; with {num_processes} processes it must be from 0 to {num_processes - 1}."

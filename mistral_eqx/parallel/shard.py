@@ -10,6 +10,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from ..checks import checked
+from ..documents import shown
 from ..errors import InputError
 from .agreement import agree
 from .spmd import specs
@@ -42,6 +44,7 @@ def shard(model: Model, mesh: Mesh, strategy: Strategy) -> Model:
 
     **Raises:** `ValueError` if the strategy does not fit the model or the mesh, as `Strategy.check` says.
     """
+    checked(strategy, Strategy, "strategy", remedy="such as mistral_eqx.HEADS or mistral_eqx.Strategy('hidden@tp')")
     strategy.check(model, mesh)
     agree("strategy", strategy.layout)
     mesh = by_hand(mesh)
@@ -112,7 +115,10 @@ def einshard(x: Array | np.ndarray, expression: str, mesh: Mesh) -> Array:
 
     **Raises:** `ValueError` if the expression does not fit the array or the mesh.
     """
-    words = expression.split()
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise InputError(f"einshard splits an array, not {shown(x)}; give one, as numpy.asarray makes.", key="x")
+    checked(mesh, Mesh, "mesh", remedy="mistral_eqx.make_mesh makes one")
+    words = checked(expression, str, "expression", remedy="it reads 'batch@dp seq embed@tp'").split()
     if words.count("...") > 1:
         raise InputError(f"The expression {expression!r} has more than one '...'; keep one.")
     if "..." in words:

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from ..checks import checked
 from ..config import MistralConfig
 from ..errors import InputError
 
@@ -54,6 +55,7 @@ class Strategy:
     layout: str = ""
 
     def __post_init__(self):
+        checked(self.layout, str, "A strategy's layout", key="layout", remedy="it reads 'kv_heads@tp hidden@tp'")
         self._axes  # noqa: B018  (a wrong layout is refused here, not in the middle of a trace)
 
     @functools.cached_property
@@ -75,6 +77,7 @@ class Strategy:
         return axes
 
     def __add__(self, entries: str) -> "Strategy":
+        checked(entries, str, "What is added to a strategy", key="entries", remedy="it reads 'batch@dp'")
         return Strategy(f"{self.layout} {entries}".strip())
 
     def spec(self, dims: str) -> PartitionSpec:
@@ -104,7 +107,9 @@ class Strategy:
         **Raises:** `ValueError` if a dimension or an axis does not exist, if a dimension cannot be cut into as many
         equal parts as there are devices, or if one axis splits two dimensions of one array.
         """
-        config = model if isinstance(model, MistralConfig) else model.config
+        config = model if isinstance(model, MistralConfig) else getattr(model, "config", None)
+        checked(config, MistralConfig, "The model's config", key="model")
+        checked(mesh, Mesh | AbstractMesh, "mesh", remedy="mistral_eqx.make_mesh makes one")
         sizes: Mapping[str, int] = mesh.shape
         for dim, axes in self._axes.items():
             if dim not in _OF_CONFIG + _OF_CALL:
