@@ -112,7 +112,7 @@ def locate(name: str | os.PathLike[str], *, progress: Progress | None = None) ->
         return _snapshot(text)
     close = difflib.get_close_matches(text, [*_WHEELS, *PRESETS], n=1)
     guess = f" Did you mean {close[0]!r}?" if close else ""
-    raise InputError(f"There is no file, folder or preset {shown(text)}; give {_WAYS}.{guess}")
+    raise InputError(f"There is no file, folder or preset {shown(text, 400)}; give {_WAYS}.{guess}")
 
 
 # ---- a preset out of a wheel

@@ -145,20 +145,16 @@ def window_sizes(config: MistralConfig, context: int | None, stride: int | None)
 
     **Raises:** `ValueError` if they do not fit together, or not into the model.
     """
-    if context is None:
-        context = config.max_positions
-    context = checked(context, Count, "context")
-    if not 2 <= context <= config.max_positions:
+    size: int = checked(config.max_positions if context is None else context, Count, "context")
+    if not 2 <= size <= config.max_positions:
         raise InputError(
-            f"context is {context}; it must be at least 2, and at most this model's context of "
+            f"context is {size}; it must be at least 2, and at most this model's context of "
             f"{config.max_positions} tokens."
         )
-    if stride is None:
-        stride = context // 2
-    stride = checked(stride, Count, "stride")
-    if not 1 <= stride <= context:
-        raise InputError(f"stride is {stride}; it must be at least 1, and at most the context of {context} tokens.")
-    return context, stride
+    step: int = checked(size // 2 if stride is None else stride, Count, "stride")
+    if step > size:
+        raise InputError(f"stride is {step}; it must be at least 1, and at most the context of {size} tokens.")
+    return size, step
 
 
 class _Token(NamedTuple):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import equinox as eqx
 import jax
@@ -90,11 +90,11 @@ class Request:
                 f"num_samples is {num_samples}, but without drawing all samples of a prompt are the same; give a "
                 "temperature."
             )
-        logprobs = checked(logprobs, Annotated[int, Ge(0), Le(vocab)] | None, "logprobs")
+        logprobs = None if logprobs is None else checked(logprobs, Annotated[int, Ge(0), Le(vocab)], "logprobs")
         idle = -len(rows) % parts(model, "batch")
         keys = _row_keys(key, sampler, len(rows), idle, num_samples)
-        several = isinstance(eos_id, Iterable) and not isinstance(eos_id, str)
-        ends = [] if eos_id is None else list(eos_id) if several else [eos_id]
+        given: Any = () if eos_id is None else eos_id
+        ends: list[int] = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
         for end in ends:
             if not 0 <= checked(end, int, "The end token", key="eos_id") < vocab:
                 raise InputError(

@@ -195,10 +195,8 @@ def _places(
             "none where SLURM, Cloud TPU or Open MPI starts the processes."
         )
     address(coordinator)
-    num_processes = checked(num_processes, Count, "num_processes")
-    process_id = checked(process_id, int, "process_id")
-    if not 0 <= process_id < num_processes:
-        raise InputError(
-            f"process_id is {process_id}; with {num_processes} processes it must be from 0 to {num_processes - 1}."
-        )
-    return coordinator, num_processes, process_id
+    count: int = checked(num_processes, Count, "num_processes")
+    number: int = checked(process_id, int, "process_id")
+    if not 0 <= number < count:
+        raise InputError(f"process_id is {number}; with {count} processes it must be from 0 to {count - 1}.")
+    return coordinator, count, number

@@ -107,8 +107,8 @@ class Strategy:
         **Raises:** `ValueError` if a dimension or an axis does not exist, if a dimension cannot be cut into as many
         equal parts as there are devices, or if one axis splits two dimensions of one array.
         """
-        config = model if isinstance(model, MistralConfig) else getattr(model, "config", None)
-        checked(config, MistralConfig, "The model's config", key="model")
+        found = model if isinstance(model, MistralConfig) else getattr(model, "config", None)
+        config: MistralConfig = checked(found, MistralConfig, "The model's config", key="model")
         checked(mesh, Mesh | AbstractMesh, "mesh", remedy="mistral_eqx.make_mesh makes one")
         sizes: Mapping[str, int] = mesh.shape
         for dim, axes in self._axes.items():
