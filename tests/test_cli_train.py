@@ -177,8 +177,8 @@ MASKED = ("data.kind=text", "data.options={}", "data.path=recipe.toml", "data.se
         (["model.colour=red"], ["'model.colour'", "name, weights, config, seed"]),
         (["training.steps=many"], ["'training.steps'", "'many'", "a whole number"]),
         (["training.steps=true"], ["'training.steps'", "True"]),
-        (["training.samples=[1]"], ["'training.samples'", "a list of texts"]),
-        (["data.path=3"], ["'data.path'", "a text or a list of texts"]),
+        (["training.samples=[1]"], ["'training.samples'", "its entry 0 must be a text"]),
+        (["data.path=3"], ["'data.path'", "a text or a list"]),
         (["data=3"], ["'data'", "a table"]),
         (["data.rows"], ["--set 'data.rows'", "--set training.steps=100"]),
         (["folder.name=a"], ["'folder'", "no table"]),
@@ -186,7 +186,7 @@ MASKED = ("data.kind=text", "data.options={}", "data.path=recipe.toml", "data.se
         (["model.config.depth=2"], ["'depth'", "layers"]),
         (["model.config.eos_ids=[2]"], ["'eos_ids'", "cannot be set"]),
         (["model.config.layers=two"], ["'model.config.layers'", "a whole number"]),
-        (["model.config.layers=0"], ["layers is 0"]),
+        (["model.config.layers=0"], ["'model.config.layers' is 0"]),
         (["model.weights=true"], ["'model.config'", "'model.weights'"]),
         (["data.kind=sorted"], ["'data.kind'", "'sorted'", "characters"]),
         (["data.options.digits=2"], ["'data.options'", "'digits'", "length, symbols, seed"]),
@@ -203,7 +203,7 @@ MASKED = ("data.kind=text", "data.options={}", "data.path=recipe.toml", "data.se
         (["training.compute_dtype=int8"], ["'training.compute_dtype'", "'int8'", "bfloat16"]),
         (["training.remat=all"], ["'training.remat'", "'all'", "block"]),
         (["training.samples=['a']"], ["'training.samples'", "'sort'"]),
-        (["training.save_every=0"], ["save_every is 0"]),
+        (["training.save_every=0"], ["'training.save_every' is 0"]),
         (["devices.strategy=tensor"], ["'tensor'"]),
     ],
 )
@@ -235,6 +235,6 @@ def test_files_that_are_no_recipes(recipe, tmp_path):
     recipe.write_text(whole.replace("rows = 8", ""))
     assert_refused(run("train", recipe), "lacks 'data.rows'", "--set data.rows=")
     recipe.write_text("folder = \n")
-    assert_refused(run("train", recipe), "recipe.toml is no TOML", "line 1")
+    assert_refused(run("train", recipe), "recipe.toml' is not valid TOML", "line 1")
     recipe.write_bytes(b"\xff")
-    assert_refused(run("train", recipe), "recipe.toml is not UTF-8 text")
+    assert_refused(run("train", recipe), "recipe.toml' is not UTF-8 text")

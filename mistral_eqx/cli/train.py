@@ -122,8 +122,9 @@ def _run(
     except (KeyboardInterrupt, SystemExit) as ended:
         processes.say("Interrupted; the same command goes on from the checkpoint.")
         raise typer.Exit(getattr(ended, "code", 130)) from None
-    _save(recipe, model, tokenizer)
+    target = _save(recipe, model, tokenizer)
     _tell(Path(recipe.folder))
+    processes.say(f"Saved to {target}")
     if isinstance(sets.held_out, mx.train.data.AbstractProblems):
         processes.tell(count_solved(model, sets.held_out))
 
@@ -214,7 +215,7 @@ def _tell(folder: Path):
                 processes.say(f"{path} is no file of figures; the model is not concerned.")
 
 
-def _save(recipe: "Recipe", model: "Mistral", tokenizer: Any):
+def _save(recipe: "Recipe", model: "Mistral", tokenizer: Any) -> Path:
     import mistral_eqx as mx
 
     _expect_finite(recipe, model)
@@ -227,7 +228,7 @@ def _save(recipe: "Recipe", model: "Mistral", tokenizer: Any):
         mx.save(model, target, overwrite=True)
         if tokenizer is not None and processes.number() == 0:
             tokenizer.save(target)
-    processes.say(f"Saved to {target}")
+    return target
 
 
 def _expect_finite(recipe: "Recipe", model: "Mistral"):

@@ -94,7 +94,7 @@ class Request:
         idle = -len(rows) % parts(model, "batch")
         keys = _row_keys(key, sampler, len(rows), idle, num_samples)
         given: Any = () if eos_id is None else eos_id
-        ends: list[int] = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+        ends: list[Any] = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
         for end in ends:
             if not 0 <= checked(end, int, "The end token", key="eos_id") < vocab:
                 raise InputError(
