@@ -1,6 +1,9 @@
 import os
+import signal
 
 
+# A shell's background jobs ignore ctrl-C, and programs that they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests never compile for, or wait for, a device that this machine happens to have.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
