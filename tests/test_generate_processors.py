@@ -215,7 +215,10 @@ def test_other_values_compile_nothing():
 def test_without_options_the_loop_carries_nothing_for_them():
     request = Request.init(talking_model(windows=(None,)), PROMPTS, 4, Sampler(), None, None)
     decoding, _ = request.start(PROMPTS)
-    assert len(jax.tree.leaves(decoding)) == 8
+    assert decoding.states == ()
+    assert decoding.log_probs is None
+    # The eight that each loop needs, and whether a row has nothing to choose from.
+    assert len(jax.tree.leaves(decoding)) == 9
     assert jax.tree.leaves(request.sampler) == []
 
 
