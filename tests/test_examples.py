@@ -49,7 +49,10 @@ def test_generate_and_stream_print_the_same(run, tiny):
 
 def test_sample_prints_a_line_for_each_seed(run):
     lines = [line.split(": ", 1)[1] for line in run("sample.py").splitlines() if "seed" in line]
-    assert len(lines) == len(set(lines)) == 9
+    assert len(lines) == 9
+    # Two samplers that leave out little may draw the same with one seed.
+    for of_one_sampler in (lines[:3], lines[3:6], lines[6:]):
+        assert len(set(of_one_sampler)) == 3
 
 
 def test_long_prompt_says_what_generate_says(run, tiny):

@@ -149,11 +149,14 @@ def window_sizes(config: MistralConfig, context: int | None, stride: int | None)
     if not 2 <= size <= config.max_positions:
         raise InputError(
             f"context is {size}; it must be at least 2, and at most this model's context of "
-            f"{config.max_positions} tokens."
+            f"{config.max_positions} tokens.",
+            key="context",
         )
     step: int = checked(size // 2 if stride is None else stride, Count, "stride")
     if step > size:
-        raise InputError(f"stride is {step}; it must be at least 1, and at most the context of {size} tokens.")
+        raise InputError(
+            f"stride is {step}; it must be at least 1, and at most the context of {size} tokens.", key="stride"
+        )
     return size, step
 
 

@@ -175,7 +175,7 @@ def count_devices(topology: str | None, devices: int | None) -> int:
     if topology is not None:
         if devices is not None:
             raise InputError(
-                f"The topology {shown(topology)} says how many devices there are; leave the number of devices out."
+                f"The topology {shown(topology)} says how many devices there are; leave out devices={shown(devices)}."
             )
         return math.prod(_sides(topology))
     if devices is None:
