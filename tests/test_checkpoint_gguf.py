@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 from checkpoint_fixtures import assert_same_weights, random_model, tiny, write_gguf
-from hypothesis import given, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from mistral_eqx.checkpoint import load, open_checkpoint, save
 from mistral_eqx.checkpoint.gguf import QuantisedTensor, read_gguf
@@ -59,6 +59,7 @@ def test_every_type_that_the_package_dequantises(kind, tmp_path):
     np.testing.assert_array_equal(tensors["before"][1:3], np.ones(2))
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.data())
 def test_metadata_is_read_as_it_was_written(tmp_path_factory, data):
     text = st.text(max_size=8)

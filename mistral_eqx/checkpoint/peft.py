@@ -342,10 +342,8 @@ def _with_tables(
                 continue
             if path in changed or (model.config.tied and row is HEAD):
                 raise InputError(
-                    f"The tensor {name!r} of {str(folder / WEIGHTS)!r} is another table than the embedding, but "
-                    "in this "
-                    "model the head is the embedding table; merge the adapters with PEFT and load the model that this "
-                    "gives.",
+                    f"The tensor {name!r} of {str(folder / WEIGHTS)!r} differs from the embedding, but in this model "
+                    "the head is the embedding table; merge the adapters with PEFT.",
                     file=folder / WEIGHTS,
                     key=name,
                 )

@@ -152,7 +152,7 @@ def _config(model: str) -> MistralConfig:
     return PRESETS[model] if model in PRESETS else open_checkpoint(locate(model)).config
 
 
-def _trainings(train: bool, zero: list[Any] | None, asked: dict[str, Any]) -> list[Training | bool]:
+def _trainings(train: bool, zero: list[int] | None, asked: dict[str, Any]) -> list[Training | bool]:
     """The steps of training that were asked for; one that is none where it is generation that is planned."""
     from ..plan import Training
 

@@ -1,9 +1,8 @@
 """What is asked of a plan of training."""
 
 import dataclasses
-from typing import Literal
 
-from ..checks import Count, check_fields
+from ..checks import Count, CountOrZero, check_fields
 from ..errors import InputError
 from ..train import REMATS
 
@@ -24,7 +23,7 @@ class Training:
     """
 
     seq: Count = 4096
-    zero: Literal[0, 1, 2, 3] = 0
+    zero: CountOrZero = 0
     accumulate: Count = 1
     remat: str = "block"
     offload: bool = False
