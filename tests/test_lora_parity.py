@@ -79,12 +79,23 @@ def test_what_peft_saves_is_loaded(peft, base, tmp_path, targets):
     np.testing.assert_array_equal(run(again, IDS)[0], run(model, IDS)[0])
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [({"use_dora": True}, "use_dora"), ({"modules_to_save": ["lm_head"]}, "modules_to_save")],
-)
-def test_what_computes_something_else_is_refused(peft, base, tmp_path, change, words):
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], **change)
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_tables_that_peft_trained_whole_are_read(peft, base, tmp_path, module):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[module], init_lora_weights=False)
+    theirs = peft.get_peft_model(_transformers(base), config).eval()
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if f"{module}.modules_to_save" in name:
+                weight.add_(torch.randn_like(weight) * weight.std())
+    theirs.save_pretrained(tmp_path / "adapters")
+    model = mx.load_lora(mx.load(base), tmp_path / "adapters")
+    assert relative_error(run(model, IDS)[0], _theirs(theirs)) < FLOAT32_TOLERANCE
+
+
+def test_what_computes_something_else_is_refused(peft, base, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
     peft.get_peft_model(_transformers(base), config).save_pretrained(tmp_path / "adapters")
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match="use_dora"):
         mx.load_lora(mx.load(base), tmp_path / "adapters", dtype=jnp.float32)
