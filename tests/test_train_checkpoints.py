@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import random
 import resource
+import shutil
 import time
 
 import equinox as eqx
@@ -40,6 +41,58 @@ def test_the_newest_are_kept(tmp_path):
         train.Checkpoints(tmp_path / "other", {}).restore(state_at(0))
     with refused("keep 0"):
         train.Checkpoints(tmp_path, {}, keep=0)
+
+
+def _remove(folder):
+    shutil.rmtree(folder / "state")
+
+
+def _empty(folder):
+    for file in [*folder.rglob("*")]:
+        if file.is_file():
+            file.write_bytes(b"")
+
+
+def _cut(folder):
+    largest = max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def _garble(folder):
+    for file in (folder / "about").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"\xff{")
+
+
+@pytest.mark.parametrize("damage", [_remove, _empty, _cut, _garble])
+def test_a_damaged_checkpoint_yields_to_the_one_before(tmp_path, damage):
+    checkpoints = train.Checkpoints(tmp_path, {}, keep=2)
+    for steps in (1, 2):
+        checkpoints.save(state_at(steps), {"steps": steps})
+    checkpoints.wait()
+    checkpoints.close()
+    damage(tmp_path / "2")
+    again = train.Checkpoints(tmp_path, {}, keep=2)
+    with pytest.warns(UserWarning, match=r"The checkpoint of step 2 in .* is damaged .* the one before it is read\."):
+        found, more = again.restore(state_at(0))
+    assert (int(found.steps), more) == (1, {"steps": 1})
+    # It is not tried again, and a new one takes its place.
+    assert again.latest == 1
+    again.save(state_at(2), {"steps": 2})
+    again.wait()
+    assert int(again.restore(state_at(0))[0].steps) == 2
+    again.close()
+    assert len(list(tmp_path.glob("damaged-2-*"))) == 1
+
+
+def test_a_run_of_damaged_checkpoints_is_refused(tmp_path):
+    checkpoints = train.Checkpoints(tmp_path, {})
+    checkpoints.save(state_at(1), {})
+    checkpoints.wait()
+    checkpoints.close()
+    _empty(tmp_path / "1")
+    with refused("step 1", "is damaged", "delete the folder"):
+        train.Checkpoints(tmp_path, {}).restore(state_at(0))
 
 
 def test_a_state_may_change_while_it_is_written(tmp_path):

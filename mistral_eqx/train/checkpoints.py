@@ -99,7 +99,7 @@ class Checkpoints:
         for step in steps:
             try:
                 found = self._restore(step, state)
-            except InputError:
+            except (InputError, MemoryError, jax.errors.JaxRuntimeError):  # the files are not to blame
                 raise
             except Exception as error:  # Orbax and what it builds on raise errors of any kind for damaged files
                 damaged = f"The checkpoint of step {step} in {self.folder} is damaged ({type(error).__name__})"
