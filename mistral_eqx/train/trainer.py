@@ -198,7 +198,7 @@ class Trainer:
         others = any(name.startswith("the batches'") for name in changed)
         if changed:
             what = ", ".join(
-                name if name.endswith(" examples") else f"{name} {then[name]!r}, now {order[name]!r}"
+                name if name.endswith("batches' examples") else f"{name} {then[name]!r}, now {order[name]!r}"
                 for name in changed
             )
             if not self.allow_changes:
