@@ -141,6 +141,7 @@ def reports(folder):
     return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 
+@pytest.mark.slow
 def test_trap_every_host_held_the_whole_array(reports):
     """A process reads what its devices hold, and a thin sample by which copies of the checkpoint are compared."""
     size = 2 * LARGE.parameters

@@ -33,6 +33,7 @@ def replies(model, turns, *, system=None, max_new_tokens):
     return texts
 
 
+@pytest.mark.slow
 def test_each_line_of_a_pipe_is_a_turn_of_one_conversation(tiny):
     result = run("chat", "--model", tiny, "-n", 5, input="Hello\n\nAgain\n")
     assert result.exit_code == 0, result.stderr

@@ -42,6 +42,7 @@ def expected(folder, prompts, new):
 PROMPTS = ["w1 w2", "w3"]
 
 
+@pytest.mark.slow
 def test_generate_goes_on_with_the_prompt(words, tmp_path):
     texts = expected(words, PROMPTS, 12)
     assert all(text.startswith(" w") for text in texts)

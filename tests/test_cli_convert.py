@@ -26,6 +26,7 @@ def test_there_and_back_is_the_same_model(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+@pytest.mark.slow
 def test_what_comes_out_of_a_gguf_generates_the_same_text(getkey, tmp_path, monkeypatch, kind):
     monkeypatch.setattr("mistral_eqx.cli.loading._keep_compiled_programs", lambda: None)
     metadata = getattr(vocabularies, f"{kind}_metadata")(chat_template=vocabularies.CHATML)

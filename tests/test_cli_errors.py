@@ -144,6 +144,7 @@ def test_a_user_that_there_is_not(arguments):
         ("MISTRAL_EQX_CACHE", "~no-such-user/x", ["MISTRAL_EQX_CACHE", "~no-such-user"]),
     ],
 )
+@pytest.mark.slow
 def test_a_variable_that_jax_or_xla_would_end_for_is_named(tiny, name, value, words):
     done = subprocess.run(
         [sys.executable, "-m", "mistral_eqx", "generate", "hi", "-n", "1", "--model", str(tiny)],

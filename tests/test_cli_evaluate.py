@@ -83,6 +83,7 @@ def test_ctrl_c_ends_with_what_was_measured(tiny, text, monkeypatch):
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "")
 
 
+@pytest.mark.slow
 def test_a_pipe_is_measured_until_ctrl_c(tiny, tmp_path):
     os.mkfifo(path := tmp_path / "pipe")
     command = [sys.executable, "-m", "mistral_eqx", "evaluate", "perplexity", "--text", path, "--model", tiny]

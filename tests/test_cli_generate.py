@@ -206,12 +206,17 @@ def test_a_signal_and_a_closed_pipe_are_quiet(tmp_path):
     ("arguments", "closed", "code"),
     [
         ("generate hi --model {tiny} -n 4", ">&-", 141),
-        ("inspect {tiny}", ">&-", 141),
-        ("--help", ">&-", 141),
-        ("convert {tiny} {out}", ">&-", 0),
-        ("generate hi --model {tiny} -n 4", "2>&-", 0),
-        ("generate --model {tiny}", "<&-", 2),
-        ("generate hi --model {tiny} -n 4", "<&- >&- 2>&-", 141),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("inspect {tiny}", ">&-", 141),
+                ("--help", ">&-", 141),
+                ("convert {tiny} {out}", ">&-", 0),
+                ("generate hi --model {tiny} -n 4", "2>&-", 0),
+                ("generate --model {tiny}", "<&-", 2),
+                ("generate hi --model {tiny} -n 4", "<&- >&- 2>&-", 141),
+            ]
+        ),
     ],
 )
 def test_a_closed_stream_is_quiet(tiny, tmp_path, arguments, closed, code):
@@ -270,6 +275,7 @@ def test_every_command_is_in_the_help():
         (("--mesh", "a=2", "--strategy", "hidden@a"), "hidden@a on a=2"),
     ],
 )
+@pytest.mark.slow
 def test_a_model_on_a_mesh_says_the_same_and_where_it_is(tiny, options, where):
     result = run("generate", "Call me", "--model", tiny, "-n", 6, *options)
     assert result.exit_code == 0, result.stderr
@@ -322,6 +328,7 @@ def test_devices_that_do_not_fit_are_refused_before_the_weights_are_read(tiny, o
     assert_refused(run("generate", "Call me", "--model", tiny, *options), said)
 
 
+@pytest.mark.slow
 def test_virtual_devices_are_made_for_the_mesh_unless_their_number_was_asked_for(tiny, tmp_path):
     options = ("generate", "Call me", "--model", tiny, "-n", 1, "--mesh", "tp=2")
     for number, code in ((None, 0), ("1", 2)):

@@ -17,6 +17,7 @@ def tiny(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
+@pytest.mark.slow
 def test_json_has_the_reports_and_stderr_what_is_not_planned(tiny):
     strategies = ("--strategy", "heads", "--strategy", "head_dim", "--strategy", "kv_replicated")
     result = run("plan", tiny, "--devices", 2, *SMALL, *strategies, "--mesh", "tp=2", "--json")

@@ -66,6 +66,7 @@ def lines(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_several_prompts_stand_under_headings(tiny):
     texts = library(tiny, max_new_tokens=9).texts
     result = run("generate", *PROMPTS, "--model", tiny, "-n", 9, "--ignore-eos")
@@ -399,6 +400,7 @@ def test_ctrl_c_keeps_the_texts_of_a_batch(tiny, file, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
+@pytest.mark.slow
 def test_a_signal_is_answered_in_the_middle_of_a_search(tmp_path):
     """A search of minutes that does not come back to Python until its end."""
     model = save_tiny_model(tmp_path / "model", max_positions=1_000_000)
@@ -425,6 +427,7 @@ def test_a_signal_is_answered_in_the_middle_of_a_search(tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_reads_and_writes(tiny, tmp_path):
     """The draws and texts are those of one process; the other has no stdin to read, and no output to write."""
     options = ["generate", "--model", tiny, "-n", 9, "--temperature", 2, "--ignore-eos", "--prompts", "-"]

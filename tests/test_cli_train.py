@@ -98,6 +98,7 @@ def test_a_recipe_is_trained_and_goes_on(recipe, tmp_path):
     assert again.stdout.startswith(f"{right} of ")
 
 
+@pytest.mark.slow
 def test_texts_with_the_tokenizer_of_a_model(recipe, tiny, tmp_path):
     """On a mesh, under ZeRO, with samples: what is saved has the tokenizer and its end token."""
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n\n" * 8)
@@ -141,6 +142,7 @@ def test_a_conversation_teaches_adapters(recipe, tiny, tmp_path):
     assert not (tmp_path / "run/model").exists()
 
 
+@pytest.mark.slow
 def test_a_larger_vocabulary_is_kept(recipe, tmp_path):
     characters = ("data.kind=characters", "data.path=text.txt", "data.options={}", "data.seq=8", "training.steps=1")
     (tmp_path / "text.txt").write_text("abcdefgh " * 40)

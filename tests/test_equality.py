@@ -85,7 +85,7 @@ def test_logits_and_gradients_are_those_of_one_device_to_12_digits(random):
     _compare_logits_and_gradients(random, "float64")
 
 
-@thorough(9, part=0.2)
+@thorough(5, part=0.2)
 @given(_SEEDS)
 def test_logits_and_gradients_are_those_of_one_device_but_for_rounding(random):
     _compare_logits_and_gradients(random, "float32")

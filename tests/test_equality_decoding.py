@@ -50,6 +50,7 @@ KV_SEQ, BATCH = 4096, 2
         (f"{mx.HEADS.layout} batch@dp", "dp=2,tp=2", {"batch": 2, "kv_heads": 2}),
     ],
 )
+@pytest.mark.slow
 def test_the_loop_on_four_devices_keeps_the_cache_in_place(layout, axes, parts):
     model = _on(small_model(config=CACHE), layout, axes)
     compiled = _lowered(model, mx.Sampler(), batch=BATCH, kv_seq=KV_SEQ).compile().compiled
@@ -226,6 +227,7 @@ def _expected_streams():
 
 
 @pytest.mark.parametrize(("layout", "axes"), MESHES)
+@pytest.mark.slow
 def test_a_stream_from_a_mesh_is_that_of_one_device(layout, axes):
     model = _on(_talking(), layout, axes)
     for options, expected in _expected_streams():
@@ -257,6 +259,7 @@ def _expected_talk():
 
 
 @pytest.mark.parametrize(("layout", "axes"), MESHES)
+@pytest.mark.slow
 def test_a_conversation_on_a_mesh_is_that_of_one_device(layout, axes):
     assert _talk(_on(_talking(), layout, axes)) == _expected_talk()
 
@@ -266,6 +269,7 @@ def test_a_conversation_on_a_mesh_is_that_of_one_device(layout, axes):
 
 @pytest.mark.parametrize(("layout", "axes"), [("kv_seq@b,a embed@b", "a=2,b=3"), MESHES[1]])
 @pytest.mark.parametrize("pieces", [(1, 2, 5, 3), (7, 1, 1, 2)])
+@pytest.mark.slow
 def test_pieces_of_any_length_go_to_their_slots(layout, axes, pieces):
     """Positions are not given: they follow those in the cache, wherever these are."""
     model = _talking()

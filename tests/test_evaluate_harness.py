@@ -122,6 +122,7 @@ def test_texts_that_are_drawn_and_options_that_are_refused(lm_eval, folder):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_a_control_token_among_the_stop_strings_ends_a_text(lm_eval, folder):
     from lm_eval.api.instance import Instance
 

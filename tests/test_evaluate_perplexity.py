@@ -63,6 +63,7 @@ def expected(model, ids, context, stride):
     ("context", "stride"), [(None, None), (64, 64), (20, 20), (20, 7), (20, 19), (20, 1), (3, 2), (2, 1)]
 )
 @pytest.mark.parametrize("bos", [[], [3]])
+@pytest.mark.slow
 def test_windows_slide_as_defined(model, context, stride, bos):
     text = BOOK.read_text()[:90] if context == 20 else BOOK.read_text()[:70]
     tokenizer = Letters(bos)
@@ -93,6 +94,7 @@ def whole_and_parts(tokenizer, text):
 @pytest.mark.parametrize(
     "name", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3", "tekken_240911.json", None]
 )
+@pytest.mark.slow
 def test_tokens_are_those_of_the_whole_text(monkeypatch, smollm2_path, name):
     path = smollm2_path
     if name:

@@ -54,6 +54,7 @@ def model():
     piece=st.sampled_from([7, 16, 512]),
     seed=st.integers(0, 100),
 )
+@pytest.mark.slow
 def test_scores_are_the_log_softmax_of_the_whole_forward_pass(model, lengths, piece, seed):
     rows = random_prompts(*lengths, seed=seed)
     assert_scored(model, mx.score(model, rows, piece=piece), rows)
@@ -116,6 +117,7 @@ def divisible():
     ],
     ids=["sequence_parallel", "head_dim", "heads_x_kv_seq", "heads and batch"],
 )
+@pytest.mark.slow
 def test_split_models_score_the_same(divisible, axes, layout):
     model, rows, scores = divisible
     found = mx.score(mx.shard(model, mx.make_mesh(axes), mx.Strategy(layout)), rows, piece=24)

@@ -47,6 +47,7 @@ def test_generate_and_stream_print_the_same(run, tiny):
     assert run("generate.py") == run("stream.py") == expected + "\n"
 
 
+@pytest.mark.slow
 def test_sample_prints_a_line_for_each_seed(run):
     lines = [line.split(": ", 1)[1] for line in run("sample.py").splitlines() if "seed" in line]
     assert len(lines) == 9
@@ -106,6 +107,7 @@ def test_perplexity_tells_what_surprises(run, tiny):
     assert probabilities[-1] < 1 / 260
 
 
+@pytest.mark.slow
 def test_batch_prints_a_line_for_each_text(run):
     printed = run("batch.py")
     assert printed.count("greedy: ") == 3
@@ -125,6 +127,7 @@ def test_chat_remembers(run, tiny):
     assert printed == expected
 
 
+@pytest.mark.slow
 def test_tensor_parallel_says_the_same_on_all_meshes(run):
     alone, *others = run("tensor_parallel.py", 2).splitlines()
     assert [line.split()[0] for line in others] == [
@@ -153,6 +156,7 @@ def test_own_strategy_splits_both_sides_of_a_weight(run):
     assert parts[-1] == "(4, 8, 6) in parts of (2, 8, 3)"
 
 
+@pytest.mark.slow
 def test_hosts_continue_prompts_together(run, tiny):
     first, *lines = run("multi_host.py").splitlines()
     assert first == "4 devices of 2 processes"
@@ -160,6 +164,7 @@ def test_hosts_continue_prompts_together(run, tiny):
     assert lines == [f"{prompt}{continued(tiny, tokenizer.encode(prompt), 12)!r}" for prompt in prompts]
 
 
+@pytest.mark.slow
 def test_adapters_are_tuned_saved_and_loaded(run, tmp_path):
     printed = run("finetune_lora.py", tmp_path / "adapters", 10)
     first, *_, last = map(float, re.findall(r"loss ([\d.]+)", printed))
@@ -180,6 +185,7 @@ def test_the_page_on_tensor_parallelism(tiny):
     assert names["out"].tokens.shape == (1, 16)
 
 
+@pytest.mark.slow
 def test_the_page_on_generation(tiny, capsys):
     *snippets, settings = re.findall(r"```python\n(.*?)```", (ROOT / "docs/generation.md").read_text(), flags=re.DOTALL)
     # The last one would be a setting of the whole process: other tests are to run without it.
@@ -191,6 +197,7 @@ def test_the_page_on_generation(tiny, capsys):
     assert len(names["answer"]) > 5
 
 
+@pytest.mark.slow
 def test_the_page_on_sampling(tiny, capsys):
     snippets, names = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sampling.md").read_text(), flags=re.DOTALL), {}
     for snippet in snippets:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 FUZZ = Path(__file__).with_name("fuzz")
 # Each was a traceback, a hang, a wrong result or a sentence that names nothing.
@@ -27,6 +29,7 @@ def _run(*arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_first_seeds_of_each_target():
     assert "0 faults" in _run("--seeds", 0, 1)
 

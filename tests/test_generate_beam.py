@@ -82,10 +82,10 @@ def assert_found(best, expected):
     ("windows", "beams", "options"),
     [
         ((None, 7), 4, {}),
-        ((None, 7), 4, {"ends": (5, 44), "penalty": 0.6}),
+        pytest.param((None, 7), 4, {"ends": (5, 44), "penalty": 0.6}, marks=pytest.mark.slow),
         ((None, 7), 4, {"ends": (5, 44), "penalty": 2.0, "early": "never"}),
-        ((None, 7), 4, {"ends": (5, 44), "penalty": 1.0, "early": True}),
-        ((7, 7), 3, {"ends": (44,), "penalty": -1.0, "early": "never"}),
+        pytest.param((None, 7), 4, {"ends": (5, 44), "penalty": 1.0, "early": True}, marks=pytest.mark.slow),
+        pytest.param((7, 7), 3, {"ends": (44,), "penalty": -1.0, "early": "never"}, marks=pytest.mark.slow),
         ((None,), 2, {"ends": (44,), "penalty": 0.0, "early": True}),
     ],
     ids=str,
@@ -128,6 +128,7 @@ def test_one_beam_is_greedy():
     early=st.sampled_from([True, False, "never"]),
     penalty=st.sampled_from([0.6, 1.0, 2.0]),
 )
+@pytest.mark.slow
 def test_a_prompt_gives_what_it_gives_alone_in_any_order(rows, order, ends, early, penalty):
     model = talking_model()
 
@@ -228,6 +229,7 @@ def test_trap_list_of_caches_aliased_between_beams():
         assert score == pytest.approx(score_of(model, PROMPTS[0], text) / 20, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_as_many_beams_as_tokens_and_nothing_but_ends():
     model = talking_model(windows=(None,), vocab=3)
     for ends in ([], [0], [0, 1], [0, 1, 2], [2, 2]):
@@ -236,6 +238,7 @@ def test_as_many_beams_as_tokens_and_nothing_but_ends():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.slow
 def test_16_bit_models(dtype):
     model = talking_model(windows=(None,), dtype=dtype)
     best = beam_search(model, PROMPTS, num_beams=4, num_return_sequences=2, max_new_tokens=8)
@@ -245,6 +248,7 @@ def test_16_bit_models(dtype):
             assert score == pytest.approx(score_of(model, prompt, text) / 8, rel=0.03)
 
 
+@pytest.mark.slow
 def test_the_cache_grows_with_the_text_and_not_with_the_beams(monkeypatch):
     monkeypatch.setattr(beam, "_STEPS", 4)
     monkeypatch.setattr(beam, "capacity", lambda slots: slots)
@@ -311,7 +315,9 @@ def on_one_device():
     return search_on()
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name.startswith("heads") else pytest.mark.slow) for name in NAMED]
+)
 def test_named_strategies_find_the_same(name, on_one_device):
     """Three prompts also where the batch is split in two."""
     found = search_on(*NAMED[name])
@@ -382,6 +388,7 @@ def test_bad_input(options, words):
         beam_search(talking_model(), options.pop("prompts"), **options)
 
 
+@pytest.mark.slow
 def test_the_page_and_the_example(tmp_path, capsys):
     path, root = save_tiny_model(tmp_path / "model", max_positions=1024), Path(__file__).parents[1]
     (snippet,) = re.findall(r"```python\n(.*?)```", (root / "docs/beam_search.md").read_text(), flags=re.DOTALL)

@@ -75,7 +75,7 @@ def that_fails_after(row, step):
 
 @STRATEGIES
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, *(pytest.param(x, marks=pytest.mark.slow) for x in (np.inf, -np.inf))])
 def test_from_the_first_token_on(value, call, axes, layout):
     # Infinity of either sign makes some rows plus infinity, others minus infinity, which is never the largest.
     with refused("logits for new token 1 of row 0", "not finite", "check=True", "float32"):

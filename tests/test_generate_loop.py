@@ -56,6 +56,7 @@ def test_prompts_that_are_read_in_several_pieces_and_fill_the_context():
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.slow
 def test_16_bit_models_decode_in_any_batch(dtype, batch):
     model = talking_model(windows=(None,), dtype=dtype)
     prompts = random_prompts(*range(4, 4 + batch))
@@ -76,6 +77,7 @@ def test_16_bit_models_decode_in_any_batch(dtype, batch):
     ends=st.lists(st.integers(0, VOCAB - 1), min_size=3, max_size=3),
     seed=st.integers(0, 1000),
 )
+@pytest.mark.slow
 def test_a_row_gives_what_it_gives_alone_in_any_order(rows, order, sampler, ends, seed):
     model = talking_model()
     keys = jr.split(jr.key(seed), 3)
@@ -185,6 +187,7 @@ def test_a_row_draws_by_its_place_or_by_its_own_key():
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}], ids=str)
+@pytest.mark.slow
 def test_trap_temperature_alone_crashed(options):
     model = talking_model(windows=(None,))
     out = generate(model, PROMPTS[:1], max_new_tokens=4, sampler=Sampler(**options), key=jr.key(0))
@@ -274,6 +277,7 @@ def test_trap_padding_to_a_fixed_maximum_made_every_step_slow(monkeypatch):
     assert [cache.kv_seq for _, (_, cache) in decodes] == [128]
 
 
+@pytest.mark.slow
 def test_the_cache_grows_as_the_text_does(monkeypatch):
     model = talking_model(windows=(None,))
     decodes = spy(monkeypatch, "decode")
@@ -310,6 +314,7 @@ def test_a_conversation_grows_its_cache_as_its_text_does():
     assert [list(chat.reply(text, max_new_tokens=20))] == generate(model, [text], max_new_tokens=20).tokens.tolist()
 
 
+@pytest.mark.slow
 def test_a_cache_that_grows_on_a_mesh():
     model = talking_model(windows=(None,), vocab=60)
     prompts, options = [[1, 2, 3], [4] * 9], {"max_new_tokens": 300, "logprobs": 1}
@@ -357,6 +362,7 @@ def test_padding_order_and_pieces_change_nothing(rows, order, width, chunk, side
     side=st.sampled_from(["left", "right"]),
     begin=st.integers(0, 8),
 )
+@pytest.mark.slow
 def test_arrays_with_padding_pieces_and_prefixes_give_the_same_tokens(rows, width, chunk, side, begin):
     model = talking_model(windows=(7,))
     expected = generate(model, rows, max_new_tokens=6).tokens.tolist()
@@ -395,6 +401,7 @@ def test_a_prefix_is_read_once(monkeypatch):
 @pytest.mark.parametrize(
     ("axes", "strategy"), [("dp=2,tp=2", mx.HEADS + "batch@dp"), ("kv=2,rep=2", mx.HEADS_X_KV_SEQ)]
 )
+@pytest.mark.slow
 def test_prefixes_and_samples_on_a_mesh(axes, strategy):
     model = talking_model(windows=(None,), vocab=60)
     start, rows = [1, 2, 3, 4, 5], [[7, 8], [9] * 5, [10]]

@@ -101,11 +101,11 @@ def constrained(logits, prompt, tokens):
 @pytest.mark.parametrize(
     ("processors", "change"),
     [
-        ([mx.RepetitionPenalty(2.5)], repeated),
+        pytest.param([mx.RepetitionPenalty(2.5)], repeated, marks=pytest.mark.slow),
         ([mx.FrequencyPenalty(0.9), mx.PresencePenalty(1.1)], counted),
         ([mx.LogitBias({7: 9.0, 8: -math.inf, 9: -math.inf})], biased),
-        ([mx.BannedTokens(range(0, VOCAB, 2))], banned),
-        ([constraint(table())], constrained),
+        pytest.param([mx.BannedTokens(range(0, VOCAB, 2))], banned, marks=pytest.mark.slow),
+        pytest.param([constraint(table())], constrained, marks=pytest.mark.slow),
         ([constraint(table()), mx.RepetitionPenalty(2.5)], lambda *row: repeated(constrained(*row), *row[1:])),
     ],
     ids=["repetition", "presence and frequency", "bias", "banned", "constraint", "two"],
@@ -160,6 +160,7 @@ def test_processors_come_before_the_sampler_in_their_order():
     order=st.permutations(range(3)),
     seed=st.integers(0, 1000),
 )
+@pytest.mark.slow
 def test_a_row_gives_what_it_gives_alone_with_processors_too(rows, order, seed):
     model, keys = talking_model(windows=(None,)), jr.split(jr.key(seed), 3)
     sampler = Sampler(temperature=1.5, min_p=0.01, typical_p=0.95, processors=every_processor())
@@ -224,6 +225,7 @@ def test_without_options_the_loop_carries_nothing_for_them():
 
 @pytest.mark.parametrize("devices", [4])
 @pytest.mark.parametrize("index", range(7), ids=lambda index: type(every_processor()[index]).__name__)
+@pytest.mark.slow
 def test_a_split_vocabulary_changes_nothing(index, devices, getkey):
     vocab, batch, strategy = 48, 5, Strategy("vocab@tp")
     processor = every_processor(vocab)[index]
@@ -254,6 +256,7 @@ def test_a_split_vocabulary_changes_nothing(index, devices, getkey):
     assert exchanged == {}
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing():
     model = talking_model(windows=(None,), vocab=60)
     prompts = [[min(id, 59) for id in prompt] for prompt in PROMPTS]

@@ -29,6 +29,7 @@ NUCLEUS = Sampler(temperature=1.5, top_p=0.95)
     new=st.integers(1, 10),
     seed=st.integers(0, 1000),
 )
+@pytest.mark.slow
 def test_a_stream_and_a_conversation_say_what_generate_says(rows, sampler, ends, new, seed):
     model = talking_model()
     options = {"max_new_tokens": new, "sampler": sampler, "eos_id": ends, "key": jr.key(seed)}
@@ -124,6 +125,7 @@ def test_each_turn_reads_only_what_is_new(chat, monkeypatch):
         known = len(text) - 1
 
 
+@pytest.mark.slow
 def test_a_turn_draws_what_generate_draws(chat):
     text = [*PROMPTS[0], 17]
     said = list(chat.reply(text, max_new_tokens=6, sampler=NUCLEUS, key=jr.key(0)))
@@ -200,6 +202,7 @@ def test_a_turn_after_an_interrupt(chat, function, call, donated, monkeypatch):
     assert_replies_as_from_scratch(model, chat, [*text, *said, 31])
 
 
+@pytest.mark.slow
 def test_a_conversation_outgrows_its_cache(monkeypatch):
     model = talking_model(windows=(7,))
     chat, (text,) = Conversation(model), random_prompts(90)

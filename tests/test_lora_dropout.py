@@ -159,6 +159,7 @@ def expected():
     ],
     ids=["HEADS, in two parts", "HEADS_X_HEAD_DIM, ZeRO 3"],
 )
+@pytest.mark.slow
 def test_the_steps_are_those_of_one_device(expected, axes, strategy, options):
     with jax.enable_x64(True):
         losses, after = trained(mx.shard(model64(), mx.make_mesh(axes), strategy), **options)

@@ -49,6 +49,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.slow
 def test_adapters_alone_are_trained(kind):
     model = small_model(config=CONFIG, dtype=jnp.bfloat16 if kind == "bfloat16" else jnp.float32)
     model = adapted(quantized(model) if kind == "int8" else model, targets=TARGETS)
@@ -83,8 +84,8 @@ def expected():
     ("axes", "strategy", "zero"),
     [
         ({"tp": 2}, mx.HEADS, 0),
-        ({"dp": 2}, mx.Strategy("batch@dp"), 3),
-        ({"dp": 2, "kv": 2, "rep": 2}, mx.HEADS_X_HEAD_DIM + "batch@dp", 2),
+        pytest.param({"dp": 2}, mx.Strategy("batch@dp"), 3, marks=pytest.mark.slow),
+        pytest.param({"dp": 2, "kv": 2, "rep": 2}, mx.HEADS_X_HEAD_DIM + "batch@dp", 2, marks=pytest.mark.slow),
     ],
     ids=["HEADS", "ZeRO 3", "HEADS_X_HEAD_DIM, ZeRO 2"],
 )
@@ -100,6 +101,7 @@ def test_the_steps_are_those_of_one_device(expected, axes, strategy, zero):
         assert same(frozen(after), frozen(model))
 
 
+@pytest.mark.slow
 def test_zero_3_splits_what_is_not_trained_too():
     model = mx.shard(adapted(quantized(small_model(config=CONFIG))), mx.make_mesh({"dp": 2}), mx.Strategy("batch@dp"))
     losses, state = trained(model, 2, zero=3)
@@ -112,6 +114,7 @@ def test_zero_3_splits_what_is_not_trained_too():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.slow
 def test_the_table_too_on_request(dtype):
     model = small_model(config=dataclasses.replace(CONFIG, tied=True), dtype=dtype)
     model = mx.apply_lora(model, rank=2, alpha=4.0, train_embeddings=True, key=jr.key(0))

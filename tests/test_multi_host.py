@@ -87,6 +87,7 @@ def test_hosts_train_together_end_together_and_go_on(folder):
 
 # Process 0 has JAX's own service, and ends in another way than the others.
 @pytest.mark.parametrize(("victim", "processes"), [(2, 4), (0, 2)])
+@pytest.mark.slow
 def test_a_process_that_is_killed_while_decoding_ends_the_others_with_a_sentence(folder, victim, processes):
     started = start("endless", processes, 1, folder)
     deadline = time.monotonic() + 120
@@ -115,6 +116,7 @@ def test_a_process_that_fails_ends_the_others(folder):
         )
 
 
+@pytest.mark.slow
 def test_processes_that_were_told_otherwise_are_refused_on_all(folder):
     codes = finish(start("disagreeing", 2, 2, folder))
     assert codes == [0, 0], words(folder, "disagreeing", 0)[1]
@@ -150,6 +152,7 @@ def commands(*arguments, processes=2, stdin="", cache):
     ]
 
 
+@pytest.mark.slow
 def test_on_the_command_line_only_process_0_prints(tiny, tmp_path):
     options = ("generate", "--model", tiny, "-n", 9, "--ignore-eos", "--mesh", "kv=2,rep=2")
     (text, figures, code), *others = commands(*options, stdin="Call me\n", cache=tmp_path)
@@ -159,6 +162,7 @@ def test_on_the_command_line_only_process_0_prints(tiny, tmp_path):
     assert others == [("", "", 0)]
 
 
+@pytest.mark.slow
 def test_turns_reach_all_processes_of_a_chat(tiny, tmp_path):
     turns = "Hi\nAnd you?\n"
     options = ("chat", "--model", tiny, "-n", 6)

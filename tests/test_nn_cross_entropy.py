@@ -82,6 +82,7 @@ def test_value_and_gradient_are_those_of_log_softmax(vocab):
     ("layout", "axes"),
     [("vocab@tp", "tp=4"), ("vocab@a embed@b", "a=2,b=2"), ("vocab@a batch@b", "a=2,b=2")],
 )
+@pytest.mark.slow
 def test_each_device_may_have_a_part_of_the_vocabulary(layout, axes):
     strategy, mesh = Strategy(layout), make_mesh(axes)
     with jax.enable_x64(True):
@@ -141,6 +142,7 @@ def test_no_array_has_a_logit_for_each_token_and_entry_of_the_vocabulary():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.slow
 def test_sums_of_16_bit_models_are_float32(dtype):
     head, hidden, targets = _inputs(64, dtype)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32) if eqx.is_inexact_array(x) else x, (head, hidden, targets))

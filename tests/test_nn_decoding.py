@@ -64,6 +64,7 @@ def _scratch(config, batch, dtype):
 
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_the_loop_holds_no_second_copy_of_the_cache(dtype, batch):
     compiled, size = _compiled_loop(dtype, batch)
     memory = compiled.memory_analysis()

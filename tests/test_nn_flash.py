@@ -42,6 +42,7 @@ def _loss(function, arrays, seen):
     return jnp.sum(jnp.sin(context)) + jnp.sum(jnp.where(log_sum > -1e30, jnp.cos(log_sum), 0))
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(st.integers(1, 13), st.integers(1, 19), st.none() | st.integers(1, 9), st.booleans(), st.integers(0, 2**32 - 1))
 def test_value_and_gradient_are_those_of_all_scores_at_once(seq, kv_seq, window, causal, seed):
@@ -93,6 +94,7 @@ def test_tiles_that_nobody_sees_are_passed_over(monkeypatch):
         assert (len(seen), sum(seen)) == (64, expected)
 
 
+@pytest.mark.slow
 def test_a_long_prompt_needs_no_score_for_every_pair(monkeypatch):
     monkeypatch.undo()
     config = dataclasses.replace(SMALL, layers=2, windows=(None, None), max_positions=8192)

@@ -54,7 +54,10 @@ def test_logits_without_a_cache(variant):
 @pytest.mark.parametrize(
     ("pieces", "variant"),
     [
-        *(pytest.param((1,) * 40, variant, id=f"one_at_a_time-{variant}") for variant in VARIANTS),
+        *(
+            pytest.param((1,) * 40, variant, id=f"one_at_a_time-{variant}", marks=pytest.mark.slow)
+            for variant in VARIANTS
+        ),
         *(pytest.param((5,) * 8, variant, id=f"chunks_of_5-{variant}") for variant in VARIANTS),
         *(pytest.param((40,), variant, id=f"whole-{variant}") for variant in (*WINDOWED, "gqa_3")),
     ],
@@ -69,6 +72,7 @@ def test_logits_with_a_cache(pieces, variant):
 
 @pytest.mark.parametrize("variant", WINDOWED)
 @pytest.mark.parametrize("length", [3, 7, 8])
+@pytest.mark.slow
 def test_prompts_at_the_edge_of_a_window(variant, length):
     model = variant_model(variant)
     logits, _ = run(model, prompt(variant, length))
@@ -120,6 +124,7 @@ def test_greedy_tokens_are_those_of_transformers(variant):
     ("variant", "dtype"),
     [*((variant, "bfloat16") for variant in VARIANTS), *((variant, "float16") for variant in ("alternating", "gqa_3"))],
 )
+@pytest.mark.slow
 def test_16_bit_logits(variant, dtype):
     """They are as near to float32 as those of transformers.
 

@@ -61,6 +61,7 @@ def _case(seen, dtype=np.float32):
 
 
 @pytest.mark.parametrize("seen", [None, 60, "span"])
+@pytest.mark.slow
 def test_value_and_gradient_are_those_of_tiles(seen):
     inputs, d_context = _case(seen)
     assert in_order(inputs.kv_positions)
@@ -127,6 +128,7 @@ def kernel_everywhere(monkeypatch):
 
 
 @pytest.mark.parametrize("strategy", [mx.SINGLE, mx.HEADS])
+@pytest.mark.slow
 def test_a_model_on_a_mesh_learns_the_same(kernel_everywhere, strategy):
     """Gradients are added up over devices outside of the kernel, which does not know of them."""
     config = dataclasses.replace(SMALL, layers=1, windows=(7,), vocab=62)

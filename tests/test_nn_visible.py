@@ -27,6 +27,7 @@ def model(request, monkeypatch):
     return small_model(config=CONFIG)
 
 
+@pytest.mark.slow
 def test_packed_documents_say_what_each_says_alone(model):
     lengths = (7, 1, 11, 4)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab, (1, sum(lengths) + 3)), jnp.int32)
@@ -74,6 +75,7 @@ def test_a_window_reaches_to_both_sides_and_no_further_than_the_span():
 
 
 @pytest.mark.parametrize("name", ["HEADS", "SEQUENCE_PARALLEL", "HEAD_DIM"])
+@pytest.mark.slow
 def test_a_span_is_the_same_on_several_devices(name):
     model = small_model(config=dataclasses.replace(CONFIG, vocab=64))
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 8)), jnp.int32)

@@ -50,6 +50,7 @@ def test_each_device_holds_its_part_and_the_weights_stay_as_they_are(name):
     assert all(len(leaf.devices()) == 1 for leaf in _arrays(model))
 
 
+@pytest.mark.slow
 def test_a_split_model_can_be_split_another_way():
     model = small_model(config=CONFIG)
     ids = jnp.asarray([[3, 1, 4, 1]], jnp.int32)
@@ -62,6 +63,7 @@ def test_a_split_model_can_be_split_another_way():
     assert [leaf.sharding for leaf in _arrays(twice)] != [leaf.sharding for leaf in _arrays(once)]
 
 
+@pytest.mark.slow
 def test_a_mesh_of_explicit_axes_works():
     """What `jax.make_mesh` gives unless told otherwise."""
     mesh = jax.make_mesh((2, 2), ("kv", "rep"), devices=jax.devices()[:4])

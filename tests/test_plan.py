@@ -203,6 +203,7 @@ def test_json_has_everything(report):
     assert fields["phases"][2]["memory"]["total"] == report["decode"].memory.total
 
 
+@pytest.mark.slow
 def test_a_plan_allocates_no_weights():
     """3.6 GB of bfloat16, and neither process takes a third of that."""
     check = (
@@ -379,6 +380,7 @@ def test_pictures(tmp_path, report):
         picture([], tmp_path / "none.png")
 
 
+@pytest.mark.slow
 def test_the_example(capsys):
     runpy.run_path(str(Path(__file__).parents[1] / "examples" / "plan.py"))["main"]()
     refused, *_, head_dim, kv_seq = capsys.readouterr().out.splitlines()

@@ -315,6 +315,7 @@ if sys.argv[1] == "kill":
 
 
 @pytest.mark.parametrize("way", ["end", "fork", "kill"])
+@pytest.mark.slow
 def test_no_process_stays_behind(way):
     done = subprocess.run([sys.executable, "-c", PROGRAM, way], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == (-9 if way == "kill" else 0), done.stderr

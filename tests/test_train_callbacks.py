@@ -38,6 +38,7 @@ def test_a_run_stops_when_nothing_gets_better():
         train.EarlyStop(0)
 
 
+@pytest.mark.slow
 def test_the_best_model_is_kept(tmp_path):
     """Learning at far too high a rate makes the model worse; the best one is read again."""
     measured = {}

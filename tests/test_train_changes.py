@@ -48,6 +48,7 @@ def test_other_batches_are_refused(begun, ids, options, word):
 
 
 @pytest.mark.parametrize("options", [{"seed": 1}, {"packing": True}])
+@pytest.mark.slow
 def test_other_batches_may_be_allowed(begun, options):
     losses = Losses()
     with pytest.warns(UserWarning, match=r"goes on with other values: .*the batches begin at the first one\."):
@@ -72,6 +73,7 @@ def test_the_same_batches_go_on_without_a_word(begun):
 
 
 @pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"\xff\xfe\x00", b"step,loss\nx,y\n"])
+@pytest.mark.slow
 def test_a_table_of_somebody_else_never_costs_the_training(tmp_path, content):
     (tmp_path / "training.csv").write_bytes(content)
     trainer(tmp_path).fit(model(), made(), steps=2)

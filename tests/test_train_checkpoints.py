@@ -23,6 +23,7 @@ def state_at(steps):
     return eqx.tree_at(lambda state: state.steps, state, jnp.asarray(steps, jnp.int32))
 
 
+@pytest.mark.slow
 def test_the_newest_are_kept(tmp_path):
     checkpoints = train.Checkpoints(tmp_path, {"model": [1, 2]}, keep=2)
     for steps in (1, 2, 3):
@@ -65,6 +66,7 @@ def _garble(folder):
 
 
 @pytest.mark.parametrize("damage", [_remove, _empty, _cut, _garble])
+@pytest.mark.slow
 def test_a_damaged_checkpoint_yields_to_the_one_before(tmp_path, damage):
     checkpoints = train.Checkpoints(tmp_path, {}, keep=2)
     for steps in (1, 2):
@@ -95,6 +97,7 @@ def test_a_run_of_damaged_checkpoints_is_refused(tmp_path):
         train.Checkpoints(tmp_path, {}).restore(state_at(0))
 
 
+@pytest.mark.slow
 def test_a_state_may_change_while_it_is_written(tmp_path):
     """A step takes the memory of the state that is on its way to the disk."""
     optimizer = train.adamw(1e-2)
@@ -126,6 +129,7 @@ def _fill(folder, said):
         said.send(str(error))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_one_before(tmp_path):
     here, there = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=_fill, args=(tmp_path, there))

@@ -58,6 +58,7 @@ def test_the_page_on_data(tmp_path, monkeypatch):
     assert "mx.encode_chat" in conversations
 
 
+@pytest.mark.slow
 def test_the_page_on_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run, patience, best = _snippets("trainer.md")
@@ -102,6 +103,7 @@ def test_sorting_is_learned(example):
     assert re.search(r"\d+ of \d+ held-out sequences are sorted", printed)
 
 
+@pytest.mark.slow
 def test_adding_is_learned(example):
     """A few of the example's steps: it has begun to learn which digits there are."""
     printed, losses = example("train_adder.py", 30, 32)
@@ -110,6 +112,7 @@ def test_adding_is_learned(example):
     assert len(re.findall(r"^\d\d \+ \d\d = \d{3}$", printed, flags=re.MULTILINE)) == 5
 
 
+@pytest.mark.slow
 def test_characters_are_learned_and_the_run_goes_on(example, tmp_path):
     printed, losses = example("train_characters.py", tmp_path / "run", 6, 4, 16)
     assert losses[-1] < losses[0]

@@ -23,6 +23,7 @@ def _hidden(stacked, batch):
 
 
 @pytest.mark.parametrize(("windows", "turn"), [((None,) * 4, 1), ((None, 3, None, 3), 2), ((3, None, None), 3)])
+@pytest.mark.slow
 def test_a_stacked_model_says_the_same(windows, turn):
     """Blocks that differ in turn are stacked turn by turn; where no turn comes back, none are."""
     model = small_model(config=dataclasses.replace(SMALL, layers=len(windows), windows=windows))
@@ -56,6 +57,7 @@ def _gradient(layers, remat):
     return gradient.lower(model, batch), (model, batch)
 
 
+@pytest.mark.slow
 def test_rematerialisation_trades_memory_and_changes_nothing():
     memory, gradients = {}, {}
     for remat in ("none", "dots", "block"):

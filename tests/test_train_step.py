@@ -62,6 +62,7 @@ def reference():
     ],
     ids=["heads", "sequence_parallel x batch"],
 )
+@pytest.mark.slow
 def test_steps_are_those_of_one_device_and_the_whole_batch(reference, layout, axes, options):
     """Weights, optimizer state and metrics after some steps with clipping, decay and packed rows."""
     model, optimizer, batches, _, expected_state, expected = reference
@@ -117,6 +118,7 @@ def _log_probs(model, batch):
     return jax.nn.log_softmax(model.logits(hidden))
 
 
+@pytest.mark.slow
 def test_products_in_bfloat16_and_weights_in_float32():
     model, optimizer, batch = small_model(config=CONFIG), train.adamw(1e-3), _batch(0)
     state, seen = _trained(model, optimizer, [batch] * 8, dtype=jnp.float32, compute_dtype="bfloat16")

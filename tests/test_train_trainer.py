@@ -53,6 +53,7 @@ class Counted:
         self.at = self.set_to = state["at"]
 
 
+@pytest.mark.slow
 def test_what_a_run_does_and_when(whole):
     seen, _, folder = whole
     assert list(seen.losses) == list(range(1, STEPS + 1))
@@ -130,6 +131,7 @@ def test_a_run_that_is_done_makes_no_step(whole):
 @pytest.mark.parametrize(
     ("axes", "layout", "zero"), [("dp=2,tp=2", "hidden@tp vocab@tp batch@dp", 3), ("dp=4", "batch@dp", 1)]
 )
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(whole, tmp_path, axes, layout, zero):
     """The same to rounding: sums over devices are taken in another order. And back on one device."""
     expected, _, _ = whole
@@ -142,6 +144,7 @@ def test_a_run_goes_on_on_another_mesh(whole, tmp_path, axes, layout, zero):
 
 
 @pytest.mark.parametrize(("number", "ended"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.slow
 def test_a_signal_saves_and_ends(whole, tmp_path, number, ended):
     expected, _, _ = whole
     before = signal.getsignal(number)
@@ -167,6 +170,7 @@ def test_without_a_folder_nothing_is_written(whole, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("axes", "layout", "zero"), [("dp=2,tp=2", "hidden@tp batch@dp", 3), (None, "", 0)])
+@pytest.mark.slow
 def test_an_evaluation_is_the_loss_without_learning(axes, layout, zero):
     """The first step's loss is that of the state before it."""
     optimizer = train.adamw(1e-2)

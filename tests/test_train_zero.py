@@ -75,9 +75,9 @@ def expected():
 @pytest.mark.parametrize(
     ("axes", "strategy", "zero"),
     [
-        ({"dp": 4}, mx.Strategy("batch@dp"), 1),
-        ({"dp": 4}, mx.Strategy("batch@dp"), 3),
-        ({"dp": 2, "tp": 2}, mx.HEADS + "batch@dp", 2),
+        pytest.param({"dp": 4}, mx.Strategy("batch@dp"), 1, marks=pytest.mark.slow),
+        pytest.param({"dp": 4}, mx.Strategy("batch@dp"), 3, marks=pytest.mark.slow),
+        pytest.param({"dp": 2, "tp": 2}, mx.HEADS + "batch@dp", 2, marks=pytest.mark.slow),
         ({"dp": 2, "tp": 2}, mx.HEADS + "batch@dp", 3),
     ],
 )
@@ -218,6 +218,7 @@ def test_each_device_holds_its_part_and_no_more(zero):
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.slow
 def test_what_a_step_exchanges(zero):
     """In float32 on four devices: bytes of the operands, by kind, of arrays; scalars are left out."""
     devices, accumulate = 4, 1
@@ -245,6 +246,7 @@ def test_what_a_step_exchanges(zero):
     )
 
 
+@pytest.mark.slow
 def test_a_layer_that_was_gathered_is_let_go_of():
     """The memory of a step's own arrays does not grow with the number of layers by their weights."""
     temporary = {}

@@ -73,6 +73,7 @@ def check(name, training, **options):
     ("name", "zero"),
     [("batch", 3), ("heads", 1), ("heads", 2), ("heads", 3), ("sequence_parallel", 3), ("head_dim", 0)],
 )
+@pytest.mark.slow
 def test_the_closed_form_is_what_a_step_exchanges(name, zero):
     check(name, Training(SEQ, zero))
 

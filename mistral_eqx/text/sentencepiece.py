@@ -136,7 +136,7 @@ def read_sentencepiece(path: Path) -> SentencePieceTokenizer:
     """
     settings = read_settings(path.parent)
     model = read_bytes(path, LARGEST)
-    unknown = [kind for _, _, kind in read_pieces(model, path)].count(UNKNOWN)
+    unknown = [kind for _, _, kind in read_pieces(model, str(path))].count(UNKNOWN)
     if unknown != 1:
         raise InputError(
             f"{path} is no sentencepiece model, or it is damaged (it has {unknown} tokens for unknown words, not one); "
@@ -161,7 +161,7 @@ def _added_pieces(model: bytes, settings: Settings, path: Path) -> bytes:
 
     **Raises:** `ValueError` if a token has another id in `model`, or ids are left out.
     """
-    tokens = [piece for piece, _, _ in read_pieces(model, path)] if settings.added_tokens else []
+    tokens = [piece for piece, _, _ in read_pieces(model, str(path))] if settings.added_tokens else []
     added: list[tuple[str, float, int]] = []
     for text, id in sorted(settings.added_tokens.items(), key=lambda entry: entry[1]):
         if id == len(tokens) and text not in tokens:

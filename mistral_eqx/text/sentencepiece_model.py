@@ -1,5 +1,6 @@
 """The file format of sentencepiece: its tokens read and checked, and vocabularies that came another way written."""
 
+import functools
 import math
 import os
 import re
@@ -69,8 +70,9 @@ def write_pieces(pieces: Iterable[tuple[str, float, int]]) -> bytes:
     )
 
 
+@functools.lru_cache(maxsize=1)
 def read_pieces(model: bytes, name: str | os.PathLike[str]) -> list[tuple[str, float, int]]:
-    """Text, score and type of each token in a `.model` file.
+    """Text, score and type of each token in a `.model` file; of the last file they are remembered.
 
     **Arguments:**
 
@@ -125,17 +127,19 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """
     at = 0
     while at < len(message):
-        key, at = _read_varint(message, at)
+        key, at = (message[at], at + 1) if message[at] < 0x80 else _read_varint(message, at)
         field, wire = key >> 3, key & 7
+        if wire in (0, 2):
+            value, at = (message[at], at + 1) if message[at] < 0x80 else _read_varint(message, at)
+        else:
+            value = {1: 8, 5: 4}.get(wire)
         if wire == 0:
-            value, at = _read_varint(message, at)
             yield field, value
             continue
-        length, at = _read_varint(message, at) if wire == 2 else ({1: 8, 5: 4}.get(wire), at)
-        if length is None or at + length > len(message):
+        if value is None or at + value > len(message):
             raise ValueError(f"a field at byte {at} does not end")
-        yield field, message[at : at + length]
-        at += length
+        yield field, message[at : at + value]
+        at += value
 
 
 def _read_varint(message: bytes, at: int) -> tuple[int, int]:

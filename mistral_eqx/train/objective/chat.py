@@ -21,7 +21,8 @@ def chat(messages: Sequence[Mapping[str, Any]], encode: Callable[..., tuple[list
     **Arguments:**
 
     - `messages`: in order, each a dict with `"role"` and `"content"`.
-    - `encode`: [`mistral_eqx.encode_chat`][mistral_eqx.text.encode_chat] of a tokenizer, or a function that takes the same arguments.
+    - `encode`: [`mistral_eqx.encode_chat`][mistral_eqx.text.encode_chat] of a tokenizer, or a function that takes the
+        same arguments.
 
     **Raises:** `InputError` if the assistant says nothing, or the template rewrites a turn once another follows.
     """
