@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from ..checks import Count, Positive, ShareBelowOne, checked
 from ..config import MistralConfig
-from ..documents import read_json, shown
+from ..documents import read_json, shown, to_path
 from ..errors import InputError
 from ..lora import LoRAWeight, Site, TrainedWeight, adapt, shapes_of, sites
 from ..lora.sites import at_sites
@@ -144,7 +144,7 @@ def load_lora(model: Mistral, folder: str | os.PathLike[str], *, dtype: DTypeLik
     **Raises:** `InputError` that names what is wrong: a file, a key, a tensor that the model has no place for, or a
     kind of adapter that is not supported.
     """
-    folder = Path(folder).expanduser()
+    folder = to_path(folder, "The folder of adapters")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(

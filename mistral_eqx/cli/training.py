@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checks import kinds_of
-from ..documents import read_text
+from ..documents import read_text, to_path
 from ..errors import InputError
 from . import processes
 from .recipe import MADE, Data, Optimizer, Recipe, entry_of
@@ -230,7 +230,7 @@ def _checked(
 
 
 def _paths(path: str | list[str], near: Path) -> list[Path]:
-    paths = [near / Path(one).expanduser() for one in ([path] if isinstance(path, str) else path)]
+    paths = [near / to_path(one, "The recipe's 'data.path'") for one in ([path] if isinstance(path, str) else path)]
     for one in paths:
         if not one.is_file():
             raise InputError(f"There is no file {str(one)!r}, which the recipe names; check the path.")

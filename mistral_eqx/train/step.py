@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from ..checks import Count, NotNegative, Positive, Seed, ShareBelowOne, check_arguments
 from ..errors import InputError
 from ..nn import Mistral
 from ..nn.precision import at_least_float32
@@ -165,12 +166,12 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     compute_dtype: DTypeLike | None = jnp.bfloat16,
-    accumulate: int = 1,
-    clip: float | None = 1.0,
+    accumulate: Count = 1,
+    clip: Positive | None = 1.0,
     remat: str = "block",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    seed: int = 0,
+    label_smoothing: ShareBelowOne = 0.0,
+    z_loss: NotNegative = 0.0,
+    seed: Seed = 0,
 ) -> Step:
     """A function that makes one step: `state, metrics = step(state, batch)`.
 
@@ -193,8 +194,15 @@ def make_step(
 
     **Returns:** the function. It raises `ValueError` if the rows of a batch cannot be cut into as many parts.
     """
-    if accumulate < 1:
-        raise InputError(f"A batch cannot be gone through in {accumulate} parts; accumulate must be at least 1.")
+    check_arguments(
+        make_step,
+        accumulate=accumulate,
+        clip=clip,
+        remat=remat,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        seed=seed,
+    )
 
     def on_device(state: TrainState, batch: Batch, *, cuts: Stacked) -> tuple[TrainState, Metrics]:
         strategy, zero = state.strategy, state.zero

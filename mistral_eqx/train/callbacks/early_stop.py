@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import InputError
+from ...checks import Count, NotNegative, check_arguments
 from ..callback import Callback, Run
 
 
@@ -16,9 +16,8 @@ class EarlyStop(Callback):
     - `by`: by how much the loss must be less than the least so far to count.
     """
 
-    def __init__(self, patience: int, *, by: float = 0.0):
-        if patience < 1:
-            raise InputError(f"A run cannot be patient for {patience} evaluations; take at least 1.")
+    def __init__(self, patience: Count, *, by: NotNegative = 0.0):
+        check_arguments(EarlyStop.__init__, patience=patience, by=by)
         self._patience, self._by = patience, by
         self._least, self._since = float("inf"), 0
 

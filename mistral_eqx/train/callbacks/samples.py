@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ...errors import InputError
+from ...checks import Count, check_arguments
 from ...nn import Mistral
 from ..callback import Callback, Run
 from ..step import Metrics
@@ -26,9 +26,8 @@ class Samples(Callback):
     - `every`: after how many steps; also before the first one and after the last.
     """
 
-    def __init__(self, show: Callable[[Mistral], object], *, every: int):
-        if every < 1:
-            raise InputError(f"Samples cannot be shown every {every} steps; take at least 1.")
+    def __init__(self, show: Callable[[Mistral], object], *, every: Count):
+        check_arguments(Samples.__init__, every=every)
         self._show, self._every = show, every
         self._shown: int | None = None
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from ...checks import Count, Seed, check_arguments
 from ...errors import InputError
 from ..batch import Batch, Example
 
@@ -57,12 +58,12 @@ class Batches(Protocol):
 def batches(
     source: Source,
     *,
-    rows: int,
-    seq: int,
+    rows: Count,
+    seq: Count,
     objective: Callable[[Any, np.random.Generator], Example] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     shuffle: bool = True,
-    epochs: int | None = None,
+    epochs: Count | None = None,
     packing: bool = False,
     shard: tuple[int, int] = (0, 1),
     remainder: Literal["drop", "pad"] = "drop",
@@ -96,19 +97,22 @@ def batches(
     """
     if importlib.util.find_spec("grain") is None:
         raise InputError("Batches take Grain, which is not installed; run pip install 'mistral-eqx[train]'.")
+    check_arguments(
+        batches,
+        rows=rows,
+        seq=seq,
+        seed=seed,
+        shuffle=shuffle,
+        epochs=epochs,
+        packing=packing,
+        shard=shard,
+        remainder=remainder,
+    )
     index, count = shard
-    if rows < 1 or seq < 1:
-        raise InputError(f"A batch of {rows} rows of {seq} columns has no room for an example; make it larger.")
     if not 0 <= index < count:
         raise InputError(f"There is no process {index} of {count}; number them from 0.")
     if rows % count:
         raise InputError(f"{count} processes do not divide {rows} rows; change the number of rows.")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"The seed {seed} is not from 0 to 2^32 - 1; take another.")
-    if epochs is not None and epochs < 1:
-        raise InputError(f"{epochs} epochs have no examples; give at least one, or None for no end.")
-    if remainder not in ("drop", "pad"):
-        raise InputError(f"There is no remainder={remainder!r}; take 'drop' or 'pad'.")
     if remainder == "pad" and epochs is None:
         raise InputError("Batches without end have no remainder to pad; give epochs=1 to see each example once.")
     if not len(source):

@@ -6,6 +6,7 @@ from typing import SupportsIndex
 
 import numpy as np
 
+from ...checks import Count, check_arguments
 from ...errors import InputError
 from ..batch import Example
 from ..objective import causal
@@ -28,7 +29,7 @@ class Characters:
     vocab: int
     seq: int
 
-    def __init__(self, text: str, seq: int, *, held_out: bool = False):
+    def __init__(self, text: str, seq: Count, *, held_out: bool = False):
         """**Arguments:**
 
         - `text`: all of it, in memory.
@@ -37,8 +38,7 @@ class Characters:
 
         **Raises:** `ValueError` if the text has too few characters for one piece.
         """
-        if seq < 1:
-            raise InputError(f"A row of {seq} columns has no room for a character; make it longer.")
+        check_arguments(Characters.__init__, seq=seq)
         self.alphabet = "".join(sorted(set(text)))
         self.vocab = len(self.alphabet)
         self.seq = seq

@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import Int
 
+from ...checks import Count, check_arguments
 from ...errors import InputError
 from .texts import located
 from .tokens import Tokens
@@ -15,7 +16,7 @@ class Pieces:
     A document of fewer than two tokens has no piece: nothing in it can be told.
     """
 
-    def __init__(self, tokens: Tokens, seq: int):
+    def __init__(self, tokens: Tokens, seq: Count):
         """**Arguments:**
 
         - `tokens`: of documents.
@@ -23,8 +24,7 @@ class Pieces:
 
         **Raises:** `ValueError` if no document has two tokens.
         """
-        if seq < 1:
-            raise InputError(f"A row of {seq} columns has no room for a token; make it longer.")
+        check_arguments(Pieces.__init__, seq=seq)
         self.tokens = tokens
         self.seq = seq
         # The last piece starts before the last token.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
+from ...checks import Count, CountOrZero, Share, check_arguments
 from ...errors import InputError
 from ..batch import Example
 from .causal import Ids, shifted
@@ -14,9 +15,9 @@ def bert_mask(
     ids: Ids,
     random: np.random.Generator,
     *,
-    mask_id: int,
-    vocab: int,
-    probability: float = 0.15,
+    mask_id: CountOrZero,
+    vocab: Count,
+    probability: Share = 0.15,
     never: Sequence[int] = (),
 ) -> Example:
     """Tokens that were masked are told from all others, before them and behind
@@ -34,8 +35,9 @@ def bert_mask(
     - `probability`: which part of the tokens is chosen; at least one is.
     - `never`: ids that are not chosen, such as those of control tokens.
 
-    **Raises:** `ValueError` if no token can be chosen.
+    **Raises:** `InputError` if no token can be chosen, or an argument is out of its range.
     """
+    check_arguments(bert_mask, mask_id=mask_id, vocab=vocab, probability=probability)
     whole = np.asarray(ids, np.int32)
     choosable = np.flatnonzero(~np.isin(whole, never))
     if not len(choosable):
@@ -47,7 +49,7 @@ def bert_mask(
     return Example(inputs, whole, chosen.astype(np.float32), columns, np.full_like(columns, len(whole) - 1))
 
 
-def mass(ids: Ids, random: np.random.Generator, *, mask_id: int, vocab: int, part: float = 0.5) -> Example:
+def mass(ids: Ids, random: np.random.Generator, *, mask_id: CountOrZero, vocab: Count, part: Share = 0.5) -> Example:
     """A fragment of the text, masked there, is told token by token from the rest and from what was told
     ([MASS](https://arxiv.org/abs/1905.02450)).
 
@@ -58,8 +60,9 @@ def mass(ids: Ids, random: np.random.Generator, *, mask_id: int, vocab: int, par
 
     - `part`: how much of the text the fragment is; at least one token, and at most all but one.
 
-    **Raises:** `ValueError` if there are fewer than two tokens.
+    **Raises:** `InputError` if there are fewer than two tokens, or an argument is out of its range.
     """
+    check_arguments(mass, mask_id=mask_id, vocab=vocab, part=part)
     whole = np.asarray(ids, np.int32)
     if len(whole) < 2:
         raise InputError(f"A text of {len(whole)} tokens has no fragment beside others; give two or more ids.")

@@ -1,17 +1,23 @@
 """Tell the spans that a text lacks ([T5, sections 3.1.4 and 3.3](https://arxiv.org/abs/1910.10683))."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge
 from jaxtyping import Bool, Int
 
+from ...checks import Share, check_arguments
 from ...errors import InputError
 from ..batch import Example
 from .causal import Ids, prefix_lm
 
 
+Length = Annotated[float, Ge(1)]
+
+
 def replace_spans(
-    ids: Ids, random: np.random.Generator, *, sentinels: Sequence[int], density: float = 0.15, mean_span: float = 3.0
+    ids: Ids, random: np.random.Generator, *, sentinels: Sequence[int], density: Share = 0.15, mean_span: Length = 3.0
 ) -> Example:
     """Spans of the text are replaced, each by a sentinel of its own, and told behind the text, after these sentinels.
 
@@ -26,8 +32,10 @@ def replace_spans(
     - `density`: which part of the text is taken out.
     - `mean_span`: how many tokens a span has on average.
 
-    **Raises:** `ValueError` if there are fewer than two tokens, or fewer sentinels than spans and one for the end.
+    **Raises:** `InputError` if there are fewer than two tokens, or fewer sentinels than spans and one for the end, or a
+    number is out of its range.
     """
+    check_arguments(replace_spans, density=density, mean_span=mean_span)
     text, spans = _taken_out(np.asarray(ids, np.int32), random, density, mean_span)
     if len(spans) + 1 > len(sentinels):
         raise InputError(
@@ -41,13 +49,14 @@ def replace_spans(
     return prefix_lm(np.concatenate([*prefix, *told, marks[-1]]), sum(map(len, prefix)))
 
 
-def drop_spans(ids: Ids, random: np.random.Generator, *, density: float = 0.15, mean_span: float = 3.0) -> Example:
+def drop_spans(ids: Ids, random: np.random.Generator, *, density: Share = 0.15, mean_span: Length = 3.0) -> Example:
     """Spans of the text are left out without a trace, and told behind it, one after the other.
 
     **Arguments:** as of [`mistral_eqx.train.replace_spans`][].
 
-    **Raises:** `ValueError` if there are fewer than two tokens.
+    **Raises:** `InputError` if there are fewer than two tokens, or a number is out of its range.
     """
+    check_arguments(drop_spans, density=density, mean_span=mean_span)
     text, spans = _taken_out(np.asarray(ids, np.int32), random, density, mean_span)
     prefix = np.concatenate(text)
     return prefix_lm(np.concatenate([prefix, *spans]), len(prefix))
