@@ -30,6 +30,7 @@ from mistral_eqx.plan import (
     decoding_step,
     exchange_seconds,
     picture,
+    planning,
     prefill,
     roofline,
 )
@@ -249,6 +250,12 @@ def test_what_cannot_be_planned_is_refused_in_one_sentence(options, words):
         mx.plan("7b-v0.2", **options)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(("context", "lengths"), [(256, (128, 256)), (32768, (512, 4096)), (1, (1, 1))])
+def test_lengths_that_nobody_gave_fit_the_model(context, lengths, monkeypatch):
+    monkeypatch.setattr(planning, "prompt_width", lambda length: length)
+    assert planning._generation(dataclasses.replace(CONFIG, max_positions=context), None, None) == lengths
 
 
 def test_unknown_presets_are_refused():

@@ -192,6 +192,7 @@ def _of_another_shape(checkpoint: Checkpoint, row: Row, expected: tuple[int, ...
 def _expect_same(checkpoint: Checkpoint, parts: Sequence[Index]):
     # Some files of tied models store the table twice. If the two differ, the config is wrong.
     table, head = EMBEDDING.name(checkpoint.format), HEAD.name(checkpoint.format)
+    key = "tied_embeddings" if checkpoint.format == "mistral" else "tie_word_embeddings"
     first, second = checkpoint.tensors[table], checkpoint.tensors[head]
 
     def same(index: Index) -> bool:
@@ -204,8 +205,8 @@ def _expect_same(checkpoint: Checkpoint, parts: Sequence[Index]):
 
     if first.shape != second.shape or not all(same(index) for index in parts):
         raise InputError(
-            f"The config of {str(checkpoint.path)!r} says that the head is the embedding table, but the tensors "
-            f"{head!r} and {table!r} differ; mark the embeddings as not tied in the config.",
+            f"The config of {str(checkpoint.path)!r} says with {key!r} that the head is the embedding table, but the "
+            f"tensors {head!r} and {table!r} differ; set it to false.",
             file=checkpoint.path,
-            key=head,
+            key=key,
         )

@@ -82,7 +82,7 @@ def _one_sentence(group: Any, ctx: Any) -> Iterator[None]:
         processes.drop(sys.stdout)
         raise typer.Exit(141) from None
     except _UsageError as error:
-        _end(error.format_message())
+        _end(error.format_message().replace(": Value error, ", ": "))  # which typer has from pydantic
     except BaseException as error:  # a panic of Rust is no `Exception`
         if ctx.meta.get(DEBUG):
             raise

@@ -44,11 +44,18 @@ def plan(
     mesh: options.Mesh = None,
     batch: Annotated[int, typer.Option(callback=within(Count), help="Rows that are computed together.")] = 8,
     prompt: Annotated[
-        int | None, typer.Option(callback=within(Count), help="Tokens of each row's prompt; 512 unless given.")
+        int | None,
+        typer.Option(
+            callback=within(Count), help="Tokens of each row's prompt; 512, or half of the cache, unless given."
+        ),
     ] = None,
     kv_seq: Annotated[
         int | None,
-        typer.Option("--kv-seq", callback=within(Count), help="Slots of each row in the cache; 4096 unless given."),
+        typer.Option(
+            "--kv-seq",
+            callback=within(Count),
+            help="Slots of each row in the cache; 4096, or the model's whole context, unless given.",
+        ),
     ] = None,
     dtype: Annotated[
         options.DType,

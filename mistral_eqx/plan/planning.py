@@ -73,8 +73,10 @@ def plan(
     - `mesh`: the sizes of the mesh's axes, such as `"kv=8,rep=2"`. Unless given, those of the strategy's first legal
         mesh.
     - `batch`: rows that are computed together, on all devices.
-    - `prompt`: tokens of each row's prompt, which is read in pieces as `generate` does; 512 unless given.
-    - `kv_seq`: slots of each row in the cache: the longest that a text can get; 4096 unless given.
+    - `prompt`: tokens of each row's prompt, which is read in pieces as `generate` does; 512, or half of the
+        cache if that is less, unless given.
+    - `kv_seq`: slots of each row in the cache: the longest that a text can get; 4096, or the model's context if that is
+        less, unless given.
     - `dtype`: the precision of weights, activations and cache; in training, of the forward and the backward pass.
     - `train`: plans a step of training in place of generation: [`mistral_eqx.plan.Training`][], or `True` for its
         defaults.
@@ -132,8 +134,8 @@ def plan(
 
 def _generation(config: MistralConfig, prompt: int | None, kv_seq: int | None) -> tuple[int, int]:
     """The lengths of a prompt and of a cache that can have it."""
-    length: int = checked(512 if prompt is None else prompt, Count, "prompt")
-    slots: int = checked(4096 if kv_seq is None else kv_seq, Count, "kv_seq")
+    slots: int = checked(min(4096, config.max_positions) if kv_seq is None else kv_seq, Count, "kv_seq")
+    length: int = checked(max(1, min(512, slots // 2)) if prompt is None else prompt, Count, "prompt")
     if slots < prompt_width(length):
         raise InputError(
             f"A prompt of {length} tokens is read as {prompt_width(length)} and does not fit into a cache of "
