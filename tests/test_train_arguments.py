@@ -36,6 +36,8 @@ BATCHES = functools.partial(data.batches, [[1, 2, 3]] * 4)
         (lambda: STEP(label_smoothing=1.0), ["label_smoothing is 1.0", "less than 1"]),
         (lambda: STEP(z_loss=-1e-4), ["z_loss is -0.0001"]),
         (lambda: STEP(seed=-1), ["seed is -1"]),
+        (lambda: mx.train.warmup_cosine(0.1, warmup=1, steps=4, end=2.0**63), ["end", "above", "0.1"]),
+        (lambda: mx.train.wsd(0.1, warmup=1, steps=4, decay=2, end=0.2), ["end 0.2", "above"]),
         (lambda: BATCHES(rows=0, seq=8), ["rows is 0"]),
         (lambda: BATCHES(rows=2, seq=2.5), ["seq is 2.5"]),
         (lambda: BATCHES(rows=2, seq=8, seed=2**32), ["seed is 4294967296"]),

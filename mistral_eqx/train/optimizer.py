@@ -63,6 +63,7 @@ def warmup_cosine(peak: Positive, *, warmup: CountOrZero, steps: Count, end: Not
     """Rises in a line to `peak` in `warmup` steps, then falls to `end` at `steps` along half a cosine
     ([SGDR](https://arxiv.org/abs/1608.03983))."""
     check_arguments(warmup_cosine, peak=peak, warmup=warmup, steps=steps, end=end)
+    _check_end(peak, end)
     _check(0 <= warmup < steps, f"{warmup} steps of warmup leave none of {steps}")
     return optax.join_schedules(
         [_rise(peak, warmup), optax.cosine_decay_schedule(peak, steps - warmup, end / peak)], [warmup]
@@ -73,6 +74,7 @@ def wsd(peak: Positive, *, warmup: CountOrZero, decay: Count, steps: Count, end:
     """Rises in a line to `peak` in `warmup` steps, stays, and falls in a line to `end` in the last `decay` steps
     ([warmup, stable, decay](https://arxiv.org/abs/2404.06395)). Training can go on from the stable part."""
     check_arguments(wsd, peak=peak, warmup=warmup, decay=decay, steps=steps, end=end)
+    _check_end(peak, end)
     _check(warmup >= 0 and decay > 0 and warmup + decay <= steps, f"{warmup} + {decay} steps are not within {steps}")
     return optax.join_schedules(
         [_rise(peak, warmup), optax.constant_schedule(peak), optax.linear_schedule(peak, end, decay)],
@@ -88,3 +90,8 @@ def _rise(peak: float, warmup: int) -> optax.Schedule:
 def _check(holds: bool, problem: str):
     if not holds:
         raise InputError(f"{problem}; change the schedule's numbers of steps.")
+
+
+def _check_end(peak: float, end: float):
+    if end > peak:
+        raise InputError(f"The schedule's end {end} is above its learning rate {peak}; take a smaller end.", key="end")
