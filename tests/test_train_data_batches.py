@@ -115,6 +115,25 @@ def state_after(made, count):
     return iterator.get_state()
 
 
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"rows": 4}, ["rows 2, here 4"]),
+        ({"seed": 1}, ["seed 0, here 1"]),
+        ({"packing": True}, ["packing False, here True"]),
+        ({"source": [[1, 2, 3]] * 8}, ["examples"]),
+    ],
+)
+def test_a_position_among_other_batches_is_refused(other, words):
+    """Examples would be passed over or come twice without a word."""
+    options = {"source": texts(8), "rows": 2, "seq": SEQ}
+    stood, goes_on = (data.batches(**made) for made in (options, options | other))
+    iterator = iter(stood)
+    next(iterator)
+    with refused("position", *words):
+        iter(goes_on).set_state(iterator.get_state())
+
+
 def assert_together(parts, whole):
     """The rows of the processes, one after the other, are those of the whole."""
     assert [len(part) for part in parts] == [len(whole)] * len(parts)
@@ -208,14 +227,6 @@ def test_what_makes_no_batch_is_refused():
         data.batches(source, rows=4, seq=SEQ, shard=(0, 3))
     with refused("no process 2 of 2"):
         data.batches(source, rows=4, seq=SEQ, shard=(2, 2))
-    with refused("0 rows"):
-        data.batches(source, rows=0, seq=SEQ)
-    with refused("seed -1"):
-        data.batches(source, rows=2, seq=SEQ, seed=-1)
-    with refused("0 epochs"):
-        data.batches(source, rows=2, seq=SEQ, epochs=0)
-    with refused("remainder='keep'"):
-        data.batches(source, rows=2, seq=SEQ, remainder="keep")
     with refused("epochs=1"):
         data.batches(source, rows=2, seq=SEQ, remainder="pad")
 

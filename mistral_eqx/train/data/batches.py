@@ -42,7 +42,10 @@ class BatchIterator(Protocol):
         ...
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to where an iterator of the same batches stood."""
+        """Goes to where an iterator of the same batches stood.
+
+        **Raises:** `InputError` if those were others.
+        """
         ...
 
 
@@ -123,12 +126,12 @@ def batches(
             "smaller, or take remainder='pad' with epochs=1."
         )
     # Grain takes a second to import, and is not there without the extra.
-    from .pipeline import in_rows, packed, stream
+    from .pipeline import InOrder, in_rows, packed, stream
 
     examples = stream(source, objective, seq, seed, shuffle, epochs)
     arrange = packed if packing else in_rows
-    made: Any = arrange(examples, rows, seq, (index, count), remainder == "pad")
-    made.order = {
+    made = arrange(examples, rows, seq, (index, count), remainder == "pad")
+    order = {
         "rows": rows,
         "seq": seq,
         "seed": seed,
@@ -138,7 +141,7 @@ def batches(
         "number of examples": len(source),
         "examples": _content(source, objective),
     }
-    return made
+    return InOrder(made, order)
 
 
 # By so many examples, or all if there are fewer, a source and an objective are known.

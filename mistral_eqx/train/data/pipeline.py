@@ -130,3 +130,37 @@ def _packed_batch(
         first=np.where(padding, columns, start),
         last=np.where(padding, columns, start + own_rows("last")),
     )
+
+
+class InOrder(grain.IterDataset[Batch]):
+    """Batches that know what their order follows from. An iterator goes on only where one of the same batches stood."""
+
+    def __init__(self, parent: grain.IterDataset[Batch], order: dict[str, Any]):
+        super().__init__(parent)
+        self.order = order
+
+    def __iter__(self) -> grain.DatasetIterator[Batch]:
+        return _InOrderIterator(iter(cast(grain.IterDataset[Batch], self._parent)), self.order)
+
+
+class _InOrderIterator(grain.DatasetIterator[Batch]):
+    def __init__(self, parent: grain.DatasetIterator[Batch], order: dict[str, Any]):
+        super().__init__(parent)
+        self._order = order
+
+    def __next__(self) -> Batch:
+        return next(self._parent)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"order": self._order, "position": self._parent.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        then = state["order"]
+        if changed := [name for name, value in self._order.items() if then[name] != value]:
+            what = ", ".join(
+                name if name == "examples" else f"{name} {then[name]!r}, here {self._order[name]!r}" for name in changed
+            )
+            raise InputError(
+                f"The position is one among other batches: {what}; make them as they were, or begin at the first one."
+            )
+        self._parent.set_state(state["position"])
