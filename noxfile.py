@@ -9,7 +9,7 @@ nox.options.error_on_missing_interpreters = True
 # Each core runs files of its own. A process takes up to 1.5 GB, so there are never many.
 PARALLEL = ("-n", "logical", "--maxprocesses", "8", "--dist", "loadfile")
 # Thousands of programs are compiled, each for a few numbers; a quarter to a third of the time went to optimizing them.
-# XLA's own passes stay as they are. The other sessions run what users run.
+# XLA's own passes stay as they are. The sessions `tests_plain` and `parity` run what users run.
 COMPILE_QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
 
 
@@ -25,7 +25,8 @@ def tests(session: nox.Session):
 def tests_slow(session: nox.Session):
     """What takes too long for the default suite: many steps under every strategy, the real model."""
     session.install("-e", ".[test]")
-    session.run("pytest", "-m", "slow and not parity", "--durations=10", *PARALLEL, *session.posargs)
+    options = ["-m", "slow and not parity", "--durations=10", *PARALLEL]
+    session.run("pytest", *options, *session.posargs, env=COMPILE_QUICKLY)
 
 
 @nox.session
