@@ -153,6 +153,7 @@ def test_trap_every_host_held_the_whole_array(reports):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_peak_memory_of_one_of_four_processes_is_below_a_third_of_the_checkpoint(reports):
     for report in reports:
         assert 0 < report["held"] < report["peak"] - report["before"] < 2 * LARGE.parameters / 3

@@ -41,6 +41,7 @@ def test_each_line_of_a_pipe_is_a_turn_of_one_conversation(tiny):
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 def test_reset_forgets_and_exit_leaves(tiny):
     once = run("chat", "--model", tiny, "-n", 5, "--system", "Be brief", input="Hello\n").stdout
     assert once == replies(tiny, ["Hello"], system="Be brief", max_new_tokens=5)[0] + "\n"
@@ -79,6 +80,7 @@ def test_ctrl_c_ends_a_piped_conversation(tiny, monkeypatch):
     assert result.stdout == mx.load_tokenizer(tiny).decode([10]) + "\n"
 
 
+@pytest.mark.slow
 def test_a_chat_on_a_mesh_says_the_same(tiny):
     turns = "Hi\nAnd you?\n"
     alone = run("chat", "--model", tiny, "-n", 6, input=turns)

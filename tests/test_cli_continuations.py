@@ -55,6 +55,7 @@ def test_generate_goes_on_with_the_prompt(words, tmp_path):
     assert run("generate", PROMPTS[0], "-m", words, "-n", 12, "--stop", first_word).stdout == "\n"
 
 
+@pytest.mark.slow
 def test_tokens_without_an_entry_are_shown_as_nothing(words):
     result = run("generate", PROMPTS[0], "-m", words, "-n", 4, "--logprobs", 260)
     assert result.exit_code == 0, result.stderr

@@ -182,6 +182,7 @@ def test_ctrl_c_keeps_what_was_decoded(tiny, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and pipes of Unix")
+@pytest.mark.slow
 def test_a_signal_and_a_closed_pipe_are_quiet(tmp_path):
     model = save_tiny_model(tmp_path / "model", max_positions=200_000)
     arguments = ("generate", "Call me", "--model", model, "--ignore-eos", "--temperature", 5, "-n", 50_000)

@@ -78,6 +78,7 @@ def test_several_prompts_stand_under_headings(tiny):
     assert " | 3 texts of 27 tokens in " in result.stderr
 
 
+@pytest.mark.slow
 def test_a_batch_says_what_each_prompt_says_alone_and_in_any_other_batch(tiny, file):
     """Also what it draws; a last batch that is filled up is one of them."""
     options = ("--model", tiny, "-n", 9, "--temperature", 2, "--ignore-eos", "--prompts", file, "--batch-size")

@@ -125,6 +125,7 @@ def test_texts_with_the_tokenizer_of_a_model(recipe, tiny, tmp_path):
     assert len(list((tmp_path / "run/tokens").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_conversation_teaches_adapters(recipe, tiny, tmp_path):
     talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Aye"}]
     (tmp_path / "talks.jsonl").write_text(f"{json.dumps({'messages': talk})}\n" * 8)

@@ -181,6 +181,7 @@ def _rows(vocab=64):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_a_draw_from_a_split_vocabulary_is_that_of_one_device(split, options):
     logits = jnp.asarray(_rows())
     keys = jr.split(jr.key(3), logits.shape[0])

@@ -40,6 +40,7 @@ def continued(path, ids, new):
     return tokenizer.decode(out.tokens[0, : out.lengths[0]])
 
 
+@pytest.mark.slow
 def test_generate_and_stream_print_the_same(run, tiny):
     prompt = mx.load_tokenizer(tiny).encode("The capital of France is")
     expected = continued(tiny, prompt, 32)
@@ -66,6 +67,7 @@ def test_long_prompt_says_what_generate_says(run, tiny):
     assert re.fullmatch(r"all scores of one layer: [\d,]+ MB; the whole process at most: [\d,]+ MB", memory)
 
 
+@pytest.mark.slow
 def test_constraint_writes_what_the_patterns_allow(run):
     lines = run("constraint.py").splitlines()
     assert len(lines) == 3

@@ -34,6 +34,7 @@ def test_the_first_seeds_of_each_target():
     assert "0 faults" in _run("--seeds", 0, 1)
 
 
+@pytest.mark.slow
 def test_seeds_that_failed_once():
     seeds = sorted({seed for failed in FAILED.values() for seed in failed})
     assert "0 faults" in _run("--targets", *FAILED, "--seeds", *seeds)

@@ -37,6 +37,7 @@ ANYTHING = Sampler(temperature=1e4, top_p=1.0)
     [{"windows": (None, None), "tied": True}, {"windows": (7, 7)}, {"windows": (None, 7)}],
     ids=["full, tied", "window", "alternating"],
 )
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_forward_passes_over_the_whole_text(changes):
     model = talking_model(**changes)
     out = generate(model, PROMPTS, max_new_tokens=24)
@@ -413,6 +414,7 @@ def test_prefixes_and_samples_on_a_mesh(axes, strategy):
         assert generate(split, rows, prefix=prefix, **options).tokens.tolist() == expected
 
 
+@pytest.mark.slow
 def test_samples_of_a_prompt_read_it_once(monkeypatch):
     model, prefills = talking_model(windows=(None,)), spy(monkeypatch, "read_piece")
     options = {"max_new_tokens": 8, "sampler": ANYTHING, "key": jr.key(5)}

@@ -174,6 +174,7 @@ def test_a_row_gives_what_it_gives_alone_with_processors_too(rows, order, seed):
     assert continued([rows[index] for index in order], keys[jnp.asarray(order)]) == [together[i] for i in order]
 
 
+@pytest.mark.slow
 def test_a_stream_and_a_conversation_use_processors_as_generate_does():
     sampler = Sampler(temperature=1.2, processors=every_processor())
     options = {"max_new_tokens": 10, "sampler": sampler, "key": jr.key(4)}

@@ -72,6 +72,7 @@ def test_under_a_strategy(layout, axes):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_a_conversation_keeps_everything():
     """From it turns are taken away, and what was before them must still be there."""
     model = talking_model(windows=(7, 7))

@@ -135,6 +135,7 @@ def test_adapters_are_decayed_as_matrices():
     assert sum(isinstance(node, LoRAWeight) for node in nodes) == 1
 
 
+@pytest.mark.slow
 def test_the_figures_of_the_page():
     """What is trained of SmolLM2, 16 bytes a number: weight, gradient and two moments. Nothing is allocated."""
 

@@ -69,6 +69,7 @@ def test_four_processes_of_four_devices_give_the_tokens_and_logits_of_one(folder
             assert found[f"{name}_share"] == share
 
 
+@pytest.mark.slow
 def test_hosts_train_together_end_together_and_go_on(folder):
     """The losses are those of one process, before and after one of two hosts was told to end."""
     codes = finish(start("training", 2, 2, folder), seconds=240)
@@ -107,6 +108,7 @@ def test_a_process_that_is_killed_while_decoding_ends_the_others_with_a_sentence
             )
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_others(folder):
     assert finish(start("failing", 3, 1, folder), seconds=30) == [1, 1, 1]
     assert words(folder, "failing", 1)[1].splitlines()[-1] == "ValueError: This host has no disk."
@@ -172,6 +174,7 @@ def test_turns_reach_all_processes_of_a_chat(tiny, tmp_path):
     assert others == [("", "", 0)]
 
 
+@pytest.mark.slow
 def test_each_process_says_what_is_wrong_with_it(tiny, tmp_path):
     found = commands("generate", "Hi", "--model", tiny, "--mesh", "tp=3", processes=3, cache=tmp_path)
     for number, (text, said, code) in enumerate(found):

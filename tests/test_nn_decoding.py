@@ -75,6 +75,7 @@ def test_the_loop_holds_no_second_copy_of_the_cache(dtype, batch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_scratch_memory_does_not_grow_with_the_layers(dtype):
     more = dataclasses.replace(CONFIG, layers=6, windows=(None,) * 6)
     small, _ = _compiled_loop(dtype, 1)

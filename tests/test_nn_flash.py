@@ -110,6 +110,7 @@ def test_a_long_prompt_needs_no_score_for_every_pair(monkeypatch):
     assert backward.memory_analysis().temp_size_in_bytes < heads * scores / 8
 
 
+@pytest.mark.slow
 def test_a_prompt_of_8192_takes_less_than_one_heads_scores_in_the_shape_of_smollm2(monkeypatch):
     monkeypatch.undo()
     config = dataclasses.replace(PRESETS["smollm2-135m"], layers=2, windows=(None, None))

@@ -84,6 +84,7 @@ def test_prompts_at_the_edge_of_a_window(variant, length):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
 def test_trap_masks_and_positions_not_shifted_for_padding(variant):
     """Each row gives the logits that it gives alone, whichever side its padding is on."""
     answers = recorded(variant)
@@ -114,6 +115,7 @@ def test_rows_of_many_lengths_are_decoded_as_each_alone(variant):
 
 
 @pytest.mark.parametrize("variant", [*WINDOWED, "gqa_3"])
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_transformers(variant):
     expected = recorded(variant)["greedy_7"]
     out = generate(variant_model(variant), prompt(variant, 7), max_new_tokens=len(expected))

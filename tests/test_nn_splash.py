@@ -75,6 +75,7 @@ def test_value_and_gradient_are_those_of_tiles(seen):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_in_bfloat16():
     inputs, d_context = _case(None, jnp.bfloat16)
     found, expected = _by_kernel(inputs, d_context), _in_tiles(inputs, d_context)

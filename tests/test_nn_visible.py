@@ -44,6 +44,7 @@ def test_packed_documents_say_what_each_says_alone(model):
         assert relative_error(packed[:, start : start + length], alone) < 2e-6
 
 
+@pytest.mark.slow
 def test_a_prefix_is_seen_from_both_sides(model):
     """Up to the end of the prefix all of it depends on its last token, and after it nothing does on later ones."""
     ids = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab, (1, 9)), jnp.int32)

@@ -136,6 +136,7 @@ def test_a_layer_exchanges_two_or_three_sums(strategy, each):
 @pytest.mark.parametrize(
     ("strategy", "axes"), [("sequence_parallel", "tp=4"), ("heads_x_kv_seq batch@dp", "dp=2,kv=2,rep=2")]
 )
+@pytest.mark.slow
 def test_what_is_written_is_the_closed_form(strategy, axes):
     split, found, axes = read_strategy(strategy), measured(strategy, axes), parse_axes(axes)
     job = Job(CONFIG, None, math.prod(axes.values()), split.layout, axes, BATCH, PROMPT, KV_SEQ, "float32")
@@ -185,6 +186,7 @@ def report():
     )
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_it_is_of(report):
     assert (report.model, report.parameters) == ("config", CONFIG.parameters)
     assert (report.place, report.devices, report.chip) == ("8 virtual devices", 8, None)

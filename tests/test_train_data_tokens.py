@@ -172,5 +172,5 @@ def test_documents_without_targets_are_refused(tmp_path):
     tokens = data.tokenise(["a", "b", ""], Bytes(), tmp_path, vocab=256)
     with refused("None of 3 documents has two tokens"):
         data.Pieces(tokens, 4)
-    with refused("row of 0"):
+    with refused("seq is 0"):
         data.Pieces(tokens, 0)

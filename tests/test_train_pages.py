@@ -20,6 +20,7 @@ def _snippets(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_page_on_training(capsys):
     (snippet,) = _snippets("training.md")
     names = {}
@@ -96,6 +97,7 @@ def example(capsys):
     return run
 
 
+@pytest.mark.slow
 def test_sorting_is_learned(example):
     """A few of the example's steps: it has begun to sort."""
     printed, losses = example("train_sort.py", 60)

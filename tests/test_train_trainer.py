@@ -84,6 +84,7 @@ def test_what_a_run_does_and_when(whole):
     assert float(last["tokens"]) == 2 * 4 * (SEQ - 1)
 
 
+@pytest.mark.slow
 def test_the_trainer_makes_the_steps_of_make_step(whole):
     seen, made, _ = whole
     optimizer = train.adamw(1e-2)
