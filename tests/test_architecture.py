@@ -129,6 +129,7 @@ def test_an_import_upward_would_be_seen(file, line):
     assert len(found) == 1
 
 
+@pytest.mark.slow
 def test_torch_and_transformers_stay_out():
     found = {
         (file, name.split(".")[0])

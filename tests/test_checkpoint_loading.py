@@ -27,6 +27,7 @@ def edit_tensors(folder, change, file="model.safetensors"):
     safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 def test_three_formats_hold_the_same_model(model, hf, tmp_path):
     save(model, tmp_path / "mistral", format="mistral")
     gguf = write_gguf(tmp_path / "model.gguf", model)

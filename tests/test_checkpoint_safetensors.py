@@ -105,6 +105,7 @@ def test_the_official_library_reads_what_is_written(tmp_path_factory, described)
         ({"w": entry([1], 0, 8, "I64")}, b"\0" * 8, r"tensor 'w' of .* has the dtype I64"),
     ],
 )
+@pytest.mark.slow
 def test_damaged_files_are_refused(tmp_path, header, data, sentence):
     path = write_raw(tmp_path / "model.safetensors", header, data)
     with pytest.raises(ValueError, match=sentence) as caught:

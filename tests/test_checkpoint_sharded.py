@@ -128,6 +128,7 @@ def test_a_process_reads_replicas_once(layout, names, sizes, getkey, tmp_path):
 
 @pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1])
 @pytest.mark.parametrize(("layout", "names", "sizes"), LAYOUTS)
+@pytest.mark.slow
 def test_shards_of_quantised_blocks(kind, layout, names, sizes, getkey, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", random_model(CONFIG, getkey()), kind)
     whole = load(path, dtype="bfloat16")

@@ -408,6 +408,7 @@ def test_a_number_that_the_dtype_cannot_hold_is_not_written(getkey, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.slow
 def test_every_number_is_finite_or_not_as_numpy_has_it(dtype):
     bits = np.arange(2**16, dtype=np.uint16)
     numbers = bits.view(dtype) if dtype.itemsize == 2 else (bits.astype(np.uint32) << 16).view(dtype)

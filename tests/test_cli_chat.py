@@ -90,6 +90,7 @@ def test_a_chat_on_a_mesh_says_the_same(tiny):
     assert_refused(run("chat", "--model", tiny, "--mesh", "tp=3", input=turns), "2 kv_heads cannot be split over 3")
 
 
+@pytest.mark.slow
 def test_sampling_options_and_stop_strings_reach_the_reply(tiny):
     """One turn is what the library draws of the same text with the same sampler and the first turn's key."""
     tokenizer = mx.load_tokenizer(tiny)

@@ -62,6 +62,7 @@ def test_tokens_without_an_entry_are_shown_as_nothing(words):
     assert '"" ' in result.stdout
 
 
+@pytest.mark.slow
 def test_a_reply_goes_on_with_the_template_unless_a_control_token_ends_it(words):
     (text,) = expected(words, ["w5"], 12)
     ids = mx.encode_chat(mx.load_tokenizer(words), [{"role": "user", "content": "w5"}])

@@ -37,6 +37,7 @@ def lines(found):
     return [f"perplexity {found.perplexity:.6g}", f"bits per byte {found.bits_per_byte:.6g}", f"tokens {found.tokens}"]
 
 
+@pytest.mark.slow
 def test_results_are_on_stdout_and_figures_on_stderr(tiny, text):
     result = run("evaluate", "perplexity", "--text", text, "--model", tiny, "--context", 64, "--stride", 32)
     assert result.exit_code == 0, result.stderr

@@ -88,6 +88,7 @@ def test_a_batch_says_what_each_prompt_says_alone_and_in_any_other_batch(tiny, f
         assert [line["text"] for line in lines(result.stdout)] == texts, result.stderr
 
 
+@pytest.mark.slow
 def test_lines_carry_what_stood_on_the_prompts(tiny, file, tmp_path):
     out = library(tiny, max_new_tokens=30, eos_id=1)
     expected = [
@@ -108,6 +109,7 @@ def test_lines_carry_what_stood_on_the_prompts(tiny, file, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl"]
 
 
+@pytest.mark.slow
 def test_stop_strings_end_texts(tiny, file):
     whole = library(tiny, max_new_tokens=20).texts
     stop = next(character for character in whole[0][3:] if character.isascii())
@@ -120,6 +122,7 @@ def test_stop_strings_end_texts(tiny, file):
     assert run("generate", PROMPTS[0], *options).stdout == out.texts[0] + "\n"
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_and_a_list(tiny, file):
     out = library(tiny, max_new_tokens=6, num_samples=2, sampler=mx.Sampler(temperature=3.0))
     options = ("--model", tiny, "-n", 6, "--ignore-eos", "--temperature", 3, "--num-samples", 2)
@@ -153,6 +156,7 @@ def test_log_probabilities_are_the_models(tiny, file):
         assert block.rstrip("\n") == "\n".join([f"{prompt} <==", text, "", *rows])
 
 
+@pytest.mark.slow
 def test_beams_are_those_of_a_beam_search(tiny):
     tokenizer = mx.load_tokenizer(tiny)
     options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 8, "length_penalty": 0.5, "eos_id": 1}
@@ -174,6 +178,7 @@ def test_beams_are_those_of_a_beam_search(tiny):
     )
 
 
+@pytest.mark.slow
 def test_all_sampling_options_reach_the_sampler(tiny):
     processors = [mx.RepetitionPenalty(1.3), mx.PresencePenalty(0.5), mx.FrequencyPenalty(0.2), mx.MinNewTokens(20)]
     sampler = mx.Sampler(temperature=4.0, min_p=0.01, typical_p=0.9, processors=processors)
@@ -343,6 +348,7 @@ def test_two_commands_do_not_write_one_file(tiny, file, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk of Linux")
+@pytest.mark.slow
 def test_a_full_disk_is_named(tiny, file, tmp_path):
     command = [sys.executable, "-m", "mistral_eqx", "generate", "hi", "-n", "1", "--model", str(tiny)]
     with open("/dev/full", "wb") as full:

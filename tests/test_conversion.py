@@ -22,6 +22,7 @@ def gguf(folder, key, kind="gpt2", **changes):
 
 @pytest.mark.parametrize("format", ["hf", "mistral"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_the_vocabulary_of_a_gguf_goes_along(getkey, tmp_path, kind, format):
     path = gguf(tmp_path, getkey(), kind, chat_template=tiny.CHATML, eot_token_id=0)
     mx.convert(path, tmp_path / "out", format=format, dtype="bfloat16")
@@ -94,6 +95,7 @@ def test_nothing_is_half_written_if_the_tokenizer_fails(getkey, tmp_path, monkey
     assert listing(tmp_path / "out") == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
+@pytest.mark.slow
 def test_a_model_and_its_tokenizer_are_saved_into_one_folder(getkey, tmp_path):
     path = gguf(tmp_path, getkey())
     model, tokenizer = mx.load(path), mx.load_tokenizer(path)

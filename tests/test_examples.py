@@ -95,6 +95,7 @@ def test_the_automaton_of_a_pattern_is_that_of_re(pattern):
         assert (state >= 0 and bool(last[state])) == bool(re.fullmatch(pattern, text))
 
 
+@pytest.mark.slow
 def test_perplexity_tells_what_surprises(run, tiny):
     text = (ROOT / "examples/data/moby-dick.txt").read_text(encoding="utf-8")[:600]
     first, second, *surprises = run("perplexity.py", ROOT / "examples/data/moby-dick.txt", 256, 600).splitlines()
@@ -117,6 +118,7 @@ def test_batch_prints_a_line_for_each_text(run):
     assert printed.count("?") >= 3
 
 
+@pytest.mark.slow
 def test_chat_remembers(run, tiny):
     printed = run("chat.py")
     tokenizer, messages = mx.load_tokenizer(tiny), []
@@ -176,6 +178,7 @@ def test_adapters_are_tuned_saved_and_loaded(run, tmp_path):
     assert printed.endswith("the adapters say the same\n")
 
 
+@pytest.mark.slow
 def test_the_page_on_tensor_parallelism(tiny):
     page = (ROOT / "docs/parallelism.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)

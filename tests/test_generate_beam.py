@@ -114,6 +114,7 @@ def test_texts_and_scores_are_those_of_a_search_in_lists(windows, beams, options
         assert (row[length:] == row[length - 1]).all()
 
 
+@pytest.mark.slow
 def test_one_beam_is_greedy():
     model = talking_model()
     best = beam_search(model, PROMPTS, num_beams=1, max_new_tokens=24)
@@ -164,6 +165,7 @@ def test_trap_scores_multiplied_as_probabilities():
             assert score == pytest.approx(score_of(model, prompt, text) / 24**0.5, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_trap_hard_coded_5():
     model = talking_model(windows=(None,))
     for beams, returned in ((2, 2), (7, 3)):
@@ -175,6 +177,7 @@ def test_trap_hard_coded_5():
         assert (np.diff(best.scores[0]) <= 0).all()
 
 
+@pytest.mark.slow
 def test_trap_dead_eos_check():
     model = talking_model()
     (free,) = texts(beam_search(model, PROMPTS[:1], num_beams=2, max_new_tokens=12))
@@ -336,6 +339,7 @@ def _loop(dtype, batch=2, beams=3):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_a_step_does_nothing_with_a_whole_cache_but_update_and_contract_it(dtype):
     kept, cache = _loop(dtype)
     shape = cache.layers[0].k_buffer.shape

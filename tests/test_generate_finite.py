@@ -24,9 +24,9 @@ STRATEGIES = pytest.mark.parametrize(
     ("axes", "layout"),
     [
         (None, ""),
-        ("tp=2", mx.HEADS.layout),
+        pytest.param("tp=2", mx.HEADS.layout, marks=pytest.mark.slow),
         ("kv=2,rep=3", mx.HEADS_X_KV_SEQ.layout),
-        ("dp=2,tp=2", f"{mx.HEADS.layout} batch@dp"),
+        pytest.param("dp=2,tp=2", f"{mx.HEADS.layout} batch@dp", marks=pytest.mark.slow),
     ],
     ids=["single", "heads", "heads_x_kv_seq", "heads and batch"],
 )

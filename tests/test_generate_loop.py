@@ -48,6 +48,7 @@ def test_greedy_tokens_are_those_of_forward_passes_over_the_whole_text(changes):
     assert min(len(set(row)) for row in out.tokens.tolist()) >= 6
 
 
+@pytest.mark.slow
 def test_prompts_that_are_read_in_several_pieces_and_fill_the_context():
     model = talking_model(max_positions=1006)
     prompts = random_prompts(1000, 40)
@@ -305,6 +306,7 @@ def test_the_cache_grows_as_the_text_does(monkeypatch):
     assert [cache.kv_seq for _, (_, cache) in decodes] == [256] * 240 + [384] * 59
 
 
+@pytest.mark.slow
 def test_a_conversation_grows_its_cache_as_its_text_does():
     model, chat = talking_model(windows=(None,)), Conversation(talking_model(windows=(None,)))
     said = list(chat.reply(PROMPTS[0], max_new_tokens=300))
@@ -338,6 +340,7 @@ _WIDTHS, _CHUNKS = st.sampled_from([16, 32]), st.sampled_from([1, 5, 16])
     chunk=_CHUNKS,
     side=st.sampled_from(["left", "right"]),
 )
+@pytest.mark.slow
 def test_padding_order_and_pieces_change_nothing(rows, order, width, chunk, side):
     model = talking_model()
     alone = [logits_of(model, row, width=64)[-1] for row in rows]
@@ -432,6 +435,7 @@ def test_samples_of_a_prompt_read_it_once(monkeypatch):
     assert out.tokens[2].tolist() != out.tokens[3].tolist()
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_the_models_own():
     model = talking_model(windows=(None,))
     for sampler in (Sampler(), Sampler(temperature=3.0, top_k=5, processors=[mx.BannedTokens([1, 2])])):

@@ -133,6 +133,7 @@ def test_an_end_token_waits_for_the_least_number_of_tokens():
     assert said([mx.MinNewTokens(0)], eos_id=ends).lengths.tolist() == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_processors_come_before_the_sampler_in_their_order():
     # A ban after a bias counts; a bias after a ban does not bring the token back.
     for processors in (

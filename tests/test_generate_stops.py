@@ -121,6 +121,7 @@ def stopped_at(tokens, stops):
     return TOKENIZER.decode(tokens), len(tokens)
 
 
+@pytest.mark.slow
 def test_texts_without_stop_strings(free):
     tokens, texts = free
     assert texts == [TOKENIZER.decode(row) for row in tokens]

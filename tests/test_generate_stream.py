@@ -63,6 +63,7 @@ def test_the_first_token_is_there_before_the_loop_is_compiled(monkeypatch):
     assert [int(entry[0]) for entry in (first, second, third, *tokens)] == expected
 
 
+@pytest.mark.slow
 def test_a_stream_stops_when_all_rows_have_ended(monkeypatch):
     model = talking_model()
     free = generate(model, PROMPTS, max_new_tokens=24).tokens.tolist()
@@ -112,6 +113,7 @@ def chat():
     return Conversation(talking_model())
 
 
+@pytest.mark.slow
 def test_each_turn_reads_only_what_is_new(chat, monkeypatch):
     model, prefills, text = talking_model(), spy(monkeypatch, "read_piece"), list(PROMPTS[0])
     known = 0
@@ -219,6 +221,7 @@ def test_a_conversation_outgrows_its_cache(monkeypatch):
         assert chat._cache.kv_seq == slots
 
 
+@pytest.mark.slow
 def test_asking_again_and_again_does_not_fill_the_memory(monkeypatch):
     model = talking_model(windows=(None,))
     chat, (text,) = Conversation(model), random_prompts(40)

@@ -76,6 +76,7 @@ def test_adapters_are_as_precise_as_they_are_beside_a_bfloat16_weight():
     assert weight.dense().dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_a_model_says_the_same_at_first():
     model = untied()
     wrapped = mx.apply_lora(model, rank=2, alpha=4.0, targets=ALL, key=jr.key(0))
@@ -151,6 +152,7 @@ def test_merged_is_the_same_model(expected):
     assert relative_error(logits(untied()), expected) > 0.1
 
 
+@pytest.mark.slow
 def test_beside_weights_that_only_dequantise():
     model = quantized(untied())
     wrapped = adapted(model, targets=LINEAR)

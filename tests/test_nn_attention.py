@@ -63,6 +63,7 @@ def test_a_window_is_that_of_transformers():
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize(("kv_heads", "q_per_kv", "head_dim"), [(1, 1, 2), (4, 1, 6), (1, 5, 8), (2, 3, 10)])
+@pytest.mark.slow
 def test_is_that_of_numpy_head_by_head(kv_heads, q_per_kv, head_dim, window):
     attention = _attention(
         dataclasses.replace(GROUPED, kv_heads=kv_heads, q_per_kv=q_per_kv, head_dim=head_dim, windows=(window,))
@@ -155,6 +156,7 @@ def test_trap_sizes_as_globals_the_layer_runs_on_part_of_its_heads():
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-6), ("bfloat16", 2**-5), ("float16", 2**-8)])
 @pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.slow
 def test_one_query_on_a_cache_is_the_last_row_of_many(dtype, bound, batch):
     """One query takes another way through XLA on CPU than several do."""
     model = small_model(config=GROUPED, dtype=dtype)

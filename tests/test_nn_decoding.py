@@ -93,6 +93,7 @@ def test_16_bit_weights_are_not_copied_to_float32(batch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_reading_a_prompt_makes_the_last_logits_only(dtype):
     batch, seq = 2, 48
     model = small_model(config=CONFIG, dtype=dtype)

@@ -64,6 +64,7 @@ def test_value_and_gradient_are_those_of_all_scores_at_once(seq, kv_seq, window,
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_a_model_says_the_same_in_tiles(monkeypatch, dtype):
     model = small_model(config=dataclasses.replace(SMALL, windows=(None, 5), layers=2), dtype=dtype)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab, (2, 23)), jnp.int32)

@@ -98,6 +98,7 @@ def test_trap_masks_and_positions_not_shifted_for_padding(variant):
 
 
 @pytest.mark.parametrize("variant", [*WINDOWED, "wide_heads"])
+@pytest.mark.slow
 def test_rows_of_many_lengths_are_decoded_as_each_alone(variant):
     model, answers = variant_model(variant), recorded(variant)
     lengths = np.array([3, 7, 8, 5] * 2)
@@ -149,6 +150,7 @@ def test_16_bit_logits(variant, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.slow
 def test_trap_16_bit_batches_with_a_cache_on_cpu(dtype):
     """XLA on CPU refuses a 16-bit product of two batch dimensions, rows and heads, but only when it runs."""
     answers = recorded("window")
@@ -163,6 +165,7 @@ def test_trap_16_bit_batches_with_a_cache_on_cpu(dtype):
 
 
 @pytest.mark.parametrize("pieces", [(5,) * 8, (3, 1, 1, 30, 5)], ids=["chunks", "ragged"])
+@pytest.mark.slow
 def test_a_cache_changes_nothing_in_float64(pieces):
     with jax.enable_x64(True):
         model = jax.tree.map(
@@ -186,6 +189,7 @@ def test_logits_are_those_of_numpy(changes):
 
 
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.slow
 def test_gradient_reaches_every_weight(tied):
     config = dataclasses.replace(SMALL, tied=tied)
     model = small_model(config=config)
@@ -227,6 +231,7 @@ def test_gradient_is_the_slope():
         np.testing.assert_allclose(jax.grad(loss)(zero), slope, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_initial_weights(getkey):
     config = dataclasses.replace(SMALL, embed=128, hidden=256, vocab=1000)
     model = eqx.filter_jit(Mistral.init)(config, key=getkey())

@@ -119,6 +119,7 @@ def test_the_loop_updates_the_cache_in_place():
 
 
 @pytest.mark.parametrize(("strategy", "each"), [("heads", 2), ("head_dim", 3)])
+@pytest.mark.slow
 def test_a_layer_exchanges_two_or_three_sums(strategy, each):
     found = measured(strategy, "tp=4")
     embedding, choice = 1, 2

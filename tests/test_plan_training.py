@@ -42,6 +42,7 @@ def program(**options):
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.slow
 def test_each_device_has_its_part_of_the_state(zero):
     """4 bytes of each weight and each gradient, 8 of its moments, split by the strategy and then by the stage."""
     memory = program(zero=zero).memory
@@ -61,6 +62,7 @@ def phase():
     return read_phase(_measure(program(zero=3), job(Training(SEQ, zero=3))))
 
 
+@pytest.mark.slow
 def test_a_step_is_measured(phase):
     assert (phase.name, phase.runs, phase.tokens, phase.refused) == ("step", 1, SEQ, None)
     # Ids and what goes with them, six arrays of two rows; then metrics, counts, and XLA's table of some 50 results.

@@ -270,6 +270,7 @@ SPENT = {
 
 
 @pytest.mark.parametrize(("template", "complaint"), SPENT.items())
+@pytest.mark.slow
 def test_a_template_that_takes_too_much_is_ended(tmp_path, template, complaint):
     tokenizer = with_template(tmp_path, template)
     with pytest.raises(ValueError, match=rf"^The chat template of .*tiny\.gguf[^\n]*{complaint}[^\n]*\.$"):

@@ -89,6 +89,7 @@ def test_samples_are_shown(capsys):
     assert shown[-1] == float(made.norm.weight[0])
 
 
+@pytest.mark.slow
 def test_lines_behind_a_checkpoint_are_made_again(tmp_path):
     """What a process wrote that was killed before its next checkpoint, and a line that was cut off."""
     seen = Losses()
@@ -103,6 +104,7 @@ def test_lines_behind_a_checkpoint_are_made_again(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_tensorboard_gets_the_figures(tmp_path):
     from tensorboardX.proto import event_pb2
 
@@ -127,6 +129,7 @@ def _records(path):
         at += size + 16
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_figures_and_the_run_goes_on(monkeypatch, tmp_path):
     """A stand-in that has wandb's three functions which are used."""
     logged, started = [], []

@@ -42,6 +42,7 @@ def begun(first, tmp_path):
         (IDS, {"objective": lambda ids, random: train.causal(ids[::-1])}, "examples"),
     ],
 )
+@pytest.mark.slow
 def test_other_batches_are_refused(begun, ids, options, word):
     with refused("was made with other values", word, "--allow-changes"):
         trainer(begun).fit(model(), made(ids, **options), steps=4)

@@ -22,6 +22,7 @@ def _inputs():
 
 
 @pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 1e-2)])
+@pytest.mark.slow
 def test_sums_are_those_of_the_formula(label_smoothing, z_loss):
     with jax.enable_x64(True):
         head, hidden, batch = _inputs()

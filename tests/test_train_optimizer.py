@@ -13,6 +13,7 @@ from mistral_eqx.train import adamw, decayed, stack, trained, warmup_cosine, wsd
 
 
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.slow
 def test_matrices_alone_are_decayed(tied):
     """By what a weight does: with gradients of nothing, a step is the decay."""
     model = stack(small_model(config=dataclasses.replace(SMALL, tied=tied)))

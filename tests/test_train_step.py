@@ -81,6 +81,7 @@ def test_steps_are_those_of_one_device_and_the_whole_batch(reference, layout, ax
         assert any(x.sharding.shard_shape(x.shape) != x.shape for x in moments)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(reference):
     *_, step, last, _ = reference
     with jax.enable_x64(True):
@@ -102,6 +103,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(reference):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(eqx.filter(old.model.period, eqx.is_array)))
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_to_the_norm_of_all():
     model = small_model(config=CONFIG)
     # The weights move by the gradient itself.

@@ -184,6 +184,7 @@ def test_an_evaluation_is_the_loss_without_learning(axes, layout, zero):
     assert float(sums.correct / sums.weight) == float(metrics.accuracy)
 
 
+@pytest.mark.slow
 def test_bad_runs(whole, tmp_path):
     _, _, folder = whole
     with refused("no batches"):
