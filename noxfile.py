@@ -9,8 +9,9 @@ nox.options.error_on_missing_interpreters = True
 # Each core runs files of its own. A process takes up to 1.5 GB, so there are never many.
 PARALLEL = ("-n", "logical", "--maxprocesses", "8", "--dist", "loadfile")
 # Thousands of programs are compiled, each for a few numbers; a quarter to a third of the time went to optimizing them.
-# XLA's own passes stay as they are. The sessions `tests_plain` and `parity`, and these files, run what users run.
+# XLA's own passes stay as they are. The sessions `tests_plain` and `parity` run what users run.
 COMPILE_QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+# These compute for longer than they compile: the real model, and millions of draws.
 COMPUTE_LONG = ("tests/test_generate_sampler.py", "tests/test_invariance.py", "tests/test_readme.py")
 
 

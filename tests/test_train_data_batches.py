@@ -132,6 +132,8 @@ def test_a_position_among_other_batches_is_refused(other, words):
     next(iterator)
     with refused("position", *words):
         iter(goes_on).set_state(iterator.get_state())
+    with refused("no position"):
+        iter(stood).set_state({"next_index": 3})
 
 
 def assert_together(parts, whole):

@@ -135,7 +135,7 @@ def plan(
 def _generation(config: MistralConfig, prompt: int | None, kv_seq: int | None) -> tuple[int, int]:
     """The lengths of a prompt and of a cache that can have it."""
     slots: int = checked(min(4096, config.max_positions) if kv_seq is None else kv_seq, Count, "kv_seq")
-    length: int = checked(max(1, min(512, slots // 2)) if prompt is None else prompt, Count, "prompt")
+    length: int = checked(min(512, -(-slots // 2)) if prompt is None else prompt, Count, "prompt")
     if slots < prompt_width(length):
         raise InputError(
             f"A prompt of {length} tokens is read as {prompt_width(length)} and does not fit into a cache of "

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 import re
 import struct
 from collections.abc import Iterable, Iterator
@@ -71,7 +70,7 @@ def write_pieces(pieces: Iterable[tuple[str, float, int]]) -> bytes:
 
 
 @functools.lru_cache(maxsize=1)
-def read_pieces(model: bytes, name: str | os.PathLike[str]) -> list[tuple[str, float, int]]:
+def read_pieces(model: bytes, name: str) -> tuple[tuple[str, float, int], ...]:
     """Text, score and type of each token in a `.model` file; of the last file they are remembered.
 
     **Arguments:**
@@ -88,7 +87,7 @@ def read_pieces(model: bytes, name: str | os.PathLike[str]) -> list[tuple[str, f
                 entries = dict(_fields(bytes(content)))
                 (score,) = struct.unpack("<f", entries.get(_SCORE, bytes(4)))
                 pieces.append((entries.get(_PIECE, b"").decode(), score, entries.get(_TYPE, NORMAL)))
-    return pieces
+    return tuple(pieces)
 
 
 def checked_types(model: bytes, name: str) -> list[int]:

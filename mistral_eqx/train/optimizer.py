@@ -9,6 +9,9 @@ from ..errors import InputError
 from ..nn import Linear, Unembedding
 
 
+_STEPS = "change the schedule's numbers of steps"
+
+
 def adamw(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -63,8 +66,8 @@ def warmup_cosine(peak: Positive, *, warmup: CountOrZero, steps: Count, end: Not
     """Rises in a line to `peak` in `warmup` steps, then falls to `end` at `steps` along half a cosine
     ([SGDR](https://arxiv.org/abs/1608.03983))."""
     check_arguments(warmup_cosine, peak=peak, warmup=warmup, steps=steps, end=end)
-    _check_end(peak, end)
-    _check(0 <= warmup < steps, f"{warmup} steps of warmup leave none of {steps}")
+    _check(end <= peak, f"The end {end} is above the peak {peak}", "take a smaller end")
+    _check(warmup < steps, f"{warmup} steps of warmup leave none of {steps}", _STEPS)
     return optax.join_schedules(
         [_rise(peak, warmup), optax.cosine_decay_schedule(peak, steps - warmup, end / peak)], [warmup]
     )
@@ -74,8 +77,8 @@ def wsd(peak: Positive, *, warmup: CountOrZero, decay: Count, steps: Count, end:
     """Rises in a line to `peak` in `warmup` steps, stays, and falls in a line to `end` in the last `decay` steps
     ([warmup, stable, decay](https://arxiv.org/abs/2404.06395)). Training can go on from the stable part."""
     check_arguments(wsd, peak=peak, warmup=warmup, decay=decay, steps=steps, end=end)
-    _check_end(peak, end)
-    _check(warmup >= 0 and decay > 0 and warmup + decay <= steps, f"{warmup} + {decay} steps are not within {steps}")
+    _check(end <= peak, f"The end {end} is above the peak {peak}", "take a smaller end")
+    _check(warmup + decay <= steps, f"{warmup} + {decay} steps are not within {steps}", _STEPS)
     return optax.join_schedules(
         [_rise(peak, warmup), optax.constant_schedule(peak), optax.linear_schedule(peak, end, decay)],
         [warmup, steps - decay],
@@ -87,11 +90,6 @@ def _rise(peak: float, warmup: int) -> optax.Schedule:
     return optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
 
 
-def _check(holds: bool, problem: str):
+def _check(holds: bool, problem: str, remedy: str):
     if not holds:
-        raise InputError(f"{problem}; change the schedule's numbers of steps.")
-
-
-def _check_end(peak: float, end: float):
-    if end > peak:
-        raise InputError(f"The schedule's end {end} is above its learning rate {peak}; take a smaller end.", key="end")
+        raise InputError(f"{problem}; {remedy}.")

@@ -155,10 +155,13 @@ class _InOrderIterator(grain.DatasetIterator[Batch]):
         return {"order": self._order, "position": self._parent.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        if not state.keys() >= {"order", "position"}:
+            raise InputError("The state is no position among such batches; begin at the first one.")
         then = state["order"]
-        if changed := [name for name, value in self._order.items() if then[name] != value]:
+        if changed := [name for name, value in self._order.items() if then.get(name) != value]:
             what = ", ".join(
-                name if name == "examples" else f"{name} {then[name]!r}, here {self._order[name]!r}" for name in changed
+                name if name == "examples" else f"{name} {then.get(name)!r}, here {self._order[name]!r}"
+                for name in changed
             )
             raise InputError(
                 f"The position is one among other batches: {what}; make them as they were, or begin at the first one."
