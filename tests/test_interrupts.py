@@ -114,6 +114,30 @@ def test_in_native_code_nothing_is_waited_for_and_what_is_half_written_goes(tiny
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_failing_end_does_not_wait_for_native_code():
+    # As of a text whose reader is gone while the next token is decoded.
+    code, out, err = program(
+        """
+        import threading
+        import jax, jax.numpy as jnp
+        import mistral_eqx.cli
+
+        def app():
+            step = jax.jit(lambda x: jax.lax.fori_loop(0, 100, lambda _, x: jnp.sin(x), x))
+            x = step(jnp.ones(100_000))
+            def go_on():
+                while True:
+                    step(x).block_until_ready()
+            threading.Thread(target=go_on, daemon=True).start()
+            time.sleep(0.2)
+            sys.exit(3)
+        mistral_eqx.cli.app = app
+        mistral_eqx.cli.main()
+        """
+    )
+    assert (code, out, err) == (3, "", "")
+
+
 def test_what_fails_while_the_process_ends_is_no_error():
     found = program(
         """

@@ -1,10 +1,12 @@
 """The command line. What a command needs is imported inside it, so that help is there at once."""
 
+import contextlib
 import importlib.metadata
 import io
 import os
 import sys
-from typing import Annotated
+import traceback
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -65,12 +67,23 @@ def main():
             app()
     except SystemExit as ended:
         _write_out()
-        if ended.code and interrupts.came() is not None:
-            # Threads may still be in native code, which an ordinary end would crash.
+        if not ended.code:
+            raise
+        if interrupts.came() is not None:
             interrupts.leave(said=True)
-        if ended.code:
-            leave(ended.code if isinstance(ended.code, int) else 1)
-        raise
+        _fail(ended.code if isinstance(ended.code, int) else 1)
+    except BaseException:  # which `--debug` lets through
+        traceback.print_exc()
+        _write_out()
+        _fail(1)
+
+
+def _fail(code: int) -> NoReturn:
+    """Ends the process at once: threads may still be in native code, which an ordinary end would crash."""
+    leave(code)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _write_out():
