@@ -190,8 +190,13 @@ def leave(said: bool = False) -> NoReturn:
     _restore_terminal()
     with contextlib.suppress(OSError):
         os.write(2, b"" if said else _SAID[signal.Signals(number)])
-    _end(128 + number)
-    os._exit(128 + number)
+    end(128 + number)
+
+
+def end(code: int) -> NoReturn:
+    """Ends the process at once: threads may be in native code, which a shutdown of the interpreter would crash."""
+    _end(code)
+    os._exit(code)
 
 
 @contextlib.contextmanager

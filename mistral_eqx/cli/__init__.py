@@ -19,7 +19,7 @@ from .generate import generate
 from .inspect import inspect
 from .options import Debug
 from .plan import plan
-from .processes import drop, leave
+from .processes import drop
 from .train import train
 
 
@@ -79,11 +79,9 @@ def main():
 
 
 def _fail(code: int) -> NoReturn:
-    """Ends the process at once: threads may still be in native code, which an ordinary end would crash."""
-    leave(code)
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.flush()
-    os._exit(code)
+    interrupts.end(code)
 
 
 def _write_out():

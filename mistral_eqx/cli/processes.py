@@ -59,13 +59,3 @@ def drop(stream: TextIO):
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
-
-
-def leave(code: int):
-    """Ends one of several processes that has failed, so that the others do not wait for it; does nothing if alone."""
-    if _several:
-        from ..parallel.watch import running
-
-        watch = running()
-        if watch is not None:
-            watch.leave(code)

@@ -124,8 +124,10 @@ def command(*arguments: str) -> str:
     """
     import sys
 
+    from mistral_eqx import interrupts
     from mistral_eqx.cli import main
 
+    interrupts.end_by(sys.exit)
     errors = io.StringIO()
     sys.argv, code = ["mistral-eqx", *arguments], 0
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())):
