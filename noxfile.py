@@ -12,7 +12,7 @@ PARALLEL = ("-n", "logical", "--maxprocesses", "8", "--dist", "loadfile")
 # XLA's own passes stay as they are. The sessions `tests_plain` and `parity` run what users run.
 COMPILE_QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
 # These compute for longer than they compile: the real model, and millions of draws.
-COMPUTE_LONG = ("tests/test_generate_sampler.py", "tests/test_invariance.py", "tests/test_readme.py")
+COMPUTE_LONG = ("tests/test_generation_sampler.py", "tests/test_invariance.py", "tests/test_readme.py")
 
 
 @nox.session
@@ -37,7 +37,7 @@ def tests_slow(session: nox.Session):
 def tests_plain(session: nox.Session):
     """The core of the suite without the import hook, as users run the package."""
     session.install("-e", ".[test]")
-    core = ["tests/test_nn_model.py", "tests/test_generate_loop.py", "tests/test_checkpoint_loading.py"]
+    core = ["tests/test_nn_model.py", "tests/test_generation_loop.py", "tests/test_checkpoint_loading.py"]
     options = ["-m", "not parity and not slow", "-o", "addopts=--strict-markers --strict-config -ra"]
     session.run("pytest", *options, *PARALLEL, *core)
 

@@ -89,12 +89,12 @@ def start_gathered(task: Task, dtype: str) -> Search:
     from jax import lax
 
     import mistral_eqx as mx
-    from mistral_eqx.generate.caches import capacity, empty_cache, grow
-    from mistral_eqx.generate.prompt import pad_left
-    from mistral_eqx.generate.reading import prompt_width, read_pieces
+    from mistral_eqx.generation.caches import capacity, empty_cache, grow
+    from mistral_eqx.generation.prompt import pad_left
+    from mistral_eqx.generation.reading import prompt_width, read_pieces
     from mistral_eqx.nn import Cache
 
-    beam = importlib.import_module("mistral_eqx.generate.beam")
+    beam = importlib.import_module("mistral_eqx.generation.beam")
     model = mx.load(task.file, dtype=dtype)
 
     @eqx.filter_jit(donate="all-except-first")

@@ -27,10 +27,10 @@ import jax.numpy as jnp
 import jax.random as jr
 
 import mistral_eqx as mx
-from mistral_eqx.generate import Sampler
-from mistral_eqx.generate.request import Request
+from mistral_eqx.generation import Sampler
+from mistral_eqx.generation.request import Request
 from mistral_eqx.parallel import Choice
-from mistral_eqx.plan import CHIPS, Exchange, Report, decoding_step, exchange_seconds, prefill
+from mistral_eqx.planning import CHIPS, Exchange, Report, decoding_step, exchange_seconds, prefill
 
 
 HERE = Path(__file__).parent

@@ -9,7 +9,7 @@ import sys
 import rich
 
 import mistral_eqx as mx
-from mistral_eqx.plan import table
+from mistral_eqx.planning import table
 
 
 def main(name="gpt-mini", topology=None, devices=4):

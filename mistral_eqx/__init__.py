@@ -19,7 +19,7 @@ from .evaluate import (
     perplexity as perplexity,
     score as score,
 )
-from .generate import (
+from .generation import (
     AbstractProcessor as AbstractProcessor,
     BannedTokens as BannedTokens,
     Beams as Beams,
@@ -54,7 +54,7 @@ from .parallel import (
     shard as shard,
     strategies as strategies,
 )
-from .plan import plan as plan
+from .planning import plan as plan
 from .presets import PRESETS as PRESETS
 from .text import (
     Detokenizer as Detokenizer,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from model_fixtures import SMALL, run, small_model
 
-from mistral_eqx.generate import reading, request
+from mistral_eqx.generation import reading, request
 
 
 VOCAB = SMALL.vocab

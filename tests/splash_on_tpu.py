@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 import mistral_eqx as mx
 from mistral_eqx.config import MistralConfig
 from mistral_eqx.nn import flash_attention
-from mistral_eqx.plan.programs import Job, programs
+from mistral_eqx.planning.programs import Job, programs
 
 
 SEQ = 2048

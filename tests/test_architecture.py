@@ -30,10 +30,10 @@ SEES = {
     "text": {"config", "presets", "checkpoint"},
     # From one checkpoint to another, its tokenizer included.
     "conversion": {"checkpoint", "text"},
-    "generate": {"config", "parallel", "nn"},
+    "generation": {"config", "parallel", "nn"},
     "train": {"config", "parallel", "nn", "lora"},
-    "evaluate": {"config", "parallel", "nn", "generate"},
-    "plan": {"config", "presets", "parallel", "nn", "generate", "train"},
+    "evaluate": {"config", "parallel", "nn", "generation"},
+    "planning": {"config", "presets", "parallel", "nn", "generation", "train"},
 }
 # `python -m mistral_eqx`, and what it runs, see everything; the public names come from everywhere but there.
 EVERYTHING = {"cli", "__main__"}
@@ -99,7 +99,7 @@ def _violations(files):
 
 def test_imports_run_downward_only():
     files = _files()
-    assert {"nn/model.py", "parallel/strategy.py", "checkpoint/loading.py", "generate/loop.py"} <= files.keys()
+    assert {"nn/model.py", "parallel/strategy.py", "checkpoint/loading.py", "generation/loop.py"} <= files.keys()
     assert {_room(file) for file in files} - EVERYTHING - {"__init__", *GROUND} <= SEES.keys()
     assert list(_violations(files)) == []
 
@@ -107,14 +107,14 @@ def test_imports_run_downward_only():
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("nn/x.py", "from ..generate import loop"),
+        ("nn/x.py", "from ..generation import loop"),
         ("nn/x.py", "from ..checkpoint.hub import locate"),
         ("nn/deep/x.py", "from ...text import load_tokenizer"),
         ("nn/x.py", "def f():\n    import mistral_eqx.quant"),
         ("nn/x.py", "from .. import presets"),
         ("nn/x.py", "from mistral_eqx import load"),
         ("parallel/x.py", "from ..nn import Linear"),
-        ("generate/x.py", "from ..checkpoint import load"),
+        ("generation/x.py", "from ..checkpoint import load"),
         ("checkpoint/x.py", "from ..cli.errors import fail"),
         ("config.py", "from .presets import PRESETS"),
         ("__init__.py", "from .cli import main"),

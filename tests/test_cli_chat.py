@@ -3,7 +3,7 @@ import pytest
 from cli_fixtures import assert_refused, run, save_tiny_model
 
 import mistral_eqx as mx
-from mistral_eqx.generate import Conversation
+from mistral_eqx.generation import Conversation
 from mistral_eqx.text import encode_chat
 
 

@@ -6,7 +6,7 @@ from cli_fixtures import assert_refused, run, save_tiny_model
 from rich.console import Console
 
 import mistral_eqx as mx
-from mistral_eqx.plan import Memory, Phase, Report, Training, planning
+from mistral_eqx.planning import Memory, Phase, Report, Training, planning
 
 
 SMALL = ("--batch", 2, "--prompt", 16, "--kv-seq", 64)

@@ -15,8 +15,8 @@ from model_fixtures import SMALL, relative_error, run, small_model
 from sharding_fixtures import exchanges, sharded, written
 
 import mistral_eqx as mx
-from mistral_eqx.generate.caches import empty_cache, slots
-from mistral_eqx.generate.loop import Decoding, decode
+from mistral_eqx.generation.caches import empty_cache, slots
+from mistral_eqx.generation.loop import Decoding, decode
 from mistral_eqx.nn import Cache
 from mistral_eqx.parallel import Strategy, by_hand, with_strategy
 from mistral_eqx.parallel.mesh import make_mesh

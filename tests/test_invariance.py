@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from model_fixtures import padded
 
 import mistral_eqx as mx
-from mistral_eqx.generate.request import Request
+from mistral_eqx.generation.request import Request
 
 
 EXAMPLES = int(os.environ.get("INVARIANCE_EXAMPLES", "8"))

@@ -12,9 +12,9 @@ import pytest
 from model_fixtures import small_model
 
 from mistral_eqx.config import MistralConfig
-from mistral_eqx.generate import Sampler
-from mistral_eqx.generate.loop import Decoding, decode
-from mistral_eqx.generate.reading import read_piece
+from mistral_eqx.generation import Sampler
+from mistral_eqx.generation.loop import Decoding, decode
+from mistral_eqx.generation.reading import read_piece
 from mistral_eqx.nn import Cache
 
 

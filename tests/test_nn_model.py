@@ -24,7 +24,7 @@ from model_fixtures import (
     variant_model,
 )
 
-from mistral_eqx.generate import generate
+from mistral_eqx.generation import generate
 from mistral_eqx.nn import Linear, Mistral, RMSNorm
 from mistral_eqx.presets import PRESETS
 

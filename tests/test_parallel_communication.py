@@ -14,12 +14,12 @@ from model_fixtures import SMALL, small_model
 from sharding_fixtures import MESHES, exchanges, free_strategy
 
 import mistral_eqx as mx
-from mistral_eqx.generate.loop import Decoding, decode
-from mistral_eqx.generate.reading import read_piece
+from mistral_eqx.generation.loop import Decoding, decode
+from mistral_eqx.generation.reading import read_piece
 from mistral_eqx.nn import Cache
 from mistral_eqx.parallel import NAMED, by_hand, with_strategy
 from mistral_eqx.parallel.mesh import make_mesh
-from mistral_eqx.plan import communication
+from mistral_eqx.planning import communication
 
 
 # No two exchanges of one kind have one size by chance.

@@ -15,7 +15,7 @@ import mistral_eqx as mx
 from mistral_eqx import train
 from mistral_eqx.parallel import by_hand, with_strategy
 from mistral_eqx.parallel.mesh import make_mesh
-from mistral_eqx.plan import Training, training_step
+from mistral_eqx.planning import Training, training_step
 
 
 # No two exchanges of one kind have one size by chance.

@@ -50,7 +50,7 @@ def chat(
     import mistral_eqx as mx
 
     from ..checkpoint import open_checkpoint
-    from ..generate import Conversation
+    from ..generation import Conversation
     from ..parallel.agreement import agree, share
     from ..text import encode_chat
     from ..text.stops import checked_stops

@@ -12,7 +12,7 @@ from .wanted import Wanted
 
 
 if TYPE_CHECKING:
-    from ..generate import Beams, Generated
+    from ..generation import Beams, Generated
     from ..nn import Mistral
     from ..text.tokenizer import AbstractTokenizer
 

@@ -111,7 +111,7 @@ def generate(
     import mistral_eqx as mx
 
     from ..checkpoint import open_checkpoint
-    from ..generate.reading import check_context
+    from ..generation.reading import check_context
     from ..parallel.agreement import agree, share
     from .answering import answer_all, answer_one
     from .devices import Devices

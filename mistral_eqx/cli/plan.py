@@ -21,7 +21,7 @@ from .options import within
 if TYPE_CHECKING:
     from ..config import MistralConfig
     from ..parallel import Choice
-    from ..plan import Training
+    from ..planning import Training
 
 
 def plan(
@@ -106,8 +106,8 @@ def plan(
     from rich.console import Console
     from rich.text import Text
 
-    from ..plan import count_devices, plan as compile_plan, table
-    from ..plan.pictures import expect_picture, picture as draw
+    from ..planning import count_devices, plan as compile_plan, table
+    from ..planning.pictures import expect_picture, picture as draw
 
     if picture is not None:
         expect_picture(picture)
@@ -161,7 +161,7 @@ def _config(model: str) -> MistralConfig:
 
 def _trainings(train: bool, zero: list[int] | None, asked: dict[str, Any]) -> list[Training | bool]:
     """The steps of training that were asked for; one that is none where it is generation that is planned."""
-    from ..plan import Training
+    from ..planning import Training
 
     if train:
         return [*(Training(zero=stage, **asked) for stage in zero or [0])]

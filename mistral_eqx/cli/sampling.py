@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from ..generate import Sampler
+    from ..generation import Sampler
 
 
 def make_sampler(

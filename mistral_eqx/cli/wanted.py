@@ -10,7 +10,7 @@ from .sampling import make_sampler
 
 
 if TYPE_CHECKING:
-    from ..generate import Sampler
+    from ..generation import Sampler
 
 
 _NOT_WITH_BEAMS = (

@@ -26,8 +26,8 @@ except ImportError as error:
 
 from ..checks import Count, Seed, checked
 from ..errors import InputError
-from ..generate import Sampler, generate
-from ..generate.stops import Stops
+from ..generation import Sampler, generate
+from ..generation.stops import Stops
 from ..nn import Mistral
 from .score import score
 

@@ -9,10 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..checks import CountOrZero, checked
 from ..errors import InputError
-from ..generate.caches import empty_cache, parts, slots
-from ..generate.finite import not_finite
-from ..generate.prompt import Prompts, checked_prompts, pad_left
-from ..generate.reading import CHUNK, check_chunk, place_rows, prompt_width, read_piece
+from ..generation.caches import empty_cache, parts, slots
+from ..generation.finite import not_finite
+from ..generation.prompt import Prompts, checked_prompts, pad_left
+from ..generation.reading import CHUNK, check_chunk, place_rows, prompt_width, read_piece
 from ..nn import Cache, Mistral, Unembedding, log_likelihood
 from ..parallel import everywhere, specs, spmd
 

@@ -31,7 +31,7 @@ def _preload():
     import mistral_eqx.cli.answering
     import mistral_eqx.cli.training
     import mistral_eqx.evaluate
-    import mistral_eqx.plan
+    import mistral_eqx.planning
     import mistral_eqx.text  # noqa: F401
 
     try:

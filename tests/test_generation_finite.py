@@ -11,7 +11,7 @@ import pytest
 from generation_fixtures import random_prompts, refused, talking_model
 
 import mistral_eqx as mx
-from mistral_eqx.generate.loop import Decoding, decode
+from mistral_eqx.generation.loop import Decoding, decode
 from mistral_eqx.nn import Cache
 
 

@@ -14,7 +14,7 @@ from sharding_fixtures import mesh, sharded
 
 import mistral_eqx as mx
 from mistral_eqx import Sampler, generate, stream
-from mistral_eqx.generate.request import Request
+from mistral_eqx.generation.request import Request
 from mistral_eqx.parallel import Strategy, specs
 
 

@@ -220,7 +220,7 @@ class Report:
         return table([self])
 
     def picture(self, path: str | Path):
-        """Draws memory and times; see [`mistral_eqx.plan.picture`][]."""
+        """Draws memory and times; see [`mistral_eqx.planning.picture`][]."""
         from .pictures import picture
 
         picture([self], path)

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from ..config import MistralConfig
 from ..errors import InputError
-from ..generate import Sampler
+from ..generation import Sampler
 from ..parallel import Strategy
 
 
@@ -86,7 +86,7 @@ def prefill(
 ) -> list[Collective]:
     """What reading `seq` tokens into a cache exchanges; only the last one's logits are computed.
 
-    **Arguments:** those of [`mistral_eqx.plan.forward_pass`][], and
+    **Arguments:** those of [`mistral_eqx.planning.forward_pass`][], and
 
     - `kv_seq`: the slots of the cache, all devices together.
 
@@ -109,7 +109,7 @@ def decoding_step(
 ) -> list[Collective]:
     """What one turn of the decoding loop exchanges: the forward pass of one token a row, and what chooses the next.
 
-    **Arguments:** those of [`mistral_eqx.plan.prefill`][], and
+    **Arguments:** those of [`mistral_eqx.planning.prefill`][], and
 
     - `sampler`: how the token is chosen; greedy unless given.
     """

@@ -4,9 +4,9 @@ import pytest
 from generation_fixtures import refused
 from hypothesis import given, settings, strategies as st
 
-from mistral_eqx.generate.caches import capacity
-from mistral_eqx.generate.prompt import bucket, checked_prompts, pad_left
-from mistral_eqx.generate.reading import prompt_width
+from mistral_eqx.generation.caches import capacity
+from mistral_eqx.generation.prompt import bucket, checked_prompts, pad_left
+from mistral_eqx.generation.reading import prompt_width
 
 
 powers_of_two = st.integers(0, 6).map(lambda exponent: 2**exponent)

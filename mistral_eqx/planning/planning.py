@@ -18,7 +18,7 @@ from ..checks import Count, checked
 from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
-from ..generate.reading import prompt_width
+from ..generation.reading import prompt_width
 from ..parallel import NAMED, SINGLE, Choice, Strategy, read_strategy, strategies
 from ..parallel.mesh import parse_axes, show
 from ..presets import PRESETS
@@ -66,7 +66,7 @@ def plan(
 
     - `model`: a config, or the name of a preset.
     - `topology`: the chips of a TPU and how they are connected, such as `"v4:2x2x4"`; the chips are those of
-        `mistral_eqx.plan.CHIPS`. Takes the extra `tpu`, and no TPU.
+        `mistral_eqx.planning.CHIPS`. Takes the extra `tpu`, and no TPU.
     - `devices`: in place of a topology, a number of virtual devices of the CPU.
     - `strategy`: a strategy, its name with entries after it if need be (`"heads batch@dp"`), its text, or one of
         `mx.strategies`.
@@ -78,7 +78,7 @@ def plan(
     - `kv_seq`: slots of each row in the cache: the longest that a text can get; 4096, or the model's context if that is
         less, unless given.
     - `dtype`: the precision of weights, activations and cache; in training, of the forward and the backward pass.
-    - `train`: plans a step of training in place of generation: [`mistral_eqx.plan.Training`][], or `True` for its
+    - `train`: plans a step of training in place of generation: [`mistral_eqx.planning.Training`][], or `True` for its
         defaults.
 
     **Returns:** the report.

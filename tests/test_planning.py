@@ -16,10 +16,10 @@ from model_fixtures import SMALL
 from rich.console import Console
 
 import mistral_eqx as mx
-from mistral_eqx.generate.reading import prompt_width
+from mistral_eqx.generation.reading import prompt_width
 from mistral_eqx.parallel import Choice, read_strategy
 from mistral_eqx.parallel.mesh import parse_axes
-from mistral_eqx.plan import (
+from mistral_eqx.planning import (
     CHIPS,
     HOP_SECONDS,
     Exchange,
@@ -34,9 +34,9 @@ from mistral_eqx.plan import (
     prefill,
     roofline,
 )
-from mistral_eqx.plan.programs import Job, programs
-from mistral_eqx.plan.report import read_phase
-from mistral_eqx.plan.worker import _measure
+from mistral_eqx.planning.programs import Job, programs
+from mistral_eqx.planning.report import read_phase
+from mistral_eqx.planning.worker import _measure
 
 
 CONFIG = dataclasses.replace(SMALL, vocab=272, hidden=80, kv_heads=4, q_per_kv=2, head_dim=16, max_positions=1024)

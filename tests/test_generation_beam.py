@@ -22,7 +22,7 @@ from mistral_eqx import beam_search, generate
 from mistral_eqx.nn import Cache, Mistral
 
 
-beam = importlib.import_module("mistral_eqx.generate.beam")
+beam = importlib.import_module("mistral_eqx.generation.beam")
 
 
 def log_probabilities(model, text):

@@ -21,9 +21,9 @@ from model_fixtures import padded, run
 
 import mistral_eqx as mx
 from mistral_eqx import Conversation, Sampler, generate, prefill, stream
-from mistral_eqx.generate import reading, request
-from mistral_eqx.generate.prompt import pad_left
-from mistral_eqx.generate.request import Request
+from mistral_eqx.generation import reading, request
+from mistral_eqx.generation.prompt import pad_left
+from mistral_eqx.generation.request import Request
 from mistral_eqx.nn import Cache
 
 

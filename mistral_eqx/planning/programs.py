@@ -14,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
 from ..config import MistralConfig
-from ..generate import Sampler, caches
-from ..generate.loop import Decoding, decode
-from ..generate.reading import CHUNK, prompt_width, read_piece
+from ..generation import Sampler, caches
+from ..generation.loop import Decoding, decode
+from ..generation.reading import CHUNK, prompt_width, read_piece
 from ..nn import Cache, Mistral
 from ..parallel import Strategy, by_hand, specs
 from ..parallel.mesh import make_mesh
@@ -29,7 +29,7 @@ from .training import Training
 class Job:
     """What is to be compiled, in numbers and texts that another process can be told.
 
-    **Attributes:** those of [`mistral_eqx.plan.Report`][] of the same name, and
+    **Attributes:** those of [`mistral_eqx.planning.Report`][] of the same name, and
 
     - `topology`: of a TPU, or `None` for virtual devices of the CPU.
     """
@@ -52,7 +52,7 @@ class Uncompiled:
 
     **Attributes:**
 
-    - `name`, `runs`, `tokens`: as in [`mistral_eqx.plan.Phase`][].
+    - `name`, `runs`, `tokens`: as in [`mistral_eqx.planning.Phase`][].
     - `function`: takes `kept` and `given`, a cache or the state of training, of which it is given the second one for
         good if `donates`.
     - `loops`: whether a run of it is a turn of a loop.

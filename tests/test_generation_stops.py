@@ -5,7 +5,7 @@ from generation_fixtures import PROMPTS, VOCAB, refused, spy, talking_model
 from hypothesis import given, settings, strategies as st
 
 from mistral_eqx import Conversation, Sampler, StopText, generate, prefill, stream
-from mistral_eqx.generate import generation
+from mistral_eqx.generation import generation
 from mistral_eqx.text.tokenizer import AbstractTokenizer, control_pattern
 
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 import mistral_eqx as mx
-from mistral_eqx.plan import Exchange
-from mistral_eqx.plan.stablehlo import products, written
+from mistral_eqx.planning import Exchange
+from mistral_eqx.planning.stablehlo import products, written
 
 
 def lowered():

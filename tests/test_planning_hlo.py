@@ -2,8 +2,8 @@
 
 import pytest
 
-from mistral_eqx.plan import Exchange
-from mistral_eqx.plan.hlo import Program
+from mistral_eqx.planning import Exchange
+from mistral_eqx.planning.hlo import Program
 
 
 # Memory on the chip is that of a layout with S(1); the rest is the device's main memory.

@@ -8,8 +8,8 @@ from generation_fixtures import count_compilations, refused
 from hypothesis import given, settings, strategies as st
 from sharding_fixtures import mesh, sharded
 
-from mistral_eqx.generate import Sampler
-from mistral_eqx.generate.sampler import gumbel
+from mistral_eqx.generation import Sampler
+from mistral_eqx.generation.sampler import gumbel
 from mistral_eqx.parallel import Strategy, specs
 
 

@@ -27,7 +27,7 @@ def training_step(
 
     **Arguments:**
 
-    - `config`, `strategy`, `axes`: as of [`mistral_eqx.plan.forward_pass`][].
+    - `config`, `strategy`, `axes`: as of [`mistral_eqx.planning.forward_pass`][].
     - `batch`: rows, all devices and all parts together.
     - `training`: their length, the stage of ZeRO, and in how many parts they are gone through.
     - `dtype`: of the forward and the backward pass. Weights, and the gradients that are added up after it, are float32.

@@ -7,8 +7,8 @@ from generation_fixtures import random_prompts, talking_model
 from hypothesis import given, settings, strategies as st
 
 import mistral_eqx as mx
-from mistral_eqx.generate.request import Request
-from mistral_eqx.generate.sampler import Sampler
+from mistral_eqx.generation.request import Request
+from mistral_eqx.generation.sampler import Sampler
 
 
 NEW = 60

@@ -15,10 +15,10 @@ from rich.console import Console
 
 import mistral_eqx as mx
 from mistral_eqx.parallel import read_strategy
-from mistral_eqx.plan import Exchange, Report, Training, planning, training_step
-from mistral_eqx.plan.programs import Job, programs
-from mistral_eqx.plan.report import read_phase
-from mistral_eqx.plan.worker import _measure
+from mistral_eqx.planning import Exchange, Report, Training, planning, training_step
+from mistral_eqx.planning.programs import Job, programs
+from mistral_eqx.planning.report import read_phase
+from mistral_eqx.planning.worker import _measure
 
 
 LAYERS = 4
