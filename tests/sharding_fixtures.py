@@ -151,7 +151,7 @@ def free_strategy(random, config, axes, batch):
     abstract, strategy = AbstractMesh(tuple(axes.values()), tuple(axes)), Strategy()
     dims = random.sample(_DIMS, random.randint(5, len(_DIMS)))
     # `embed` shares an array with most others, so it comes first at times; `seq` comes last, since it needs others.
-    for dim in [*random.choice([[], [], ["embed"]]), *dims, "seq"]:
+    for dim in [*random.choice([[], [], ["embed"]]), *dims, "tokens"]:
         names = random.sample(tuple(axes), random.randint(1, len(axes)))
         for length in range(len(names), 0, -1):
             longer = f"{strategy.layout} {dim}@{','.join(names[:length])}".strip()
@@ -167,4 +167,4 @@ def _is_legal(layout, config, mesh, batch):
         strategy.check(config, mesh)
     except ValueError:
         return False
-    return batch % math.prod(mesh.shape[axis] for axis in strategy.split_over("batch")) == 0
+    return batch % strategy.parts("batch", mesh) == 0

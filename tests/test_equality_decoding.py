@@ -205,7 +205,7 @@ def test_of_equal_logits_on_several_devices_the_first_is_greedy(split):
 # Three rows over two devices: one of them has a row that nobody asked for. Slots dealt out to two and to three.
 MESHES = [
     (f"{mx.HEADS_X_KV_SEQ.layout} batch@dp", "dp=2,kv=2,rep=2"),
-    ("kv_heads@a hidden@a vocab@a seq@a kv_seq@b", "a=2,b=3"),
+    ("kv_heads@a hidden@a vocab@a tokens@a kv_seq@b", "a=2,b=3"),
 ]
 
 

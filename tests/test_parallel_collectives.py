@@ -100,14 +100,14 @@ def test_two_sums_go_in_one_exchange():
     ("layout", "axes", "seq", "collectives"),
     [
         ("hidden@a", "a=2", 6, {"all_reduce": 1}),
-        ("hidden@a seq@a", "a=2", 6, {"reduce_scatter": 1, "all_gather": 1}),
+        ("hidden@a tokens@a", "a=2", 6, {"reduce_scatter": 1, "all_gather": 1}),
         # What cannot be dealt out evenly stays whole, and so does what one device has alone.
-        ("hidden@a seq@a", "a=2", 5, {"all_reduce": 1}),
-        ("hidden@a seq@a", "a=2", 1, {"all_reduce": 1}),
-        ("hidden@a seq@a", "a=1", 6, {"all_reduce": 1}),
+        ("hidden@a tokens@a", "a=2", 5, {"all_reduce": 1}),
+        ("hidden@a tokens@a", "a=2", 1, {"all_reduce": 1}),
+        ("hidden@a tokens@a", "a=1", 6, {"all_reduce": 1}),
         # Over the other axis it is added up before.
-        ("hidden@a,b seq@a", "a=2,b=2", 6, {"all_reduce": 1, "reduce_scatter": 1, "all_gather": 1}),
-        ("hidden@a,b seq@b,a", "a=2,b=2", 8, {"reduce_scatter": 1, "all_gather": 1}),
+        ("hidden@a,b tokens@a", "a=2,b=2", 6, {"all_reduce": 1, "reduce_scatter": 1, "all_gather": 1}),
+        ("hidden@a,b tokens@b,a", "a=2,b=2", 8, {"reduce_scatter": 1, "all_gather": 1}),
     ],
 )
 def test_tokens_are_dealt_out_and_put_together_again(layout, axes, seq, collectives):
@@ -123,7 +123,7 @@ def test_tokens_are_dealt_out_and_put_together_again(layout, axes, seq, collecti
 
 
 def test_each_device_receives_its_own_tokens():
-    strategy = Strategy("hidden@a,b seq@b,a")
+    strategy = Strategy("hidden@a,b tokens@b,a")
     x = jnp.asarray(np.random.default_rng(0).integers(-9, 9, (1, 8, 4)), jnp.float32)
     found, _ = sharded(
         lambda x: psum_tokens(jnp.sum(x, axis=-1), "hidden", strategy),
@@ -175,7 +175,7 @@ def _write(caches, tokens, start, parts):
 )
 def test_slots_are_dealt_out_in_turn(layout, axes, pieces):
     strategy, grid = Strategy(layout), make_mesh(axes)
-    parts = int(np.prod([grid.shape[axis] for axis in strategy.split_over("kv_seq")]))
+    parts = int(np.prod([grid.shape[axis] for axis in strategy.axes("kv_seq")]))
     total = sum(pieces)
     share = -(-total // parts) + 1
     tokens = jnp.arange(1, total + 1, dtype=jnp.int32)[None]

@@ -44,11 +44,11 @@ LAYOUTS = [
     ("kv_seq@a,b", "a=2,b=4"),
     ("head_dim@a kv_seq@b", "a=2,b=2"),
     ("kv_heads@a q_per_kv@b head_dim@c hidden@c,a vocab@b", "a=2,b=2,c=2"),
-    ("kv_heads@a q_per_kv@b hidden@a,b vocab@b,a seq@a", "a=2,b=2"),
-    ("kv_heads@a q_per_kv@b hidden@a,b vocab@b,a seq@b,a", "a=2,b=2"),
-    ("kv_heads@a kv_seq@b hidden@a,b vocab@a,b seq@a batch@c", "a=2,b=2,c=2"),
+    ("kv_heads@a q_per_kv@b hidden@a,b vocab@b,a tokens@a", "a=2,b=2"),
+    ("kv_heads@a q_per_kv@b hidden@a,b vocab@b,a tokens@b,a", "a=2,b=2"),
+    ("kv_heads@a kv_seq@b hidden@a,b vocab@a,b tokens@a batch@c", "a=2,b=2,c=2"),
     # An axis of one device exchanges nothing.
-    ("kv_heads@a hidden@a vocab@a kv_seq@b seq@a", "a=1,b=2"),
+    ("kv_heads@a hidden@a vocab@a kv_seq@b tokens@a", "a=1,b=2"),
 ]
 
 
@@ -99,7 +99,7 @@ def test_the_closed_form_is_what_the_programs_exchange(layout, axes):
         )
 
 
-@pytest.mark.parametrize("layout", ["kv_heads@a kv_seq@b hidden@a vocab@a seq@a", "embed@a head_dim@b", "vocab@a,b"])
+@pytest.mark.parametrize("layout", ["kv_heads@a kv_seq@b hidden@a vocab@a tokens@a", "embed@a head_dim@b", "vocab@a,b"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.slow
 def test_what_is_summed_in_float32_is_exchanged_in_float32(layout, dtype):
@@ -153,7 +153,7 @@ def test_known_answers_a_layer(strategy, axes, a_layer, else_):
     # One token cannot be dealt out: it is added up everywhere, as under HEADS.
     if strategy is not mx.SEQUENCE_PARALLEL:
         inside, outside = _in_a_layer(communication.decoding_step(SEVEN, strategy, axes, batch=8, kv_seq=64))
-        greedy = {"best logit": 1, "best token": 1} if strategy.split_over("vocab") else {}
+        greedy = {"best logit": 1, "best token": 1} if strategy.axes("vocab") else {}
         assert sum(inside.values()) == a_layer
         assert sum(outside.values()) == else_ + sum(greedy.values())
         assert greedy.items() <= outside.items()

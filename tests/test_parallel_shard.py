@@ -29,7 +29,7 @@ def _arrays(model):
 @pytest.mark.parametrize("name", NAMED)
 def test_each_device_holds_its_part_and_the_weights_stay_as_they_are(name):
     model, strategy = small_model(config=CONFIG), NAMED[name]
-    mesh = make_mesh(MESHES[strategy.split_over("hidden")[0]])
+    mesh = make_mesh(MESHES[strategy.axes("hidden")[0]])
     split = mx.shard(model, mesh, strategy)
     assert (split.strategy, split.mesh.shape) == (strategy, mesh.shape)
     assert all(block.attention.strategy == strategy for block in split.blocks)

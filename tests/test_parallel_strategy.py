@@ -13,6 +13,7 @@ from mistral_eqx.parallel import (
     SEQUENCE_PARALLEL,
     SINGLE,
     Strategy,
+    read_strategy,
     shard,
     with_strategy,
 )
@@ -22,7 +23,7 @@ from mistral_eqx.presets import PRESETS
 def test_single_splits_nothing():
     assert Strategy() == SINGLE
     assert SINGLE.spec("kv_heads head_dim embed") == P(None, None, None)
-    assert SINGLE.split_over("kv_heads head_dim embed") == ()
+    assert SINGLE.axes("kv_heads head_dim embed") == ()
 
 
 def test_spec_has_one_entry_a_dimension():
@@ -33,12 +34,38 @@ def test_spec_has_one_entry_a_dimension():
     assert strategy.spec("") == P()
 
 
-def test_split_over_names_the_axes_in_order():
+def test_axes_names_the_axes_in_order():
     strategy = Strategy("kv_heads@kv q_per_kv@rep hidden@kv,rep")
-    assert strategy.split_over("kv_heads q_per_kv head_dim") == ("kv", "rep")
-    assert strategy.split_over("q_per_kv kv_heads") == ("rep", "kv")
-    assert strategy.split_over("hidden") == ("kv", "rep")
-    assert strategy.split_over("embed vocab") == ()
+    assert strategy.axes("kv_heads q_per_kv head_dim") == ("kv", "rep")
+    assert strategy.axes("q_per_kv kv_heads") == ("rep", "kv")
+    assert strategy.axes("hidden") == ("kv", "rep")
+    assert strategy.axes("embed vocab") == ()
+    assert strategy.axes() == ("kv", "rep")
+
+
+def test_parts_are_those_of_the_mesh():
+    strategy, sizes = Strategy("kv_heads@kv q_per_kv@rep hidden@kv,rep batch@dp"), {"dp": 5, "kv": 2, "rep": 3}
+    for mesh in (sizes, AbstractMesh(tuple(sizes.values()), tuple(sizes))):
+        found = [strategy.parts(dims, mesh) for dims in ("kv_heads", "kv_heads q_per_kv", "hidden", "batch", "embed")]
+        assert found == [2, 6, 6, 5, 1]
+    assert strategy.parts("hidden", None) == 1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [
+        (SINGLE, "single"),
+        (HEADS, "heads"),
+        (SEQUENCE_PARALLEL, "sequence_parallel"),
+        (SEQUENCE_PARALLEL + "batch@dp", "sequence_parallel batch@dp"),
+        (HEADS + "batch@dp", "heads batch@dp"),
+        (Strategy("batch@dp"), "batch@dp"),
+        (Strategy("kv_heads@tp"), "kv_heads@tp"),
+    ],
+)
+def test_a_name_is_read_again(strategy, name):
+    assert strategy.name == name
+    assert read_strategy(name) == strategy
 
 
 def test_white_space_and_order_are_free():
@@ -76,7 +103,8 @@ def test_what_is_written_is_what_is_read(layout, others):
     for dim, entry in zip(dims, spec, strict=True):
         found = () if entry is None else (entry,) if isinstance(entry, str) else entry
         assert found == tuple(layout.get(dim, ()))
-    assert strategy.split_over(" ".join(dims)) == tuple(axis for axes in layout.values() for axis in axes)
+    named = tuple(dict.fromkeys(axis for axes in layout.values() for axis in axes))
+    assert strategy.axes(" ".join(dims)) == strategy.axes() == named
 
 
 def test_equal_layouts_are_one_key():
@@ -216,15 +244,15 @@ def test_one_axis_on_dimensions_that_meet_in_no_array_is_legal():
 
 @pytest.mark.parametrize("left_out", ["kv_heads", "hidden", "vocab"])
 def test_seq_needs_the_sums_that_it_scatters(left_out):
-    layout = " ".join(f"{dim}@tp" for dim in ("kv_heads", "hidden", "vocab", "seq") if dim != left_out)
+    layout = " ".join(f"{dim}@tp" for dim in ("kv_heads", "hidden", "vocab", "tokens") if dim != left_out)
     message = _refused(layout, {"tp": 2})
-    assert "splits 'seq' over 'tp', but none of" in message
+    assert "splits 'tokens' over 'tp', but none of" in message
     assert left_out in message
 
 
 def test_seq_and_embed_are_not_split_together():
-    layout = "kv_heads@a hidden@a vocab@a seq@a embed@b"
-    assert "splits the residual stream by 'seq' and by 'embed'" in _refused(layout, {"a": 2, "b": 2})
+    layout = "kv_heads@a hidden@a vocab@a tokens@a embed@b"
+    assert "splits the residual stream by 'tokens' and by 'embed'" in _refused(layout, {"a": 2, "b": 2})
 
 
 def test_a_model_is_checked_by_its_config_and_left_as_it_is():

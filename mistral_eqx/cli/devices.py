@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from typing import TYPE_CHECKING
 
 from ..documents import shown
@@ -53,7 +52,7 @@ class Devices:
         self._axes = None if mesh is None else parse_axes(mesh)
         self._wanted = None if strategy is None else read_strategy(strategy)
         if self._axes is None and self._wanted is not None:
-            used = _axes_of(self._wanted)
+            used = self._wanted.axes()
             if len(used) > 1:
                 raise InputError(
                     f"The strategy {strategy!r} splits over the axes {' and '.join(used)}, and no mesh says how many "
@@ -86,7 +85,7 @@ class Devices:
             return None, SINGLE, ""
         if axes is None:
             # One axis over all the devices there are.
-            used = ["tp"] if self._wanted is None else _axes_of(self._wanted) or ["tp"]
+            used = ("tp",) if self._wanted is None else self._wanted.axes() or ("tp",)
             axes = {used[0]: jax.device_count()}
             if axes[used[0]] == 1:
                 raise InputError(
@@ -99,7 +98,7 @@ class Devices:
         agree("strategy", strategy.layout)
         strategy.check(config, mesh)
         together = f" of {jax.process_count()} processes" if processes.several() else ""
-        return mesh, strategy, f"{_name(strategy)} on {show(axes)}{together}"
+        return mesh, strategy, f"{strategy.name} on {show(axes)}{together}"
 
     def _expect_fit(self, config: MistralConfig, mesh: AbstractMesh):
         """Refuses a mesh over which the model cannot be split, without its devices."""
@@ -166,18 +165,13 @@ def _are_known() -> bool:
     return asked or _DEVICES_FLAG in os.environ.get("XLA_FLAGS", "") or xla_bridge.backends_are_initialized()
 
 
-def _axes_of(strategy: Strategy) -> list[str]:
-    """The axes that a strategy splits over, each once."""
-    return list(dict.fromkeys(re.findall(r"[^@,\s]+(?=[,\s]|$)", strategy.layout)))
-
-
 def _first_legal(config: MistralConfig, mesh: Mesh | AbstractMesh) -> Strategy:
     """The first of the named strategies that fits both the mesh and the model."""
-    from ..parallel.choices import NAMED
+    from ..parallel import NAMED
 
     refused = None
     for strategy in NAMED.values():
-        if set(_axes_of(strategy)) <= set(mesh.axis_names):
+        if set(strategy.axes()) <= set(mesh.axis_names):
             try:
                 strategy.check(config, mesh)
             except InputError as error:
@@ -190,9 +184,3 @@ def _first_legal(config: MistralConfig, mesh: Mesh | AbstractMesh) -> Strategy:
         f"No strategy has a name and the axes {', '.join(mesh.axis_names)}; call them tp, or kv and rep, or write the "
         f"layout, as in --strategy 'kv_heads@{mesh.axis_names[-1]} hidden@{mesh.axis_names[-1]}'."
     )
-
-
-def _name(strategy: Strategy) -> str:
-    from ..parallel.choices import NAMED
-
-    return next((name for name, named in NAMED.items() if named == strategy), strategy.layout)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,7 +59,7 @@ def share_of_rows(mesh: Mesh | None, strategy: Strategy) -> tuple[int, int]:
 
     if mesh is None or not processes.several():
         return 0, 1
-    parts = math.prod(mesh.shape[axis] for axis in strategy.split_over("batch"))
+    parts = strategy.parts("batch", mesh)
     rows: dict[int, set[int]] = {}
     for device, (part,) in NamedSharding(mesh, strategy.spec("batch")).devices_indices_map((parts,)).items():
         rows.setdefault(device.process_index, set()).add(part.start or 0)

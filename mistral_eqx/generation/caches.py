@@ -1,7 +1,6 @@
 """A model's cache: how large it is, and where its devices have it."""
 
 import functools
-import math
 from collections.abc import Callable
 
 import equinox as eqx
@@ -90,8 +89,7 @@ def holds(model: Mistral, kv_seq: int) -> int:
 
 def parts(model: Mistral, dim: str) -> int:
     """Into how many parts a dimension is split."""
-    axes = model.strategy.split_over(dim)
-    return 1 if model.mesh is None else math.prod(model.mesh.shape[axis] for axis in axes)
+    return model.strategy.parts(dim, model.mesh)
 
 
 def first_room(max_new_tokens: int) -> int:

@@ -47,7 +47,7 @@ class LogProbs(eqx.Module):
         if count == 0:
             return recorded
         top, tokens = lax.top_k(logits, min(count, size))
-        if strategy.split_over("vocab"):
+        if strategy.axes("vocab"):
             # Of equal ones the first of all comes first, for devices stand in the order of their tokens.
             tokens = gather(tokens + part * size, "vocab", strategy, axis=1)
             top, among = lax.top_k(gather(top, "vocab", strategy, axis=1), count)

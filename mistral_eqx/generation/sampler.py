@@ -154,7 +154,7 @@ class Sampler(eqx.Module):
         temperature = temperature.astype(logits.dtype)
         if self.top_k is not None:
             best = _top_k(logits, self.top_k)
-            if strategy.split_over("vocab"):
+            if strategy.axes("vocab"):
                 # The largest of all are among the largest of each device.
                 best = _top_k(gather(best, "vocab", strategy, axis=1), self.top_k)
             # The minimum, and not the last one: of that XLA on CPU makes a sort of all logits.
@@ -197,7 +197,7 @@ def _argmax(
     """The first index of the largest logit, which takes 8 bytes a row and device to agree on; and that logit."""
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logit = jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]
-    if not strategy.split_over("vocab"):
+    if not strategy.axes("vocab"):
         return best, logit
     part, _ = place("vocab", strategy)
     largest = pmax(logit, "vocab", strategy)
@@ -267,7 +267,7 @@ def _smallest_set(
     """
     # What is left out is summed, and not what stays: the sum of what stays is all before the last of many tokens.
     most = (1 - mass).astype(jnp.float32) * total
-    bits = 5 if strategy.split_over("vocab") else 1
+    bits = 5 if strategy.axes("vocab") else 1
     digits = np.arange(1, 2**bits, dtype=np.int32)
 
     def next_digit(number: Array, least: Array) -> Array:

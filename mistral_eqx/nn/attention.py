@@ -77,9 +77,9 @@ class Attention(eqx.Module):
             k, v = cache.k, cache.v
         inputs = q, k, v, *bounds(positions, self.window, span), kv_positions
         # Partial scores are added up over devices before anything else can be done with them.
-        tiled = q.shape[1] * k.shape[2] > _WHOLE and seen is None and not self.strategy.split_over("head_dim")
+        tiled = q.shape[1] * k.shape[2] > _WHOLE and seen is None and not self.strategy.axes("head_dim")
         context, log_sum = self._in_tiles(*inputs) if tiled else self._whole(*inputs, seen)
-        if self.strategy.split_over("kv_seq"):
+        if self.strategy.axes("kv_seq"):
             weight = jnp.exp(log_sum - pmax(log_sum, "kv_seq", self.strategy))
             context, total = psum_together(context * weight, weight, "kv_seq", self.strategy)
             context = context / total

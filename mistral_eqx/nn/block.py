@@ -15,7 +15,7 @@ from .visible import Span
 class Block(eqx.Module):
     """Attention, then a feed-forward layer, each on the normalised residual stream and added to it.
 
-    Where the strategy splits `seq`, the stream, and with it the norms, is split over tokens.
+    Where the strategy splits `tokens`, the stream, and with it the norms, is split over tokens.
     """
 
     attention_norm: RMSNorm

@@ -23,7 +23,7 @@ class Embedding(AbstractNamed):
     strategy: Strategy = SINGLE
 
     def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch tokens embed"]:
-        if not self.strategy.split_over("vocab"):
+        if not self.strategy.axes("vocab"):
             return self.weight.rows(ids)
         part, _ = place("vocab", self.strategy)
         size = self.weight.row_count

@@ -17,8 +17,9 @@ class Linear(AbstractNamed):
 
     If the strategy splits an output dimension, the layer is column-parallel: each device has its part of the result
     and nothing is exchanged. If it splits an input dimension, the layer is row-parallel: the partial sums are added
-    up, in the layer's only collective ([Megatron-LM](https://arxiv.org/abs/1909.08053)). If it splits `seq` too, each
-    device receives the sums of its own tokens only ([Korthikanti et al., 2022](https://arxiv.org/abs/2205.05198)).
+    up, in the layer's only collective ([Megatron-LM](https://arxiv.org/abs/1909.08053)). If it splits `tokens` too,
+    each device receives the sums of its own tokens only
+    ([Korthikanti et al., 2022](https://arxiv.org/abs/2205.05198)).
 
     **Attributes:**
 

@@ -127,9 +127,9 @@ class Mistral(eqx.Module):
             raise InputError(
                 f"Token ids have shape {ids.shape} and dtype {ids.dtype}; give integers of shape (batch, seq)."
             )
-        if self.mesh is None or entered():
+        if entered():
             return
-        devices = math.prod(self.mesh.shape[axis] for axis in self.strategy.split_over("batch"))
+        devices = self.strategy.parts("batch", self.mesh)
         if ids.shape[0] % devices:
             raise InputError(
                 f"{ids.shape[0]} rows cannot be split over {devices} devices, as the strategy "

@@ -1,6 +1,5 @@
 from .agreement import agree as agree, share as share
 from .choices import (
-    NAMED as NAMED,
     Choice as Choice,
     read_strategy as read_strategy,
     strategies as strategies,
@@ -39,6 +38,7 @@ from .strategy import (
     HEADS_X_HEAD_DIM as HEADS_X_HEAD_DIM,
     HEADS_X_KV_SEQ as HEADS_X_KV_SEQ,
     KV_REPLICATED as KV_REPLICATED,
+    NAMED as NAMED,
     SEQUENCE_PARALLEL as SEQUENCE_PARALLEL,
     SINGLE as SINGLE,
     Strategy as Strategy,

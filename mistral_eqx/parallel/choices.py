@@ -12,26 +12,7 @@ from ..checks import checked
 from ..config import MistralConfig
 from ..errors import InputError
 from .mesh import MOST_DEVICES, make_mesh
-from .strategy import (
-    HEAD_DIM,
-    HEADS,
-    HEADS_X_HEAD_DIM,
-    HEADS_X_KV_SEQ,
-    KV_REPLICATED,
-    SEQUENCE_PARALLEL,
-    SINGLE,
-    Strategy,
-)
-
-
-NAMED = {
-    "heads": HEADS,
-    "sequence_parallel": SEQUENCE_PARALLEL,
-    "head_dim": HEAD_DIM,
-    "kv_replicated": KV_REPLICATED,
-    "heads_x_head_dim": HEADS_X_HEAD_DIM,
-    "heads_x_kv_seq": HEADS_X_KV_SEQ,
-}
+from .strategy import HEADS_X_HEAD_DIM, NAMED, SINGLE, Strategy
 
 
 def read_strategy(text: str) -> Strategy:
@@ -104,7 +85,7 @@ def strategies(config: MistralConfig, n_devices: int) -> list[Choice]:
 
 
 def _axes(strategy: Strategy, devices: int) -> Iterator[dict[str, int]]:
-    if strategy.split_over("hidden") == ("tp",):
+    if strategy.axes("hidden") == ("tp",):
         if devices > 1:
             yield {"tp": devices}
         return

@@ -22,25 +22,25 @@ def psum(x: Array, dims: str, strategy: Strategy) -> Array:
 
     **Returns:** the sum, on every device; `x` itself if nothing is split.
     """
-    axes = strategy.split_over(dims)
+    axes = strategy.axes(dims)
     return lax.psum(x, axes) if axes else x
 
 
 def pmax(x: Array, dims: str, strategy: Strategy) -> Array:
     """The largest `x` of the devices among which any of `dims` is split; no gradient passes."""
-    axes = strategy.split_over(dims)
+    axes = strategy.axes(dims)
     return lax.pmax(lax.stop_gradient(x), axes) if axes else x
 
 
 def pmin(x: Array, dims: str, strategy: Strategy) -> Array:
     """The smallest `x` of the devices among which any of `dims` is split; no gradient passes."""
-    axes = strategy.split_over(dims)
+    axes = strategy.axes(dims)
     return lax.pmin(lax.stop_gradient(x), axes) if axes else x
 
 
 def psum_together(first: Array, second: Array, dims: str, strategy: Strategy) -> tuple[Array, Array]:
     """`psum` of two arrays in one exchange; they agree in all axes but the last."""
-    if not strategy.split_over(dims):
+    if not strategy.axes(dims):
         return first, second
     both = psum(jnp.concatenate([first, second], axis=-1), dims, strategy)
     return both[..., : first.shape[-1]], both[..., first.shape[-1] :]
@@ -60,7 +60,7 @@ def psum_varying(parts: Sequence[Array]) -> Array:
 
 
 def psum_tokens(x: Array, dims: str, strategy: Strategy) -> Array:
-    """Like `psum` for the residual stream: where `strategy` splits `seq`, each device receives its own tokens only.
+    """Like `psum` for the residual stream: where `strategy` splits `tokens`, each device receives its own tokens only.
 
     A length that cannot be cut into equal parts, such as the one token of a decoding step, stays whole.
 
@@ -69,8 +69,8 @@ def psum_tokens(x: Array, dims: str, strategy: Strategy) -> Array:
     - `x`: this device's partial sums for all tokens, shape `(batch, seq, ...)`.
     - `dims`, `strategy`: as for `psum`.
     """
-    axes = strategy.split_over(dims)
-    scattered = strategy.split_over("seq") if axes else ()
+    axes = strategy.axes(dims)
+    scattered = strategy.axes("tokens") if axes else ()
     devices = lax.axis_size(scattered) if scattered else 1
     if devices == 1 or x.shape[1] % devices:
         return psum(x, dims, strategy)
@@ -88,12 +88,12 @@ def all_tokens(x: Array, seq: int, strategy: Strategy, *, to: str = "varying") -
     - `to`: `"invarying"` if all devices are to know that they have the same. Otherwise the gradient is scattered right
         away and not added up everywhere first.
     """
-    return x if x.shape[1] == seq else lax.all_gather(x, strategy.split_over("seq"), axis=1, tiled=True, to=to)
+    return x if x.shape[1] == seq else lax.all_gather(x, strategy.axes("tokens"), axis=1, tiled=True, to=to)
 
 
 def gather(x: Array, dims: str, strategy: Strategy, *, axis: int) -> Array:
     """Puts together the parts of all devices among which `dims` are split, along `axis`."""
-    axes = strategy.split_over(dims)
+    axes = strategy.axes(dims)
     return lax.all_gather(x, axes, axis=axis, tiled=True, to="invarying") if axes else x
 
 
@@ -139,7 +139,7 @@ def scatter_sum(x: Array, axes: Sequence[str], *, axis: int) -> Array:
 
 def place(dims: str, strategy: Strategy) -> tuple[Array | int, int]:
     """Which of the parts of `dims` this device has, and how many there are."""
-    axes = strategy.split_over(dims)
+    axes = strategy.axes(dims)
     return (lax.axis_index(axes), lax.axis_size(axes)) if axes else (0, 1)
 
 

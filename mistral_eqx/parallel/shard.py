@@ -135,8 +135,7 @@ def einshard(x: Array | np.ndarray, expression: str, mesh: Mesh) -> Array:
     layout = Strategy(" ".join(word for word in words if "@" in word))
     taken: set[str] = set()
     for name, size in zip(names, x.shape, strict=True):
-        devices = 1
-        for axis in layout.split_over(name):
+        for axis in layout.axes(name):
             if axis not in mesh.shape:
                 raise InputError(
                     f"The expression {expression!r} splits {name!r} over the mesh axis {axis!r}, which the mesh lacks: "
@@ -145,8 +144,7 @@ def einshard(x: Array | np.ndarray, expression: str, mesh: Mesh) -> Array:
             if axis in taken:
                 raise InputError(f"The expression {expression!r} uses the mesh axis {axis!r} for two dimensions.")
             taken.add(axis)
-            devices *= mesh.shape[axis]
-        if size % devices:
+        if size % (devices := layout.parts(name, mesh)):
             raise InputError(f"{size} {name} cannot be split over {devices} devices; change the mesh or the array.")
     agree("expression", expression)
     return place_on(x, mesh, layout.spec(" ".join(names)))

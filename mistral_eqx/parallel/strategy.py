@@ -18,7 +18,7 @@ _ENTRY = re.compile(r"([a-z_]+)@([a-z_0-9]+(?:,[a-z_0-9]+)*)")
 
 # The sizes of these are a config's; of the others, a call's.
 _OF_CONFIG = ("vocab", "embed", "hidden", "kv_heads", "q_per_kv", "head_dim")
-_OF_CALL = ("batch", "seq", "kv_seq")
+_OF_CALL = ("batch", "tokens", "kv_seq")
 
 # What stands together in one array: no axis can split two of one line.
 _ARRAYS = {
@@ -27,7 +27,7 @@ _ARRAYS = {
     "gate_proj": "batch hidden embed",
     "the embedding": "vocab embed",
     "the logits": "batch vocab",
-    "the residual stream": "batch seq embed",
+    "the residual stream": "batch tokens embed",
 }
 
 
@@ -92,9 +92,33 @@ class Strategy:
         entries = [self._axes.get(dim, ()) for dim in dims.split()]
         return PartitionSpec(*(None if not axes else axes[0] if len(axes) == 1 else axes for axes in entries))
 
-    def split_over(self, dims: str) -> tuple[str, ...]:
-        """The mesh axes over which any of `dims` is split; empty if none is."""
-        return tuple(axis for dim in dims.split() for axis in self._axes.get(dim, ()))
+    def axes(self, dims: str | None = None) -> tuple[str, ...]:
+        """The mesh axes over which any of `dims` is split, empty if none is; of all dimensions unless given."""
+        split = self._axes.keys() if dims is None else dims.split()
+        return tuple(dict.fromkeys(axis for dim in split for axis in self._axes.get(dim, ())))
+
+    def parts(self, dims: str, mesh: Mesh | AbstractMesh | Mapping[str, int] | None) -> int:
+        """Into how many parts any of `dims` together are split.
+
+        **Arguments:**
+
+        - `mesh`: a mesh, or the sizes of its axes; `None` for one device.
+        """
+        if mesh is None:
+            return 1
+        sizes = mesh if isinstance(mesh, Mapping) else mesh.shape
+        return math.prod(sizes[axis] for axis in self.axes(dims))
+
+    @property
+    def name(self) -> str:
+        """What `read_strategy` reads it from: its name, with the entries after it, or its layout."""
+        if self == SINGLE:
+            return "single"
+        begin = [name for name, named in NAMED.items() if f"{self.layout} ".startswith(f"{named.layout} ")]
+        if not begin:
+            return self.layout
+        name = max(begin, key=lambda name: len(NAMED[name].layout))
+        return f"{name} {self.layout.removeprefix(NAMED[name].layout).strip()}".strip()
 
     def check(self, model: MistralConfig | _HasConfig, mesh: Mesh | AbstractMesh):
         """Refuses what cannot be split, before anything is traced.
@@ -123,7 +147,7 @@ class Strategy:
                         f"The strategy {self.layout!r} splits {dim!r} over the mesh axis {axis!r}, but the mesh has "
                         f"{_listed(sizes)}; make a mesh with that axis, or name one of its own."
                     )
-            devices = math.prod(sizes[axis] for axis in axes)
+            devices = self.parts(dim, mesh)
             if dim in _OF_CONFIG and getattr(config, dim) % devices:
                 raise InputError(
                     f"{getattr(config, dim)} {dim} cannot be split over {devices} devices; {_remedy(dim, devices)}."
@@ -145,15 +169,15 @@ class Strategy:
                         )
                     taken[axis] = dim
         for dims in ("kv_heads q_per_kv head_dim", "hidden", "vocab"):
-            missing = [axis for axis in self._axes.get("seq", ()) if axis not in self.split_over(dims)]
+            missing = [axis for axis in self.axes("tokens") if axis not in self.axes(dims)]
             if missing:
                 raise InputError(
-                    f"The strategy {self.layout!r} splits 'seq' over {missing[0]!r}, but none of {dims!r}; sums over "
-                    "these are what it scatters, so split one of them over that axis too."
+                    f"The strategy {self.layout!r} splits 'tokens' over {missing[0]!r}, but none of {dims!r}; sums "
+                    "over these are what it scatters, so split one of them over that axis too."
                 )
-        if self.split_over("seq") and self.split_over("embed"):
+        if self.axes("tokens") and self.axes("embed"):
             raise InputError(
-                f"The strategy {self.layout!r} splits the residual stream by 'seq' and by 'embed'; keep one of them."
+                f"The strategy {self.layout!r} splits the residual stream by 'tokens' and by 'embed'; keep one of them."
             )
 
 
@@ -179,4 +203,14 @@ HEAD_DIM = Strategy("head_dim@tp hidden@tp vocab@tp")
 KV_REPLICATED = Strategy("kv_heads@kv q_per_kv@rep hidden@kv,rep vocab@kv,rep")
 HEADS_X_HEAD_DIM = Strategy("kv_heads@kv head_dim@rep hidden@kv,rep vocab@kv,rep")
 HEADS_X_KV_SEQ = Strategy("kv_heads@kv kv_seq@rep hidden@kv,rep vocab@kv,rep")
-SEQUENCE_PARALLEL = Strategy("kv_heads@tp hidden@tp vocab@tp seq@tp")
+SEQUENCE_PARALLEL = Strategy("kv_heads@tp hidden@tp vocab@tp tokens@tp")
+
+# Those that split something, by their names.
+NAMED = {
+    "heads": HEADS,
+    "sequence_parallel": SEQUENCE_PARALLEL,
+    "head_dim": HEAD_DIM,
+    "kv_replicated": KV_REPLICATED,
+    "heads_x_head_dim": HEADS_X_HEAD_DIM,
+    "heads_x_kv_seq": HEADS_X_KV_SEQ,
+}

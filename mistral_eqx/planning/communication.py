@@ -134,7 +134,7 @@ class Ledger:
 
     def parts(self, dims: str) -> int:
         """Into how many parts any of `dims` together are split."""
-        return math.prod(self.axes[axis] for axis in self.strategy.split_over(dims))
+        return self.strategy.parts(dims, self.axes)
 
     def share(self, dim: str, size: int) -> int:
         """One device's share of a dimension whose size is a call's."""
@@ -159,7 +159,7 @@ class Ledger:
 
     def scattered(self, seq: int) -> int:
         """Among how many devices the residual stream's tokens are dealt out."""
-        return self.parts("seq") if seq % self.parts("seq") == 0 else 1
+        return self.parts("tokens") if seq % self.parts("tokens") == 0 else 1
 
     def sum_tokens(self, what: str, dims: str, count: int, seq: int):
         """Adds up what goes to the residual stream, where each device receives its own tokens."""

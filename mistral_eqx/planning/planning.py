@@ -19,7 +19,7 @@ from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
 from ..generation.reading import prompt_width
-from ..parallel import NAMED, SINGLE, Choice, Strategy, read_strategy, strategies
+from ..parallel import Choice, Strategy, read_strategy, strategies
 from ..parallel.mesh import parse_axes, show
 from ..presets import PRESETS
 from ..train import Zero
@@ -91,7 +91,7 @@ def plan(
     count, chip = count_devices(topology, devices), _chip(topology)
     label, split, axes = _place(config, strategy, mesh, count)
     training = Training() if train is True else train or None
-    rows = math.prod(axes[axis] for axis in split.split_over("batch"))
+    rows = split.parts("batch", axes)
     if batch % rows:
         raise InputError(f"A batch of {batch} cannot be split over {rows} devices; take a multiple of {rows}.")
     if training is None:
@@ -227,7 +227,7 @@ def _place(
         axes = strategy.axes if mesh is None else parse_axes(mesh)
     else:
         split = read_strategy(strategy) if isinstance(strategy, str) else strategy
-        label = _name(split)
+        label = split.name
         axes = _axes(config, split, count) if mesh is None else parse_axes(mesh)
     if math.prod(axes.values()) != count:
         raise InputError(f"The mesh {show(axes)} takes {math.prod(axes.values())} devices and there are {count}.")
@@ -235,22 +235,12 @@ def _place(
     return label, split, axes
 
 
-def _name(split: Strategy) -> str:
-    for name, named in {"single": SINGLE, **NAMED}.items():
-        if split.layout == named.layout:
-            return name
-        if named.layout and split.layout.startswith(f"{named.layout} "):
-            return f"{name} {split.layout.removeprefix(named.layout).strip()}"
-    return split.layout
-
-
 def _axes(config: MistralConfig, split: Strategy, count: int) -> dict[str, int]:
     """The mesh of a strategy for which none is given."""
     for choice in strategies(config, count):
         if choice.strategy.layout == split.layout:
             return choice.axes
-    words = re.findall(r"@(\S+)", split.layout)
-    used = list(dict.fromkeys(axis for word in words for axis in word.split(",")))
+    used = split.axes()
     if len(used) > 1:
         raise InputError(
             f"The strategy {split.layout!r} splits over the axes {' and '.join(used)}, and none of the meshes of "

@@ -36,8 +36,8 @@ def training_step(
     once a part in the others.
 
     **Raises:** `ValueError` if the strategy does not fit the config or the axes, the rows cannot be cut, or it splits
-    `embed`, or both `head_dim` and `kv_seq`, or `seq` over other axes than the heads, for which there is no closed form
-    here.
+    `embed`, or both `head_dim` and `kv_seq`, or `tokens` over other axes than the heads, for which there is no closed
+    form here.
     """
     if batch % training.accumulate:
         raise InputError(f"A batch of {batch} cannot be cut into {training.accumulate} parts; take a multiple of that.")
@@ -82,9 +82,9 @@ class _TrainingLedger(Ledger):
 
     def check(self):
         """Refuses what is not in the form."""
-        split = self.strategy.split_over
-        heads = set(split("kv_heads head_dim"))
-        if self.parts("embed") > 1 or (split("head_dim") and split("kv_seq")) or not set(split("seq")) <= heads:
+        axes = self.strategy.axes
+        heads = set(axes("kv_heads head_dim"))
+        if self.parts("embed") > 1 or (axes("head_dim") and axes("kv_seq")) or not set(axes("tokens")) <= heads:
             raise InputError(
                 f"There is no closed form of a training step under {self.strategy.layout!r}; take a strategy with a "
                 "name, or count the exchanges of a plan."
@@ -125,7 +125,7 @@ class _TrainingLedger(Ledger):
             if not self.dealt:
                 self.sum(f"gradient {what}", dims, maps * layers, stream)
         if self.dealt:
-            devices = self.parts("seq")
+            devices = self.parts("tokens")
             # An all-gather's gradient is a reduce-scatter, and the reverse.
             self.write("reduce_scatter", "gradient of inputs", devices, (2 * layers, stream))
             self.write("all_gather", "gradient of outputs", devices, (2 * layers + 1, stream // devices))
@@ -151,8 +151,8 @@ class _TrainingLedger(Ledger):
             stacked = weight.arrays * max(weight.layers, 1)
             count, whole = weight.arrays, 4 * numbers * max(weight.layers, 1)
             name, is_cut = f"of {weight.name}", zero and cut
-            axes = set(self.strategy.split_over(weight.dims))
-            sets.add(tuple(sorted(axes | set(self.strategy.split_over("batch") if is_cut else ()))))
+            axes = set(self.strategy.axes(weight.dims))
+            sets.add(tuple(sorted(axes | set(self.strategy.axes("batch") if is_cut else ()))))
             if zero < 2:
                 self.write("all_reduce", f"gradient {name}", devices, (count, whole))
             elif zero == 2:

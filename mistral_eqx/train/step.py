@@ -1,6 +1,5 @@
 """One step of training, compiled as a whole and run inside one `shard_map`."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -256,9 +255,7 @@ def make_step(
         return eqx.combine(_put_away(made), _static(state)), metrics
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        mesh, axes = state.model.outer.mesh, state.strategy.split_over("batch")
-        devices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
-        parts = accumulate * devices
+        parts = accumulate * state.strategy.parts("batch", state.model.outer.mesh)
         if batch.inputs.shape[0] % parts:
             raise InputError(
                 f"{batch.inputs.shape[0]} rows cannot be cut into {parts} equal parts, by accumulation times the "

@@ -1,7 +1,6 @@
 """Training state that is split over the devices which share a batch ([ZeRO](https://arxiv.org/abs/1910.02054))."""
 
 import dataclasses
-import math
 from functools import partial
 
 import equinox as eqx
@@ -48,13 +47,13 @@ class Zero:
         """
         if stage not in (0, 1, 2, 3):
             raise InputError(f"There is no ZeRO stage {stage}; take 0, 1, 2 or 3.")
-        axes = strategy.split_over("batch")
+        axes = strategy.axes("batch")
         if stage and (mesh is None or not axes):
             raise InputError(
                 f"ZeRO {stage} splits state over devices that share a batch, and the strategy {strategy.layout!r} does "
                 "not split 'batch'; add ' batch@dp' to it, and the axis dp to the mesh."
             )
-        return cls(stage, axes, 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes))
+        return cls(stage, axes, strategy.parts("batch", mesh))
 
     def cuts(self, model: Stacked, place: Stacked, mesh: Mesh | None) -> Stacked:
         """Along which dimension each array is cut on one device; -1 for those that stay whole.
