@@ -6,6 +6,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+import numpy as np
 from annotated_types import Ge, Le, Lt
 
 from .checks import Count, CountOrZero, check_fields, checked
@@ -21,6 +22,25 @@ Layers = Annotated[int, Ge(1), Le(10_000)]
 Base = Annotated[float, Ge(1), Le(1e18)]
 # Published models have 1e-5 or 1e-6. What is smaller than this is lost in float32.
 Epsilon = Annotated[float, Ge(1e-20), Lt(1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """The angles of the rotary embedding ([RoFormer](https://arxiv.org/abs/2104.09864)).
+
+    **Attributes:**
+
+    - `dim`: how many entries of a head are rotated, two by two.
+    - `theta`: the base of the wavelengths.
+    """
+
+    dim: int
+    theta: float
+
+    @property
+    def inv_freq(self) -> np.ndarray:
+        """The angle of each pair per position, in radians and float64, shape `(dim / 2,)`."""
+        return self.theta ** -(np.arange(0, self.dim, 2) / self.dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +91,11 @@ class MistralConfig:
                 "None where a layer sees all positions.",
                 key="windows",
             )
+
+    @property
+    def rope(self) -> Rope:
+        """The angles of the rotary embedding."""
+        return Rope(self.head_dim, self.rope_theta)
 
     @property
     def q_heads(self) -> int:

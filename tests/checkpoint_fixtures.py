@@ -19,7 +19,7 @@ from mistral_eqx.checkpoint.names import rows
 from mistral_eqx.checkpoint.ranges import read_ranges
 from mistral_eqx.checkpoint.reader import DTYPES
 from mistral_eqx.config import MistralConfig
-from mistral_eqx.nn import Mistral, Rotary
+from mistral_eqx.nn import Mistral
 
 
 # Three query heads a key/value head, and heads that are together wider than the residual stream.
@@ -49,7 +49,6 @@ def random_model(config, key, dtype=jnp.float32):
     """A model in which no two weights are alike, the norms' included. Drawn by numpy: nothing is compiled for it."""
     numbers = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     skeleton = eqx.filter_eval_shape(Mistral.init, config, key=key, dtype=dtype)
-    skeleton = eqx.tree_at(lambda model: model.rotary, skeleton, Rotary.init(config.head_dim, config.rope_theta))
 
     def draw(leaf):
         return jax.device_put(numbers.normal(size=leaf.shape).astype(leaf.dtype))

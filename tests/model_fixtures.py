@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from mistral_eqx.checkpoint import load
 from mistral_eqx.config import MistralConfig
-from mistral_eqx.nn import Cache, Mistral, Rotary
+from mistral_eqx.nn import Cache, Mistral
 
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
@@ -42,7 +42,6 @@ def small_model(seed=0, *, config=SMALL, dtype=jnp.float32):
     """A random model in which attention picks some tokens out, and the norms' weights differ from one."""
     draw = np.random.default_rng(seed).standard_normal
     model = eqx.filter_eval_shape(Mistral.init, config, key=jr.key(0), dtype=dtype)
-    model = eqx.tree_at(lambda model: model.rotary, model, Rotary.init(config.head_dim, config.rope_theta))
 
     def drawn(leaf):
         if not isinstance(leaf, jax.ShapeDtypeStruct):

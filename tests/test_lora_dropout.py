@@ -16,7 +16,8 @@ from model_fixtures import relative_error, small_model
 import mistral_eqx as mx
 from mistral_eqx import train
 from mistral_eqx.lora import LoRAWeight
-from mistral_eqx.nn import DenseWeight
+from mistral_eqx.nn import DenseWeight, stack
+from mistral_eqx.train.dropout import with_dropout
 
 
 OPTIMIZER = train.adamw(1e-2)
@@ -57,15 +58,15 @@ def test_entries_are_dropped_on_the_way_to_the_adapter_and_the_others_are_larger
 
 def test_each_layer_and_row_has_its_own_key():
     model = adapted(adapted(dropout=DROPOUT), targets=("q_proj",), dropout=DROPOUT)
-    with_keys = train.stack(model).with_keys(jr.key(0), jnp.arange(ROWS))
+    with_keys = with_dropout(stack(model), jr.key(0), jnp.arange(ROWS))
     found = [jr.key_data(key).reshape(-1, 2) for key in keys_of(with_keys)]
-    twice = with_keys.period[0].attention.q_proj.weight.base
+    twice = with_keys.pattern[0].attention.q_proj.weight.base
     found.append(jr.key_data(twice.key).reshape(-1, 2))
     assert len(np.unique(np.concatenate(found), axis=0)) == (len(LINEAR) + 1) * CONFIG.layers * ROWS
 
 
 def test_without_dropout_there_is_no_key():
-    stacked = train.stack(adapted(dropout=0.0))
+    stacked = stack(adapted(dropout=0.0))
     assert keys_of(stacked.with_keys(jr.key(0), jnp.arange(ROWS))) == [None] * len(LINEAR)
     # As in PEFT a table has none, since rows are looked up; and here it is the head as well.
     tied = small_model(config=dataclasses.replace(CONFIG, tied=True))
@@ -105,7 +106,6 @@ def test_a_resumed_run_goes_on_as_it_would_have():
 
 def model64(dropout=DROPOUT):
     model = small_model(config=dataclasses.replace(CONFIG, tied=False), dtype=jnp.float64)
-    model = eqx.tree_at(lambda model: model.rotary.inv_freq, model, replace_fn=lambda x: x.astype(jnp.float64))
     return adapted(model, targets=(*LINEAR, "head"), rank=2, dtype=jnp.float64, dropout=dropout)
 
 
@@ -113,7 +113,7 @@ def model64(dropout=DROPOUT):
 def test_the_backward_pass_drops_what_the_forward_pass_did():
     """The gradient, for which blocks are computed again, against the difference of two forward passes."""
     with jax.enable_x64(True):
-        stacked = train.stack(model64()).with_keys(jr.key(0), jnp.arange(2, dtype=jnp.int32))
+        stacked = with_dropout(stack(model64()), jr.key(0), jnp.arange(2, dtype=jnp.int32))
         weights, constants = eqx.partition(stacked, train.trained(stacked))
         draw = np.random.default_rng(1).standard_normal
         direction = jax.tree.map(lambda leaf: jnp.asarray(draw(leaf.shape)), weights)

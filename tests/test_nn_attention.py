@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from model_fixtures import SMALL, relative_error, small_model
 
-from mistral_eqx.nn import Cache, visible
+from mistral_eqx.nn import Cache, Context, visible
 from mistral_eqx.nn.visible import bounds
 
 
@@ -27,15 +27,14 @@ def _activations(rows=7):
 
 
 @eqx.filter_jit
-def _apply(attention, rotary, x, positions):
+def _apply(attention, rope, x, positions):
     """The layer without a cache, on activations of shape `(seq, embed)`."""
-    positions = positions[None]
-    return attention(x[None], rotary(positions), positions, positions, None, jnp.zeros((), jnp.int32))[0][0]
+    return attention(x[None], Context.init(rope, positions[None], dtype=x.dtype))[0][0]
 
 
 def _run(attention, x, positions=POSITIONS, dtype=jnp.float32):
-    rotary = small_model(config=GROUPED).rotary
-    return np.asarray(_apply(attention, rotary, jnp.asarray(x, dtype), jnp.asarray(positions, jnp.int32)), np.float64)
+    x, positions = jnp.asarray(x, dtype), jnp.asarray(positions, jnp.int32)
+    return np.asarray(_apply(attention, GROUPED.rope, x, positions), np.float64)
 
 
 _positions = st.integers(-1, 12)
@@ -74,7 +73,7 @@ def test_is_that_of_numpy_head_by_head(kv_heads, q_per_kv, head_dim, window):
     found = np.asarray(
         _apply(
             attention,
-            small_model(config=dataclasses.replace(GROUPED, head_dim=head_dim)).rotary,
+            dataclasses.replace(GROUPED, head_dim=head_dim).rope,
             jnp.asarray(x, jnp.float32),
             jnp.asarray(positions, jnp.int32),
         )
@@ -166,18 +165,12 @@ def test_one_query_on_a_cache_is_the_last_row_of_many(dtype, bound, batch):
 
     @jax.jit
     def last(x):
-        layer = Cache.init(GROUPED, batch, 9, dtype).layers[0]
-        padding = jnp.full((batch, 2), -1, jnp.int32)
-        slots = jnp.concatenate([positions, padding], axis=1)
+        cache = Cache.init(GROUPED, batch, 9, dtype)
+        (layer,), known = cache.layers, cache.positions
         for at in (slice(6), slice(6, 7)):
-            y, layer = attention(
-                x[:, at],
-                model.rotary(positions[:, at]),
-                positions[:, at],
-                slots,
-                layer,
-                jnp.asarray(at.start or 0, jnp.int32),
-            )
+            slot = jnp.asarray(at.start or 0, jnp.int32)
+            context = Context.init(GROUPED.rope, positions[:, at], dtype=dtype, cached=(known, slot))
+            (y, layer), known = attention(x[:, at], context, layer), context.keys
         return y[:, 0]
 
     expected = reference.attention(attention, np.asarray(x[0], np.float64), POSITIONS, theta=1e4)[-1]

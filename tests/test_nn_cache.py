@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from model_fixtures import SMALL, empty_cache, run, small_model
 
-from mistral_eqx.nn import Cache, LayerCache
+from mistral_eqx.nn import Cache, Context, FullCache
 
 
 def _filled(batch=1, kv_seq=12):
@@ -30,7 +30,7 @@ def test_trap_one_stacked_array_made_everything_slow(dtype):
     assert type(cache.layers) is tuple
     assert len(cache.layers) == SMALL.layers
     for layer in cache.layers:
-        assert type(layer) is LayerCache
+        assert type(layer) is FullCache
         assert layer.k_buffer.shape == layer.v_buffer.shape == (3, SMALL.kv_heads, 10, SMALL.head_dim)
         assert layer.k.shape == layer.v.shape == (3, SMALL.kv_heads, 10, SMALL.head_dim)
         assert layer.k.dtype == layer.v.dtype == dtype
@@ -49,8 +49,12 @@ def test_16_bit_buffers_hold_bits_on_a_cpu_only():
         new = jnp.asarray(
             np.random.default_rng(0).standard_normal((1, SMALL.kv_heads, 2, SMALL.head_dim)), jnp.bfloat16
         )
-        updated = layer.update(new, -new, jnp.asarray(1, jnp.int32))
+        cached = jnp.asarray([[0, -1, -1, -1]], jnp.int32), jnp.asarray(1, jnp.int32)
+        context = Context.init(SMALL.rope, jnp.asarray([[1, 2]], jnp.int32), cached=cached)
+        updated, k, v, keys = layer.extend(new, -new, context)
         assert updated.k_buffer.dtype == stored
+        np.testing.assert_array_equal(keys, [[0, 1, 2, -1]])
+        np.testing.assert_array_equal((k, v), (updated.k, updated.v))
         np.testing.assert_array_equal(updated.k[:, :, 1:3], new)
         np.testing.assert_array_equal(updated.v[:, :, 1:3], -new)
         np.testing.assert_array_equal(updated.k[:, :, [0, 3]], 0)

@@ -1,12 +1,18 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_reference as reference
 import pytest
 from hypothesis import given, settings, strategies as st
+from jax.sharding import PartitionSpec as P
 from model_fixtures import relative_error
+from sharding_fixtures import sharded
 
-from mistral_eqx.nn import Rotary
+from mistral_eqx.config import Rope
+from mistral_eqx.nn import Rotation
+from mistral_eqx.parallel import Strategy, make_mesh
 
 
 THETA = 1e4
@@ -17,7 +23,7 @@ def _draw(*shape, seed=0):
 
 
 def _turn(x, positions, theta=THETA):
-    return Rotary.init(x.shape[-1], theta)(jnp.asarray(positions))(jnp.asarray(x))
+    return Rotation.init(Rope(x.shape[-1], theta), jnp.asarray(positions))(jnp.asarray(x))
 
 
 @pytest.mark.parametrize("theta", [1e4, 1e6])
@@ -39,11 +45,10 @@ def test_half_split_pairs_would_be_seen():
 
 
 # One program for all examples.
-_scores = jax.jit(
-    lambda q, k, positions: jnp.einsum(
-        "bsd,bsd->bs", Rotary.init(16, THETA)(positions[:, :1])(q), Rotary.init(16, THETA)(positions[:, 1:])(k)
-    )
-)
+@jax.jit
+def _scores(q, k, positions):
+    turn = functools.partial(Rotation.init, Rope(16, THETA))
+    return jnp.einsum("bsd,bsd->bs", turn(positions[:, :1])(q), turn(positions[:, 1:])(k))
 
 
 @settings(max_examples=50, deadline=None)
@@ -67,10 +72,10 @@ def test_length_stays(positions):
 
 
 def test_a_position_has_one_angle_wherever_its_token_stands():
-    rotary = Rotary.init(8, THETA)
-    whole = rotary(jnp.arange(20, dtype=jnp.int32)[None])
+    rotation = functools.partial(Rotation.init, Rope(8, THETA))
+    whole = rotation(jnp.arange(20, dtype=jnp.int32)[None])
     for at in range(20):
-        alone = rotary(jnp.asarray([[at]], jnp.int32))
+        alone = rotation(jnp.asarray([[at]], jnp.int32))
         np.testing.assert_allclose(alone.cos[0, 0], whole.cos[0, at], atol=1e-7)
         np.testing.assert_allclose(alone.sin[0, 0], whole.sin[0, at], atol=1e-7)
 
@@ -86,6 +91,21 @@ def test_angles_of_16_bit_activations_are_float32(dtype):
 
 
 def test_frequencies():
-    rotary = Rotary.init(128, 1e6)
-    assert rotary.inv_freq.dtype == jnp.float32
-    np.testing.assert_allclose(rotary.inv_freq, [1e6 ** (-2 * pair / 128) for pair in range(64)], rtol=1e-6)
+    np.testing.assert_allclose(Rope(128, 1e6).inv_freq, [1e6 ** (-2 * pair / 128) for pair in range(64)], rtol=1e-15)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        assert Rotation.init(Rope(128, 1e6), jnp.zeros((1, 1), jnp.int32), dtype).cos.dtype == jnp.float32
+
+
+def test_each_device_has_the_angles_of_its_part_of_a_head():
+    strategy, positions = Strategy("head_dim@a,b"), jnp.arange(6, dtype=jnp.int32)[None]
+    whole = Rotation.init(Rope(16, THETA), positions)
+    spec = strategy.spec("_ _ head_dim")
+    part, collectives = sharded(
+        lambda positions: Rotation.init(Rope(16, THETA), positions, strategy=strategy),
+        make_mesh("a=2,b=2"),
+        (positions,),
+        (P(),),
+        Rotation(spec, spec),
+    )
+    assert collectives == {}
+    jax.tree.map(np.testing.assert_array_equal, part, whole)

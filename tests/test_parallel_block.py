@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from model_fixtures import SMALL, relative_error, small_model
 from sharding_fixtures import mesh, sharded
 
-from mistral_eqx.nn import LayerCache
+from mistral_eqx.nn import Context, FullCache
 from mistral_eqx.parallel import SINGLE, Strategy, specs, with_strategy
 
 
@@ -18,14 +18,18 @@ KV_SEQ = 9
 HEADS, HEAD_DIM = "kv_heads@tp hidden@tp", "head_dim@tp hidden@tp"
 
 
-def _apply(block, rotary, x, layer):
+def _apply(block, x, layer):
     """A block on seven tokens, six in one piece and the last one alone."""
-    positions = jnp.arange(7, dtype=jnp.int32)[None]
-    slots = jnp.where(jnp.arange(KV_SEQ) < 7, jnp.arange(KV_SEQ), -1).astype(jnp.int32)[None]
-    outputs = []
-    for at in (slice(0, 6), slice(6, 7)):
-        place = positions[:, at]
-        y, layer = block(x[:, at], rotary(place), place, slots, layer, jnp.asarray(at.start, jnp.int32))
+    known, outputs = jnp.full((1, KV_SEQ), -1, jnp.int32), []
+    for start, stop in ((0, 6), (6, 7)):
+        context = Context.init(
+            CONFIG.rope,
+            jnp.arange(start, stop, dtype=jnp.int32)[None],
+            strategy=block.attention.strategy,
+            cached=(known, jnp.asarray(start, jnp.int32)),
+        )
+        y, layer = block(x[:, start:stop], context, layer)
+        known = context.keys
         outputs.append(y)
     return jnp.concatenate(outputs, axis=1), layer
 
@@ -45,19 +49,17 @@ def test_a_block_on_several_devices_is_the_one_on_one(layout, all_reduces, devic
     """
     strategy = Strategy(layout)
     model = small_model(config=CONFIG, dtype=dtype)
-    block, rotary = model.blocks[0], model.rotary
+    block = model.blocks[0]
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 7, CONFIG.embed)), dtype)
     buffer = jnp.zeros((1, CONFIG.kv_heads, KV_SEQ, CONFIG.head_dim), dtype)
-    layer = LayerCache(buffer, buffer, jnp.dtype(dtype))
-    expected, expected_layer = eqx.filter_jit(_apply)(with_strategy(block, SINGLE), rotary, x, layer)
+    layer = FullCache(buffer, buffer, jnp.dtype(dtype))
+    expected, expected_layer = eqx.filter_jit(_apply)(with_strategy(block, SINGLE), x, layer)
 
     split = strategy.spec("batch kv_heads kv_seq head_dim")
     layers = jax.tree.map(lambda buffer: split, layer)
     block = with_strategy(block, strategy)
-    in_specs = (specs(block, strategy), specs(rotary, strategy), P(), layers)
-    (found, found_layer), collectives = sharded(
-        _apply, mesh(devices), (block, rotary, x, layer), in_specs, (P(), layers)
-    )
+    in_specs = (specs(block, strategy), P(), layers)
+    (found, found_layer), collectives = sharded(_apply, mesh(devices), (block, x, layer), in_specs, (P(), layers))
     assert collectives == {"all_reduce": 2 * all_reduces}
     bound = 2e-6 if dtype == "float32" else 2**-6
     assert relative_error(found, expected) < bound

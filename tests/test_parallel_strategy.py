@@ -206,7 +206,9 @@ def test_two_axes_divide_together():
 @pytest.mark.parametrize("dim", ["layers", "rank", "heads", "kvheads"])
 def test_a_dimension_that_cannot_be_split_is_refused(dim):
     message = _refused(f"{dim}@tp", {"tp": 2})
-    assert f"splits {dim!r}, which is no dimension that can be split; these are: batch, tokens, kv_seq, vocab" in message
+    assert (
+        f"splits {dim!r}, which is no dimension that can be split; these are: batch, tokens, kv_seq, vocab" in message
+    )
 
 
 def test_an_axis_that_the_mesh_lacks_is_refused():

@@ -107,11 +107,11 @@ def test_a_state_may_change_while_it_is_written(tmp_path):
     kept = {}
     for batch in batches(6):
         state, _ = step(state, batch)
-        kept[int(state.steps)] = [np.array(leaf) for leaf in jax.tree.leaves(state.model.period)]
+        kept[int(state.steps)] = [np.array(leaf) for leaf in jax.tree.leaves(state.model.pattern)]
         checkpoints.save(state, {})
     checkpoints.wait()
     found, _ = checkpoints.restore(train.TrainState.init(model(), optimizer))
-    for one, other in zip(jax.tree.leaves(found.model.period), kept[6], strict=True):
+    for one, other in zip(jax.tree.leaves(found.model.pattern), kept[6], strict=True):
         np.testing.assert_array_equal(one, other)
     checkpoints.close()
 

@@ -9,6 +9,7 @@ from model_fixtures import relative_error
 
 import mistral_eqx as mx
 from mistral_eqx import train
+from mistral_eqx.nn import stack
 
 
 pytestmark = pytest.mark.parity
@@ -70,7 +71,7 @@ def _gradients(model, folder):
 
 
 def _named(model):
-    weights = eqx.filter(train.stack(model), train.trained(train.stack(model)))
+    weights = eqx.filter(stack(model), train.trained(stack(model)))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(weights)}
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from model_fixtures import SMALL, relative_error, small_model
 
-from mistral_eqx.train import causal, one_a_row, pack, prefix_lm, stack, unstack
+from mistral_eqx.nn import stack, unstack
+from mistral_eqx.train import causal, one_a_row, pack, prefix_lm, rematerialised
 
 
 def _texts(*lengths):
@@ -19,16 +20,16 @@ def _texts(*lengths):
 
 @eqx.filter_jit
 def _hidden(stacked, batch):
-    return stacked.hidden(batch)
+    return stacked.hidden(batch.inputs, batch.positions, batch.span)
 
 
-@pytest.mark.parametrize(("windows", "turn"), [((None,) * 4, 1), ((None, 3, None, 3), 2), ((3, None, None), 3)])
+@pytest.mark.parametrize(("windows", "size"), [((None,) * 4, 1), ((None, 3, None, 3), 2), ((3, None, None), 3)])
 @pytest.mark.slow
-def test_a_stacked_model_says_the_same(windows, turn):
-    """Blocks that differ in turn are stacked turn by turn; where no turn comes back, none are."""
+def test_a_stacked_model_says_the_same(windows, size):
+    """Blocks that differ by a layer pattern are stacked over its repeats."""
     model = small_model(config=dataclasses.replace(SMALL, layers=len(windows), windows=windows))
     stacked = stack(model)
-    assert len(stacked.period) == turn
+    assert len(stacked.pattern) == size
     batch = jax.tree.map(jnp.asarray, pack([prefix_lm(text, 3) for text in _texts(8, 5, 9)], 12))
     expected, _ = eqx.filter_jit(lambda model, batch: model.hidden(batch.inputs, batch.positions, span=batch.span))(
         model, batch
@@ -53,7 +54,13 @@ def test_a_packed_text_is_read_as_if_alone():
 def _gradient(layers, remat):
     model = stack(small_model(config=dataclasses.replace(SMALL, layers=layers, windows=(None,) * layers)))
     batch = jax.tree.map(jnp.asarray, one_a_row([causal(text) for text in _texts(33, 33)], 32))
-    gradient = eqx.filter_jit(eqx.filter_grad(lambda model, batch: jnp.sum(model.hidden(batch, remat=remat) ** 3)))
+    wrapped = rematerialised(remat)
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def gradient(model, batch):
+        return jnp.sum(model.hidden(batch.inputs, batch.positions, batch.span, wrapped=wrapped) ** 3)
+
     return gradient.lower(model, batch), (model, batch)
 
 
@@ -67,7 +74,7 @@ def test_rematerialisation_trades_memory_and_changes_nothing():
         gradients[remat] = jax.tree.leaves(eqx.filter(program(*inputs), eqx.is_array))
     for remat in ("dots", "block"):
         for one, other in zip(gradients[remat], gradients["none"], strict=True):
-            # Float32; the angles' gradient is zero.
+            # Float32.
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
     assert memory["block"] < 0.8 * memory["dots"] < 0.64 * memory["none"]
     with pytest.raises(ValueError, match="no rematerialisation 'all'; take one of 'none', 'block', 'dots'"):

@@ -12,6 +12,7 @@ from model_fixtures import SMALL, relative_error, small_model
 
 import mistral_eqx as mx
 from mistral_eqx import train
+from mistral_eqx.nn import stack
 
 
 CONFIG = dataclasses.replace(SMALL, vocab=64, windows=(5, 5))
@@ -100,7 +101,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(reference):
         assert (int(state.steps), int(state.skipped)) == (STEPS + 3, 2)
         assert any(np.any(one != other) for one, other in zip(_arrays(state.model), before, strict=False))
     # The memory of the state that went in is that of the one that came out.
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(eqx.filter(old.model.period, eqx.is_array)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(eqx.filter(old.model.pattern, eqx.is_array)))
 
 
 @pytest.mark.slow
@@ -108,7 +109,7 @@ def test_gradients_are_clipped_to_the_norm_of_all():
     model = small_model(config=CONFIG)
     # The weights move by the gradient itself.
     state, (metrics,) = _trained(model, optax.sgd(1.0), [_batch(0)], dtype=jnp.float32, clip=0.5)
-    before, after = (_arrays(eqx.filter(x, train.trained(x))) for x in (train.stack(model), state.model))
+    before, after = (_arrays(eqx.filter(x, train.trained(x))) for x in (stack(model), state.model))
     moved = sum(np.sum((one - other).astype(np.float64) ** 2) for one, other in zip(after, before, strict=True))
     assert float(metrics.gradient_norm) > 1
     np.testing.assert_allclose(np.sqrt(moved), 0.5, rtol=1e-4)

@@ -31,8 +31,7 @@ def batch(seed):
 
 
 def model64():
-    model = small_model(config=CONFIG, dtype=jnp.float64)
-    return eqx.tree_at(lambda model: model.rotary.inv_freq, model, replace_fn=lambda x: x.astype(jnp.float64))
+    return small_model(config=CONFIG, dtype=jnp.float64)
 
 
 def placed(axes, strategy):
@@ -141,8 +140,8 @@ def test_the_third_stage_holds_its_part_of_everything(devices):
     model = mx.shard(small_model(config=CONFIG), mx.make_mesh({"dp": devices}), mx.Strategy("batch@dp"))
     state = train.TrainState.init(model, OPTIMIZER, zero=3)
     _, both = held(state)
-    # Three counts, and the rotary angles, which are no weights.
-    assert both == 12 * CONFIG.parameters // devices + 3 * 4 + model.rotary.inv_freq.nbytes
+    # Three counts are whole.
+    assert both == 12 * CONFIG.parameters // devices + 3 * 4
 
 
 @pytest.mark.slow
@@ -209,11 +208,9 @@ def test_each_device_holds_its_part_and_no_more(zero):
     state = train.TrainState.init(model, OPTIMIZER, zero=zero)
     weights = sum(leaf.nbytes for leaf in arrays(model))
     found, both = held(state)
-    # Every dimension of the config divides by 4 here; the rotary angles stay whole, and five numbers count steps.
-    whole = model.rotary.inv_freq.nbytes
-    part = (weights - whole) // devices + whole
-    assert found == (part if zero == 3 else weights)
-    moments = 2 * (weights - whole)
+    # Every dimension of the config divides by 4 here; five numbers count steps.
+    assert found == (weights // devices if zero == 3 else weights)
+    moments = 2 * weights
     assert 0 <= both - found - moments // (devices if zero else 1) <= 20
 
 
@@ -230,7 +227,7 @@ def test_what_a_step_exchanges(zero):
         assert group == devices
         if size > 8:
             found[kind] += size * times
-    whole = sum(leaf.nbytes for leaf in arrays(model)) - model.rotary.inv_freq.nbytes
+    whole = sum(leaf.nbytes for leaf in arrays(model))
     blocks = sum(leaf.nbytes for leaf in arrays(model.blocks))
     outer = whole - blocks
     part = whole // devices

@@ -16,7 +16,6 @@ from jax.typing import DTypeLike
 
 from ..errors import InputError
 from ..nn import Mistral
-from ..nn.rotary import Rotary
 from ..parallel import SINGLE, Strategy, agree, by_hand
 from .hub import locate
 from .opening import open_checkpoint
@@ -91,12 +90,7 @@ def load(
         agree("dtype", wanted.name)
     read = functools.partial(_read, found, wanted, placement, check, progress)
     arrays = on_all("content of the checkpoint", read, placement.several_processes)
-    config = checkpoint.config
-    inv_freq = np.asarray(Rotary.init(config.head_dim, config.rope_theta).inv_freq)
-    arrays["rotary.inv_freq"] = placement.put(
-        "head_dim", inv_freq.shape, inv_freq.dtype, lambda parts: [inv_freq[part] for part in parts]
-    )
-    skeleton = eqx.filter_eval_shape(Mistral.init, config, key=jr.key(0), dtype=wanted, strategy=strategy)
+    skeleton = eqx.filter_eval_shape(Mistral.init, checkpoint.config, key=jr.key(0), dtype=wanted, strategy=strategy)
     return dataclasses.replace(_filled(skeleton, arrays), mesh=mesh)
 
 

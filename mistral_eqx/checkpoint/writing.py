@@ -86,7 +86,6 @@ def save(
         for keys, leaf in jax.tree_util.tree_flatten_with_path(model)[0]
         if isinstance(leaf, jax.Array | np.ndarray)
     }
-    arrays.pop("rotary.inv_freq", None)
     order = list(rows(config))
     for row in order:
         if row.path not in arrays:

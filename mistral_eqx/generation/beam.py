@@ -13,9 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..checks import Count, checked
 from ..errors import InputError
-from ..nn import Cache, LayerCache, Mistral
+from ..nn import Cache, Mistral
 from ..nn.precision import at_least_float32
-from ..parallel import Strategy, everywhere, gather, own_slot, own_slots, place, pmax, psum, specs, spmd
+from ..nn.slots import own_slot, own_slots
+from ..parallel import Strategy, everywhere, gather, place, pmax, psum, specs, spmd
 from .caches import capacity, empty_cache, holds, parts, slots
 from .finite import lost, marked, not_finite, proceeds
 from .prompt import Prompts, checked_prompts, pad_left
@@ -343,7 +344,7 @@ def put_in_order(
             x = jax.vmap(lambda x, order: jnp.take(x, order, axis=1, mode="clip"))(x, order)
             return jnp.pad(x, [(0, more if axis == 2 else 0) for axis in range(x.ndim)])
 
-        layers = tuple(LayerCache(moved(one.k_buffer), moved(one.v_buffer), one.dtype) for one in cache.layers)
+        layers = jax.tree.map(moved, cache.layers)
         positions = _take(jnp.where(live, cache.positions, -1), order)
         positions = jnp.pad(positions, ((0, 0), (0, more)), constant_values=-1)
         search = eqx.tree_at(lambda search: search.seen, search, moved(search.seen))

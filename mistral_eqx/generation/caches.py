@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from ..config import MistralConfig
 from ..nn import Cache, Mistral
+from ..nn.slots import slots_for, tokens_in
 from ..parallel import Strategy, specs, spmd
 from .prompt import bucket
 
@@ -69,22 +70,13 @@ def repeated(x: Array, times: int) -> Array:
 
 
 def slots(model: Mistral, count: int) -> int:
-    """The size of a cache for `count` tokens of this model.
-
-    Where `kv_seq` is split, each device has the same share, and a slot more that a token of another one may touch.
-    Shares are multiples of 8, the rows of a tile on TPUs: else the cache would be laid out anew at each call.
-    """
-    shares = parts(model, "kv_seq")
-    if shares == 1:
-        return count
-    share = -(-count // shares) + 1
-    return -(-share // 8) * 8 * shares
+    """The size of a cache for `count` tokens of this model."""
+    return slots_for(count, parts(model, "kv_seq"))
 
 
 def holds(model: Mistral, kv_seq: int) -> int:
     """How many tokens a cache of this size has room for: the inverse of `slots`."""
-    shares = parts(model, "kv_seq")
-    return kv_seq if shares == 1 else kv_seq - shares
+    return tokens_in(kv_seq, parts(model, "kv_seq"))
 
 
 def parts(model: Mistral, dim: str) -> int:

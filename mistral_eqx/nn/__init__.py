@@ -1,6 +1,12 @@
 from .attention import Attention as Attention
 from .block import Block as Block
-from .cache import Cache as Cache, LayerCache as LayerCache
+from .cache import (
+    AbstractLayerCache as AbstractLayerCache,
+    Cache as Cache,
+    FullCache as FullCache,
+    WindowCache as WindowCache,
+)
+from .context import Context as Context
 from .cross_entropy import Likelihood as Likelihood, log_likelihood as log_likelihood
 from .embedding import Embedding as Embedding, Unembedding as Unembedding
 from .feed_forward import FeedForward as FeedForward
@@ -8,6 +14,7 @@ from .flash import flash_attention as flash_attention
 from .linear import Linear as Linear
 from .model import Mistral as Mistral
 from .norm import RMSNorm as RMSNorm
-from .rotary import Rotary as Rotary, Rotation as Rotation
+from .rotary import Rotation as Rotation
+from .stack import Gathering as Gathering, Stacked as Stacked, stack as stack, unstack as unstack
 from .visible import Span as Span, visible as visible
 from .weight import AbstractWeight as AbstractWeight, DenseWeight as DenseWeight

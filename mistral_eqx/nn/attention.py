@@ -3,15 +3,15 @@
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from ..parallel import SINGLE, Strategy, own_slot, own_slots, pmax, psum, psum_together
-from .cache import LayerCache
+from ..parallel import SINGLE, Strategy, pmax, psum, psum_together
+from .cache import AbstractLayerCache
+from .context import Context
 from .flash import flash_attention
 from .linear import Linear
 from .precision import at_least_float32
-from .rotary import Rotation
-from .visible import Span, bounds, visible
+from .visible import visible
 
 
 # Above this many scores a head, 4 MB of float32, they are computed in tiles.
@@ -47,50 +47,41 @@ class Attention(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
-        rotation: Rotation,
-        positions: Int[Array, "batch seq"],
-        kv_positions: Int[Array, "batch kv_seq"],
-        cache: LayerCache | None,
-        slot: Int[Array, ""],
-        seen: Bool[Array, "batch seq kv_seq"] | None = None,
-        span: Span | None = None,
-    ) -> tuple[Float[Array, "batch tokens embed"], LayerCache | None]:
+        context: Context,
+        cache: AbstractLayerCache | None = None,
+    ) -> tuple[Float[Array, "batch tokens embed"], AbstractLayerCache | None]:
         """Mixes values over positions.
 
         **Arguments:**
 
         - `x`: activations, shape `(batch, seq, embed)`.
-        - `rotation`: of the positions of `x`.
-        - `positions`, `kv_positions`: where each token, and that of each key, stands; -1 for padding.
-        - `cache`, `slot`: the keys and values of earlier tokens, and the slot of the first of `x`; without a cache
-            the keys are those of `x`.
-        - `seen`: which key each query may see at most; all unless given.
-        - `span`: which positions it sees; those up to its own unless given.
+        - `context`: what the pass knows of these tokens.
+        - `cache`: the keys and values of earlier tokens; without it the keys are those of `x`.
 
         **Returns:** an array like `x`, and the cache with the new keys and values.
         """
-        q = rotation(self.q_proj(x))
-        k = own_slots(jnp.swapaxes(rotation(self.k_proj(x)), 1, 2), slot, self.strategy, axis=2)
-        v = own_slots(jnp.swapaxes(self.v_proj(x), 1, 2), slot, self.strategy, axis=2)
+        q = context.rotation(self.q_proj(x))
+        k = context.own(jnp.swapaxes(context.rotation(self.k_proj(x)), 1, 2))
+        v = context.own(jnp.swapaxes(self.v_proj(x), 1, 2))
+        keys = context.keys
         if cache is not None:
-            cache = cache.update(k, v, own_slot(slot, self.strategy))
-            k, v = cache.k, cache.v
-        inputs = q, k, v, *bounds(positions, self.window, span), kv_positions
+            cache, k, v, keys = cache.extend(k, v, context)
+        inputs = q, k, v, *context.bounds(self.window), keys
         # Partial scores are added up over devices before anything else can be done with them.
-        tiled = q.shape[1] * k.shape[2] > _WHOLE and seen is None and not self.strategy.axes("head_dim")
-        context, log_sum = self._in_tiles(*inputs) if tiled else self._whole(*inputs, seen)
+        tiled = q.shape[1] * k.shape[2] > _WHOLE and context.mask is None and not self.strategy.axes("head_dim")
+        mixed, log_sum = self._in_tiles(*inputs) if tiled else self._whole(*inputs, context.mask)
         if self.strategy.axes("kv_seq"):
             weight = jnp.exp(log_sum - pmax(log_sum, "kv_seq", self.strategy))
-            context, total = psum_together(context * weight, weight, "kv_seq", self.strategy)
-            context = context / total
-        return self.o_proj(context.astype(x.dtype)), cache
+            mixed, total = psum_together(mixed * weight, weight, "kv_seq", self.strategy)
+            mixed = mixed / total
+        return self.o_proj(mixed.astype(x.dtype)), cache
 
     def _whole(
-        self, q: Array, k: Array, v: Array, first: Array, last: Array, kv_positions: Array, seen: Array | None
+        self, q: Array, k: Array, v: Array, first: Array, last: Array, keys: Array, mask: Array | None
     ) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
         """The weighted sums, and the logarithms of the sums of weights."""
-        mask = visible(first, last, kv_positions)
-        mask = mask if seen is None else mask & seen
+        seen = visible(first, last, keys)
+        mask = seen if mask is None else seen & mask
         scores = psum(_contract_head_dim(q, k), "head_dim", self.strategy) * self.scale
         # A finite number, for a query that is padding sees no key at all.
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
@@ -101,12 +92,12 @@ class Attention(eqx.Module):
         return _contract_kv_seq(weights, v) / total, log_sum
 
     def _in_tiles(
-        self, q: Array, k: Array, v: Array, first: Array, last: Array, kv_positions: Array
+        self, q: Array, k: Array, v: Array, first: Array, last: Array, keys: Array
     ) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
         """What `_whole` returns, without a score for each query and key."""
         q = jnp.transpose(q, (0, 2, 3, 1, 4))
-        context, log_sum = flash_attention(q, k, v, first, last, kv_positions, scale=self.scale)
-        return jnp.transpose(context, (0, 3, 1, 2, 4)), jnp.transpose(log_sum[..., None], (0, 3, 1, 2, 4))
+        mixed, log_sum = flash_attention(q, k, v, first, last, keys, scale=self.scale)
+        return jnp.transpose(mixed, (0, 3, 1, 2, 4)), jnp.transpose(log_sum[..., None], (0, 3, 1, 2, 4))
 
 
 def _contract_head_dim(

@@ -1,5 +1,6 @@
-"""Keys and values of the tokens that were already read, in buffers of a fixed size."""
+"""The KV cache: keys and values of earlier tokens, in buffers of a fixed size."""
 
+import abc
 from typing import TYPE_CHECKING
 
 import equinox as eqx
@@ -10,35 +11,53 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt16
 
 from ..errors import InputError
+from .context import Context
 from .precision import from_bits, to_bits
+from .slots import window_slots
 
 
 if TYPE_CHECKING:
     from ..config import MistralConfig
 
 
-class LayerCache(eqx.Module):
-    """The keys and values of one layer.
+Keys = Float[Array, "batch kv_heads own head_dim"]
+"""Keys or values of the tokens of one pass that this device keeps."""
 
-    `kv_seq` comes after `kv_heads`, so that attention reads each head's keys as one block of memory.
+Buffer = Float[Array, "batch kv_heads kv_seq head_dim"] | UInt16[Array, "batch kv_heads kv_seq head_dim"]
+"""Keys or values in slots, or the bits of 16-bit ones, of which XLA on CPU can replace one slot in place.
 
-    **Attributes:**
+`kv_seq` comes after `kv_heads`, so that attention reads each head's keys as one block of memory.
+"""
 
-    - `k_buffer`, `v_buffer`: keys and values, or the bits of 16-bit ones, which is how XLA on CPU can replace one
-        slot without rewriting all of them.
-    - `dtype`: the precision of keys and values.
-    - `limit`: the most slots that it grows to on one device; past them each token takes the slot of the oldest.
-        `None` where it has as many as the cache.
-    """
 
-    k_buffer: Float[Array, "batch kv_heads kv_seq head_dim"] | UInt16[Array, "batch kv_heads kv_seq head_dim"]
-    v_buffer: Float[Array, "batch kv_heads kv_seq head_dim"] | UInt16[Array, "batch kv_heads kv_seq head_dim"]
-    dtype: jnp.dtype = eqx.field(static=True)
-    limit: int | None = eqx.field(static=True, default=None)
+class AbstractLayerCache(eqx.Module):
+    """The keys and values of one layer."""
+
+    k_buffer: eqx.AbstractVar[Buffer]
+    v_buffer: eqx.AbstractVar[Buffer]
+    dtype: eqx.AbstractVar[jnp.dtype]
+
+    @abc.abstractmethod
+    def extend(
+        self, k: Keys, v: Keys, context: Context
+    ) -> tuple[
+        "AbstractLayerCache",
+        Float[Array, "batch kv_heads kv_seq head_dim"],
+        Float[Array, "batch kv_heads kv_seq head_dim"],
+        Int[Array, "batch kv_seq"],
+    ]:
+        """Adds the keys and values of a pass, in place where the cache is donated.
+
+        **Returns:** the new cache, and of all its slots the keys, the values and the numbers that masks compare.
+        """
+
+    @abc.abstractmethod
+    def grow(self, kv_seq: int) -> "AbstractLayerCache":
+        """A copy for `kv_seq` tokens."""
 
     @property
     def slots(self) -> int:
-        """How many there are."""
+        """How many slots there are."""
         return self.k_buffer.shape[2]
 
     @property
@@ -51,45 +70,80 @@ class LayerCache(eqx.Module):
         """The values, as floats."""
         return from_bits(self.v_buffer, self.dtype)
 
-    def update(
-        self,
-        k: Float[Array, "batch kv_heads seq head_dim"],
-        v: Float[Array, "batch kv_heads seq head_dim"],
-        slot: Int[Array, ""],
-    ) -> "LayerCache":
-        """Writes new keys and values at `slot` and the slots after it; past the last comes the first."""
-        if self.k_buffer.dtype == jnp.uint16:
-            k, v = to_bits(k), to_bits(v)
-        k_buffer, v_buffer = (self._write(*pair, slot) for pair in ((self.k_buffer, k), (self.v_buffer, v)))
-        return LayerCache(k_buffer, v_buffer, self.dtype, self.limit)
+
+class FullCache(AbstractLayerCache):
+    """Has a slot for each token.
+
+    **Attributes:**
+
+    - `k_buffer`, `v_buffer`: keys and values.
+    - `dtype`: the precision of keys and values.
+    """
+
+    k_buffer: Buffer
+    v_buffer: Buffer
+    dtype: jnp.dtype = eqx.field(static=True)
+
+    def extend(self, k: Keys, v: Keys, context: Context) -> tuple["FullCache", Array, Array, Array]:
+        cache = FullCache(
+            *(
+                lax.dynamic_update_slice_in_dim(buffer, _as_in(buffer, new), context.own_slot, axis=2)
+                for buffer, new in ((self.k_buffer, k), (self.v_buffer, v))
+            ),
+            self.dtype,
+        )
+        return cache, cache.k, cache.v, context.keys
+
+    def grow(self, kv_seq: int) -> "FullCache":
+        return FullCache(*(_padded(buffer, kv_seq) for buffer in (self.k_buffer, self.v_buffer)), self.dtype)
+
+
+class WindowCache(AbstractLayerCache):
+    """Keeps the tokens that a window reaches: past its last slot, each token takes the slot of the oldest.
+
+    **Attributes:**
+
+    - `k_buffer`, `v_buffer`: keys and values.
+    - `dtype`: the precision of keys and values.
+    - `limit`: the most slots that it grows to on one device.
+    """
+
+    k_buffer: Buffer
+    v_buffer: Buffer
+    dtype: jnp.dtype = eqx.field(static=True)
+    limit: int = eqx.field(static=True)
+
+    def extend(self, k: Keys, v: Keys, context: Context) -> tuple["WindowCache", Array, Array, Array]:
+        pairs = (self.k_buffer, k), (self.v_buffer, v)
+        buffers = (self._write(buffer, _as_in(buffer, new), context.own_slot) for buffer, new in pairs)
+        cache = WindowCache(*buffers, self.dtype, self.limit)
+        return cache, cache.k, cache.v, self._newest(context.keys, context.own_used)
+
+    def grow(self, kv_seq: int) -> "WindowCache":
+        buffers = (_padded(buffer, min(kv_seq, self.limit)) for buffer in (self.k_buffer, self.v_buffer))
+        return WindowCache(*buffers, self.dtype, self.limit)
 
     def _write(self, buffer: Array, new: Array, slot: Array) -> Array:
-        if self.limit is None:
-            return lax.dynamic_update_slice_in_dim(buffer, new, slot, axis=2)
         if new.shape[2] == 1:
             return lax.dynamic_update_slice_in_dim(buffer, new, slot % self.slots, axis=2)
         slots = (slot + jnp.arange(new.shape[2], dtype=slot.dtype)) % self.slots
         return buffer.at[:, :, slots].set(new, unique_indices=True)
 
-    def positions(self, positions: Int[Array, "batch kv_seq"], used: Int[Array, ""]) -> Int[Array, "batch slots"]:
-        """Where the token in each slot stands, out of what the whole cache knows.
-
-        **Arguments:**
-
-        - `positions`: of all tokens, in the order in which they came.
-        - `used`: how many there are, on this device.
-        """
-        if self.slots == positions.shape[1]:
-            return positions
+    def _newest(self, keys: Int[Array, "batch kv_seq"], used: Int[Array, ""]) -> Int[Array, "batch slots"]:
+        """The number of the key in each slot, from those of all tokens in the order in which they came."""
+        if self.slots == keys.shape[1]:
+            return keys
         newest = used - 1
         place = newest - (newest - jnp.arange(self.slots, dtype=jnp.int32)) % self.slots
-        return jnp.where(place >= 0, jnp.take(positions, jnp.maximum(place, 0), axis=1), -1)
+        return jnp.where(place >= 0, jnp.take(keys, jnp.maximum(place, 0), axis=1), -1)
 
-    def grow(self, kv_seq: int) -> "LayerCache":
-        """A copy with `kv_seq` slots, or as many as it may have."""
-        slots = kv_seq if self.limit is None else min(kv_seq, self.limit)
-        more = ((0, 0), (0, 0), (0, slots - self.slots), (0, 0))
-        return LayerCache(jnp.pad(self.k_buffer, more), jnp.pad(self.v_buffer, more), self.dtype, self.limit)
+
+def _as_in(buffer: Array, new: Array) -> Array:
+    return to_bits(new) if buffer.dtype == jnp.uint16 else new
+
+
+def _padded(buffer: Array, slots: int) -> Array:
+    return jnp.pad(buffer, ((0, 0), (0, 0), (0, slots - buffer.shape[2]), (0, 0)))
 
 
 class Cache(eqx.Module):
@@ -105,7 +159,7 @@ class Cache(eqx.Module):
     - `used`: the first free slot.
     """
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[AbstractLayerCache, ...]
     positions: Int[Array, "batch kv_seq"]
     used: Int[Array, ""]
 
@@ -139,14 +193,12 @@ class Cache(eqx.Module):
         bits = dtype.itemsize == 2 and (platform or jax.default_backend()) == "cpu"
         stored = jnp.uint16 if bits else dtype
 
-        def layer(window: int | None) -> LayerCache:
-            # The first of a piece sees a whole window, while the last has been written already. And a device may
-            # touch one slot for a token that is another's.
-            limit = None if window is None or piece is None else -(-(window + piece) // shares) + 2
+        def layer(window: int | None) -> AbstractLayerCache:
+            limit = None if window is None or piece is None else window_slots(window, piece, shares)
             slots = kv_seq if limit is None else min(kv_seq, limit * shares)
-            shape = batch, config.kv_heads, slots, config.head_dim
             # No two buffers may be one: each is donated to the loop that updates it.
-            return LayerCache(jnp.zeros(shape, stored), jnp.zeros(shape, stored), dtype, limit)
+            buffers = (jnp.zeros((batch, config.kv_heads, slots, config.head_dim), stored) for _ in range(2))
+            return FullCache(*buffers, dtype) if limit is None else WindowCache(*buffers, dtype, limit)
 
         return cls(
             tuple(layer(window) for window in config.windows),

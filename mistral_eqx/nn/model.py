@@ -6,7 +6,6 @@ from typing import overload
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-from jax import lax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -15,15 +14,15 @@ from ..arguments import check_key, float_dtype
 from ..checks import checked
 from ..config import MistralConfig
 from ..errors import InputError
-from ..parallel import SINGLE, Strategy, all_tokens, entered, own_slot, own_slots, pmax, specs, spmd
+from ..parallel import SINGLE, Strategy, all_tokens, entered, pmax, specs, spmd
 from .attention import Attention
 from .block import Block
 from .cache import Cache
+from .context import Context
 from .embedding import Embedding, Unembedding
 from .feed_forward import FeedForward
 from .linear import Linear
 from .norm import RMSNorm
-from .rotary import Rotary
 from .visible import Span
 from .weight import DenseWeight
 
@@ -39,9 +38,8 @@ class Mistral(eqx.Module):
 
     - `embedding`, `blocks`, `norm`: the layers, in the order in which they are applied.
     - `head`: the output head, or `None` if it is the embedding table.
-    - `rotary`: the positions' angles, shared by all blocks.
-    - `config`: the sizes of the whole model, for limits and for writing it to a file. No layer computes with them:
-        inside `shard_map` every count is that of this device's arrays.
+    - `config`: the sizes of the whole model, for limits and for writing it to a file. Layers compute with none of them
+        but the angles of `config.rope`: inside `shard_map` every count is that of this device's arrays.
     - `mesh`: the devices over which the arrays are split, as [`mistral_eqx.shard`][] does; `None` for one device.
         Called outside of `shard_map`, a model enters its mesh by itself.
     """
@@ -50,7 +48,6 @@ class Mistral(eqx.Module):
     blocks: tuple[Block, ...]
     norm: RMSNorm
     head: Unembedding | None
-    rotary: Rotary
     config: MistralConfig = eqx.field(static=True)
     mesh: Mesh | None = eqx.field(static=True, default=None)
 
@@ -92,7 +89,6 @@ class Mistral(eqx.Module):
             head=None
             if config.tied
             else Unembedding(DenseWeight.init(table, 0.02, key=head_key, dtype=dtype), strategy),
-            rotary=Rotary.init(config.head_dim, config.rope_theta),
             config=config,
         )
 
@@ -105,6 +101,11 @@ class Mistral(eqx.Module):
     def strategy(self) -> Strategy:
         """Which dimensions are split over which axes of the mesh."""
         return self.embedding.strategy
+
+    @property
+    def unembedding(self) -> Unembedding:
+        """The output head, which may have the embedding's table."""
+        return Unembedding(self.embedding.weight, self.strategy) if self.head is None else self.head
 
     def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocab"]:
         """The logits of the token after each one of `ids`; float32 for a 16-bit model.
@@ -142,7 +143,7 @@ class Mistral(eqx.Module):
         ids: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"] | None = None,
         cache: None = None,
-        seen: Bool[Array, "batch seq kv_seq"] | None = None,
+        mask: Bool[Array, "batch seq kv_seq"] | None = None,
         span: Span | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], None]: ...
 
@@ -152,7 +153,7 @@ class Mistral(eqx.Module):
         ids: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"] | None,
         cache: Cache,
-        seen: Bool[Array, "batch seq kv_seq"] | None = None,
+        mask: Bool[Array, "batch seq kv_seq"] | None = None,
         span: None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Cache]: ...
 
@@ -161,7 +162,7 @@ class Mistral(eqx.Module):
         ids: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"] | None = None,
         cache: Cache | None = None,
-        seen: Bool[Array, "batch seq kv_seq"] | None = None,
+        mask: Bool[Array, "batch seq kv_seq"] | None = None,
         span: Span | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
         """The last layer's output, which `logits` turns into logits.
@@ -173,7 +174,7 @@ class Mistral(eqx.Module):
             follow those in the cache, or start at 0.
         - `cache`: earlier tokens' keys and values. It must have `seq` free slots: a slot past the end would overwrite
             the last ones. Where `kv_seq` is split, each device needs one more, which a token of another may touch.
-        - `seen`: which slot each token may see at most, for continuations of one text that share a row; besides,
+        - `mask`: which slot each token may see at most, for continuations of one text that share a row; besides,
             a token sees what its position and the windows let it see.
         - `span`: which columns each token sees, without a cache: for packed documents and attention that is not
             causal. `positions` then tell rotary angles and padding alone.
@@ -188,15 +189,13 @@ class Mistral(eqx.Module):
         rows, layers = self.strategy.spec("batch"), specs(cache, self.strategy)
         in_specs = specs(self, self.strategy), rows, rows, layers, self.strategy.spec("batch _ kv_seq"), rows
         out_specs = self.strategy.spec("batch _ embed"), layers
-        return spmd(_hidden, self.mesh, in_specs, out_specs)(self, ids, positions, cache, seen, span)
+        return spmd(_hidden, self.mesh, in_specs, out_specs)(self, ids, positions, cache, mask, span)
 
     def logits(self, hidden: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:
         """The output head, applied to what `hidden` returned or to a part of it."""
 
         def forward(model: Mistral, hidden: Array) -> Array:
-            embedding = model.embedding
-            head = Unembedding(embedding.weight, embedding.strategy) if model.head is None else model.head
-            return head(hidden)
+            return model.unembedding(hidden)
 
         in_specs = specs(self, self.strategy), self.strategy.spec("batch _ embed")
         return spmd(forward, self.mesh, in_specs, self.strategy.spec("batch _ vocab"))(self, hidden)
@@ -207,7 +206,7 @@ def _hidden(
     ids: Array,
     positions: Array | None,
     cache: Cache | None,
-    seen: Array | None,
+    mask: Array | None,
     span: Span | None,
 ) -> tuple[Array, Cache | None]:
     strategy, seq = model.strategy, ids.shape[1]
@@ -216,23 +215,17 @@ def _hidden(
         if cache is not None:
             start = pmax(cache.next_positions, "kv_seq", strategy)
         positions = start[:, None] + jnp.arange(seq, dtype=jnp.int32)[None, :]
-    slot = jnp.zeros((), jnp.int32) if cache is None else cache.used
-    layers = (None,) * len(model.blocks) if cache is None else cache.layers
-    rotation = model.rotary(positions)
-    if span is not None:
-        positions = jnp.where(positions < 0, -1, jnp.arange(seq, dtype=jnp.int32)[None, :])
-    known = own_slots(positions, slot, strategy, axis=1, fill=-1)
-    if cache is not None:
-        known = lax.dynamic_update_slice_in_dim(cache.positions, known, own_slot(slot, strategy), axis=1)
-    used = own_slot(slot + seq, strategy)
+    cached = None if cache is None else (cache.positions, cache.used)
+    context = Context.init(
+        model.config.rope, positions, dtype=model.dtype, strategy=strategy, cached=cached, mask=mask, span=span
+    )
     x = model.embedding(ids)
-    updated = []
-    for block, layer in zip(model.blocks, layers, strict=True):
-        kv_positions = known if layer is None else layer.positions(known, used)
-        x, layer = block(x, rotation, positions, kv_positions, layer, slot, seen, span)
-        updated.append(layer)
+    layers = []
+    for block, layer in zip(model.blocks, (None,) * len(model.blocks) if cache is None else cache.layers, strict=True):
+        x, layer = block(x, context, layer)
+        layers.append(layer)
     if cache is not None:
-        cache = Cache(tuple(updated), known, slot + seq)
+        cache = Cache(tuple(layers), context.keys, context.slot + seq)
     return all_tokens(model.norm(x), seq, strategy, to="invarying"), cache
 
 

@@ -2,18 +2,41 @@
 
 import equinox as eqx
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ..parallel import AbstractNamed
+from ..config import Rope
+from ..parallel import SINGLE, Strategy, own_part
+from .precision import at_least_float32
 
 
 class Rotation(eqx.Module):
-    """Cosines and sines of the angle by which each pair of entries at each position is turned."""
+    """Cosines and sines of the angle by which each pair of entries at each position is turned
+    ([RoFormer](https://arxiv.org/abs/2104.09864)).
+    """
 
     cos: Float[Array, "batch seq pairs"]
     sin: Float[Array, "batch seq pairs"]
+
+    @classmethod
+    def init(
+        cls,
+        rope: Rope,
+        positions: Int[Array, "batch seq"],
+        dtype: DTypeLike = jnp.float32,
+        strategy: Strategy = SINGLE,
+    ) -> "Rotation":
+        """The rotation of tokens at `positions`.
+
+        **Arguments:**
+
+        - `rope`: the angles of all pairs; where the strategy splits `head_dim`, each device takes those of its part.
+        - `dtype`: the precision of the activations. Angles are float32 at least.
+        """
+        dtype = at_least_float32(jnp.dtype(dtype))
+        inv_freq = own_part(jnp.asarray(rope.inv_freq, dtype), strategy.axes("head_dim"), axis=0)
+        angles = positions.astype(dtype)[:, :, None] * inv_freq[None, None, :]
+        return cls(jnp.cos(angles), jnp.sin(angles))
 
     def __call__(self, x: Float[Array, "batch seq *heads head_dim"]) -> Float[Array, "batch seq *heads head_dim"]:
         """Rotates queries or keys.
@@ -32,30 +55,3 @@ class Rotation(eqx.Module):
         first, second = paired[..., 0], paired[..., 1]
         turned = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1)
         return turned.reshape(x.shape).astype(x.dtype)
-
-
-class Rotary(AbstractNamed):
-    """Turns pairs of entries by an angle that grows with the position
-    ([RoFormer](https://arxiv.org/abs/2104.09864)).
-
-    **Attributes:**
-
-    - `inv_freq`: the angle of each pair per position, in radians, shape `(head_dim / 2,)`; a constant, which no
-        gradient reaches. As an array it is split as `head_dim` is.
-    """
-
-    inv_freq: Float[Array, " pairs"]
-
-    @classmethod
-    def init(cls, head_dim: int, theta: float) -> "Rotary":
-        """Sets the angle of pair `i` to `theta ** (-2 i / head_dim)`."""
-        return cls(jnp.asarray(theta ** -(np.arange(0, head_dim, 2) / head_dim), jnp.float32))
-
-    def __call__(self, positions: Int[Array, "batch seq"]) -> Rotation:
-        """The rotation for tokens at `positions`, in float32 whatever the model's precision."""
-        inv_freq = lax.stop_gradient(self.inv_freq)
-        angles = positions.astype(inv_freq.dtype)[:, :, None] * inv_freq[None, None, :]
-        return Rotation(jnp.cos(angles), jnp.sin(angles))
-
-    def array_dims(self) -> dict[str, str]:
-        return {"inv_freq": "head_dim"}

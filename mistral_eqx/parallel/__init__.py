@@ -9,8 +9,6 @@ from .collectives import (
     gather as gather,
     gather_parts as gather_parts,
     own_part as own_part,
-    own_slot as own_slot,
-    own_slots as own_slots,
     place as place,
     pmax as pmax,
     pmin as pmin,

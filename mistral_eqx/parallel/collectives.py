@@ -1,7 +1,6 @@
 """The only file that names a collective operation, and what a device does by its place on the mesh."""
 
 import functools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -115,6 +114,8 @@ def vary(x: Array, axes: Sequence[str]) -> Array:
 def own_part(x: Array, axes: Sequence[str], *, axis: int) -> Array:
     """This device's part of an array that all devices along some mesh axes have; nothing is exchanged."""
     axes = tuple(axes)
+    if not axes:
+        return x
     size = x.shape[axis] // lax.axis_size(axes)
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * size, size, axis)
 
@@ -141,31 +142,3 @@ def place(dims: str, strategy: Strategy) -> tuple[Array | int, int]:
     """Which of the parts of `dims` this device has, and how many there are."""
     axes = strategy.axes(dims)
     return (lax.axis_index(axes), lax.axis_size(axes)) if axes else (0, 1)
-
-
-def own_slots(x: Array, slot: Array, strategy: Strategy, *, axis: int, fill: int = 0) -> Array:
-    """The tokens whose keys and values this device keeps, where `strategy` splits `kv_seq`.
-
-    Slots are dealt out in turn: slot `i` belongs to device `i % devices`. So every device has the same share of the
-    tokens at every length, and a cache grows without moving any. Of `n` tokens each device gets `ceil(n / devices)`;
-    where that is one too many, the last is `fill`: written to a free slot, it is overwritten by the next token there.
-
-    **Arguments:**
-
-    - `x`: something of each token, along `axis`.
-    - `slot`: the slot of the first of them.
-    """
-    part, parts = place("kv_seq", strategy)
-    if parts == 1:
-        return x
-    tokens = x.shape[axis]
-    turns = math.ceil(tokens / parts)
-    padding = [(0, turns * parts - tokens if at == axis else 0) for at in range(x.ndim)]
-    turned = jnp.pad(x, padding, constant_values=fill).reshape(*x.shape[:axis], turns, parts, *x.shape[axis + 1 :])
-    return lax.dynamic_index_in_dim(turned, (part - slot) % parts, axis + 1, keepdims=False)
-
-
-def own_slot(slot: Array, strategy: Strategy) -> Array:
-    """Where, in this device's part of the cache, the first of the tokens goes that `own_slots` gives it."""
-    part, parts = place("kv_seq", strategy)
-    return slot if parts == 1 else (slot + (part - slot) % parts) // parts

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from ..nn import Gathering, Stacked
 from ..parallel import Strategy, psum, spmd
 from .batch import Batch
 from .loss import Sums, loss_sums
-from .scan import Gathering, Stacked, cast_floats, trained
 from .step import TrainState
+from .trained import cast_floats, trained
 
 
 Evaluation = Callable[[TrainState, Batch], Sums]
@@ -36,7 +37,8 @@ def make_evaluation(*, compute_dtype: DTypeLike | None = jnp.bfloat16) -> Evalua
         if compute_dtype is not None:
             weights = cast_floats(weights, compute_dtype)
         model = eqx.combine(weights, constants)
-        sums = loss_sums(model.head(gathering), model.hidden(batch, gathering=gathering), batch)
+        hidden = model.hidden(batch.inputs, batch.positions, batch.span, gathering=gathering)
+        sums = loss_sums(model.head(gathering), hidden, batch)
         return jax.tree.map(lambda sum: psum(sum, "batch", strategy), sums)
 
     @eqx.filter_jit

@@ -16,13 +16,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ..checks import Count, NotNegative, Positive, Seed, ShareBelowOne, check_arguments
 from ..errors import InputError
-from ..nn import Mistral
-from ..nn.precision import at_least_float32
+from ..nn import Gathering, Mistral, Stacked, stack, unstack
 from ..parallel import Strategy, place, psum, psum_varying, specs, spmd, vary_alike
 from .batch import Batch
+from .dropout import with_dropout
 from .loss import Sums, loss_sums
 from .offload import check_host, to_device, to_host
-from .scan import Gathering, Stacked, cast_floats, stack, trained, unstack
+from .remat import rematerialised
+from .trained import cast_floats, trained
 from .zero import Zero
 
 
@@ -79,13 +80,7 @@ class TrainState(eqx.Module):
         def build(model: Mistral, cuts: Stacked | None = None) -> TrainState:
             stacked = stack(model)
             weights, constants = eqx.partition(stacked, trained(stacked))
-            # Rotary angles are never in less than float32; what is not trained stays as it is stored.
-            constants = eqx.tree_at(
-                lambda tree: tree.outer.rotary.inv_freq,
-                constants,
-                replace_fn=lambda angles: angles.astype(at_least_float32(jnp.dtype(dtype))),
-            )
-            weights = cast_floats(weights, dtype)
+            weights = cast_floats(weights, dtype)  # what is not trained stays as it is stored
             parts = weights if cuts is None else stage.own(weights, eqx.filter(cuts, trained(stacked)))
             kept = eqx.combine(weights, constants)
             if stage.stage == 3 and cuts is not None:
@@ -185,7 +180,7 @@ def make_step(
     - `accumulate`: in how many parts the rows of a batch are gone through, one after the other; memory for activations
         is that of one part. Gradients are added up in the weights' precision.
     - `clip`: the largest norm of all gradients together; larger ones are shrunk to it.
-    - `remat`: what is computed again in the backward pass; see [`mistral_eqx.train.Stacked.hidden`][].
+    - `remat`: what is computed again in the backward pass; see [`mistral_eqx.train.rematerialised`][].
     - `label_smoothing`, `z_loss`: as of [`mistral_eqx.train.loss_sums`][].
     - `seed`: of the dropout of adapters, if they have any. What is dropped follows from it, from the number of the step
         and from the row of the batch: so it is the same on every mesh, in however many parts a batch is gone through,
@@ -202,11 +197,12 @@ def make_step(
         z_loss=z_loss,
         seed=seed,
     )
+    wrapped = rematerialised(remat)
 
     def on_device(state: TrainState, batch: Batch, *, cuts: Stacked) -> tuple[TrainState, Metrics]:
         strategy, zero = state.strategy, state.zero
         weights, constants = eqx.partition(state.model, trained(state.model))
-        options = {"remat": remat, "label_smoothing": label_smoothing, "z_loss": z_loss}
+        options = {"wrapped": wrapped, "label_smoothing": label_smoothing, "z_loss": z_loss}
         # Dropout hashes with threefry, whatever generator is the process's default.
         key = jr.fold_in(jr.key(seed, impl="threefry2x32"), state.steps)
         loss = partial(_loss, constants=constants, key=key, gathering=zero.gathering(cuts), **options)
@@ -274,12 +270,12 @@ def _loss(
     constants: Stacked,
     key: PRNGKeyArray,
     gathering: Gathering,
-    remat: str,
+    wrapped: Callable[..., Any],
     label_smoothing: float,
     z_loss: float,
 ) -> Sums:
-    model = eqx.combine(weights, constants).with_keys(key, rows)
-    hidden = model.hidden(batch, remat=remat, gathering=gathering)
+    model = with_dropout(eqx.combine(weights, constants), key, rows)
+    hidden = model.hidden(batch.inputs, batch.positions, batch.span, wrapped=wrapped, gathering=gathering)
     return loss_sums(model.head(gathering), hidden, batch, label_smoothing=label_smoothing, z_loss=z_loss)
 
 

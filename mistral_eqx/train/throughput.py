@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ..lora import has_adapters
-from .scan import Stacked, trained
+from ..nn import Stacked
+from .trained import trained
 
 
 def flops_per_token(model: Stacked, seq: int) -> float:

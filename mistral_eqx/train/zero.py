@@ -10,8 +10,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from ..errors import InputError
+from ..nn import Gathering, Stacked
+from ..nn.stack import AS_IT_IS
 from ..parallel import Strategy, gather_parts, own_part, scatter_sum, vary
-from .scan import AS_IT_IS, Gathering, Stacked, trained, weights
+from .trained import is_array, trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +72,12 @@ class Zero:
             local = NamedSharding(mesh, spec).shard_shape(leaf.shape)
             return next((at for at in range(first, len(local)) if local[at] % self.devices == 0), -1)
 
-        arrays = eqx.filter(model, _is_array)
+        arrays = eqx.filter(model, is_array)
         # Weights that are not trained have no gradient and no state, but are as large.
-        parted = weights(model) if self.stage == 3 else trained(model)
-        parted = jax.tree.map(lambda leaf, part: part if _is_array(leaf) else None, model, parted)
+        parted = jax.tree.map(is_array, model) if self.stage == 3 else trained(model)
+        parted = jax.tree.map(lambda leaf, part: part if is_array(leaf) else None, model, parted)
         outer = jax.tree.map(partial(cut, first=0), arrays.outer, place.outer, parted.outer)
-        return Stacked(outer, jax.tree.map(partial(cut, first=1), arrays.period, place.period, parted.period))
+        return Stacked(outer, jax.tree.map(partial(cut, first=1), arrays.pattern, place.pattern, parted.pattern))
 
     def specs(self, place: PyTree[PartitionSpec], cuts: PyTree[int]) -> PyTree[PartitionSpec]:
         """How the parts lie on the mesh."""
@@ -122,7 +124,7 @@ class Zero:
         """How a model of which each device has a part is put together, in the forward and in the backward pass."""
         if self.stage < 3:
             return AS_IT_IS
-        inside = jax.tree.map(lambda cut: max(cut - 1, -1), cuts.period)
+        inside = jax.tree.map(lambda cut: max(cut - 1, -1), cuts.pattern)
 
         def gathered(parts: PyTree, cuts: PyTree[int]) -> PyTree:
             # Keys for dropout are no part of the state.
@@ -130,10 +132,6 @@ class Zero:
             return eqx.combine(keys, self.gather(parts, cuts, to="varying"))
 
         return Gathering(partial(gathered, cuts=cuts.outer), partial(gathered, cuts=inside))
-
-
-def _is_array(leaf: PyTree) -> bool:
-    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _is_key(leaf: PyTree) -> bool:

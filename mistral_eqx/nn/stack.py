@@ -1,0 +1,135 @@
+"""A model whose equal blocks are stacked, and scanned one after the other."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int, PyTree
+
+from ..parallel import Strategy, all_tokens, specs
+from .block import Block
+from .context import Context
+from .embedding import Unembedding
+from .model import Mistral
+from .visible import Span
+
+
+class Gathering(NamedTuple):
+    """How arrays are put together of which each device has a shard, where they are used and no earlier.
+
+    **Attributes:**
+
+    - `outer`: of the model without its blocks.
+    - `blocks`: of one repeat of the layer pattern.
+    """
+
+    outer: Callable[[PyTree], PyTree]
+    blocks: Callable[[PyTree], PyTree]
+
+
+AS_IT_IS = Gathering(lambda outer: outer, lambda blocks: blocks)
+
+
+class Stacked(eqx.Module):
+    """A model whose blocks are one, with arrays that have a first axis `layers`.
+
+    A program that scans it is as long for many layers as for few. Where blocks differ by a layer pattern, as windows do
+    in some models, there is one for each layer of the pattern.
+
+    **Attributes:**
+
+    - `outer`: the model without its blocks.
+    - `pattern`: the blocks of the layer pattern, each stacked over all repeats.
+    """
+
+    outer: Mistral
+    pattern: tuple[Block, ...]
+
+    @property
+    def repeats(self) -> int:
+        """How often the layer pattern is repeated."""
+        return jax.tree.leaves(eqx.filter(self.pattern, eqx.is_array))[0].shape[0]
+
+    def specs(self, strategy: Strategy) -> "Stacked":
+        """How each array is split over the mesh; see [`mistral_eqx.parallel.specs`][]. Layers are not split."""
+        pattern = jax.tree.map(lambda spec: PartitionSpec(None, *spec), specs(self.pattern, strategy))
+        return Stacked(specs(self.outer, strategy), pattern)
+
+    def hidden(
+        self,
+        ids: Int[Array, "batch seq"],
+        positions: Int[Array, "batch seq"],
+        span: Span | None = None,
+        *,
+        wrapped: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda repeat: repeat,
+        gathering: Gathering = AS_IT_IS,
+    ) -> Float[Array, "batch seq embed"]:
+        """What [`mistral_eqx.nn.Mistral.hidden`][] returns for the model that is not stacked.
+
+        **Arguments:**
+
+        - `ids`, `positions`, `span`: as there.
+        - `wrapped`: changes the function of one repeat of the layer pattern, as `jax.checkpoint` does.
+        - `gathering`: makes whole what each device has a shard of.
+        """
+        strategy, dtype = self.outer.strategy, self.outer.dtype
+        context = Context.init(self.outer.config.rope, positions, dtype=dtype, strategy=strategy, span=span)
+        arrays, static = eqx.partition(self.pattern, eqx.is_array)
+
+        def repeat(x: Array, arrays: PyTree) -> tuple[Array, None]:
+            for block in eqx.combine(gathering.blocks(arrays), static):
+                x, _ = block(x, context)
+            return x, None
+
+        x, _ = lax.scan(wrapped(repeat), _embedded(self.outer, ids, gathering), arrays)
+        return all_tokens(self.whole(gathering).norm(x), context.seq, strategy, to="invarying")
+
+    def head(self, gathering: Gathering = AS_IT_IS) -> Unembedding:
+        """The output head, which may have the embedding's table."""
+        return self.whole(gathering).unembedding
+
+    def whole(self, gathering: Gathering) -> Mistral:
+        """The model without its blocks, put together."""
+        arrays, static = eqx.partition(self.outer, eqx.is_array)
+        return eqx.combine(gathering.outer(arrays), static)
+
+
+def stack(model: Mistral) -> Stacked:
+    """Stacks the blocks of a model; `unstack` takes them apart again."""
+    kinds = [_kind(block) for block in model.blocks]
+    count = len(kinds)
+    size = next(size for size in range(1, count + 1) if count % size == 0 and kinds == kinds[:size] * (count // size))
+    pattern = tuple(_joined(model.blocks[layer::size]) for layer in range(size))
+    return Stacked(dataclasses.replace(model, blocks=()), pattern)
+
+
+def unstack(stacked: Stacked) -> Mistral:
+    """The model with a tuple of blocks, as it is for generating and for writing to a file."""
+    blocks = tuple(
+        jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat] if eqx.is_array(leaf) else leaf, block)
+        for repeat in range(stacked.repeats)
+        for block in stacked.pattern
+    )
+    return dataclasses.replace(stacked.outer, blocks=blocks)
+
+
+def _kind(block: Block) -> tuple[PyTree, list[tuple[Any, ...]]]:
+    """What two blocks must have in common to be stacked."""
+    arrays, static = eqx.partition(block, eqx.is_array)
+    return static, [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)]
+
+
+def _joined(blocks: tuple[Block, ...]) -> Block:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves) if eqx.is_array(leaves[0]) else leaves[0], *blocks)
+
+
+def _embedded(outer: Mistral, ids: Array, gathering: Gathering) -> Array:
+    if gathering is AS_IT_IS:
+        return outer.embedding(ids)
+    # The table is let go of, and not kept for the backward pass, which needs the ids alone.
+    return eqx.filter_checkpoint(lambda outer: Stacked(outer, ()).whole(gathering).embedding(ids))(outer)

@@ -1,0 +1,36 @@
+"""Rematerialisation policies: what the backward pass computes again, to take less memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ..checks import checked
+from ..errors import InputError
+from ..nn.linear import LINEAR
+
+
+_WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "none": lambda repeat: repeat,
+    "block": lambda repeat: jax.checkpoint(repeat, prevent_cse=False),
+    "dots": lambda repeat: jax.checkpoint(
+        repeat, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(LINEAR)
+    ),
+}
+
+REMATS = tuple(_WRAPPERS)
+
+
+def rematerialised(remat: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What a policy makes of the function of one repeat of the layer pattern.
+
+    **Arguments:**
+
+    - `remat`: `"none"`: all activations are kept. `"block"`: everything is computed again, from the residual stream
+        between the repeats. `"dots"`: everything but the results of linear layers.
+
+    **Raises:** `ValueError` if there is no such policy.
+    """
+    if checked(remat, str, "remat") not in _WRAPPERS:
+        raise InputError(f"There is no rematerialisation {remat!r}; take one of {', '.join(map(repr, REMATS))}.")
+    return _WRAPPERS[remat]

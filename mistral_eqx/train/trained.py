@@ -1,0 +1,29 @@
+"""Which leaves of a model are trained, and in what precision they are used."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+from ..lora import has_adapters, is_adapter
+from ..nn import Stacked
+
+
+def trained(model: Stacked) -> PyTree[bool]:
+    """Which leaves are trained: in a model with adapters these alone, otherwise all weights that are floats."""
+    if has_adapters(model):
+        return is_adapter(model)
+    return jax.tree.map(lambda leaf: is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact), model)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, or the shape of one: a state is also planned without arrays."""
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+
+
+def cast_floats(tree: PyTree, dtype: DTypeLike) -> PyTree:
+    """The floats of a tree in another precision."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, tree)
