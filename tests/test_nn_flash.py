@@ -12,7 +12,8 @@ from hypothesis import given, settings, strategies as st
 from model_fixtures import SMALL, relative_error, small_model
 
 from mistral_eqx import PRESETS
-from mistral_eqx.nn import Mistral, Span, attention as layer, flash, flash_attention, visible
+from mistral_eqx.nn import Mistral, Span, attention as layer, flash_attention, visible
+from mistral_eqx.nn.kernels import flash
 from mistral_eqx.nn.visible import bounds
 
 

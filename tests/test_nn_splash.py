@@ -18,8 +18,9 @@ import pytest
 from model_fixtures import SMALL, relative_error, small_model
 
 import mistral_eqx as mx
-from mistral_eqx.nn import Span, attention as layer, flash
-from mistral_eqx.nn.splash import in_order, knows, splash_attention, splash_gradients
+from mistral_eqx.nn import Span, attention as layer
+from mistral_eqx.nn.kernels import flash
+from mistral_eqx.nn.kernels.splash import in_order, knows, splash_attention, splash_gradients
 from mistral_eqx.nn.visible import bounds
 
 

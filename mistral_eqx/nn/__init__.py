@@ -10,7 +10,7 @@ from .context import Context as Context
 from .cross_entropy import Likelihood as Likelihood, log_likelihood as log_likelihood
 from .embedding import Embedding as Embedding, Unembedding as Unembedding
 from .feed_forward import FeedForward as FeedForward
-from .flash import flash_attention as flash_attention
+from .kernels import flash_attention as flash_attention
 from .linear import Linear as Linear
 from .model import Mistral as Mistral
 from .norm import RMSNorm as RMSNorm

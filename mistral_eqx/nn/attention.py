@@ -8,9 +8,8 @@ from jaxtyping import Array, Float
 from ..parallel import SINGLE, Strategy, pmax, psum, psum_together
 from .cache import AbstractLayerCache
 from .context import Context
-from .flash import flash_attention
+from .kernels import contract_head_dim, contract_kv_seq, flash_attention
 from .linear import Linear
-from .precision import at_least_float32
 from .visible import visible
 
 
@@ -82,14 +81,14 @@ class Attention(eqx.Module):
         """The weighted sums, and the logarithms of the sums of weights."""
         seen = visible(first, last, keys)
         mask = seen if mask is None else seen & mask
-        scores = psum(_contract_head_dim(q, k), "head_dim", self.strategy) * self.scale
+        scores = psum(contract_head_dim(q, k), "head_dim", self.strategy) * self.scale
         # A finite number, for a query that is padding sees no key at all.
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
         largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         total, log_sum = (jnp.transpose(x, (0, 3, 1, 2, 4)) for x in (total, largest + jnp.log(total)))
-        return _contract_kv_seq(weights, v) / total, log_sum
+        return contract_kv_seq(weights, v) / total, log_sum
 
     def _in_tiles(
         self, q: Array, k: Array, v: Array, first: Array, last: Array, keys: Array
@@ -98,50 +97,3 @@ class Attention(eqx.Module):
         q = jnp.transpose(q, (0, 2, 3, 1, 4))
         mixed, log_sum = flash_attention(q, k, v, first, last, keys, scale=self.scale)
         return jnp.transpose(mixed, (0, 3, 1, 2, 4)), jnp.transpose(log_sum[..., None], (0, 3, 1, 2, 4))
-
-
-def _contract_head_dim(
-    q: Float[Array, "batch seq kv_heads q_per_kv head_dim"], k: Float[Array, "batch kv_heads kv_seq head_dim"]
-) -> Float[Array, "batch kv_heads q_per_kv seq kv_seq"]:
-    batch, seq, kv_heads, q_per_kv, head_dim = q.shape
-    queries = jnp.transpose(q, (0, 2, 3, 1, 4)).reshape(batch * kv_heads, q_per_kv * seq, head_dim)
-    keys = k.reshape(batch * kv_heads, -1, head_dim)
-    if seq == 1 and q.dtype == jnp.float32:
-        scores = lax.platform_dependent(queries, keys, cpu=_scores_elementwise, default=_scores_matmul)
-    else:
-        scores = _scores_matmul(queries, keys)
-    return scores.reshape(batch, kv_heads, q_per_kv, seq, -1)
-
-
-def _contract_kv_seq(
-    weights: Float[Array, "batch kv_heads q_per_kv seq kv_seq"], v: Float[Array, "batch kv_heads kv_seq head_dim"]
-) -> Float[Array, "batch seq kv_heads q_per_kv head_dim"]:
-    batch, kv_heads, q_per_kv, seq, kv_seq = weights.shape
-    rows = weights.reshape(batch * kv_heads, q_per_kv * seq, kv_seq).astype(v.dtype)
-    values = v.reshape(batch * kv_heads, kv_seq, -1)
-    if seq == 1 and v.dtype == jnp.float32:
-        context = lax.platform_dependent(rows, values, cpu=_context_elementwise, default=_context_matmul)
-    else:
-        context = _context_matmul(rows, values)
-    return jnp.transpose(context.reshape(batch, kv_heads, q_per_kv, seq, -1), (0, 3, 1, 2, 4))
-
-
-# Batch and heads are one dimension here: over two of them XLA on CPU compiles the bfloat16 product with the values and
-# then refuses to run it. For a single query it also copies all keys and values before a float32 product; multiplied
-# entry by entry they are read in place.
-
-
-def _scores_matmul(queries: Array, keys: Array) -> Array:
-    return jnp.einsum("bqd,bkd->bqk", queries, keys, preferred_element_type=at_least_float32(queries.dtype))
-
-
-def _scores_elementwise(queries: Array, keys: Array) -> Array:
-    return jnp.sum(queries[:, :, None, :] * keys[:, None, :, :], axis=3)
-
-
-def _context_matmul(weights: Array, values: Array) -> Array:
-    return jnp.einsum("bqk,bkd->bqd", weights, values, preferred_element_type=at_least_float32(values.dtype))
-
-
-def _context_elementwise(weights: Array, values: Array) -> Array:
-    return jnp.sum(weights[:, :, :, None] * values[:, None, :, :], axis=2)

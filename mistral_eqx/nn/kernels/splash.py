@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ..parallel import kernel
+from ...parallel import kernel
 
 
 # A query's first and last key go to the kernel as the two halves of one number.

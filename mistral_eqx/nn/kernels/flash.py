@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ..parallel import vary_alike
-from .precision import at_least_float32
+from ...parallel import vary_alike
+from ..precision import at_least_float32
+from ..visible import visible
 from .splash import in_order, knows, splash_attention, splash_gradients
-from .visible import visible
 
 
 # Tiles of this many queries and keys: large enough for the matrix kernels, small enough for a processor's cache.

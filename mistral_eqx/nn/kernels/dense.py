@@ -1,0 +1,88 @@
+"""Products with weights that are arrays of floats."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float, Int
+
+from ..precision import at_least_float32, from_bits, to_bits
+
+
+@jax.custom_jvp
+def rows(table: Float[Array, "vocab ..."], ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
+    """The rows of a table by their index."""
+    if table.dtype.itemsize == 2:
+        return lax.platform_dependent(table, ids, cpu=_rows_of_bits, default=_rows_of_floats)
+    return _rows_of_floats(table, ids)
+
+
+@rows.defjvp
+def _rows_jvp(primals, tangents):
+    # Bits have no gradient, and rows are linear in the table.
+    (table, ids), (tangent, _) = primals, tangents
+    return rows(table, ids), _rows_of_floats(tangent, ids)
+
+
+def _rows_of_floats(table: Array, ids: Array) -> Array:
+    return table[ids]
+
+
+def _rows_of_bits(table: Array, ids: Array) -> Array:
+    # Bound to the ids, the table's bits cannot be computed ahead of a decoding loop, which would copy it.
+    table, ids = lax.optimization_barrier((table, ids))
+    return from_bits(to_bits(table)[ids], table.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def contract(
+    weight: Float[Array, "..."], x: Float[Array, "batch seq ..."], inner: int
+) -> Float[Array, "batch seq ..."]:
+    """The product of a weight, stored `(*out, *in)`, and activations; a sum over float32 at least.
+
+    **Arguments:**
+
+    - `inner`: how many dimensions are contracted: the last ones of both.
+    """
+    return lax.platform_dependent(
+        weight, x, cpu=partial(_contract_cpu, inner=inner), default=partial(_contract_as_stored, inner=inner)
+    )
+
+
+def _contract_jvp(inner: int, primals, tangents):
+    # Linear in each: a gradient needs weight and activations as they came in. Through the choice of a platform it would
+    # keep what each lowering makes of them, and a scan over layers would so write copies of all weights.
+    (weight, x), (d_weight, d_x) = primals, tangents
+    parts = [
+        _contract_as_stored(one, other, inner)
+        for one, other in ((d_weight, x), (weight, d_x))
+        if not isinstance(one, SymbolicZero) and not isinstance(other, SymbolicZero)
+    ]
+    return contract(weight, x, inner), sum(parts[1:], start=parts[0])
+
+
+contract.defjvp(_contract_jvp, symbolic_zeros=True)
+
+
+def _contract_as_stored(weight: Array, x: Array, inner: int) -> Array:
+    # Tokens are one dimension: gradients are then products of matrices, which XLA on CPU does not lay out anew.
+    (batch, seq), outer = x.shape[:2], weight.ndim - inner
+    x = x.reshape(batch * seq, *x.shape[2:])
+    contracted = tuple(range(outer, weight.ndim)), tuple(range(1, x.ndim))
+    y = lax.dot_general(weight, x, (contracted, ((), ())), preferred_element_type=at_least_float32(x.dtype))
+    return jnp.moveaxis(y, -1, 0).reshape(batch, seq, *y.shape[:-1])
+
+
+def _contract_cpu(weight: Array, x: Array, inner: int) -> Array:
+    # The fast kernels of XLA on CPU want matrices. They read the left operand as it is stored, but make a transposed
+    # copy of the right one at each call: so the weight comes first.
+    (batch, seq), outer, columns = x.shape[:2], weight.shape[: weight.ndim - inner], math.prod(x.shape[2:])
+    weight, x = weight.reshape(-1, columns), x.reshape(-1, columns)
+    if batch * seq == 1 and x.dtype.itemsize == 2:
+        # A single row takes a path of its own, which first turns a 16-bit weight into a float32 copy. Two do not.
+        x = jnp.concatenate([x, x])
+    y = lax.dot_general(weight, x, (((1,), (1,)), ((), ())), preferred_element_type=at_least_float32(x.dtype))
+    return y.T[: batch * seq].reshape(batch, seq, *outer)
