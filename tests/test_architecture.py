@@ -1,6 +1,7 @@
 """What may import what, read from the source."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,50 @@ def test_an_import_upward_would_be_seen(file, line):
     assert len(found) == 1
 
 
+def _file(name, files):
+    """The file of the package that a full name stands for or stands in."""
+    parts = name.split(".")[1:]
+    for length in range(len(parts), 0, -1):
+        module = "/".join(parts[:length])
+        for file in (f"{module}.py", f"{module}/__init__.py"):
+            if file in files:
+                return file
+    return "__init__.py"
+
+
+def _when_loaded(tree):
+    """A file without the bodies of its functions: what they import, they import when they are called."""
+
+    class Bodies(ast.NodeTransformer):
+        def visit_FunctionDef(self, node):
+            return ast.Pass()
+
+    return Bodies().visit(ast.parse(ast.unparse(tree)))
+
+
+def _circle(files):
+    """Files that import each other in a circle when they are loaded or checked for types; `None` without one."""
+    graph = {
+        file: {
+            seen
+            for name, _ in _imported(file, _when_loaded(tree))
+            if name.split(".")[0] == NAME and (seen := _file(name, files)) != file
+        }
+        for file, tree in files.items()
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return None
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert _circle(_files()) is None
+    circle = {"nn/x.py": ast.parse("from .y import f"), "nn/y.py": ast.parse("if TYPE_CHECKING:\n  from .x import X")}
+    assert set(_circle(circle)) == {"nn/x.py", "nn/y.py"}
+
+
 @pytest.mark.slow
 def test_torch_and_transformers_stay_out():
     found = {
@@ -226,7 +271,7 @@ def test_modules_do_not_ask_where_they_run_or_what_they_have():
     }
     asked = {(file, name) for file, name in asked if name in ("hasattr", "isinstance", "jax.default_backend")}
     # A cache is made before there is an array that could tell its device; a tangent that is zero is told by its type.
-    assert asked == {("nn/cache.py", "jax.default_backend"), ("nn/weight.py", "isinstance")}
+    assert asked == {("nn/cache.py", "jax.default_backend"), ("nn/kernels/dense.py", "isinstance")}
 
 
 def test_importing_the_package_starts_no_device():

@@ -3,7 +3,7 @@
 import codecs
 from typing import SupportsIndex
 
-from .tokenizer import AbstractTokenizer, Ids
+from .tokens import Ids, Tokens
 
 
 class Detokenizer:
@@ -20,7 +20,7 @@ class Detokenizer:
     ```
     """
 
-    def __init__(self, tokenizer: AbstractTokenizer, *, skip_special: bool = True, after: Ids = ()):
+    def __init__(self, tokenizer: Tokens, *, skip_special: bool = True, after: Ids = ()):
         """**Arguments:**
 
         - `tokenizer`: whose tokens will come.

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 
 from ..errors import InputError
 from .detokenizer import Detokenizer
-from .tokenizer import AbstractTokenizer, Ids
+from .tokens import Ids, Tokens
 
 
 class StopText:
@@ -33,7 +33,7 @@ class StopText:
 
     stopped: str | None
 
-    def __init__(self, tokenizer: AbstractTokenizer, stop: str | Sequence[str], *, after: Ids = ()):
+    def __init__(self, tokenizer: Tokens, stop: str | Sequence[str], *, after: Ids = ()):
         """**Arguments:**
 
         - `tokenizer`: whose tokens will come.
@@ -124,7 +124,7 @@ class StopRows:
     lengths: Int[np.ndarray, " rows"]
     texts: list[str]
 
-    def __init__(self, tokenizer: AbstractTokenizer, stop: str | Sequence[str], after: Sequence[Ids]):
+    def __init__(self, tokenizer: Tokens, stop: str | Sequence[str], after: Sequence[Ids]):
         self.lengths = np.full(len(after), -1)
         self.texts = [""] * len(after)
         self._rows = [StopText(tokenizer, stop, after=ids) for ids in after]

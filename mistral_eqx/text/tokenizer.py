@@ -7,29 +7,14 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, runtime_checkable
+from typing import Any, SupportsIndex
 
 from .. import interrupts
 from ..checkpoint.staging import alone, hidden_beside, made, restore
 from ..errors import InputError
 from .settings import FILES, GENERATION, write_settings
-
-
-if TYPE_CHECKING:
-    from .stops import StopRows
-
-
-@runtime_checkable
-class Ids(Protocol):
-    """Token ids in order: a list, or an integer array of one dimension."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-        ...
-
-    def __getitem__(self, at: Any, /) -> Any:
-        """The id at a place."""
-        ...
+from .stops import StopRows
+from .tokens import Ids
 
 
 class AbstractTokenizer(abc.ABC):
@@ -216,7 +201,7 @@ class AbstractTokenizer(abc.ABC):
             )
         return id
 
-    def find_stops(self, stop: str | Sequence[str], after: Sequence[Ids]) -> "StopRows":
+    def find_stops(self, stop: str | Sequence[str], after: Sequence[Ids]) -> StopRows:
         """Watches for stop strings in the texts of rows, as their tokens come.
 
         **Arguments:**
@@ -226,8 +211,6 @@ class AbstractTokenizer(abc.ABC):
 
         **Raises:** `ValueError` if a stop string is empty.
         """
-        from .stops import StopRows
-
         return StopRows(self, stop, after)
 
     def save(self, folder: str | os.PathLike[str]):

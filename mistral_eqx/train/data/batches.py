@@ -10,19 +10,7 @@ import numpy as np
 from ...checks import Count, Seed, check_arguments
 from ...errors import InputError
 from ..batch import Batch, Example
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Examples, or what an objective makes examples of, by number."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-        ...
-
-    def __getitem__(self, index: int, /) -> Any:
-        """One of them; several threads may ask."""
-        ...
+from .source import Source
 
 
 @runtime_checkable

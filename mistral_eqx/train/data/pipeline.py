@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 from ...errors import InputError
 from ..batch import Batch, Example, one_a_row
 from ..objective import causal
-from .batches import Source
+from .source import Source
 
 
 # So many batches are made ahead by a thread beside the training. To read mapped memory takes no more threads.
