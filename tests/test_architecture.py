@@ -105,6 +105,12 @@ def test_imports_run_downward_only():
     assert list(_violations(files)) == []
 
 
+def test_the_page_has_the_same_table():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| `")]
+    assert {room.strip(" `"): set(seen.replace("`", "").split()) for room, _, seen in rows} == SEES
+
+
 @pytest.mark.parametrize(
     ("file", "line"),
     [
