@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mistral_eqx.checkpoint import open_checkpoint
+from mistral_eqx.checkpoint import hf, open_checkpoint
 from mistral_eqx.checkpoint.names import rows
 from mistral_eqx.checkpoint.reader import DTYPES
 from mistral_eqx.checkpoint.safetensors import write
@@ -86,7 +86,7 @@ def make_checkpoint(folder: Path, layers: int, shard_bytes: int):
         write(folder / name, [(tensor, shape, dtype, random(shape)) for tensor, shape in shapes])
         placed |= {row.hf: name for row in shard}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
-    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    (folder / "config.json").write_text(json.dumps(hf.write_config(config)))
 
 
 def run(action: str, source: Path, dtype: str, target: Path) -> dict:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from fixtures.text import tiny as vocabularies
 
-from mistral_eqx.checkpoint import gguf as checkpoint_gguf, safetensors
+from mistral_eqx.checkpoint import gguf as checkpoint_gguf, hf, safetensors
 from mistral_eqx.checkpoint.loading import path_of
 from mistral_eqx.checkpoint.names import rows
 from mistral_eqx.checkpoint.ranges import read_ranges
@@ -129,7 +129,7 @@ def write_noise(folder, config, dtype="bfloat16"):
         folder / "model.safetensors",
         [(name, shape, dtype, draw(seed, shape)) for seed, (name, shape) in enumerate(described)],
     )
-    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    (folder / "config.json").write_text(json.dumps(hf.write_config(config)))
     return folder
 
 

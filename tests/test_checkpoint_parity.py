@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from checkpoint_fixtures import assert_same_weights, random_model, tiny, weights
 
-from mistral_eqx.checkpoint import convert, load, save
+from mistral_eqx.checkpoint import convert, hf, load, save
 from mistral_eqx.checkpoint.names import rows
-from mistral_eqx.config import MistralConfig
 
 
 pytestmark = pytest.mark.parity
@@ -54,7 +53,7 @@ def test_transformers_loads_what_is_saved(model, tmp_path):
     save(model, tmp_path / "hf", max_shard_size="20KB")
     theirs = from_pretrained(tmp_path / "hf")
     assert theirs.dtype.itemsize == 4
-    assert theirs.generation_config.eos_token_id == (model.config.to_hf()["eos_token_id"])
+    assert theirs.generation_config.eos_token_id == (hf.write_config(model.config)["eos_token_id"])
     assert_same_logits(theirs, model)
 
 
@@ -105,7 +104,7 @@ def test_a_llama_of_transformers(tmp_path):
     theirs = transformers.LlamaForCausalLM(settings).eval()
     theirs.save_pretrained(tmp_path / "llama")
     model = load(tmp_path / "llama")
-    assert model.config == MistralConfig.from_hf(settings.to_dict())
+    assert model.config == hf.read_config(settings.to_dict())
     assert_same_logits(theirs, model)
 
 

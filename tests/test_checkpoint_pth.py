@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from checkpoint_fixtures import assert_same_weights, random_model, tiny, weights
 
-from mistral_eqx.checkpoint import convert, load, open_checkpoint
+from mistral_eqx.checkpoint import convert, load, mistral, open_checkpoint
 from mistral_eqx.checkpoint.names import rows
 from mistral_eqx.parallel import Strategy
 
@@ -28,7 +28,7 @@ def state(torch, model):
 def release(folder, config):
     """A folder with the settings of a release, and the weights still missing."""
     folder.mkdir()
-    (folder / "params.json").write_text(json.dumps(config.to_params_json()))
+    (folder / "params.json").write_text(json.dumps(mistral.write_config(config)))
     return folder
 
 

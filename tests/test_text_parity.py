@@ -10,6 +10,7 @@ from tokenizers import processors
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
 from mistral_eqx import presets
+from mistral_eqx.checkpoint import hf
 from mistral_eqx.text import encode_chat, load_tokenizer, render_chat
 
 
@@ -113,7 +114,7 @@ def save_with_config(tokenizer, folder):
         presets.PRESETS["gpt-nano"], vocab=tokenizer.vocab, bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids
     )
     tokenizer.save(folder)
-    tiny.write_json(folder / "config.json", config.to_hf())
+    tiny.write_json(folder / "config.json", hf.write_config(config))
 
 
 def test_transformers_loads_the_tokenizer_of_smollm2_that_is_written(transformers, smollm2_path, tmp_path):

@@ -2,14 +2,17 @@
 
 import functools
 import math
-from collections.abc import Sequence
+import os
+import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 
-from ..config import MistralConfig
+from ..checks import Count, CountOrZero
+from ..config import Base, Epsilon, Layers, MistralConfig, Size
 from ..documents import expect_regular, shown
 from ..errors import InputError
 from .gguf_header import TensorInfo, read_header
@@ -18,6 +21,7 @@ from .ranges import of_columns, read_ranges
 from .reader import DTYPES, Checkpoint, LazyTensor, main_dtype
 from .readings import Reading
 from .safetensors import PlainTensor
+from .settings import REQUIRED, Settings, per_kv
 
 
 _PLAIN = {"F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}
@@ -87,7 +91,7 @@ def open_gguf(path: Path) -> Checkpoint:
     metadata, tensors = read_gguf(path)
     if not tensors:
         raise InputError(f"{str(path)!r} holds no tensors; give a file with a model's weights.", file=path)
-    config = MistralConfig.from_gguf(metadata, tied=HEAD.gguf not in tensors, file=path)
+    config = read_config(metadata, tied=HEAD.gguf not in tensors, file=path)
     return Checkpoint(path, "gguf", config, main_dtype(tensors), tensors, metadata)
 
 
@@ -207,3 +211,127 @@ def _can_dequantise(kind: gguf.GGMLQuantizationType) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+# Names by which llama.cpp knows the end of a text, a turn or a message, whatever a file says of these tokens.
+_ENDS = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|calls|>",
+    "<|flush|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<|tool_response>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "</s>",
+    "<eos>",
+    "[EOS]",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+)
+
+
+def ends_by_name(tokens: Any, unknown: int | None) -> list[int]:
+    """The ids of a GGUF file's tokens whose name says that they end a text, a turn or a message, as llama.cpp has it.
+
+    **Arguments:**
+
+    - `tokens`: the vocabulary, in the order of its ids.
+    - `unknown`: the token that the file uses for unknown words, which ends nothing.
+    """
+    names = tokens if isinstance(tokens, list) else []
+    ids = {name: id for id, name in enumerate(names) if isinstance(name, str) and name in _ENDS and id != unknown}
+    # Formats with channels and tools have one of these within a turn.
+    calls = {"<|call|>", "<|calls|>"} & ids.keys()
+    if calls and ("<|flush|>" in ids or {"<|return|>", "<|call|>"} <= ids.keys()):
+        ids.pop("<|end|>", None)
+    if "<|tool_response>" in ids:
+        ids.pop("</s>", None)
+    return sorted(ids.values())
+
+
+# `rope.scaling.*` without a type, or with the type "none", scales nothing.
+_WITHOUT_EFFECT = frozenset({"llama.tensor_data_layout", "llama.rope.scaling.finetuned"})
+
+
+def read_config(
+    metadata: Mapping[str, Any], *, tied: bool = False, file: str | os.PathLike[str] | None = None
+) -> MistralConfig:
+    """Reads the metadata of a GGUF file of architecture `llama`, which is what llama.cpp calls Mistral's too.
+
+    **Arguments:**
+
+    - `metadata`: the file's keys and values; arrays need a length only.
+    - `tied`: whether the head is the embedding table, which no key tells: it is so if the file holds no tensor
+        `output.weight`.
+    - `file`: where they stand, for messages.
+
+    **Returns:** the config. A file that does not tell a window has none, and one that does not tell the rope base
+    has 10000, as in llama.cpp.
+
+    **Raises:** `ValueError` that names the key, if one is missing, has a value that it cannot have, or asks for a
+    computation that this package does not do.
+    """
+    document = Settings(metadata, "GGUF metadata", file)
+    document.expect("general.architecture", ("llama",), None)
+    document.expect("general.type", ("model", None), None)
+    parts = document.take("split.count", CountOrZero | None, None) or 1
+    if parts > 1:
+        raise document.wrong(
+            "split.count",
+            f"{document.name} is one of {parts} parts; put them together first, with llama.cpp's "
+            "llama-gguf-split --merge.",
+        )
+    document.expect("llama.rope.scaling.type", ("none", None), None)
+    document.expect("llama.rope.scaling.factor", (0.0, 1.0, None), None, float | None)
+    document.expect("llama.attention.causal", (True, None), None)
+    layers = document.take("llama.block_count", Layers)
+    embed = document.take("llama.embedding_length", Size)
+    heads = document.take("llama.attention.head_count", Size)
+    kv_heads = document.take("llama.attention.head_count_kv", Size, heads)
+    head_dim = document.take("llama.attention.key_length", Size, embed // heads if embed % heads == 0 else REQUIRED)
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        document.expect(key, (head_dim,), head_dim, Size)
+    tokens = document.take("tokenizer.ggml.tokens", Any, None)
+    count = None if tokens is None or isinstance(tokens, str) else getattr(tokens, "__len__", None)
+    vocab = document.take("llama.vocab_size", Size, REQUIRED if count is None else count())
+    window = document.take("llama.attention.sliding_window", CountOrZero | None, None)
+    ids = {name: f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "eom")}
+    bos_id, *eos_ids = (document.take(key, CountOrZero | None, None) for key in ids.values())
+    unknown_id = document.take("tokenizer.ggml.unknown_token_id", CountOrZero | None, None)
+    eos_ids += [id for id in ends_by_name(tokens, unknown_id) if id < vocab]
+    config = document.make(
+        vocab=vocab,
+        embed=embed,
+        hidden=document.take("llama.feed_forward_length", Size),
+        layers=layers,
+        kv_heads=kv_heads,
+        q_per_kv=per_kv(heads, kv_heads, document),
+        head_dim=head_dim,
+        rope_theta=_shortest(document.take("llama.rope.freq_base", Base, 10000.0)),
+        norm_eps=_shortest(document.take("llama.attention.layer_norm_rms_epsilon", Epsilon)),
+        max_positions=document.take("llama.context_length", Count),
+        windows=(window or None,) * layers,
+        tied=tied,
+        bos_id=bos_id,
+        eos_ids=tuple(dict.fromkeys(token for token in eos_ids if token is not None)),
+    )
+    document.refuse_rest(_WITHOUT_EFFECT, prefix="llama.")
+    return config
+
+
+def _shortest(value: float) -> float:
+    # GGUF stores float32: 9.99999974e-06 is 1e-05 there, and is read as what the author wrote.
+    single = struct.unpack("<f", struct.pack("<f", value))[0]
+    for digits in range(1, 10):
+        candidate = float(f"{single:.{digits}g}")
+        if struct.unpack("<f", struct.pack("<f", candidate))[0] == single:
+            return candidate
+    return single

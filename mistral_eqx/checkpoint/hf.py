@@ -1,16 +1,20 @@
 """Folders of Hugging Face: `config.json`, and safetensors in one file or in several with an index."""
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ..config import MistralConfig
-from ..documents import read_json
+from ..checks import Count, CountOrZero, checked
+from ..config import Base, Epsilon, Layers, MistralConfig, Size
+from ..documents import read_json, shown
 from ..errors import InputError
 from .files import indexed, merged, shards
 from .reader import Checkpoint, main_dtype
 from .readings import Reading, the_one
 from .safetensors import read_header
+from .settings import Settings, agreed, is_off, listed, per_head, per_kv
 
 
 CONFIG = "config.json"
@@ -34,7 +38,7 @@ def open_hf(folder: Path, own: Sequence[Reading], others: Sequence[Reading]) -> 
     not supported; also if the folder holds weights several times, and they differ.
     """
     metadata = read_json(folder / CONFIG)
-    config = MistralConfig.from_hf(metadata, file=folder / CONFIG)
+    config = read_config(metadata, file=folder / CONFIG)
     if not own:
         pickled, loose = sorted(folder.glob("pytorch_model*.bin")), _loose(folder, set())
         found = "neither of them"
@@ -72,3 +76,198 @@ def readings(folder: Path) -> list[Reading]:
 def _loose(folder: Path, placed: set[str]) -> list[Path]:
     """Shards that no index names."""
     return [file for file in sorted(folder.iterdir()) if _SHARD.fullmatch(file.name) and file.name not in placed]
+
+
+_ARCHITECTURES = ("MistralForCausalLM", "MinistralForCausalLM", "LlamaForCausalLM")
+
+# What transformers takes for a key that is absent, where its model types differ.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "llama": {
+        "intermediate_size": 11008,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+        "sliding_window": None,
+    },
+}
+_DEFAULTS["ministral"] = _DEFAULTS["mistral"]
+
+# Keys that do not reach the logits of a plain forward pass: file-keeping, training, sampling, outputs.
+_WITHOUT_EFFECT = frozenset(
+    """
+    transformers_version transformers.js_config torch_dtype dtype use_cache initializer_range attention_dropout
+    pretraining_tp pad_token_id sep_token_id unk_token_id decoder_start_token_id id2label label2id num_labels
+    problem_type return_dict return_dict_in_generate output_attentions output_hidden_states output_scores
+    output_router_logits chunk_size_feed_forward is_decoder is_llama_config model_max_length tokenizer_class
+    prefix finetuning_task task_specific_params bos_token eos_token pad_token license max_length min_length
+    do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens unsloth_fixed unsloth_version
+    """.split()  # noqa: SIM905
+)
+
+
+def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | None = None) -> MistralConfig:
+    """Reads a Hugging Face `config.json` of model type `mistral`, `ministral` or `llama`.
+
+    A key that is absent has the default of that model type in transformers: a `mistral` without the key
+    `sliding_window` has a window of 4096, one with `"sliding_window": null` has none.
+
+    **Arguments:**
+
+    - `settings`: the parsed JSON object.
+    - `file`: where it stands, for messages.
+
+    **Returns:** the config.
+
+    **Raises:** `ValueError` that names the key, if one is missing, has a value that it cannot have, contradicts
+    another, or asks for a computation that this package does not do.
+    """
+    document = Settings(settings, "config.json", file)
+    model_type = document.take("model_type", str | None, None)
+    if model_type not in _DEFAULTS:
+        raise document.wrong(
+            "model_type",
+            f"{document.name} has model_type {shown(model_type)}, which is not supported; the supported ones are "
+            f"{listed(_DEFAULTS)}.",
+        )
+    for architecture in document.take("architectures", list[str] | None, None) or ():
+        if architecture not in _ARCHITECTURES:
+            raise document.wrong(
+                "architectures",
+                f"{document.name} names the architecture {shown(architecture)} in architectures, which is not "
+                f"supported; the supported ones are {listed(_ARCHITECTURES)}.",
+            )
+    defaults = _DEFAULTS[model_type]
+    embed = document.take("hidden_size", Size, 4096)
+    layers = document.take("num_hidden_layers", Layers, 32)
+    heads = document.take("num_attention_heads", Size, 32)
+    kv_heads = document.take("num_key_value_heads", Size | None, defaults["num_key_value_heads"]) or heads
+    head_dim = document.take("head_dim", Size | None, None) or per_head(embed, heads, document)
+    document.expect("hidden_act", ("silu", "swish"), "silu")
+    document.expect("partial_rotary_factor", (1.0, None), None, float | None)
+    for key in ("torch_dtype", "dtype"):  # the weights have dtypes of their own
+        document.take(key, str | None, None)
+    document.expect("is_causal", (True, None), None)
+    config = document.make(
+        vocab=document.take("vocab_size", Size, 32000),
+        embed=embed,
+        hidden=document.take("intermediate_size", Size, defaults["intermediate_size"]),
+        layers=layers,
+        kv_heads=kv_heads,
+        q_per_kv=per_kv(heads, kv_heads, document),
+        head_dim=head_dim,
+        rope_theta=_rope_theta(document),
+        norm_eps=document.take("rms_norm_eps", Epsilon, 1e-6),
+        max_positions=document.take("max_position_embeddings", Count, defaults["max_position_embeddings"]),
+        windows=_windows(document, layers, defaults["sliding_window"]),
+        tied=document.take("tie_word_embeddings", bool, False),
+        bos_id=document.take("bos_token_id", CountOrZero | None, 1),
+        eos_ids=document.ids("eos_token_id", (2,)),
+    )
+    document.refuse_rest(_WITHOUT_EFFECT)
+    return config
+
+
+def write_config(config: MistralConfig) -> dict[str, Any]:
+    """Writes a Hugging Face `config.json`.
+
+    **Returns:** the JSON object, of model type `mistral`, or `ministral` where windows differ from layer to layer.
+    The rope base stands in it twice, as `rope_theta` for transformers 4 and in `rope_parameters` for transformers
+    5: either of them would otherwise fall back on its default without a word.
+
+    **Raises:** `ValueError` if layers have windows of several sizes, for which that format has no place.
+    """
+    sizes = {window for window in config.windows if window is not None}
+    if len(sizes) > 1:
+        raise InputError(
+            f"The layers have windows of {listed(sorted(sizes))} positions, but config.json has a place for one "
+            "size only; use the format 'mistral'."
+        )
+    alternating = None in config.windows and bool(sizes)
+    settings: dict[str, Any] = {
+        "architectures": ["MinistralForCausalLM" if alternating else "MistralForCausalLM"],
+        "model_type": "ministral" if alternating else "mistral",
+        "vocab_size": config.vocab,
+        "hidden_size": config.embed,
+        "intermediate_size": config.hidden,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.q_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_positions,
+        "sliding_window": next(iter(sizes), None),
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+    }
+    if alternating:
+        settings["layer_types"] = [
+            "full_attention" if window is None else "sliding_attention" for window in config.windows
+        ]
+    return settings
+
+
+def _rope_theta(document: Settings) -> float:
+    spellings = {"rope_theta": document.take("rope_theta", Base | None, None)}
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = document.take(key, dict[str, Any] | None, None) or {}
+        if any(isinstance(value, Mapping) for value in rope.values()):
+            raise document.refuse(key, rope)
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise document.wrong(
+                key,
+                f"{document.name} asks for the rope type {shown(kind)} in {key}, which is not supported; supported is "
+                "'default', without scaling.",
+            )
+        for name, value in rope.items():
+            unscaled = name in ("factor", "partial_rotary_factor") and value == 1.0 and value is not True
+            if name not in ("rope_type", "type", "rope_theta") and not unscaled and not is_off(value):
+                raise document.refuse(f"{key}.{name}", value)
+        inner = f"{key}.rope_theta"
+        spellings[inner] = checked(
+            rope.get("rope_theta"), Base | None, f"The key {inner} of {document.name}", file=document.file, key=inner
+        )
+    return agreed(spellings, document, 10000.0)
+
+
+def _windows(document: Settings, layers: int, default: int | None) -> tuple[int | None, ...]:
+    # llama has no window at all: there the key is left in the document, to be refused if it is set.
+    window = document.take("sliding_window", Count | None, default) if default is not None else None
+    if document.take("use_sliding_window", bool | None, None) is False and window is not None:
+        raise document.wrong(
+            "use_sliding_window",
+            f"{document.name} has a sliding_window of {window} and use_sliding_window false, and programs differ in "
+            "which of them they heed; set sliding_window to null, or remove use_sliding_window.",
+        )
+    kinds = document.take("layer_types", list[str] | None, None)
+    if kinds is None:
+        return (window,) * layers
+    if len(kinds) != layers:
+        raise document.wrong(
+            "layer_types",
+            f"{document.name} has {len(kinds)} layer_types for {layers} layers (num_hidden_layers); give one a layer.",
+        )
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise document.refuse("layer_types", kind)
+        if kind == "sliding_attention" and window is None:
+            raise document.wrong(
+                "sliding_window",
+                f"{document.name} has sliding_attention among its layer_types but no sliding_window; add its size.",
+            )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

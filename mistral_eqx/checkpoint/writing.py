@@ -265,10 +265,10 @@ def _write(folder: Path, config: MistralConfig, tensors: list[_Tensor], format: 
     shards = _shards(tensors, _bytes(max_shard_size))
     dtype = max({tensor.dtype for tensor in tensors}, key=lambda kind: _total(tensors, kind))
     if format == "hf":
-        settings_file, settings = "config.json", {**config.to_hf(), "torch_dtype": dtype.name}
+        settings_file, settings = "config.json", {**hf.write_config(config), "torch_dtype": dtype.name}
         single, index = hf.WEIGHTS, hf.INDEX
     elif format == "mistral":
-        settings_file, settings = "params.json", config.to_params_json()
+        settings_file, settings = "params.json", mistral.write_config(config)
         single, index = mistral.WEIGHTS, mistral.INDEX
     else:
         raise InputError(f"There is no format {format!r} to write; give 'hf' or 'mistral'.")

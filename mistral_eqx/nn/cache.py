@@ -85,17 +85,14 @@ class FullCache(AbstractLayerCache):
     dtype: jnp.dtype = eqx.field(static=True)
 
     def extend(self, k: Keys, v: Keys, context: Context) -> tuple["FullCache", Array, Array, Array]:
-        cache = FullCache(
-            *(
-                lax.dynamic_update_slice_in_dim(buffer, _as_in(buffer, new), context.own_slot, axis=2)
-                for buffer, new in ((self.k_buffer, k), (self.v_buffer, v))
-            ),
-            self.dtype,
-        )
+        def written(buffer: Array, new: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(buffer, _as_in(buffer, new), context.own_slot, axis=2)
+
+        cache = FullCache(written(self.k_buffer, k), written(self.v_buffer, v), self.dtype)
         return cache, cache.k, cache.v, context.keys
 
     def grow(self, kv_seq: int) -> "FullCache":
-        return FullCache(*(_padded(buffer, kv_seq) for buffer in (self.k_buffer, self.v_buffer)), self.dtype)
+        return FullCache(_padded(self.k_buffer, kv_seq), _padded(self.v_buffer, kv_seq), self.dtype)
 
 
 class WindowCache(AbstractLayerCache):
@@ -114,14 +111,16 @@ class WindowCache(AbstractLayerCache):
     limit: int = eqx.field(static=True)
 
     def extend(self, k: Keys, v: Keys, context: Context) -> tuple["WindowCache", Array, Array, Array]:
-        pairs = (self.k_buffer, k), (self.v_buffer, v)
-        buffers = (self._write(buffer, _as_in(buffer, new), context.own_slot) for buffer, new in pairs)
-        cache = WindowCache(*buffers, self.dtype, self.limit)
+        k_buffer, v_buffer = (
+            self._write(buffer, _as_in(buffer, new), context.own_slot)
+            for buffer, new in ((self.k_buffer, k), (self.v_buffer, v))
+        )
+        cache = WindowCache(k_buffer, v_buffer, self.dtype, self.limit)
         return cache, cache.k, cache.v, self._newest(context.keys, context.own_used)
 
     def grow(self, kv_seq: int) -> "WindowCache":
-        buffers = (_padded(buffer, min(kv_seq, self.limit)) for buffer in (self.k_buffer, self.v_buffer))
-        return WindowCache(*buffers, self.dtype, self.limit)
+        slots = min(kv_seq, self.limit)
+        return WindowCache(_padded(self.k_buffer, slots), _padded(self.v_buffer, slots), self.dtype, self.limit)
 
     def _write(self, buffer: Array, new: Array, slot: Array) -> Array:
         if new.shape[2] == 1:
@@ -196,9 +195,10 @@ class Cache(eqx.Module):
         def layer(window: int | None) -> AbstractLayerCache:
             limit = None if window is None or piece is None else window_slots(window, piece, shares)
             slots = kv_seq if limit is None else min(kv_seq, limit * shares)
+            shape = batch, config.kv_heads, slots, config.head_dim
             # No two buffers may be one: each is donated to the loop that updates it.
-            buffers = (jnp.zeros((batch, config.kv_heads, slots, config.head_dim), stored) for _ in range(2))
-            return FullCache(*buffers, dtype) if limit is None else WindowCache(*buffers, dtype, limit)
+            k, v = jnp.zeros(shape, stored), jnp.zeros(shape, stored)
+            return FullCache(k, v, dtype) if limit is None else WindowCache(k, v, dtype, limit)
 
         return cls(
             tuple(layer(window) for window in config.windows),

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
@@ -62,8 +63,8 @@ class Stacked(eqx.Module):
 
     def hidden(
         self,
-        ids: Int[Array, "batch seq"],
-        positions: Int[Array, "batch seq"],
+        ids: Int[Array | np.ndarray, "batch seq"],
+        positions: Int[Array | np.ndarray, "batch seq"],
         span: Span | None = None,
         *,
         wrapped: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda repeat: repeat,
@@ -77,8 +78,8 @@ class Stacked(eqx.Module):
         - `wrapped`: changes the function of one repeat of the layer pattern, as `jax.checkpoint` does.
         - `gathering`: makes whole what each device has a shard of.
         """
-        strategy, dtype = self.outer.strategy, self.outer.dtype
-        context = Context.init(self.outer.config.rope, positions, dtype=dtype, strategy=strategy, span=span)
+        strategy, dtype, rope = self.outer.strategy, self.outer.dtype, self.outer.config.rope
+        context = Context.init(rope, jnp.asarray(positions), dtype=dtype, strategy=strategy, span=span)
         arrays, static = eqx.partition(self.pattern, eqx.is_array)
 
         def repeat(x: Array, arrays: PyTree) -> tuple[Array, None]:
@@ -86,7 +87,7 @@ class Stacked(eqx.Module):
                 x, _ = block(x, context)
             return x, None
 
-        x, _ = lax.scan(wrapped(repeat), _embedded(self.outer, ids, gathering), arrays)
+        x, _ = lax.scan(wrapped(repeat), _embedded(self.outer, jnp.asarray(ids), gathering), arrays)
         return all_tokens(self.whole(gathering).norm(x), context.seq, strategy, to="invarying")
 
     def head(self, gathering: Gathering = AS_IT_IS) -> Unembedding:

@@ -7,8 +7,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from ..checkpoint.gguf import read_gguf
-from ..config import ends_by_name
+from ..checkpoint.gguf import ends_by_name, read_gguf
 from ..documents import shown
 from ..errors import InputError
 from .huggingface import SPACE_PREFIX, HuggingFaceTokenizer

@@ -92,9 +92,13 @@ class AbstractTokenizer(abc.ABC):
         named = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None)}
         return {name: self.token_name(id) for name, id in named.items() if id is not None}
 
-    @functools.cached_property
+    @property
     def special_ids(self) -> frozenset[int]:
         """The ids that are never text: those of the control tokens and of all tokens that end a text."""
+        return self._special_ids
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
         return frozenset(self.control_tokens.values()) | frozenset(self.eos_ids)
 
     def encode(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:

@@ -1,0 +1,121 @@
+"""The settings of a checkpoint's config, taken key by key."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..checks import CountOrZero, checked
+from ..config import MistralConfig
+from ..documents import shown
+from ..errors import InputError
+
+
+REQUIRED: Any = object()
+
+
+class Settings:
+    """Settings that are taken key by key, each held to its type, so that what nobody took can be refused."""
+
+    def __init__(self, settings: Mapping[str, Any], kind: str, file: str | os.PathLike[str] | None):
+        self.name = kind if file is None else repr(os.fspath(file))
+        self.file = file
+        if not isinstance(settings, Mapping):
+            raise self.wrong(None, f"{self.name} is {shown(settings)}; it must be a table of keys and values.")
+        self._settings = settings
+        self._taken: set[str] = set()
+
+    def wrong(self, key: str | None, sentence: str) -> InputError:
+        """The error of a key."""
+        return InputError(sentence, file=self.file, key=key)
+
+    def take(self, key: str, kind: Any, default: Any = REQUIRED) -> Any:
+        """The value of a key, held to its type, or its default."""
+        self._taken.add(key)
+        if key not in self._settings:
+            if default is REQUIRED:
+                raise self.wrong(
+                    key, f"{self.name} does not tell {key}, without which the model cannot be built; add it."
+                )
+            return default
+        return checked(self._settings[key], kind, f"The key {key} of {self.name}", file=self.file, key=key)
+
+    def ids(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """One token or several."""
+        value = self.take(key, CountOrZero | list[CountOrZero] | None, default)
+        return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+    def expect(self, key: str, supported: tuple[Any, ...], default: Any, kind: Any = Any):
+        """Refuses a value that asks for something other than what this package computes."""
+        value = self.take(key, kind, default)
+        if not any(type(value) is type(one) and value == one for one in supported):
+            named = listed(value for value in supported if value is not None)
+            raise self.wrong(
+                key, f"{self.name} has {key} {shown(value)}, which is not supported; supported is {named}."
+            )
+
+    def make(self, **fields: Any) -> MistralConfig:
+        """The config; what its fields contradict in each other is the file's mistake."""
+        try:
+            return MistralConfig(**fields)
+        except InputError as error:
+            raise InputError(f"{self.name} cannot be used: {error}", file=self.file, key=error.key) from error
+
+    def refuse(self, key: str, value: object) -> InputError:
+        return self.wrong(
+            key,
+            f"{self.name} sets {key} to {shown(value)}, which this package does not compute; use a checkpoint "
+            "without it, or delete the key if it does not change the model.",
+        )
+
+    def refuse_rest(self, without_effect: frozenset[str], prefix: str = ""):
+        """Refuses what was not taken, unless it is known to have no effect or is switched off."""
+        for key, value in self._settings.items():
+            known = key in self._taken or key in without_effect
+            if not key.startswith(prefix) or key.startswith("_") or known:
+                continue
+            if not is_off(value):
+                raise self.refuse(key, value)
+
+
+def is_off(value: Any) -> bool:
+    """Whether a value switches off what its key is for."""
+    return value is None or value is False or value in (0, "", [], {})
+
+
+def listed(values: Any) -> str:
+    """Values as words of a sentence."""
+    texts = [repr(value) for value in values]
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}" if texts else "none"
+
+
+def per_head(embed: int, heads: int, document: Settings) -> int:
+    """The entries of a head, where a config does not give them."""
+    if embed % heads:
+        raise document.wrong(
+            "head_dim",
+            f"{document.name} gives no head_dim, and its width {embed} does not divide among {heads} heads; add "
+            "head_dim.",
+        )
+    return embed // heads
+
+
+def per_kv(heads: int, kv_heads: int, document: Settings) -> int:
+    """How many query heads share a key/value head."""
+    if heads % kv_heads:
+        raise document.wrong(
+            None,
+            f"{document.name} has {heads} query heads and {kv_heads} key/value heads, but the first number must be a "
+            "multiple of the second.",
+        )
+    return heads // kv_heads
+
+
+def agreed(spellings: Mapping[str, Any], document: Settings, default: Any) -> Any:
+    """The one value that several spellings of a setting give, `default` if none gives any."""
+    given = {key: value for key, value in spellings.items() if value is not None}
+    if len(set(given.values())) > 1:
+        told = " and ".join(f"{key} {shown(value)}" for key, value in given.items())
+        raise document.wrong(
+            next(iter(given)), f"{document.name} has {told}, which contradict each other; keep the right one."
+        )
+    return next(iter(given.values()), default)
