@@ -127,7 +127,7 @@ def test_each_device_receives_its_own_tokens():
         make_mesh("a=2,b=2"),
         (x,),
         (strategy.spec("batch _ hidden"),),
-        strategy.spec("batch seq"),
+        strategy.spec("batch tokens"),
     )
     np.testing.assert_array_equal(found, x.sum(-1))
     assert {shard.data.shape for shard in found.addressable_shards} == {(1, 2)}

@@ -65,8 +65,7 @@ def weight_bytes(config, *, heads=1, queries=1, head_dim=1, hidden=1, vocab=1, s
     block = 2 * kv + 2 * kv * config.q_per_kv // queries + 3 * config.embed * config.hidden // hidden
     norms = (2 * config.layers + 1) * config.embed
     tables = 2 * config.vocab * config.embed // vocab
-    angles = config.head_dim // 2 // head_dim
-    return size * (config.layers * block + norms + tables) + 4 * angles
+    return size * (config.layers * block + norms + tables)
 
 
 def cache_bytes(config, kv_seq, parts, size=4):
