@@ -170,7 +170,7 @@ def test_one_query_on_a_cache_is_the_last_row_of_many(dtype, bound, batch):
         for at in (slice(6), slice(6, 7)):
             slot = jnp.asarray(at.start or 0, jnp.int32)
             context = Context.init(GROUPED.rope, positions[:, at], dtype=dtype, cached=(known, slot))
-            (y, layer), known = attention(x[:, at], context, layer), context.keys
+            (y, layer), known = attention(x[:, at], context, layer), context.key_index
         return y[:, 0]
 
     expected = reference.attention(attention, np.asarray(x[0], np.float64), POSITIONS, theta=1e4)[-1]

@@ -51,9 +51,9 @@ def test_16_bit_buffers_hold_bits_on_a_cpu_only():
         )
         cached = jnp.asarray([[0, -1, -1, -1]], jnp.int32), jnp.asarray(1, jnp.int32)
         context = Context.init(SMALL.rope, jnp.asarray([[1, 2]], jnp.int32), cached=cached)
-        updated, k, v, keys = layer.extend(new, -new, context)
+        updated, k, v, index = layer.extend(new, -new, context)
         assert updated.k_buffer.dtype == stored
-        np.testing.assert_array_equal(keys, [[0, 1, 2, -1]])
+        np.testing.assert_array_equal(index, [[0, 1, 2, -1]])
         np.testing.assert_array_equal((k, v), (updated.k, updated.v))
         np.testing.assert_array_equal(updated.k[:, :, 1:3], new)
         np.testing.assert_array_equal(updated.v[:, :, 1:3], -new)

@@ -29,7 +29,7 @@ def _apply(block, x, layer):
             cached=(known, jnp.asarray(start, jnp.int32)),
         )
         y, layer = block(x[:, start:stop], context, layer)
-        known = context.keys
+        known = context.key_index
         outputs.append(y)
     return jnp.concatenate(outputs, axis=1), layer
 

@@ -62,10 +62,10 @@ class Attention(eqx.Module):
         q = context.rotation(self.q_proj(x))
         k = context.own(jnp.swapaxes(context.rotation(self.k_proj(x)), 1, 2))
         v = context.own(jnp.swapaxes(self.v_proj(x), 1, 2))
-        keys = context.keys
+        key_index = context.key_index
         if cache is not None:
-            cache, k, v, keys = cache.extend(k, v, context)
-        inputs = q, k, v, *context.bounds(self.window), keys
+            cache, k, v, key_index = cache.extend(k, v, context)
+        inputs = q, k, v, *context.bounds(self.window), key_index
         # Partial scores are added up over devices before anything else can be done with them.
         tiled = q.shape[1] * k.shape[2] > _WHOLE and context.mask is None and not self.strategy.axes("head_dim")
         mixed, log_sum = self._in_tiles(*inputs) if tiled else self._whole(*inputs, context.mask)
@@ -76,10 +76,10 @@ class Attention(eqx.Module):
         return self.o_proj(mixed.astype(x.dtype)), cache
 
     def _whole(
-        self, q: Array, k: Array, v: Array, first: Array, last: Array, keys: Array, mask: Array | None
+        self, q: Array, k: Array, v: Array, first: Array, last: Array, key_index: Array, mask: Array | None
     ) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
         """The weighted sums, and the logarithms of the sums of weights."""
-        seen = visible(first, last, keys)
+        seen = visible(first, last, key_index)
         mask = seen if mask is None else seen & mask
         scores = psum(contract_head_dim(q, k), "head_dim", self.strategy) * self.scale
         # A finite number, for a query that is padding sees no key at all.
@@ -91,9 +91,9 @@ class Attention(eqx.Module):
         return contract_kv_seq(weights, v) / total, log_sum
 
     def _in_tiles(
-        self, q: Array, k: Array, v: Array, first: Array, last: Array, keys: Array
+        self, q: Array, k: Array, v: Array, first: Array, last: Array, key_index: Array
     ) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
         """What `_whole` returns, without a score for each query and key."""
         q = jnp.transpose(q, (0, 2, 3, 1, 4))
-        mixed, log_sum = flash_attention(q, k, v, first, last, keys, scale=self.scale)
+        mixed, log_sum = flash_attention(q, k, v, first, last, key_index, scale=self.scale)
         return jnp.transpose(mixed, (0, 3, 1, 2, 4)), jnp.transpose(log_sum[..., None], (0, 3, 1, 2, 4))

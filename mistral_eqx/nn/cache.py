@@ -48,7 +48,7 @@ class AbstractLayerCache(eqx.Module):
     ]:
         """Adds the keys and values of a pass, in place where the cache is donated.
 
-        **Returns:** the new cache, and of all its slots the keys, the values and the numbers that masks compare.
+        **Returns:** the new cache, and of all its slots the keys, the values and the index that masks compare.
         """
 
     @abc.abstractmethod
@@ -89,7 +89,7 @@ class FullCache(AbstractLayerCache):
             return lax.dynamic_update_slice_in_dim(buffer, _as_in(buffer, new), context.own_slot, axis=2)
 
         cache = FullCache(written(self.k_buffer, k), written(self.v_buffer, v), self.dtype)
-        return cache, cache.k, cache.v, context.keys
+        return cache, cache.k, cache.v, context.key_index
 
     def grow(self, kv_seq: int) -> "FullCache":
         return FullCache(_padded(self.k_buffer, kv_seq), _padded(self.v_buffer, kv_seq), self.dtype)
@@ -116,7 +116,7 @@ class WindowCache(AbstractLayerCache):
             for buffer, new in ((self.k_buffer, k), (self.v_buffer, v))
         )
         cache = WindowCache(k_buffer, v_buffer, self.dtype, self.limit)
-        return cache, cache.k, cache.v, self._newest(context.keys, context.own_used)
+        return cache, cache.k, cache.v, self._newest(context.key_index, context.own_used)
 
     def grow(self, kv_seq: int) -> "WindowCache":
         slots = min(kv_seq, self.limit)
@@ -128,13 +128,13 @@ class WindowCache(AbstractLayerCache):
         slots = (slot + jnp.arange(new.shape[2], dtype=slot.dtype)) % self.slots
         return buffer.at[:, :, slots].set(new, unique_indices=True)
 
-    def _newest(self, keys: Int[Array, "batch kv_seq"], used: Int[Array, ""]) -> Int[Array, "batch slots"]:
-        """The number of the key in each slot, from those of all tokens in the order in which they came."""
-        if self.slots == keys.shape[1]:
-            return keys
+    def _newest(self, key_index: Int[Array, "batch kv_seq"], used: Int[Array, ""]) -> Int[Array, "batch slots"]:
+        """The index of the key in each slot, from those of all tokens in the order in which they came."""
+        if self.slots == key_index.shape[1]:
+            return key_index
         newest = used - 1
         place = newest - (newest - jnp.arange(self.slots, dtype=jnp.int32)) % self.slots
-        return jnp.where(place >= 0, jnp.take(keys, jnp.maximum(place, 0), axis=1), -1)
+        return jnp.where(place >= 0, jnp.take(key_index, jnp.maximum(place, 0), axis=1), -1)
 
 
 def _as_in(buffer: Array, new: Array) -> Array:

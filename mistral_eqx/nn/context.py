@@ -16,24 +16,24 @@ from .visible import Span, bounds
 class Context(eqx.Module):
     """What the layers of one forward pass know of its tokens, besides their activations.
 
-    Masks compare numbers of queries and of keys: the positions in each row's text, or under a `span` the columns of the
-    row. A number of -1 is padding.
+    A mask compares an index of each query with one of each key. These are positions in the row's text, or under a
+    `span` columns of the row; -1 is padding.
 
     **Attributes:**
 
     - `rotation`: of queries and keys, by their positions.
-    - `queries`: the number of each token of this pass.
-    - `keys`: the number of the key in each slot of this device, the tokens of this pass included; without a cache, of
-        each of these tokens.
+    - `query_index`: of each token of this pass.
+    - `key_index`: of the key in each slot of this device, the tokens of this pass included; without a cache, of each of
+        these tokens.
     - `slot`: the slot of the first token of this pass, counted over all devices.
     - `mask`: which keys each query may see at most.
-    - `span`: which columns each query sees; all up to its own number unless given.
+    - `span`: which columns each query sees; all up to its own unless given.
     - `strategy`: which dimensions are split over which axes of the mesh.
     """
 
     rotation: Rotation
-    queries: Int[Array, "batch seq"]
-    keys: Int[Array, "batch kv_seq"]
+    query_index: Int[Array, "batch seq"]
+    key_index: Int[Array, "batch kv_seq"]
     slot: Int[Array, ""]
     mask: Bool[Array, "batch seq kv_seq"] | None
     span: Span | None
@@ -62,19 +62,20 @@ class Context(eqx.Module):
         - `cached`: what a cache knows of the tokens before: the position in each slot, and the first free slot.
         """
         seq = positions.shape[1]
-        queries = positions
+        query_index = positions
         if span is not None:
-            queries = jnp.where(positions < 0, -1, jnp.arange(seq, dtype=positions.dtype)[None, :])
+            query_index = jnp.where(positions < 0, -1, jnp.arange(seq, dtype=positions.dtype)[None, :])
         before, slot = (None, jnp.zeros((), jnp.int32)) if cached is None else cached
-        keys = own_slots(queries, slot, strategy, axis=1, fill=-1)
+        key_index = own_slots(query_index, slot, strategy, axis=1, fill=-1)
         if before is not None:
-            keys = lax.dynamic_update_slice_in_dim(before, keys, own_slot(slot, strategy), axis=1)
-        return cls(Rotation.init(rope, positions, dtype, strategy), queries, keys, slot, mask, span, strategy)
+            key_index = lax.dynamic_update_slice_in_dim(before, key_index, own_slot(slot, strategy), axis=1)
+        rotation = Rotation.init(rope, positions, dtype, strategy)
+        return cls(rotation, query_index, key_index, slot, mask, span, strategy)
 
     @property
     def seq(self) -> int:
         """How many tokens of each row this pass has."""
-        return self.queries.shape[1]
+        return self.query_index.shape[1]
 
     @property
     def own_slot(self) -> Int[Array, ""]:
@@ -91,5 +92,5 @@ class Context(eqx.Module):
         return own_slots(x, self.slot, self.strategy, axis=2)
 
     def bounds(self, window: int | None) -> tuple[Int[Array, "batch seq"], Int[Array, "batch seq"]]:
-        """The first and the last number of a key that each query sees in a layer with this window."""
-        return bounds(self.queries, window, self.span)
+        """The first and the last index of a key that each query sees in a layer with this window."""
+        return bounds(self.query_index, window, self.span)

@@ -225,7 +225,7 @@ def _hidden(
         x, layer = block(x, context, layer)
         layers.append(layer)
     if cache is not None:
-        cache = Cache(tuple(layers), context.keys, context.slot + seq)
+        cache = Cache(tuple(layers), context.key_index, context.slot + seq)
     return all_tokens(model.norm(x), seq, strategy, to="invarying"), cache
 
 
