@@ -271,7 +271,7 @@ def test_every_command_is_in_the_help():
         (("--mesh", "kv=2,rep=2", "--strategy", "HEADS-x-kv-seq"), "heads_x_kv_seq on kv=2,rep=2"),
         (
             ("--mesh", "dp=2,tp=2", "--strategy", "heads batch@dp"),
-            "kv_heads@tp hidden@tp vocab@tp batch@dp on dp=2,tp=2",
+            "heads batch@dp on dp=2,tp=2",
         ),
         (("--mesh", "a=2", "--strategy", "hidden@a"), "hidden@a on a=2"),
     ],

@@ -122,7 +122,9 @@ def test_the_backward_pass_drops_what_the_forward_pass_did():
         def loss(weights):
             model = eqx.combine(weights, constants)
             rows = jax.tree.map(jnp.asarray, batch(2))
-            return train.loss_sums(model.head(), model.hidden(rows, remat="block"), rows).loss
+            wrapped = train.rematerialised("block")
+            hidden = model.hidden(rows.inputs, rows.positions, rows.span, wrapped=wrapped)
+            return train.loss_sums(model.head(), hidden, rows).loss
 
         size = 1e-5
 

@@ -69,15 +69,6 @@ def check(name, training, **options):
     assert_form(mx.Strategy(f"{layout} batch@dp".strip()), {"dp": 2, **axes}, training, **options)
 
 
-@pytest.mark.parametrize(
-    ("name", "zero"),
-    [("batch", 3), ("heads", 1), ("heads", 2), ("heads", 3), ("sequence_parallel", 3), ("head_dim", 0)],
-)
-@pytest.mark.slow
-def test_the_closed_form_is_what_a_step_exchanges(name, zero):
-    check(name, Training(SEQ, zero))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", NAMED)
