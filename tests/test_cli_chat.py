@@ -49,6 +49,7 @@ def test_reset_forgets_and_exit_leaves(tiny):
     assert run("chat", "--model", tiny, "-n", 5, "--system", "Be brief", input=turns).stdout == 2 * once
 
 
+@pytest.mark.slow
 def test_a_full_context_is_one_sentence(tmp_path):
     small = save_tiny_model(tmp_path / "small", max_positions=64)
     result = run("chat", "--model", small, "-n", 5, input="x" * 100)

@@ -187,7 +187,7 @@ def data():
     [
         ("tokenizer.model.v1", "tokenizer.model.v1"),
         ("mistral_instruct_tokenizer_240323.model.v3", "tokenizer.model.v3"),
-        ("tekken_240718.json", "tekken.json"),
+        pytest.param("tekken_240718.json", "tekken.json", marks=pytest.mark.slow),
     ],
 )
 def test_release_files_are_copied_with_their_settings(tmp_path, data, name, saved):

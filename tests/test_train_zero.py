@@ -165,9 +165,10 @@ def test_a_step_of_the_third_stage_takes_its_part_and_a_layer(devices):
     ("axes", "strategy", "zero"),
     [
         (None, mx.SINGLE, 0),
-        pytest.param({"dp": 2, "tp": 2}, mx.HEADS + "batch@dp", 3, marks=pytest.mark.slow),
+        ({"dp": 2, "tp": 2}, mx.HEADS + "batch@dp", 3),
     ],
 )
+@pytest.mark.slow
 def test_moments_on_the_host_make_the_same_steps(axes, strategy, zero):
     found = []
     for offload in (False, True):
