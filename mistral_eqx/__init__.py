@@ -8,7 +8,14 @@ from . import interrupts as interrupts  # isort: split
 from . import environment as environment  # isort: split
 
 
-from . import lora as lora, nn as nn, parallel as parallel, train as train
+from . import (
+    generation as generation,
+    lora as lora,
+    nn as nn,
+    parallel as parallel,
+    planning as planning,
+    train as train,
+)
 from .checkpoint import load as load, load_lora as load_lora, save as save, save_lora as save_lora
 from .config import MistralConfig as MistralConfig
 from .conversion import convert as convert

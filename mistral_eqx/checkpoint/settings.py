@@ -61,6 +61,7 @@ class Settings:
             raise InputError(f"{self.name} cannot be used: {error}", file=self.file, key=error.key) from error
 
     def refuse(self, key: str, value: object) -> InputError:
+        """The error of a key that asks for what this package does not compute."""
         return self.wrong(
             key,
             f"{self.name} sets {key} to {shown(value)}, which this package does not compute; use a checkpoint "

@@ -1,7 +1,6 @@
 """The KV cache: keys and values of earlier tokens, in buffers of a fixed size."""
 
 import abc
-from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -10,18 +9,15 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt16
 
+from ..config import MistralConfig
 from ..errors import InputError
 from .context import Context
 from .precision import from_bits, to_bits
 from .slots import window_slots
 
 
-if TYPE_CHECKING:
-    from ..config import MistralConfig
-
-
-Keys = Float[Array, "batch kv_heads own head_dim"]
-"""Keys or values of the tokens of one pass that this device keeps."""
+New = Float[Array, "batch kv_heads own head_dim"]
+"""New keys or values: of the tokens of one pass that this device keeps."""
 
 Buffer = Float[Array, "batch kv_heads kv_seq head_dim"] | UInt16[Array, "batch kv_heads kv_seq head_dim"]
 """Keys or values in slots, or the bits of 16-bit ones, of which XLA on CPU can replace one slot in place.
@@ -39,7 +35,7 @@ class AbstractLayerCache(eqx.Module):
 
     @abc.abstractmethod
     def extend(
-        self, k: Keys, v: Keys, context: Context
+        self, k: New, v: New, context: Context
     ) -> tuple[
         "AbstractLayerCache",
         Float[Array, "batch kv_heads kv_seq head_dim"],
@@ -84,7 +80,7 @@ class FullCache(AbstractLayerCache):
     v_buffer: Buffer
     dtype: jnp.dtype = eqx.field(static=True)
 
-    def extend(self, k: Keys, v: Keys, context: Context) -> tuple["FullCache", Array, Array, Array]:
+    def extend(self, k: New, v: New, context: Context) -> tuple["FullCache", Array, Array, Array]:
         def written(buffer: Array, new: Array) -> Array:
             return lax.dynamic_update_slice_in_dim(buffer, _as_in(buffer, new), context.own_slot, axis=2)
 
@@ -110,7 +106,7 @@ class WindowCache(AbstractLayerCache):
     dtype: jnp.dtype = eqx.field(static=True)
     limit: int = eqx.field(static=True)
 
-    def extend(self, k: Keys, v: Keys, context: Context) -> tuple["WindowCache", Array, Array, Array]:
+    def extend(self, k: New, v: New, context: Context) -> tuple["WindowCache", Array, Array, Array]:
         k_buffer, v_buffer = (
             self._write(buffer, _as_in(buffer, new), context.own_slot)
             for buffer, new in ((self.k_buffer, k), (self.v_buffer, v))
@@ -165,7 +161,7 @@ class Cache(eqx.Module):
     @classmethod
     def init(
         cls,
-        config: "MistralConfig",
+        config: MistralConfig,
         batch: int,
         kv_seq: int,
         dtype: DTypeLike = jnp.float32,

@@ -3,8 +3,7 @@
 import dataclasses
 
 from ..checks import Count, CountOrZero, check_fields
-from ..errors import InputError
-from ..train import REMATS
+from ..train import rematerialised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +29,4 @@ class Training:
 
     def __post_init__(self):
         check_fields(self)
-        if self.remat not in REMATS:
-            raise InputError(
-                f"There is no rematerialisation {self.remat!r}; take one of {', '.join(map(repr, REMATS))}.",
-                key="remat",
-            )
+        rematerialised(self.remat)

@@ -26,7 +26,7 @@ from .objective import (
 )
 from .offload import HOST as HOST, is_offloaded as is_offloaded
 from .optimizer import adamw as adamw, decayed as decayed, warmup_cosine as warmup_cosine, wsd as wsd
-from .remat import REMATS as REMATS, rematerialised as rematerialised
+from .remat import rematerialised as rematerialised
 from .step import Metrics as Metrics, Step as Step, TrainState as TrainState, make_step as make_step
 from .throughput import flops_per_token as flops_per_token, peak_flops as peak_flops
 from .trained import trained as trained

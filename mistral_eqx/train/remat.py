@@ -18,8 +18,6 @@ _WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     ),
 }
 
-REMATS = tuple(_WRAPPERS)
-
 
 def rematerialised(remat: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """What a policy makes of the function of one repeat of the layer pattern.
@@ -32,5 +30,6 @@ def rematerialised(remat: str) -> Callable[[Callable[..., Any]], Callable[..., A
     **Raises:** `ValueError` if there is no such policy.
     """
     if checked(remat, str, "remat") not in _WRAPPERS:
-        raise InputError(f"There is no rematerialisation {remat!r}; take one of {', '.join(map(repr, REMATS))}.")
+        policies = ", ".join(map(repr, _WRAPPERS))
+        raise InputError(f"There is no rematerialisation {remat!r}; take one of {policies}.", key="remat")
     return _WRAPPERS[remat]
