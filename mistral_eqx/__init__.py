@@ -1,73 +1,31 @@
-"""Mistral-family language models in JAX and Equinox."""
+"""Mistral-family language models in JAX and Equinox.
 
-# First: what follows takes seconds to import, and ctrl-C is answered from here on where this is the program that runs.
-from . import interrupts as interrupts  # isort: split
+The public names are those of `public.py`. They are imported, and JAX with them, when the first one is used: the command
+line answers what needs no model without that second.
+"""
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+# First: from here on ctrl-C is answered, if this package is the program that runs.
+from . import interrupts as interrupts
 
 
-# Then JAX, with a sentence where it cannot be imported.
-from . import environment as environment  # isort: split
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
+    from .public import __version__ as __version__
+else:
 
+    def __getattr__(name: str) -> Any:
+        if name == "__all__":
+            return __dir__()
+        if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+            return importlib.import_module(f"{__name__}.{name}")
+        public = vars(importlib.import_module(f"{__name__}.public"))
+        if name not in public or (name.startswith("_") and name != "__version__"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return public[name]
 
-from . import (
-    generation as generation,
-    lora as lora,
-    nn as nn,
-    parallel as parallel,
-    planning as planning,
-    train as train,
-)
-from .checkpoint import load as load, load_lora as load_lora, save as save, save_lora as save_lora
-from .config import MistralConfig as MistralConfig
-from .conversion import convert as convert
-from .errors import InputError as InputError
-from .evaluate import (
-    Perplexity as Perplexity,
-    Scores as Scores,
-    perplexity as perplexity,
-    score as score,
-)
-from .generation import (
-    AbstractProcessor as AbstractProcessor,
-    BannedTokens as BannedTokens,
-    Beams as Beams,
-    Constraint as Constraint,
-    Conversation as Conversation,
-    FrequencyPenalty as FrequencyPenalty,
-    Generated as Generated,
-    LogitBias as LogitBias,
-    MinNewTokens as MinNewTokens,
-    Prefix as Prefix,
-    PresencePenalty as PresencePenalty,
-    RepetitionPenalty as RepetitionPenalty,
-    Sampler as Sampler,
-    beam_search as beam_search,
-    generate as generate,
-    prefill as prefill,
-    stream as stream,
-)
-from .lora import apply_lora as apply_lora, merge_lora as merge_lora
-from .nn import Mistral as Mistral
-from .parallel import (
-    HEAD_DIM as HEAD_DIM,
-    HEADS as HEADS,
-    HEADS_X_HEAD_DIM as HEADS_X_HEAD_DIM,
-    HEADS_X_KV_SEQ as HEADS_X_KV_SEQ,
-    KV_REPLICATED as KV_REPLICATED,
-    SEQUENCE_PARALLEL as SEQUENCE_PARALLEL,
-    SINGLE as SINGLE,
-    Strategy as Strategy,
-    einshard as einshard,
-    make_mesh as make_mesh,
-    shard as shard,
-    strategies as strategies,
-)
-from .planning import plan as plan
-from .presets import PRESETS as PRESETS
-from .text import (
-    Detokenizer as Detokenizer,
-    StopText as StopText,
-    encode_chat as encode_chat,
-    load_tokenizer as load_tokenizer,
-    render_chat as render_chat,
-)
-from .train import Trainer as Trainer
+    def __dir__() -> list[str]:
+        return [name for name in vars(importlib.import_module(f"{__name__}.public")) if not name.startswith("_")]

@@ -59,7 +59,7 @@ def library(model, prompts=PROMPTS, **options):
     tokenizer = mx.load_tokenizer(model)
     keys = jax.vmap(jr.fold_in, in_axes=(None, 0))(jr.key(0), jnp.arange(len(prompts)))
     ids = [tokenizer.encode(text) for text in prompts]
-    return mx.generate(mx.load(model), ids, key=keys, tokenizer=tokenizer, **options)
+    return mx.generate(mx.load(model), ids, key=keys, tokenizer=tokenizer, **{"eos_id": (), **options})
 
 
 def lines(text):

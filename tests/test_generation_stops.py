@@ -175,7 +175,7 @@ def test_the_loop_goes_on_for_no_more_than_a_piece(free, monkeypatch):
     out = generate(talking_model(windows=(None,)), PROMPTS, max_new_tokens=40, stop=stops, tokenizer=TOKENIZER)
     assert max(out.lengths.tolist()) <= 5
     ((_, (decoding, _)),) = decodes
-    assert int(decoding.step) <= 1 + generation._PIECE
+    assert int(decoding.step) <= 1 + generation._STRIDE
 
 
 def test_a_row_that_stopped_draws_on_as_if_it_had_not(free):

@@ -13,7 +13,7 @@ import typer
 from .. import interrupts
 from .chat import chat
 from .convert import convert
-from .errors import OneSentence
+from .errors import Command, OneSentence
 from .evaluate import evaluate
 from .generate import generate
 from .inspect import inspect
@@ -30,10 +30,11 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 for command in (generate, chat, inspect, convert, plan, train):
-    app.command()(command)
+    app.command(cls=Command)(command)
 app.add_typer(evaluate, name="evaluate")
 
 

@@ -23,22 +23,32 @@ if TYPE_CHECKING:
     from ..text.tokenizer import AbstractTokenizer
 
 
-def answer_one(model: Mistral, tokenizer: AbstractTokenizer, prompt: Prompt, wanted: Wanted, figures: Sequence[str]):
+def answer_one(
+    model: Mistral,
+    tokenizer: AbstractTokenizer,
+    prompt: Prompt,
+    wanted: Wanted,
+    figures: Sequence[str],
+    *,
+    templated: bool = False,
+):
     """Writes one text to stdout while it is decoded.
 
     **Arguments:**
 
     - `figures`: about the model.
+    - `templated`: whether the prompt is in the model's chat template.
     """
     import mistral_eqx as mx
 
-    text = mx.StopText(tokenizer, wanted.stop, after=prompt.ids)
+    text = mx.StopText(tokenizer, wanted.stop or (), after=prompt.ids)
     stopwatch = Stopwatch(len(prompt.ids))
-    interrupted = False
+    interrupted, tokens = False, 0
     try:
         options = options_of(wanted, tokenizer, [prompt])
         for (token,) in Background(lambda: mx.stream(model, [prompt.ids], **options)):
             stopwatch.tick()
+            tokens += 1
             _write(text.push(int(token)))
     except KeyboardInterrupt:
         interrupted = True
@@ -46,6 +56,8 @@ def answer_one(model: Mistral, tokenizer: AbstractTokenizer, prompt: Prompt, wan
     processes.say(stopwatch.line(*figures))
     if interrupted:
         raise typer.Exit(130)
+    if tokens == 1 and not templated and wanted.max_new_tokens > 1 and tokenizer.chat_template is not None:
+        processes.say("The model ended the text at once; it is tuned for conversations, so try --chat.")
 
 
 def _write(text: str):

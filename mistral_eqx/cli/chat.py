@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import sys
 from collections.abc import Iterator
 from typing import Annotated
@@ -14,27 +15,20 @@ from . import options, processes
 from .background import Background
 
 
+# One word behind a slash; a path has more slashes, and is for the model.
+_COMMAND = re.compile(r"/\w+")
+
+
+@options.flat
 def chat(
-    model: options.Model = options.DEFAULT_MODEL,
-    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    *,
+    model: options.ModelOptions,
+    system: Annotated[str | None, typer.Option(help="Instructions to the model before the conversation.")] = None,
     max_new_tokens: options.MaxNewTokens = 512,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    typical_p: options.TypicalP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    presence_penalty: options.PresencePenalty = None,
-    frequency_penalty: options.FrequencyPenalty = None,
     stop: options.Stop = None,
+    sampling: options.SamplingOptions,
     seed: options.Seed = 0,
-    dtype: options.LoadDType = None,
-    mesh: options.Mesh = None,
-    strategy: options.Strategy = None,
-    coordinator: options.Coordinator = None,
-    num_processes: options.NumProcesses = None,
-    process_id: options.ProcessId = None,
-    check: options.Check = False,
+    split: options.ProcessOptions,
     debug: options.Debug = False,
 ):
     """Talk with a model, turn by turn.
@@ -57,42 +51,37 @@ def chat(
     from .devices import Devices
     from .loading import load, locate
     from .report import Stopwatch
-    from .sampling import make_sampler
 
-    sampling = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "typical_p": typical_p,
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-    }
-    sampler, stops = make_sampler(**sampling), checked_stops(stop or ())
+    sampler, stops = sampling.sampler(), checked_stops(stop or ())
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
-    devices = Devices(mesh, strategy, coordinator, num_processes, process_id)
-    path = locate(model)
+    devices = Devices(split)
+    path = locate(model.model)
     # All that can be refused without the weights is refused before they are read.
-    placed, split, where = devices.place(open_checkpoint(path).config)
+    mesh, strategy, where = devices.place(open_checkpoint(path).config)
     tokenizer = mx.load_tokenizer(path)
     opening = [] if system is None else [{"role": "system", "content": system}]
     first = encode_chat(tokenizer, [*opening, {"role": "user", "content": "?"}])
-    agree("command", repr((first, max_new_tokens, sampling, stops, seed, dtype, tokenizer.eos_ids)))
-    weights = load(path, dtype, check, placed, split)
+    agree("command", repr((first, max_new_tokens, sampling, stops, seed, model, tokenizer.eos_ids)))
+    weights = load(path, model, mesh, strategy)
     interactive = share("terminal" if sys.stdin.isatty() else "pipe") == "terminal"
+    interrupting = "leaves as well" if processes.several() else "stops a reply"
+    commands = f"/reset forgets the conversation, /exit leaves, /help shows this line, ctrl-C {interrupting}."
     if interactive:
-        interrupting = "leaves as well" if processes.several() else "stops a reply"
-        processes.say(f"/reset forgets the conversation, /exit leaves, ctrl-C {interrupting}.")
+        processes.say(commands)
 
     conversation, messages, turn = Conversation(weights), list(opening), 0
     for text in _shared_turns(interactive):
         if text == "/reset":
             conversation, messages = Conversation(weights), list(opening)
+            if interactive:
+                processes.say("The conversation starts anew.")
             continue
         if text == "/exit":
             break
+        if interactive and _COMMAND.fullmatch(text):
+            processes.say(commands if text == "/help" else f"There is no command {text}: {commands}")
+            continue
         ids = encode_chat(tokenizer, [*messages, {"role": "user", "content": text}])
         room = weights.config.max_positions - len(ids)
         if room < 1:

@@ -97,14 +97,14 @@ def options_of(wanted: Wanted, tokenizer: AbstractTokenizer, prompts: Sequence[P
 
     options: dict[str, Any] = {
         "max_new_tokens": wanted.max_new_tokens,
-        "eos_id": None if wanted.ignore_eos else tokenizer.eos_ids,
+        "eos_id": () if wanted.ignore_eos else tokenizer.eos_ids,
     }
     if wanted.num_beams is not None:
         options |= {"num_beams": wanted.num_beams, "num_return_sequences": wanted.samples}
         return options if wanted.length_penalty is None else options | {"length_penalty": wanted.length_penalty}
     numbers = jnp.asarray([prompt.number for prompt in prompts])
     options |= {
-        "sampler": wanted.sampler(),
+        "sampler": wanted.sampler(wanted.min_new_tokens or 0),
         "key": jax.vmap(jr.fold_in, in_axes=(None, 0))(jr.key(wanted.seed), numbers),
         "num_samples": wanted.samples,
     }
@@ -124,7 +124,7 @@ class _Text:
     def __init__(self, tokenizer: AbstractTokenizer, wanted: Wanted, after: list[int]):
         from ..text import StopText
 
-        self._text = StopText(tokenizer, wanted.stop, after=after)
+        self._text = StopText(tokenizer, wanted.stop or (), after=after)
         self._ends = () if wanted.ignore_eos else tokenizer.eos_ids
         self._most = wanted.max_new_tokens
         self._parts: list[str] = []

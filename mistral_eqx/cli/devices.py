@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..config import MistralConfig
     from ..parallel import Strategy
+    from .options import ProcessOptions
 
 
 # The largest pod has fewer chips.
@@ -33,22 +34,16 @@ class Devices:
 
     **Arguments:**
 
-    - `mesh`, `strategy`, `coordinator`, `num_processes`, `process_id`: the options' texts and numbers.
+    - `wanted`: the options' texts and numbers.
 
     **Raises:** `ValueError` if they cannot be read, do not fit together, or the other processes do not come.
     """
 
-    def __init__(
-        self,
-        mesh: str | None,
-        strategy: str | None,
-        coordinator: str | None,
-        num_processes: int | None,
-        process_id: int | None,
-    ):
+    def __init__(self, wanted: ProcessOptions):
         from ..parallel import read_strategy
         from ..parallel.mesh import parse_axes
 
+        mesh, strategy = wanted.mesh, wanted.strategy
         self._axes = None if mesh is None else parse_axes(mesh)
         self._wanted = None if strategy is None else read_strategy(strategy)
         if self._axes is None and self._wanted is not None:
@@ -64,8 +59,8 @@ class Devices:
                 f"{_MOST_DEVICES} that are possible; make it smaller.",
                 key="mesh",
             )
-        if (coordinator, num_processes, process_id) != (None, None, None):
-            _connect(coordinator, num_processes, process_id, self._axes)
+        if not wanted.alone:
+            _connect(wanted.coordinator, wanted.num_processes, wanted.process_id, self._axes)
 
     def place(self, config: MistralConfig) -> tuple[Mesh | None, Strategy, str]:
         """Finds the place of a model.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from .. import interrupts
 from ..documents import shown
@@ -45,6 +45,26 @@ class OneSentence(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with _one_sentence(self, ctx):
             return super().invoke(ctx)
+
+
+class Command(TyperCommand):
+    """A command with headings in its help, which imports JAX only after its options are parsed."""
+
+    def format_options(self, ctx: Any, formatter: Any):
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (line := parameter.get_help_record(ctx)) is not None:
+                other = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                heading = getattr(parameter, "rich_help_panel", None) or other
+                sections.setdefault(heading, []).append(line)
+        for heading, lines in sorted(sections.items(), key=lambda section: section[0] == "Options"):
+            with formatter.section(heading):
+                formatter.write_dl(lines)
+
+    def invoke(self, ctx: Any) -> Any:
+        from .. import environment  # noqa: F401
+
+        return super().invoke(ctx)
 
 
 def _expect_text(arguments: list[str]):

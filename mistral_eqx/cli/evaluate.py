@@ -16,6 +16,7 @@ from ..checks import Count
 from ..errors import InputError
 from . import options, processes
 from .background import interruptible
+from .errors import Command
 from .options import within
 
 
@@ -41,10 +42,12 @@ def _options():
     """Makes a group of it, of one command as of several."""
 
 
-@evaluate.command()
+@evaluate.command(cls=Command)
+@options.flat
 def perplexity(
+    *,
     text: Annotated[Path, typer.Option(help="The file to measure on, UTF-8 and of any size.")],
-    model: options.Model = options.DEFAULT_MODEL,
+    model: options.ModelOptions,
     context: Annotated[
         int | None,
         typer.Option(callback=within(Count), help="Tokens of a window; the model's whole context unless given."),
@@ -56,10 +59,7 @@ def perplexity(
         ),
     ] = None,
     batch: Annotated[int, typer.Option(callback=within(Count), help="How many windows are read together.")] = 1,
-    dtype: options.LoadDType = None,
-    mesh: options.Mesh = None,
-    strategy: options.Strategy = None,
-    check: options.Check = False,
+    split: options.DeviceOptions,
     debug: options.Debug = False,
 ):
     """Measure how well a model foretells a text.
@@ -78,18 +78,18 @@ def perplexity(
     from .report import peak_memory
 
     with _opened(text) as file:
-        devices = Devices(mesh, strategy, None, None, None)
-        path = locate(model)
+        devices = Devices(options.ProcessOptions(split.mesh, split.strategy))
+        path = locate(model.model)
         start = time.perf_counter()
         # All that can be refused without the weights is refused before they are read.
         config = open_checkpoint(path).config
         context, stride = window_sizes(config, context, stride)
-        placed, split, where = devices.place(config)
+        mesh, strategy, where = devices.place(config)
         tokenizer = mx.load_tokenizer(path)
         if file.seekable():
             next(encode_parts(tokenizer, file))
             file.seek(0)
-        weights = load(path, dtype, check, placed, split)
+        weights = load(path, model, mesh, strategy)
         figures = [f"windows of {context} tokens, one every {stride}"]
         figures += [
             f"loaded in {time.perf_counter() - start:.2f} s as {precision(weights)}",
@@ -106,8 +106,8 @@ def perplexity(
                     found = so_far
                     bar(so_far.bytes, total or None, title=f"Perplexity {so_far.perplexity:.4g}")
 
-                options = {"context": context, "stride": stride, "batch": batch, "progress": progress}
-                interruptible(lambda: mx.perplexity(weights, tokenizer, file, **options))
+                sizes = {"context": context, "stride": stride, "batch": batch}
+                interruptible(lambda: mx.perplexity(weights, tokenizer, file, progress=progress, **sizes))
         except KeyboardInterrupt:
             if found is None:
                 raise

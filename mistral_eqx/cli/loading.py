@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from ..nn import Mistral
     from ..parallel import Strategy
+    from .options import ModelOptions
 
 
 def locate(name: str) -> Path:
@@ -35,8 +36,8 @@ def locate(name: str) -> Path:
     return path
 
 
-def load(path: Path, dtype: str | None, check: bool, mesh: Mesh | None, strategy: Strategy) -> Mistral:
-    """The model, loaded under a progress bar onto a mesh if there is one.
+def load(path: Path, wanted: ModelOptions, mesh: Mesh | None, strategy: Strategy) -> Mistral:
+    """The model with its adapters, loaded under a progress bar onto a mesh if there is one.
 
     What gets compiled for it is kept for the next run.
     """
@@ -46,7 +47,10 @@ def load(path: Path, dtype: str | None, check: bool, mesh: Mesh | None, strategy
 
     _keep_compiled_programs()
     with progress_bar("Loading") as bar:
-        model = mx.load(path, dtype=dtype, check=check, progress=bar, mesh=mesh, strategy=strategy)
+        options = {"dtype": wanted.dtype, "check": wanted.check, "mesh": mesh, "strategy": strategy}
+        model = mx.load(path, progress=bar, **options)
+    if wanted.adapter is not None:
+        model = mx.load_lora(model, wanted.adapter)
     _multiply_as_stored(model)
     return model
 

@@ -1,14 +1,23 @@
-"""Options that several commands take, so that they read the same everywhere."""
+"""Options that several commands take, as dataclasses, so that they read the same everywhere."""
 
+import dataclasses
 import enum
-from collections.abc import Callable
-from typing import Annotated, Any
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from annotated_types import Ge, Le
 
 from .. import checks
 from ..checks import checked
+
+
+if TYPE_CHECKING:
+    from ..generation import Sampler
 
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -42,94 +51,221 @@ def within(kind: Any) -> Callable[[Any, Any, Any], Any]:
     return check
 
 
-Penalty = Annotated[float, Ge(-2), Le(2)]
+def flat(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command for typer, which knows no dataclasses: each parameter that is one of options becomes its fields."""
+    signature = inspect.signature(command, eval_str=True)
+    groups = {
+        parameter.name: parameter.annotation
+        for parameter in signature.parameters.values()
+        if dataclasses.is_dataclass(parameter.annotation)
+    }
 
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model", "-m", help="A checkpoint's folder, a .gguf file, a preset or a hub id such as 'owner/name'."
-    ),
-]
+    def parameters() -> Iterator[inspect.Parameter]:
+        for parameter in signature.parameters.values():
+            if (group := groups.get(parameter.name)) is None:
+                yield parameter
+                continue
+            kinds = typing.get_type_hints(group, include_extras=True)
+            for field in dataclasses.fields(group):
+                yield parameter.replace(name=field.name, annotation=kinds[field.name], default=field.default)
+
+    @functools.wraps(command)
+    def run(**given: Any) -> Any:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+        return command(**given)
+
+    flattened = signature.replace(parameters=list(parameters()))
+    run.__signature__ = flattened  # pyright: ignore[reportAttributeAccessIssue]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in flattened.parameters.values()}
+    return run
+
+
+Penalty = Annotated[float, Ge(-2), Le(2)]
+# Under which heading the help of a command has an option.
+MODEL, PROMPTS, SAMPLING, BEAMS, DEVICES = "Model", "Prompts and output", "Sampling", "Beam search", "Devices"
+
 MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", "-n", callback=within(checks.Count), help="How many tokens to add at most.")
 ]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        callback=within(checks.NotNegative),
-        help="Divides the logits: below 1 is more cautious, 0 always takes the likeliest token.",
-    ),
-]
-TopK = Annotated[
-    int | None, typer.Option(callback=within(checks.Count), help="Draw among this many of the likeliest tokens.")
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(
-        callback=within(checks.PositiveShare), help="Draw among the fewest tokens whose probabilities sum to this much."
-    ),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(
-        callback=within(checks.Share), help="Draw among tokens at least this many times as likely as the likeliest."
-    ),
-]
-TypicalP = Annotated[
-    float | None,
-    typer.Option(
-        callback=within(checks.PositiveShare),
-        help="Draw among the tokens of the most usual surprise whose probabilities sum to this much.",
-    ),
-]
-RepetitionPenalty = Annotated[
-    float | None,
-    typer.Option(
-        callback=within(checks.Positive), help="Above 1 makes tokens of the prompt and of the new text less likely."
-    ),
-]
-PresencePenalty = Annotated[
-    float | None,
-    typer.Option(callback=within(Penalty), help="Taken off the logit of each token of the new text, from -2 to 2."),
-]
-FrequencyPenalty = Annotated[
-    float | None,
-    typer.Option(
-        callback=within(Penalty),
-        help="Taken off the logit of a token for each time that the new text has it, from -2 to 2.",
-    ),
-]
 Stop = Annotated[
     list[str] | None,
-    typer.Option(metavar="TEXT", help="Where the new text has this, it ends, before it; may be given several times."),
+    typer.Option(metavar="TEXT", help="End a text before this string; may be given several times."),
 ]
-Seed = Annotated[int, typer.Option(callback=within(checks.Seed), help="Where the random numbers start.")]
-LoadDType = Annotated[
-    DType | None, typer.Option("--dtype", help="Precision to load in; the checkpoint's own unless given.")
+Seed = Annotated[
+    int, typer.Option(callback=within(checks.Seed), help="Seed of the random numbers.", rich_help_panel=SAMPLING)
 ]
-Mesh = Annotated[str | None, typer.Option(help="Axes of the devices and their sizes, such as 'tp=8' or 'kv=8,rep=2'.")]
-Strategy = Annotated[
+Mesh = Annotated[
     str | None,
-    typer.Option(
-        help="How the model is split over the mesh: heads, sequence_parallel, head_dim, kv_replicated, "
-        "heads_x_head_dim, heads_x_kv_seq, or a layout such as 'kv_heads@tp hidden@tp'; the first of these that fits "
-        "unless given."
-    ),
+    typer.Option(help="Axes of the devices and their sizes, such as 'tp=8' or 'kv=8,rep=2'.", rich_help_panel=DEVICES),
 ]
-Coordinator = Annotated[
-    str | None,
-    typer.Option(
-        help="Where process 0 of several runs, HOST:PORT; 'auto' under SLURM, Open MPI and on Cloud TPU.",
-        metavar="HOST:PORT",
-    ),
-]
-NumProcesses = Annotated[int | None, typer.Option(callback=within(checks.Count), help="How many processes there are.")]
-ProcessId = Annotated[
-    int | None,
-    typer.Option(callback=within(checks.CountOrZero), help="The number of this one, from 0; only process 0 prints."),
-]
-Check = Annotated[bool, typer.Option("--check", help="Refuse weights that are not finite numbers.")]
 # Nothing in a command reads it: `errors.OneSentence` finds it in the context.
 Debug = Annotated[
     bool, typer.Option("--debug", callback=_remember, is_eager=True, help="Show the traceback of an error.")
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is loaded."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A checkpoint's folder, a .gguf file, a preset or a hub id such as 'owner/name'.",
+            rich_help_panel=MODEL,
+        ),
+    ] = DEFAULT_MODEL
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter",
+            metavar="FOLDER",
+            help="Put the adapters of this folder beside the weights; PEFT and training write such folders.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    dtype: Annotated[
+        DType | None,
+        typer.Option(help="Precision of the weights; by default the checkpoint's own.", rich_help_panel=MODEL),
+    ] = None
+    check: Annotated[
+        bool, typer.Option("--check", help="Refuse weights that are not finite numbers.", rich_help_panel=MODEL)
+    ] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen; `None` for what was not given."""
+
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            callback=within(checks.NotNegative),
+            help="Divides the logits: below 1 is more cautious, 0 always takes the likeliest token.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            callback=within(checks.Count),
+            help="Draw among this many of the likeliest tokens.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            callback=within(checks.PositiveShare),
+            help="Draw among the fewest tokens whose probabilities sum to this much.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            callback=within(checks.Share),
+            help="Draw among tokens at least this many times as likely as the likeliest.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None
+    typical_p: Annotated[
+        float | None,
+        typer.Option(
+            callback=within(checks.PositiveShare),
+            help="Draw among the tokens of the most usual surprise whose probabilities sum to this much.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            callback=within(checks.Positive),
+            help="Above 1 makes tokens of the prompt and of the new text less likely.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None
+    presence_penalty: Annotated[
+        float | None,
+        typer.Option(
+            callback=within(Penalty),
+            help="Taken off the logit of each token of the new text, from -2 to 2.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None
+    frequency_penalty: Annotated[
+        float | None,
+        typer.Option(
+            callback=within(Penalty),
+            help="Taken off the logit of a token for each time that the new text has it, from -2 to 2.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None
+
+    def sampler(self, min_new_tokens: int = 0) -> "Sampler":
+        """A sampler with a processor for each penalty that was given.
+
+        **Raises:** `ValueError` if a value is outside its range.
+        """
+        import mistral_eqx as mx
+
+        processors: list[mx.AbstractProcessor] = []
+        if self.repetition_penalty is not None:
+            processors.append(mx.RepetitionPenalty(self.repetition_penalty))
+        if self.presence_penalty is not None:
+            processors.append(mx.PresencePenalty(self.presence_penalty))
+        if self.frequency_penalty is not None:
+            processors.append(mx.FrequencyPenalty(self.frequency_penalty))
+        if min_new_tokens:
+            processors.append(mx.MinNewTokens(min_new_tokens))
+        return mx.Sampler(self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p, processors)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceOptions:
+    """Over which devices a model is split, and how."""
+
+    mesh: Mesh = None
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            help="How the model is split over the mesh: heads, sequence_parallel, head_dim, kv_replicated, "
+            "heads_x_head_dim, heads_x_kv_seq, or a layout such as 'kv_heads@tp hidden@tp'. By default the first of "
+            "these that fits.",
+            rich_help_panel=DEVICES,
+        ),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessOptions(DeviceOptions):
+    """The same, and the processes that have these devices."""
+
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            help="Where process 0 of several runs, HOST:PORT; 'auto' under SLURM, Open MPI and on Cloud TPU.",
+            metavar="HOST:PORT",
+            rich_help_panel=DEVICES,
+        ),
+    ] = None
+    num_processes: Annotated[
+        int | None,
+        typer.Option(callback=within(checks.Count), help="How many processes there are.", rich_help_panel=DEVICES),
+    ] = None
+    process_id: Annotated[
+        int | None,
+        typer.Option(
+            callback=within(checks.CountOrZero),
+            help="Index of this process, from 0; only process 0 prints.",
+            rich_help_panel=DEVICES,
+        ),
+    ] = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process is the only one."""
+        return (self.coordinator, self.num_processes, self.process_id) == (None, None, None)

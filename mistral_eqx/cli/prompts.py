@@ -23,7 +23,7 @@ _DECODER = json.JSONDecoder()
 # What may stand before a key or a value of an object.
 _JSON_SPACE: Any = re.compile(r"[\s,:]*")
 # How a file of prompts is to be written, at the end of sentences about one that is not.
-_REMEDY = 'write {"prompt": "..."} on each line, or a text as a JSON string'
+_REMEDY = 'write {"prompt": "..."} or {"messages": [...]} on each line, or a text as a JSON string'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Prompt:
 
     **Attributes:**
 
-    - `number`: the how many-th it is, from 0: it draws the same whatever batch it is in.
-    - `text`: what the user wrote.
+    - `number`: its index, from 0, which seeds its random numbers, whatever batch it is in.
+    - `text`: what the user wrote; of a conversation, its last message.
     - `ids`: its tokens.
     - `record`: the values of the object on its line of a file, each as the JSON that stands there.
     """
@@ -85,13 +85,13 @@ def encode_texts(texts: Sequence[str], encode: Callable[[str], list[int]]) -> li
     ]
 
 
-def read_file(path: str, encode: Callable[[str], list[int]]) -> Iterator[Prompt]:
+def read_file(path: str, encode: Callable[[Any], list[int]]) -> Iterator[Prompt]:
     """The prompts of a file, line by line; lines without anything are passed over.
 
     **Arguments:**
 
     - `path`: the file, or '-' for stdin.
-    - `encode`: makes tokens, or raises a `ValueError`, which is then told with the line's number.
+    - `encode`: makes tokens of a text or of messages, or raises a `ValueError`, to which the line's number is added.
 
     **Raises:** `ValueError` that names the line if it is no JSON or has no text to continue; if there is no prompt at
     all.
@@ -103,8 +103,8 @@ def read_file(path: str, encode: Callable[[str], list[int]]) -> Iterator[Prompt]
             where = f"Line {at} of {name}"
             if line.strip():
                 record = _record(line, where, None if path == "-" else path)
-                text = record["prompt"]
-                yield Prompt(number, text, _encoded(text, encode, where), _kept(line, record))
+                ids = _encoded(record.get("messages", record.get("prompt")), encode, where)
+                yield Prompt(number, _text(record), ids, _kept(line, record))
                 number += 1
     if number == 0:
         raise InputError(f"There is no prompt in {name}; {_REMEDY}.", file=None if path == "-" else path)
@@ -135,7 +135,7 @@ def expect_file(path: str):
         raise InputError(f"{path!r} is a folder; give a file of prompts.")
 
 
-def count_file(path: str, encode: Callable[[str], list[int]]) -> int | None:
+def count_file(path: str, encode: Callable[[Any], list[int]]) -> int | None:
     """How many prompts a file has, all of which are checked; `None` if it can be read only once, as a pipe.
 
     **Raises:** as `read_file`.
@@ -155,8 +155,14 @@ def _record(line: bytes, where: str, file: str | None) -> dict[str, Any]:
         raise wrong(f"is not valid JSON (it is not UTF-8: {error.reason} at byte {error.start})") from error
     if isinstance(record, str):
         record = {"prompt": record}
-    if not isinstance(record, dict) or "prompt" not in record:
+    if not isinstance(record, dict) or not record.keys() & {"prompt", "messages"}:
         raise wrong('has no "prompt"')
+    if "messages" in record:
+        if "prompt" in record:
+            raise wrong('has a "prompt" and "messages"', "keep one of the two")
+        if not isinstance(record["messages"], list):
+            raise wrong(f'has the "messages" {shown(record["messages"])}, which are no list')
+        return record
     text = record["prompt"]
     if not isinstance(text, str):
         raise wrong(f'has the "prompt" {shown(text)}, which is no string')
@@ -167,6 +173,11 @@ def _record(line: bytes, where: str, file: str | None) -> dict[str, Any]:
     except UnicodeEncodeError as error:
         raise wrong('has a "prompt" with half of a character (a surrogate without its pair)') from error
     return record
+
+
+def _text(record: dict[str, Any]) -> str:
+    """What stands for a line in a heading."""
+    return record["prompt"] if "prompt" in record else str(record["messages"][-1].get("content", ""))
 
 
 def _kept(line: bytes, record: dict[str, Any]) -> dict[str, str]:
@@ -183,9 +194,9 @@ def _kept(line: bytes, record: dict[str, Any]) -> dict[str, str]:
     return kept
 
 
-def _encoded(text: str, encode: Callable[[str], list[int]], where: str | None) -> list[int]:
+def _encoded(content: Any, encode: Callable[[Any], list[int]], where: str | None) -> list[int]:
     try:
-        return encode(text)
+        return encode(content)
     except ValueError as error:
         if where is None:
             raise

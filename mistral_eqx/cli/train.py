@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 
+@options.flat
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file; examples/recipes has some.")],
     folder: Annotated[str | None, typer.Option(help="Where the run writes, in place of the recipe's folder.")] = None,
@@ -31,11 +32,8 @@ def train(
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="Go on with a run also if its data or what it draws are others now.")
     ] = False,
-    mesh: options.Mesh = None,
-    strategy: options.Strategy = None,
-    coordinator: options.Coordinator = None,
-    num_processes: options.NumProcesses = None,
-    process_id: options.ProcessId = None,
+    *,
+    devices: options.ProcessOptions,
     debug: options.Debug = False,
 ):
     """Train a model as a recipe says: from nothing, or from a checkpoint, all of it or adapters.
@@ -51,11 +49,11 @@ def train(
         *(change or []),
         *([f"folder={_quoted(folder)}"] if folder is not None else []),
         *([f"training.steps={steps}"] if steps is not None else []),
-        *([f"devices.mesh={_quoted(mesh)}"] if mesh is not None else []),
-        *([f"devices.strategy={_quoted(strategy)}"] if strategy is not None else []),
+        *([f"devices.mesh={_quoted(devices.mesh)}"] if devices.mesh is not None else []),
+        *([f"devices.strategy={_quoted(devices.strategy)}"] if devices.strategy is not None else []),
     ]
     wanted = read_recipe(recipe, changes)
-    _run(wanted, recipe.parent, allow_changes, coordinator, num_processes, process_id)
+    _run(wanted, recipe.parent, allow_changes, dataclasses.replace(devices, **dataclasses.asdict(wanted.devices)))
 
 
 def _quoted(text: str) -> str:
@@ -67,9 +65,7 @@ def _run(
     recipe: "Recipe",
     near: Path,
     allow_changes: bool,
-    coordinator: str | None,
-    num_processes: int | None,
-    process_id: int | None,
+    wanted: options.ProcessOptions,
 ):
     import mistral_eqx as mx
 
@@ -79,7 +75,7 @@ def _run(
     from .loading import locate
     from .training import continuations, count_solved, make_trainer, open_sets, share_of_rows
 
-    devices = Devices(recipe.devices.mesh, recipe.devices.strategy, coordinator, num_processes, process_id)
+    devices = Devices(wanted)
     agree("recipe", repr(recipe))
     recipe.check()
     path = locate(recipe.model.name) if recipe.model.weights else None
@@ -125,6 +121,9 @@ def _run(
     target = _save(recipe, model, tokenizer)
     _tell(Path(recipe.folder))
     processes.say(f"Saved to {target}")
+    if tokenizer is not None:
+        use = f"{recipe.model.name} --adapter {target}" if recipe.lora is not None else target
+        processes.say(f"To use it: mistral-eqx generate --model {use} 'PROMPT'")
     if isinstance(sets.held_out, mx.train.data.AbstractProblems):
         processes.tell(count_solved(model, sets.held_out))
 
@@ -176,10 +175,11 @@ def _model(recipe: "Recipe", config: Any, path: Path | None, placed: Any, split:
     import mistral_eqx as mx
 
     from .loading import load
+    from .options import DType, ModelOptions
 
     key, adapters = jr.split(jr.key(recipe.model.seed))
     if path is not None:
-        model = load(path, "float32", False, placed, split)
+        model = load(path, ModelOptions(dtype=DType.FLOAT32), placed, split)
     else:
         model = eqx.filter_jit(mx.Mistral.init)(config, key=key)
         model = model if placed is None else mx.shard(model, placed, split)

@@ -325,7 +325,7 @@ def continuations(sets: Sets, samples: list[str], eos_ids: tuple[int, ...]) -> C
     prompts, decode = [sets.encode(sample) for sample in samples], sets.decode
 
     def show(model: Mistral):
-        out = mx.generate(model, prompts, max_new_tokens=64, eos_id=eos_ids or None)
+        out = mx.generate(model, prompts, max_new_tokens=64, eos_id=eos_ids)
         for prompt, tokens, length in zip(prompts, out.tokens.tolist(), out.lengths.tolist(), strict=True):
             # All of it at once: the first word of a text would lose its space.
             _say(decode([*prompt, *tokens[:length]]))
@@ -340,7 +340,7 @@ def count_solved(model: Mistral, held_out: Any) -> str:
     import mistral_eqx as mx
 
     prompts, answers = held_out.prompts, held_out.answers
-    out = mx.generate(model, prompts, max_new_tokens=answers.shape[1])
+    out = mx.generate(model, prompts, max_new_tokens=answers.shape[1], eos_id=())
     right = int((out.tokens == jnp.asarray(answers)).all(axis=1).sum())
     return f"{right} of {len(answers)} held-out problems are solved"
 

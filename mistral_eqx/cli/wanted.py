@@ -1,16 +1,13 @@
 """What the options of `mistral-eqx generate` ask for, and what of it does not go together."""
 
-from __future__ import annotations
-
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import Annotated
 
+import typer
+
+from .. import checks
 from ..errors import InputError
-from .sampling import make_sampler
-
-
-if TYPE_CHECKING:
-    from ..generation import Sampler
+from .options import BEAMS, MaxNewTokens, SamplingOptions, Seed, Stop, within
 
 
 _NOT_WITH_BEAMS = (
@@ -30,27 +27,53 @@ _NOT_WITH_BEAMS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class Wanted(SamplingOptions):
     """How prompts are to be continued; each attribute is the option of its name, `None` if that was not given."""
 
-    max_new_tokens: int
-    seed: int
-    ignore_eos: bool
-    stop: tuple[str, ...]
-    num_samples: int | None
-    num_beams: int | None
-    length_penalty: float | None
-    logprobs: int | None
-    prefill_chunk: int | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    typical_p: float | None
-    repetition_penalty: float | None
-    presence_penalty: float | None
-    frequency_penalty: float | None
-    min_new_tokens: int | None
+    max_new_tokens: MaxNewTokens = 64
+    min_new_tokens: Annotated[
+        int | None,
+        typer.Option(callback=within(checks.CountOrZero), help="How many tokens to add before an end token may come."),
+    ] = None
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after a token that ends a text.")] = False
+    stop: Stop = None
+    num_samples: Annotated[
+        int | None,
+        typer.Option(
+            callback=within(checks.Count),
+            help="How many texts each prompt gets: drawn ones, or with --num-beams the best ones; 1 by default.",
+        ),
+    ] = None
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            callback=within(checks.CountOrZero),
+            help="Show the log-probability of each token, and those of this many likeliest ones.",
+        ),
+    ] = None
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(
+            callback=within(checks.Count), help="Read a prompt so many tokens at a time; fewer take less memory."
+        ),
+    ] = None
+    seed: Seed = 0
+    num_beams: Annotated[
+        int | None,
+        typer.Option(
+            callback=within(checks.Count),
+            help="Search for the likeliest text as a whole, with this many beams.",
+            rich_help_panel=BEAMS,
+        ),
+    ] = None
+    length_penalty: Annotated[
+        float | None,
+        typer.Option(
+            callback=within(float),
+            help="Above 0 a beam search favours long texts, below 0 short ones; 1 by default.",
+            rich_help_panel=BEAMS,
+        ),
+    ] = None
 
     @property
     def samples(self) -> int:
@@ -62,20 +85,6 @@ class Wanted:
         """Whether a prompt gets one text, which is there token by token."""
         return self.samples == 1 and self.num_beams is None and self.logprobs is None
 
-    def sampler(self) -> Sampler:
-        """How tokens are chosen."""
-        return make_sampler(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            typical_p=self.typical_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            min_new_tokens=self.min_new_tokens or 0,
-        )
-
     def check(self):
         """Refuses what is outside its range, or does not go together; no model is needed for that.
 
@@ -83,8 +92,8 @@ class Wanted:
         """
         from ..text.stops import checked_stops
 
-        sampler = self.sampler()
-        checked_stops(self.stop)
+        sampler = self.sampler(self.min_new_tokens or 0)
+        checked_stops(self.stop or ())
         if (self.min_new_tokens or 0) > self.max_new_tokens:
             raise InputError(
                 f"--min-new-tokens is {self.min_new_tokens}, but a text gets at most {self.max_new_tokens}; ask for "

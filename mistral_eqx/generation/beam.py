@@ -372,7 +372,7 @@ def beam_search(
     *,
     num_beams: int,
     num_return_sequences: int = 1,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
     eos_id: int | Sequence[int] | None = None,
@@ -381,7 +381,7 @@ def beam_search(
     """Continues each prompt with the texts that a beam search finds most probable.
 
     ```python
-    best = mx.beam_search(model, prompts, num_beams=4, max_new_tokens=64, eos_id=tokenizer.eos_ids)
+    best = mx.beam_search(model, prompts, num_beams=4, max_new_tokens=64)
     print(tokenizer.decode(best.tokens[0, 0, : best.lengths[0, 0]], after=prompts[0]))
     ```
 
@@ -391,16 +391,17 @@ def beam_search(
     **Arguments:**
 
     - `model`: the model.
-    - `prompts`: lists of token ids, of any lengths, or an array of shape `(batch, seq)`.
+    - `prompts`: lists of token ids, of any lengths, or an array of shape `(batch, seq)`, in which -1 on either side is
+        padding.
     - `num_beams`: how many texts of each prompt go on.
     - `num_return_sequences`: how many of them to return.
-    - `max_new_tokens`: where a text ends at the latest.
+    - `max_new_tokens`: where a text ends at the latest; 256 unless given, or as many as the context has room for.
     - `length_penalty`: the power of its length by which the log-probability of a text that has ended is divided.
         Above 0 it favours long texts, below 0 short ones.
     - `early_stopping`: when a prompt is done that has `num_beams` texts that have ended. `True`: at once. `False`: when
         the best one that goes on has a worse score than the worst of them, were it to end now. `"never"`: when it could
         not have a better one at any length.
-    - `eos_id`: the token, or the tokens, that end a text. Without any, all get `max_new_tokens`.
+    - `eos_id`: the token, or the tokens, that end a text; those of the model's config unless given, and `()` for none.
     - `sampler`: refused, since a search draws nothing and has no processors.
 
     **Returns:** [`mistral_eqx.Beams`][], with `tokens` of shape `(batch, num_return_sequences, max_new_tokens)`, and
@@ -415,6 +416,7 @@ def beam_search(
     num_beams, num_return_sequences = _check_beams(num_beams, num_return_sequences, model.config.vocab)
     rows = checked_prompts(prompts, model.config.vocab)
     request = Request.init(model, rows, max_new_tokens, Sampler(), eos_id, None)
+    max_new_tokens = request.max_new_tokens
     rules = Rules.init(request.ends, capacity(max_new_tokens), max_new_tokens, length_penalty, early_stopping)
     ids, positions = pad_left(rows, prompt_width(max(map(len, rows))))
     done = np.arange(len(rows) + request.idle) >= len(rows)

@@ -20,7 +20,7 @@ from .stops import Tokenizer, stop_rows
 
 
 # Where there are stop strings, the loop is left after each of so many tokens, to look for them in the text.
-_PIECE = 8
+_STRIDE = 8
 
 
 class Generated(NamedTuple):
@@ -48,7 +48,7 @@ def generate(
     model: Mistral,
     prompts: Prompts,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     sampler: Sampler | None = None,
     eos_id: int | Sequence[int] | None = None,
     key: Key[Array, "..."] | None = None,
@@ -62,8 +62,8 @@ def generate(
     """Continues each prompt, in one compiled loop.
 
     ```python
-    prompt = tokenizer.encode("The capital of France is")
-    out = mx.generate(model, [prompt], max_new_tokens=32, tokenizer=tokenizer)
+    model, tokenizer = mx.from_pretrained("smollm2-135m")
+    out = mx.generate(model, "The capital of France is", tokenizer=tokenizer)
     print(out.texts[0])
     ```
 
@@ -72,15 +72,15 @@ def generate(
     **Arguments:**
 
     - `model`: the model.
-    - `prompts`: lists of token ids, of any lengths, or an array of shape `(batch, seq)`, in which -1 on either side is
-        padding.
-    - `max_new_tokens`: how many tokens to add to each.
+    - `prompts`: lists of token ids, of any lengths; or texts, or one text, with a `tokenizer`; or an array of shape
+        `(batch, seq)`, in which -1 on either side is padding.
+    - `max_new_tokens`: how many tokens to add to each; 256 unless given, or as many as the context has room for.
     - `sampler`: how a token is chosen; greedy unless given.
-    - `eos_id`: the token, or the tokens, that end a row. Without any, nothing stops early.
+    - `eos_id`: the token, or the tokens, that end a row; those of the model's config unless given, and `()` for none.
     - `key`: for samplers that draw: one key, from which each row gets its own, or an array with one key a prompt.
     - `stop`: strings that end a row where they are complete in its new text, wherever in a token that is. One that has
         the name of a control token is found too.
-    - `tokenizer`: makes text of the new tokens; needed for `stop`.
+    - `tokenizer`: makes text of the new tokens, and ids of prompts that are texts; needed for `stop`.
     - `num_samples`: how many continuations to draw of each prompt, which is read once; they are neighbours in the
         result.
     - `logprobs`: how many likeliest tokens to report at each new one with their log-probabilities; 0 for those of the
@@ -93,10 +93,12 @@ def generate(
 
     **Raises:** `ValueError` if a prompt is empty, has an id outside the vocabulary, or does not fit into the context
     with its new tokens; if an end token is outside the vocabulary; if a sampler draws and there is no key; if a stop
-    string is empty or there is no tokenizer for it; if a processor does not fit the vocabulary or forbids every token;
-    if a logit of a row that goes on is not finite.
+    string is empty; if there is no tokenizer for a text or a stop string; if a processor does not fit the vocabulary or
+    forbids every token; if a logit of a row that goes on is not finite.
     """
-    rows = checked_prompts(prompts, checked(model, Mistral, "model").config.vocab)
+    vocab = checked(model, Mistral, "model").config.vocab
+    # A prefix has the beginning of sequence, which a tokenizer would write again.
+    rows = checked_prompts(prompts, vocab, tokenizer if prefix is None else None)
     request = Request.init(
         model,
         rows,
@@ -112,7 +114,8 @@ def generate(
     before = [row for row in rows for _ in range(num_samples)]
     count = len(before)
     stops = stop_rows(stop, tokenizer, before)
-    size = max_new_tokens if stops is None else _PIECE
+    max_new_tokens = request.max_new_tokens
+    size = max_new_tokens if stops is None else _STRIDE
     decoding, _ = collections.deque(request.steps(*request.start(rows), size, stops), maxlen=1).pop()
     lengths = everywhere(decoding.lengths)[:count]
     if stops is not None:

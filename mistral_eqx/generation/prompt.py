@@ -1,7 +1,7 @@
 """Prompts of many lengths in one array."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
@@ -11,7 +11,18 @@ from ..documents import shown
 from ..errors import InputError
 
 
-Prompts: TypeAlias = Sequence[Sequence[int] | np.ndarray | Int[Array, " _"]] | np.ndarray | Int[Array, "batch seq"]
+Prompts: TypeAlias = (
+    str | Sequence[str | Sequence[int] | np.ndarray | Int[Array, " _"]] | np.ndarray | Int[Array, "batch seq"]
+)
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """What makes token ids of a text."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, its beginning of sequence included."""
+        ...
 
 
 def bucket(length: int, *, step: int, per_octave: int) -> int:
@@ -30,16 +41,25 @@ def bucket(length: int, *, step: int, per_octave: int) -> int:
     return max(-(-length // step), 1) * step
 
 
-def checked_prompts(prompts: Prompts, vocab: int) -> list[list[int]]:
-    """The prompts as lists of ids; in an array of two dimensions -1 on either side of a row is padding.
+def checked_prompts(prompts: Prompts, vocab: int, tokenizer: Encoder | None = None) -> list[list[int]]:
+    """The prompts as lists of ids.
 
-    **Raises:** `ValueError` if there is none, one is empty or no list of integers, or an id is outside the vocabulary.
+    **Arguments:**
+
+    - `prompts`: lists of ids, texts, or one text; or an array of two dimensions, in which -1 on either side of a row is
+        padding.
+    - `tokenizer`: makes ids of texts.
+
+    **Raises:** `ValueError` if there is none, one is empty or no list of integers, an id is outside the vocabulary, or
+    one is a text and there is no tokenizer.
     """
     if isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim == 2:
         prompts = [_without_padding(row) for row in np.asarray(prompts)]
-    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
         raise InputError(f"The prompts are {shown(prompts)}; give a list of lists of token ids, as a tokenizer makes.")
-    rows = [_checked_prompt(number, prompt, vocab) for number, prompt in enumerate(prompts)]
+    rows = [_checked_prompt(number, prompt, vocab, tokenizer) for number, prompt in enumerate(prompts)]
     if not rows:
         raise InputError("There is no prompt; give at least one list of token ids.")
     return rows
@@ -50,7 +70,14 @@ def _without_padding(row: np.ndarray) -> np.ndarray:
     return row[tokens[0] : tokens[-1] + 1] if tokens.size else row[:0]
 
 
-def _checked_prompt(number: int, prompt: Any, vocab: int) -> list[int]:
+def _checked_prompt(number: int, prompt: Any, vocab: int, tokenizer: Encoder | None) -> list[int]:
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise InputError(
+                f"Prompt {number} is the text {shown(prompt)}; encode it with the model's tokenizer, or "
+                "give generate and stream the tokenizer (tokenizer=...), without a prefix."
+            )
+        prompt = tokenizer.encode(prompt)
     try:
         row = np.asarray(prompt)
         # numpy takes True among integers for 1.
@@ -60,7 +87,7 @@ def _checked_prompt(number: int, prompt: Any, vocab: int) -> list[int]:
         row = None
     if row is not None and row.size == 0:
         raise InputError(
-            f"Prompt {number} is empty; give at least one token id, such as the tokenizer's beginning of text."
+            f"Prompt {number} is empty; give at least one token id, such as the tokenizer's beginning of sequence."
         )
     if row is None or row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
         raise InputError(f"Prompt {number} is {shown(prompt)}, but it must be a flat list of token ids.")

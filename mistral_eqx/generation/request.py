@@ -29,6 +29,10 @@ from .sampler import Sampler
 from .stops import Stops
 
 
+# How many tokens are decoded at most, where the caller gives no number and the context has room for them.
+_NEW_TOKENS = 256
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A checked call of `generate` or `stream`: what every decoding step needs besides its state.
@@ -62,7 +66,7 @@ class Request:
         cls,
         model: Mistral,
         rows: list[list[int]],
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         sampler: Sampler,
         eos_id: int | Sequence[int] | None,
         key: Key[Array, "..."] | None,
@@ -79,10 +83,13 @@ class Request:
         checked(model, Mistral, "model")
         checked(sampler, Sampler, "sampler")
         checked(prefix, Prefix | None, "prefix", remedy="mistral_eqx.prefill makes one")
-        max_new_tokens = checked(max_new_tokens, Count, "max_new_tokens")
         vocab = model.config.vocab
         before = [] if prefix is None else checked_prefix(prefix, model)
-        check_context(len(before) + max(map(len, rows)), max_new_tokens, model.config.max_positions)
+        longest, context = len(before) + max(map(len, rows)), model.config.max_positions
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(_NEW_TOKENS, context - longest))
+        max_new_tokens = checked(max_new_tokens, Count, "max_new_tokens")
+        check_context(longest, max_new_tokens, context)
         prefill_chunk = check_chunk(prefill_chunk)
         num_samples = checked(num_samples, Count, "num_samples")
         if num_samples > 1 and sampler.greedy:
@@ -93,12 +100,12 @@ class Request:
         logprobs = None if logprobs is None else checked(logprobs, Annotated[int, Ge(0), Le(vocab)], "logprobs")
         idle = -len(rows) % parts(model, "batch")
         keys = _row_keys(key, sampler, len(rows), idle, num_samples)
-        given: Any = () if eos_id is None else eos_id
+        given: Any = model.config.eos_ids if eos_id is None else eos_id
         ends: list[Any] = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
         for end in ends:
             if not 0 <= checked(end, int, "The end token", key="eos_id") < vocab:
                 raise InputError(
-                    f"The end token {shown(end)} is outside the vocabulary of {vocab}; leave out eos_id if "
+                    f"The end token {shown(end)} is outside the vocabulary of {vocab}; give eos_id=() if "
                     "nothing is to stop early."
                 )
         for processor in sampler.processors:

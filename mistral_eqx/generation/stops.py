@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from ..errors import InputError
+from .prompt import Encoder
 
 
 @runtime_checkable
@@ -32,7 +33,7 @@ class Stops(Protocol):
 
 
 @runtime_checkable
-class Tokenizer(Protocol):
+class Tokenizer(Encoder, Protocol):
     """A tokenizer, as generation sees it."""
 
     def decode(

@@ -23,7 +23,7 @@ def stream(
     model: Mistral,
     prompts: Prompts,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     sampler: Sampler | None = None,
     eos_id: int | Sequence[int] | None = None,
     key: Key[Array, "..."] | None = None,
@@ -46,7 +46,9 @@ def stream(
 
     **Raises:** `ValueError` as `generate` does, at the call.
     """
-    rows = checked_prompts(prompts, checked(model, Mistral, "model").config.vocab)
+    vocab = checked(model, Mistral, "model").config.vocab
+    # A prefix has the beginning of sequence, which a tokenizer would write again.
+    rows = checked_prompts(prompts, vocab, tokenizer if prefix is None else None)
     request = Request.init(
         model,
         rows,
@@ -75,7 +77,7 @@ class Conversation:
 
     ```python
     chat = Conversation(model)
-    for token in chat.reply(ids, max_new_tokens=200, eos_id=tokenizer.eos_ids):
+    for token in chat.reply(ids, max_new_tokens=200):
         ...
     ```
     """
@@ -89,7 +91,7 @@ class Conversation:
         self,
         ids: Sequence[int],
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | None = None,
         sampler: Sampler | None = None,
         eos_id: int | Sequence[int] | None = None,
         key: Key[Array, ""] | None = None,

@@ -1,0 +1,71 @@
+"""The public names of the package, in one place; `mistral_eqx` has each of them."""
+
+from importlib.metadata import version as _version
+
+from . import (
+    generation as generation,
+    lora as lora,
+    nn as nn,
+    parallel as parallel,
+    planning as planning,
+    train as train,
+)
+from .checkpoint import load as load, load_lora as load_lora, save as save, save_lora as save_lora
+from .config import MistralConfig as MistralConfig
+from .conversion import convert as convert
+from .errors import InputError as InputError
+from .evaluate import (
+    Perplexity as Perplexity,
+    Scores as Scores,
+    perplexity as perplexity,
+    score as score,
+)
+from .generation import (
+    AbstractProcessor as AbstractProcessor,
+    BannedTokens as BannedTokens,
+    Beams as Beams,
+    Constraint as Constraint,
+    Conversation as Conversation,
+    FrequencyPenalty as FrequencyPenalty,
+    Generated as Generated,
+    LogitBias as LogitBias,
+    MinNewTokens as MinNewTokens,
+    Prefix as Prefix,
+    PresencePenalty as PresencePenalty,
+    RepetitionPenalty as RepetitionPenalty,
+    Sampler as Sampler,
+    beam_search as beam_search,
+    generate as generate,
+    prefill as prefill,
+    stream as stream,
+)
+from .lora import apply_lora as apply_lora, merge_lora as merge_lora
+from .nn import Mistral as Mistral
+from .parallel import (
+    HEAD_DIM as HEAD_DIM,
+    HEADS as HEADS,
+    HEADS_X_HEAD_DIM as HEADS_X_HEAD_DIM,
+    HEADS_X_KV_SEQ as HEADS_X_KV_SEQ,
+    KV_REPLICATED as KV_REPLICATED,
+    SEQUENCE_PARALLEL as SEQUENCE_PARALLEL,
+    SINGLE as SINGLE,
+    Strategy as Strategy,
+    einshard as einshard,
+    make_mesh as make_mesh,
+    shard as shard,
+    strategies as strategies,
+)
+from .planning import plan as plan
+from .presets import PRESETS as PRESETS
+from .pretrained import from_pretrained as from_pretrained
+from .text import (
+    Detokenizer as Detokenizer,
+    StopText as StopText,
+    encode_chat as encode_chat,
+    load_tokenizer as load_tokenizer,
+    render_chat as render_chat,
+)
+from .train import Trainer as Trainer
+
+
+__version__ = _version("mistral-eqx")
