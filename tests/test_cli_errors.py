@@ -11,6 +11,7 @@ from rich.console import Console
 import mistral_eqx as mx
 from mistral_eqx.cli import progress
 from mistral_eqx.cli.devices import Devices
+from mistral_eqx.cli.options import ProcessOptions
 from mistral_eqx.cli.errors import _with_options
 from mistral_eqx.errors import InputError
 
@@ -166,12 +167,12 @@ def test_a_mesh_is_held_to_the_model_before_its_devices_are_made(tiny, monkeypat
     monkeypatch.setattr("mistral_eqx.cli.devices._are_known", lambda: False)
     monkeypatch.setattr(type(jax.config), "update", lambda *arguments: pytest.fail("devices were made"))
     with pytest.raises(InputError, match="3 kv_heads cannot be split over 64 devices"):
-        Devices("tp=64", None, None, None, None).place(config)
+        Devices(ProcessOptions("tp=64")).place(config)
     with pytest.raises(InputError, match="takes 8192 devices"):
-        Devices("dp=8192", "batch@dp", None, None, None).place(config)
+        Devices(ProcessOptions("dp=8192", "batch@dp")).place(config)
     for mesh in ("tp=99999", "tp=" + "9" * 30):
         with pytest.raises(InputError, match=r"the mesh's axis|The mesh .* devices"):
-            Devices(mesh, None, None, None, None)
+            Devices(ProcessOptions(mesh))
 
 
 def test_a_bar_shows_a_name_as_it_is(monkeypatch):

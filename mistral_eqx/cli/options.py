@@ -54,7 +54,7 @@ def within(kind: Any) -> Callable[[Any, Any, Any], Any]:
 def flat(command: Callable[..., Any]) -> Callable[..., Any]:
     """A command for typer, which knows no dataclasses: each parameter that is one of options becomes its fields."""
     signature = inspect.signature(command, eval_str=True)
-    groups = {
+    groups: dict[str, Any] = {
         parameter.name: parameter.annotation
         for parameter in signature.parameters.values()
         if dataclasses.is_dataclass(parameter.annotation)

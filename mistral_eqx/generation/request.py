@@ -86,9 +86,8 @@ class Request:
         vocab = model.config.vocab
         before = [] if prefix is None else checked_prefix(prefix, model)
         longest, context = len(before) + max(map(len, rows)), model.config.max_positions
-        if max_new_tokens is None:
-            max_new_tokens = max(1, min(_NEW_TOKENS, context - longest))
-        max_new_tokens = checked(max_new_tokens, Count, "max_new_tokens")
+        room = max(1, min(_NEW_TOKENS, context - longest))
+        max_new_tokens = checked(room if max_new_tokens is None else max_new_tokens, Count, "max_new_tokens")
         check_context(longest, max_new_tokens, context)
         prefill_chunk = check_chunk(prefill_chunk)
         num_samples = checked(num_samples, Count, "num_samples")
