@@ -19,14 +19,13 @@ QUESTIONS = (
 
 
 def main(name="smollm2-135m"):
-    model = mx.load(name)
-    tokenizer = mx.load_tokenizer(name)
+    model, tokenizer = mx.from_pretrained(name)
 
     # Each row gives what it would give alone, though these are padded to one length.
     prompts = [
         tokenizer.encode(text) for text in ("The capital of France is", "1, 2, 3,", "Once upon a time there was")
     ]
-    out = mx.generate(model, prompts, max_new_tokens=16, eos_id=tokenizer.eos_ids, tokenizer=tokenizer)
+    out = mx.generate(model, prompts, max_new_tokens=16, tokenizer=tokenizer)
     for text in out.texts:
         print(f"greedy: {text!r}")
 
@@ -39,7 +38,6 @@ def main(name="smollm2-135m"):
         key=jr.key(0),
         num_samples=2,
         stop=["\n", "."],
-        eos_id=tokenizer.eos_ids,
         tokenizer=tokenizer,
         logprobs=0,
     )

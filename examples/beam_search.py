@@ -6,8 +6,7 @@ import mistral_eqx as mx
 
 
 def main(name="smollm2-135m"):
-    model = mx.load(name)
-    tokenizer = mx.load_tokenizer(name)
+    model, tokenizer = mx.from_pretrained(name)
     prompts = [tokenizer.encode(text) for text in ("The capital of France is", "Once upon a time")]
     for penalty in (-1.0, 1.0):
         best = mx.beam_search(

@@ -6,8 +6,7 @@ import mistral_eqx as mx
 
 
 def main(name="smollm2-135m"):
-    model = mx.load(name)
-    tokenizer = mx.load_tokenizer(name)
+    model, tokenizer = mx.from_pretrained(name)
     conversation = mx.Conversation(model)
     messages = []
     for question in ("Name a city in Italy.", "And one in Spain?"):
@@ -15,7 +14,7 @@ def main(name="smollm2-135m"):
         messages.append({"role": "user", "content": question})
         ids = mx.encode_chat(tokenizer, messages)
         text, answer = mx.Detokenizer(tokenizer, after=ids), ""
-        for token in conversation.reply(ids, max_new_tokens=48, eos_id=tokenizer.eos_ids):
+        for token in conversation.reply(ids, max_new_tokens=48):
             piece = text.push(token)
             print(piece, end="", flush=True)
             answer += piece

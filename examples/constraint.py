@@ -157,8 +157,7 @@ def constraint(pattern, tokenizer, vocab):
 
 
 def main(name="smollm2-135m"):
-    model = mx.load(name)
-    tokenizer = mx.load_tokenizer(name)
+    model, tokenizer = mx.from_pretrained(name)
     for prompt, pattern in (
         ("People first walked on the moon on the date (year-month-day)", r" (19|20)\d\d-[01]\d-[0-3]\d"),
         ("Is the sun larger than the moon?", r" (yes|no|perhaps), because [a-z ]+\."),

@@ -18,7 +18,7 @@ QUESTIONS = ("What is the capital of France?", "What do bees make?", "How many l
 
 def answers(model, tokenizer):
     prompts = [mx.encode_chat(tokenizer, [{"role": "user", "content": question}]) for question in QUESTIONS]
-    return mx.generate(model, prompts, max_new_tokens=32, eos_id=tokenizer.eos_ids, tokenizer=tokenizer).texts
+    return mx.generate(model, prompts, max_new_tokens=32, tokenizer=tokenizer).texts
 
 
 def main(path="smollm2-135m", folder="adapters", steps=60, rows=8):

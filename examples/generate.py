@@ -6,10 +6,8 @@ import mistral_eqx as mx
 
 
 def main(name="smollm2-135m"):
-    model = mx.load(name)
-    tokenizer = mx.load_tokenizer(name)
-    prompt = tokenizer.encode("The capital of France is")
-    out = mx.generate(model, [prompt], max_new_tokens=32, eos_id=tokenizer.eos_ids, tokenizer=tokenizer)
+    model, tokenizer = mx.from_pretrained(name)
+    out = mx.generate(model, "The capital of France is", max_new_tokens=32, tokenizer=tokenizer)
     print(out.texts[0])
 
 

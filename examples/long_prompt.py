@@ -8,8 +8,7 @@ import mistral_eqx as mx
 
 
 def main(name="smollm2-135m", tokens=4000):
-    model = mx.load(name)
-    tokenizer = mx.load_tokenizer(name)
+    model, tokenizer = mx.from_pretrained(name)
     config, tokens = model.config, int(tokens)
     sentence = tokenizer.encode("The quick brown fox jumps over the lazy dog. ")
     prompt = (sentence * (tokens // len(sentence) + 1))[:tokens]

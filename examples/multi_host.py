@@ -31,7 +31,7 @@ def host(name, coordinator, processes, process):
 
     tokenizer = mx.load_tokenizer(name)
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    out = mx.generate(model, prompts, max_new_tokens=12, eos_id=tokenizer.eos_ids, tokenizer=tokenizer)
+    out = mx.generate(model, prompts, max_new_tokens=12, tokenizer=tokenizer)
     # Every process has the tokens of all.
     if jax.process_index() == 0:
         print(f"{jax.device_count()} devices of {jax.process_count()} processes")

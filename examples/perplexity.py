@@ -15,8 +15,7 @@ BOOK = Path(__file__).parent / "data" / "moby-dick.txt"
 
 
 def main(name="smollm2-135m", path=BOOK, context=256, characters=4000):
-    model = mx.load(name)
-    tokenizer = mx.load_tokenizer(name)
+    model, tokenizer = mx.from_pretrained(name)
 
     text = Path(path).read_text(encoding="utf-8")[: int(characters)]
     found = mx.perplexity(model, tokenizer, text, context=int(context), batch=4)

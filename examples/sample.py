@@ -9,8 +9,7 @@ import mistral_eqx as mx
 
 
 def main(name="smollm2-135m"):
-    model = mx.load(name)
-    tokenizer = mx.load_tokenizer(name)
+    model, tokenizer = mx.from_pretrained(name)
     prompt = tokenizer.encode("Once upon a time")
     seeds = [0, 1, 2]
     keys = jnp.stack([jr.key(seed) for seed in seeds])
@@ -20,7 +19,6 @@ def main(name="smollm2-135m"):
             [prompt] * len(seeds),
             max_new_tokens=24,
             sampler=mx.Sampler(**options),
-            eos_id=tokenizer.eos_ids,
             key=keys,
         )
         print(options)

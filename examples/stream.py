@@ -6,11 +6,10 @@ import mistral_eqx as mx
 
 
 def main(name="smollm2-135m"):
-    model = mx.load(name)
-    tokenizer = mx.load_tokenizer(name)
+    model, tokenizer = mx.from_pretrained(name)
     prompt = tokenizer.encode("The capital of France is")
     text = mx.Detokenizer(tokenizer, after=prompt)
-    for (token,) in mx.stream(model, [prompt], max_new_tokens=32, eos_id=tokenizer.eos_ids):
+    for (token,) in mx.stream(model, [prompt], max_new_tokens=32):
         print(text.push(token), end="", flush=True)
     print(text.flush())
 

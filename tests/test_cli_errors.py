@@ -11,8 +11,8 @@ from rich.console import Console
 import mistral_eqx as mx
 from mistral_eqx.cli import progress
 from mistral_eqx.cli.devices import Devices
-from mistral_eqx.cli.options import ProcessOptions
 from mistral_eqx.cli.errors import _with_options
+from mistral_eqx.cli.options import ProcessOptions
 from mistral_eqx.errors import InputError
 
 

@@ -87,8 +87,8 @@ class Request:
         before = [] if prefix is None else checked_prefix(prefix, model)
         longest, context = len(before) + max(map(len, rows)), model.config.max_positions
         room = max(1, min(_NEW_TOKENS, context - longest))
-        max_new_tokens = checked(room if max_new_tokens is None else max_new_tokens, Count, "max_new_tokens")
-        check_context(longest, max_new_tokens, context)
+        new_tokens = checked(room if max_new_tokens is None else max_new_tokens, Count, "max_new_tokens")
+        check_context(longest, new_tokens, context)
         prefill_chunk = check_chunk(prefill_chunk)
         num_samples = checked(num_samples, Count, "num_samples")
         if num_samples > 1 and sampler.greedy:
@@ -108,10 +108,10 @@ class Request:
                     "nothing is to stop early."
                 )
         for processor in sampler.processors:
-            if isinstance(processor, MinNewTokens) and processor.count > max_new_tokens:
+            if isinstance(processor, MinNewTokens) and processor.count > new_tokens:
                 raise InputError(
                     f"MinNewTokens asks for at least {processor.count} new tokens, but max_new_tokens is "
-                    f"{max_new_tokens}; ask for fewer, or let there be more."
+                    f"{new_tokens}; ask for fewer, or let there be more."
                 )
         texts = [[*before, *row] for row in (*rows, *rows[:1] * idle) for _ in range(num_samples)]
         states = tuple(processor.init_state(texts, ends, vocab) for processor in sampler.processors)
@@ -120,7 +120,7 @@ class Request:
             sampler=_placed(model, sampler),
             ends=np.asarray(ends, np.int32),
             keys=jr.wrap_key_data(place_rows(model, jr.key_data(keys)), impl=jr.key_impl(keys)),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=new_tokens,
             idle=idle,
             samples=num_samples,
             states=_placed(model, states),
