@@ -79,7 +79,7 @@ def _compare_logits_and_gradients(random, dtype):
 
 
 @pytest.mark.slow
-@thorough(27, part=0.6)
+@thorough(14, part=0.6)
 @given(_SEEDS)
 def test_logits_and_gradients_are_those_of_one_device_to_12_digits(random):
     _compare_logits_and_gradients(random, "float64")
@@ -92,7 +92,7 @@ def test_logits_and_gradients_are_those_of_one_device_but_for_rounding(random):
 
 
 @pytest.mark.slow
-@thorough(9, part=0.2)
+@thorough(5, part=0.2)
 @given(_SEEDS)
 def test_tokens_are_those_of_one_device(random):
     """Greedy and sampled, for prompts of several lengths, of which one ends early."""
