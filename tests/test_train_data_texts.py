@@ -140,7 +140,7 @@ def test_a_wrong_line_is_named(tmp_path, line, words):
 def test_other_wrong_files_are_named(tmp_path):
     with refused("not UTF-8", "byte 5"):
         data.TextFile(write(tmp_path / "a.txt", b"abc,d\xffe"), separator=",")[1]
-    with refused("no file of Parquet"):
+    with refused("not a Parquet file"):
         data.Parquet(write(tmp_path / "a.parquet", "text"))
     pq.write_table(pa.table({"body": ["a"], "n": [1]}), tmp_path / "b.parquet")
     with refused("no column 'text'", "'body', 'n'"):
