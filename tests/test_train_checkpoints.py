@@ -75,9 +75,7 @@ def test_a_damaged_checkpoint_yields_to_the_one_before(tmp_path, damage):
     checkpoints.close()
     damage(tmp_path / "2")
     again = train.Checkpoints(tmp_path, {}, keep=2)
-    with pytest.warns(
-        UserWarning, match=r"The checkpoint of step 2 in .* is damaged .* the run continues from the one before it\."
-    ):
+    with pytest.warns(UserWarning, match=r"The checkpoint of step 2 in .* is damaged .* the one before it is used\."):
         found, more = again.restore(state_at(0))
     assert (int(found.steps), more) == (1, {"steps": 1})
     # It is not tried again, and a new one takes its place.

@@ -124,7 +124,7 @@ def test_files_that_are_not_there_or_empty_are_refused(tmp_path):
         (b'{"text": "cut', ["is not valid JSON", "column"]),
         (b"", ["is not valid JSON"]),
         (b'{"text": "\xff"}', ["is not UTF-8"]),
-        (b'["text"]', ["no object", "list"]),
+        (b'["text"]', ["not a JSON object", "list"]),
         (b'{"txt": "a", "id": 1}', ["no field 'text'", "'txt', 'id'"]),
         (b'{"text": null}', ["'text'", "neither"]),
         (b'{"text": [{"content": "a"}]}', ["neither", "'role'"]),

@@ -76,5 +76,5 @@ def test_an_entry_out_of_its_range_is_named(tmp_path, name, value):
 def test_one_process_a_run(tmp_path):
     with lock_folder(tmp_path), pytest.raises(InputError, match="trains in"), lock_folder(tmp_path):
         pass
-    with alone(tmp_path):
+    with lock_folder(tmp_path):
         pass

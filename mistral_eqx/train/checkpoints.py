@@ -108,7 +108,7 @@ class Checkpoints:
                         f"{damaged}, and there is no earlier one that can be read; delete the folder to start again.",
                         file=self.folder,
                     ) from error
-                warnings.warn(f"{damaged} and renamed; the run continues from the one before it.", stacklevel=2)
+                warnings.warn(f"{damaged} and renamed; the one before it is used.", stacklevel=2)
                 self._rename_damaged(step)
             else:
                 return found

@@ -33,7 +33,7 @@ class TrainState(eqx.Module):
     **Attributes:**
 
     - `model`: the model, with master weights.
-    - `optimizer_state`: the optimizer state, sharded like the weights.
+    - `optimizer_state`: the optimizer state.
     - `steps`: the number of steps, skipped ones included.
     - `skipped`: the number of steps that changed nothing, because the loss or the gradient norm was not finite.
     - `zero`: how much of the state is sharded over the devices that share a batch.
@@ -111,7 +111,7 @@ class TrainState(eqx.Module):
         return unstack(self.model)
 
     def specs(self, optimizer: optax.GradientTransformation) -> "TrainState":
-        """The PartitionSpec of each array; the optimizer state of a weight is sharded like its gradient."""
+        """The PartitionSpec of each array; the optimizer state has those of the ZeRO shards of its weights."""
         shards = self.zero.specs(self.model.specs(self.strategy), self.shard_dims())
         optimizer_state = optax.tree.map_params(
             optimizer,

@@ -1,4 +1,4 @@
-"""Which leaves of a model are trained, and in what precision they are used."""
+"""The trained leaves of a model, and casts of their precision."""
 
 from typing import Any
 

@@ -43,7 +43,7 @@ class Zero:
 
     @classmethod
     def init(cls, stage: int, mesh: Mesh | AbstractMesh | None, strategy: Strategy) -> "Zero":
-        """Checks the stage.
+        """Checks a stage against a strategy and its mesh.
 
         **Raises:** `ValueError` if there is no such stage, or the strategy does not split the batch.
         """

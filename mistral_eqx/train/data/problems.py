@@ -38,7 +38,7 @@ class AbstractProblems(abc.ABC):
 
     @abc.abstractmethod
     def solve(self, prompts: Int[np.ndarray, "problems prompt"]) -> Int[np.ndarray, "problems answer"]:
-        """Their answers."""
+        """The answers to these prompts."""
 
     def __len__(self) -> int:
         return len(self.numbers)
