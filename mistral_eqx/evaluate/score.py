@@ -18,7 +18,7 @@ from ..parallel import everywhere, specs, spmd
 
 
 class Scores(NamedTuple):
-    """What [`mistral_eqx.score`][] returns.
+    """The result of [`mistral_eqx.score`][].
 
     **Attributes:**
 
