@@ -41,8 +41,8 @@ def main(path="smollm2-135m", folder="adapters", steps=60, rows=8):
 
 
 class Print(mx.train.Callback):
-    def on_log(self, run, figures):
-        print(f"step {run.step}: loss {figures['loss']:.3f}", flush=True)
+    def on_log(self, run, metrics):
+        print(f"step {run.step}: loss {metrics['loss']:.3f}", flush=True)
 
 
 if __name__ == "__main__":

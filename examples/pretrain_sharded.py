@@ -53,8 +53,8 @@ class Print(mx.train.Callback):
         held = sum(leaf.addressable_shards[0].data.nbytes for leaf in arrays)
         print(f"{self.axes}, ZeRO {self.zero}, from step {run.step}: {held / 1e6:.2f} MB of state a device")
 
-    def on_log(self, run, figures):
-        print(f"step {run.step}: loss {figures['loss']:.3f}")
+    def on_log(self, run, metrics):
+        print(f"step {run.step}: loss {metrics['loss']:.3f}")
 
 
 @dataclasses.dataclass

@@ -28,8 +28,8 @@ def main(steps=3000, rows=128):
 
 
 class Print(mx.train.Callback):
-    def on_log(self, run, figures):
-        print(f"step {run.step}: loss {figures['loss']:.4f}, {figures['accuracy']:.1%} of the digits")
+    def on_log(self, run, metrics):
+        print(f"step {run.step}: loss {metrics['loss']:.4f}, {metrics['accuracy']:.1%} of the digits")
 
 
 if __name__ == "__main__":

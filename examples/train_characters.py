@@ -43,11 +43,11 @@ def main(folder="runs/characters", steps=300, rows=32, seq=128):
 
 
 class Print(mx.train.Callback):
-    def on_log(self, run, figures):
-        print(f"step {run.step}: loss {figures['loss']:.3f}, {figures['tokens_per_second']:,.0f} characters a second")
+    def on_log(self, run, metrics):
+        print(f"step {run.step}: loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} characters a second")
 
-    def on_evaluation(self, run, figures):
-        print(f"held out: loss {figures['loss']:.3f}, {figures['accuracy']:.1%} of the characters\n")
+    def on_evaluation(self, run, metrics):
+        print(f"held out: loss {metrics['loss']:.3f}, {metrics['accuracy']:.1%} of the characters\n")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def test_devices_exchange_no_logits(divisible):
     parts = mx.shard(divisible[0], mx.make_mesh("tp=2"), mx.HEADS)
     ids = module.place_rows(parts, np.zeros((3, 24), np.int32))
     cache = module.empty_cache(parts, 3, 48, 24)
-    found = exchanges(module._read.lower((parts, ids, ids, ids), cache))
+    found = exchanges(module._score_chunk.lower((parts, ids, ids, ids), cache))
     # The residual stream, after the embedding and in one layer twice, and four numbers a token.
     stream, token = 3 * 24 * 24 * 4, 3 * 24 * 4
     assert found["all_reduce", stream, 2] == 3
@@ -141,7 +141,7 @@ def test_memory_does_not_hold_logits_of_a_long_row():
     model = talking_model(windows=(None,), vocab=16384)
     ids = jnp.zeros((1, 2048), jnp.int32)
     cache = module.empty_cache(model, 1, 2048, None)
-    memory = module._read.lower((model, ids, ids, ids), cache).compile().compiled.memory_analysis()
+    memory = module._score_chunk.lower((model, ids, ids, ids), cache).compile().compiled.memory_analysis()
     assert memory.temp_size_in_bytes < 2048 * 16384 * 4 / 2
 
 

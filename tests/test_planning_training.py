@@ -107,7 +107,7 @@ def test_a_report_says_how_it_trains(compiled):
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(report.table())
     text = console.export_text()
-    assert "batch 4, 16 tokens a row, in 2 parts, remat block" in text
+    assert "batch 4, 16 tokens a row, in 2 micro-batches, remat block" in text
     assert "heads batch@dp (dp=2,tp=2, ZeRO 3, offload)" in text
     assert "gradients" in text
     assert "cache" not in text
@@ -127,7 +127,7 @@ def test_the_command_plans_several_stages(compiled):
         ({"strategy": "heads", "train": Training(zero=2)}, ["ZeRO 2", "'batch'", "batch@dp"]),
         ({"train": Training(zero=4)}, ["ZeRO stage 4"]),
         ({"batch": 3, "train": True}, ["batch of 3", "multiple of 2"]),
-        ({"batch": 6, "train": Training(accumulate=2)}, ["batch of 6", "2 parts", "multiple of 4"]),
+        ({"batch": 6, "train": Training(accumulate=2)}, ["batch of 6", "2 micro-batches", "multiple of 4"]),
         ({"train": Training(seq=10**6)}, ["1000000", "32768"]),
         ({"train": True, "prompt": 512}, ["no prompt"]),
     ],
@@ -139,7 +139,7 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(options, words):
 
 
 def test_bad_numbers_of_a_training():
-    with refused("no rematerialisation 'all'", "'block'"):
+    with refused("no rematerialisation policy 'all'", "'block'"):
         Training(remat="all")
     with refused("seq is 0"):
         Training(seq=0)

@@ -78,7 +78,7 @@ def test_each_token_of_a_long_text_is_a_target_once(length, seq):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="A text of 5 tokens does not fit into a row of 4; cut it"):
+    with pytest.raises(ValueError, match="A sequence of 5 tokens does not fit into a row of 4; cut it"):
         one_a_row([causal(range(6))], 4)
     with pytest.raises(ValueError, match="There are no examples"):
         pack([], 4)

@@ -42,8 +42,8 @@ def test_the_best_model_is_kept(tmp_path):
     measured = {}
 
     class Kept(train.Callback):
-        def on_evaluation(self, run, figures):
-            measured[figures["loss"]] = np.asarray(run.model().norm.weight)
+        def on_evaluation(self, run, metrics):
+            measured[metrics["loss"]] = np.asarray(run.model().norm.weight)
 
     run = trainer(tmp_path, train.KeepBest(), Kept(), evaluate_on=list(batches(1, seed=5)), evaluate_every=1)
     last = run.fit(model(), batches(6), steps=6)

@@ -44,7 +44,7 @@ def begun(first, tmp_path):
 )
 @pytest.mark.slow
 def test_other_batches_are_refused(begun, ids, options, word):
-    with refused("was made with other values", word, "--allow-changes"):
+    with refused("began with other values", word, "--allow-changes"):
         trainer(begun).fit(model(), made(ids, **options), steps=4)
 
 
@@ -52,7 +52,7 @@ def test_other_batches_are_refused(begun, ids, options, word):
 @pytest.mark.slow
 def test_other_batches_may_be_allowed(begun, options):
     losses = Losses()
-    with pytest.warns(UserWarning, match=r"goes on with other values: .*the batches begin at the first one\."):
+    with pytest.warns(UserWarning, match=r"continues with other values: .*the batches start at the first one\."):
         trainer(begun, losses, allow_changes=True).fit(model(), made(**options), steps=4)
     assert sorted(losses.losses) == [3, 4]
     # From there on these are the run's own.
@@ -63,7 +63,7 @@ def test_other_batches_may_be_allowed(begun, options):
 
 @pytest.mark.parametrize("changed", [{"seed": 3}, {"accumulate": 2}])
 def test_other_settings_of_the_trainer_are_refused(begun, changed):
-    with refused("was made with other values", next(iter(changed))):
+    with refused("began with other values", next(iter(changed))):
         trainer(begun, **changed).fit(model(), made(), steps=4)
 
 
@@ -88,7 +88,7 @@ def test_a_table_of_somebody_else_never_costs_the_training(tmp_path, content):
 def test_figures_that_cannot_be_written_never_cost_the_training(tmp_path):
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "training.csv").symlink_to("/dev/full")
-    with pytest.warns(UserWarning, match=r"Figures of step \d are lost: .*training\.csv: No space left on device\."):
+    with pytest.warns(UserWarning, match=r"Metrics of step \d are lost: .*training\.csv: No space left on device\."):
         trained = trainer(tmp_path / "run", train.CSV(tmp_path / "figures")).fit(model(), made(), steps=2)
     assert trained is not None
     assert (tmp_path / "run" / "2").is_dir()

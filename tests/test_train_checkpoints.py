@@ -75,7 +75,7 @@ def test_a_damaged_checkpoint_yields_to_the_one_before(tmp_path, damage):
     checkpoints.close()
     damage(tmp_path / "2")
     again = train.Checkpoints(tmp_path, {}, keep=2)
-    with pytest.warns(UserWarning, match=r"The checkpoint of step 2 in .* is damaged .* the one before it is read\."):
+    with pytest.warns(UserWarning, match=r"The checkpoint of step 2 in .* is damaged .* the one before it is used\."):
         found, more = again.restore(state_at(0))
     assert (int(found.steps), more) == (1, {"steps": 1})
     # It is not tried again, and a new one takes its place.
@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_the_one_before(tmp_path):
     said = here.recv()
     process.kill()
     assert said.startswith(f"A checkpoint could not be written to {tmp_path}: ")
-    assert said.endswith("That of step 1 is complete; make room, or mend what is wrong there, and train on.")
+    assert said.endswith("The one of step 1 is complete; free space or repair the folder, and run the training again.")
     assert len(said) < 400
     again = train.Checkpoints(tmp_path, {})
     assert again.latest == 1

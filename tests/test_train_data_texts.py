@@ -124,7 +124,7 @@ def test_files_that_are_not_there_or_empty_are_refused(tmp_path):
         (b'{"text": "cut', ["is not valid JSON", "column"]),
         (b"", ["is not valid JSON"]),
         (b'{"text": "\xff"}', ["is not UTF-8"]),
-        (b'["text"]', ["no object", "list"]),
+        (b'["text"]', ["not a JSON object", "list"]),
         (b'{"txt": "a", "id": 1}', ["no field 'text'", "'txt', 'id'"]),
         (b'{"text": null}', ["'text'", "neither"]),
         (b'{"text": [{"content": "a"}]}', ["neither", "'role'"]),
@@ -140,7 +140,7 @@ def test_a_wrong_line_is_named(tmp_path, line, words):
 def test_other_wrong_files_are_named(tmp_path):
     with refused("not UTF-8", "byte 5"):
         data.TextFile(write(tmp_path / "a.txt", b"abc,d\xffe"), separator=",")[1]
-    with refused("no file of Parquet"):
+    with refused("not a Parquet file"):
         data.Parquet(write(tmp_path / "a.parquet", "text"))
     pq.write_table(pa.table({"body": ["a"], "n": [1]}), tmp_path / "b.parquet")
     with refused("no column 'text'", "'body', 'n'"):

@@ -39,7 +39,7 @@ def test_labels_are_shifted_by_one():
     assert example.weights.tolist() == [0, 1, 0.5]
     assert example.positions.tolist() == example.last.tolist() == [0, 1, 2]
     for ids in ([], [1]):
-        with pytest.raises(ValueError, match="has none that another one tells"):
+        with pytest.raises(ValueError, match="has no token to predict from another"):
             causal(ids)
 
 
@@ -148,7 +148,7 @@ def test_spans_of_t5():
     assert abs(np.mean(np.array(lengths) == 1) - 25 / 76) < 0.02
     # So are those to cut what stays: 435 tokens in 26 parts.
     assert abs(np.mean(first) - 435 / 26) < 5 * np.std(first) / np.sqrt(500)
-    with pytest.raises(ValueError, match="has 26 spans, and with one for the end takes 27 sentinels, not 3"):
+    with pytest.raises(ValueError, match="needs 27 sentinels, one for each of 26 spans and one for the end, not 3"):
         replace_spans(range(512), random, sentinels=[1, 2, 3])
 
 

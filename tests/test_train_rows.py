@@ -5,7 +5,7 @@ import pytest
 from mistral_eqx.cli.recipe import read_recipe
 from mistral_eqx.errors import InputError
 from mistral_eqx.train import data
-from mistral_eqx.train.lock import alone
+from mistral_eqx.train.lock import lock_folder
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
@@ -74,7 +74,7 @@ def test_an_entry_out_of_its_range_is_named(tmp_path, name, value):
 
 
 def test_one_process_a_run(tmp_path):
-    with alone(tmp_path), pytest.raises(InputError, match="trains in"), alone(tmp_path):
+    with lock_folder(tmp_path), pytest.raises(InputError, match="trains in"), lock_folder(tmp_path):
         pass
-    with alone(tmp_path):
+    with lock_folder(tmp_path):
         pass

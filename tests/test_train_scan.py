@@ -77,7 +77,7 @@ def test_rematerialisation_trades_memory_and_changes_nothing():
             # Float32.
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
     assert memory["block"] < 0.8 * memory["dots"] < 0.64 * memory["none"]
-    with pytest.raises(ValueError, match="no rematerialisation 'all'; take one of 'none', 'block', 'dots'"):
+    with pytest.raises(ValueError, match="no rematerialisation policy 'all'; take one of 'none', 'block', 'dots'"):
         _gradient(1, "all")
 
 

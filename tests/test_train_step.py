@@ -140,5 +140,5 @@ def test_products_in_bfloat16_and_weights_in_float32():
 def test_rows_that_cannot_be_dealt_out_are_refused():
     model, optimizer = small_model(config=CONFIG), train.adamw(1e-3)
     state = train.TrainState.init(model, optimizer)
-    with pytest.raises(ValueError, match="4 rows cannot be cut into 3 equal parts"):
+    with pytest.raises(ValueError, match="4 rows, not a multiple of 3, which is accumulate"):
         train.make_step(optimizer, accumulate=3)(state, _batch(0))

@@ -193,7 +193,7 @@ def test_bad_runs(whole, tmp_path):
         trainer(tmp_path).fit(model(), batches(2), steps=3)
     with refused("evaluate on"):
         trainer(evaluate_on=[], evaluate_every=1).fit(model(), batches(1), steps=1)
-    with refused("2 steps, and there are 1 batches"):
+    with refused("2 steps, and there are only 1 batches"):
         trainer(tmp_path).fit(model(), batches(1), steps=3)
     with refused("the config's vocab 32", "33"):
         other = mx.Mistral.init(dataclasses.replace(CONFIG, vocab=33), key=jr.key(0))
@@ -210,7 +210,7 @@ def test_bad_runs(whole, tmp_path):
         trainer().fit(model("dp=2", "batch@dp"), [three], steps=1)
     with refused("save_every is 0"):
         trainer(save_every=0)
-    with refused("keeps no checkpoints"):
+    with refused("has no checkpoint_dir"):
         trainer().restore(model())
     with refused("no checkpoint in", "missing"):
         trainer(tmp_path / "missing").restore(model())

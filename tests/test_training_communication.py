@@ -110,5 +110,5 @@ def test_the_closed_form_of_other_steps(name, training, options):
 def test_what_has_no_closed_form_is_refused():
     with refused("no closed form", "'embed@tp batch@dp'"):
         training_step(CONFIG, mx.Strategy("embed@tp batch@dp"), {"dp": 2, "tp": 2}, batch=4, training=Training(SEQ))
-    with refused("batch of 3", "2 parts"):
+    with refused("batch of 3", "2 micro-batches"):
         training_step(CONFIG, mx.SINGLE, {"dp": 2}, batch=3, training=Training(SEQ, accumulate=2))

@@ -50,10 +50,10 @@ class Losses(train.Callback):
     def on_step(self, run, metrics):
         self.losses[run.step] = float(metrics.loss)
 
-    def on_log(self, run, figures):
+    def on_log(self, run, metrics):
         self.calls.append(("log", run.step))
 
-    def on_evaluation(self, run, figures):
+    def on_evaluation(self, run, metrics):
         self.calls.append(("evaluation", run.step))
 
     def on_checkpoint(self, run):

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness drives a model. It takes the extra `eval`; nothing else here imports this file."""
+"""An adapter for EleutherAI's lm-evaluation-harness. It needs the extra `eval`, so no other file imports it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
@@ -20,7 +20,7 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        "The adapter takes EleutherAI's lm-evaluation-harness, which is not installed; run pip install "
+        "The adapter needs EleutherAI's lm-evaluation-harness, which is not installed; run pip install "
         "'mistral-eqx[eval]'."
     ) from error
 
@@ -34,7 +34,7 @@ from .score import score
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """A tokenizer, as the harness sees it."""
+    """The attributes and methods of a tokenizer that the adapter needs."""
 
     name: str
     bos_id: int | None
@@ -42,20 +42,20 @@ class Tokenizer(Protocol):
     chat_template: str | None
 
     def encode(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
-        """Turns text into token ids."""
+        """The ids of a text."""
         ...
 
     def decode(self, ids: Any, *, skip_special: bool = True, after: Sequence[SupportsIndex] = ()) -> str:
-        """Turns token ids that continue others into text."""
+        """The text of ids that continue the ids `after`."""
         ...
 
     def find_stops(self, stop: str | Sequence[str], after: Sequence[Sequence[SupportsIndex]]) -> Stops:
-        """Watches for stop strings in rows that continue these ids."""
+        """A search for stop strings in rows that continue the ids `after`."""
         ...
 
 
 class Harness(TemplateLM):
-    """A model as EleutherAI's [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness) takes it.
+    """A model for EleutherAI's [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness).
 
     ```python
     import lm_eval
@@ -64,8 +64,8 @@ class Harness(TemplateLM):
     results = lm_eval.simple_evaluate(Harness(model, tokenizer), tasks=["hellaswag"])
     ```
 
-    Requests are sorted by their length and read in batches, padded; each gives what it would give alone. Texts are
-    encoded, cut and continued as the harness does it for models of transformers, so that its figures can be compared.
+    Requests are sorted by length and run in padded batches; each gives the same result as alone. The adapter encodes,
+    cuts and continues texts as the harness does for models of transformers, so that the metrics can be compared.
     """
 
     def __init__(
@@ -80,15 +80,15 @@ class Harness(TemplateLM):
     ):
         """**Arguments:**
 
-        - `model`: on one device or on many.
+        - `model`: a model on one device or on a mesh.
         - `tokenizer`: its tokenizer.
-        - `batch`: how many requests are read together.
+        - `batch`: the number of requests in a batch.
         - `max_length`: the most tokens of a request; the model's context unless given.
-        - `render_chat`: `mistral_eqx.render_chat`, for tasks that are asked with the model's chat template.
-        - `seed`: where the random numbers of tasks that draw start.
+        - `render_chat`: `mistral_eqx.render_chat`, for tasks that use the model's chat template.
+        - `seed`: the seed of tasks that sample.
 
         **Raises:** `ValueError` if `batch` is less than 1, `max_length` is more than the context, or the tokenizer
-        has no token that ends a text.
+        has no end-of-sequence token.
         """
         super().__init__()
         context = model.config.max_positions
@@ -98,7 +98,9 @@ class Harness(TemplateLM):
         if not 1 <= (context if max_length is None else max_length) <= context:
             raise InputError(f"max_length is {max_length}; it must be from 1 to this model's context of {context}.")
         if not tokenizer.eos_ids:
-            raise InputError(f"{tokenizer.name} has no token that ends a text, which the harness needs.")
+            raise InputError(
+                f"{tokenizer.name} has no end-of-sequence token, which the harness needs; use a tokenizer with one."
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.batch = batch
@@ -108,16 +110,16 @@ class Harness(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """The end-of-sequence token."""
         return self.tokenizer.eos_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands before a text with nothing before it."""
+        """The token before a text that has no context."""
         return self.eot_token_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The ids of a text, in which names of control tokens are these tokens; no second one at its beginning."""
+        """The ids of a text, control tokens included. A text that starts with the prefix token gets no second one."""
         name = self.tokenizer.decode([self.prefix_token_id], skip_special=False)
         if add_special_tokens is None and string.startswith(name):
             add_special_tokens = False
@@ -129,7 +131,7 @@ class Harness(TemplateLM):
     ) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         rows = [[*before, *after][-self.max_length - 1 :] for _, before, after in requests]
-        # At least one token stands before the first that is scored.
+        # The first scored token needs at least one token before it.
         counts = [min(len(after), len(row) - 1) for row, (_, _, after) in zip(rows, requests, strict=True)]
         for batch in self._batches(rows):
             scores = score(self.model, [rows[at] for at in batch], last=max(counts[at] for at in batch))
@@ -142,28 +144,28 @@ class Harness(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, in windows of which each is as long as it may be."""
-        owners: list[int] = []
+        """The log-likelihood of whole texts, in windows as long as `max_length` allows."""
+        request_of: list[int] = []
         windows: list[tuple[None, list[int], list[int]]] = []
         for at, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
             for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
-                owners.append(at)
+                request_of.append(at)
                 windows.append((None, *make_disjoint_window(window)))
         totals = [0.0] * len(requests)
-        for at, (log_prob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+        for at, (log_prob, _) in zip(request_of, self._loglikelihood_tokens(windows), strict=True):
             totals[at] += log_prob
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continues texts until a stop string, an end token, or so many tokens.
+        """Continues texts until a stop string, the end of sequence, or `max_gen_toks` tokens.
 
-        **Raises:** `ValueError` if a request has an option that nothing here does, or no room for its context.
+        **Raises:** `ValueError` if a request has an unknown option, or `max_gen_toks` leaves no room for the context.
         """
         texts = [""] * len(requests)
-        # What is drawn for a request depends on its number, not on its batch.
+        # The random numbers of a request depend on its index, not on its batch.
         keys = jax.vmap(jr.fold_in, in_axes=(None, 0))(self._key, np.arange(len(requests)))
         groups: dict[str, list[int]] = {}
         for at, request in enumerate(requests):
@@ -174,7 +176,8 @@ class Harness(TemplateLM):
             sampler = _sampler(options)
             if new >= self.max_length:
                 raise InputError(
-                    f"max_gen_toks is {new}, and a text may have {self.max_length} tokens in all; ask for fewer."
+                    f"max_gen_toks is {new}, and a text may have {self.max_length} tokens in all; make max_gen_toks "
+                    "smaller."
                 )
             contexts = [self.tok_encode(requests[at].args[0]) or [self.prefix_token_id] for at in members]
             contexts = [context[new - self.max_length :] for context in contexts]
@@ -191,40 +194,40 @@ class Harness(TemplateLM):
                     tokenizer=self.tokenizer,
                 )
                 for number, row, length in zip(numbers, np.asarray(out.tokens), out.lengths.tolist(), strict=True):
-                    # As the harness makes texts of a model of transformers: from the new tokens alone.
+                    # The harness decodes the new tokens of a transformers model alone, too.
                     text = postprocess_generated_text(self.tokenizer.decode(row[:length]), stop, None)
                     texts[number] = text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return texts
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the text that the model was trained on.
+        """The text of a conversation, from the chat template.
 
-        **Raises:** `ValueError` if there is no way to render it.
+        **Raises:** `ValueError` if `render_chat` was not given.
         """
         if self._render_chat is None:
-            raise InputError("A chat template is to be applied; give render_chat=mistral_eqx.render_chat.")
+            raise InputError("The task needs a chat template; give render_chat=mistral_eqx.render_chat.")
         return self._render_chat(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer in the names of files."""
+        """The name of the tokenizer, for file names."""
         return self.tokenizer.name.replace("/", "__")
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """The numbers of all rows, longest first, so that neighbours are about as long."""
+        """Batches of row indices, longest rows first, so that rows of a batch have similar lengths."""
         order = sorted(range(len(rows)), key=lambda at: -len(rows[at]))
         for start in range(0, len(order), self.batch):
             yield order[start : start + self.batch]
 
 
 def _sampler(options: dict[str, Any]) -> Sampler:
-    """The sampler of a request's options, all of which it must know."""
-    draws = options.pop("do_sample")
+    """The sampler of a request's options; refuses unknown options."""
+    do_sample = options.pop("do_sample")
     numbers = {name: options.pop(name, None) for name in ("temperature", "top_k", "top_p", "min_p", "typical_p")}
     if options:
         raise InputError(
-            f"A task asks for {min(options)}={options[min(options)]!r} in its generation_kwargs, an option that the "
-            "adapter does not know; leave it out of the task."
+            f"A task asks for {min(options)}={options[min(options)]!r} in its generation_kwargs, which the adapter "
+            "does not support; leave it out of the task."
         )
-    return Sampler(**numbers) if draws else Sampler()
+    return Sampler(**numbers) if do_sample else Sampler()

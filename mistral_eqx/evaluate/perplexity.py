@@ -1,4 +1,4 @@
-"""How well a model foretells a text of any length, by windows that slide over it."""
+"""The perplexity of a model on a text of any length, with sliding windows."""
 
 import dataclasses
 import io
@@ -18,47 +18,47 @@ from ..nn import Mistral
 from .score import score
 
 
-# A text is read and encoded so many characters at a time, and where it has no words, at most so many blocks.
+# A text is read in blocks of this many characters. Without a word boundary it is cut after this many blocks.
 _BLOCK = 64 * 1024
 _MOST_BLOCKS = 16
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """A tokenizer, as the measuring of texts sees it."""
+    """The methods of a tokenizer that `perplexity` needs."""
 
     def encode(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
-        """Turns text into token ids."""
+        """The ids of a text."""
         ...
 
     def encode_plain(self, text: str, *, first: bool) -> list[int]:
-        """The ids of a text, or of a part that goes on with one."""
+        """The ids of a part of a text, without control tokens; `first` is `False` for a later part."""
         ...
 
     def token_bytes(self, id: int, *, first: bool) -> bytes:
-        """The bytes that a token stands for."""
+        """The bytes of a token."""
         ...
 
 
 @runtime_checkable
 class Readable(Protocol):
-    """Where text comes from, such as an open file."""
+    """A source of text, such as an open file."""
 
     def read(self, size: int, /) -> str:
-        """The next characters, at most so many; none at the end."""
+        """The next characters, at most `size`; an empty string at the end."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """How well a model foretells a text: what [`mistral_eqx.perplexity`][] returns.
+    """The result of [`mistral_eqx.perplexity`][].
 
     **Attributes:**
 
-    - `log_prob`: the sum of the logarithms of the tokens' probabilities.
-    - `tokens`: how many were scored. The first one of a text is not, for nothing comes before it, unless the
-        tokenizer puts a token of its own there.
-    - `bytes`: what these stand for, in UTF-8.
+    - `log_prob`: the sum of the log-probabilities of the scored tokens.
+    - `tokens`: the number of scored tokens. The first token of a text is scored only if the tokenizer puts a special
+        token before it.
+    - `bytes`: the number of bytes of the scored tokens, in UTF-8.
     """
 
     log_prob: float
@@ -67,13 +67,13 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """The inverse of the tokens' probability, their geometric mean; infinity if it is beyond a float."""
+        """The exponential of the mean negative log-probability; infinity if it does not fit into a float."""
         mean = -self.log_prob / self.tokens
         return math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf
 
     @property
     def bits_per_byte(self) -> float:
-        """The mean number of bits that a byte takes if the model compresses the text; whatever its vocabulary."""
+        """The mean number of bits per byte of the text; comparable between vocabularies."""
         return -self.log_prob / math.log(2) / self.bytes
 
 
@@ -97,26 +97,26 @@ def perplexity(
 
     Windows of `context` tokens start every `stride` tokens, as
     [Hugging Face defines it](https://huggingface.co/docs/transformers/perplexity). Each token is scored once, in the
-    first window that has it, so that at least `context - stride` tokens come before it; but those of the first window
-    have what there is. Where `stride` is `context`, nothing comes before a window's first token, which is not scored.
+    first window that has it, so that at least `context - stride` tokens come before it; tokens of the first window may
+    have fewer. If `stride` is `context`, the first token of a window has no token before it and is not scored.
 
-    A file is read, encoded and scored piece by piece: memory does not grow with it. It is cut before a space between
-    two letters, where tokens end in any case; a text without such a place is cut every million characters.
+    A file is read, encoded and scored in parts, so that memory does not grow with it. A part ends before a space
+    between two letters, where a token always ends. A text without such a space is cut every million characters.
 
     **Arguments:**
 
     - `model`: the model.
-    - `tokenizer`: its tokenizer, which adds a beginning of text if it always does.
+    - `tokenizer`: its tokenizer; a tokenizer that always adds a beginning of sequence adds it here too.
     - `text`: the text, or an open file.
-    - `context`: tokens of a window; the model's context unless given.
-    - `stride`: from one window's start to the next's; half of `context` unless given. Fewer mean more context for
-        each token, and more work.
-    - `batch`: how many windows are read together.
-    - `progress`: called with what was measured so far, after each batch.
+    - `context`: the number of tokens in a window; the model's context unless given.
+    - `stride`: the distance between the starts of two windows; half of `context` unless given. A smaller stride gives
+        each token more context, and takes more time.
+    - `batch`: the number of windows in a batch.
+    - `progress`: called with the result so far, after each batch.
 
     **Returns:** a [`mistral_eqx.Perplexity`][].
 
-    **Raises:** `ValueError` if the text has less than two tokens, `context` is more than the model's, or `stride` is
+    **Raises:** `ValueError` if the text has fewer than two tokens, `context` is more than the model's, or `stride` is
     not from 1 to `context`.
     """
     context, stride = window_sizes(checked(model, Mistral, "model").config, context, stride)
@@ -141,9 +141,9 @@ def perplexity(
 
 
 def window_sizes(config: MistralConfig, context: int | None, stride: int | None) -> tuple[int, int]:
-    """The sizes of windows, where they are not given those of the model.
+    """The context and the stride of windows; those that are not given follow from the model.
 
-    **Raises:** `ValueError` if they do not fit together, or not into the model.
+    **Raises:** `ValueError` if the context is more than the model's, or the stride more than the context.
     """
     size: int = checked(config.max_positions if context is None else context, Count, "context")
     if not 2 <= size <= config.max_positions:
@@ -166,7 +166,7 @@ class _Token(NamedTuple):
 
 
 class _Window(NamedTuple):
-    """The tokens of a window, how many of the last are scored in it, and their bytes."""
+    """The ids of a window, the number of scored ones at its end, and their bytes."""
 
     ids: list[int]
     scored: int
@@ -185,9 +185,9 @@ def _windows(tokens: Iterator[_Token], context: int, stride: int) -> Iterator[_W
 
 
 def encode_parts(tokenizer: Tokenizer, text: str | Readable) -> Iterator[list[_Token]]:
-    """The tokens of a text and how many bytes each is, part by part.
+    """The tokens of a text and the number of bytes of each, in parts.
 
-    **Raises:** `ValueError`, before there is anything, if the text has less than two tokens.
+    **Raises:** `ValueError`, before the first part, if the text has fewer than two tokens.
     """
     start = [_Token(id, 0) for id in tokenizer.encode("")]
     first = True
@@ -196,32 +196,32 @@ def encode_parts(tokenizer: Tokenizer, text: str | Readable) -> Iterator[list[_T
         sizes = [len(tokenizer.token_bytes(id, first=first and at == 0)) for at, id in enumerate(ids)]
         tokens = [*start, *map(_Token, ids, sizes)]
         if first and len(tokens) < 2:
-            raise InputError("The text has one token, and nothing before it to foretell it from; give a longer one.")
+            raise InputError("The text has one token, and no token before it to predict it from; give a longer text.")
         yield tokens
         start, first = [], False
     if first:
-        raise InputError("The text is empty; give one of at least two tokens.")
+        raise InputError("The text is empty; give a text of at least two tokens.")
 
 
 def _parts(text: Readable) -> Iterator[str]:
-    """A text in parts that end where words do."""
-    held = ""
+    """A text in parts that end at word boundaries."""
+    pending = ""
     while block := text.read(_BLOCK):
         if not isinstance(block, str):
-            raise InputError("The file gives bytes, not text; open it as text, with encoding='utf-8'.")
-        held += block
-        end = _last_word(held) or (len(held) if len(held) >= _MOST_BLOCKS * _BLOCK else 0)
+            raise InputError("The file returns bytes, not text; open it in text mode, with encoding='utf-8'.")
+        pending += block
+        end = _last_word(pending) or (len(pending) if len(pending) >= _MOST_BLOCKS * _BLOCK else 0)
         if end:
-            yield held[:end]
-            held = held[end:]
-    if held:
-        yield held
+            yield pending[:end]
+            pending = pending[end:]
+    if pending:
+        yield pending
 
 
 def _last_word(text: str) -> int:
-    """Where the last word begins that comes after a word and a space, the space included; 0 if there is none.
+    """The index of the last space between two letters; 0 if there is none.
 
-    Tokens never reach across: a space goes with the letters after it, and with no letters before.
+    No token crosses this index: a token may join a space with the letters after it, never with those before it.
     """
     at = text.rfind(" ", 0, -1)
     while at > 0 and not (text[at - 1].isalpha() and text[at + 1].isalpha()):

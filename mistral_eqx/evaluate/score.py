@@ -1,4 +1,4 @@
-"""How likely a model holds texts that are there already."""
+"""The log-likelihood of given sequences."""
 
 from typing import NamedTuple
 
@@ -18,15 +18,15 @@ from ..parallel import everywhere, specs, spmd
 
 
 class Scores(NamedTuple):
-    """What [`mistral_eqx.score`][] returns.
+    """The result of [`mistral_eqx.score`][].
 
     **Attributes:**
 
-    - `log_probs`: the logarithm of each token's probability, given those before it in its row; 0 for a row's first
-        token, which has none, and past a row's length.
-    - `greedy`: whether each token is the one that greedy decoding takes in its place: the likeliest, of equally likely
-        ones the first. `False` where `log_probs` says nothing.
-    - `lengths`: how many tokens each row has.
+    - `log_probs`: the log-probability of each token, given those before it in its row; 0 for the first token of a row,
+        and past its length.
+    - `greedy`: whether each token is the one that greedy decoding would choose: the most likely one, of equally likely
+        ones the first. `False` for the first token of a row, and past its length.
+    - `lengths`: the number of tokens of each row.
     """
 
     log_probs: Float[Array, "batch seq"]
@@ -42,53 +42,53 @@ def score(model: Mistral, rows: Prompts, *, piece: int = CHUNK, last: int | None
     print(scores.log_probs.sum())
     ```
 
-    Rows are read in pieces into a cache, and likelihoods come from parts of the vocabulary
-    ([`mistral_eqx.nn.log_likelihood`][]): there is never a logit for each token of a long row. Where `vocab` is split,
-    devices exchange a few numbers a token.
+    Chunked prefill reads the rows into a KV cache, and [`mistral_eqx.nn.log_likelihood`][] goes through the vocabulary
+    in blocks: the logits of a long row are never all in memory. If `vocab` is split, devices exchange a few numbers per
+    token.
 
     **Arguments:**
 
     - `model`: the model.
     - `rows`: lists of token ids, of any lengths, or an array of shape `(batch, seq)`, in which -1 on either side is
-        padding. Each gives what it would give alone. A row's last token is not read, so that a row may have one more
-        than the context.
-    - `piece`: the most tokens of each row that are read at a time; fewer take less memory.
-    - `last`: only so many tokens at the end of each row are wanted. Pieces before them cost no output head, and
-        are said to be 0.
+        padding. A row has the same scores as it has alone. The last token of a row is never an input, so that a row may
+        have one token more than the context.
+    - `piece`: the most tokens per row in one chunk; smaller chunks take less memory.
+    - `last`: the number of tokens at the end of each row to score; all unless given. Earlier chunks skip the output
+        head, and their `log_probs` are 0.
 
     **Returns:** [`mistral_eqx.evaluate.Scores`][], as wide as the longest row.
 
-    **Raises:** `ValueError` if a row is empty, has an id outside the vocabulary, or does not fit into the context; and
+    **Raises:** `ValueError` if a row is empty, has an id outside the vocabulary, or does not fit into the context, or
     if a logit is not finite.
     """
-    texts = checked_prompts(rows, checked(model, Mistral, "model").config.vocab)
+    sequences = checked_prompts(rows, checked(model, Mistral, "model").config.vocab)
     piece = check_chunk(piece, "piece")
     last = checked(last, CountOrZero | None, "last")
-    lengths, context = [len(text) for text in texts], model.config.max_positions
+    lengths, context = [len(sequence) for sequence in sequences], model.config.max_positions
     longest = max(lengths)
     if longest > context + 1:
         raise InputError(
-            f"A row of {longest} tokens does not fit into this model's context of {context} tokens, of which the last "
-            "token needs none; cut it, as mistral_eqx.perplexity does."
+            f"A row of {longest} tokens does not fit into this model's context of {context} tokens, to which the last "
+            "token does not count; cut it, as mistral_eqx.perplexity does."
         )
-    # Copies of a row, so that `batch` can be split.
-    texts += texts[:1] * (-len(texts) % parts(model, "batch"))
+    # Copies of the first row make the number of rows divisible by the devices that split `batch`.
+    sequences += sequences[:1] * (-len(sequences) % parts(model, "batch"))
     width = prompt_width(longest - 1)
-    ids, positions = pad_left([text[:-1] for text in texts], width)
-    targets, _ = pad_left([text[1:] for text in texts], width)
-    cache = empty_cache(model, len(texts), slots(model, width), min(piece, width))
+    ids, positions = pad_left([sequence[:-1] for sequence in sequences], width)
+    targets, _ = pad_left([sequence[1:] for sequence in sequences], width)
+    cache = empty_cache(model, len(sequences), slots(model, width), min(piece, width))
     scored = []
     for start in range(0, width, piece):
-        part = slice(start, min(start + piece, width))
-        tokens, at, following = (place_rows(model, x[:, part]) for x in (ids, positions, targets))
-        if last is not None and part.stop <= width - last:
-            _, cache = read_piece((model, tokens, at), cache)
+        chunk = slice(start, min(start + piece, width))
+        chunk_ids, chunk_positions, chunk_targets = (place_rows(model, x[:, chunk]) for x in (ids, positions, targets))
+        if last is not None and chunk.stop <= width - last:
+            _, cache = read_piece((model, chunk_ids, chunk_positions), cache)
         else:
-            log_probs, greedy, cache = _read((model, tokens, at, following), cache)
-            scored.append((part, log_probs, greedy))
+            log_probs, greedy, cache = _score_chunk((model, chunk_ids, chunk_positions, chunk_targets), cache)
+            scored.append((chunk, log_probs, greedy))
     log_probs, greedy = np.zeros(ids.shape, np.float32), np.zeros(ids.shape, bool)
-    for part, *found in scored:
-        log_probs[:, part], greedy[:, part] = map(everywhere, found)
+    for chunk, *found in scored:
+        log_probs[:, chunk], greedy[:, chunk] = map(everywhere, found)
     log_probs, greedy = _aligned(log_probs, lengths), _aligned(greedy, lengths)
     if (wrong := np.argwhere(~np.isfinite(log_probs))).size:
         row, position = wrong[0].tolist()
@@ -97,10 +97,10 @@ def score(model: Mistral, rows: Prompts, *, piece: int = CHUNK, last: int | None
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _read(
+def _score_chunk(
     kept: tuple[Mistral, Int[Array, "batch seq"], Int[Array, "batch seq"], Int[Array, "batch seq"]], cache: Cache
 ) -> tuple[Array, Array, Cache]:
-    """Reads tokens into the cache, and scores those that come after each of them."""
+    """Reads a chunk into the cache, and scores the target of each of its tokens."""
     model, ids, positions, targets = kept
     strategy = model.strategy
 
@@ -111,13 +111,13 @@ def _read(
         found = log_likelihood(head, hidden, targets)
         return found.log_probs, found.likeliest, cache
 
-    rows, layers = strategy.spec("batch"), specs(cache, strategy)
-    in_specs = specs(model, strategy), rows, rows, rows, layers
-    return spmd(forward, model.mesh, in_specs, (rows, rows, layers))(model, ids, positions, targets, cache)
+    row_spec, cache_specs = strategy.spec("batch"), specs(cache, strategy)
+    in_specs = specs(model, strategy), row_spec, row_spec, row_spec, cache_specs
+    return spmd(forward, model.mesh, in_specs, (row_spec, row_spec, cache_specs))(model, ids, positions, targets, cache)
 
 
 def _aligned(x: np.ndarray, lengths: list[int]) -> np.ndarray:
-    """What stands at the end of each row for all its tokens but the first, in the columns of these tokens."""
+    """Moves the scores at the end of each left-padded row to the columns of its tokens; the first token has none."""
     aligned = np.zeros((len(lengths), max(lengths)), x.dtype)
     for row, (values, length) in enumerate(zip(x, lengths, strict=False)):
         aligned[row, 1:length] = values[x.shape[1] - length + 1 :]

@@ -1,4 +1,4 @@
-"""What the chips can do that a plan can be made for."""
+"""The chips that a plan can be made for."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,18 +7,18 @@ from types import MappingProxyType
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """The figures of a chip that bound how fast a program can be, from its maker's page.
+    """The numbers of a chip that bound the speed of a program, from its data sheet.
 
     **Attributes:**
 
-    - `name`: such as `"v4"`.
-    - `flops`: operations a second on bfloat16.
-    - `hbm_bytes`: the memory that a program can have. This is what libtpu 0.0.42 tells a program that asks for too
-        much, a little less than the page says: the rest is its own.
-    - `hbm_bandwidth`: bytes a second between that memory and the chip.
-    - `link_bandwidth`: bytes a second over one link to a neighbour, in one direction.
-    - `links`: how many neighbours a chip has.
-    - `source`: the page.
+    - `name`: the name, such as `"v4"`.
+    - `flops`: operations per second in bfloat16.
+    - `hbm_bytes`: the memory of a program: the limit that libtpu 0.0.42 reports to a program that is too large. It is
+        less than in the data sheet, because libtpu keeps the rest.
+    - `hbm_bandwidth`: bytes per second between this memory and the chip.
+    - `link_bandwidth`: bytes per second over one link to a neighbour, in one direction.
+    - `links`: the number of neighbours of a chip.
+    - `source`: the data sheet.
     """
 
     name: str
@@ -33,9 +33,8 @@ class Chip:
 _GIB = 2**30
 _PAGES = "https://docs.cloud.google.com/tpu/docs/"
 
-# The pages of v5e, v5p and v6e give the bandwidth of all links of a chip in both directions, 400, 1200 and 800 GB/s;
-# that of v4 gives none, and earlier versions of these pages 2400, 1600 and 4800 Gbit/s in one direction for v4, v5e
-# and v5p: 50 GB/s for each of six links of a v4.
+# Links: v5e, v5p and v6e have 400, 1200 and 800 GB/s per chip, over all links and both directions. For v4 an earlier
+# page has 2400 Gbit/s in one direction: 50 GB/s for each of six links.
 CHIPS: Mapping[str, Chip] = MappingProxyType(
     {
         chip.name: chip

@@ -1,4 +1,4 @@
-"""What devices exchange in a forward pass or a decoding step, in closed form: nothing is traced or compiled."""
+"""The exchanges of a forward pass or a decoding step, in closed form: nothing is traced or compiled."""
 
 import dataclasses
 import math
@@ -15,26 +15,25 @@ from ..generation import Sampler
 from ..parallel import Strategy
 
 
-# How the least probability of a nucleus is found where the vocabulary is split: in turns, each of which tries so many
-# candidates.
-_NUCLEUS_TURNS, _NUCLEUS_CANDIDATES = 6, 31
+# With a split vocabulary, top-p searches its threshold in this many rounds, each with this many candidates.
+_NUCLEUS_ROUNDS, _NUCLEUS_CANDIDATES = 6, 31
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Some equal exchanges.
+    """One or more equal exchanges.
 
     **Attributes:**
 
     - `kind`: the operation.
-    - `what`: what is exchanged, such as `"attention output"`.
-    - `count`: how often, all layers together.
-    - `bytes`: the size of what one device puts into one of them, as StableHLO shows it: of an `all_reduce` as much
-        comes out, of an `all_gather` `devices` times as much, of a `reduce_scatter` as many times less. What a device
-        then sends over its links depends on the algorithm; a ring moves `2 * (devices - 1) / devices` of it for an
-        `all_reduce`, `devices - 1` times it for an `all_gather`, `(devices - 1) / devices` for a `reduce_scatter`.
-    - `devices`: how many take part in one of them. The devices of a mesh that do not are in other groups, which do
-        the same at the same time.
+    - `what`: the name of the exchanged array, such as `"attention output"`.
+    - `count`: the number of exchanges, over all layers.
+    - `bytes`: the input size of one device in one exchange, as in StableHLO. The output of an `all_reduce` has the same
+        size, that of an `all_gather` is `devices` times larger, that of a `reduce_scatter` `devices` times smaller. The
+        bytes on the links depend on the algorithm; a ring moves `2 * (devices - 1) / devices` of `bytes` for an
+        `all_reduce`, `devices - 1` times `bytes` for an `all_gather`, `(devices - 1) / devices` for a `reduce_scatter`.
+    - `devices`: the number of devices in a group. The other devices of the mesh form groups that make the same exchange
+        at the same time.
     """
 
     kind: Literal["all_reduce", "all_gather", "reduce_scatter"]
@@ -53,24 +52,25 @@ def forward_pass(
     seq: int,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> list[Collective]:
-    """What `model(ids)` exchanges.
+    """The exchanges of `model(ids)`.
 
     **Arguments:**
 
-    - `config`: the model's.
-    - `strategy`: which dimensions are split over which mesh axes.
-    - `axes`: the size of each axis of the mesh.
-    - `batch`, `seq`: the shape of `ids`, all devices together.
-    - `dtype`: the model's precision. Sums in the softmax, in norms and of logits are exchanged in float32 at least,
-        as they are computed.
+    - `config`: the config of the model.
+    - `strategy`: the strategy.
+    - `axes`: the size of each mesh axis.
+    - `batch`, `seq`: the global shape of `ids`.
+    - `dtype`: the precision of the model. Sums in the softmax, in norms and of logits are computed and exchanged in
+        float32 at least.
 
-    **Returns:** the exchanges, in the order of their first. A group of one device exchanges nothing and has none.
+    **Returns:** the exchanges, in order; equal exchanges of several layers are one entry. Groups of one device have no
+    entries.
 
-    **Raises:** `ValueError` if the strategy does not fit the config or the axes, as `Strategy.check` says, or
-    `batch` cannot be split.
+    **Raises:** `ValueError` if the strategy does not fit the config or the axes, as in `Strategy.check`, or `batch`
+    cannot be split.
     """
     ledger = Ledger(config, strategy, axes, batch, dtype)
-    ledger.model(seq, -(-seq // ledger.parts("kv_seq")), logits=seq)
+    ledger.model(seq, -(-seq // ledger.num_shards("kv_seq")), logits=seq)
     return ledger.entries
 
 
@@ -84,16 +84,16 @@ def prefill(
     kv_seq: int,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> list[Collective]:
-    """What reading `seq` tokens into a cache exchanges; only the last one's logits are computed.
+    """The exchanges of a prefill of `seq` tokens into a cache, with logits of the last token alone.
 
     **Arguments:** those of [`mistral_eqx.planning.forward_pass`][], and
 
-    - `kv_seq`: the slots of the cache, all devices together.
+    - `kv_seq`: the slots of the cache, over all devices.
 
-    **Raises:** `ValueError` as there, and if `kv_seq` cannot be split.
+    **Raises:** `ValueError` as for `forward_pass`, and if `kv_seq` cannot be split.
     """
     ledger = Ledger(config, strategy, axes, batch, dtype)
-    ledger.model(seq, ledger.share("kv_seq", kv_seq), logits=1)
+    ledger.model(seq, ledger.shard_size("kv_seq", kv_seq), logits=1)
     return ledger.entries
 
 
@@ -107,46 +107,46 @@ def decoding_step(
     dtype: DTypeLike = jnp.bfloat16,
     sampler: Sampler | None = None,
 ) -> list[Collective]:
-    """What one turn of the decoding loop exchanges: the forward pass of one token a row, and what chooses the next.
+    """The exchanges of one decoding step: the forward pass of one token per row, and the choice of the next token.
 
     **Arguments:** those of [`mistral_eqx.planning.prefill`][], and
 
-    - `sampler`: how the token is chosen; greedy unless given.
+    - `sampler`: the sampler; greedy unless given.
     """
     ledger = Ledger(config, strategy, axes, batch, dtype)
-    ledger.model(1, ledger.share("kv_seq", kv_seq), logits=1)
+    ledger.model(1, ledger.shard_size("kv_seq", kv_seq), logits=1)
     ledger.choice(sampler or Sampler())
     return ledger.entries
 
 
 class Ledger:
-    """Writes down exchanges in the order in which the modules of `nn` make them."""
+    """Lists exchanges in the order in which the modules of `nn` make them."""
 
     def __init__(
         self, config: MistralConfig, strategy: Strategy, axes: Mapping[str, int], batch: int, dtype: DTypeLike
     ):
         strategy.check(config, AbstractMesh(tuple(axes.values()), tuple(axes)))
         self.config, self.strategy, self.axes = config, strategy, axes
-        self.rows = self.share("batch", batch)
+        self.rows = self.shard_size("batch", batch)
         self.narrow = jnp.dtype(dtype).itemsize
         self.wide = max(self.narrow, 4)
         self.entries: list[Collective] = []
 
-    def parts(self, dims: str) -> int:
-        """Into how many parts any of `dims` together are split."""
+    def num_shards(self, dims: str) -> int:
+        """The number of shards of `dims` together."""
         return self.strategy.parts(dims, self.axes)
 
-    def share(self, dim: str, size: int) -> int:
-        """One device's share of a dimension whose size is a call's."""
-        if size % self.parts(dim):
+    def shard_size(self, dim: str, size: int) -> int:
+        """The local size of a dimension whose global size is an argument."""
+        if size % self.num_shards(dim):
             raise InputError(
-                f"A {dim} of {size} cannot be split over {self.parts(dim)} devices; take a multiple of that."
+                f"A {dim} of {size} cannot be split over {self.num_shards(dim)} devices; take a multiple of that."
             )
-        return size // self.parts(dim)
+        return size // self.num_shards(dim)
 
     def local(self, dims: str) -> int:
-        """How many entries one device has of `dims` of the config."""
-        return math.prod(getattr(self.config, dim) // self.parts(dim) for dim in dims.split())
+        """The number of entries of one device along `dims` of the config."""
+        return math.prod(getattr(self.config, dim) // self.num_shards(dim) for dim in dims.split())
 
     def write(self, kind: Literal["all_reduce", "all_gather", "reduce_scatter"], what: str, devices: int, entry: tuple):
         if devices > 1:
@@ -154,27 +154,27 @@ class Ledger:
             self.entries.append(Collective(kind, what, count, math.prod(sizes), devices))
 
     def sum(self, what: str, dims: str, *entry: int):
-        """An `all_reduce` over the devices that share `dims`; `entry`: how often, and factors of the bytes."""
-        self.write("all_reduce", what, self.parts(dims), entry)
+        """Adds an `all_reduce` over the shards of `dims`; `entry` is the count, and factors of the bytes."""
+        self.write("all_reduce", what, self.num_shards(dims), entry)
 
-    def scattered(self, seq: int) -> int:
-        """Among how many devices the residual stream's tokens are dealt out."""
-        return self.parts("tokens") if seq % self.parts("tokens") == 0 else 1
+    def token_shards(self, seq: int) -> int:
+        """The number of shards of the residual stream along `tokens`."""
+        return self.num_shards("tokens") if seq % self.num_shards("tokens") == 0 else 1
 
     def sum_tokens(self, what: str, dims: str, count: int, seq: int):
-        """Adds up what goes to the residual stream, where each device receives its own tokens."""
-        devices, size = self.scattered(seq), self.rows * seq * self.local("embed") * self.narrow
-        self.write("all_reduce", what, self.parts(dims) // devices, (count, size))
+        """Adds the sums into the residual stream, of which each device receives its own tokens."""
+        devices, size = self.token_shards(seq), self.rows * seq * self.local("embed") * self.narrow
+        self.write("all_reduce", what, self.num_shards(dims) // devices, (count, size))
         self.write("reduce_scatter", what, devices, (count, size))
 
     def all_tokens(self, what: str, count: int, seq: int):
-        """Puts the tokens of the residual stream together again."""
-        devices = self.scattered(seq)
+        """Adds the all-gathers of the tokens of the residual stream."""
+        devices = self.token_shards(seq)
         size = self.rows * (seq // devices) * self.local("embed") * self.narrow
         self.write("all_gather", what, devices, (count, size))
 
     def model(self, seq: int, kv_seq: int, *, logits: int):
-        """The layers' exchanges, for `seq` tokens that see `kv_seq` keys of each device."""
+        """Adds the exchanges of the model, for `seq` tokens that attend to `kv_seq` keys on each device."""
         layers, tokens, heads = self.config.layers, self.rows * seq, self.local("kv_heads q_per_kv")
         self.sum_tokens("embedding", "vocab", 1, seq)
 
@@ -197,16 +197,16 @@ class Ledger:
         self.sum("logits", "embed", 1, self.rows * logits, self.local("vocab"), self.wide)
 
     def choice(self, sampler: Sampler):
-        """What choosing the next token exchanges."""
+        """Adds the exchanges of the choice of the next token."""
         if not sampler.greedy:
             self.sum("largest logit", "vocab", 1, self.rows, self.wide)
         if sampler.top_k is not None:
             candidates = min(sampler.top_k, self.local("vocab"))
             entry = 1, self.rows, candidates, self.wide
-            self.write("all_gather", "top-k candidates", self.parts("vocab"), entry)
+            self.write("all_gather", "top-k candidates", self.num_shards("vocab"), entry)
         if sampler.top_p is not None:
             self.sum("top-p sum", "vocab", 1, self.rows, 4)
-            self.sum("top-p candidates", "vocab", _NUCLEUS_TURNS, self.rows, _NUCLEUS_CANDIDATES, 4)
+            self.sum("top-p candidates", "vocab", _NUCLEUS_ROUNDS, self.rows, _NUCLEUS_CANDIDATES, 4)
         self.sum("best logit", "vocab", 1, self.rows, self.wide)
         self.sum("best token", "vocab", 1, self.rows, 4)
         self.sum("unfinished rows", "batch", 1, 4)

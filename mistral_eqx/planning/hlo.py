@@ -1,7 +1,7 @@
-"""What a compiled program moves between devices and to and from their memory, read from its text.
+"""The memory traffic and the exchanges of a compiled program, from its HLO text.
 
-XLA counts the operations of a program, but its count of bytes has every access in it, also those to memory on the chip
-that a TPU program copies its operands to, and it does not count exchanges. The text says where each array lies.
+XLA counts the operations of a program. Its count of bytes also has the accesses to on-chip memory, to which a TPU
+program copies its operands, and it does not count exchanges. The HLO text has the memory space of each array.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ _LEAF = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _BITS = re.compile(r"[a-z]+(\d+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|called_computations)=(\{[^}]*\}|%[\w.\-]+)")
 _NAME = re.compile(r"%([\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%([\w.\-]+)")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])")
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
-# These name a place in memory, or wait for what another one moves.
+# These only name a buffer, or wait for the transfer of another instruction.
 _MOVE_NOTHING = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
     *("optimization-barrier", "iota", "copy-done", "slice-done", "dynamic-slice-done", "async-done", "async-update"),
@@ -31,40 +31,40 @@ _MOVE_NOTHING = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """An array, or one of a tuple: its size, and whether it is in the device's main memory or on the chip."""
+class Buffer:
+    """An array, or an element of a tuple: its size, and whether it is in HBM or in on-chip memory."""
 
     bytes: int
-    main: bool
+    in_hbm: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a compiled program."""
+    """An instruction of a compiled program; `buffers` are those of its result."""
 
     name: str
     opcode: str
-    parts: tuple[Part, ...]
+    buffers: tuple[Buffer, ...]
     operands: tuple[str, ...]
     rest: str
 
     @property
     def called(self) -> list[str]:
-        """The computations that it runs."""
+        """The computations that the instruction runs."""
         return [name for found in _CALLED.findall(self.rest) for name in _NAME.findall(found)]
 
     @property
-    def main_bytes(self) -> int:
-        """The bytes of its result that are in main memory."""
-        return sum(part.bytes for part in self.parts if part.main)
+    def hbm_bytes(self) -> int:
+        """The bytes of the result in HBM."""
+        return sum(buffer.bytes for buffer in self.buffers if buffer.in_hbm)
 
 
 class Program:
-    """The text of a compiled program, taken apart.
+    """A compiled program, parsed from its HLO text.
 
     **Arguments:**
 
-    - `text`: what `jax.stages.Compiled.as_text` gives.
+    - `text`: the result of `jax.stages.Compiled.as_text`.
     """
 
     def __init__(self, text: str):
@@ -80,7 +80,7 @@ class Program:
                 if line.startswith("ENTRY"):
                     self.entry = name
             elif line.startswith(" ") and " = " in line:
-                instruction = _read(line)
+                instruction = _parse(line)
                 current[instruction.name] = instruction
                 if line.lstrip().startswith("ROOT "):
                     self._roots[name] = instruction
@@ -92,21 +92,21 @@ class Program:
         return re.findall(r"body=%([\w.\-]+)", loop.rest)[0]
 
     def traffic(self, computation: str) -> int:
-        """The bytes that one run of a computation reads from main memory and writes to it.
+        """The bytes that one run of a computation reads from HBM and writes to it.
 
-        Of an array that is only sliced or looked up in, the parts that are taken count; of one that is updated in
-        place, the update. A loop inside counts as often as it says that it runs, or once.
+        A slice or a gather counts only the entries that it takes, and an update in place only the update. A loop counts
+        as often as its trip count, or once if that is not known.
         """
         scope = self._computations[computation]
-        return sum(self._moved(one, scope) for one in scope.values() if one.opcode != "while") + sum(
-            self._trips(one) * self.traffic(body)
+        return sum(self._traffic_of(one, scope) for one in scope.values() if one.opcode != "while") + sum(
+            self._trip_count(one) * self.traffic(body)
             for one in scope.values()
             if one.opcode == "while"
             for body in re.findall(r"body=%([\w.\-]+)", one.rest)
         )
 
     def exchanges(self, computation: str) -> list[Exchange]:
-        """What one run of a computation exchanges between devices, equal operations put together."""
+        """The exchanges of one run of a computation; equal operations are one entry."""
         totals: dict[tuple[str, int], tuple[int, int]] = {}
         for kind, devices, size, times in self._collectives(computation, 1):
             count, total = totals.get((kind, devices), (0, 0))
@@ -118,24 +118,24 @@ class Program:
         for one in scope.values():
             kind = one.opcode.removesuffix("-start")
             if one.opcode == "fusion" and "calls=%all-reduce-scatter" in one.rest:
-                # So a TPU's compiler writes a reduce-scatter.
+                # The TPU compiler writes a reduce-scatter as this fusion.
                 inside = self._computations[one.called[0]].values()
                 (devices,) = [_group(inner.rest) for inner in inside if inner.opcode == "all-reduce"]
-                size = sum(part.bytes for part in scope[one.operands[0]].parts)
+                size = sum(buffer.bytes for buffer in scope[one.operands[0]].buffers)
                 yield "reduce_scatter", devices, size, times
             elif kind in _COLLECTIVES:
                 devices = _group(one.rest)
-                size = sum(sum(part.bytes for part in scope[name].parts) for name in one.operands)
+                size = sum(sum(buffer.bytes for buffer in scope[name].buffers) for name in one.operands)
                 if devices != 1:
                     yield kind.replace("-", "_"), devices, size, times
             else:
-                repeated = times * self._trips(one) if one.opcode == "while" else times
+                repeated = times * self._trip_count(one) if one.opcode == "while" else times
                 for called in one.called:
                     yield from self._collectives(called, repeated)
 
-    def _trips(self, loop: Instruction) -> int:
-        """How often a loop turns: as often as it says, or as its condition counts up to a constant; or once."""
-        found = _TRIPS.search(loop.rest)
+    def _trip_count(self, loop: Instruction) -> int:
+        """The trip count of a loop: the known one, or the constant in its condition, or 1."""
+        found = _TRIP_COUNT.search(loop.rest)
         if found is not None:
             return int(found[1])
         (name,) = _CONDITION.findall(loop.rest)
@@ -145,7 +145,7 @@ class Program:
         limit = scope[root.operands[1]]
         return int(limit.rest) if limit.opcode == "constant" else 1
 
-    def _moved(self, one: Instruction, scope: dict[str, Instruction]) -> int:
+    def _traffic_of(self, one: Instruction, scope: dict[str, Instruction]) -> int:
         if one.opcode in _MOVE_NOTHING:
             return 0
         sources = [scope[name] for name in one.operands]
@@ -153,33 +153,35 @@ class Program:
             case "call" | "conditional" | "async-start":
                 return sum(self.traffic(called) for called in one.called)
             case "copy-start":
-                return sum(part.bytes for part in one.parts[:2] if part.main)
+                return sum(buffer.bytes for buffer in one.buffers[:2] if buffer.in_hbm)
             case "slice-start" | "dynamic-slice-start":
-                source, taken = one.parts[:2]
-                return taken.bytes * (source.main + taken.main)
+                source, taken = one.buffers[:2]
+                return taken.bytes * (source.in_hbm + taken.in_hbm)
             case "dynamic-update-slice":
-                return sources[1].parts[0].bytes * one.parts[0].main + sources[1].main_bytes
+                return sources[1].buffers[0].bytes * one.buffers[0].in_hbm + sources[1].hbm_bytes
             case "dynamic-slice" | "slice" | "gather":
-                return one.parts[0].bytes * (sources[0].parts[0].main + one.parts[0].main)
+                return one.buffers[0].bytes * (sources[0].buffers[0].in_hbm + one.buffers[0].in_hbm)
             case "fusion":
-                return self._moved_by_fusion(one, sources)
+                return self._fusion_traffic(one, sources)
         if one.opcode.removesuffix("-start") in _COLLECTIVES:
-            return 2 * sum(source.main_bytes for source in sources)
-        return one.main_bytes + sum(source.main_bytes for source in sources)
+            return 2 * sum(source.hbm_bytes for source in sources)
+        return one.hbm_bytes + sum(source.hbm_bytes for source in sources)
 
-    def _moved_by_fusion(self, one: Instruction, sources: list[Instruction]) -> int:
+    def _fusion_traffic(self, one: Instruction, sources: list[Instruction]) -> int:
         (name,) = one.called[:1]
         inside, root = self._computations[name], self._roots[name]
         parameters = {
             int(re.findall(r"\d+", line.rest)[0]): line for line in inside.values() if line.opcode == "parameter"
         }
-        read = sum(_read_of(parameters[at], inside) for at, source in enumerate(sources) if source.parts[0].main)
+        read = sum(_bytes_read(parameters[at], inside) for at, source in enumerate(sources) if source.buffers[0].in_hbm)
         results = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        written = sum(_written_of(line, inside) for line, part in zip(results, one.parts, strict=False) if part.main)
+        written = sum(
+            _bytes_written(line, inside) for line, buffer in zip(results, one.buffers, strict=False) if buffer.in_hbm
+        )
         return read + written
 
 
-def _read(line: str) -> Instruction:
+def _parse(line: str) -> Instruction:
     name, _, definition = line.strip().removeprefix("ROOT ").partition(" = ")
     end = _closing(definition, 0) if definition.startswith("(") else definition.index(" ")
     shape, definition = definition[:end], definition[end:].lstrip()
@@ -187,13 +189,13 @@ def _read(line: str) -> Instruction:
     start = len(opcode)
     stop = _closing(definition, start)
     operands = definition[start:stop]
-    # The number of a parameter, and the value of a constant, stand where others have their operands.
+    # A parameter has its number in place of operands, and a constant its value.
     rest = operands[1:-1] if opcode in ("parameter", "constant") else definition[stop:]
-    return Instruction(name.lstrip("%"), opcode, _parts(shape), tuple(_NAME.findall(operands)), rest)
+    return Instruction(name.lstrip("%"), opcode, _buffers(shape), tuple(_NAME.findall(operands)), rest)
 
 
 def _closing(text: str, start: int) -> int:
-    """The place after the parenthesis that closes the one at `start`."""
+    """The index after the parenthesis that closes the one at `start`."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, start):
         depth += 1 if found[0] == "(" else -1
@@ -202,36 +204,36 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
-def _parts(shape: str) -> tuple[Part, ...]:
+def _buffers(shape: str) -> tuple[Buffer, ...]:
     return tuple(
-        Part(math.ceil(_width(dtype) / 8 * math.prod(map(int, filter(None, sizes.split(","))))), "S(" not in layout)
+        Buffer(math.ceil(_width(dtype) / 8 * math.prod(map(int, filter(None, sizes.split(","))))), "S(" not in layout)
         for dtype, sizes, layout in _LEAF.findall(shape)
     )
 
 
 def _width(dtype: str) -> int:
-    """The bits of one number."""
+    """The number of bits of an entry."""
     found = _BITS.match(dtype)
     return int(found[1]) if found is not None else 8 if dtype == "pred" else 0
 
 
 def _group(rest: str) -> int:
-    """How many devices take part in one exchange; 0 if the text does not tell."""
+    """The number of devices in the groups of an exchange; 0 if the text does not have it."""
     found = _GROUPS.search(rest)
     if found is None:
         return 0
     return len(found[1].split(",")) if found[1] is not None else int(found[3])
 
 
-def _read_of(parameter: Instruction, inside: dict[str, Instruction]) -> int:
-    """The bytes that a fusion reads of one of its operands."""
+def _bytes_read(parameter: Instruction, inside: dict[str, Instruction]) -> int:
+    """The bytes of an operand that a fusion reads."""
     total = 0
     for use in _uses(parameter, inside):
         if use.opcode in ("dynamic-slice", "slice", "gather"):
-            total += use.parts[0].bytes
-        elif use.opcode != "dynamic-update-slice" or parameter.name not in _behind(use.operands[:1], inside):
-            return parameter.parts[0].bytes
-    return min(total, parameter.parts[0].bytes)
+            total += use.buffers[0].bytes
+        elif use.opcode != "dynamic-update-slice" or parameter.name not in _aliased(use.operands[:1], inside):
+            return parameter.buffers[0].bytes
+    return min(total, parameter.buffers[0].bytes)
 
 
 def _uses(line: Instruction, inside: dict[str, Instruction]) -> Iterator[Instruction]:
@@ -243,19 +245,19 @@ def _uses(line: Instruction, inside: dict[str, Instruction]) -> Iterator[Instruc
                 yield use
 
 
-def _behind(names: tuple[str, ...], inside: dict[str, Instruction]) -> set[str]:
-    """These, and what they are other names of."""
+def _aliased(names: tuple[str, ...], inside: dict[str, Instruction]) -> set[str]:
+    """These names, and the names that they are bitcasts of."""
     found = set(names)
     for name in names:
         if inside[name].opcode == "bitcast":
-            found |= _behind(inside[name].operands, inside)
+            found |= _aliased(inside[name].operands, inside)
     return found
 
 
-def _written_of(result: Instruction, inside: dict[str, Instruction]) -> int:
-    """The bytes that a fusion writes of one of its results."""
+def _bytes_written(result: Instruction, inside: dict[str, Instruction]) -> int:
+    """The bytes of a result that a fusion writes."""
     while result.opcode == "bitcast":
         result = inside[result.operands[0]]
     if result.opcode == "dynamic-update-slice":
-        return inside[result.operands[1]].parts[0].bytes
-    return sum(part.bytes for part in result.parts)
+        return inside[result.operands[1]].buffers[0].bytes
+    return sum(buffer.bytes for buffer in result.buffers)

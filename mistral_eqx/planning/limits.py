@@ -1,4 +1,4 @@
-"""The least time that a chip can take, from what a program computes, moves and exchanges."""
+"""Lower bounds on the time of a program, from its operations, memory traffic and exchanges."""
 
 from collections.abc import Iterable
 
@@ -6,28 +6,29 @@ from .chips import Chip
 from .report import Exchange, Roofline
 
 
-# What a message takes from one chip to the next, however short it is.
+# The latency of a message from one chip to the next.
 HOP_SECONDS = 1e-6
 
 
 def roofline(chip: Chip, flops: float, hbm_bytes: float, exchanges: Iterable[Exchange]) -> Roofline:
-    """The least time for each of the three things that a chip does at the same time at best.
+    """The least times for compute, memory and interconnect, which overlap at best.
 
     **Arguments:**
 
-    - `chip`: its figures.
-    - `flops`, `hbm_bytes`: what one device computes, and moves from and to its memory.
-    - `exchanges`: what it exchanges with others.
+    - `chip`: the chip.
+    - `flops`: the operations of one device.
+    - `hbm_bytes`: the bytes that one device reads from its memory and writes to it.
+    - `exchanges`: the exchanges between devices.
     """
     interconnect = sum(exchange_seconds(chip, exchange) for exchange in exchanges)
     return Roofline(flops / chip.flops, hbm_bytes / chip.hbm_bandwidth, interconnect)
 
 
 def exchange_seconds(chip: Chip, exchange: Exchange) -> float:
-    """The time of equal exchanges along a ring of devices, in both directions at once.
+    """The time of equal exchanges along a ring of devices that sends in both directions.
 
-    In a ring of `n` devices each sends `(n - 1) / n` of what a reduce_scatter takes in, and as much of what an
-    all_gather gives out; an all_reduce is one after the other. Each of these passes `n // 2` hops one after another.
+    In a ring of `n` devices, each device sends `(n - 1) / n` of the input of a reduce_scatter or of the output of an
+    all_gather; an all_reduce is a reduce_scatter and an all_gather. Each of these takes `n // 2` hops in sequence.
     """
     devices = max(exchange.devices, 2)
     lanes = 1 if devices == 2 else 2

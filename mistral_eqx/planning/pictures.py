@@ -1,4 +1,4 @@
-"""Reports as a picture."""
+"""Plots of reports."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _BESIDE: Any = {"xytext": (3, 0), "textcoords": "offset points", "va": "center",
 
 
 def picture(reports: Sequence[Report], path: str | Path):
-    """Draws the memory of each device against what the chip has, and the least time of each part of it.
+    """Plots the memory of each device next to the memory of the chip, and the least times of its parts.
 
     **Arguments:**
 
-    - `reports`: of one model on the same devices, a row for each; virtual devices have no times.
-    - `path`: where the picture goes; its suffix says in which format, such as `.png` or `.svg`.
+    - `reports`: reports of one model on the same devices, one row each; virtual devices have no times.
+    - `path`: the file of the picture; its suffix gives the format, such as `.png` or `.svg`.
 
-    **Raises:** `ValueError` if there is no report, or as `expect_picture`.
+    **Raises:** `ValueError` if there is no report, or as for `expect_picture`.
     """
     if not reports:
         raise InputError("There is no report to draw; give at least one.")
@@ -68,13 +68,13 @@ def picture(reports: Sequence[Report], path: str | Path):
 
 
 def expect_picture(path: str | Path):
-    """Refuses what no picture can be drawn into, before anything is compiled.
+    """Checks that a picture can be written to `path`, before anything is compiled.
 
-    **Raises:** `ValueError` if matplotlib is not installed, it has no format of that suffix, or the folder is
-        absent.
+    **Raises:** `ValueError` if matplotlib is not installed, it does not know the suffix, `path` is a folder, or its
+        folder does not exist.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("A picture takes matplotlib, which is not installed; run pip install 'mistral-eqx[plot]'.")
+        raise InputError("A picture needs matplotlib, which is not installed; run pip install 'mistral-eqx[plot]'.")
     from matplotlib.figure import Figure
 
     path, formats = Path(path), Figure().canvas.get_supported_filetypes()
@@ -87,47 +87,47 @@ def expect_picture(path: str | Path):
 
 
 def _draw_memory(axes: Any, reports: Sequence[Report]):
-    """Each phase as a stacked bar, one under the other."""
+    """One stacked bar per phase."""
     bars = []
     for at, report in enumerate(reports):
         middle = (len(report.phases) - 1) / 2
         bars += [(at + (index - middle) * _BAR, phase) for index, phase in enumerate(report.phases)]
-    places = [place for place, _ in bars]
+    heights = [height for height, _ in bars]
     left = [0.0] * len(bars)
     for field, (name, colour) in _MEMORY.items():
         sizes = [getattr(phase.memory, field) / 1e9 for _, phase in bars]
         if not any(sizes):
             continue
-        axes.barh(places, sizes, 0.92 * _BAR, left, color=colour, label=name)
+        axes.barh(heights, sizes, 0.92 * _BAR, left, color=colour, label=name)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
     longest = max(left)
-    for (place, phase), total in zip(bars, left, strict=True):
-        axes.annotate(f"{phase.name} {total:.2f}", (total, place), **_BESIDE)
+    for (height, phase), total in zip(bars, left, strict=True):
+        axes.annotate(f"{phase.name} {total:.2f}", (total, height), **_BESIDE)
     heading, chip = "Memory of each device, GB", reports[0].chip
     if chip is not None:
-        has = chip.hbm_bytes / 1e9
-        heading += f"; a {chip.name} has {has:.1f}"
-        # Further to the right the line would press the bars together.
-        if has < 2.5 * longest:
-            axes.axvline(has, color="black", linestyle="--", linewidth=1)
-            longest = max(longest, has)
+        capacity = chip.hbm_bytes / 1e9
+        heading += f"; a {chip.name} has {capacity:.1f}"
+        # A line far to the right would make the bars too short.
+        if capacity < 2.5 * longest:
+            axes.axvline(capacity, color="black", linestyle="--", linewidth=1)
+            longest = max(longest, capacity)
     axes.set_xlim(0, 1.25 * longest)
     axes.set_title(heading, fontsize=10)
     _finish(axes)
 
 
 def _draw_times(axes: Any, reports: Sequence[Report], name: str):
-    """The three limits of one phase, one under the other."""
+    """The three least times of one phase, one bar each."""
     phases = [report[name] for report in reports]
     longest = 0.0
     for index, (field, (text, colour)) in enumerate(_TIMES.items()):
-        places = [at + (index - 1) * _BAR for at in range(len(reports))]
+        heights = [at + (index - 1) * _BAR for at in range(len(reports))]
         values = [_milliseconds(phase, field) for phase in phases]
         longest = max(longest, *values)
-        axes.barh(places, values, 0.92 * _BAR, color=colour, label=text)
-        for place, value, phase in zip(places, values, phases, strict=True):
+        axes.barh(heights, values, 0.92 * _BAR, color=colour, label=text)
+        for height, value, phase in zip(heights, values, phases, strict=True):
             text = "does not fit" if phase.refused is not None and index == 1 else f"{value:.2f}"
-            axes.annotate(text, (value, place), **_BESIDE)
+            axes.annotate(text, (value, height), **_BESIDE)
     axes.set_xlim(0, 1.2 * longest or 1)
     axes.set_title(_TITLES[name], fontsize=10)
     _finish(axes)

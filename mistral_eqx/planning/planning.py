@@ -1,4 +1,4 @@
-"""From a model, a strategy and devices that are not here to a report."""
+"""Plans: a model and a strategy, compiled for devices that are not here."""
 
 import dataclasses
 import importlib.util
@@ -31,9 +31,9 @@ from .training import Training
 
 
 _TOPOLOGY = re.compile(r"(\w+):([0-9]+(?:x[0-9]+)*)")
-# More than the largest pod has.
+# Above the size of the largest pod.
 _MOST_DEVICES = 16_384
-# XLA makes each virtual device in this machine's memory.
+# Each virtual device takes memory of this machine.
 VirtualDevices = Annotated[int, Ge(1), Le(4096)]
 DTypes = Literal["float32", "bfloat16", "float16"]
 
@@ -51,34 +51,32 @@ def plan(
     dtype: str = "bfloat16",
     train: Training | bool = False,
 ) -> Report:
-    """Compiles a model for devices that are not here, and reports what each of them would need and do.
+    """Compiles a model for devices that are not here, and reports the memory and the work of each of them.
 
     ```python
     report = mx.plan("7b-v0.2", topology="v4:2x2x4", strategy="kv_replicated", batch=8, kv_seq=4096)
     rich.print(report.table())
     ```
 
-    The functions that `generate` runs, or a step of training, are compiled ahead of time, on shapes in place of
-    weights: nothing of the model's size is allocated. It happens in a process of its own, which takes from some
-    seconds to a minute, and for training some minutes.
+    A separate process compiles the functions of `generate`, or of a training step, ahead of time, on shapes in place of
+    weights: nothing of the model's size is allocated. This takes seconds to a minute, and some minutes for training.
 
     **Arguments:**
 
     - `model`: a config, or the name of a preset.
-    - `topology`: the chips of a TPU and how they are connected, such as `"v4:2x2x4"`; the chips are those of
-        `mistral_eqx.planning.CHIPS`. Takes the extra `tpu`, and no TPU.
-    - `devices`: in place of a topology, a number of virtual devices of the CPU.
-    - `strategy`: a strategy, its name with entries after it if need be (`"heads batch@dp"`), its text, or one of
+    - `topology`: a chip of `mistral_eqx.planning.CHIPS` and the number of chips along each side, such as
+        `"v4:2x2x4"`. It needs the extra `tpu`, but no TPU.
+    - `devices`: in place of a topology, a number of virtual CPU devices.
+    - `strategy`: a strategy, its name, its name with further entries (`"heads batch@dp"`), its text, or one of
         `mx.strategies`.
-    - `mesh`: the sizes of the mesh's axes, such as `"kv=8,rep=2"`. Unless given, those of the strategy's first legal
-        mesh.
-    - `batch`: rows that are computed together, on all devices.
-    - `prompt`: tokens of each row's prompt, which is read in pieces as `generate` does; 512, or half of the
-        cache if that is less, unless given.
-    - `kv_seq`: slots of each row in the cache: the longest that a text can get; 4096, or the model's context if that is
-        less, unless given.
+    - `mesh`: the sizes of the mesh axes, such as `"kv=8,rep=2"`. Unless given, the first mesh that fits the strategy.
+    - `batch`: the number of rows, over all devices.
+    - `prompt`: the number of tokens of each prompt, which chunked prefill reads as in `generate`; unless given, 512, or
+        half of the cache if that is less.
+    - `kv_seq`: the number of slots of each row in the cache, which bounds prompt and new tokens together; unless given,
+        4096, or the model's context if that is less.
     - `dtype`: the precision of weights, activations and cache; in training, of the forward and the backward pass.
-    - `train`: plans a step of training in place of generation: [`mistral_eqx.planning.Training`][], or `True` for its
+    - `train`: plans a training step in place of generation: [`mistral_eqx.planning.Training`][], or `True` for its
         defaults.
 
     **Returns:** the report.
@@ -89,7 +87,7 @@ def plan(
     config, name = (model, "config") if isinstance(model, MistralConfig) else (_preset(model), model)
     batch, dtype = checked(batch, Count, "batch"), checked(dtype, DTypes, "dtype")
     count, chip = count_devices(topology, devices), _chip(topology)
-    label, split, axes = _place(config, strategy, mesh, count)
+    label, split, axes = _strategy_and_axes(config, strategy, mesh, count)
     training = Training() if train is True else train or None
     rows = split.parts("batch", axes)
     if batch % rows:
@@ -98,12 +96,12 @@ def plan(
         prompt, kv_seq = _generation(config, prompt, kv_seq)
     else:
         if (prompt, kv_seq) != (None, None):
-            raise InputError("Training has no prompt and no cache; leave out prompt and kv_seq, and say train's seq.")
+            raise InputError("Training has no prompt and no cache; leave out prompt and kv_seq, and set train's seq.")
         _check_training(config, training, split, axes, batch, rows)
         prompt = kv_seq = 0
     if chip is not None and importlib.util.find_spec("libtpu") is None:
         raise InputError(
-            "To compile for a TPU takes libtpu, which is not installed; run pip install 'mistral-eqx[tpu]', or plan "
+            "Compiling for a TPU needs libtpu, which is not installed; run pip install 'mistral-eqx[tpu]', or plan "
             "for virtual devices."
         )
     phases = _compiled(Job(config, topology, count, split.layout, axes, batch, prompt, kv_seq, dtype, training))
@@ -133,17 +131,17 @@ def plan(
 
 
 def _generation(config: MistralConfig, prompt: int | None, kv_seq: int | None) -> tuple[int, int]:
-    """The lengths of a prompt and of a cache that can have it."""
+    """The lengths of the prompt and of the cache, checked."""
     slots: int = checked(min(4096, config.max_positions) if kv_seq is None else kv_seq, Count, "kv_seq")
     length: int = checked(min(512, -(-slots // 2)) if prompt is None else prompt, Count, "prompt")
     if slots < prompt_width(length):
         raise InputError(
-            f"A prompt of {length} tokens is read as {prompt_width(length)} and does not fit into a cache of "
+            f"A prompt of {length} tokens is padded to {prompt_width(length)} and does not fit into a cache of "
             f"{slots} slots; take a longer kv_seq or a shorter prompt."
         )
     if slots > config.max_positions:
         raise InputError(
-            f"kv_seq is {slots} and the model's context {config.max_positions} tokens; take a shorter kv_seq."
+            f"kv_seq is {slots} and the model's context is {config.max_positions} tokens; take a shorter kv_seq."
         )
     return length, slots
 
@@ -154,12 +152,12 @@ def _check_training(
     Zero.init(training.zero, AbstractMesh(tuple(axes.values()), tuple(axes)), split)
     if batch % (training.accumulate * rows):
         raise InputError(
-            f"A batch of {batch} cannot be cut into {training.accumulate} parts for each of {rows} devices; take a "
-            f"multiple of {training.accumulate * rows}."
+            f"A batch of {batch} cannot be split into {training.accumulate} micro-batches on each of {rows} devices; "
+            f"take a multiple of {training.accumulate * rows}."
         )
     if training.seq > config.max_positions:
         raise InputError(
-            f"seq is {training.seq} and the model's context {config.max_positions} tokens; take a shorter seq."
+            f"seq is {training.seq} and the model's context is {config.max_positions} tokens; take a shorter seq."
         )
 
 
@@ -170,18 +168,20 @@ def _preset(name: str) -> MistralConfig:
 
 
 def count_devices(topology: str | None, devices: int | None) -> int:
-    """How many devices there are, of a topology or virtual ones.
+    """The number of devices of a topology, or of virtual devices.
 
-    **Raises:** `ValueError` unless one of the two is given, and as [`mistral_eqx.plan`][] says.
+    **Raises:** `ValueError` unless exactly one of the two is given, and as [`mistral_eqx.plan`][] says.
     """
     if topology is not None:
         if devices is not None:
             raise InputError(
-                f"The topology {shown(topology)} says how many devices there are; leave out devices={shown(devices)}."
+                f"The topology {shown(topology)} fixes the number of devices; leave out devices={shown(devices)}."
             )
         return math.prod(_sides(topology))
     if devices is None:
-        raise InputError("Say for what to plan: a topology such as 'v4:2x2x4', or a number of virtual devices.")
+        raise InputError(
+            "There are no devices to plan for; give a topology such as 'v4:2x2x4', or a number of virtual devices."
+        )
     return checked(devices, VirtualDevices, "devices")
 
 
@@ -190,9 +190,7 @@ def _chip(topology: str | None) -> Chip | None:
         return None
     chip, sides = CHIPS.get(topology.partition(":")[0]), _sides(topology)
     if chip is None:
-        raise InputError(
-            f"There are no figures of the chip in the topology {topology!r}; the chips are {', '.join(CHIPS)}."
-        )
+        raise InputError(f"The chip of the topology {topology!r} is not known; the chips are {', '.join(CHIPS)}.")
     if len(sides) != chip.links // 2:
         raise InputError(
             f"Chips {chip.name} are connected along {chip.links // 2} sides, and {topology!r} has {len(sides)}; write, "
@@ -206,7 +204,7 @@ def _sides(topology: str) -> list[int]:
     match = _TOPOLOGY.fullmatch(topology) if isinstance(topology, str) and len(topology) < 100 else None
     if match is None:
         raise InputError(
-            f"The topology {shown(topology)} must be a chip and how many of them there are along each side, such as "
+            f"The topology {shown(topology)} must be a chip and the number of chips along each side, such as "
             "'v4:2x2x4' or 'v5e:4x4'."
         )
     sides = [int(side) for side in match[2].split("x")]
@@ -218,7 +216,7 @@ def _sides(topology: str) -> list[int]:
     return sides
 
 
-def _place(
+def _strategy_and_axes(
     config: MistralConfig, strategy: Strategy | Choice | str, mesh: str | Mapping[str, int] | None, count: int
 ) -> tuple[str, Strategy, dict[str, int]]:
     """The strategy's name, the strategy, and the axes of its mesh."""
@@ -236,15 +234,15 @@ def _place(
 
 
 def _axes(config: MistralConfig, split: Strategy, count: int) -> dict[str, int]:
-    """The mesh of a strategy for which none is given."""
+    """The mesh axes of a strategy, if no mesh is given."""
     for choice in strategies(config, count):
         if choice.strategy.layout == split.layout:
             return choice.axes
     used = split.axes()
     if len(used) > 1:
         raise InputError(
-            f"The strategy {split.layout!r} splits over the axes {' and '.join(used)}, and none of the meshes of "
-            f"{count} devices that come with a strategy fits; say how many devices each axis takes, such as "
+            f"The strategy {split.layout!r} splits over the axes {' and '.join(used)}, and has no default mesh of "
+            f"{count} devices; give the size of each axis, such as "
             f"mesh={','.join(f'{axis}=2' for axis in used)!r}."
         )
     return {used[0] if used else "tp": count}
@@ -256,7 +254,7 @@ def _compiled(job: Job) -> list[Any]:
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(job.devices if job.topology is None else 1),
-        # What a TPU that this machine may have would answer is of no interest, nor is who else uses it.
+        # The process must neither query nor lock a TPU of this machine.
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }

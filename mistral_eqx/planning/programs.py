@@ -1,4 +1,4 @@
-"""The programs of a plan: the functions that `generate` and training run, on shapes in place of arrays."""
+"""The programs of a plan: the functions of generation and of training, on shapes in place of arrays."""
 
 import dataclasses
 import functools
@@ -27,11 +27,11 @@ from .training import Training
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is to be compiled, in numbers and texts that another process can be told.
+    """What to compile, in values that can be sent to another process.
 
     **Attributes:** those of [`mistral_eqx.planning.Report`][] of the same name, and
 
-    - `topology`: of a TPU, or `None` for virtual devices of the CPU.
+    - `topology`: a TPU topology, or `None` for virtual CPU devices.
     """
 
     config: MistralConfig
@@ -48,16 +48,16 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Uncompiled:
-    """A function of the package and the shapes that it is compiled for.
+    """A function and the shapes that it is compiled for.
 
     **Attributes:**
 
     - `name`, `runs`, `tokens`: as in [`mistral_eqx.planning.Phase`][].
-    - `function`: takes `kept` and `given`, a cache or the state of training, of which it is given the second one for
-        good if `donates`.
-    - `loops`: whether a run of it is a turn of a loop.
-    - `memory`: how many bytes of its arguments and results on one device are weights, keys and values, and the
-        optimizer's state, and how many gradients there are besides.
+    - `function`: takes the arguments `kept` and `given`.
+    - `given`: a cache or the state of training; donated if `donates`.
+    - `loops`: whether a run is one iteration of the loop in the program.
+    - `memory`: the bytes on one device of the weights, the cache and the optimizer state in its arguments and results,
+        and of the gradients.
     """
 
     name: str
@@ -71,14 +71,14 @@ class Uncompiled:
     memory: Memory
 
     def lower(self, platform: str) -> jax.stages.Lowered:
-        """Traces it for a platform that need not be here."""
+        """Traces and lowers the function for a platform, which need not be present."""
         shapes, static = eqx.partition((self.kept, self.given), _is_shape)
 
         def function(kept: PyTree, given: PyTree) -> PyTree:
             return eqx.filter(self.function(*eqx.combine((kept, given), static)), eqx.is_array)
 
-        # The weights take memory in each phase, also in one that has no use for them. A step uses all that it is given;
-        # then JAX also leaves out what nobody reads.
+        # Weights take memory in each phase, also where they are unused, so unused arguments are kept. In a step JAX
+        # drops the unused ones, as in training.
         jitted = jax.jit(function, donate_argnums=(1,) if self.donates else (), keep_unused=self.name != "step")
         return jitted.trace(*shapes).lower(lowering_platforms=(platform,))
 
@@ -88,8 +88,8 @@ def programs(job: Job, devices: Sequence[Any]) -> Iterator[Uncompiled]:
 
     **Arguments:**
 
-    - `job`: the shapes.
-    - `devices`: those of a topology, or virtual ones.
+    - `job`: what to compile.
+    - `devices`: the devices of a topology, or virtual ones.
     """
     mesh = by_hand(make_mesh(job.axes, devices))
     if job.training is None:
@@ -101,34 +101,34 @@ def programs(job: Job, devices: Sequence[Any]) -> Iterator[Uncompiled]:
 def _generation(job: Job, mesh: Mesh, platform: str) -> Iterator[Uncompiled]:
     strategy, dtype = Strategy(job.layout), jnp.dtype(job.dtype)
 
-    def place(tree: PyTree) -> PyTree:
-        return _placed(tree, specs(tree, strategy), mesh)
+    def sharded(tree: PyTree) -> PyTree:
+        return _with_shardings(tree, specs(tree, strategy), mesh)
 
     def array(dims: str, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, strategy.spec(dims)))
 
     init = functools.partial(Mistral.init, job.config, dtype=dtype, strategy=strategy)
-    model = place(eqx.filter_eval_shape(init, key=jr.key(0)))
+    model = sharded(eqx.filter_eval_shape(init, key=jr.key(0)))
     model = dataclasses.replace(model, mesh=mesh)
     weights = _bytes(model)
 
     width = prompt_width(job.prompt)
-    piece = min(width, CHUNK)
+    chunk = min(width, CHUNK)
 
     def cache_of(kv_seq: int) -> Cache:
-        shares = caches.parts(model, "kv_seq")
+        num_shards = caches.parts(model, "kv_seq")
         init = functools.partial(
-            Cache.init, job.config, job.batch, kv_seq, dtype, platform=platform, piece=piece, shares=shares
+            Cache.init, job.config, job.batch, kv_seq, dtype, platform=platform, piece=chunk, shares=num_shards
         )
-        return place(eqx.filter_eval_shape(init))
+        return sharded(eqx.filter_eval_shape(init))
 
     small = cache_of(caches.slots(model, width))
     yield Uncompiled(
         name="prefill",
-        runs=math.ceil(width / piece),
-        tokens=piece,
-        function=_plain(read_piece),
-        kept=(model, array("batch _", job.batch, piece), array("batch _", job.batch, piece)),
+        runs=math.ceil(width / chunk),
+        tokens=chunk,
+        function=_without_jit(read_piece),
+        kept=(model, array("batch _", job.batch, chunk), array("batch _", job.batch, chunk)),
         given=small,
         donates=True,
         loops=False,
@@ -141,7 +141,7 @@ def _generation(job: Job, mesh: Mesh, platform: str) -> Iterator[Uncompiled]:
             name="grow",
             runs=1,
             tokens=0,
-            function=lambda model, cache: _plain(caches.grow)(model, cache, large.kv_seq),
+            function=lambda model, cache: _without_jit(caches.grow)(model, cache, large.kv_seq),
             kept=model,
             given=small,
             donates=False,
@@ -157,8 +157,8 @@ def _generation(job: Job, mesh: Mesh, platform: str) -> Iterator[Uncompiled]:
         name="decode",
         runs=1,
         tokens=1,
-        function=_plain(decode),
-        kept=(model, place(eqx.filter_eval_shape(state)), Sampler(), array("ends", 1), array("")),
+        function=_without_jit(decode),
+        kept=(model, sharded(eqx.filter_eval_shape(state)), Sampler(), array("ends", 1), array("")),
         given=large,
         donates=True,
         loops=True,
@@ -177,17 +177,19 @@ def _training(job: Job, training: Training, mesh: Mesh) -> Uncompiled:
         return TrainState.init(model, optimizer, zero=training.zero, offload=training.offload)
 
     shapes = eqx.filter_eval_shape(init)
-    state = _placed(shapes, shapes.specs(optimizer), mesh)
+    state = _with_shardings(shapes, shapes.specs(optimizer), mesh)
     moments = _bytes(state.optimizer_state)
     if training.offload:
         state = eqx.tree_at(lambda state: state.optimizer_state, state, replace_fn=_on_host)
-    # In the first stage each device adds up whole gradients, and then updates its own part.
+    # In stage 1 each device accumulates whole gradients, and updates its own shard.
     whole = shapes.model.specs(strategy)
-    place = state.zero.specs(whole, state.cuts()) if training.zero > 1 else whole
+    gradient_specs = state.zero.specs(whole, state.shard_dims()) if training.zero > 1 else whole
     has_gradient = trained(shapes.model)
-    gradients = _bytes(_placed(eqx.filter(shapes.model, has_gradient), eqx.filter(place, has_gradient), mesh))
+    gradients = _bytes(
+        _with_shardings(eqx.filter(shapes.model, has_gradient), eqx.filter(gradient_specs, has_gradient), mesh)
+    )
     batch = eqx.filter_eval_shape(lambda: _batch(job.batch, training.seq))
-    batch = _placed(batch, jax.tree.map(lambda _: strategy.spec("batch"), batch), mesh)
+    batch = _with_shardings(batch, jax.tree.map(lambda _: strategy.spec("batch"), batch), mesh)
     return Uncompiled(
         name="step",
         runs=1,
@@ -206,8 +208,8 @@ def _training(job: Job, training: Training, mesh: Mesh) -> Uncompiled:
     )
 
 
-def _plain(compiled: Any) -> Callable[..., Any]:
-    """The function that `equinox.filter_jit` was given: it can only be compiled for devices that are here."""
+def _without_jit(compiled: Any) -> Callable[..., Any]:
+    """The function inside `equinox.filter_jit`, whose own lowering needs devices that are present."""
     return compiled.__wrapped__
 
 
@@ -216,19 +218,19 @@ def _batch(rows: int, seq: int) -> Batch:
     return Batch(ids, ids, jnp.ones(ids.shape, jnp.float32), ids, ids, ids)
 
 
-def _placed(tree: PyTree, place: PyTree, mesh: Mesh) -> PyTree:
-    """Shapes that say where on the mesh their entries are."""
+def _with_shardings(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
+    """The shapes of a tree, with shardings."""
 
-    def placed(leaf: Any, spec: Any) -> Any:
+    def with_sharding(leaf: Any, spec: Any) -> Any:
         if not _is_shape(leaf):
             return leaf
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(placed, tree, place)
+    return jax.tree.map(with_sharding, tree, specs)
 
 
 def _on_host(tree: PyTree) -> PyTree:
-    """The same, in the host's memory."""
+    """The shapes of a tree, with shardings in host memory."""
 
     def moved(leaf: Any) -> Any:
         if not is_offloaded(leaf):
@@ -243,7 +245,7 @@ def _is_shape(leaf: Any) -> bool:
 
 
 def _bytes(tree: PyTree) -> int:
-    """The bytes that one device has of all arrays."""
+    """The bytes of all arrays on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

@@ -1,4 +1,4 @@
-"""What a plan says, for each device."""
+"""The report of a plan, per device."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """Exchanges of one kind among groups of one size, put together.
+    """All exchanges of one kind among groups of one size.
 
     **Attributes:**
 
     - `kind`: the operation, such as `"all_reduce"`.
-    - `devices`: how many take part in each.
-    - `count`: how many there are.
-    - `bytes`: what one device puts into all of them.
+    - `devices`: the number of devices in a group.
+    - `count`: the number of exchanges.
+    - `bytes`: the input bytes of one device, over all exchanges.
     """
 
     kind: str
@@ -35,16 +35,16 @@ class Exchange:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """The bytes of one device's memory that a program takes.
+    """The memory of a program on one device, in bytes.
 
     **Attributes:**
 
-    - `weights`, `cache`: this device's parts of the model and of keys and values.
-    - `other`: other arguments and results, and what the layout of the arguments adds to their size.
-    - `temporary`: what the program needs besides.
+    - `weights`, `cache`: this device's shards of the weights and of the KV cache.
+    - `other`: other arguments and results, and the padding of the arguments.
+    - `temporary`: temporary buffers.
     - `code`: the program itself.
-    - `optimizer`, `gradients`: in training, this device's parts of the moments and of the gradients.
-    - `host`: the moments that wait in the host's memory, which are not in the total.
+    - `optimizer`, `gradients`: in training, this device's shards of the moments and of the gradients.
+    - `host`: the moments in host memory, which do not count in the total.
     """
 
     weights: int
@@ -58,20 +58,20 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them that are on the device."""
-        kept = self.weights + self.cache + self.optimizer + self.gradients
-        return kept + self.other + self.temporary + self.code
+        """The bytes on the device."""
+        named = self.weights + self.cache + self.optimizer + self.gradients
+        return named + self.other + self.temporary + self.code
 
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """The least time, in seconds, that each part of a chip takes for a program.
+    """The least time of a program for each part of a chip, in seconds.
 
     **Attributes:**
 
-    - `compute`: for the operations.
-    - `memory`: for the bytes between memory and chip.
-    - `interconnect`: for the exchanges between chips.
+    - `compute`: the time of the operations.
+    - `memory`: the time of the traffic between memory and chip.
+    - `interconnect`: the time of the exchanges between chips.
     """
 
     compute: float
@@ -80,12 +80,12 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """The longest of the three: nothing can be faster, and only what overlaps in full is as fast."""
+        """The longest of the three: a lower bound, reached if they overlap completely."""
         return max(self.compute, self.memory, self.interconnect)
 
     @property
     def bound(self) -> str:
-        """Which of the three that is."""
+        """The name of the longest of the three."""
         return max(("compute", "memory", "interconnect"), key=lambda name: getattr(self, name))
 
 
@@ -95,20 +95,20 @@ class Phase:
 
     **Attributes:**
 
-    - `name`: `"prefill"`, which reads a piece of the prompt; `"grow"`, which makes room in the cache for the new
-        tokens; `"decode"`, whose figures other than memory are those of one turn of its loop; or `"step"`, of training.
-    - `runs`: how often it runs; for a prompt that is read in pieces, how many there are.
-    - `tokens`: the tokens of each row that a run computes.
-    - `memory`: what it takes of one device's memory.
+    - `name`: `"prefill"`, which reads one chunk of the prompt; `"grow"`, which makes the cache larger for the new
+        tokens; `"decode"`, whose values other than memory are per iteration of its loop; or `"step"`, of training.
+    - `runs`: the number of runs; for prefill, the number of chunks.
+    - `tokens`: the tokens of each row in one run.
+    - `memory`: its memory on one device.
     - `flops`: the operations of one device.
     - `hbm_bytes`: the bytes that one device moves between its memory and the chip.
     - `once_bytes`: for a loop, the bytes moved before and after it.
-    - `exchanges`: between devices, in the compiled program.
-    - `written`: the same before XLA has merged, split or replaced any.
-    - `compile_seconds`: how long it took to trace and to compile.
-    - `roofline`: the least time of one run, where the chip is known.
-    - `refused`: what XLA said, where the program does not fit into the memory. Then it has no more figures than those
-        that follow from shapes, and `memory.temporary` is what XLA said minus the rest.
+    - `exchanges`: the exchanges between devices, in the compiled program.
+    - `written`: the exchanges in the program before XLA compiles it, which may merge, split or replace some.
+    - `compile_seconds`: the time to trace and to compile.
+    - `roofline`: the least time of one run; `None` if there is no chip.
+    - `refused`: XLA's message if the program does not fit into the memory, otherwise `None`. Then only the values that
+        follow from shapes are known, and `memory.temporary` is XLA's total minus the rest.
     """
 
     name: str
@@ -132,21 +132,21 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A model under a strategy on devices that are not here, as [`mistral_eqx.plan`][] compiled it.
+    """The result of [`mistral_eqx.plan`][]: a model with a strategy, compiled for devices that are not here.
 
     **Attributes:**
 
     - `model`: the preset's name, or `"config"`.
-    - `parameters`: the number of its weights.
-    - `place`: the topology, or how many virtual devices.
-    - `devices`: how many there are.
-    - `chip`: their figures; `None` for virtual devices.
-    - `strategy`, `layout`, `axes`: its name, its text, and the size of each axis of the mesh.
-    - `batch`, `prompt`, `kv_seq`: rows, tokens of each row's prompt, slots of each row in the cache; training has no
-        prompt and no cache, and both are 0.
+    - `parameters`: the number of parameters.
+    - `place`: the topology, or the number of virtual devices, as text.
+    - `devices`: the number of devices.
+    - `chip`: the chip; `None` for virtual devices.
+    - `strategy`, `layout`, `axes`: the name and the text of the strategy, and the size of each mesh axis.
+    - `batch`, `prompt`, `kv_seq`: the number of rows, tokens of each prompt, and slots of each row in the cache;
+        training has no prompt and no cache, and both are 0.
     - `dtype`: the precision of weights, activations and cache; in training, of the forward and the backward pass.
     - `phases`: the programs, in the order in which they run.
-    - `training`: how the model is trained, if it is.
+    - `training`: the options of training; `None` for generation.
     """
 
     model: str
@@ -178,7 +178,7 @@ class Report:
 
     @property
     def free(self) -> int | None:
-        """What is left of a device's memory in that phase; negative where it does not fit. `None` without a chip."""
+        """The free bytes of a device in the phase `peak`; negative if it does not fit, `None` without a chip."""
         return None if self.chip is None else self.chip.hbm_bytes - self.peak.memory.total
 
     @property
@@ -187,7 +187,7 @@ class Report:
         return None if self.free is None else self.free >= 0 and all(phase.refused is None for phase in self.phases)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as dicts, lists and numbers."""
+        """The report as dicts, lists and numbers."""
         return {
             **dataclasses.asdict(self),
             "phases": [_phase(phase) for phase in self.phases],
@@ -196,12 +196,12 @@ class Report:
         }
 
     def to_json(self) -> str:
-        """Everything as JSON."""
+        """The report as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Report:
-        """The report that `to_dict` took apart."""
+        """The report from the result of `to_dict`."""
         fields = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
         chip, phases, training = fields["chip"], fields["phases"], fields["training"]
         return cls(
@@ -214,13 +214,13 @@ class Report:
         )
 
     def table(self) -> Group:
-        """The figures as tables, for `rich.print`."""
+        """The report as tables, for `rich.print`."""
         from .tables import table
 
         return table([self])
 
     def picture(self, path: str | Path):
-        """Draws memory and times; see [`mistral_eqx.planning.picture`][]."""
+        """Plots memory and times; see [`mistral_eqx.planning.picture`][]."""
         from .pictures import picture
 
         picture([self], path)
@@ -235,7 +235,7 @@ def _phase(phase: Phase) -> dict[str, Any]:
 
 
 def read_phase(fields: dict[str, Any]) -> Phase:
-    """The phase that `Report.to_dict` took apart."""
+    """The phase from an entry of `Report.to_dict`."""
 
     def read(kind: Any, fields: dict[str, Any]) -> Any:
         return kind(**{field.name: fields[field.name] for field in dataclasses.fields(kind)})

@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 def table(reports: Sequence[Report]) -> Group:
-    """What each device needs and does, for one report or several.
+    """The memory and the work of each device, for one or more reports.
 
     **Arguments:**
 
-    - `reports`: of one model on the same devices.
+    - `reports`: reports of one model on the same devices.
 
-    **Returns:** what rich can print: a table of memory, one of work and times, and a line for each report that says
-        whether it fits.
+    **Returns:** a group that rich can print: a table of memory, a table of work and times, and for each report a line
+        that says whether it fits.
     """
     from rich.console import Group
     from rich.text import Text
 
-    # A name may have what rich takes for markup, so each stands in a `Text`.
+    # A `Text` is not parsed as markup, which a name may contain.
     remarks = (Text(line) for report in reports for line in _remarks(report))
     return Group(Text(title(reports[0])), "", _memory(reports), "", _work(reports), "", *remarks)
 
@@ -45,14 +45,14 @@ def _memory(reports: Sequence[Report]) -> Table:
     rows = _table("Memory of each device, MB", [*columns, "of the chip's"] if known else columns)
     for report, phase, head in _rows(reports):
         memory = phase.memory
-        share = [] if report.chip is None else [f"{memory.total / report.chip.hbm_bytes:.1%}"]
-        rows.add_row(*head, *(_megabytes(getattr(memory, column)) for column in columns), *share)
+        used = [] if report.chip is None else [f"{memory.total / report.chip.hbm_bytes:.1%}"]
+        rows.add_row(*head, *(_megabytes(getattr(memory, column)) for column in columns), *used)
     return rows
 
 
 def _work(reports: Sequence[Report]) -> Table:
     phases = [phase for report in reports for phase in report.phases]
-    # XLA hardly ever merges or splits exchanges; where it has, both counts are shown.
+    # If XLA merged or split exchanges, the table shows both counts.
     changed = any(phase.refused is not None or _count(phase.written) != _count(phase.exchanges) for phase in phases)
     timed = any(report.chip is not None for report in reports)
     columns = [
@@ -65,16 +65,16 @@ def _work(reports: Sequence[Report]) -> Table:
     rows = _table(f"Work of each device: for {'a step' if training else 'the prompt, and for each new token'}", columns)
     for _, phase, head in _rows(reports):
         runs, times = phase.runs, phase.roofline
-        figures = [
+        work = [
             f"{runs * phase.flops / 1e9:,.1f}",
             _megabytes(runs * phase.hbm_bytes),
             f"{runs * _count(phase.exchanges)}",
-            f"{runs * sum(one.bytes for one in phase.exchanges) / 1e6:,.2f}",
+            f"{runs * sum(exchange.bytes for exchange in phase.exchanges) / 1e6:,.2f}",
         ]
         limits = [] if times is None else [times.compute, times.memory, times.interconnect, times.seconds]
         rows.add_row(
             *head,
-            *(figures if phase.refused is None else [""] * len(figures)),
+            *(work if phase.refused is None else [""] * len(work)),
             *([f"{runs * _count(phase.written)}"] if changed else []),
             *([f"{1e3 * runs * limit:.2f}" for limit in limits] or [""] * 4 * timed),
             f"{phase.compile_seconds:.1f}",
@@ -104,7 +104,7 @@ def _rows(reports: Sequence[Report]) -> Iterator[tuple[Report, Phase, tuple[Text
 
 
 def label(report: Report) -> str:
-    """A strategy and its mesh in few words."""
+    """A short name of a report: its strategy and its mesh."""
     axes = ",".join(f"{axis}={size}" for axis, size in report.axes.items())
     words = [axes] if report.training is None else [axes, f"ZeRO {report.training.zero}"]
     if report.training is not None and report.training.offload:
@@ -115,11 +115,11 @@ def label(report: Report) -> str:
 def _remarks(report: Report) -> list[str]:
     if report.chip is None or report.free is None:
         return []
-    most = report.peak
+    peak = report.peak
     if report.fits:
         return [f"{label(report)}: fits, with {report.free / 1e9:.2f} GB free of {report.chip.hbm_bytes / 1e9:.2f} GB."]
     return [
-        f"{label(report)}: does not fit; {most.name} takes {-report.free / 1e9:.2f} GB more than the "
+        f"{label(report)}: does not fit; {peak.name} takes {-report.free / 1e9:.2f} GB more than the "
         f"{report.chip.hbm_bytes / 1e9:.2f} GB that a {report.chip.name} has."
     ]
 
@@ -133,14 +133,14 @@ def _count(exchanges: Sequence[Exchange]) -> int:
 
 
 def title(report: Report) -> str:
-    """What the reports of a table or a picture are about."""
+    """The heading of a table or a picture."""
     size, unit = (1e9, "billion") if report.parameters >= 1e9 else (1e6, "million")
     training = report.training
     if training is None:
         lengths = f"prompt {report.prompt}, kv_seq {report.kv_seq}"
     else:
-        parts = f", in {training.accumulate} parts" if training.accumulate > 1 else ""
-        lengths = f"{training.seq} tokens a row{parts}, remat {training.remat}"
+        micro_batches = f", in {training.accumulate} micro-batches" if training.accumulate > 1 else ""
+        lengths = f"{training.seq} tokens a row{micro_batches}, remat {training.remat}"
     return (
         f"{report.model} ({report.parameters / size:.1f} {unit} weights, {report.dtype}) on {report.place}, batch "
         f"{report.batch}, {lengths}"

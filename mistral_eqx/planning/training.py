@@ -1,4 +1,4 @@
-"""What is asked of a plan of training."""
+"""The options of a plan of training."""
 
 import dataclasses
 
@@ -8,17 +8,17 @@ from ..train import rematerialised
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How a model is to be trained, for [`mistral_eqx.plan`][]: with AdamW, weights and moments in float32.
+    """How a model is trained, for [`mistral_eqx.plan`][]: with AdamW, master weights and moments in float32.
 
     **Attributes:**
 
-    - `seq`: tokens of each row.
+    - `seq`: the number of tokens of each row.
     - `zero`: the stage of [`mistral_eqx.train.Zero`][].
-    - `accumulate`, `remat`: as of [`mistral_eqx.train.make_step`][].
-    - `offload`: whether the moments are kept in the host's memory, as of
+    - `accumulate`, `remat`: as for [`mistral_eqx.train.make_step`][].
+    - `offload`: whether the moments are kept in host memory, as for
         [`init`][mistral_eqx.train.TrainState.init].
 
-    **Raises:** `ValueError` if one is of another type or outside its range.
+    **Raises:** `ValueError` if a field has the wrong type or is outside its range.
     """
 
     seq: Count = 4096

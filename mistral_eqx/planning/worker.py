@@ -1,7 +1,7 @@
-"""Compiles the programs of a plan, in a process of its own.
+"""Compiles the programs of a plan in a separate process, so that JAX's settings and libtpu do not affect the caller.
 
-JAX is told there which platform to use, and libtpu is loaded, without an effect on the process that asks. The job comes
-as JSON on stdin, and the figures go as JSON to stdout; what libraries write to stdout goes to stderr.
+The process reads the job as JSON from stdin, and writes the phases as JSON to stdout; output of libraries goes to
+stderr.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _TOO_LARGE = re.compile(r"\((\d+(?:\.\d+)?)([KMG]?)\) exceeds available HBM")
 
 
 def main():
-    """Reads a job and answers with its phases, or with the sentence that says why there are none."""
+    """Reads a job, and writes its phases or an error message."""
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     fields = json.load(sys.stdin)
@@ -57,10 +57,10 @@ def _topology(name: str) -> list[Any]:
     chip, _, sides = name.partition(":")
     options: dict[str, Any] = {}
     if chip == "v4":
-        # Otherwise each half of a chip is a device.
+        # By default each of the two cores of a chip is a device.
         options["chip_config_name"] = "megacore"
     if set(sides.split("x")) == {"1"}:
-        # A host with a single chip.
+        # The default host has several chips.
         options["chips_per_host_bounds"] = [1, 1, 1]
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
@@ -72,7 +72,7 @@ def _measure(program: Uncompiled, job: Job) -> dict[str, Any]:
     start = time.perf_counter()
     lowered = program.lower("cpu" if job.topology is None else "tpu")
     fields = {"name": program.name, "runs": program.runs, "tokens": program.tokens}
-    exchanged = written(lowered)
+    exchanges = written(lowered)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -83,15 +83,15 @@ def _measure(program: Uncompiled, job: Job) -> dict[str, Any]:
         total = int(float(found[1]) * units[found[2]])
         memory = dataclasses.replace(program.memory, temporary=max(total - program.memory.total, 0))
         compiled = None
-        figures: dict[str, Any] = {"flops": 0.0, "hbm_bytes": 0, "once_bytes": 0, "exchanges": []}
+        costs: dict[str, Any] = {"flops": 0.0, "hbm_bytes": 0, "once_bytes": 0, "exchanges": []}
         refused = str(error).partition("\n")[0]
     else:
-        memory, figures, refused = _memory(program, compiled), _figures(program, compiled, lowered), None
+        memory, costs, refused = _memory(program, compiled), _costs(program, compiled, lowered), None
     return {
         **fields,
-        **figures,
+        **costs,
         "memory": dataclasses.asdict(memory),
-        "written": _entries(exchanged),
+        "written": _entries(exchanges),
         "compile_seconds": time.perf_counter() - start,
         "roofline": None,
         "refused": refused,
@@ -100,14 +100,14 @@ def _measure(program: Uncompiled, job: Job) -> dict[str, Any]:
 
 def _memory(program: Uncompiled, compiled: jax.stages.Compiled) -> Memory:
     sizes: Any = compiled.memory_analysis()
-    # What is donated is counted with the arguments.
+    # Donated buffers count as arguments.
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     known = program.memory
     other = sizes.argument_size_in_bytes + results - known.weights - known.cache - known.optimizer
     if not sizes.host_argument_size_in_bytes:
-        # A CPU has one memory, whatever it is called.
+        # On a CPU, host memory is device memory.
         other -= known.host
-    # Of what is temporary, gradients are the part that is known.
+    # Gradients are temporary buffers of a known size.
     gradients = min(known.gradients, sizes.temp_size_in_bytes)
     return dataclasses.replace(
         known,
@@ -118,17 +118,17 @@ def _memory(program: Uncompiled, compiled: jax.stages.Compiled) -> Memory:
     )
 
 
-def _figures(program: Uncompiled, compiled: jax.stages.Compiled, lowered: jax.stages.Lowered) -> dict[str, Any]:
+def _costs(program: Uncompiled, compiled: jax.stages.Compiled, lowered: jax.stages.Lowered) -> dict[str, Any]:
     text = Program(compiled.as_text() or "")
-    repeated = text.loop_body() if program.loops else text.entry
+    body = text.loop_body() if program.loops else text.entry
     counted: Any = compiled.cost_analysis()
-    hbm_bytes = text.traffic(repeated)
+    hbm_bytes = text.traffic(body)
     return {
-        # XLA counts the body of a loop once, which for a turn of decoding is right.
+        # XLA counts a loop body once: right for one decoding step, wrong for a training step.
         "flops": products(lowered) if program.name == "step" else max(counted.get("flops", 0.0), 0.0),
         "hbm_bytes": hbm_bytes,
         "once_bytes": text.traffic(text.entry) - hbm_bytes if program.loops else 0,
-        "exchanges": _entries(text.exchanges(repeated)),
+        "exchanges": _entries(text.exchanges(body)),
     }
 
 

@@ -1,4 +1,4 @@
-"""What a training step reads: texts as examples, and examples in the rows of a batch."""
+"""The input of a training step: sequences as examples, and examples in batch rows."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,15 +13,15 @@ from ..nn import Span
 
 
 class Example(NamedTuple):
-    """One text as an objective made it, an entry a column.
+    """One sequence as an objective made it; each array has one entry per column.
 
     **Attributes:**
 
-    - `inputs`: the token that the model reads.
-    - `targets`: the token that it is to say there.
-    - `weights`: how much that counts; 0 where nothing is learned.
-    - `positions`: where the token stands, for the rotary embedding.
-    - `last`: the last column that it sees. It sees all from the text's first one on.
+    - `inputs`: the input token.
+    - `targets`: the target token.
+    - `weights`: the weight of the target in the loss; 0 where nothing is learned.
+    - `positions`: the position of the input token, for the rotary embedding.
+    - `last`: the last column that the token attends to. The first one is the first column of the sequence.
     """
 
     inputs: Int[np.ndarray, " seq"]
@@ -32,13 +32,13 @@ class Example(NamedTuple):
 
 
 class Batch(eqx.Module):
-    """Rows of examples, as numpy arrays on the host and as arrays of JAX in a step.
+    """Rows of examples: numpy arrays on the host, JAX arrays in a step.
 
     **Attributes:**
 
-    - `inputs`, `targets`, `weights`: as of an [`mistral_eqx.train.Example`][].
-    - `positions`: likewise; they start again with each text, and are -1 for padding.
-    - `first`, `last`: the first and the last column that each token sees.
+    - `inputs`, `targets`, `weights`: as in [`mistral_eqx.train.Example`][].
+    - `positions`: the positions of the tokens; each sequence starts again at 0, and padding has -1.
+    - `first`, `last`: the first and the last column that each token attends to.
     """
 
     inputs: Int[Array | np.ndarray, "batch seq"]
@@ -50,17 +50,17 @@ class Batch(eqx.Module):
 
     @property
     def span(self) -> Span:
-        """Which columns each token sees, for [`mistral_eqx.nn.Mistral.hidden`][]."""
+        """The attention span of each token, for [`mistral_eqx.nn.Mistral.hidden`][]."""
         return Span(jnp.asarray(self.first), jnp.asarray(self.last))
 
 
 def one_a_row(examples: Sequence[Example], seq: int) -> Batch:
-    """Each example in a row of its own, with padding behind it.
+    """One example per row, padded on the right.
 
     **Arguments:**
 
-    - `examples`: one a row.
-    - `seq`: how many columns a row has.
+    - `examples`: one per row.
+    - `seq`: the number of columns of a row.
 
     **Raises:** `ValueError` if an example is longer than a row.
     """
@@ -68,16 +68,17 @@ def one_a_row(examples: Sequence[Example], seq: int) -> Batch:
 
 
 def pack(examples: Sequence[Example], seq: int) -> Batch:
-    """Several examples in a row, each in the first row that has room for it, so that there is little padding.
+    """Packs several examples into a row, each into the first row that has room for it, so that there is little padding.
 
-    No example sees another: positions start again, attention is block-diagonal, and no target is another text's.
+    No example attends to another: positions start again, the mask is block-diagonal, and no target belongs to another
+    sequence.
 
     **Arguments:**
 
-    - `examples`: in any order. A batch is fuller if the longest come first.
-    - `seq`: how many columns a row has.
+    - `examples`: in any order. A batch has less padding if the longest come first.
+    - `seq`: the number of columns of a row.
 
-    **Returns:** as many rows as it takes.
+    **Returns:** as many rows as the examples need.
 
     **Raises:** `ValueError` if an example is longer than a row.
     """
@@ -94,11 +95,11 @@ def pack(examples: Sequence[Example], seq: int) -> Batch:
     return _in_rows(rows, seq)
 
 
-def cut(ids: Sequence[int] | Integer[np.ndarray, " tokens"], seq: int) -> list[Int[np.ndarray, " piece"]]:
-    """A long text in pieces, for rows of `seq` columns.
+def cut(ids: Sequence[int] | Integer[np.ndarray, " tokens"], seq: int) -> list[Int[np.ndarray, " chunk"]]:
+    """Cuts a long sequence into chunks, for rows of `seq` columns.
 
-    **Returns:** pieces of at most `seq + 1` tokens. Each starts with the last token of the one before, which that one
-    did not read: every token but the first is a target once.
+    **Returns:** chunks of at most `seq + 1` tokens. Each starts with the last token of the chunk before, which is no
+    input there: every token but the first is a target once.
     """
     whole = np.asarray(ids, np.int32)
     return [whole[start : start + seq + 1] for start in range(0, max(1, len(whole) - 1), seq)]
@@ -109,7 +110,7 @@ def _in_rows(rows: Sequence[Sequence[Example]], seq: int) -> Batch:
         raise InputError("There are no examples to make a batch of; give at least one.")
     shape = len(rows), seq
     columns = np.broadcast_to(np.arange(seq, dtype=np.int32), shape)
-    # Padding sees itself, which is never seen by others.
+    # A padding token attends to itself alone, and no other token attends to it.
     batch = {
         "inputs": np.zeros(shape, np.int32),
         "targets": np.zeros(shape, np.int32),
@@ -124,7 +125,7 @@ def _in_rows(rows: Sequence[Sequence[Example]], seq: int) -> Batch:
             stop = start + len(example.inputs)
             if stop > seq:
                 raise InputError(
-                    f"A text of {len(example.inputs)} tokens does not fit into a row of {seq}; cut it, or make the "
+                    f"A sequence of {len(example.inputs)} tokens does not fit into a row of {seq}; cut it, or make the "
                     "rows longer."
                 )
             here = row, slice(start, stop)

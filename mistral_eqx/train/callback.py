@@ -1,4 +1,4 @@
-"""What may happen beside training, and when."""
+"""The interface of callbacks."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,15 +11,16 @@ from .step import Metrics, TrainState
 
 @dataclasses.dataclass
 class Run:
-    """A run of training, as callbacks see it.
+    """A training run, as callbacks see it.
 
     **Attributes:**
 
-    - `state`: what the last step returned. The next step takes its memory; to keep something, keep `model()`.
-    - `step`: how many steps were made.
-    - `steps`: how many steps the run is to have.
-    - `folder`: where the run keeps its checkpoints, or `None`.
-    - `stop`: a callback sets it, and the run ends after this step.
+    - `state`: the state that the last step returned. The next step donates its memory; to keep the model, keep
+        `model()`.
+    - `step`: the number of steps done.
+    - `steps`: the number of steps of the whole run, or `None` to train until the batches end.
+    - `folder`: the folder of the checkpoints, or `None`.
+    - `stop`: a callback sets this to `True` to end the run after this step.
     """
 
     state: TrainState
@@ -29,37 +30,37 @@ class Run:
     stop: bool = False
 
     def model(self) -> Mistral:
-        """The model as it is now, to generate with or to save: a copy, which training leaves alone."""
+        """A copy of the current model, to generate with or to save; training does not change the copy."""
         return self.state.unstacked()
 
 
 class Callback:
-    """Something that is done in the course of a run; override what you need.
+    """Code that runs at certain points of a run; override the methods that you need.
 
-    A callback of several processes runs on each of them.
+    With several processes, a callback runs on each of them.
     """
 
     def on_start(self, run: Run):
-        """Before the first step; `run.step` tells whether the run goes on from a checkpoint."""
+        """Before the first step; `run.step` is above 0 if the run continues from a checkpoint."""
 
     def on_step(self, run: Run, metrics: Metrics):
-        """After each step. To look at `metrics` is to wait for the step."""
+        """After each step. Reading `metrics` waits for the step to end."""
 
-    def on_log(self, run: Run, figures: Mapping[str, float]):
-        """Every `log_every` steps, and after the first and the last one: figures of this step, by name."""
+    def on_log(self, run: Run, metrics: Mapping[str, float]):
+        """Every `log_every` steps, and after the first and the last one; `metrics` are of this step, by name."""
 
-    def on_evaluation(self, run: Run, figures: Mapping[str, float]):
-        """After the batches for evaluation were measured: figures by name."""
+    def on_evaluation(self, run: Run, metrics: Mapping[str, float]):
+        """After an evaluation; `metrics` are over all its batches, by name."""
 
     def on_checkpoint(self, run: Run):
-        """When a checkpoint is on its way to the disk."""
+        """When a checkpoint is being written."""
 
     def on_end(self, run: Run):
-        """After the last step, also where an error or a signal made it the last one."""
+        """After the last step, also if an error or a signal ended the run."""
 
     def get_state(self) -> dict[str, Any]:
-        """What the callback has to know to go on, in JSON's types; it becomes part of each checkpoint."""
+        """The state of the callback, as JSON types; each checkpoint stores it."""
         return {}
 
     def set_state(self, state: dict[str, Any]):
-        """Takes what `get_state` gave, where a run goes on from a checkpoint."""
+        """Restores what `get_state` returned, when a run continues from a checkpoint."""

@@ -1,4 +1,4 @@
-"""The checkpoints of a run in training, which another process, mesh or strategy can go on from."""
+"""Checkpoints of a training run, which can continue on another mesh or with another strategy."""
 
 import importlib.util
 import json
@@ -17,17 +17,17 @@ from .step import TrainState
 
 
 class Checkpoints:
-    """Checkpoints in a folder, each in a folder of its own that has the number of its step, written by Orbax.
+    """The checkpoints of a run, written by Orbax: each in its own subfolder, named by its step.
 
-    They are written beside the training, by threads of their own, under another name until they are complete. So
-    the last complete one can always be read, whenever the process or the machine ends. An array is stored as one,
-    wherever its parts were, and read into whatever parts are wanted. It takes the extra `train`.
+    Threads write a checkpoint while the training continues, under a temporary name until it is complete. So the last
+    complete checkpoint can be read whenever the process or the machine ends. Checkpoints do not depend on shardings:
+    a run can restore them on any mesh. It needs the extra `train`.
 
     **Arguments:**
 
-    - `folder`: where they are, or will be.
-    - `about`: what a run must have in common with its checkpoints to go on from them, by name; in JSON's types.
-    - `keep`: how many of the newest to keep.
+    - `folder`: the folder of the checkpoints.
+    - `about`: values by name, as JSON types, that must be the same in a run that continues from these checkpoints.
+    - `keep`: the number of checkpoints to keep, the newest ones.
 
     **Raises:** `ValueError` if Orbax is not installed, or `keep` is less than 1.
     """
@@ -36,15 +36,15 @@ class Checkpoints:
         if keep < 1:
             raise InputError(f"A run cannot keep {keep} checkpoints; keep at least 1.")
         if importlib.util.find_spec("orbax") is None:
-            raise InputError("To keep checkpoints of a run takes the extra `train`: pip install 'mistral-eqx[train]'.")
-        # It takes seconds to import, which only who keeps checkpoints should wait for.
+            raise InputError("Checkpoints of a run need the extra `train`: pip install 'mistral-eqx[train]'.")
+        # The import takes seconds, so only runs that keep checkpoints pay for it.
         import orbax.checkpoint as ocp
 
         self.folder = Path(folder).absolute()
-        # What JSON gives back: tuples are lists there.
+        # As JSON returns them: tuples become lists.
         self._about = json.loads(json.dumps(about))
         self._args = ocp.args
-        # What was cut off while it was written is taken away when the next run begins.
+        # The next run removes checkpoints that were not completed.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
@@ -59,16 +59,16 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, more: Mapping[str, Any]) -> int:
-        """Begins to write a checkpoint, and returns once the state may change again.
+        """Starts to write a checkpoint, and returns as soon as the state may change again.
 
         **Arguments:**
 
-        - `state`: what a step returned.
-        - `more`: what else to keep, in JSON's types.
+        - `state`: the state that a step returned.
+        - `more`: further values to keep, as JSON types.
 
         **Returns:** the step.
 
-        **Raises:** `ValueError` if this or the one before cannot be written; those that were complete are still there.
+        **Raises:** `ValueError` if this checkpoint or the one before cannot be written; complete ones are not affected.
         """
         step = int(state.steps)
         items = self._args.Composite(
@@ -76,45 +76,45 @@ class Checkpoints:
             about=self._args.JsonSave(self._about),
             more=self._args.JsonSave(dict(more)),
         )
-        with self._told():
-            # A run that stops where it saved anyway has nothing to add.
+        with _WriteErrors(self):
+            # A run may stop at a step whose checkpoint is already saved.
             if step not in self._manager.all_steps():
                 self._manager.save(step, args=items, force=True)
         return step
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads the newest checkpoint, or if that is damaged the newest one that is not, with a warning.
+        """Reads the newest checkpoint that is not damaged, with a warning for each damaged one.
 
         **Arguments:**
 
-        - `state`: a fresh state, on any mesh and in any parts; it is overwritten.
+        - `state`: a new state, with any sharding; its arrays are deleted.
 
-        **Returns:** the state with the checkpoint's numbers, in the same parts, and what else was kept.
+        **Returns:** the state of the checkpoint, sharded like `state`, and the `more` that was saved with it.
 
-        **Raises:** `ValueError` if the checkpoint is of another model or another optimizer.
+        **Raises:** `ValueError` if the checkpoint belongs to another model or optimizer.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps:
-            raise InputError(f"There is no checkpoint in {self.folder}; train first, or name another folder.")
+            raise InputError(f"There is no checkpoint in {self.folder}; train first, or give another folder.")
         for step in steps:
             try:
                 found = self._restore(step, state)
-            except (InputError, MemoryError, jax.errors.JaxRuntimeError):  # the files are not to blame
+            except (InputError, MemoryError, jax.errors.JaxRuntimeError):  # not caused by the files
                 raise
-            except Exception as error:  # Orbax and what it builds on raise errors of any kind for damaged files
+            except Exception as error:  # for damaged files Orbax raises errors of any type
                 damaged = f"The checkpoint of step {step} in {self.folder} is damaged ({type(error).__name__})"
                 if step == steps[-1]:
                     raise InputError(
-                        f"{damaged}, and none before it can be read; delete the folder to begin anew.",
+                        f"{damaged}, and there is no earlier one that can be read; delete the folder to start again.",
                         file=self.folder,
                     ) from error
-                warnings.warn(f"{damaged} and put aside; the one before it is read.", stacklevel=2)
-                self._put_aside(step)
+                warnings.warn(f"{damaged} and renamed; the one before it is used.", stacklevel=2)
+                self._rename_damaged(step)
             else:
                 return found
-        raise AssertionError("a step is read, or the last one raised")
+        raise AssertionError("the loop returns, or raises at the last step")
 
-    def _put_aside(self, step: int):
+    def _rename_damaged(self, step: int):
         if jax.process_index() == 0:
             (self.folder / str(step)).rename(self.folder / f"damaged-{step}-{uuid.uuid4().hex[:8]}")
         self._manager.reload()
@@ -124,11 +124,11 @@ class Checkpoints:
             step, args=self._args.Composite(about=self._args.JsonRestore(), more=self._args.JsonRestore())
         )
         for name in {**found["about"], **self._about}:
-            then, now = found["about"].get(name), self._about.get(name)
-            if then != now:
+            saved, now = found["about"].get(name), self._about.get(name)
+            if saved != now:
                 raise InputError(
-                    f"The checkpoint in {self.folder} was written by a run with {name} {then!r}, and this one has "
-                    f"{now!r}; give it a folder of its own."
+                    f"The checkpoint in {self.folder} belongs to a run with {name} {saved!r}, and this run has "
+                    f"{now!r}; use another folder."
                 )
         arrays = _by_name(state)
         wanted = {
@@ -137,20 +137,20 @@ class Checkpoints:
         self._check(step, wanted)
         for leaf in arrays.values():
             if not leaf.is_deleted():
-                leaf.delete()  # so that there is never more than one state
+                leaf.delete()  # memory never holds two states
         read = self._manager.restore(step, args=self._args.Composite(state=self._args.StandardRestore(wanted)))["state"]
         return _named(state, read), found["more"]
 
     def wait(self):
-        """Returns when all checkpoints are complete.
+        """Waits until all checkpoints are complete.
 
         **Raises:** `ValueError` if one cannot be written.
         """
-        with self._told():
+        with _WriteErrors(self):
             self._manager.wait_until_finished()
 
     def close(self):
-        """Waits, and lets go of the threads."""
+        """Waits until all checkpoints are complete, and ends the threads."""
         try:
             self.wait()
         finally:
@@ -158,21 +158,18 @@ class Checkpoints:
 
     def _check(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]):
         metadata: Any = self._manager.item_metadata(step)["state"].tree
-        then = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in metadata.items()}
+        saved = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in metadata.items()}
         now = {name: (leaf.shape, str(leaf.dtype)) for name, leaf in wanted.items()}
-        for name in {**now, **then}:
-            if then.get(name) != now.get(name):
+        for name in {**now, **saved}:
+            if saved.get(name) != now.get(name):
                 raise InputError(
-                    f"The checkpoint in {self.folder} has {_listed(then.get(name))} for {name!r}, and this run has "
-                    f"{_listed(now.get(name))}; give it a folder of its own, or the same model and optimizer."
+                    f"The checkpoint in {self.folder} has {_shown(saved.get(name))} for {name!r}, and this run has "
+                    f"{_shown(now.get(name))}; use another folder, or the same model and optimizer."
                 )
 
-    def _told(self):
-        return _Told(self)
 
-
-class _Told:
-    """Says in one sentence what Orbax could not write, and what is still there."""
+class _WriteErrors:
+    """Raises `InputError` if a checkpoint could not be written; it names the newest complete one."""
 
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints
@@ -181,15 +178,15 @@ class _Told:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any):
-        # The threads that write hand over errors of several kinds, those of the file system among them.
+        # The writing threads raise errors of several types, also those of the file system.
         if isinstance(error, Exception):
             latest = self._checkpoints.latest
-            there = "There is no complete one yet" if latest is None else f"That of step {latest} is complete"
+            complete = "None is complete yet" if latest is None else f"The one of step {latest} is complete"
             reason = " ".join(str(error).split())
             reason = reason if len(reason) < 120 else f"{reason[:60]} ... {reason[-55:]}"
             raise InputError(
-                f"A checkpoint could not be written to {self._checkpoints.folder}: {reason}. {there}; make room, or "
-                "mend what is wrong there, and train on."
+                f"A checkpoint could not be written to {self._checkpoints.folder}: {reason}. {complete}; free space or "
+                "repair the folder, and run the training again."
             ) from error
 
 
@@ -207,5 +204,5 @@ def _named(state: TrainState, arrays: Mapping[str, Array]) -> TrainState:
     )
 
 
-def _listed(array: tuple[tuple[int, ...], str] | None) -> str:
+def _shown(array: tuple[tuple[int, ...], str] | None) -> str:
     return "nothing" if array is None else f"{array[1]}{list(array[0])}"

@@ -8,11 +8,11 @@ from ..nn import Stacked
 
 
 def with_dropout(model: Stacked, key: PRNGKeyArray, rows: Int[Array, " batch"]) -> Stacked:
-    """The model with keys for dropout in its adapters, others in each layer; see [`mistral_eqx.lora.with_keys`][].
+    """The model with dropout keys in its adapters, a different one in each layer; see [`mistral_eqx.lora.with_keys`][].
 
     **Arguments:**
 
-    - `key`: that of a step.
+    - `key`: the key of the step.
     - `rows`: the index of each batch row in the whole batch.
     """
     outer, blocks = jr.split(key)

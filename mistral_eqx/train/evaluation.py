@@ -1,4 +1,4 @@
-"""How well a model in training tells a batch, without learning from it."""
+"""The loss of a model on a batch, without a gradient."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,13 +23,13 @@ Evaluation = Callable[[TrainState, Batch], Sums]
 def make_evaluation(*, compute_dtype: DTypeLike | None = jnp.bfloat16) -> Evaluation:
     """A function that measures the loss of a batch: `sums = evaluation(state, batch)`.
 
-    The loss is the cross-entropy alone, whatever is added to it for training.
+    The loss is the cross-entropy alone, without label smoothing or z-loss.
 
     **Arguments:**
 
-    - `compute_dtype`: as of [`mistral_eqx.train.make_step`][].
+    - `compute_dtype`: as for [`mistral_eqx.train.make_step`][].
 
-    **Returns:** the function. Sums of several batches are added up, and divided once by the weight of all.
+    **Returns:** the function. For a mean over several batches, add up their sums and divide once by the weight.
     """
 
     def on_device(model: Stacked, batch: Batch, *, gathering: Gathering, strategy: Strategy) -> Sums:
@@ -43,8 +43,8 @@ def make_evaluation(*, compute_dtype: DTypeLike | None = jnp.bfloat16) -> Evalua
 
     @eqx.filter_jit
     def evaluation(state: TrainState, batch: Batch) -> Sums:
-        run = partial(on_device, gathering=state.zero.gathering(state.cuts()), strategy=state.strategy)
-        place = state.model_specs(), state.strategy.spec("batch")
-        return spmd(run, state.model.outer.mesh, place, PartitionSpec())(state.model, batch)
+        run = partial(on_device, gathering=state.zero.gathering(state.shard_dims()), strategy=state.strategy)
+        in_specs = state.model_specs(), state.strategy.spec("batch")
+        return spmd(run, state.model.outer.mesh, in_specs, PartitionSpec())(state.model, batch)
 
     return lambda state, batch: evaluation(state, jax.tree.map(jnp.asarray, batch))

@@ -1,4 +1,4 @@
-"""One process a run."""
+"""Only one process trains in a run's folder."""
 
 import contextlib
 import os
@@ -12,10 +12,10 @@ from ..locks import try_lock
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Holds a run's folder for this process, until the block or the process ends, however it ends.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Locks a run's folder for this process until the block or the process ends.
 
-    **Raises:** `InputError` that names the process that holds it.
+    **Raises:** `InputError` with the id of the process that holds the lock.
     """
     if jax.process_index() > 0:
         yield
@@ -26,10 +26,10 @@ def alone(folder: Path) -> Iterator[None]:
             file.seek(0)
             owner = file.read(20).decode(errors="replace").strip() or "another"
             raise InputError(
-                f"Process {owner} trains in {folder}; wait until it ends, or give this run a folder of its own.",
+                f"Process {owner} trains in {folder}; wait until it ends, or use another folder for this run.",
                 file=folder,
             )
-        with contextlib.suppress(OSError):  # a disk that is full has no room for the number
+        with contextlib.suppress(OSError):  # a full disk has no room for the process id
             file.truncate(0)
             file.write(str(os.getpid()).encode())
             file.flush()

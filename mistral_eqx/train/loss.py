@@ -1,4 +1,4 @@
-"""How badly a model tells the targets of a batch."""
+"""The loss of a model on a batch."""
 
 from typing import NamedTuple
 
@@ -10,14 +10,14 @@ from .batch import Batch
 
 
 class Sums(NamedTuple):
-    """Sums over tokens, not means: those of parts of a batch are added up, and divided once by the weight of all.
+    """Weighted sums over tokens, not means: add up the sums of micro-batches, and divide once by the total weight.
 
     **Attributes:**
 
-    - `loss`: what is made small.
-    - `cross_entropy`: the part of it that is minus the logarithm of the targets' probabilities.
-    - `correct`: of the targets that are the likeliest token, of equally likely ones the first.
-    - `weight`: of the tokens that count.
+    - `loss`: the loss that training minimises.
+    - `cross_entropy`: the negative log-probabilities of the targets, without label smoothing and z-loss.
+    - `correct`: the weights of the targets that are the most likely token; of equally likely tokens the first counts.
+    - `weight`: the weights of all tokens.
     """
 
     loss: Float[Array, ""]
@@ -36,18 +36,19 @@ def loss_sums(
 ) -> Sums:
     """Weighted sums of the loss over tokens.
 
-    With `p` the probabilities, `V` entries of the vocabulary and `Z` the sum of exponentiated logits, a token's loss is
+    With probabilities `p`, a vocabulary of `V` tokens and the sum of exponentiated logits `Z`, the loss of a token is
     `-(1 - label_smoothing) log p[target] - label_smoothing / V Σ log p + z_loss (log Z)²`
     ([label smoothing, section 7](https://arxiv.org/abs/1512.00567), [z-loss, section 5](https://arxiv.org/abs/2204.02311)).
 
     **Arguments:**
 
-    - `head`, `hidden`: the output head, and what it is applied to.
-    - `batch`: its targets, and how much each counts.
-    - `label_smoothing`: how much of a target's probability is to be shared by all tokens.
-    - `z_loss`: the weight of the square that keeps logits from drifting away; PaLM takes 1e-4.
+    - `head`: the output head.
+    - `hidden`: the last hidden states, the input of the head.
+    - `batch`: the targets and their weights.
+    - `label_smoothing`: the part of a target's probability that is spread over all tokens.
+    - `z_loss`: the weight of the term that keeps logits from drifting; PaLM takes 1e-4.
 
-    **Returns:** the sums, over this device's rows where `batch` is split.
+    **Returns:** the sums; over this device's rows alone if `batch` is split.
     """
     found = log_likelihood(head, hidden, jnp.asarray(batch.targets))
     weights = jnp.asarray(batch.weights).astype(found.log_probs.dtype)

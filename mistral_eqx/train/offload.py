@@ -1,4 +1,4 @@
-"""The optimizer's state in the host's memory, from which it comes to the device for an update alone."""
+"""Optimizer state in host memory; a step moves it to the device for the update."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ HOST = "pinned_host"
 
 
 def check_host(mesh: Mesh | None):
-    """Whether the devices can reach memory of the host.
+    """Checks that the devices can access host memory.
 
     **Raises:** `ValueError` if they cannot.
     """
@@ -22,23 +22,23 @@ def check_host(mesh: Mesh | None):
     kinds = [memory.kind for memory in device.addressable_memories()]
     if HOST not in kinds:
         raise InputError(
-            f"Devices of the platform {device.platform!r} have no memory {HOST!r} for the optimizer's state; leave out "
+            f"Devices of the platform {device.platform!r} have no memory {HOST!r} for the optimizer state; leave out "
             "offload=True."
         )
 
 
 def is_offloaded(leaf: Any) -> bool:
-    """Which arrays of an optimizer's state are kept on the host; single numbers, such as a count, are not."""
+    """Whether a leaf of the optimizer state is kept in host memory: arrays are, scalars such as a count are not."""
     return (eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)) and leaf.ndim > 0
 
 
 def to_host(optimizer_state: PyTree) -> PyTree:
-    """Inside `jax.jit`: the arrays as they are sharded, in the host's memory."""
+    """Moves the arrays to host memory with the same sharding; call it inside `jax.jit`."""
     return _moved(optimizer_state, jax.memory.Space.Host)
 
 
 def to_device(optimizer_state: PyTree) -> PyTree:
-    """Inside `jax.jit`: the arrays as they are sharded, in the device's memory."""
+    """Moves the arrays to device memory with the same sharding; call it inside `jax.jit`."""
     return _moved(optimizer_state, jax.memory.Space.Device)
 
 

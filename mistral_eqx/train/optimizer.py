@@ -1,4 +1,4 @@
-"""AdamW whose decay is chosen by what a weight does, and two schedules."""
+"""AdamW with weight decay of matrices alone, and two learning rate schedules."""
 
 import jax
 import optax
@@ -22,16 +22,17 @@ def adamw(
 ) -> optax.GradientTransformation:
     """Adam with decoupled weight decay ([Loshchilov and Hutter](https://arxiv.org/abs/1711.05101)), of matrices alone.
 
-    Gradients are clipped by the step, which knows how they are split over devices: there all optimizers are alike.
+    The step clips the gradients, for every optimizer: only the step knows how they are sharded.
 
     **Arguments:**
 
     - `learning_rate`: a number, or a schedule such as `warmup_cosine`.
-    - `weight_decay`: how much of a weight is taken away in a step, times the learning rate; see
+    - `weight_decay`: a step subtracts `learning_rate * weight_decay` times the weight; see
         [`mistral_eqx.train.decayed`][].
-    - `b1`, `b2`, `eps`: of the running means of gradients and of their squares.
+    - `b1`, `b2`: decay rates of the first and the second moment.
+    - `eps`: added to the root of the second moment.
 
-    **Returns:** a transformation of optax, for the weights of any model.
+    **Returns:** an optax transformation, for the weights of any model.
     """
     if not callable(learning_rate):
         checked(learning_rate, NotNegative, "learning_rate")
@@ -44,12 +45,11 @@ def adamw(
 
 
 def decayed(weights: PyTree) -> PyTree[bool]:
-    """Which weights are decayed: the matrices that activations are multiplied with, in linear layers and the head.
+    """Which weights are decayed: the matrices of linear layers and of the head.
 
-    Decay pulls a matrix towards zero where the data do not hold it, and so keeps the map from being larger than it need
-    be. A norm's weights are factors around one, and an embedding's row is a point that only its own token's gradients
-    move: decay would shrink rare tokens' rows between two of their appearances. A table that is the head as well counts
-    as an embedding. minGPT chooses alike.
+    Weights of norms are not decayed: they are factors around one. Embeddings are not decayed either: only a token's own
+    gradients move its row, so decay would shrink the rows of rare tokens between two appearances. A table that is also
+    the head counts as an embedding. minGPT makes the same choice.
     """
 
     def of(node: PyTree) -> PyTree[bool]:
@@ -63,7 +63,7 @@ def _is_matrix(node: PyTree) -> bool:
 
 
 def warmup_cosine(peak: Positive, *, warmup: CountOrZero, steps: Count, end: NotNegative = 0.0) -> optax.Schedule:
-    """Rises in a line to `peak` in `warmup` steps, then falls to `end` at `steps` along half a cosine
+    """Rises linearly to `peak` in `warmup` steps, then falls to `end` at `steps` along half a cosine
     ([SGDR](https://arxiv.org/abs/1608.03983))."""
     check_arguments(warmup_cosine, peak=peak, warmup=warmup, steps=steps, end=end)
     _check(end <= peak, f"The end {end} is above the peak {peak}", "take a smaller end")
@@ -74,8 +74,8 @@ def warmup_cosine(peak: Positive, *, warmup: CountOrZero, steps: Count, end: Not
 
 
 def wsd(peak: Positive, *, warmup: CountOrZero, decay: Count, steps: Count, end: NotNegative = 0.0) -> optax.Schedule:
-    """Rises in a line to `peak` in `warmup` steps, stays, and falls in a line to `end` in the last `decay` steps
-    ([warmup, stable, decay](https://arxiv.org/abs/2404.06395)). Training can go on from the stable part."""
+    """Rises linearly to `peak` in `warmup` steps, stays there, and falls linearly to `end` in the last `decay` steps
+    ([warmup, stable, decay](https://arxiv.org/abs/2404.06395)). Training can continue from the stable part."""
     check_arguments(wsd, peak=peak, warmup=warmup, decay=decay, steps=steps, end=end)
     _check(end <= peak, f"The end {end} is above the peak {peak}", "take a smaller end")
     _check(warmup + decay <= steps, f"{warmup} + {decay} steps are not within {steps}", _STEPS)
@@ -86,7 +86,7 @@ def wsd(peak: Positive, *, warmup: CountOrZero, decay: Count, steps: Count, end:
 
 
 def _rise(peak: float, warmup: int) -> optax.Schedule:
-    # The first step is not wasted on a learning rate of nothing.
+    # A first step with a learning rate of 0 would change nothing.
     return optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
 
 

@@ -20,16 +20,16 @@ _WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 
 
 def rematerialised(remat: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """What a policy makes of the function of one repeat of the layer pattern.
+    """The function that applies a policy to the function of one repeat of the layer pattern.
 
     **Arguments:**
 
-    - `remat`: `"none"`: all activations are kept. `"block"`: everything is computed again, from the residual stream
-        between the repeats. `"dots"`: everything but the results of linear layers.
+    - `remat`: `"none"` keeps all activations. `"block"` keeps the residual stream between the repeats alone, and
+        computes the rest again. `"dots"` also keeps the results of linear layers.
 
     **Raises:** `ValueError` if there is no such policy.
     """
     if checked(remat, str, "remat") not in _WRAPPERS:
         policies = ", ".join(map(repr, _WRAPPERS))
-        raise InputError(f"There is no rematerialisation {remat!r}; take one of {policies}.", key="remat")
+        raise InputError(f"There is no rematerialisation policy {remat!r}; take one of {policies}.", key="remat")
     return _WRAPPERS[remat]

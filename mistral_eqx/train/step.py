@@ -1,4 +1,4 @@
-"""One step of training, compiled as a whole and run inside one `shard_map`."""
+"""One training step, compiled as a whole and run inside one `shard_map`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -28,16 +28,16 @@ from .zero import Zero
 
 
 class TrainState(eqx.Module):
-    """All that one step hands to the next.
+    """The state of training between two steps.
 
     **Attributes:**
 
-    - `model`: the weights, in the precision in which they are kept.
-    - `optimizer_state`: of the optimizer, split as the weights are.
-    - `steps`: how many steps were made, those that were skipped included.
-    - `skipped`: how many changed nothing, since the loss or a gradient was not finite.
-    - `zero`: how much of it is split over the devices that share a batch.
-    - `offload`: whether the optimizer's state is kept in the host's memory.
+    - `model`: the model, with master weights.
+    - `optimizer_state`: the optimizer state.
+    - `steps`: the number of steps, skipped ones included.
+    - `skipped`: the number of steps that changed nothing, because the loss or the gradient norm was not finite.
+    - `zero`: how much of the state is sharded over the devices that share a batch.
+    - `offload`: whether the optimizer state is kept in host memory.
     """
 
     model: Stacked
@@ -61,43 +61,45 @@ class TrainState(eqx.Module):
 
         **Arguments:**
 
-        - `model`: on one device or on a mesh, where the state is split as the model is. It is copied.
-        - `optimizer`: any transformation of optax that treats each number by itself; one that looks at a whole array
-            would see a device's part of it.
-        - `dtype`: in which trained weights and optimizer state are kept. Products may be in less: see
+        - `model`: a model on one device or on a mesh; the state is sharded like the model. The model is copied.
+        - `optimizer`: any elementwise optax transformation; one that reduces over a whole array would reduce over a
+            device's shard.
+        - `dtype`: the precision of master weights and optimizer state. Forward and backward pass may use less; see
             [`mistral_eqx.train.make_step`][].
         - `zero`: the stage of [`mistral_eqx.train.Zero`][].
-        - `offload`: keeps the optimizer's state in the host's memory; a step brings it to the device for the update.
-            The numbers are the same, and each step takes the time to move them there and back.
+        - `offload`: keeps the optimizer state in host memory; a step moves it to the device for the update. The
+            results are the same, and each step takes longer by the two transfers.
 
-        **Raises:** `ValueError` if there is no such stage, nothing to split the state over, or the devices do not
-        reach the host's memory.
+        **Raises:** `ValueError` if there is no such stage, the strategy does not split the batch, or the devices
+        cannot access host memory.
         """
         stage = Zero.init(zero, model.mesh, model.strategy)
         if offload:
             check_host(model.mesh)
 
-        def build(model: Mistral, cuts: Stacked | None = None) -> TrainState:
+        def build(model: Mistral, shard_dims: Stacked | None = None) -> TrainState:
             stacked = stack(model)
             weights, constants = eqx.partition(stacked, trained(stacked))
-            weights = cast_floats(weights, dtype)  # what is not trained stays as it is stored
-            parts = weights if cuts is None else stage.own(weights, eqx.filter(cuts, trained(stacked)))
-            kept = eqx.combine(weights, constants)
-            if stage.stage == 3 and cuts is not None:
-                arrays, static = eqx.partition(kept, eqx.is_array)
-                kept = eqx.combine(stage.own(arrays, cuts), static)
-            none = jnp.zeros((), jnp.int32)
-            return cls(kept, optimizer.init(parts), none, none, stage, offload)
+            weights = cast_floats(weights, dtype)  # weights that are not trained keep their precision
+            shards = weights
+            if shard_dims is not None:
+                shards = stage.own_shards(weights, eqx.filter(shard_dims, trained(stacked)))
+            stored = eqx.combine(weights, constants)
+            if stage.stage == 3 and shard_dims is not None:
+                arrays, static = eqx.partition(stored, eqx.is_array)
+                stored = eqx.combine(stage.own_shards(arrays, shard_dims), static)
+            zeros = jnp.zeros((), jnp.int32)
+            return cls(stored, optimizer.init(shards), zeros, zeros, stage, offload)
 
         shape = eqx.filter_eval_shape(build, model)
-        place, cuts = shape.specs(optimizer), shape.cuts()
+        state_specs, shard_dims = shape.specs(optimizer), shape.shard_dims()
         make = spmd(
-            lambda model: eqx.filter(build(model, cuts), eqx.is_array),
+            lambda model: eqx.filter(build(model, shard_dims), eqx.is_array),
             model.mesh,
             (specs(model, model.strategy),),
-            place,
+            state_specs,
         )
-        return eqx.combine(eqx.filter_jit(lambda model: _put_away(make(model)))(model), _static(shape))
+        return eqx.combine(eqx.filter_jit(lambda model: _between_steps(make(model)))(model), _static(shape))
 
     @property
     def strategy(self) -> Strategy:
@@ -105,17 +107,17 @@ class TrainState(eqx.Module):
         return self.model.outer.strategy
 
     def unstacked(self) -> Mistral:
-        """The model, for generating and for writing to a file."""
+        """The model, to generate with or to save."""
         return unstack(self.model)
 
     def specs(self, optimizer: optax.GradientTransformation) -> "TrainState":
-        """How each array is split over the mesh; what the optimizer keeps of a weight, as the weight is."""
-        parts = self.zero.specs(self.model.specs(self.strategy), self.cuts())
+        """The PartitionSpec of each array; the optimizer state has those of the ZeRO shards of its weights."""
+        shards = self.zero.specs(self.model.specs(self.strategy), self.shard_dims())
         optimizer_state = optax.tree.map_params(
             optimizer,
             lambda _, spec: spec,
             self.optimizer_state,
-            eqx.filter(parts, trained(self.model)),
+            eqx.filter(shards, trained(self.model)),
             transform_non_params=lambda _: PartitionSpec(),
         )
         return eqx.tree_at(
@@ -125,24 +127,24 @@ class TrainState(eqx.Module):
         )
 
     def model_specs(self) -> Stacked:
-        """How each array of the model is split over the mesh."""
+        """The PartitionSpec of each array of the model."""
         whole = self.model.specs(self.strategy)
-        return self.zero.specs(whole, self.cuts()) if self.zero.stage == 3 else whole
+        return self.zero.specs(whole, self.shard_dims()) if self.zero.stage == 3 else whole
 
-    def cuts(self) -> Stacked:
-        """Along which dimension each array is cut over the devices that share a batch, or -1."""
-        return self.zero.cuts(self.model, self.model.specs(self.strategy), self.model.outer.mesh)
+    def shard_dims(self) -> Stacked:
+        """The index of the dimension along which ZeRO shards each array, or -1."""
+        return self.zero.shard_dims(self.model, self.model.specs(self.strategy), self.model.outer.mesh)
 
 
 class Metrics(NamedTuple):
-    """What is known of a step; means are over the weight of the whole batch.
+    """The metrics of a step; means are weighted means over the whole batch.
 
     **Attributes:**
 
     - `loss`, `cross_entropy`, `accuracy`: means of [`mistral_eqx.train.Sums`][].
-    - `weight`: of the tokens that counted.
-    - `gradient_norm`: the root of the sum of all gradients' squares, before it was clipped.
-    - `finite`: whether loss and gradients were, and the step was made.
+    - `weight`: the sum of the weights of the tokens.
+    - `gradient_norm`: the global norm of the gradients, before clipping.
+    - `finite`: whether the loss and the gradient norm were finite; otherwise the step was skipped.
     """
 
     loss: Float[Array, ""]
@@ -167,26 +169,27 @@ def make_step(
     z_loss: NotNegative = 0.0,
     seed: Seed = 0,
 ) -> Step:
-    """A function that makes one step: `state, metrics = step(state, batch)`.
+    """Makes the function of one training step: `state, metrics = step(state, batch)`.
 
-    The state that goes in is donated: its memory becomes that of the one that comes out, and it cannot be used again.
+    The step donates the given state: the new state uses its memory, and the given state cannot be used again.
 
     **Arguments:**
 
-    - `optimizer`: the one that the state was made with.
-    - `compute_dtype`: what the trained weights are cast to for the forward and backward pass; `None` leaves them as
-        they are, and so are those always that adapters leave untrained: their precision is that of the activations.
+    - `optimizer`: the optimizer that the state was made with.
+    - `compute_dtype`: the precision of the trained weights in the forward and backward pass; `None` uses the master
+        weights as they are. Weights that adapters leave untrained are never cast: activations have their precision.
         bfloat16 has the range of float32, so that small gradients do not vanish and no loss scale is needed.
-    - `accumulate`: in how many parts the rows of a batch are gone through, one after the other; memory for activations
-        is that of one part. Gradients are added up in the weights' precision.
-    - `clip`: the largest norm of all gradients together; larger ones are shrunk to it.
-    - `remat`: what is computed again in the backward pass; see [`mistral_eqx.train.rematerialised`][].
-    - `label_smoothing`, `z_loss`: as of [`mistral_eqx.train.loss_sums`][].
-    - `seed`: of the dropout of adapters, if they have any. What is dropped follows from it, from the number of the step
-        and from the row of the batch: so it is the same on every mesh, in however many parts a batch is gone through,
-        and after a state was saved and loaded.
+    - `accumulate`: the number of micro-batches that a batch is split into; activations take the memory of one
+        micro-batch. Gradients are accumulated in the precision of the master weights.
+    - `clip`: the largest global norm of the gradients; larger gradients are scaled down to it.
+    - `remat`: the rematerialisation policy; see [`mistral_eqx.train.rematerialised`][].
+    - `label_smoothing`, `z_loss`: as for [`mistral_eqx.train.loss_sums`][].
+    - `seed`: the seed of the dropout of adapters. The dropped entries depend on this seed, the number of the step and
+        the batch row alone: they are the same on every mesh, for every `accumulate`, and after a state was saved and
+        loaded.
 
-    **Returns:** the function. It raises `ValueError` if the rows of a batch cannot be cut into as many parts.
+    **Returns:** the function. It raises `ValueError` if the rows cannot be split evenly into micro-batches on all
+    devices.
     """
     check_arguments(
         make_step,
@@ -199,31 +202,31 @@ def make_step(
     )
     wrapped = rematerialised(remat)
 
-    def on_device(state: TrainState, batch: Batch, *, cuts: Stacked) -> tuple[TrainState, Metrics]:
+    def on_device(state: TrainState, batch: Batch, *, shard_dims: Stacked) -> tuple[TrainState, Metrics]:
         strategy, zero = state.strategy, state.zero
         weights, constants = eqx.partition(state.model, trained(state.model))
         options = {"wrapped": wrapped, "label_smoothing": label_smoothing, "z_loss": z_loss}
-        # Dropout hashes with threefry, whatever generator is the process's default.
+        # Dropout needs threefry, whichever generator is the default of the process.
         key = jr.fold_in(jr.key(seed, impl="threefry2x32"), state.steps)
-        loss = partial(_loss, constants=constants, key=key, gathering=zero.gathering(cuts), **options)
-        cuts = eqx.filter(cuts, trained(state.model))
-        gradient, sums = _gradient(loss, weights, batch, strategy, compute_dtype, accumulate, zero, cuts)
+        loss = partial(_loss, constants=constants, key=key, gathering=zero.gathering(shard_dims), **options)
+        shard_dims = eqx.filter(shard_dims, trained(state.model))
+        gradient, sums = _gradient(loss, weights, batch, strategy, compute_dtype, accumulate, zero, shard_dims)
         if zero.stage in (1, 2):
-            # From here on they are those that this device updates.
-            weights = zero.own(weights, cuts)
+            # The optimizer updates this device's shards alone.
+            weights = zero.own_shards(weights, shard_dims)
         norm = jnp.sqrt(psum_varying([jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient)]))
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
         if clip is not None:
             shrink = jnp.minimum(1, clip / norm)
             gradient = jax.tree.map(lambda leaf: leaf * shrink.astype(leaf.dtype), gradient)
-        with jax.numpy_dtype_promotion("standard"):  # optax takes powers of floats by integers
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
             updates, optimizer_state = optimizer.update(cast(Any, gradient), state.optimizer_state, weights)
-        made = eqx.apply_updates(weights, updates), optimizer_state
+        updated = eqx.apply_updates(weights, updates), optimizer_state
         weights, optimizer_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), made, (weights, state.optimizer_state)
+            lambda new, old: jnp.where(finite, new, old), updated, (weights, state.optimizer_state)
         )
         if zero.stage in (1, 2):
-            weights = zero.gather(weights, cuts, to="invarying")
+            weights = zero.gather(weights, shard_dims, to="invarying")
         state = TrainState(
             eqx.combine(weights, constants),
             optimizer_state,
@@ -232,7 +235,7 @@ def make_step(
             zero,
             state.offload,
         )
-        means = [part / sums.weight for part in (sums.loss, sums.cross_entropy, sums.correct)]
+        means = [total / sums.weight for total in (sums.loss, sums.cross_entropy, sums.correct)]
         loss, cross_entropy, accuracy = means
         return eqx.filter(state, eqx.is_array), Metrics(loss, cross_entropy, accuracy, sums.weight, norm, finite)
 
@@ -241,21 +244,21 @@ def make_step(
         strategy, mesh = state.strategy, state.model.outer.mesh
         if state.zero.stage == 3 and remat == "none":
             raise InputError(
-                "ZeRO 3 lets go of a layer's weights and gathers them again for the backward pass, which remat='none' "
-                "forbids; take 'block' or 'dots'."
+                "ZeRO 3 gathers the weights of a layer again for the backward pass, and remat='none' would keep them; "
+                "take 'block' or 'dots'."
             )
-        place, rows = state.specs(optimizer), strategy.spec("batch")
-        run = partial(on_device, cuts=state.cuts())
-        state = _fetched(state)
-        made, metrics = spmd(run, mesh, (place, rows), (place, PartitionSpec()))(state, batch)
-        return eqx.combine(_put_away(made), _static(state)), metrics
+        state_specs, batch_spec = state.specs(optimizer), strategy.spec("batch")
+        run = partial(on_device, shard_dims=state.shard_dims())
+        state = _for_update(state)
+        updated, metrics = spmd(run, mesh, (state_specs, batch_spec), (state_specs, PartitionSpec()))(state, batch)
+        return eqx.combine(_between_steps(updated), _static(state)), metrics
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        parts = accumulate * state.strategy.parts("batch", state.model.outer.mesh)
-        if batch.inputs.shape[0] % parts:
+        divisor = accumulate * state.strategy.parts("batch", state.model.outer.mesh)
+        if batch.inputs.shape[0] % divisor:
             raise InputError(
-                f"{batch.inputs.shape[0]} rows cannot be cut into {parts} equal parts, by accumulation times the "
-                "devices that share a batch; give a multiple."
+                f"A batch has {batch.inputs.shape[0]} rows, not a multiple of {divisor}, which is accumulate times the "
+                "number of devices that share a batch; change the number of rows."
             )
         return compiled(jax.tree.map(jnp.asarray, batch), state)
 
@@ -287,55 +290,55 @@ def _gradient(
     compute_dtype: DTypeLike | None,
     accumulate: int,
     zero: Zero,
-    cuts: Stacked,
+    shard_dims: Stacked,
 ) -> tuple[Stacked, Sums]:
-    """The gradient of the mean loss over the whole batch, in the weights' precision; and the sums.
+    """The gradient of the mean loss over the whole batch, in the precision of the master weights; and the sums.
 
-    Of weights that are split or are to be updated in parts, each device has its part of the gradient.
+    Where weights or their updates are sharded, each device gets its shard of the gradient.
     """
-    # Each part is divided by the weight of all of them, so that parts of unequal weight add up to the whole.
+    # Dividing by the total weight makes micro-batches of unequal weight add up to the mean of the batch.
     total = psum(jnp.sum(batch.weights), "batch", strategy)
-    # Each device takes the gradient of its own rows, and these are added up once, in the weights' precision.
-    own = weights if zero.stage == 3 else zero.vary(weights)
-    light = own if compute_dtype is None else cast_floats(own, compute_dtype)
+    # Each device takes the gradient of its own rows; the devices add them up once, in the master weights' precision.
+    varying = weights if zero.stage == 3 else zero.vary(weights)
+    light = varying if compute_dtype is None else cast_floats(varying, compute_dtype)
 
-    def mean(light: Stacked, part: tuple[Batch, Array]) -> tuple[Float[Array, ""], Sums]:
-        sums = loss(light, *part)
+    def mean(light: Stacked, micro_batch: tuple[Batch, Array]) -> tuple[Float[Array, ""], Sums]:
+        sums = loss(light, *micro_batch)
         return sums.loss / total.astype(sums.loss.dtype), sums
 
-    def add(so_far: tuple[Stacked, Sums], part: tuple[Batch, Array]) -> tuple[tuple[Stacked, Sums], None]:
-        more, sums = jax.grad(mean, has_aux=True)(light, part)
-        more = jax.tree.map(lambda leaf, weight: leaf.astype(weight.dtype), more, weights)
+    def add(so_far: tuple[Stacked, Sums], micro_batch: tuple[Batch, Array]) -> tuple[tuple[Stacked, Sums], None]:
+        gradient, sums = jax.grad(mean, has_aux=True)(light, micro_batch)
+        gradient = jax.tree.map(lambda leaf, weight: leaf.astype(weight.dtype), gradient, weights)
         if zero.stage == 2:
-            more = zero.scatter(more, cuts)
-        return jax.tree.map(jnp.add, so_far, (more, sums)), None
+            gradient = zero.scatter(gradient, shard_dims)
+        return jax.tree.map(jnp.add, so_far, (gradient, sums)), None
 
     count = batch.inputs.shape[0]
     rows = place("batch", strategy)[0] * count + jnp.arange(count, dtype=jnp.int32)
-    parts = jax.tree.map(lambda leaf: leaf.reshape(accumulate, -1, *leaf.shape[1:]), (batch, rows))
-    first = jax.tree.map(lambda leaf: leaf[0], parts)
+    micro_batches = jax.tree.map(lambda leaf: leaf.reshape(accumulate, -1, *leaf.shape[1:]), (batch, rows))
+    first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
     shapes = jax.eval_shape(mean, light, first)[1]
-    # Gradients of the second stage are kept in parts from the first one on.
-    like = zero.own(weights, cuts) if zero.stage == 2 else own
+    # Stage 2 accumulates shards of the gradient from the first micro-batch on.
+    like = zero.own_shards(weights, shard_dims) if zero.stage == 2 else varying
     start = (
         jax.tree.map(lambda leaf: vary_alike(jnp.zeros_like(leaf), leaf)[0], like),
         jax.tree.map(lambda sum: vary_alike(jnp.zeros(sum.shape, sum.dtype), jnp.asarray(batch.weights))[0], shapes),
     )
-    (gradient, sums), _ = lax.scan(add, start, parts)
+    (gradient, sums), _ = lax.scan(add, start, micro_batches)
     if zero.stage < 2:
         gradient = zero.sum(gradient)
     if zero.stage == 1:
-        gradient = zero.own(gradient, cuts)
+        gradient = zero.own_shards(gradient, shard_dims)
     return gradient, jax.tree.map(lambda sum: psum(sum, "batch", strategy), sums)
 
 
-def _fetched(state: TrainState) -> TrainState:
-    """The state as the update takes it. Between memories whole arrays are moved: this is outside of `shard_map`."""
+def _for_update(state: TrainState) -> TrainState:
+    """The state with the optimizer state on the device. Transfers move whole arrays: call it outside `shard_map`."""
     return eqx.tree_at(_optimizer_state, state, replace_fn=to_device) if state.offload else state
 
 
-def _put_away(state: TrainState) -> TrainState:
-    """The state as it is kept until the next step."""
+def _between_steps(state: TrainState) -> TrainState:
+    """The state with the optimizer state where it is kept until the next step."""
     return eqx.tree_at(_optimizer_state, state, replace_fn=to_host) if state.offload else state
 
 
@@ -344,7 +347,7 @@ def _optimizer_state(state: TrainState) -> PyTree:
 
 
 def _static(tree: PyTree) -> PyTree:
-    """All that is no array, nor the shape of one."""
+    """The leaves that are neither arrays nor shapes of arrays."""
     return jax.tree.map(
         lambda leaf: None if eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) else leaf, tree
     )

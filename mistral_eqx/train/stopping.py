@@ -1,4 +1,4 @@
-"""End between two steps, and not within one."""
+"""A signal ends training between two steps, not within one."""
 
 import contextlib
 import signal
@@ -13,10 +13,10 @@ from .. import interrupts
 
 
 class Stopping:
-    """While this is entered, ctrl-C and SIGTERM wait for the step to end; a second one does not.
+    """Inside this context, ctrl-C and SIGTERM wait for the step to end; a second signal acts at once.
 
-    Where several processes train together they stop after the same step, and SIGTERM to any of them stops all. There,
-    or in another thread than the main one, ctrl-C does what it did.
+    Several processes that train together stop after the same step, and SIGTERM to any of them stops all. With several
+    processes, or outside the main thread, the handler of ctrl-C is not changed.
     """
 
     def __init__(self):
@@ -26,10 +26,10 @@ class Stopping:
 
     def __enter__(self) -> "Stopping":
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            # On the command line a signal would end the process.
+            # Otherwise the handler of the command line would end the process at once.
             self._section.enter_context(interrupts.answered())
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._came)
+                self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *error: Any):
@@ -39,14 +39,14 @@ class Stopping:
             interrupts.take()
         self._section.close()
 
-    def wanted(self, step: int) -> bool:
-        """Whether to stop after this step; all processes ask after each."""
+    def requested(self, step: int) -> bool:
+        """Whether to stop after this step; every process must call this after every step."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM
         return self.signal is not None
 
     def end(self):
-        """Ends as the signal would have, if there was one.
+        """Raises what the signal would have raised, if there was one.
 
         **Raises:** `KeyboardInterrupt` or `SystemExit`.
         """
@@ -55,7 +55,7 @@ class Stopping:
         if self.signal is not None:
             raise SystemExit(128 + self.signal)
 
-    def _came(self, number: int, frame: FrameType | None):
+    def _on_signal(self, number: int, frame: FrameType | None):
         self.signal = signal.Signals(number)
-        # The next one is not held up.
+        # A second signal acts at once.
         signal.signal(number, self._before[self.signal])

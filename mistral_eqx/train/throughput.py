@@ -1,4 +1,4 @@
-"""How much of what the devices can do a run uses."""
+"""Model FLOPs utilisation (MFU): the operations of a model, and the peak of a device."""
 
 import time
 
@@ -13,17 +13,17 @@ from .trained import trained
 
 
 def flops_per_token(model: Stacked, seq: int) -> float:
-    """Multiplications and additions that a step needs for one token, forward and backward
+    """Floating-point operations of a step for one token, forward and backward
     ([PaLM, appendix B](https://arxiv.org/abs/2204.02311)).
 
-    Two for each entry of a matrix forward, two backward for its input, and two for its own gradient if it is trained.
-    For attention, `12 layers heads head_dim seq`, as if each token saw all others. What is computed again does not
-    count.
+    Each entry of a matrix counts two forward, two backward for the gradient of the input, and two for its own gradient
+    if it is trained. Attention counts `12 layers heads head_dim seq`, as if each token attended to all others.
+    Rematerialisation does not count.
 
     **Arguments:**
 
     - `model`: the model in training.
-    - `seq`: how many columns a row has.
+    - `seq`: the number of columns of a row.
     """
     config = model.outer.config
     block = 2 * config.embed * config.head_dim * (config.q_heads + config.kv_heads) + 3 * config.embed * config.hidden
@@ -36,15 +36,15 @@ def flops_per_token(model: Stacked, seq: int) -> float:
 
 
 def peak_flops(dtype: DTypeLike, *, size: int = 1024, repetitions: int = 5) -> float:
-    """Multiplications and additions a second that one device makes in a product of two square matrices, measured.
+    """Measured floating-point operations per second of one device, in a product of two square matrices.
 
-    What is written on a chip is more, and what a program can reach is this.
+    The peak in a data sheet is higher, but no program reaches it.
 
     **Arguments:**
 
     - `dtype`: the precision of the matrices.
     - `size`: the number of their rows.
-    - `repetitions`: how often to measure; the best counts.
+    - `repetitions`: the number of measurements; the fastest counts.
     """
     matrix = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))

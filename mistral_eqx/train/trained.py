@@ -1,4 +1,4 @@
-"""Which leaves of a model are trained, and in what precision they are used."""
+"""The trained leaves of a model, and casts of their precision."""
 
 from typing import Any
 
@@ -13,17 +13,17 @@ from ..nn import Stacked
 
 
 def trained(model: Stacked) -> PyTree[bool]:
-    """Which leaves are trained: in a model with adapters these alone, otherwise all weights that are floats."""
+    """Which leaves are trained: the adapters if the model has any, otherwise all floating-point weights."""
     if has_adapters(model):
         return is_adapter(model)
     return jax.tree.map(lambda leaf: is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact), model)
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array, or the shape of one: a state is also planned without arrays."""
+    """Whether a leaf is an array or the shape of one; a plan has shapes in place of arrays."""
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
 def cast_floats(tree: PyTree, dtype: DTypeLike) -> PyTree:
-    """The floats of a tree in another precision."""
+    """Casts the floating-point arrays of a tree."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, tree)

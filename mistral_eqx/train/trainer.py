@@ -1,4 +1,4 @@
-"""Training from the first step to the last, which goes on where it was ended."""
+"""The training loop, with checkpoints, evaluation and callbacks; a run continues from its newest checkpoint."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ from .callbacks import CSV, ProgressBar
 from .callbacks.best import BEST
 from .checkpoints import Checkpoints
 from .evaluation import Evaluation, make_evaluation
-from .lock import alone
+from .lock import lock_folder
 from .loss import Sums
 from .step import Metrics, Step, TrainState, make_step
 from .stopping import Stopping
@@ -36,7 +36,7 @@ from .throughput import flops_per_token, peak_flops
 
 @runtime_checkable
 class _Resumable(Protocol):
-    """An iterator that can tell where it is, as Grain's can."""
+    """An iterator whose position can be saved and restored, as Grain's can."""
 
     def get_state(self) -> Any: ...
 
@@ -45,30 +45,30 @@ class _Resumable(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """Makes steps, and what goes with them: checkpoints, evaluation, figures.
+    """Trains a model, with checkpoints, evaluation and metrics.
 
     ```python
     trainer = mx.Trainer(mx.train.adamw(3e-4), checkpoint_dir="runs/a", evaluate_on=held_out)
-    model = trainer.fit(model, batches, steps=1000)  # goes on if the folder holds a run
+    model = trainer.fit(model, batches, steps=1000)  # continues if the folder holds a run
     ```
 
     **Arguments:**
 
-    - `optimizer`: as of [`mistral_eqx.train.make_step`][], and so are `compute_dtype`, `accumulate`, `clip`, `remat`,
-        `label_smoothing`, `z_loss` and `seed`.
-    - `dtype`, `zero`, `offload`: as of [`mistral_eqx.train.TrainState`][]'s `init`.
-    - `checkpoint_dir`: the run's folder. It gets checkpoints, and `training.csv` and `evaluation.csv`. Takes the extra
-        `train`. Without it nothing is written, and a run that ends is gone.
-    - `save_every`: after how many steps to write a checkpoint; one is also written after the last step, at ctrl-C and
-        at SIGTERM.
-    - `keep`: how many checkpoints to keep.
-    - `evaluate_on`: batches to measure the loss on, gone through from the beginning each time.
-    - `evaluate_every`: after how many steps to do so; also after the last one.
-    - `log_every`: after how many steps to look at figures, for which the host waits for the device.
-    - `callbacks`: what else to do.
-    - `progress`: whether there is a bar, if there is a terminal.
-    - `allow_changes`: whether a run may go on with other batches, another `accumulate` or another `seed`. If the
-        batches are others they begin at the first one.
+    - `optimizer`, `compute_dtype`, `accumulate`, `clip`, `remat`, `label_smoothing`, `z_loss`, `seed`: as for
+        [`mistral_eqx.train.make_step`][].
+    - `dtype`, `zero`, `offload`: as for [`mistral_eqx.train.TrainState`][]'s `init`.
+    - `checkpoint_dir`: the run's folder, for checkpoints, `training.csv` and `evaluation.csv`. It needs the extra
+        `train`. Without it nothing is written, and an interrupted run cannot continue.
+    - `save_every`: the number of steps between two checkpoints; the trainer also saves one after the last step, at
+        ctrl-C and at SIGTERM.
+    - `keep`: the number of checkpoints to keep.
+    - `evaluate_on`: the held-out batches; each evaluation iterates over all of them.
+    - `evaluate_every`: the number of steps between two evaluations; there is also one after the last step.
+    - `log_every`: the number of steps between two calls of `on_log`, for which the host waits for the device.
+    - `callbacks`: see [`mistral_eqx.train.Callback`][].
+    - `progress`: whether to show a bar, if there is a terminal.
+    - `allow_changes`: whether a run may continue with other batches, another `accumulate` or another `seed`. Other
+        batches start at the first one.
     """
 
     optimizer: optax.GradientTransformation
@@ -100,23 +100,23 @@ class Trainer:
     def fit(self, model: Mistral, batches: Iterable[Batch], *, steps: int | None = None) -> Mistral:
         """Trains a model.
 
-        Where `checkpoint_dir` holds a run, it goes on from the newest checkpoint, to the same numbers as if it had
-        never ended: weights and optimizer state are read, on whatever mesh the model is now, and batches go on where
-        they were. Those of [`mistral_eqx.train.data.batches`][], and others that can tell where they are as Grain's do,
-        are set there; of others those that were used are passed over.
+        If `checkpoint_dir` holds a run, the run continues from its newest checkpoint, with the same results as if it
+        had never ended. The trainer reads weights and optimizer state onto the mesh of `model`, and restores the
+        position of the batches. This needs an iterator with `get_state` and `set_state`, as those of
+        [`mistral_eqx.train.data.batches`][] and of Grain have; of other iterators the trainer skips the used batches.
 
         **Arguments:**
 
-        - `model`: on one device or on a mesh. In a model with adapters these alone are trained.
-        - `batches`: in order; of several processes each gives its own rows.
-        - `steps`: how many steps the run has, those before it went on included; as many as there are batches, unless
-            given.
+        - `model`: a model on one device or on a mesh. If it has adapters, only these are trained.
+        - `batches`: the batches in order; with several processes, each gives its own rows.
+        - `steps`: the number of steps of the whole run, those before it continued included; unless given, training ends
+            with the batches.
 
         **Returns:** the trained model.
 
-        **Raises:** `ValueError` if there is no batch, they end before `steps` are made, a batch has ids that are not in
-        the vocabulary, rows longer than the model's context or no rows for each device; if the checkpoints are of
-        another run; or if one cannot be written.
+        **Raises:** `ValueError` if there is no batch, the batches end before `steps`, a batch has an id outside the
+        vocabulary, rows longer than the model's context or rows that the devices do not divide, the checkpoints belong
+        to another run, or a checkpoint cannot be written.
         """
         state = self._state(model)
         run = Run(state, 0, steps, None if self.checkpoint_dir is None else Path(self.checkpoint_dir).absolute())
@@ -124,22 +124,22 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             checkpoints = None
             if run.folder is not None:
-                stack.enter_context(alone(run.folder))
+                stack.enter_context(lock_folder(run.folder))
                 checkpoints = stack.enter_context(contextlib.closing(self._checkpoints(run.folder, model)))
             iterator = iter(batches)
-            order, begun = self._order(batches), 0
+            order, first_step = self._order(batches), 0
             if checkpoints is not None and checkpoints.latest is not None:
-                begun = self._go_on(run, checkpoints, iterator, callbacks, order)
+                first_step = self._resume(run, checkpoints, iterator, callbacks, order)
             stopping = stack.enter_context(Stopping())
             for callback in callbacks:
                 stack.callback(callback.on_end, run)
                 callback.on_start(run)
-            self._train(run, iterator, checkpoints, callbacks, stopping, {"order": order, "begun": begun})
+            self._train(run, iterator, checkpoints, callbacks, stopping, {"order": order, "begun": first_step})
         stopping.end()
         if steps is not None and run.step < steps and not run.stop:
             raise InputError(
-                f"The batches ended after {run.step} of {steps} steps; give as many as there are steps, or an iterable "
-                "that begins again."
+                f"The batches ended after {run.step} of {steps} steps; give one for each step, or an iterable that "
+                "starts again."
             )
         return run.model()
 
@@ -148,13 +148,15 @@ class Trainer:
 
         **Arguments:**
 
-        - `model`: one of the same shapes, on whatever mesh is wanted.
-        - `best`: whether to read what [`mistral_eqx.train.KeepBest`][] kept.
+        - `model`: a model of the same shapes, on any mesh.
+        - `best`: whether to read the checkpoint that [`mistral_eqx.train.KeepBest`][] kept.
 
-        **Raises:** `ValueError` if there is no such checkpoint, or it is of another model.
+        **Raises:** `ValueError` if there is no such checkpoint, or it belongs to another model.
         """
         if self.checkpoint_dir is None:
-            raise InputError("This trainer keeps no checkpoints; give it the checkpoint_dir of the run.")
+            raise InputError(
+                "This trainer has no checkpoint_dir to read a checkpoint from; give it the checkpoint_dir of the run."
+            )
         folder = Path(self.checkpoint_dir) / BEST if best else Path(self.checkpoint_dir)
         if not folder.is_dir():
             raise InputError(f"There is no checkpoint in {folder}; train first, or name another folder.")
@@ -176,13 +178,13 @@ class Trainer:
         return Checkpoints(folder, about, keep=self.keep)
 
     def _order(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        """What a run that goes on must have in common with itself, by what a message calls it, in JSON's types."""
-        known = {f"the batches' {name}": value for name, value in getattr(batches, "order", {}).items()}
+        """The values that must not change when a run continues, as JSON types, by their names in error messages."""
+        order = {f"the batches' {name}": value for name, value in getattr(batches, "order", {}).items()}
         held_out = getattr(self.evaluate_on, "order", {})
-        known |= {f"the held-out batches' {name}": value for name, value in held_out.items()}
-        return known | {"the trainer's accumulate": self.accumulate, "the trainer's seed": self.seed}
+        order |= {f"the held-out batches' {name}": value for name, value in held_out.items()}
+        return order | {"the trainer's accumulate": self.accumulate, "the trainer's seed": self.seed}
 
-    def _go_on(
+    def _resume(
         self,
         run: Run,
         checkpoints: Checkpoints,
@@ -190,43 +192,43 @@ class Trainer:
         callbacks: Sequence[Callback],
         order: Mapping[str, Any],
     ) -> int:
-        """Sets a run to where it ended, and returns at which step its batches began."""
+        """Restores a run from its newest checkpoint; returns the step at which its batches began."""
         run.state, more = checkpoints.restore(run.state)
         run.step = int(run.state.steps)
-        then, begun = more.get("order") or {}, more.get("begun", 0)
-        changed = [name for name in then if name in order and then[name] != order[name]]
-        others = any(name.startswith("the batches'") for name in changed)
+        saved, first_step = more.get("order") or {}, more.get("begun", 0)
+        changed = [name for name in saved if name in order and saved[name] != order[name]]
+        new_batches = any(name.startswith("the batches'") for name in changed)
         if changed:
-            what = ", ".join(
-                name if name.endswith("batches' examples") else f"{name} {then[name]!r}, now {order[name]!r}"
+            changes = ", ".join(
+                name if name.endswith("batches' examples") else f"{name} {saved[name]!r}, now {order[name]!r}"
                 for name in changed
             )
             if not self.allow_changes:
                 raise InputError(
-                    f"The run in {run.folder} was made with other values: {what}; give what it began with, a folder of "
-                    "its own, or allow changes (allow_changes=True, --allow-changes).",
+                    f"The run in {run.folder} began with other values: {changes}; give the same values, use another "
+                    "folder, or allow changes (allow_changes=True, --allow-changes).",
                     file=run.folder,
                 )
-            begins = ", and the batches begin at the first one" if others else ""
-            warnings.warn(f"The run in {run.folder} goes on with other values: {what}{begins}.", stacklevel=3)
-        if others:
-            begun = run.step
+            restart = ", and the batches start at the first one" if new_batches else ""
+            warnings.warn(f"The run in {run.folder} continues with other values: {changes}{restart}.", stacklevel=3)
+        if new_batches:
+            first_step = run.step
         elif more["position"] is not None and isinstance(iterator, _Resumable):
             iterator.set_state(_position(more["position"]))
         else:
-            passed = sum(1 for _ in itertools.islice(iterator, run.step - begun))
-            if passed < run.step - begun:
+            skipped = sum(1 for _ in itertools.islice(iterator, run.step - first_step))
+            if skipped < run.step - first_step:
                 raise InputError(
-                    f"The run made {run.step} steps, and there are {passed} batches; give those that it began with."
+                    f"The run has done {run.step} steps, and there are only {skipped} batches; give the same batches."
                 )
-        # Other callbacks may have come or gone; of those of one name the order counts.
-        kept: dict[str, list[dict[str, Any]]] = {}
+        # Callbacks may have been added or removed; several of one class are matched in order.
+        states: dict[str, list[dict[str, Any]]] = {}
         for name, state in more["callbacks"]:
-            kept.setdefault(name, []).append(state)
+            states.setdefault(name, []).append(state)
         for callback in callbacks:
-            if states := kept.get(type(callback).__name__):
-                callback.set_state(states.pop(0))
-        return begun
+            if of_class := states.get(type(callback).__name__):
+                callback.set_state(of_class.pop(0))
+        return first_step
 
     def _train(
         self,
@@ -239,13 +241,13 @@ class Trainer:
     ):
         step, evaluation = self._step(), make_evaluation(compute_dtype=self.compute_dtype)
         clock = _Clock()
-        begin = run.step
+        start = run.step
 
         def save():
             if checkpoints is not None:
-                state = iterator.get_state() if isinstance(iterator, _Resumable) else None
-                kept = [(type(callback).__name__, callback.get_state()) for callback in callbacks]
-                checkpoints.save(run.state, {"position": _json(state), "callbacks": kept, **about})
+                position = iterator.get_state() if isinstance(iterator, _Resumable) else None
+                states = [(type(callback).__name__, callback.get_state()) for callback in callbacks]
+                checkpoints.save(run.state, {"position": _json(position), "callbacks": states, **about})
                 for callback in callbacks:
                     callback.on_checkpoint(run)
 
@@ -255,29 +257,29 @@ class Trainer:
             if batch is None:
                 break
             _check(batch, run.state)
-            placed = _placed(batch, run.state)
-            run.state, metrics = step(run.state, placed)
+            whole = _global_batch(batch, run.state)
+            run.state, metrics = step(run.state, whole)
             run.step += 1
-            # Each process sees its own rows, which may be all there are.
-            clock.count(batch, placed.inputs.shape[0] // batch.inputs.shape[0])
+            # `batch` has the rows of this process alone.
+            clock.count(batch, whole.inputs.shape[0] // batch.inputs.shape[0])
             for callback in callbacks:
                 callback.on_step(run, metrics)
-            done = stopping.wanted(run.step) or run.stop or run.step == run.steps
-            if done or run.step % self.log_every == 0 or run.step == begin + 1:
-                figures = _figures(metrics, run.state) | clock.figures(run.state, batch, self.compute_dtype)
+            done = stopping.requested(run.step) or run.stop or run.step == run.steps
+            if done or run.step % self.log_every == 0 or run.step == start + 1:
+                logged = _floats(metrics, run.state) | clock.metrics(run.state, batch, self.compute_dtype)
                 for callback in callbacks:
-                    callback.on_log(run, figures)
-                # Compiling is not work.
-                clock.begin()
+                    callback.on_log(run, logged)
+                # Starting the clock here leaves out the time to compile.
+                clock.start()
             if self.evaluate_on is not None and (run.step % self.evaluate_every == 0 or run.step == run.steps):
-                figures = _evaluated(evaluation, run.state, self.evaluate_on)
+                evaluated = _evaluate(evaluation, run.state, self.evaluate_on)
                 for callback in callbacks:
-                    callback.on_evaluation(run, figures)
+                    callback.on_evaluation(run, evaluated)
                 done = done or run.stop
-                clock.begin()
+                clock.start()
             if run.step % self.save_every == 0 and not done:
                 save()
-                clock.begin()
+                clock.start()
         if run.step == 0:
             raise InputError("There are no batches to train on; give at least one.")
         save()
@@ -309,28 +311,28 @@ _CHECKED = (
 
 
 class _Clock:
-    """Measures what is done between two looks at the figures."""
+    """Measures the throughput between two calls of `on_log`."""
 
     def __init__(self):
         self._peak: float | None = None
         self._start: float | None = None
         self._tokens = 0
 
-    def begin(self):
+    def start(self):
         self._start, self._tokens = time.perf_counter(), 0
 
-    def count(self, batch: Batch, shares: int):
-        self._tokens += int(np.sum(np.asarray(batch.positions) >= 0)) * shares
+    def count(self, batch: Batch, processes: int):
+        self._tokens += int(np.sum(np.asarray(batch.positions) >= 0)) * processes
 
-    def figures(self, state: TrainState, batch: Batch, dtype: DTypeLike | None) -> dict[str, float]:
-        """Tokens a second, and the part of the devices' measured peak that this is; NaN before there is a start."""
+    def metrics(self, state: TrainState, batch: Batch, dtype: DTypeLike | None) -> dict[str, float]:
+        """Tokens per second and MFU, relative to the measured peak of the devices; NaN before the clock was started."""
         if self._start is None:
             return {"tokens_per_second": math.nan, "mfu": math.nan}
         rate = self._tokens / (time.perf_counter() - self._start)
         if self._peak is None:
             mesh = state.model.outer.mesh
             self._peak = peak_flops(state.model.outer.dtype if dtype is None else dtype)
-            # Virtual devices share one processor.
+            # Virtual CPU devices share one processor.
             if mesh is not None and mesh.devices.flat[0].platform != "cpu":
                 self._peak *= mesh.size
         return {
@@ -339,21 +341,21 @@ class _Clock:
         }
 
 
-def _figures(metrics: Metrics, state: TrainState) -> dict[str, float]:
+def _floats(metrics: Metrics, state: TrainState) -> dict[str, float]:
     names = ("loss", "cross_entropy", "accuracy", "gradient_norm")
-    figures = {name: float(getattr(metrics, name)) for name in names}
-    return figures | {"skipped": float(state.skipped)}
+    floats = {name: float(getattr(metrics, name)) for name in names}
+    return floats | {"skipped": float(state.skipped)}
 
 
-def _evaluated(evaluation: Evaluation, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
+def _evaluate(evaluation: Evaluation, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
     total: Sums | None = None
     for batch in batches:
         _check(batch, state)
-        sums = evaluation(state, _placed(batch, state))
+        sums = evaluation(state, _global_batch(batch, state))
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     if total is None or float(total.weight) == 0:
         raise InputError(
-            "There is nothing to evaluate on: no batch has a token that counts; give some, or leave it out."
+            "There is nothing to evaluate on: no batch has a target with weight; give others, or leave evaluate_on out."
         )
     loss = float(total.cross_entropy / total.weight)
     return {
@@ -365,7 +367,7 @@ def _evaluated(evaluation: Evaluation, state: TrainState, batches: Iterable[Batc
 
 
 def _check(batch: Batch, state: TrainState):
-    """Refuses what the model would take without a word; ids in arrays of JAX are not waited for."""
+    """Refuses ids and lengths that the model would accept silently; ids in JAX arrays are not checked, to not wait."""
     config = state.model.outer.config
     seq = batch.inputs.shape[1]
     if seq > config.max_positions:
@@ -377,13 +379,13 @@ def _check(batch: Batch, state: TrainState):
         if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < config.vocab:
             wrong = ids.min() if ids.min() < 0 else ids.max()
             raise InputError(
-                f"A batch has the id {wrong}, and the model's vocabulary {config.vocab} entries; take the tokenizer "
-                "that belongs to the model."
+                f"A batch has the id {wrong}, and the model's vocabulary has {config.vocab} entries; use the tokenizer "
+                "of the model."
             )
 
 
-def _placed(batch: Batch, state: TrainState) -> Batch:
-    """Rows of all processes as one array; those of one process are placed by the step."""
+def _global_batch(batch: Batch, state: TrainState) -> Batch:
+    """The rows of all processes as global arrays; with one process, the step puts them on the devices."""
     mesh = state.model.outer.mesh
     if jax.process_count() == 1 or mesh is None:
         return batch
@@ -392,7 +394,7 @@ def _placed(batch: Batch, state: TrainState) -> Batch:
 
 
 def _json(state: Any) -> Mapping[str, Any] | None:
-    """Where an iterator is, in JSON's types: Grain's loaders tell it in bytes."""
+    """The state of an iterator as JSON types; Grain's loaders return bytes."""
     if state is None:
         return None
     if isinstance(state, bytes):

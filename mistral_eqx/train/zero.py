@@ -1,4 +1,4 @@
-"""Training state that is split over the devices which share a batch ([ZeRO](https://arxiv.org/abs/1910.02054))."""
+"""Training state sharded over the data-parallel devices ([ZeRO](https://arxiv.org/abs/1910.02054))."""
 
 import dataclasses
 from functools import partial
@@ -18,23 +18,23 @@ from .trained import is_array, trained
 
 @dataclasses.dataclass(frozen=True)
 class Zero:
-    """How much of the state is split over the devices that share a batch.
+    """How much of the state is sharded over the devices that share a batch.
 
-    | stage | split are | and exchanged in a step are |
+    | stage | sharded | exchanged in a step |
     |---|---|---|
-    | 0 | nothing | the sum of the gradients, to all |
-    | 1 | the optimizer's state | that, and the new weights |
-    | 2 | gradients too | to each its part of the gradients' sum, and the new weights |
-    | 3 | weights too | weights, layer by layer, forward and backward, and to each its part of the gradients' sum |
+    | 0 | nothing | all-reduce of the gradients |
+    | 1 | the optimizer state | all-reduce of the gradients, all-gather of the new weights |
+    | 2 | gradients too | reduce-scatter of the gradients, all-gather of the new weights |
+    | 3 | weights too | all-gather of the weights of each layer, forward and backward; reduce-scatter of the gradients |
 
-    Each array is cut along its first dimension that can be, `layers` apart; one that has none stays whole. Arrays keep
-    their names and global shapes: only where their entries are differs from stage to stage.
+    Each array is sharded along its first dimension, other than `layers`, that the devices divide. An array without such
+    a dimension stays whole. Names and global shapes are the same in every stage: only the shardings differ.
 
     **Attributes:**
 
     - `stage`: from 0 to 3.
-    - `axes`: the axes of the mesh over which the batch is split.
-    - `devices`: how many devices these are.
+    - `axes`: the mesh axes over which the batch is split.
+    - `devices`: the number of devices along these axes.
     """
 
     stage: int = 0
@@ -43,95 +43,98 @@ class Zero:
 
     @classmethod
     def init(cls, stage: int, mesh: Mesh | AbstractMesh | None, strategy: Strategy) -> "Zero":
-        """Checks the stage.
+        """Checks a stage against a strategy and its mesh.
 
-        **Raises:** `ValueError` if there is no such stage, or nothing to split over.
+        **Raises:** `ValueError` if there is no such stage, or the strategy does not split the batch.
         """
         if stage not in (0, 1, 2, 3):
             raise InputError(f"There is no ZeRO stage {stage}; take 0, 1, 2 or 3.")
         axes = strategy.axes("batch")
         if stage and (mesh is None or not axes):
             raise InputError(
-                f"ZeRO {stage} splits state over devices that share a batch, and the strategy {strategy.layout!r} does "
-                "not split 'batch'; add ' batch@dp' to it, and the axis dp to the mesh."
+                f"ZeRO {stage} shards the state over devices that share a batch, and the strategy {strategy.layout!r} "
+                "does not split 'batch'; add ' batch@dp' to the strategy and the axis dp to the mesh."
             )
         return cls(stage, axes, strategy.parts("batch", mesh))
 
-    def cuts(self, model: Stacked, place: Stacked, mesh: Mesh | None) -> Stacked:
-        """Along which dimension each array is cut on one device; -1 for those that stay whole.
+    def shard_dims(self, model: Stacked, specs: Stacked, mesh: Mesh | None) -> Stacked:
+        """The index of the dimension along which each array is sharded; -1 for an array that stays whole.
 
         **Arguments:**
 
-        - `model`: with global shapes.
-        - `place`: how its arrays lie on the mesh before they are cut.
+        - `model`: the model with global shapes.
+        - `specs`: the PartitionSpecs of its arrays without ZeRO.
         """
 
-        def cut(leaf: Array | jax.ShapeDtypeStruct, spec: PartitionSpec, parted: bool, first: int) -> int:
-            if mesh is None or not self.stage or not parted:
+        def shard_dim(leaf: Array | jax.ShapeDtypeStruct, spec: PartitionSpec, sharded: bool, first: int) -> int:
+            if mesh is None or not self.stage or not sharded:
                 return -1
             local = NamedSharding(mesh, spec).shard_shape(leaf.shape)
-            return next((at for at in range(first, len(local)) if local[at] % self.devices == 0), -1)
+            return next((dim for dim in range(first, len(local)) if local[dim] % self.devices == 0), -1)
 
         arrays = eqx.filter(model, is_array)
-        # Weights that are not trained have no gradient and no state, but are as large.
-        parted = jax.tree.map(is_array, model) if self.stage == 3 else trained(model)
-        parted = jax.tree.map(lambda leaf, part: part if is_array(leaf) else None, model, parted)
-        outer = jax.tree.map(partial(cut, first=0), arrays.outer, place.outer, parted.outer)
-        return Stacked(outer, jax.tree.map(partial(cut, first=1), arrays.pattern, place.pattern, parted.pattern))
+        # Stage 3 also shards weights that are not trained: they have no optimizer state, but take as much memory.
+        sharded = jax.tree.map(is_array, model) if self.stage == 3 else trained(model)
+        sharded = jax.tree.map(lambda leaf, flag: flag if is_array(leaf) else None, model, sharded)
+        outer = jax.tree.map(partial(shard_dim, first=0), arrays.outer, specs.outer, sharded.outer)
+        return Stacked(outer, jax.tree.map(partial(shard_dim, first=1), arrays.pattern, specs.pattern, sharded.pattern))
 
-    def specs(self, place: PyTree[PartitionSpec], cuts: PyTree[int]) -> PyTree[PartitionSpec]:
-        """How the parts lie on the mesh."""
+    def specs(self, specs: PyTree[PartitionSpec], shard_dims: PyTree[int]) -> PyTree[PartitionSpec]:
+        """The PartitionSpecs of the shards, from those without ZeRO."""
 
-        def spec(whole: PartitionSpec, cut: int) -> PartitionSpec:
-            if cut < 0:
+        def spec(whole: PartitionSpec, dim: int) -> PartitionSpec:
+            if dim < 0:
                 return whole
-            dims = [*whole, *(None,) * (cut + 1 - len(whole))]
-            others = dims[cut] or ()
-            dims[cut] = (*((others,) if isinstance(others, str) else others), *self.axes)
+            dims = [*whole, *(None,) * (dim + 1 - len(whole))]
+            others = dims[dim] or ()
+            dims[dim] = (*((others,) if isinstance(others, str) else others), *self.axes)
             return PartitionSpec(*dims)
 
-        return jax.tree.map(spec, place, cuts)
+        return jax.tree.map(spec, specs, shard_dims)
 
-    def own(self, whole: PyTree[Array], cuts: PyTree[int]) -> PyTree[Array]:
-        """This device's parts of what all have."""
-        return jax.tree.map(lambda leaf, cut: leaf if cut < 0 else own_part(leaf, self.axes, axis=cut), whole, cuts)
+    def own_shards(self, whole: PyTree[Array], shard_dims: PyTree[int]) -> PyTree[Array]:
+        """This device's shards of arrays that all devices have; nothing is exchanged."""
+        return jax.tree.map(
+            lambda leaf, dim: leaf if dim < 0 else own_part(leaf, self.axes, axis=dim), whole, shard_dims
+        )
 
-    def scatter(self, partial: PyTree[Array], cuts: PyTree[int]) -> PyTree[Array]:
-        """This device's parts of the sum of what the devices have."""
-        return jax.tree.map(lambda leaf, cut: scatter_sum(leaf, self.axes, axis=cut), partial, cuts)
+    def scatter(self, partial: PyTree[Array], shard_dims: PyTree[int]) -> PyTree[Array]:
+        """This device's shards of the sum over devices (reduce-scatter)."""
+        return jax.tree.map(lambda leaf, dim: scatter_sum(leaf, self.axes, axis=dim), partial, shard_dims)
 
-    def gather(self, parts: PyTree[Array], cuts: PyTree[int], *, to: str) -> PyTree[Array]:
-        """The whole, from the parts of all devices.
+    def gather(self, shards: PyTree[Array], shard_dims: PyTree[int], *, to: str) -> PyTree[Array]:
+        """Whole arrays from the shards of all devices (all-gather).
 
         **Arguments:**
 
-        - `to`: `"invarying"` if all devices are to know that they have the same; `"varying"` if each has a gradient of
-            its own, that of its rows, of which each is then to receive its part of the sum.
+        - `to`: `"invarying"` marks the result as the same on all devices. With `"varying"` each device has its own
+            gradient, that of its rows, and the backward pass reduce-scatters these gradients.
         """
         return jax.tree.map(
-            lambda leaf, cut: leaf if cut < 0 else gather_parts(leaf, self.axes, axis=cut, to=to), parts, cuts
+            lambda leaf, dim: leaf if dim < 0 else gather_parts(leaf, self.axes, axis=dim, to=to), shards, shard_dims
         )
 
     def vary(self, whole: PyTree[Array]) -> PyTree[Array]:
-        """The same, of which each device takes its own gradient."""
+        """The same arrays, marked so that each device takes its own gradient of them."""
         return jax.tree.map(lambda leaf: vary(leaf, self.axes), whole) if self.axes else whole
 
     def sum(self, partial: PyTree[Array]) -> PyTree[Array]:
-        """The sum of what the devices have."""
+        """The sum over devices (all-reduce)."""
         return jax.tree.map(lambda leaf: scatter_sum(leaf, self.axes, axis=-1), partial) if self.axes else partial
 
-    def gathering(self, cuts: Stacked) -> Gathering:
-        """How a model of which each device has a part is put together, in the forward and in the backward pass."""
+    def gathering(self, shard_dims: Stacked) -> Gathering:
+        """How the forward and the backward pass gather a model of which each device has shards."""
         if self.stage < 3:
             return AS_IT_IS
-        inside = jax.tree.map(lambda cut: max(cut - 1, -1), cuts.pattern)
+        # The scan over repeats removes the leading dimension `layers`.
+        in_scan = jax.tree.map(lambda dim: max(dim - 1, -1), shard_dims.pattern)
 
-        def gathered(parts: PyTree, cuts: PyTree[int]) -> PyTree:
-            # Keys for dropout are no part of the state.
-            keys, parts = eqx.partition(parts, _is_key)
-            return eqx.combine(keys, self.gather(parts, cuts, to="varying"))
+        def gathered(shards: PyTree, shard_dims: PyTree[int]) -> PyTree:
+            # Dropout keys are not part of the state, and are never sharded.
+            keys, shards = eqx.partition(shards, _is_key)
+            return eqx.combine(keys, self.gather(shards, shard_dims, to="varying"))
 
-        return Gathering(partial(gathered, cuts=cuts.outer), partial(gathered, cuts=inside))
+        return Gathering(partial(gathered, shard_dims=shard_dims.outer), partial(gathered, shard_dims=in_scan))
 
 
 def _is_key(leaf: PyTree) -> bool:

@@ -1,4 +1,4 @@
-"""Figures in files that any program reads."""
+"""Metrics in CSV files."""
 
 import csv
 import warnings
@@ -12,13 +12,13 @@ from ..callback import Callback, Run
 
 
 class CSV(Callback):
-    """Writes figures to `training.csv` and `evaluation.csv`, a line each time, at once.
+    """Writes metrics to `training.csv` and `evaluation.csv`, one line per step, without buffering.
 
-    A run that goes on from a checkpoint goes on in the same files: lines of steps that are made again are taken out.
+    A run that continues from a checkpoint appends to the same files, after it has removed the lines of later steps.
 
     **Arguments:**
 
-    - `folder`: where; the run's own folder unless given.
+    - `folder`: the folder of the files; the run's folder unless given.
     """
 
     def __init__(self, folder: str | Path | None = None):
@@ -27,21 +27,21 @@ class CSV(Callback):
     def on_start(self, run: Run):
         for path in (self._path(run, "training"), self._path(run, "evaluation")):
             if path.is_file() and jax.process_index() == 0:
-                _keep(path, run.step)
+                _drop_lines_after(path, run.step)
 
-    def on_log(self, run: Run, figures: Mapping[str, float]):
-        self._write(self._path(run, "training"), run, figures)
+    def on_log(self, run: Run, metrics: Mapping[str, float]):
+        self._write(self._path(run, "training"), run, metrics)
 
-    def on_evaluation(self, run: Run, figures: Mapping[str, float]):
-        self._write(self._path(run, "evaluation"), run, figures)
+    def on_evaluation(self, run: Run, metrics: Mapping[str, float]):
+        self._write(self._path(run, "evaluation"), run, metrics)
 
     def _path(self, run: Run, name: str) -> Path:
         folder = run.folder if self._folder is None else Path(self._folder)
         if folder is None:
-            raise InputError("There is no folder for the figures; name one, or give the trainer a checkpoint_dir.")
+            raise InputError("There is no folder for the metrics; give CSV a folder, or the trainer a checkpoint_dir.")
         return folder / f"{name}.csv"
 
-    def _write(self, path: Path, run: Run, figures: Mapping[str, float]):
+    def _write(self, path: Path, run: Run, metrics: Mapping[str, float]):
         if jax.process_index() > 0:
             return
         try:
@@ -49,23 +49,23 @@ class CSV(Callback):
             with path.open("a", newline="") as file:
                 lines = csv.writer(file)
                 if file.tell() == 0:
-                    lines.writerow(["step", *figures])
-                lines.writerow([run.step, *(f"{figure:.9g}" for figure in figures.values())])
+                    lines.writerow(["step", *metrics])
+                lines.writerow([run.step, *(f"{value:.9g}" for value in metrics.values())])
         except OSError as error:
-            # Figures are never worth the model that is trained.
-            warnings.warn(f"Figures of step {run.step} are lost: {path}: {error.strerror or error}.", stacklevel=2)
+            # A full disk must not end the training.
+            warnings.warn(f"Metrics of step {run.step} are lost: {path}: {error.strerror or error}.", stacklevel=2)
 
 
-def _keep(path: Path, steps: int):
-    """Takes out the lines behind a step, and one that was cut off."""
+def _drop_lines_after(path: Path, step: int):
+    """Removes the lines of later steps, and a last line that was cut off."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             head, *lines = csv.reader(file)
         if head[:1] != ["step"]:
             raise ValueError
-        kept = [line for line in lines if len(line) == len(head) and int(line[0]) <= steps]
+        kept = [line for line in lines if len(line) == len(head) and int(line[0]) <= step]
     except (ValueError, csv.Error, IndexError):
-        # What another program wrote, or a cut-off disk left, is put aside and not lost.
+        # A file that another program wrote, or that is damaged, is renamed and not overwritten.
         if path.stat().st_size:
             path.replace(path.with_suffix(".csv.foreign"))
         else:

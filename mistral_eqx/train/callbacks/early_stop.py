@@ -1,4 +1,4 @@
-"""Stop when nothing gets better."""
+"""Stops a run whose evaluation loss no longer falls."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,28 +8,28 @@ from ..callback import Callback, Run
 
 
 class EarlyStop(Callback):
-    """Ends the run when the loss at evaluations has not fallen for a while.
+    """Ends the run when the evaluation loss no longer falls.
 
     **Arguments:**
 
-    - `patience`: after how many evaluations in a row without a new least loss the run ends.
-    - `by`: by how much the loss must be less than the least so far to count.
+    - `patience`: the run ends after this many evaluations in a row without a new lowest loss.
+    - `by`: a new lowest loss must be lower than the last one by more than this.
     """
 
     def __init__(self, patience: Count, *, by: NotNegative = 0.0):
         check_arguments(EarlyStop.__init__, patience=patience, by=by)
         self._patience, self._by = patience, by
-        self._least, self._since = float("inf"), 0
+        self._lowest, self._since = float("inf"), 0
 
-    def on_evaluation(self, run: Run, figures: Mapping[str, float]):
-        if figures["loss"] < self._least - self._by:
-            self._least, self._since = figures["loss"], 0
+    def on_evaluation(self, run: Run, metrics: Mapping[str, float]):
+        if metrics["loss"] < self._lowest - self._by:
+            self._lowest, self._since = metrics["loss"], 0
         else:
             self._since += 1
         run.stop = run.stop or self._since >= self._patience
 
     def get_state(self) -> dict[str, Any]:
-        return {"least": self._least, "since": self._since}
+        return {"least": self._lowest, "since": self._since}
 
     def set_state(self, state: dict[str, Any]):
-        self._least, self._since = state["least"], state["since"]
+        self._lowest, self._since = state["least"], state["since"]

@@ -1,4 +1,4 @@
-"""How far it is."""
+"""A progress bar."""
 
 import math
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from ..step import Metrics
 
 
 class ProgressBar(Callback):
-    """A bar on stderr with the loss, tokens a second and MFU, the part of the machine that this uses.
+    """A bar on stderr with the loss, tokens per second and MFU (model FLOPs utilisation).
 
-    There is none without a terminal.
+    Without a terminal there is no bar.
     """
 
     def __init__(self):
@@ -39,12 +39,12 @@ class ProgressBar(Callback):
         if self._bar is not None:
             self._bar.advance(self._task)
 
-    def on_log(self, run: Run, figures: Mapping[str, float]):
+    def on_log(self, run: Run, metrics: Mapping[str, float]):
         if self._bar is not None:
-            said = f"loss {figures['loss']:.3f}"
-            if not math.isnan(figures["mfu"]):
-                said += f", {figures['tokens_per_second']:,.0f} tokens/s, MFU {figures['mfu']:.0%}"
-            self._bar.update(self._task, description=said)
+            description = f"loss {metrics['loss']:.3f}"
+            if not math.isnan(metrics["mfu"]):
+                description += f", {metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.0%}"
+            self._bar.update(self._task, description=description)
 
     def on_end(self, run: Run):
         if self._bar is not None:

@@ -1,4 +1,4 @@
-"""See what the model says by now."""
+"""Shows what the model generates during training."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from ..step import Metrics
 
 
 class Samples(Callback):
-    """Calls a function with the model every so many steps, such as one that generates and prints.
+    """Calls a function with the model every `every` steps, for example to generate and print.
 
     ```python
     def show(model: mx.Mistral):
@@ -22,26 +22,26 @@ class Samples(Callback):
 
     **Arguments:**
 
-    - `show`: what to do.
-    - `every`: after how many steps; also before the first one and after the last.
+    - `show`: the function.
+    - `every`: the number of steps between two calls; there is also a call before the first step and after the last.
     """
 
     def __init__(self, show: Callable[[Mistral], object], *, every: Count):
         check_arguments(Samples.__init__, every=every)
         self._show, self._every = show, every
-        self._shown: int | None = None
+        self._shown_step: int | None = None
 
     def on_start(self, run: Run):
-        self._once(run)
+        self._show_once(run)
 
     def on_step(self, run: Run, metrics: Metrics):
         if run.step % self._every == 0:
-            self._once(run)
+            self._show_once(run)
 
     def on_end(self, run: Run):
-        self._once(run)
+        self._show_once(run)
 
-    def _once(self, run: Run):
-        if run.step != self._shown:
-            self._shown = run.step
+    def _show_once(self, run: Run):
+        if run.step != self._shown_step:
+            self._shown_step = run.step
             self._show(run.model())

@@ -1,4 +1,4 @@
-"""Curves in Weights & Biases."""
+"""Metrics for Weights & Biases."""
 
 import importlib
 import importlib.util
@@ -12,19 +12,19 @@ from ..callback import Callback, Run
 
 
 class WandB(Callback):
-    """Sends figures to Weights & Biases. It takes the extra `wandb`, and an account unless `mode` is `"offline"`.
+    """Sends metrics to Weights & Biases. It needs the extra `wandb`, and an account unless `mode` is `"offline"`.
 
-    A run that goes on from a checkpoint goes on with the same curves.
+    A run that continues from a checkpoint continues the same run of Weights & Biases.
 
     **Arguments:**
 
     - `project`: the name of the project.
-    - `**settings`: any other arguments of `wandb.init`, such as `mode="offline"`, `name` or `dir`.
+    - `**settings`: other arguments of `wandb.init`, such as `mode="offline"`, `name` or `dir`.
     """
 
     def __init__(self, project: str, **settings: Any):
         if importlib.util.find_spec("wandb") is None:
-            raise InputError("Weights & Biases takes the extra `wandb`: pip install 'mistral-eqx[wandb]'.")
+            raise InputError("Weights & Biases needs the extra `wandb`: pip install 'mistral-eqx[wandb]'.")
         self._settings = {"project": project, **settings}
         self._run: Any = None
 
@@ -34,11 +34,11 @@ class WandB(Callback):
             self._run = wandb.init(resume="allow", **self._settings)
             self._settings["id"] = self._run.id
 
-    def on_log(self, run: Run, figures: Mapping[str, float]):
-        self._send("training", run, figures)
+    def on_log(self, run: Run, metrics: Mapping[str, float]):
+        self._send("training", run, metrics)
 
-    def on_evaluation(self, run: Run, figures: Mapping[str, float]):
-        self._send("evaluation", run, figures)
+    def on_evaluation(self, run: Run, metrics: Mapping[str, float]):
+        self._send("evaluation", run, metrics)
 
     def on_end(self, run: Run):
         if self._run is not None:
@@ -51,6 +51,6 @@ class WandB(Callback):
         if state["id"] is not None:
             self._settings.setdefault("id", state["id"])
 
-    def _send(self, kind: str, run: Run, figures: Mapping[str, float]):
+    def _send(self, kind: str, run: Run, metrics: Mapping[str, float]):
         if self._run is not None:
-            self._run.log({f"{kind}/{name}": figure for name, figure in figures.items()}, step=run.step)
+            self._run.log({f"{kind}/{name}": value for name, value in metrics.items()}, step=run.step)

@@ -1,4 +1,4 @@
-"""Add two numbers, after [minGPT](https://github.com/karpathy/minGPT)'s demo."""
+"""Addition of two numbers, after [minGPT](https://github.com/karpathy/minGPT)'s demo."""
 
 from typing import Annotated
 
@@ -14,17 +14,17 @@ Digits = Annotated[int, Ge(1), Le(3)]
 
 
 class Adder(AbstractProblems):
-    """Two numbers, and behind them their sum, the smallest digit first, as one adds by hand: `85 50` and `531`.
+    """Two numbers, followed by their sum, least significant digit first as in written addition: `85 50`, `531`.
 
-    Numbers are filled up with zeros, so that all problems have the same length.
+    Numbers are padded with zeros, so that all problems have the same length.
     """
 
     def __init__(self, digits: Digits = 2, *, held_out: bool = False, seed: Seed = 0):
         """**Arguments:**
 
-        - `digits`: of each of the two numbers.
-        - `held_out`: whether these are the problems that are kept from training: a fifth, and at most a thousand.
-        - `seed`: draws which ones these are.
+        - `digits`: the number of digits of each number.
+        - `held_out`: selects the held-out problems, a fifth of all and at most 1000, or else all others.
+        - `seed`: the seed that selects the held-out problems.
 
         **Raises:** `ValueError` if there are fewer than 5 such problems, or more than 2^24.
         """
@@ -38,6 +38,6 @@ class Adder(AbstractProblems):
         return digits(numbers, 10, 2 * self.digits)
 
     def solve(self, prompts: Int[np.ndarray, "problems prompt"]) -> Int[np.ndarray, "problems answer"]:
-        place = 10 ** np.arange(self.digits)[::-1]
-        sums = prompts[:, : self.digits] @ place + prompts[:, self.digits :] @ place
+        powers = 10 ** np.arange(self.digits)[::-1]
+        sums = prompts[:, : self.digits] @ powers + prompts[:, self.digits :] @ powers
         return digits(sums, 10, self.digits + 1)[:, ::-1]

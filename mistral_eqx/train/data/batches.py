@@ -1,4 +1,4 @@
-"""Batches without end, or for some epochs, from where one stopped."""
+"""Batches for any number of epochs, with a position that can be saved and restored."""
 
 import hashlib
 import importlib.util
@@ -15,10 +15,10 @@ from .source import Source
 
 @runtime_checkable
 class BatchIterator(Protocol):
-    """Gives one batch after the other, and can go on where another one stood."""
+    """An iterator over batches whose position can be saved and restored."""
 
     def __iter__(self) -> "BatchIterator":
-        """Itself."""
+        """The iterator itself."""
         ...
 
     def __next__(self) -> Batch:
@@ -26,23 +26,23 @@ class BatchIterator(Protocol):
         ...
 
     def get_state(self) -> dict[str, Any]:
-        """Where it stands, of numbers and dicts, to be written as JSON."""
+        """The position, as JSON types."""
         ...
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to where an iterator of the same batches stood.
+        """Goes to the position of another iterator over the same batches.
 
-        **Raises:** `InputError` if those were others.
+        **Raises:** `InputError` if the position belongs to other batches.
         """
         ...
 
 
 @runtime_checkable
 class Batches(Protocol):
-    """What [`mistral_eqx.train.data.batches`][] returns: a dataset of Grain."""
+    """The Grain dataset that [`mistral_eqx.train.data.batches`][] returns."""
 
     def __iter__(self) -> BatchIterator:
-        """From the first batch on."""
+        """An iterator that starts at the first batch."""
         ...
 
 
@@ -61,33 +61,36 @@ def batches(
 ) -> Batches:
     """Batches of a source, made by [Grain](https://google-grain.readthedocs.io).
 
-    Each example comes once an epoch, in another order in each, and epochs follow each other without a gap: a batch may
-    have the last examples of one and the first of the next. All that is drawn is drawn from the seed and the example's
-    place in this order, so that an iterator that is set to another's state gives the same batches, also with another
-    `shard`. It takes the extra `train`.
+    Each example appears once per epoch, in a different order in each epoch. Epochs follow each other without a gap: a
+    batch may have the last examples of one epoch and the first of the next. Random numbers depend on the seed and the
+    example's index in this order alone, so that an iterator whose state is restored gives the same batches, also with
+    another `shard`. It needs the extra `train`.
 
     **Arguments:**
 
-    - `source`: examples, such as [`mistral_eqx.train.data.Sort`][], or what the objective makes them of, such as
-        [`mistral_eqx.train.data.Pieces`][].
-    - `rows`: of a batch, those of all processes together.
-    - `seq`: how many columns a row has.
-    - `objective`: makes an example of an item and a generator from which it may draw. Unless given, items that are ids
-        are told one after the other, by [`mistral_eqx.train.causal`][].
-    - `seed`: of the order and of what objectives draw; at least 0, below 2^32.
-    - `shuffle`: whether the order is drawn; otherwise it is that of the source.
-    - `epochs`: how often all examples come; without end unless given.
-    - `packing`: whether a row has several examples, each in the first row with room, as by
-        [`mistral_eqx.train.pack`][]. A batch is full when the next example fits nowhere. Each process packs all of it.
-    - `shard`: which process this is, and of how many. Each has so many rows of each batch, one process after the other.
-    - `remainder`: what becomes of examples at the end that do not fill a batch: `"drop"`, or `"pad"` to have them in a
-        batch filled up with rows in which nothing counts, so that an evaluation sees all of them.
+    - `source`: examples, such as [`mistral_eqx.train.data.Sort`][], or the items that the objective makes examples of,
+        such as [`mistral_eqx.train.data.Pieces`][].
+    - `rows`: the number of rows of a batch, over all processes.
+    - `seq`: the number of columns of a row.
+    - `objective`: makes an example of an item and a random generator. Unless given, items that are ids become examples
+        of [`mistral_eqx.train.causal`][].
+    - `seed`: the seed of the order and of the objective; at least 0, below 2^32.
+    - `shuffle`: whether to shuffle the examples; otherwise they have the order of the source.
+    - `epochs`: the number of epochs; without end unless given.
+    - `packing`: whether a row has several examples, each in the first row with room, as with
+        [`mistral_eqx.train.pack`][]. A batch is full when no row has room for the next example. Each process packs the
+        whole batch.
+    - `shard`: the index of this process, and the number of processes. Process `i` gets the `i`-th equal part of the
+        rows of each batch.
+    - `remainder`: for the examples at the end that do not fill a batch: `"drop"` leaves them out, `"pad"` gives a last
+        batch padded with rows without weight, so that an evaluation uses all examples.
 
-    **Raises:** `ValueError` if Grain is not installed, there are no examples or fewer than rows, processes do not
-    divide the rows, or a number makes no sense. An example that does not fit into a row is refused when it comes.
+    **Raises:** `ValueError` if Grain is not installed, there are fewer examples than rows, the number of processes does
+    not divide the rows, or an argument is out of its range. An example that does not fit into a row raises when its
+    batch is made.
     """
     if importlib.util.find_spec("grain") is None:
-        raise InputError("Batches take Grain, which is not installed; run pip install 'mistral-eqx[train]'.")
+        raise InputError("Batches need Grain, which is not installed; run pip install 'mistral-eqx[train]'.")
     check_arguments(
         batches,
         rows=rows,
@@ -101,24 +104,24 @@ def batches(
     )
     index, count = shard
     if not 0 <= index < count:
-        raise InputError(f"There is no process {index} of {count}; number them from 0.")
+        raise InputError(f"There is no process {index} of {count}; processes are numbered from 0.")
     if rows % count:
         raise InputError(f"{count} processes do not divide {rows} rows; change the number of rows.")
     if remainder == "pad" and epochs is None:
         raise InputError("Batches without end have no remainder to pad; give epochs=1 to see each example once.")
     if not len(source):
-        raise InputError("The source has no examples, so there is nothing to learn; give at least one.")
+        raise InputError("The source has no examples; give at least one.")
     if remainder == "drop" and len(source) < rows:
         raise InputError(
-            f"The source has {len(source)} examples, fewer than the {rows} rows of a batch; give more, make batches "
-            "smaller, or take remainder='pad' with epochs=1."
+            f"The source has {len(source)} examples, fewer than the {rows} rows of a batch; give more examples, use "
+            "fewer rows, or remainder='pad' with epochs=1."
         )
-    # Grain takes a second to import, and is not there without the extra.
+    # Grain takes a second to import, and may not be installed.
     from .pipeline import InOrder, in_rows, packed, stream
 
     examples = stream(source, objective, seq, seed, shuffle, epochs)
     arrange = packed if packing else in_rows
-    made = arrange(examples, rows, seq, (index, count), remainder == "pad")
+    dataset = arrange(examples, rows, seq, (index, count), remainder == "pad")
     order = {
         "rows": rows,
         "seq": seq,
@@ -127,27 +130,27 @@ def batches(
         "epochs": epochs,
         "packing": packing,
         "number of examples": len(source),
-        "examples": _content(source, objective),
+        "examples": _digest(source, objective),
     }
-    return InOrder(made, order)
+    return InOrder(dataset, order)
 
 
-# By so many examples, or all if there are fewer, a source and an objective are known.
-_KNOWN_BY = 256
+# The most examples that the digest of a source and an objective is made of.
+_SAMPLES = 256
 
 
-def _content(source: Source, objective: Callable[[Any, np.random.Generator], Example] | None) -> str:
-    """Another one if the examples are others: their files, their tokenizer, or what the objective makes of them."""
-    content = hashlib.sha256()
+def _digest(source: Source, objective: Callable[[Any, np.random.Generator], Example] | None) -> str:
+    """A digest of some examples, which changes with the files, the tokenizer or the objective."""
+    digest = hashlib.sha256()
     random = np.random.default_rng(0)
-    for number in np.unique(np.linspace(0, len(source) - 1, _KNOWN_BY).astype(int)):
+    for number in np.unique(np.linspace(0, len(source) - 1, _SAMPLES).astype(int)):
         try:
             item = source[int(number)]
             example = item if objective is None else objective(item, random)
-        except InputError as error:  # which is said when its turn comes
+        except InputError as error:  # training raises it when it reaches this example
             example = str(error)
-        parts = example if isinstance(example, Example) else (example,)
-        for part in parts:
-            content.update(part.encode() if isinstance(part, str) else np.asarray(part).tobytes())
-            content.update(b"\n")
-    return content.hexdigest()[:16]
+        fields = example if isinstance(example, Example) else (example,)
+        for field in fields:
+            digest.update(field.encode() if isinstance(field, str) else np.asarray(field).tobytes())
+            digest.update(b"\n")
+    return digest.hexdigest()[:16]

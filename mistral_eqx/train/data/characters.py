@@ -1,4 +1,4 @@
-"""Say the next character, after [minGPT](https://github.com/karpathy/minGPT)'s demo."""
+"""Next-character prediction, after [minGPT](https://github.com/karpathy/minGPT)'s demo."""
 
 import operator
 from collections.abc import Iterable
@@ -13,16 +13,16 @@ from ..objective import causal
 
 
 class Characters:
-    """A text in pieces, a token for each of its characters.
+    """Chunks of a text, with one token per character.
 
-    The last tenth of the text is held out. Pieces for training start at each character; those that are held out follow
-    one another, so that each of their characters is told once.
+    The last tenth of the text is held out. A training chunk starts at every character; held-out chunks follow one
+    another, so that each of their characters is a target once.
 
     **Attributes:**
 
-    - `alphabet`: the characters of the whole text in order; a character's token is its place.
-    - `vocab`: how many there are.
-    - `seq`: how many columns an example has; the last one that is held out may have fewer.
+    - `alphabet`: the characters of the whole text in order; a character's id is its index.
+    - `vocab`: the number of characters in the alphabet.
+    - `seq`: the number of columns of an example; the last held-out one may have fewer.
     """
 
     alphabet: str
@@ -32,25 +32,25 @@ class Characters:
     def __init__(self, text: str, seq: Count, *, held_out: bool = False):
         """**Arguments:**
 
-        - `text`: all of it, in memory.
-        - `seq`: how many columns a row has.
-        - `held_out`: whether these are the pieces that are kept from training.
+        - `text`: the whole text.
+        - `seq`: the number of columns of a row.
+        - `held_out`: selects the held-out chunks.
 
-        **Raises:** `ValueError` if the text has too few characters for one piece.
+        **Raises:** `ValueError` if the text is too short for one chunk.
         """
         check_arguments(Characters.__init__, seq=seq)
         self.alphabet = "".join(sorted(set(text)))
         self.vocab = len(self.alphabet)
         self.seq = seq
         at = len(text) - len(text) // 10
-        part = text[at:] if held_out else text[:at]
-        if len(part) < seq + 1:
+        selected = text[at:] if held_out else text[:at]
+        if len(selected) < seq + 1:
             raise InputError(
                 f"A text of {len(text)} characters, a tenth of it held out, is too short for rows of {seq}; give a "
                 "longer one, or make the rows shorter."
             )
-        self._ids = np.asarray(self.encode(part), np.int32)
-        self._starts = range(0, len(part) - 1, seq) if held_out else range(len(part) - seq)
+        self._ids = np.asarray(self.encode(selected), np.int32)
+        self._starts = range(0, len(selected) - 1, seq) if held_out else range(len(selected) - seq)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -60,16 +60,18 @@ class Characters:
         return causal(self._ids[start : start + self.seq + 1])
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text.
+        """The ids of a text.
 
         **Raises:** `ValueError` if it has a character that is not in the alphabet.
         """
-        place = {character: token for token, character in enumerate(self.alphabet)}
-        unknown = set(text) - place.keys()
+        ids = {character: token for token, character in enumerate(self.alphabet)}
+        unknown = set(text) - ids.keys()
         if unknown:
-            raise InputError(f"The text has the character {min(unknown)!r}, which was not learned; leave it out.")
-        return [place[character] for character in text]
+            raise InputError(
+                f"The text has the character {min(unknown)!r}, which is not in the alphabet; leave it out."
+            )
+        return [ids[character] for character in text]
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """The text of tokens; those past the alphabet, which a larger model may say, are no text."""
+        """The text of ids; ids past the alphabet, which a model with a larger vocabulary may generate, are left out."""
         return "".join(self.alphabet[token] for token in ids if operator.index(token) < len(self.alphabet))

@@ -1,4 +1,4 @@
-"""Documents that are a line of JSON each."""
+"""Documents in JSON Lines files."""
 
 import mmap
 import re
@@ -18,15 +18,15 @@ _LINE_END = re.compile(rb"\r\n|\r|\n")
 
 
 class JSONLines(AbstractTexts):
-    """Files in which each line is an object of JSON, in UTF-8. Lines may end as on any system."""
+    """Files in UTF-8 in which each line is a JSON object. Lines may end with LF, CR LF or CR."""
 
     def __init__(self, path: Paths, field: str = "text"):
         """**Arguments:**
 
         - `path`: a file, or several.
-        - `field`: where an object has its text, or its list of messages, each with `"role"` and `"content"`.
+        - `field`: the field with the text, or with a list of messages, each with `"role"` and `"content"`.
 
-        **Raises:** `ValueError` if a file is not there, or none has lines. What is wrong with a line is said when it is
+        **Raises:** `ValueError` if a file does not exist, or no file has a line. An invalid line raises when it is
         read.
         """
         self.files = files_of(path)
@@ -44,10 +44,12 @@ class JSONLines(AbstractTexts):
         except UnicodeDecodeError as error:
             raise InputError(f"{line} is not UTF-8; convert the file, for example with iconv.") from error
         if not isinstance(record, dict):
-            raise InputError(f"{line} is no object of JSON but a {type(record).__name__}; write one a line.")
+            raise InputError(f"{line} is not a JSON object but a {type(record).__name__}; write one object per line.")
         if self.field not in record:
             names = ", ".join(shown(name) for name in list(record)[:5]) or "nothing"
-            raise InputError(f"{line} has no field {self.field!r}, but {names}; name the one with the text.")
+            raise InputError(
+                f"{line} has no field {self.field!r}, but {names}; give the name of the field with the text."
+            )
         return document(record[self.field], f"{line}, field {self.field!r},")
 
     def where(self, index: int) -> str:
@@ -59,7 +61,7 @@ class JSONLines(AbstractTexts):
 
 
 def document(value: object, where: str) -> str | list[dict[str, Any]]:
-    """What a record has, if it is a text or a conversation."""
+    """Checks that a value is a text or a list of messages, and returns it."""
     if isinstance(value, str):
         return value
     if (
@@ -79,7 +81,7 @@ def _bounds(file: Path) -> Int[np.ndarray, "documents 2"]:
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as text:
         for end in _LINE_END.finditer(text, start):
             starts.append(end.end())
-            # Blank lines at the end are no documents.
+            # Blank lines at the end are not documents.
             last = len(starts) - 1 if text[starts[-2] : end.start()].strip() else last
         if text[starts[-1] :].strip():
             starts.append(size)

@@ -1,4 +1,4 @@
-"""Documents in a column of a table."""
+"""Documents in a column of Parquet files."""
 
 import importlib.util
 from pathlib import Path
@@ -8,32 +8,32 @@ import numpy as np
 
 from ...errors import InputError
 from .json_lines import document
-from .texts import AbstractTexts, Paths, files_of, fingerprint, located
+from .texts import AbstractTexts, Paths, files_of, fingerprint, locate
 
 
 class Parquet(AbstractTexts):
-    """Files of Parquet. It takes the extra `parquet`.
+    """Parquet files. It needs the extra `parquet`.
 
-    A row is read with the row group that it is in, and the last group is kept: fast one after the other, slow in
-    another order. [`mistral_eqx.train.data.tokenise`][] reads them once, in order.
+    To read a row, it reads the whole row group, and keeps the last group in memory: reading in order is fast, random
+    access is slow. [`mistral_eqx.train.data.tokenise`][] reads the rows once, in order.
     """
 
     def __init__(self, path: Paths, column: str = "text"):
         """**Arguments:**
 
         - `path`: a file, or several.
-        - `column`: the one with the text, or with lists of messages, each with `"role"` and `"content"`.
+        - `column`: the column with the text, or with lists of messages, each with `"role"` and `"content"`.
 
-        **Raises:** `ValueError` if pyarrow is not installed, a file is not there or no Parquet, it lacks the column, or
-        there are no rows.
+        **Raises:** `ValueError` if pyarrow is not installed, a file does not exist, is not a Parquet file or lacks the
+        column, or there are no rows.
         """
         self.files = files_of(path)
         self.column = column
         if importlib.util.find_spec("pyarrow") is None:
             raise InputError(
-                f"To read {str(self.files[0])!r} takes the extra `parquet`: pip install 'mistral-eqx[parquet]'."
+                f"Reading {str(self.files[0])!r} needs the extra `parquet`: pip install 'mistral-eqx[parquet]'."
             )
-        # Each row group: its file, and its number there.
+        # The file of each row group, and the index of the group in this file.
         self._groups: list[tuple[Path, int]] = []
         counts: list[int] = []
         for file in self.files:
@@ -43,16 +43,16 @@ class Parquet(AbstractTexts):
         self._stops = np.cumsum(counts, dtype=np.int64)
         if not sum(counts):
             raise InputError(f"{str(self.files[0])!r} holds no rows; give a file with text in it.")
-        # A pair is replaced as a whole, so that threads need no lock.
+        # One assignment replaces the pair, so that threads need no lock.
         self._last: tuple[int, Any] = -1, None
 
     def __len__(self) -> int:
         return int(self._stops[-1])
 
     def __getitem__(self, index: int) -> str | list[dict[str, Any]]:
-        group, row = located(self._stops, index)
-        kept, values = self._last
-        if kept != group:
+        group, row = locate(self._stops, index)
+        last_group, values = self._last
+        if last_group != group:
             import pyarrow
             import pyarrow.parquet
 
@@ -66,7 +66,7 @@ class Parquet(AbstractTexts):
         return document(values[row].as_py(), f"{self.where(index)}, column {self.column!r},")
 
     def where(self, index: int) -> str:
-        group, _ = located(self._stops, index)
+        group, _ = locate(self._stops, index)
         file = self._groups[group][0]
         first = next(number for number, (other, _) in enumerate(self._groups) if other == file)
         before = int(self._stops[first - 1]) if first else 0
@@ -77,11 +77,11 @@ class Parquet(AbstractTexts):
 
 
 def _damaged(file: Path) -> InputError:
-    return InputError(f"{str(file)!r} is no file of Parquet, or it is damaged; fetch it again.", file=file)
+    return InputError(f"{str(file)!r} is not a Parquet file, or it is damaged; download it again.", file=file)
 
 
 def _row_groups(file: Path, column: str) -> list[int]:
-    """How many rows each row group has."""
+    """The number of rows of each row group."""
     import pyarrow
     import pyarrow.parquet
 
@@ -93,7 +93,7 @@ def _row_groups(file: Path, column: str) -> list[int]:
         names = opened.schema_arrow.names
         if column not in names:
             raise InputError(
-                f"{str(file)!r} has no column {column!r}, but {', '.join(map(repr, names[:5]))}; name the one with the "
-                "text."
+                f"{str(file)!r} has no column {column!r}, but {', '.join(map(repr, names[:5]))}; give the name of "
+                "the column with the text."
             )
         return [opened.metadata.row_group(number).num_rows for number in range(opened.num_row_groups)]

@@ -1,4 +1,4 @@
-"""Problems that have an answer, all of them numbered."""
+"""Numbered problems with answers."""
 
 import abc
 
@@ -10,22 +10,22 @@ from ..batch import Example
 from ..objective import causal
 
 
-# How many numbers are shuffled in memory.
+# The most problems: their numbers are shuffled in memory.
 _MOST = 2**24
 # A fifth of the problems is held out, but no more than this.
 _HELD_OUT = 1000
 
 
 class AbstractProblems(abc.ABC):
-    """Problems, each with the answer behind it, of which only the answer is to be told.
+    """Problems, each followed by its answer; only the answer has weight as a target.
 
-    To write your own, set the attributes in `__init__` and define `write` and `solve`.
+    For your own problems, set the attributes in `__init__` and define `write` and `solve`.
 
     **Attributes:**
 
-    - `vocab`: how many symbols there are.
-    - `seq`: how many columns an example has.
-    - `numbers`: of the problems that are in this set, by `split`.
+    - `vocab`: the number of symbols.
+    - `seq`: the number of columns of an example.
+    - `numbers`: the numbers of the problems in this set, from `split`.
     """
 
     vocab: int
@@ -38,7 +38,7 @@ class AbstractProblems(abc.ABC):
 
     @abc.abstractmethod
     def solve(self, prompts: Int[np.ndarray, "problems prompt"]) -> Int[np.ndarray, "problems answer"]:
-        """Their answers."""
+        """The answers to these prompts."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -51,33 +51,33 @@ class AbstractProblems(abc.ABC):
 
     @property
     def prompts(self) -> Int[np.ndarray, "problems prompt"]:
-        """All problems of this set, to have them answered."""
+        """The prompts of all problems of this set."""
         return self.write(self.numbers)
 
     @property
     def answers(self) -> Int[np.ndarray, "problems answer"]:
-        """What the answers should be."""
+        """The correct answers to `prompts`."""
         return self.solve(self.prompts)
 
 
 def split(count: int, held_out: bool, seed: int) -> Int[np.ndarray, " problems"]:
-    """The numbers of the problems that are held out, or of all others.
+    """The numbers of the held-out problems, or of all others.
 
     **Arguments:**
 
-    - `count`: how many problems there are.
-    - `held_out`: which of the two. They have no number in common, and together all.
-    - `seed`: draws them.
+    - `count`: the number of problems.
+    - `held_out`: whether to return the held-out ones. The two sets are disjoint, and together have all problems.
+    - `seed`: the seed that selects the held-out ones.
 
-    **Raises:** `ValueError` if there are too few to hold one out, or too many.
+    **Raises:** `ValueError` if there are fewer than 5 problems, or more than 2^24.
     """
     if not 5 <= count <= _MOST:
-        raise InputError(f"There are {count} such problems, not 5 to {_MOST}; change how long they are.")
+        raise InputError(f"There are {count} such problems, not 5 to {_MOST}; change their length.")
     shuffled = np.random.default_rng(seed).permutation(count)
     at = min(count // 5, _HELD_OUT)
     return shuffled[:at] if held_out else shuffled[at:]
 
 
 def digits(numbers: Int[np.ndarray, " problems"], base: int, length: int) -> Int[np.ndarray, "problems length"]:
-    """Numbers written with so many digits, the largest first."""
+    """The digits of numbers, the most significant first, padded with zeros to `length`."""
     return (numbers[:, None] // base ** np.arange(length)[::-1] % base).astype(np.int32)

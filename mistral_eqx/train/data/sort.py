@@ -1,4 +1,4 @@
-"""Put symbols in order, after [minGPT](https://github.com/karpathy/minGPT)'s demo."""
+"""Sorting of symbols, after [minGPT](https://github.com/karpathy/minGPT)'s demo."""
 
 from typing import Annotated
 
@@ -10,21 +10,21 @@ from ...checks import Seed, check_arguments
 from .problems import AbstractProblems, digits, split
 
 
-# More than 24 symbols of two kinds are more problems than fit.
+# With two different symbols, a length above 24 has more problems than `split` accepts.
 SortLength = Annotated[int, Ge(1), Le(24)]
 Symbols = Annotated[int, Ge(2), Le(2**24)]
 
 
 class Sort(AbstractProblems):
-    """Symbols, and behind them the same ones sorted: `2 0 1` and `0 1 2`."""
+    """Symbols, followed by the same symbols sorted: `2 0 1` and `0 1 2`."""
 
     def __init__(self, length: SortLength = 6, symbols: Symbols = 3, *, held_out: bool = False, seed: Seed = 0):
         """**Arguments:**
 
-        - `length`: how many symbols are to be sorted.
-        - `symbols`: how many different ones there are.
-        - `held_out`: whether these are the problems that are kept from training: a fifth, and at most a thousand.
-        - `seed`: draws which ones these are.
+        - `length`: the number of symbols to sort.
+        - `symbols`: the number of different symbols.
+        - `held_out`: selects the held-out problems, a fifth of all and at most 1000, or else all others.
+        - `seed`: the seed that selects the held-out problems.
 
         **Raises:** `ValueError` if there are fewer than 5 such problems, or more than 2^24.
         """

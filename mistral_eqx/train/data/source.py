@@ -1,16 +1,16 @@
-"""Where examples come from."""
+"""The interface of data sources."""
 
 from typing import Any, Protocol, runtime_checkable
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Examples, or what an objective makes examples of, by number."""
+    """Examples, or the items that an objective makes examples of, by index."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of items."""
         ...
 
     def __getitem__(self, index: int, /) -> Any:
-        """One of them; several threads may ask."""
+        """An item; several threads may call this at the same time."""
         ...

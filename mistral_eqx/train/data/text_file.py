@@ -1,4 +1,4 @@
-"""Documents of plain text."""
+"""Documents in plain text files."""
 
 import mmap
 import re
@@ -13,19 +13,21 @@ from .texts import AbstractTexts, Paths, Spans, files_of, fingerprint, one_kind_
 
 
 class TextFile(AbstractTexts):
-    """Files of plain text in UTF-8. Lines may end as on any system; a byte order mark is no text."""
+    """Files of plain text in UTF-8. Lines may end with LF, CR LF or CR; a byte order mark is ignored."""
 
     def __init__(self, path: Paths, separator: str | None = None):
         r"""**Arguments:**
 
         - `path`: a file, or several.
-        - `separator`: what stands between documents, such as `"\n\n"`; a document without letters is left out. Unless
-            given, each file is one document.
+        - `separator`: the text between documents, such as `"\n\n"`; blank documents are left out. Unless given, each
+            file is one document.
 
-        **Raises:** `ValueError` if a file is not there, or none has text.
+        **Raises:** `ValueError` if a file does not exist, or no file has text.
         """
         if separator == "":
-            raise InputError("Nothing cannot stand between documents; give a separator, or None for whole files.")
+            raise InputError(
+                "The separator is empty; give a text that separates documents, or None to make each file one document."
+            )
         self.files = files_of(path)
         self.separator = separator
         self._spans = Spans(self.files, [_bounds(file, separator) for file in self.files])
@@ -50,8 +52,8 @@ class TextFile(AbstractTexts):
         return fingerprint(self.files, "text", self.separator)
 
 
-def _mark(separator: str) -> re.Pattern[bytes]:
-    """Finds a separator, each of whose line ends may be of any kind."""
+def _pattern(separator: str) -> re.Pattern[bytes]:
+    """Matches the separator with any line ends."""
     lines = one_kind_of_line_end(separator).encode().split(b"\n")
     return re.compile(rb"(?:\r\n|\r(?!\n)|\n)".join(map(re.escape, lines)))
 
@@ -60,12 +62,12 @@ def _bounds(file: Path, separator: str | None) -> Int[np.ndarray, "documents 2"]
     size, start = file.stat().st_size, text_start(file)
     if size == start or separator is None:
         return np.asarray([[start, size]] if size > start else [], np.int64).reshape(-1, 2)
-    found, mark, start = array("q"), _mark(separator), start
+    bounds, pattern = array("q"), _pattern(separator)
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as text:
         while start < size:
-            match = mark.search(text, start)
+            match = pattern.search(text, start)
             stop, after = match.span() if match else (size, size)
             if text[start:stop].strip():
-                found.extend((start, stop))
+                bounds.extend((start, stop))
             start = after
-    return np.fromiter(found, np.int64, len(found)).reshape(-1, 2)
+    return np.fromiter(bounds, np.int64, len(bounds)).reshape(-1, 2)

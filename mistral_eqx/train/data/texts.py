@@ -1,4 +1,4 @@
-"""Texts that stay in their files until they are asked for."""
+"""Documents in files, read when they are needed."""
 
 import abc
 import codecs
@@ -15,40 +15,40 @@ from jaxtyping import Int
 from ...errors import InputError
 
 
-# One file, or several that are read one after the other.
+# One file, or several, read in order.
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 class AbstractTexts(abc.ABC):
-    """Documents of files, each read when it is asked for.
+    """Documents in files, each read when it is needed.
 
-    To read another format, define these three methods.
+    To read another format, define the abstract methods.
     """
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """How many documents there are."""
+        """The number of documents."""
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Any:
-        """A document: its text, or the messages of a conversation.
+        """A document: its text, or the messages of a conversation. Several threads may call this at the same time.
 
         **Arguments:**
 
-        - `index`: from 0 to all but one. It may be called from several threads.
+        - `index`: from 0 to `len(self) - 1`.
         """
 
     def where(self, index: int) -> str:
-        """What a message calls a document: the file, and which line or row of it."""
+        """The name of a document in error messages: its file, and its line or row there."""
         return f"Row {index + 1}"
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Another one if the documents may be others, so that what was made of them is made again."""
+        """A digest that changes if the documents may have changed, so that cached tokens are made again."""
 
 
 class Spans:
-    """The bytes of documents in files, found by an index of where they start and stop: 16 bytes a document."""
+    """The bytes of documents in files, by an index of their start and stop: 16 bytes per document."""
 
     def __init__(self, files: Sequence[Path], bounds: Sequence[Int[np.ndarray, "documents 2"]]):
         """**Arguments:**
@@ -60,7 +60,7 @@ class Spans:
         """
         self.files = files
         self.bounds = bounds
-        # How many documents there are up to and with each file.
+        # The number of documents up to the end of each file.
         self.stops = np.cumsum([len(of_file) for of_file in bounds])
         if not self.stops[-1]:
             raise InputError(f"{_names(files)} holds no documents; give a file with text in it.")
@@ -69,8 +69,8 @@ class Spans:
         return int(self.stops[-1])
 
     def read(self, index: int) -> tuple[Path, int, int, bytes]:
-        """A document's file, which one of that file it is (from 0), where it starts there, and its bytes."""
-        file, number = located(self.stops, index)
+        """The file of a document, its number in this file (from 0), its first byte there, and its bytes."""
+        file, number = locate(self.stops, index)
         start, stop = map(int, self.bounds[file][number])
         with self.files[file].open("rb") as opened:
             opened.seek(start)
@@ -78,26 +78,26 @@ class Spans:
 
 
 def text_start(file: Path) -> int:
-    """How many bytes the byte order mark takes at a file's beginning, if it has one."""
+    """The length of the byte order mark of a file, or 0 if it has none."""
     with file.open("rb") as opened:
         return len(codecs.BOM_UTF8) if opened.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
 
 
 def one_kind_of_line_end(text: str) -> str:
-    """A text whose lines end as Python's do, whatever system wrote it."""
+    """The text with LF for every line end."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def located(stops: Int[np.ndarray, " parts"], index: int) -> tuple[int, int]:
-    """In which part an entry is, and which one of it, if `stops` says how many there are up to and with each part."""
+def locate(stops: Int[np.ndarray, " groups"], index: int) -> tuple[int, int]:
+    """The group of an entry and its number there, from the number of entries up to the end of each group."""
     if not 0 <= index < stops[-1]:
         raise IndexError(f"There is no entry {index} among {stops[-1]}.")
-    part = int(np.searchsorted(stops, index, side="right"))
-    return part, index - (int(stops[part - 1]) if part else 0)
+    group = int(np.searchsorted(stops, index, side="right"))
+    return group, index - (int(stops[group - 1]) if group else 0)
 
 
 def files_of(path: Paths) -> list[Path]:
-    """The files of an argument, each of which is there."""
+    """The files of an argument; each of them exists."""
     files = [Path(file) for file in ([path] if isinstance(path, str | os.PathLike) else path)]
     if not files:
         raise InputError("There are no files to read texts from; give the path of one.")
@@ -108,7 +108,7 @@ def files_of(path: Paths) -> list[Path]:
 
 
 def fingerprint(files: Sequence[Path], *how: str | None) -> str:
-    """Of files by name, size and time of change, and of how they are read."""
+    """A digest of the names, sizes and modification times of files, and of how they are read."""
     status = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps([how, status]).encode()).hexdigest()
 

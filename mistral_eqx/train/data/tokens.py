@@ -1,4 +1,4 @@
-"""Texts as tokens, on disk."""
+"""Tokens of documents, cached on disk."""
 
 import hashlib
 import json
@@ -15,26 +15,26 @@ from jaxtyping import Int
 
 from ...errors import InputError
 from .texts import AbstractTexts
-from .usable import OnBadRow, use
+from .usable import OnBadRow, apply_to_row
 
 
-# Changes when the files of a cache do.
+# The version of the file format.
 _FORMAT = 2
 _ABOUT, _IDS, _OFFSETS = "about.json", "ids.bin", "offsets.npy"
-# A tokenizer is known by what it makes of the beginnings of so many texts, of so many characters each.
+# The digest of a tokenizer: its ids for this many texts, of each the first characters.
 _SAMPLES, _BEGINNING = 16, 1000
 
 
 class Tokens:
-    """Documents as token ids, in one file that is mapped into memory and not read in.
+    """Documents as token ids, in one memory-mapped file.
 
     **Attributes:**
 
-    - `folder`: where they are.
+    - `folder`: the folder of the files.
     - `vocab`: all ids are below this.
-    - `skipped`: a sentence for each row that was left out.
-    - `ids`: of all documents, one after the other.
-    - `offsets`: where each document starts, and where the last one stops.
+    - `skipped`: a sentence for each row that was skipped.
+    - `ids`: the ids of all documents, one after the other.
+    - `offsets`: the start of each document, and the end of the last one.
     """
 
     folder: Path
@@ -46,9 +46,9 @@ class Tokens:
     def __init__(self, folder: str | os.PathLike[str]):
         """**Arguments:**
 
-        - `folder`: one that [`mistral_eqx.train.data.tokenise`][] wrote.
+        - `folder`: a folder that [`mistral_eqx.train.data.tokenise`][] wrote.
 
-        **Raises:** `ValueError` if it is none, or damaged.
+        **Raises:** `ValueError` if the folder has no tokens, or they are damaged.
         """
         self.folder = Path(folder)
         try:
@@ -58,7 +58,9 @@ class Tokens:
             self.ids = np.memmap(self.folder / _IDS, np.dtype(about["dtype"]), mode="r")
             self.offsets = np.load(self.folder / _OFFSETS, mmap_mode="r")
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{str(folder)!r} holds no tokens to be read; delete it and tokenise again.") from error
+            raise InputError(
+                f"{str(folder)!r} holds no tokens that can be read; delete it and tokenise again."
+            ) from error
         if len(self.ids) != about["tokens"] or len(self.offsets) != about["documents"] + 1:
             raise InputError(f"The tokens in {str(folder)!r} are cut off; delete the folder and tokenise again.")
 
@@ -69,12 +71,12 @@ class Tokens:
         """The ids of a document."""
         if not 0 <= index < len(self):
             raise IndexError(f"There is no document {index} among {len(self)}.")
-        # A copy that is no mapping, which numpy would carry along.
+        # `np.array` makes a copy that does not keep the mapping.
         return np.array(self.ids[self.offsets[index] : self.offsets[index + 1]], np.int32)
 
     @property
     def lengths(self) -> Int[np.ndarray, " documents"]:
-        """How many tokens each document has."""
+        """The number of tokens of each document."""
         return np.diff(self.offsets)
 
 
@@ -88,31 +90,37 @@ def tokenise(
     on_bad_row: OnBadRow = "refuse",
     progress: Callable[[int, int], None] | None = None,
 ) -> Tokens:
-    """Encodes texts once, and finds their tokens on disk from then on.
+    """Encodes texts once, and reads their tokens from disk from then on.
 
-    What was written for these texts and this tokenizer is taken again. Texts are the same if their files' names, sizes
-    and times of change are, and texts in memory if their characters are; a tokenizer is the same if it makes the same
-    of the beginnings of 16 of them. Tokens of others stay beside them, each in a folder of its own, which is there once
-    all of it is: what is interrupted is made again.
+    Texts in files count as the same if the names, sizes and modification times of the files are the same, and texts in
+    memory if their characters are. Tokenizers count as the same if they give the same ids for the first characters of
+    16 texts. Each combination has its own subfolder, which appears when it is complete: an interrupted call starts
+    again.
 
     **Arguments:**
 
-    - `texts`: of files, or a list.
-    - `encode`: gives the ids of one text.
-    - `folder`: where folders of tokens are kept; made if it is not there.
-    - `vocab`: the model's number of ids. They are kept in as many bytes as it takes.
-    - `end_id`: put behind each text, if given.
-    - `on_bad_row`: what becomes of a row that cannot be read or encoded: `"refuse"`, or `"skip"` to go on without it;
-        `skipped` of the result has a sentence for each.
-    - `progress`: called after each text with how many are done, and how many there are.
+    - `texts`: documents in files, or a list.
+    - `encode`: returns the ids of one text.
+    - `folder`: the folder of the subfolders; created if it does not exist.
+    - `vocab`: the size of the model's vocabulary. Ids are stored in the smallest integer type that fits.
+    - `end_id`: an id appended to each text, if given.
+    - `on_bad_row`: for a row that cannot be read or encoded: `"refuse"` raises, `"skip"` continues without it and adds
+        a sentence to `skipped` of the result.
+    - `progress`: called after each text with the number of texts done, and of all texts.
 
-    **Raises:** `ValueError` if there are no texts or all are empty, or an id is outside of the vocabulary.
+    **Raises:** `ValueError` if there are no texts or all are empty, or an id is outside the vocabulary.
     """
     if not len(texts):
         raise InputError("There are no texts to tokenise; give at least one.")
     if end_id is not None and not 0 <= end_id < vocab:
-        raise InputError(f"The end token {end_id} is outside of the vocabulary of {vocab}; give an id of the model's.")
-    about = {"format": _FORMAT, "texts": _known_by(texts), "tokenizer": _samples(texts, encode, on_bad_row)}
+        raise InputError(
+            f"The end token {end_id} is outside the vocabulary of {vocab}; give an id of the model's vocabulary."
+        )
+    about = {
+        "format": _FORMAT,
+        "texts": _texts_digest(texts),
+        "tokenizer": _tokenizer_digest(texts, encode, on_bad_row),
+    }
     about |= {"vocab": vocab, "end_id": end_id, "on_bad_row": on_bad_row}
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     done = Path(folder) / name
@@ -125,7 +133,7 @@ def tokenise(
         try:
             partial.rename(done)
         except OSError:
-            # Another process was faster with the same.
+            # Another process wrote the same tokens first.
             if not done.exists():
                 raise
     finally:
@@ -148,7 +156,7 @@ def _write(
     with (folder / _IDS).open("wb") as file:
         for number in range(len(texts)):
             try:
-                ids = np.asarray(use(texts, number, encode), np.int64)
+                ids = np.asarray(apply_to_row(texts, number, encode), np.int64)
             except InputError as error:
                 if on_bad_row == "refuse":
                     raise
@@ -157,8 +165,8 @@ def _write(
             outside = ids[(ids < 0) | (ids >= vocab)]
             if len(outside):
                 raise InputError(
-                    f"Document {number} has the id {outside[0]}, outside of the vocabulary of {vocab}; take the "
-                    "tokenizer that belongs to the model."
+                    f"Document {number} has the id {outside[0]}, outside the vocabulary of {vocab}; use the tokenizer "
+                    "of the model."
                 )
             if end_id is not None:
                 ids = np.append(ids, end_id)
@@ -167,31 +175,35 @@ def _write(
             if progress is not None:
                 progress(number + 1, len(texts))
     if not offsets[-1]:
-        raise InputError(f"All of {len(texts)} texts are empty, so there is nothing to learn; give others.")
+        raise InputError(f"All of {len(texts)} texts are empty; give others.")
     np.save(folder / _OFFSETS, np.asarray(offsets, np.int64))
     about = about | {"dtype": dtype.name, "documents": len(offsets) - 1, "tokens": offsets[-1]}
     about |= {"skipped": skipped}
     (folder / _ABOUT).write_text(json.dumps(about, indent=2))
 
 
-def _known_by(texts: AbstractTexts | Sequence[Any]) -> str:
+def _texts_digest(texts: AbstractTexts | Sequence[Any]) -> str:
     if isinstance(texts, AbstractTexts):
         return texts.fingerprint()
-    content = hashlib.sha256()
+    digest = hashlib.sha256()
     for text in texts:
-        content.update(json.dumps(text).encode() + b"\n")
-    return content.hexdigest()
+        digest.update(json.dumps(text).encode() + b"\n")
+    return digest.hexdigest()
 
 
-def _samples(texts: AbstractTexts | Sequence[Any], encode: Callable[..., Sequence[int]], on_bad_row: OnBadRow) -> str:
-    """What the tokenizer makes of some texts."""
-    made = hashlib.sha256()
+def _tokenizer_digest(
+    texts: AbstractTexts | Sequence[Any], encode: Callable[..., Sequence[int]], on_bad_row: OnBadRow
+) -> str:
+    """A digest of the ids that the tokenizer gives for some texts."""
+    digest = hashlib.sha256()
     for number in np.unique(np.linspace(0, len(texts) - 1, _SAMPLES).astype(int)):
         try:
-            ids = use(texts, int(number), lambda text: encode(text[:_BEGINNING] if isinstance(text, str) else text))
+            ids = apply_to_row(
+                texts, int(number), lambda text: encode(text[:_BEGINNING] if isinstance(text, str) else text)
+            )
         except InputError:
             if on_bad_row == "refuse":
                 raise
             continue
-        made.update(np.asarray(ids, np.int64).tobytes() + b"\n")
-    return made.hexdigest()
+        digest.update(np.asarray(ids, np.int64).tobytes() + b"\n")
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Rows that can be used, told from those that cannot before training begins."""
+"""Finds the rows that cannot be used before training begins."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -10,16 +10,16 @@ from ...errors import InputError
 from .texts import AbstractTexts
 
 
-# What becomes of a row that cannot be used.
+# Whether a row that cannot be used raises or is skipped.
 OnBadRow = Literal["refuse", "skip"]
 
 
 class Usable:
-    """The rows of texts that pass a check, which all go through once.
+    """The rows that pass a check. Every row is checked once, when this is made.
 
     **Attributes:**
 
-    - `skipped`: a sentence for each row that is left out.
+    - `skipped`: a sentence for each row that was skipped.
     """
 
     skipped: list[str]
@@ -34,19 +34,19 @@ class Usable:
     ):
         """**Arguments:**
 
-        - `texts`: of files, or a list.
-        - `check`: is given each row; raises `InputError` for one that cannot be used.
-        - `on_bad_row`: `"refuse"`, or `"skip"` to go on without it.
-        - `progress`: called after each row with how many are done, and how many there are.
+        - `texts`: documents in files, or a list.
+        - `check`: called with each row; raises `InputError` if the row cannot be used.
+        - `on_bad_row`: `"refuse"` raises at the first such row, `"skip"` continues without it.
+        - `progress`: called after each row with the number of rows done, and of all rows.
 
-        **Raises:** `ValueError` that names the first row that cannot be used, or if none can.
+        **Raises:** `ValueError` that names the row, if a row cannot be used; with `"skip"`, if no row can be used.
         """
         self._texts = texts
         self.skipped = []
         kept: list[int] = []
         for number in range(len(texts)):
             try:
-                use(texts, number, check)
+                apply_to_row(texts, number, check)
                 kept.append(number)
             except InputError as error:
                 if on_bad_row == "refuse":
@@ -55,7 +55,7 @@ class Usable:
             if progress is not None:
                 progress(number + 1, len(texts))
         if not kept:
-            reason = f", the first since: {self.skipped[0]}" if self.skipped else "."
+            reason = f"; the error of the first: {self.skipped[0]}" if self.skipped else "."
             raise InputError(f"None of {len(texts)} rows can be used{reason}")
         self._kept: Int[np.ndarray, " rows"] = np.asarray(kept, np.int64)
 
@@ -66,14 +66,14 @@ class Usable:
         return self._texts[int(self._kept[index])]
 
 
-def use(texts: AbstractTexts | Sequence[Any], number: int, how: Callable[[Any], Any]) -> Any:
-    """What is made of a row.
+def apply_to_row(texts: AbstractTexts | Sequence[Any], number: int, fn: Callable[[Any], Any]) -> Any:
+    """`fn` of a row.
 
     **Raises:** `InputError` that names the row.
     """
     where = texts.where(number) if isinstance(texts, AbstractTexts) else f"Row {number + 1}"
     try:
-        return how(texts[number])
+        return fn(texts[number])
     except InputError as error:
         if where in str(error):
             raise
@@ -81,5 +81,5 @@ def use(texts: AbstractTexts | Sequence[Any], number: int, how: Callable[[Any], 
 
 
 def told(skipped: Sequence[str]) -> str:
-    """How many rows were left out, and why the first one was."""
-    return f"{len(skipped)} row{'s' if len(skipped) != 1 else ''} left out, the first since: {skipped[0]}"
+    """A sentence with the number of skipped rows, and the error of the first one."""
+    return f"{len(skipped)} row{'s' if len(skipped) != 1 else ''} skipped; the error of the first: {skipped[0]}"

@@ -1,4 +1,4 @@
-"""Say the next token: the one place where labels are shifted."""
+"""Next-token prediction; no other file shifts targets."""
 
 import operator
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from ...errors import InputError
 from ..batch import Example
 
 
-# The tokens of one text.
+# The tokens of one sequence.
 Ids = Sequence[int] | Integer[np.ndarray, " tokens"]
-# How much it counts to tell each of them.
+# The weight of each token as a target.
 Weights = Sequence[float | int] | Float[np.ndarray, " tokens"]
 
 
 def causal(ids: Ids, learned: Weights | None = None) -> Example:
-    """Each token is told from those before it.
+    """Predicts each token from those before it.
 
     **Arguments:**
 
-    - `ids`: one text.
-    - `learned`: how much it counts to tell each token; 1 unless given. The first token is told by none.
+    - `ids`: one sequence.
+    - `learned`: the weight of each token as a target; 1 unless given. The first token is no target.
 
     **Raises:** `ValueError` if there are fewer than two tokens.
     """
@@ -31,21 +31,23 @@ def causal(ids: Ids, learned: Weights | None = None) -> Example:
 
 
 def prefix_lm(ids: Ids, prefix: SupportsIndex) -> Example:
-    """The tokens of a prefix see each other, and each one behind it is told from those before it
+    """Predicts each token after a prefix from those before it; attention inside the prefix is bidirectional
     ([T5, section 3.2.1](https://arxiv.org/abs/1910.10683)).
 
     T5 draws the end of the prefix at random: `prefix_lm(ids, random.integers(1, len(ids)))`.
 
     **Arguments:**
 
-    - `ids`: one text.
-    - `prefix`: how many tokens the prefix has; at least 1, and at most all but one.
+    - `ids`: one sequence.
+    - `prefix`: the number of tokens in the prefix, from 1 to `len(ids) - 1`.
 
-    **Raises:** `ValueError` if `prefix` is outside of that.
+    **Raises:** `ValueError` if `prefix` is outside this range.
     """
     prefix = operator.index(prefix)
     if not 1 <= prefix < len(ids):
-        raise InputError(f"A prefix of {prefix} tokens leaves nothing to read or to tell of {len(ids)}; change it.")
+        raise InputError(
+            f"A prefix of {prefix} tokens is not from 1 to {len(ids) - 1} for a sequence of {len(ids)}; change prefix."
+        )
     return shifted(ids, prefix, (np.arange(len(ids)) >= prefix).astype(np.float32))
 
 
@@ -55,17 +57,19 @@ def shifted(
     learned: Weights | None = None,
     positions: Int[np.ndarray, " tokens"] | None = None,
 ) -> Example:
-    """Inputs that are all tokens but the last, and targets that are all but the first.
+    """An example whose inputs are all tokens but the last, and whose targets are all tokens but the first.
 
     **Arguments:**
 
-    - `ids`, `learned`: as of `causal`.
-    - `prefix`: the first so many see each other.
-    - `positions`: where the tokens stand; one after the other unless given.
+    - `ids`, `learned`: as for `causal`.
+    - `prefix`: the number of tokens at the start with bidirectional attention.
+    - `positions`: the position of each token; 0, 1, 2, ... unless given.
     """
     whole = np.asarray(ids, np.int32)
     if len(whole) < 2:
-        raise InputError(f"A text of {len(whole)} tokens has none that another one tells; give two or more ids.")
+        raise InputError(
+            f"A sequence of {len(whole)} tokens has no token to predict from another; give two or more ids."
+        )
     weights = np.ones(len(whole), np.float32) if learned is None else np.asarray(learned, np.float32)
     columns = np.arange(len(whole), dtype=np.int32)
     positions = columns if positions is None else positions

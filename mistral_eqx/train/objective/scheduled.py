@@ -1,4 +1,4 @@
-"""Read one's own words at times."""
+"""Scheduled sampling: some inputs are the model's own predictions."""
 
 import dataclasses
 
@@ -16,23 +16,24 @@ def scheduled_sampling(
     *,
     key: PRNGKeyArray,
 ) -> Batch:
-    """Some inputs are what the model itself said, so that it learns to go on from its own mistakes
+    """Replaces some inputs by the model's own predictions, so that the model learns to continue from its mistakes
     ([Bengio et al., 2015](https://arxiv.org/abs/1506.03099)).
 
-    The targets stay. Runs in a compiled program, unlike the other objectives, since it needs the model.
+    The targets do not change. Unlike the other objectives it runs in a compiled program, because it needs the model.
 
     **Arguments:**
 
-    - `batch`: of a causal objective, in which an input is the target of the column before it.
-    - `predictions`: what the model says at each column, drawn from its logits or the likeliest token.
-    - `probability`: of each input to be replaced. The paper lets it grow in the course of training.
-    - `key`: for the coins.
+    - `batch`: a batch of a causal objective, in which each input is the target of the column before it.
+    - `predictions`: the model's token at each column, sampled from its logits or the most likely one.
+    - `probability`: the probability that an input is replaced. In the paper it grows during training.
+    - `key`: the random key.
 
-    **Returns:** the batch, in which inputs whose column before counts, in the same text, are replaced.
+    **Returns:** the batch with replaced inputs. An input can be replaced if the column before it is in the same
+    sequence and its target has weight.
     """
-    said = jnp.roll(predictions, 1, axis=1)
-    told = jnp.roll(batch.weights, 1, axis=1) > 0
+    previous = jnp.roll(predictions, 1, axis=1)
+    was_target = jnp.roll(batch.weights, 1, axis=1) > 0
     column = jnp.arange(batch.inputs.shape[1], dtype=batch.first.dtype)[None, :]
-    coins = jr.bernoulli(key, probability, batch.inputs.shape)
-    inputs = jnp.where(coins & told & (column > batch.first), said, batch.inputs)
+    drawn = jr.bernoulli(key, probability, batch.inputs.shape)
+    inputs = jnp.where(drawn & was_target & (column > batch.first), previous, batch.inputs)
     return dataclasses.replace(batch, inputs=inputs)
