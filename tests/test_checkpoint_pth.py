@@ -9,7 +9,7 @@ import pytest
 from checkpoint_fixtures import assert_same_weights, random_model, tiny, weights
 
 from mistral_eqx.checkpoint import convert, load, mistral, open_checkpoint
-from mistral_eqx.checkpoint.names import rows
+from mistral_eqx.checkpoint.names import tensor_specs
 from mistral_eqx.parallel import Strategy
 
 
@@ -22,7 +22,10 @@ def to_torch(torch, array):
 def state(torch, model):
     """The tensors of a release, by Mistral's names."""
     arrays, config = weights(model), model.config
-    return {row.mistral: to_torch(torch, arrays[row.path].reshape(row.file_shape(config))) for row in rows(config)}
+    return {
+        spec.mistral: to_torch(torch, arrays[spec.path].reshape(spec.file_shape(config)))
+        for spec in tensor_specs(config)
+    }
 
 
 def release(folder, config):

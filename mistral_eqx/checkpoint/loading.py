@@ -102,9 +102,9 @@ def _read(
     arrays: dict[str, jax.Array] = {}
     done = 0
     for source, size in zip(found, sizes, strict=True):
-        row, shape = source.row, source.row.shape(source.config)
+        spec, shape = source.spec, source.spec.shape(source.config)
         part = functools.partial(source.read, dtype, check=check)
-        arrays[row.path] = placement.put(row.dims, shape, dtype, part)
+        arrays[spec.path] = placement.put(spec.dims, shape, dtype, part)
         done += size
         if progress is not None:
             progress(done, sum(sizes))
@@ -112,8 +112,8 @@ def _read(
 
 
 def _bytes_here(source: Source, placement: Placement) -> int:
-    shape = source.row.shape(source.config)
-    return source.tensor.nbytes * placement.entries(source.row.dims, shape) // math.prod(shape)
+    shape = source.spec.shape(source.config)
+    return source.tensor.nbytes * placement.entries(source.spec.dims, shape) // math.prod(shape)
 
 
 def supported_dtype(dtype: DTypeLike) -> np.dtype:

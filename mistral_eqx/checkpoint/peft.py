@@ -23,7 +23,7 @@ from ..parallel import everywhere
 from . import safetensors
 from .finite import all_finite
 from .loading import supported_dtype
-from .names import EMBEDDING, HEAD, Row, rows
+from .names import EMBEDDING, HEAD, TensorSpec, tensor_specs
 from .opening import ADAPTER
 from .processes import on_all
 from .pth import read_pickle
@@ -88,7 +88,7 @@ def save_lora(
         raise InputError("The model has no adapters to save; put some into it with apply_lora, or save all of it.")
     _check_alike(model, found)
     first = next(iter(found.values()))
-    order = {_site(row): row for row in rows(model.config)}
+    order = {_site(spec): spec for spec in tensor_specs(model.config)}
     tensors = [
         tensor
         for path, weight in found.items()
@@ -157,16 +157,16 @@ def load_lora(model: Mistral, folder: str | os.PathLike[str], *, dtype: DTypeLik
     model = _with_tables(model, tensors, settings, wanted, folder)
     places = sites(model)
     adapters: dict[str, tuple[jax.Array, jax.Array]] = {}
-    for row in rows(model.config):
-        names = _names(row)
-        path = _site(row)
-        if row is EMBEDDING or path not in places or not tensors.keys() & set(names):
+    for spec in tensor_specs(model.config):
+        names = _names(spec)
+        path = _site(spec)
+        if spec is EMBEDDING or path not in places or not tensors.keys() & set(names):
             continue
-        settings.expect_target(row, folder / CONFIG)
+        settings.expect_target(spec, folder / CONFIG)
         inputs, outputs = shapes_of(places[path])
         sizes = (rank, int(np.prod(inputs))), (int(np.prod(outputs)), rank)
         a, b = (_expected(tensors.pop(name, None), name, size, folder) for name, size in zip(names, sizes, strict=True))
-        place = file_order(row, model.config, "hf")
+        place = file_order(spec, model.config, "hf")
         adapters[path] = (
             jnp.asarray(read_rows(a, wanted).reshape(rank, *inputs)),
             jnp.asarray(read_rows(b, wanted, rows=place).reshape(*outputs, rank)),
@@ -220,9 +220,9 @@ class _Settings:
     targets: str | list[str] | None
     tables: list[str]
 
-    def expect_target(self, row: Row, path: Path):
+    def expect_target(self, spec: TensorSpec, path: Path):
         """Refuses an adapter that PEFT would pass over, because its layer is none of the targets."""
-        layer, targets = row.hf.removesuffix(".weight"), self.targets
+        layer, targets = spec.hf.removesuffix(".weight"), self.targets
         if isinstance(targets, str):
             # The tensors tell what was trained; an expression from a file may take for ever, a plain name does not.
             fits = re.fullmatch(r"[\w.-]+", targets) is None or targets in (layer, "all-linear")
@@ -322,8 +322,8 @@ def _with_tables(
     """The model with the embedding table and the head that the folder holds; these are taken out of the tensors."""
     places = sites(model)
     changed: dict[str, TrainedWeight] = {}
-    for module, row in _TABLES.items():
-        stem = f"base_model.model.{row.hf.removesuffix('.weight')}"
+    for module, spec in _TABLES.items():
+        stem = f"base_model.model.{spec.hf.removesuffix('.weight')}"
         names = [name for name in (f"{stem}.weight", f"{stem}.base_layer.weight") if name in tensors]
         if module in settings.tables and f"{stem}.weight" not in names:
             raise InputError(
@@ -333,14 +333,14 @@ def _with_tables(
                 key="modules_to_save",
             )
         for name in names:
-            tensor = _expected(tensors.pop(name), name, row.file_shape(model.config), folder)
+            tensor = _expected(tensors.pop(name), name, spec.file_shape(model.config), folder)
             # The head of a tied model is the table.
-            path = _site(EMBEDDING if model.config.tied else row)
+            path = _site(EMBEDDING if model.config.tied else spec)
             table = read_rows(tensor, np.dtype(model.dtype))
             now = np.asarray(changed[path].value) if path in changed else everywhere(places[path].weight.dense())
             if np.array_equal(now.astype(table.dtype), table):
                 continue
-            if path in changed or (model.config.tied and row is HEAD):
+            if path in changed or (model.config.tied and spec is HEAD):
                 raise InputError(
                     f"The tensor {name!r} of {str(folder / WEIGHTS)!r} differs from the embedding, but in this model "
                     "the head is the embedding table; merge the adapters with PEFT.",
@@ -375,22 +375,22 @@ def _expected(tensor: LazyTensor | None, name: str, shape: tuple[int, ...], fold
 
 
 def _file_tensors(
-    row: Row, config: MistralConfig, a: np.ndarray, b: np.ndarray
+    spec: TensorSpec, config: MistralConfig, a: np.ndarray, b: np.ndarray
 ) -> list[tuple[str, tuple[int, ...], np.dtype, np.ndarray]]:
     """`A` and `B` as matrices, the rows of `B` in the order of the weight's."""
     a, b = a.reshape(a.shape[0], -1), b.reshape(-1, b.shape[-1])
-    b = b[np.argsort(file_order(row, config, "hf"))]
-    return [(name, x.shape, x.dtype, x) for name, x in zip(_names(row), (a, b), strict=True)]
+    b = b[np.argsort(file_order(spec, config, "hf"))]
+    return [(name, x.shape, x.dtype, x) for name, x in zip(_names(spec), (a, b), strict=True)]
 
 
-def _names(row: Row) -> tuple[str, str]:
-    stem = f"base_model.model.{row.hf.removesuffix('.weight')}"
+def _names(spec: TensorSpec) -> tuple[str, str]:
+    stem = f"base_model.model.{spec.hf.removesuffix('.weight')}"
     return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
 
-def _module(row: Row) -> str:
-    return row.hf.removesuffix(".weight").rsplit(".", 1)[-1]
+def _module(spec: TensorSpec) -> str:
+    return spec.hf.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
-def _site(row: Row) -> str:
-    return row.path.removesuffix(".weight.value")
+def _site(spec: TensorSpec) -> str:
+    return spec.path.removesuffix(".weight.value")

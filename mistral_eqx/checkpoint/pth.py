@@ -13,7 +13,7 @@ import numpy as np
 from ..config import MistralConfig
 from ..documents import MiB, expect_regular, shown
 from ..errors import InputError
-from .names import rows
+from .names import tensor_specs
 from .reader import DTYPES, LazyTensor
 from .readings import same_values
 from .safetensors import PlainTensor
@@ -74,8 +74,8 @@ def read_pickles(files: Sequence[Path], config: MistralConfig) -> dict[str, Lazy
     for file in files:
         for name, tensor in read_pickle(file).items():
             found.setdefault(name, []).append(tensor)
-    known = itertools.takewhile(lambda row: row.mistral in found, rows(config))
-    shapes = {row.mistral: row.file_shape(config) for row in known}
+    known = itertools.takewhile(lambda spec: spec.mistral in found, tensor_specs(config))
+    shapes = {spec.mistral: spec.file_shape(config) for spec in known}
     return {name: _joined(parts, shapes.get(name), files) for name, parts in found.items()}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
-from .names import EMBEDDING, HEAD, Row, is_derived, rows
+from .names import EMBEDDING, HEAD, TensorSpec, is_derived, tensor_specs
 from .reader import LazyTensor
 from .source import file_order
 
@@ -80,24 +80,26 @@ def _differing(
     copies: Mapping[str, LazyTensor],
 ) -> str | None:
     """The name of a tensor among the copies that is not one of the tensors, if there is any."""
-    found = itertools.takewhile(lambda row: row.name(format) in tensors, rows(config))
-    known = {row.name(other_format): row for row in found}
+    found = itertools.takewhile(lambda spec: spec.name(format) in tensors, tensor_specs(config))
+    known = {spec.name(other_format): spec for spec in found}
     if config.tied:
         known[HEAD.name(other_format)] = EMBEDDING
     for name, copy in copies.items():
         if is_derived(name, other_format):
             continue
-        row = known.get(name)
-        if row is None or not _same(config, row, tensors[row.name(format)], format, copy, other_format):
+        spec = known.get(name)
+        if spec is None or not _same(config, spec, tensors[spec.name(format)], format, copy, other_format):
             return name
     return None
 
 
-def _same(config: MistralConfig, row: Row, one: LazyTensor, format: str, other: LazyTensor, other_format: str) -> bool:
-    shape = row.file_shape(config)
+def _same(
+    config: MistralConfig, spec: TensorSpec, one: LazyTensor, format: str, other: LazyTensor, other_format: str
+) -> bool:
+    shape = spec.file_shape(config)
     if one.shape != shape or other.shape != shape:
         return False
-    return same_values(one, other, file_order(row, config, format), file_order(row, config, other_format))
+    return same_values(one, other, file_order(spec, config, format), file_order(spec, config, other_format))
 
 
 def same_values(

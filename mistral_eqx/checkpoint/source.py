@@ -8,7 +8,7 @@ import numpy as np
 from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
-from .names import EMBEDDING, HEAD, Row, is_derived, rows
+from .names import EMBEDDING, HEAD, TensorSpec, is_derived, tensor_specs
 from .placement import ON_DEFAULT_DEVICE, Index, Placement
 from .reader import Checkpoint, LazyTensor, read_columns
 
@@ -17,20 +17,20 @@ from .reader import Checkpoint, LazyTensor, read_columns
 _VOCAB = {"hf": "vocab_size", "mistral": "vocab_size", "gguf": "llama.vocab_size"}
 
 
-def file_order(row: Row, config: MistralConfig, format: str) -> np.ndarray:
+def file_order(spec: TensorSpec, config: MistralConfig, format: str) -> np.ndarray:
     """Which row of a file's tensor makes each row of the model's, all the model's leading axes taken as one.
 
     **Arguments:**
 
-    - `row`: the tensor.
+    - `spec`: the tensor.
     - `config`: the sizes.
     - `format`: of the file. In Hugging Face's, the entries `2 i` and `2 i + 1` of a head, which the rotary embedding
         turns together, stand at `i` and `i + head_dim / 2`.
 
     **Returns:** a permutation, shape `(rows,)`.
     """
-    count = row.file_shape(config)[0]
-    if format != "hf" or not row.rotary:
+    count = spec.file_shape(config)[0]
+    if format != "hf" or not spec.rotary:
         return np.arange(count)
     pairs = config.head_dim // 2
     within_head = np.arange(config.head_dim).reshape(2, pairs).T.reshape(-1)
@@ -44,13 +44,13 @@ class Source:
 
     **Attributes:**
 
-    - `row`: its names and dimensions.
+    - `spec`: its names and dimensions.
     - `tensor`: where it is read from.
     - `config`: the sizes of the whole model.
     - `format`: of the file.
     """
 
-    row: Row
+    spec: TensorSpec
     tensor: LazyTensor
     config: MistralConfig
     format: str
@@ -65,9 +65,9 @@ class Source:
         **Returns:** the rows of the file's tensor in the part's order, its columns likewise (`None` for all of them),
         and the part's shape.
         """
-        shape = self.row.shape(self.config)
-        out_axes = len(self.row.out_dims.split())
-        order = file_order(self.row, self.config, self.format).reshape(shape[:out_axes])[tuple(index[:out_axes])]
+        shape = self.spec.shape(self.config)
+        out_axes = len(self.spec.out_dims.split())
+        order = file_order(self.spec, self.config, self.format).reshape(shape[:out_axes])[tuple(index[:out_axes])]
         if out_axes == len(shape):
             return order.reshape(-1), None, order.shape
         inner = np.arange(self.tensor.shape[1]).reshape(shape[out_axes:])[tuple(index[out_axes:])]
@@ -88,7 +88,7 @@ class Source:
         **Returns:** an array for each part, in the model's order and shape.
         """
         if parts is None:
-            parts = [(slice(None),) * len(self.row.dims.split())]
+            parts = [(slice(None),) * len(self.spec.dims.split())]
         located = [self.locate(part) for part in parts]
         same_rows: dict[bytes, list[int]] = {}
         for number, (order, _, _) in enumerate(located):
@@ -114,26 +114,28 @@ def sources(checkpoint: Checkpoint, placement: Placement = ON_DEFAULT_DEVICE) ->
     **Raises:** `ValueError` that names a tensor that is missing, that the model does not have, or whose shape is not
     the one that the config asks for.
     """
-    wanted = rows_of(checkpoint)
+    wanted = specs_of(checkpoint)
     if checkpoint.config.tied and HEAD.name(checkpoint.format) in checkpoint.tensors:
         _expect_same(checkpoint, placement.parts(EMBEDDING.dims, EMBEDDING.shape(checkpoint.config)))
-    return [Source(row, checkpoint.tensors[name], checkpoint.config, checkpoint.format) for name, row in wanted.items()]
+    return [
+        Source(spec, checkpoint.tensors[name], checkpoint.config, checkpoint.format) for name, spec in wanted.items()
+    ]
 
 
-def rows_of(checkpoint: Checkpoint) -> dict[str, Row]:
+def specs_of(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
     """The tensors that the config of a checkpoint asks for, by their names in its files; nothing is read.
 
     **Raises:** `InputError` that names a tensor that is missing, that the model does not have, or whose shape is not
     the one that the config asks for.
     """
     config, format, tensors = checkpoint.config, checkpoint.format, checkpoint.tensors
-    wanted: dict[str, Row] = {}
+    wanted: dict[str, TensorSpec] = {}
     # However many layers the config has, this ends at the first that the files lack.
-    for row in rows(config):
-        name, expected = row.name(format), row.file_shape(config)
-        wanted[name] = row
+    for spec in tensor_specs(config):
+        name, expected = spec.name(format), spec.file_shape(config)
+        wanted[name] = spec
         if name not in tensors:
-            hint = " (or mark the embeddings as tied there, if the head is the embedding table)" if row is HEAD else ""
+            hint = " (or mark the embeddings as tied there, if the head is the embedding table)" if spec is HEAD else ""
             raise InputError(
                 f"{str(checkpoint.path)!r} has no tensor {name!r}, which its config asks for in shape {expected}; "
                 f"fetch the checkpoint again, or correct the config{hint}.",
@@ -141,7 +143,7 @@ def rows_of(checkpoint: Checkpoint) -> dict[str, Row]:
                 key=name,
             )
         if tensors[name].shape != expected:
-            raise _of_another_shape(checkpoint, row, expected)
+            raise _of_another_shape(checkpoint, spec, expected)
     for name in tensors:
         if name in wanted or is_derived(name, format) or (config.tied and name == HEAD.name(format)):
             continue
@@ -161,8 +163,8 @@ def rows_of(checkpoint: Checkpoint) -> dict[str, Row]:
     return wanted
 
 
-def _of_another_shape(checkpoint: Checkpoint, row: Row, expected: tuple[int, ...]) -> InputError:
-    name = row.name(checkpoint.format)
+def _of_another_shape(checkpoint: Checkpoint, spec: TensorSpec, expected: tuple[int, ...]) -> InputError:
+    name = spec.name(checkpoint.format)
     found = checkpoint.tensors[name].shape
     message = (
         f"The tensor {name!r} of {str(checkpoint.path)!r} has shape {shown(found)}, but its config asks for "
@@ -173,7 +175,7 @@ def _of_another_shape(checkpoint: Checkpoint, row: Row, expected: tuple[int, ...
         for table in (EMBEDDING, HEAD)
         if table.name(checkpoint.format) in checkpoint.tensors
     }
-    if row in (EMBEDDING, HEAD) and found[1:] == expected[1:] and len(sizes) == 1:
+    if spec in (EMBEDDING, HEAD) and found[1:] == expected[1:] and len(sizes) == 1:
         # All tables of the vocabulary agree, so the config is stale: a tokenizer was extended after it was written.
         key = _VOCAB[checkpoint.format]
         return InputError(

@@ -22,7 +22,7 @@ from . import hf, mistral, safetensors
 from .finite import all_finite
 from .hub import locate
 from .loading import Progress, path_of, supported_dtype
-from .names import Row, rows
+from .names import TensorSpec, tensor_specs
 from .opening import open_checkpoint
 from .processes import on_all
 from .reader import CHUNK_BYTES, DTYPES, read_rows
@@ -86,27 +86,27 @@ def save(
         for keys, leaf in jax.tree_util.tree_flatten_with_path(model)[0]
         if isinstance(leaf, jax.Array | np.ndarray)
     }
-    order = list(rows(config))
-    for row in order:
-        if row.path not in arrays:
+    order = list(tensor_specs(config))
+    for spec in order:
+        if spec.path not in arrays:
             raise InputError(
-                f"The model has no dense weight {row.path!r}, which its config asks for; merge its adapters and "
+                f"The model has no dense weight {spec.path!r}, which its config asks for; merge its adapters and "
                 "dequantise it before it is saved."
             )
-        found = arrays[row.path]
-        if found.shape != row.shape(config) or found.dtype not in DTYPES.values():
+        found = arrays[spec.path]
+        if found.shape != spec.shape(config) or found.dtype not in DTYPES.values():
             raise InputError(
-                f"The model's weight {row.path!r} is {found.dtype} of shape {found.shape}, but its config asks for "
-                f"{row.shape(config)}, in {', '.join(DTYPES)}; cast it, or correct the config."
+                f"The model's weight {spec.path!r} is {found.dtype} of shape {found.shape}, but its config asks for "
+                f"{spec.shape(config)}, in {', '.join(DTYPES)}; cast it, or correct the config."
             )
-    if surplus := sorted(set(arrays) - {row.path for row in order}):
+    if surplus := sorted(set(arrays) - {spec.path for spec in order}):
         raise InputError(
             f"The model has a weight {surplus[0]!r}, for which a checkpoint has no place; merge its adapters and "
             "dequantise it before it is saved."
         )
     several = not all(isinstance(array, np.ndarray) or array.is_fully_addressable for array in arrays.values())
-    waiting = {row.path: arrays[row.path] for row in order}
-    tensors = [_from_array(row, waiting, config, format, allow_nonfinite) for row in order]
+    waiting = {spec.path: arrays[spec.path] for spec in order}
+    tensors = [_from_array(spec, waiting, config, format, allow_nonfinite) for spec in order]
 
     def write():
         with staged(path, overwrite=overwrite) as folder:
@@ -172,28 +172,28 @@ def convert(
 
 
 def _from_array(
-    row: Row,
+    spec: TensorSpec,
     waiting: dict[str, jax.Array | np.ndarray],
     config: MistralConfig,
     format: Format,
     allow_nonfinite: bool,
 ) -> _Tensor:
     """The model's tensor, which is taken out of those that are `waiting` when it is its turn."""
-    shape = row.file_shape(config)
+    shape = spec.file_shape(config)
 
     def chunks() -> Iterator[np.ndarray]:
-        flat = _on_host(waiting.pop(row.path)).reshape(shape)
-        for model_rows in _model_rows(row, config, format, flat.dtype):
+        flat = _on_host(waiting.pop(spec.path)).reshape(shape)
+        for model_rows in _model_rows(spec, config, format, flat.dtype):
             chunk = flat[model_rows]
             if not allow_nonfinite and not all_finite(chunk):
                 raise InputError(
-                    f"The tensor {row.name(format)!r} (the model's {row.path!r}) holds NaN or infinity, so nothing was "
+                    f"The tensor {spec.name(format)!r} (the model's {spec.path!r}) holds NaN or infinity, so nothing was "
                     "saved; go back to a model from before it diverged, or write it as it is (allow_nonfinite=True).",
-                    key=row.name(format),
+                    key=spec.name(format),
                 )
             yield chunk
 
-    return _Tensor(row.name(format), shape, np.dtype(waiting[row.path].dtype), chunks)
+    return _Tensor(spec.name(format), shape, np.dtype(waiting[spec.path].dtype), chunks)
 
 
 def _from_source(
@@ -204,11 +204,11 @@ def _from_source(
     path: Path,
     allow_nonfinite: bool,
 ) -> _Tensor:
-    row, config, tensor = source.row, source.config, source.tensor
+    spec, config, tensor = source.spec, source.config, source.tensor
 
     def chunks() -> Iterator[np.ndarray]:
-        order = file_order(row, config, source.format)
-        for model_rows in _model_rows(row, config, format, dtype):
+        order = file_order(spec, config, source.format)
+        for model_rows in _model_rows(spec, config, format, dtype):
             rows = order[model_rows]
             with naming(path):
                 chunk = read_rows(tensor, dtype, rows=rows)
@@ -225,13 +225,13 @@ def _from_source(
             yield chunk
         report(tensor.nbytes)
 
-    return _Tensor(row.name(format), row.file_shape(config), dtype, chunks)
+    return _Tensor(spec.name(format), spec.file_shape(config), dtype, chunks)
 
 
-def _model_rows(row: Row, config: MistralConfig, format: Format, dtype: np.dtype) -> Iterator[np.ndarray]:
+def _model_rows(spec: TensorSpec, config: MistralConfig, format: Format, dtype: np.dtype) -> Iterator[np.ndarray]:
     """The rows of the model's tensor in the order in which a file has them, a chunk at a time."""
-    count, *width = row.file_shape(config)
-    order = np.argsort(file_order(row, config, format))
+    count, *width = spec.file_shape(config)
+    order = np.argsort(file_order(spec, config, format))
     step = max(1, CHUNK_BYTES // (int(np.prod(width)) * dtype.itemsize))
     for start in range(0, count, step):
         yield order[start : start + step]
