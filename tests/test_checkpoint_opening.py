@@ -235,7 +235,7 @@ def test_a_stale_number_of_tokens_is_named(format, getkey, tmp_path):
         path, key = tmp_path / "model", "vocab_size"
         save(model, path, format=format)
         edit_json(path / {"hf": "config.json", "mistral": "params.json"}[format], vocab_size=70)
-    with pytest.raises(ValueError, match=rf"hold 80 tokens and the config's '{key}' says 70: set '{key}' to 80"):
+    with pytest.raises(ValueError, match=rf"hold 80 tokens and the config's '{key}' is 70: set '{key}' to 80"):
         load(path)
 
 

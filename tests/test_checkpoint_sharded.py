@@ -55,11 +55,11 @@ def written(format, model, folder):
 
 @dataclasses.dataclass(frozen=True)
 class PlacementOf(Placement):
-    """The part of one device, as if no other were this process's."""
+    """The shard of one device, as if it were the only device of this process."""
 
     device: int = 0
 
-    def parts(self, dims, shape):
+    def shards(self, dims, shape):
         sharding = NamedSharding(self.mesh, self.strategy.spec(dims))
         return [sharding.devices_indices_map(shape)[self.mesh.devices.flat[self.device]]]
 
@@ -68,7 +68,7 @@ def read_as(placement, checkpoint):
     """Reads what a process with this placement reads, and how many bytes that is."""
     read = 0
     for source in sources(checkpoint, placement):
-        parts = placement.parts(source.spec.dims, source.spec.shape(source.config))
+        parts = placement.shards(source.spec.dims, source.spec.shape(source.config))
         read += sum(part.nbytes for part in source.read(checkpoint.dtype, parts))
     return read
 
@@ -141,7 +141,7 @@ def test_shards_of_quantised_blocks(kind, layout, names, sizes, getkey, tmp_path
     checkpoint = open_checkpoint(path)
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     for source in sources(checkpoint):
-        [index] = PlacementOf(mesh, strategy).parts(source.spec.dims, source.spec.shape(CONFIG))
+        [index] = PlacementOf(mesh, strategy).shards(source.spec.dims, source.spec.shape(CONFIG))
         order, columns, _ = source.locate(index)
         with counted_reads() as seen:
             source.read(DTYPES["float32"], [index])

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from ..checkpoint.gguf import ends_by_name, read_gguf
+from ..checkpoint.gguf import eos_ids_by_name, read_gguf
 from ..documents import shown
 from ..errors import InputError
 from .huggingface import SPACE_PREFIX, HuggingFaceTokenizer
@@ -69,7 +69,7 @@ class _Vocabulary:
         if NORMAL not in types:
             raise self.damaged("token_type", "its vocabulary has no token that is text")
         self.bos_id = self._id("bos")
-        named = ends_by_name(self.tokens, self._id("unknown"))
+        named = eos_ids_by_name(self.tokens, self._id("unknown"))
         keyed = [id for id in map(self._id, ("eos", "eot", "eom")) if id is not None]
         self.eos_ids = list(dict.fromkeys([*keyed, *named]))
         for id in self.eos_ids:

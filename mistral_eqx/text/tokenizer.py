@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from .. import interrupts
-from ..checkpoint.staging import alone, hidden_beside, made, restore
+from ..checkpoint.staging import exclusive, hidden_beside, make_folder, restore
 from ..errors import InputError
 from .settings import FILES, GENERATION, write_settings
 from .stops import StopRows
@@ -231,7 +231,7 @@ class AbstractTokenizer(abc.ABC):
         **Raises:** `ValueError` if `folder` holds files of a tokenizer already, with which these would be mixed up, or
         cannot be written.
         """
-        folder = made(folder)
+        folder = make_folder(folder)
         self._expect_none_in(folder)
         restore(folder / "tokenizer")
         with hidden_beside(folder / "tokenizer", folder) as partial:
@@ -246,7 +246,7 @@ class AbstractTokenizer(abc.ABC):
                 template_tokens=self.template_tokens,
                 **more,
             )
-            with alone(folder), interrupts.held():
+            with exclusive(folder), interrupts.held():
                 # Another process may have come first.
                 self._expect_none_in(folder)
                 # A vocabulary without its settings would be another tokenizer, so it comes last.

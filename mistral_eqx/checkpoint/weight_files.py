@@ -1,4 +1,4 @@
-"""Files of one folder that each claim to be its weights."""
+"""A folder that may hold its weights several times, in several formats."""
 
 import dataclasses
 import itertools
@@ -16,20 +16,20 @@ from .reader import LazyTensor
 from .source import file_order
 
 
-# A tensor with so few entries is compared whole, of a larger one so many rows: what was trained differs in any of them.
-_COMPARED_WHOLE = 2**14
+# A larger tensor is compared by a few rows only: weights that were trained differ in every row.
+_LARGEST_COMPARED_WHOLE = 2**14
 _ROWS_COMPARED = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """One way to read the weights of a folder.
+class WeightFiles:
+    """The files that hold the weights of a folder in one format.
 
     **Attributes:**
 
-    - `file`: the name of its file, or of the first of them.
-    - `format`: whose names its tensors have.
-    - `read`: finds the tensors by their names.
+    - `file`: the name of the file, or of the first file.
+    - `format`: the format of the tensors' names.
+    - `read`: reads the headers, and returns the tensors by name.
     """
 
     file: str
@@ -37,36 +37,37 @@ class Reading:
     read: Callable[[MistralConfig], Mapping[str, LazyTensor]]
 
 
-def the_one(folder: Path, config: MistralConfig, readings: Sequence[Reading]) -> Mapping[str, LazyTensor]:
-    """The weights of a folder, which may hold them several times if they are the same.
+def read_consistent(
+    folder: Path, config: MistralConfig, weight_files: Sequence[WeightFiles]
+) -> Mapping[str, LazyTensor]:
+    """Reads the weights of a folder, and checks that all copies of them are the same.
 
-    Two copies of a tensor count as the same if their shapes and values are; of one with more than 16384 entries, five
-    rows are compared. A copy need not be complete.
+    Two copies of a tensor are the same if their shapes and values are equal. For a tensor with more than 16384
+    entries, the check compares five rows. A copy may lack tensors.
 
     **Arguments:**
 
-    - `folder`, `config`: of the model.
-    - `readings`: all ways to read its weights, the preferred one first.
+    - `folder`, `config`: the folder and the config of the model.
+    - `weight_files`: all copies of the weights, the preferred one first.
 
-    **Returns:** the tensors of the first reading.
+    **Returns:** the tensors of the first copy.
 
-    **Raises:** `InputError` that names two files and a tensor in which they differ.
+    **Raises:** `InputError` that names two files, and a tensor that differs between them.
     """
-    first, *others = readings
+    first, *others = weight_files
     tensors = first.read(config)
     for other in others:
         try:
             differing = _differing(config, first.format, tensors, other.format, other.read(config))
         except (InputError, OSError) as error:
-            why = f"which cannot be compared ({str(error).rstrip('.')})"
+            problem = f"which cannot be compared ({str(error).rstrip('.')})"
         else:
             if differing is None:
                 continue
-            why = f"which differ in the tensor {shown(differing)}"
+            problem = f"which differ in the tensor {shown(differing)}"
         raise InputError(
-            f"The folder {str(folder)!r} holds weights in {first.file!r} and in {other.file!r}, {why}; keep one "
-            "of the two "
-            "and move the files of the other out of the folder.",
+            f"The folder {str(folder)!r} holds weights in {first.file!r} and in {other.file!r}, {problem}; keep one "
+            "of the two and move the files of the other out of the folder.",
             file=folder / other.file,
         )
     return tensors
@@ -79,7 +80,7 @@ def _differing(
     other_format: str,
     copies: Mapping[str, LazyTensor],
 ) -> str | None:
-    """The name of a tensor among the copies that is not one of the tensors, if there is any."""
+    """The name of the first copy that differs from its tensor, or that the model lacks; `None` if there is none."""
     found = itertools.takewhile(lambda spec: spec.name(format) in tensors, tensor_specs(config))
     known = {spec.name(other_format): spec for spec in found}
     if config.tied:
@@ -105,17 +106,17 @@ def _same(
 def same_values(
     one: LazyTensor, other: LazyTensor, order: np.ndarray | None = None, other_order: np.ndarray | None = None
 ) -> bool:
-    """Whether two tensors have the same shape and values, as far as a few of their rows tell.
+    """Whether two tensors have the same shape and values. Of large tensors, a few rows are compared.
 
     **Arguments:**
 
-    - `one`, `other`: the tensors; what they are stored as may differ.
-    - `order`, `other_order`: which row of each comes first, second and so on; as they stand unless given.
+    - `one`, `other`: the tensors; their stored types may differ.
+    - `order`, `other_order`: for each tensor, the order in which its rows are compared; the file's order unless given.
     """
     if one.shape != other.shape:
         return False
     picked = np.arange(one.shape[0] if one.shape else 0)
-    if math.prod(one.shape) > _COMPARED_WHOLE:
+    if math.prod(one.shape) > _LARGEST_COMPARED_WHOLE:
         picked = np.unique(np.linspace(0, len(picked) - 1, _ROWS_COMPARED).astype(int))
 
     def values(tensor: LazyTensor, order: np.ndarray | None) -> np.ndarray:
