@@ -171,7 +171,7 @@ def _kind(path: Path, name: str, info: TensorInfo) -> gguf.GGMLQuantizationType:
         stored = str(info.kind) if known is None else known.name
         raise InputError(
             f"The tensor {shown(name)} of {str(path)!r} has the element type {stored}, which the gguf package cannot "
-            "dequantise; use a file quantised otherwise, such as Q8_0 or Q4_K_M.",
+            "dequantise; use a file with another quantisation, such as Q8_0 or Q4_K_M.",
             file=path,
             key=name,
         )
