@@ -345,7 +345,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(getkey, tmp_path, lim
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert str(caught.value).startswith(
-            f"{str(tmp_path / target / file)!r} cannot be written: File too large; make"
+            f"{str(tmp_path / target / file)!r} cannot be written: File too large; free"
         )
         assert caught.value.file == str(tmp_path / target / file)
     assert listing(tmp_path) == ["out"]

@@ -260,7 +260,8 @@ def _windows(document: Settings, layers: int, default: int | None) -> tuple[int 
     if len(kinds) != layers:
         raise document.wrong(
             "layer_types",
-            f"{document.name} has {len(kinds)} layer_types for {layers} layers (num_hidden_layers); give one for each layer.",
+            f"{document.name} has {len(kinds)} layer_types for {layers} layers (num_hidden_layers); give one for each "
+            "layer.",
         )
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):

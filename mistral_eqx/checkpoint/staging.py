@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows, which does not remove open files
     fcntl = None
 
-# A folder may be replaced if it holds one of these files.
+# The files that mark each kind of folder. A folder of another kind is never replaced.
 _MARKER_FILES = {"checkpoint": {"config.json", "params.json"}, "PEFT adapter": {"adapter_config.json"}}
 
 # Names in the hidden folder: the lock file of the writing process, the new folder, and the old folder while it is
