@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from mistral_eqx.checkpoint import hf, open_checkpoint
-from mistral_eqx.checkpoint.names import rows
+from mistral_eqx.checkpoint.names import tensor_specs
 from mistral_eqx.checkpoint.reader import DTYPES
 from mistral_eqx.checkpoint.safetensors import write
 from mistral_eqx.presets import PRESETS
@@ -63,12 +63,12 @@ def make_checkpoint(folder: Path, layers: int, shard_bytes: int):
     dtype = DTYPES["bfloat16"]
     shards: list[list] = [[]]
     size = 0
-    for row in rows(config):
-        nbytes = int(np.prod(row.file_shape(config))) * dtype.itemsize
+    for spec in tensor_specs(config):
+        nbytes = int(np.prod(spec.file_shape(config))) * dtype.itemsize
         if shards[-1] and size + nbytes > shard_bytes:
             shards.append([])
             size = 0
-        shards[-1].append(row)
+        shards[-1].append(spec)
         size += nbytes
     numbers = np.random.default_rng(0)
     # Bits of small positive numbers: drawing normal ones would take longer than everything else here.
@@ -82,9 +82,9 @@ def make_checkpoint(folder: Path, layers: int, shard_bytes: int):
     placed = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        shapes = [(row.hf, row.file_shape(config)) for row in shard]
+        shapes = [(spec.hf, spec.file_shape(config)) for spec in shard]
         write(folder / name, [(tensor, shape, dtype, random(shape)) for tensor, shape in shapes])
-        placed |= {row.hf: name for row in shard}
+        placed |= {spec.hf: name for spec in shard}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
     (folder / "config.json").write_text(json.dumps(hf.write_config(config)))
 

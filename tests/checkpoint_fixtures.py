@@ -15,7 +15,7 @@ from fixtures.text import tiny as vocabularies
 
 from mistral_eqx.checkpoint import gguf as checkpoint_gguf, hf, safetensors
 from mistral_eqx.checkpoint.loading import path_of
-from mistral_eqx.checkpoint.names import rows
+from mistral_eqx.checkpoint.names import tensor_specs
 from mistral_eqx.checkpoint.ranges import read_ranges
 from mistral_eqx.checkpoint.reader import DTYPES
 from mistral_eqx.config import MistralConfig
@@ -99,11 +99,11 @@ def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, *, metadata=(), 
     for key, value in metadata:
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     arrays = weights(model)
-    for row in rows(config):
-        array = arrays[row.path].astype(np.float32).reshape(row.file_shape(config))
+    for spec in tensor_specs(config):
+        array = arrays[spec.path].astype(np.float32).reshape(spec.file_shape(config))
         vector = array.ndim == 1
         raw = array if vector else gguf.quants.quantize(array, kind)
-        writer.add_tensor(row.gguf, raw, raw_dtype=gguf.GGMLQuantizationType.F32 if vector else kind)
+        writer.add_tensor(spec.gguf, raw, raw_dtype=gguf.GGMLQuantizationType.F32 if vector else kind)
     for name, array in tensors:
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -124,7 +124,7 @@ def write_noise(folder, config, dtype="bfloat16"):
             part = (min(1024, shape[0] - start), *shape[1:])
             yield np.resize(np.roll(noise, seed + 7919 * start), math.prod(part) * dtype.itemsize // 2).view(dtype)
 
-    described = [(row.hf, row.file_shape(config)) for row in rows(config)]
+    described = [(spec.hf, spec.file_shape(config)) for spec in tensor_specs(config)]
     safetensors.write(
         folder / "model.safetensors",
         [(name, shape, dtype, draw(seed, shape)) for seed, (name, shape) in enumerate(described)],

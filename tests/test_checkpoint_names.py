@@ -3,7 +3,7 @@ import pytest
 from checkpoint_fixtures import random_model, tiny, weights
 from hypothesis import given, strategies as st
 
-from mistral_eqx.checkpoint.names import TABLE, is_derived, rows
+from mistral_eqx.checkpoint.names import TABLE, is_derived, tensor_specs
 from mistral_eqx.checkpoint.source import file_order
 
 
@@ -26,14 +26,14 @@ head.weight.value                            lm_head.weight                     
 
 def test_one_table_of_names_for_three_formats():
     config = tiny()
-    found = {row.path: row for row in rows(config)}
+    found = {spec.path: spec for spec in tensor_specs(config)}
     lines = [line.split() for line in NAMES.strip().splitlines()]
     assert len(lines) == len(TABLE)
     for path, hf, mistral, gguf, *shape in lines:
-        row = found[path]
-        assert (row.name("hf"), row.name("mistral"), row.name("gguf")) == (hf, mistral, gguf)
-        assert row.file_shape(config) == tuple(map(int, shape))
-        assert row.rotary == (".q_proj" in path or ".k_proj" in path)
+        spec = found[path]
+        assert (spec.name("hf"), spec.name("mistral"), spec.name("gguf")) == (hf, mistral, gguf)
+        assert spec.file_shape(config) == tuple(map(int, shape))
+        assert spec.rotary == (".q_proj" in path or ".k_proj" in path)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -41,14 +41,14 @@ def test_every_weight_of_the_model_has_a_row(tied, getkey):
     config = tiny(tied=tied)
     arrays = weights(random_model(config, getkey(), jnp.bfloat16))
     assert {path: array.shape for path, array in arrays.items()} == {
-        row.path: row.shape(config) for row in rows(config)
+        spec.path: spec.shape(config) for spec in tensor_specs(config)
     }
 
 
 def test_every_name_is_used_once():
     config = tiny()
     for format in ("hf", "mistral", "gguf"):
-        names = [row.name(format) for row in rows(config)]
+        names = [spec.name(format) for spec in tensor_specs(config)]
         assert len(set(names)) == len(names) == 3 + 9 * config.layers
 
 
@@ -62,17 +62,17 @@ def test_derived_tables_are_known():
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 8))
 def test_trap_axis_order_that_leaves_the_first_and_last_rows_right_and_the_middle_wrong(kv_heads, q_per_kv, pairs):
     config = tiny(kv_heads=kv_heads, q_per_kv=q_per_kv, head_dim=2 * pairs)
-    for row in rows(config):
-        order = file_order(row, config, "hf")
+    for spec in tensor_specs(config):
+        order = file_order(spec, config, "hf")
         expected = []
         # A pair of the rotary embedding is (2 i, 2 i + 1) here and (i, i + head_dim / 2) there, in every head.
-        heads = row.file_shape(config)[0] // config.head_dim if row.rotary else 0
+        heads = spec.file_shape(config)[0] // config.head_dim if spec.rotary else 0
         for head in range(heads):
             for pair in range(pairs):
                 expected.append(head * 2 * pairs + pair)
                 expected.append(head * 2 * pairs + pair + pairs)
-        if not row.rotary:
-            expected = list(range(row.file_shape(config)[0]))
+        if not spec.rotary:
+            expected = list(range(spec.file_shape(config)[0]))
         assert order.tolist() == expected
-        assert file_order(row, config, "mistral").tolist() == sorted(expected)
-        assert file_order(row, config, "gguf").tolist() == sorted(expected)
+        assert file_order(spec, config, "mistral").tolist() == sorted(expected)
+        assert file_order(spec, config, "gguf").tolist() == sorted(expected)

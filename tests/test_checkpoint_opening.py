@@ -8,7 +8,7 @@ import pytest
 from checkpoint_fixtures import assert_same_weights, edit_json, random_model, tiny, write_gguf
 
 from mistral_eqx.checkpoint import convert, load, open_checkpoint, save
-from mistral_eqx.checkpoint.names import rows
+from mistral_eqx.checkpoint.names import tensor_specs
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_what_is_no_file_is_not_opened(hf, file):
 def test_layers_are_not_counted_out(hf):
     edit_json(hf / "config.json", num_hidden_layers=9999)
     with (
-        unittest.mock.patch("mistral_eqx.checkpoint.source.rows", side_effect=rows) as counted,
+        unittest.mock.patch("mistral_eqx.checkpoint.source.tensor_specs", side_effect=tensor_specs) as counted,
         pytest.raises(ValueError, match=r"has no tensor 'model\.layers\.2\.input_layernorm\.weight'"),
     ):
         load(hf)
@@ -235,7 +235,7 @@ def test_a_stale_number_of_tokens_is_named(format, getkey, tmp_path):
         path, key = tmp_path / "model", "vocab_size"
         save(model, path, format=format)
         edit_json(path / {"hf": "config.json", "mistral": "params.json"}[format], vocab_size=70)
-    with pytest.raises(ValueError, match=rf"hold 80 tokens and the config's '{key}' says 70: set '{key}' to 80"):
+    with pytest.raises(ValueError, match=rf"hold 80 tokens and the config's '{key}' is 70: set '{key}' to 80"):
         load(path)
 
 

@@ -9,7 +9,7 @@ import pytest
 from checkpoint_fixtures import assert_same_weights, random_model, tiny, weights
 
 from mistral_eqx.checkpoint import convert, hf, load, save
-from mistral_eqx.checkpoint.names import rows
+from mistral_eqx.checkpoint.names import tensor_specs
 
 
 pytestmark = pytest.mark.parity
@@ -114,4 +114,4 @@ def test_transformers_knows_every_name_of_the_table(getkey, tmp_path):
         save(random_model(config, getkey()), tmp_path / f"{tied}")
         theirs = from_pretrained(tmp_path / f"{tied}")
         expected = {name: tuple(value.shape) for name, value in theirs.named_parameters()}
-        assert {row.hf: row.file_shape(config) for row in rows(config)} == expected
+        assert {spec.hf: spec.file_shape(config) for spec in tensor_specs(config)} == expected

@@ -143,7 +143,10 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
     ("tensors", "words"),
     [
         (lambda tensors: {name: x for name, x in tensors.items() if name != NAME}, ["lacks", NAME]),
-        (lambda tensors: tensors | {"base_model.model.lm_head.lora_A.other": np.zeros(1, np.float32)}, ["no place"]),
+        (
+            lambda tensors: tensors | {"base_model.model.lm_head.lora_A.other": np.zeros(1, np.float32)},
+            ["base_model.model.lm_head.lora_A.other", "the model does not have"],
+        ),
         (lambda tensors: {}, ["no adapters"]),
     ],
 )

@@ -176,7 +176,7 @@ def test_trap_device_put_cannot_place_across_hosts(reports, folder):
         ("weights", 1, "The checkpoint is not the same on all processes", None),
         ("absent", 2, "There is no file, folder or preset", "The checkpoint is not the same on all processes"),
         ("damaged", 3, "'lm_head.weight' holds NaN or infinity", "The content of the checkpoint is not the same"),
-        ("occupied", 0, "is not empty; give another path", "The place to save to is not the same on all processes"),
+        ("occupied", 0, "is not empty; give another path", "The target folder is not the same on all processes"),
     ],
 )
 def test_what_differs_between_processes_is_refused_on_all(case, where, here, elsewhere, reports):

@@ -95,7 +95,7 @@ def test_part_of_a_tensor_is_read_as_a_shard_asks_for_it(format, getkey, tmp_pat
     _ = write_gguf(path, model) if format == "gguf" else checkpoint.save(model, path, format=format)
     arrays = weights(model)
     for source in sources(open_checkpoint(path)):
-        expected = arrays[source.row.path]
+        expected = arrays[source.spec.path]
         assert np.array_equal(source.read(DTYPES["float32"])[0], expected)
         for axis, size in enumerate(expected.shape):
             parts = [

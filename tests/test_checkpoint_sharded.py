@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 
 import mistral_eqx as mx
 from mistral_eqx.checkpoint import load, open_checkpoint, reader, save
-from mistral_eqx.checkpoint.names import rows
+from mistral_eqx.checkpoint.names import tensor_specs
 from mistral_eqx.checkpoint.placement import Placement
 from mistral_eqx.checkpoint.reader import DTYPES
 from mistral_eqx.checkpoint.source import sources
@@ -55,11 +55,11 @@ def written(format, model, folder):
 
 @dataclasses.dataclass(frozen=True)
 class PlacementOf(Placement):
-    """The part of one device, as if no other were this process's."""
+    """The shard of one device, as if it were the only device of this process."""
 
     device: int = 0
 
-    def parts(self, dims, shape):
+    def shards(self, dims, shape):
         sharding = NamedSharding(self.mesh, self.strategy.spec(dims))
         return [sharding.devices_indices_map(shape)[self.mesh.devices.flat[self.device]]]
 
@@ -68,7 +68,7 @@ def read_as(placement, checkpoint):
     """Reads what a process with this placement reads, and how many bytes that is."""
     read = 0
     for source in sources(checkpoint, placement):
-        parts = placement.parts(source.row.dims, source.row.shape(source.config))
+        parts = placement.shards(source.spec.dims, source.spec.shape(source.config))
         read += sum(part.nbytes for part in source.read(checkpoint.dtype, parts))
     return read
 
@@ -104,7 +104,10 @@ def test_a_device_reads_the_bytes_of_its_slices(format, layout, names, sizes, ge
         placement = PlacementOf(mesh, strategy, device)
         with counted_reads() as seen:
             held = read_as(placement, checkpoint)
-        slices = [NamedSharding(mesh, strategy.spec(row.dims)).shard_shape(row.shape(CONFIG)) for row in rows(CONFIG)]
+        slices = [
+            NamedSharding(mesh, strategy.spec(spec.dims)).shard_shape(spec.shape(CONFIG))
+            for spec in tensor_specs(CONFIG)
+        ]
         assert sum(nbytes for _, nbytes in seen) == held == 4 * sum(map(math.prod, slices))
 
 
@@ -122,7 +125,7 @@ def test_a_process_reads_replicas_once(layout, names, sizes, getkey, tmp_path):
     size = 4 * CONFIG.parameters
     assert sum(nbytes for _, nbytes in seen) == size
     assert reports[-1] == (size, size)
-    assert len(reports) == len(list(rows(CONFIG)))
+    assert len(reports) == len(list(tensor_specs(CONFIG)))
     assert [done for done, _ in reports] == sorted(done for done, _ in reports)
 
 
@@ -138,7 +141,7 @@ def test_shards_of_quantised_blocks(kind, layout, names, sizes, getkey, tmp_path
     checkpoint = open_checkpoint(path)
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     for source in sources(checkpoint):
-        [index] = PlacementOf(mesh, strategy).parts(source.row.dims, source.row.shape(CONFIG))
+        [index] = PlacementOf(mesh, strategy).shards(source.spec.dims, source.spec.shape(CONFIG))
         order, columns, _ = source.locate(index)
         with counted_reads() as seen:
             source.read(DTYPES["float32"], [index])
@@ -163,7 +166,7 @@ def every_format(tmp_path_factory):
 def test_any_box_of_any_tensor(every_format, data):
     arrays, found = every_format
     source = data.draw(st.sampled_from(found[data.draw(st.sampled_from(FORMATS))]))
-    expected = arrays[source.row.path]
+    expected = arrays[source.spec.path]
     index = []
     for size in expected.shape:
         start = data.draw(st.integers(0, size - 1))

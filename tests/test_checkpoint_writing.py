@@ -236,7 +236,7 @@ def test_what_cannot_be_moved_leaves_the_old_one(way, tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.rename", refuse_new)
     if way == "exchange":
         monkeypatch.setattr(staging, "exchange", refuse)
-    with pytest.raises(InputError, match=r"out' cannot be written: Input/output error; mend that, or give another"):
+    with pytest.raises(InputError, match=r"out' cannot be written: Input/output error; fix that, or give another"):
         write_new(tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_text() == "old"
     assert listing(tmp_path) == ["out"]
@@ -345,7 +345,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(getkey, tmp_path, lim
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert str(caught.value).startswith(
-            f"{str(tmp_path / target / file)!r} cannot be written: File too large; make"
+            f"{str(tmp_path / target / file)!r} cannot be written: File too large; free"
         )
         assert caught.value.file == str(tmp_path / target / file)
     assert listing(tmp_path) == ["out"]
@@ -450,14 +450,14 @@ def test_a_model_that_is_not_dense_is_refused_by_name(getkey, tmp_path):
     with pytest.raises(ValueError, match=r"up_proj\.weight\.value' is float32 of shape \(63, 32\), but .* \(64, 32\)"):
         save(wrong, tmp_path / "out")
     tied = dataclasses.replace(model, config=tiny(tied=True))
-    with pytest.raises(ValueError, match=r"has a weight 'head\.weight\.value', for which a checkpoint has no place"):
+    with pytest.raises(ValueError, match=r"has a weight 'head\.weight\.value', which a checkpoint cannot store"):
         save(tied, tmp_path / "out")
     assert listing(tmp_path) == []
 
 
 def test_windows_of_several_sizes_need_mistrals_layout(getkey, tmp_path):
     model = random_model(tiny(windows=(4, 9)), getkey())
-    with pytest.raises(ValueError, match=r"windows of 4 and 9 positions, but config\.json has a place for one"):
+    with pytest.raises(ValueError, match=r"windows of 4 and 9 positions, but config\.json can hold only one"):
         save(model, tmp_path / "hf")
     assert listing(tmp_path) == []
     save(model, tmp_path / "mistral", format="mistral")

@@ -213,7 +213,7 @@ def test_windows_that_alternate():
     assert hf.read_config(hf.write_config(PRESETS["ministral-8b"])) == PRESETS["ministral-8b"]
     assert mistral.write_config(PRESETS["ministral-8b"])["sliding_window"] == [None, 32768, 32768, 32768]
     several = dataclasses.replace(PRESETS["gpt-nano"], windows=(4, 8, None))
-    with pytest.raises(ValueError, match=r"windows of 4 and 8 positions, but config\.json has a place for one"):
+    with pytest.raises(ValueError, match=r"windows of 4 and 8 positions, but config\.json can hold only one"):
         hf.write_config(several)
 
 
@@ -285,7 +285,7 @@ def test_params_json_refuses_by_name(change, sentence):
 
 def test_params_json_needs_its_sizes():
     for key in PARAMS_7B.keys() - {"sliding_window"}:
-        with pytest.raises(ValueError, match=rf"does not tell {key}, without which"):
+        with pytest.raises(ValueError, match=rf"lacks the key {key}, without which"):
             mistral.read_config({name: value for name, value in PARAMS_7B.items() if name != key})
 
 
@@ -302,7 +302,7 @@ def test_params_json_of_later_releases():
     [
         ({"general.architecture": "qwen2"}, r"has general\.architecture 'qwen2', which is not supported"),
         ({"general.type": "adapter"}, r"has general\.type 'adapter'"),
-        ({"split.count": 3}, r"is one of 3 parts; put them together first, with llama\.cpp's llama-gguf-split --merge"),
+        ({"split.count": 3}, r"is one of 3 shards; merge them first with llama\.cpp's llama-gguf-split --merge"),
         ({"llama.rope.scaling.type": "linear"}, r"has llama\.rope\.scaling\.type 'linear'"),
         ({"llama.rope.scaling.factor": 4.0}, r"has llama\.rope\.scaling\.factor 4\.0"),
         ({"llama.rope.dimension_count": 32}, r"has llama\.rope\.dimension_count 32, which .* supported is 64"),
@@ -328,7 +328,7 @@ def test_gguf_derives_what_old_files_leave_out():
     assert set(gguf.read_config({**short, "llama.attention.sliding_window": 64}).windows) == {64}
     assert gguf.read_config({**short, "tokenizer.ggml.eot_token_id": 7}).eos_ids == (2, 7)
     for key in ("llama.block_count", "llama.context_length", "llama.attention.layer_norm_rms_epsilon"):
-        with pytest.raises(ValueError, match=rf"does not tell {key}"):
+        with pytest.raises(ValueError, match=rf"lacks the key {key}"):
             gguf.read_config({name: value for name, value in GGUF_SMOLLM2.items() if name != key})
 
 

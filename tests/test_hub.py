@@ -297,7 +297,7 @@ def error_of(kind):
     ("kind", "sentence"),
     [
         (errors.GatedRepoError, "'owner/name' is gated: accept its terms at https://huggingface.co/owner/name"),
-        (errors.RepositoryNotFoundError, "nor a hub repository of that name that you may read"),
+        (errors.RepositoryNotFoundError, "no hub repository of that name that you may read"),
         (errors.LocalEntryNotFoundError, "neither in the local cache nor within reach"),
         (errors.HFValidationError, "it is no valid hub id"),
         (ConnectionError, r"could not be fetched \(ConnectionError: the server's words\)"),

@@ -126,7 +126,9 @@ def test_hostile_templates_are_refused_in_one_sentence(tmp_path, template):
 
 
 def test_what_breaks_the_sandbox_is_called_so(tmp_path):
-    with pytest.raises(ValueError, match=r"tiny\.gguf does what no chat template may do: it uses '__class__' of a str"):
+    with pytest.raises(
+        ValueError, match=r"tiny\.gguf does what a chat template may not do: it uses '__class__' of a str"
+    ):
         render_chat(with_template(tmp_path, HOSTILE[0]), [{"role": "user", "content": "Hi"}])
 
 
@@ -156,7 +158,7 @@ def test_a_template_refuses_roles_out_of_order_in_its_own_words(tmp_path):
 
 
 def test_wrong_templates_and_messages(tmp_path, chatml):
-    with pytest.raises(ValueError, match=r"is no valid jinja2 \(line 2\): .*\.$"):
+    with pytest.raises(ValueError, match=r"is not valid jinja2 \(line 2\): .*\.$"):
         render_chat(with_template(tmp_path, "a\n{% if %}"), [templates.USER])
     with pytest.raises(ValueError, match=r"cannot be applied to these messages: .*no attribute 'content'\.$"):
         render_chat(chatml, [{"role": "user"}])
@@ -227,7 +229,7 @@ def test_a_release_file_without_its_version_is_known_by_its_control_tokens(data,
         assert encode_chat(tokenizer, messages) == encode_chat(load_tokenizer(data / name), messages)
     (tmp_path / "tokenizer.model").write_bytes((data / RELEASED[0]).read_bytes())
     with pytest.raises(
-        ValueError, match=r"does not tell whether it is one of Mistral's; if so, rename it to tokenizer\.model\.v1"
+        ValueError, match=r"cannot be recognised as one of Mistral's; if it is, rename it to tokenizer\.model\.v1"
     ):
         encode_chat(load_tokenizer(tmp_path), messages)
 
@@ -244,7 +246,7 @@ def test_without_mistral_common_the_extra_is_named(data, monkeypatch):
     tokenizer = load_tokenizer(data / RELEASED[0])
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mistral_common" else find(name))
-    with pytest.raises(ValueError, match=r"takes the extra `tekken`: pip install 'mistral-eqx\[tekken\]'\."):
+    with pytest.raises(ValueError, match=r"needs the extra `tekken`: pip install 'mistral-eqx\[tekken\]'\."):
         encode_chat(tokenizer, [templates.USER])
 
 
@@ -262,7 +264,7 @@ SPENT = {
     "{{ [1] | tojson(indent=10**9) }}": "512 MB of memory",
     "{{ ('a,' * 10**6) | join('b' * 1000) }}": "512 MB of memory",
     "{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}": "writes more than",
-    "\n{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": r"calls itself without end, or nests too deeply \(line 2\)",
+    "\n{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": r"has endless recursion, or nests too deeply \(line 2\)",
     "{{" + "(" * 5000 + "1" + ")" * 5000 + "}}": "nests too deeply",
     "{% for i in range(10**12) %}{% endfor %}": "OverflowError",
     "a\n{{ 1 // 0 }}": r"\(line 2\) cannot be applied to these messages: ZeroDivisionError",

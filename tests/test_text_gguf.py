@@ -55,7 +55,7 @@ def test_token_that_is_no_text(tmp_path):
     token = tiny.sentencepiece_metadata()["tokens"][-1].encode()
     content = path.read_bytes()
     path.write_bytes(content.replace(token, b"\xff" * len(token)))
-    with pytest.raises(ValueError, match=r"is damaged: its vocabulary has the token .*, no UTF-8"):
+    with pytest.raises(ValueError, match=r"is damaged: its vocabulary has the token .*, which is not UTF-8"):
         load_tokenizer(path)
 
 
@@ -131,7 +131,7 @@ def test_trap_digits_of_smollm_are_taken_one_by_one(tmp_path):
 
 def test_unknown_pre_tokenizer_is_refused_by_name(tmp_path):
     with pytest.raises(
-        ValueError, match=r"for the pre-tokenizer 'chameleon' .* none of default, gpt-2, .*tokenizer\.json"
+        ValueError, match=r"for the pre-tokenizer 'chameleon' .* these are supported: default, gpt-2, .*tokenizer\.json"
     ):
         byte_level(tmp_path, pre="chameleon")
     with pytest.raises(ValueError, match=r"tiny.gguf has no tokenizer\.ggml\.pre; use the model's folder"):
@@ -152,7 +152,7 @@ def test_damaged_byte_level_vocabulary(tmp_path):
         byte_level(tmp_path, eos_token_id=999)
     with pytest.raises(ValueError, match=r"has no tokenizer\.ggml\.merges"):
         byte_level(tmp_path, merges=None)
-    with pytest.raises(ValueError, match=r"of the kind 'bert' \(tokenizer\.ggml\.model\), and only 'llama' and 'gpt2'"):
+    with pytest.raises(ValueError, match=r"of the kind 'bert' \(tokenizer\.ggml\.model\), but only 'llama' and 'gpt2'"):
         byte_level(tmp_path, model="bert")
     with pytest.raises(ValueError, match=r"has no tokenizer\.ggml\.model"):
         byte_level(tmp_path, model=None)
@@ -190,7 +190,7 @@ def test_space_prefix_of_a_sentencepiece_vocabulary(tmp_path):
 def test_a_gguf_gives_the_ids_of_the_model_file_it_was_made_of(tmp_path):
     data = pytest.importorskip("mistral_common.tokens.tokenizers.mistral").MistralTokenizer._data_path()
     original = load_tokenizer(data / "mistral_instruct_tokenizer_240323.model.v3")
-    processor = original._first
+    processor = original._processor
     kinds = {
         tiny.UNKNOWN: processor.is_unknown,
         tiny.CONTROL: processor.is_control,
@@ -214,7 +214,9 @@ def test_damaged_sentencepiece_vocabulary(tmp_path):
     with pytest.raises(ValueError, match=r"token_type but 1 scores; fetch"):
         sentencepiece(tmp_path, scores=[0.0])
     tokens = ["a" if piece == "b" else piece for piece, _, _ in tiny.PIECES]
-    with pytest.raises(ValueError, match=r"tiny.gguf is no sentencepiece model, or it is damaged .*a is already def"):
+    with pytest.raises(
+        ValueError, match=r"tiny.gguf is not a sentencepiece model, or it is damaged .*a is already def"
+    ):
         sentencepiece(tmp_path, tokens=tokens)
 
 

@@ -129,7 +129,7 @@ def test_an_unknown_decoder_is_refused_by_name(tmp_path):
     reference = tiny.byte_level_json(tmp_path)
     reference.decoder = decoders.WordPiece()
     reference.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"The decoder WordPiece of .*tokenizer\.json is none that"):
+    with pytest.raises(ValueError, match=r"The decoder WordPiece of .*tokenizer\.json is not one that"):
         load_tokenizer(tmp_path)
 
 
@@ -138,7 +138,7 @@ def test_damaged_files_are_refused(tmp_path):
     content = (tmp_path / "tokenizer.json").read_text()
     for wrong in (content[:1000], "{}", "[1, 2]", "\0"):
         (tmp_path / "tokenizer.json").write_text(wrong)
-        with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer\.json, or it is damaged"):
+        with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json, or it is damaged"):
             load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(content)
     config = tmp_path / "tokenizer_config.json"
@@ -149,7 +149,7 @@ def test_damaged_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer_config\.json' must hold a JSON object, not a list"):
         load_tokenizer(tmp_path)
     config.write_text('{"added_tokens_decoder": []}')
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json' says 'added_tokens_decoder': \[\], which must"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json' has 'added_tokens_decoder': \[\], which must"):
         load_tokenizer(tmp_path)
     config.write_text('{"bos_token": "<s>"}')
     with pytest.raises(ValueError, match=r"name the token '<s>', which tokenizer\.json does not have"):

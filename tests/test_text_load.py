@@ -23,13 +23,15 @@ def test_a_path_may_be_text(tmp_path):
 def test_what_is_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"There is no file, folder or preset '.*nowhere'; give "):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"The folder .* has no tokenizer, which is a tokenizer\.json, a tekken\.json"):
+    with pytest.raises(ValueError, match=r"The folder .* has no tokenizer; add a tokenizer\.json, a tekken\.json"):
         load_tokenizer(tmp_path)
 
 
 def test_what_is_not_known(tmp_path):
     (tmp_path / "vocab.txt").write_text("a\nb\n")
-    with pytest.raises(ValueError, match=r"vocab\.txt is no tokenizer by its name: a tokenizer\.json"):
+    with pytest.raises(
+        ValueError, match=r"vocab\.txt does not have the name of a tokenizer file; give a tokenizer\.json"
+    ):
         load_tokenizer(tmp_path / "vocab.txt")
 
 

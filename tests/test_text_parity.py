@@ -54,7 +54,7 @@ def test_sentencepiece(transformers, data, tmp_path, name):
     from transformers.convert_slow_tokenizer import generate_merges
 
     tokenizer = load_tokenizer(data / name)
-    processor = tokenizer._first
+    processor = tokenizer._processor
     # Left to itself, transformers 5 orders the merges by id, and gets runs of spaces wrong: their scores are lowest.
     scores = {processor.id_to_piece(id): processor.get_score(id) for id in range(tokenizer.vocab)}
     vocabulary = {piece: id for id, piece in enumerate(scores)}
@@ -151,7 +151,7 @@ def test_transformers_starts_a_text_where_the_file_says_so(transformers, tmp_pat
 def test_transformers_loads_a_sentencepiece_vocabulary_that_is_written(transformers, data, tmp_path, name):
     """Of a model of type `mistral`, where a `tokenizer.model` alone would lose the space in front."""
     original = load_tokenizer(data / name)
-    processor = original._first
+    processor = original._processor
     kinds = {tiny.UNKNOWN: processor.is_unknown, tiny.CONTROL: processor.is_control, tiny.BYTE: processor.is_byte}
     ids = range(original.vocab)
     metadata = tiny.sentencepiece_metadata(

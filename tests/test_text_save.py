@@ -160,7 +160,7 @@ def test_a_folder_with_a_tokenizer_is_left_alone(tmp_path):
         folder.mkdir()
         (folder / name).write_text("{}")
         (folder / "config.json").write_text("{}")
-        with pytest.raises(ValueError, match=rf"The folder '.*' holds '{name}' already; remove it, or give another"):
+        with pytest.raises(ValueError, match=rf"The folder '.*' already holds '{name}'; remove it, or give another"):
             tokenizer.save(folder)
         assert listing(folder) == sorted([name, "config.json"])
     # With one token at the end of a text, the model's own file of that name stays.

@@ -69,7 +69,7 @@ def test_tokens_that_only_the_settings_have_are_added(tmp_path):
     tiny.write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<end>"})
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.vocab, tokenizer.eos_ids) == (vocab + 2, (vocab + 1, 2))
-    (a,) = tokenizer._later.encode("a")
+    (a,) = tokenizer._processor_without_prefix.encode("a")
     ids = tokenizer.encode("<s><extra>a<end>", add_bos=False, parse_special=True)
     assert ids == [1, vocab, a, vocab + 1]
     assert vocab + 1 not in tokenizer.encode("a<end>")
@@ -111,7 +111,7 @@ def test_a_named_token_that_the_file_does_not_have_is_refused(tmp_path):
 def test_a_cut_file_is_refused(tmp_path, data, part):
     content = (data / RELEASED[0]).read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(content[: int(len(content) * part)])
-    with pytest.raises(ValueError, match=r"tokenizer\.model is no sentencepiece model, or it is damaged"):
+    with pytest.raises(ValueError, match=r"tokenizer\.model is not a sentencepiece model, or it is damaged"):
         load_tokenizer(tmp_path)
 
 
@@ -129,7 +129,7 @@ def changed(at, piece):
 @pytest.mark.parametrize(
     ("pieces", "words"),
     [
-        (changed(4, ("<0xZZ>", 0.0, tiny.BYTE)), "stands for a byte and is written '<0xZZ>'"),
+        (changed(4, ("<0xZZ>", 0.0, tiny.BYTE)), "its byte token 4 has the text '<0xZZ>'"),
         (changed(270, ("x", float("nan"), tiny.NORMAL)), "the score nan"),
         (changed(270, ("x", 0.0, 99)), "the type 99"),
         (changed(270, ("x\0", 0.0, tiny.NORMAL)), "the character NUL"),
@@ -143,6 +143,6 @@ def changed(at, piece):
 def test_tokens_that_cannot_be_are_refused(tmp_path, pieces, words):
     model = write_model(pieces, add_dummy_prefix=True, remove_extra_whitespaces=False, precompiled_charsmap=b"")
     (tmp_path / "tokenizer.model").write_bytes(model + b"\x12\x00")
-    with pytest.raises(ValueError, match=r"tokenizer\.model is no sentencepiece model, or it is damaged") as caught:
+    with pytest.raises(ValueError, match=r"tokenizer\.model is not a sentencepiece model, or it is damaged") as caught:
         load_tokenizer(tmp_path)
     assert words in str(caught.value)

@@ -85,7 +85,7 @@ WRONG = [
 @pytest.mark.parametrize(("file", "key", "value"), WRONG)
 def test_a_value_of_a_wrong_type_is_refused_with_its_file_and_key(tmp_path, file, key, value):
     tiny.write_json(tmp_path / file, {key: value})
-    with pytest.raises(ValueError, match=rf"^'.*{file}' says '{key}.*, which must be .*; correct [^\n]*\.$") as caught:
+    with pytest.raises(ValueError, match=rf"^'.*{file}' has '{key}.*, which must be .*; correct [^\n]*\.$") as caught:
         read_settings(tmp_path)
     assert caught.value.file == str(tmp_path / file)
     assert caught.value.key.startswith(key)
@@ -132,5 +132,5 @@ def test_a_template_sees_the_tokens_of_the_class_where_the_settings_leave_them_o
 def test_a_flag_that_is_text_does_not_count_as_true(tmp_path):
     tiny.byte_level_json(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|im_start|>", "add_bos_token": "false"}))
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json' says 'add_bos_token': 'false', which must be true"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json' has 'add_bos_token': 'false', which must be true"):
         load_tokenizer(tmp_path)

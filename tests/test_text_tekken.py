@@ -40,7 +40,7 @@ def test_damaged_files_are_refused(tmp_path, data):
     for content in ("{", "{}", json.dumps({"config": {"version": "v99"}, "vocab": []})):
         path.write_text(content)
         with pytest.raises(
-            ValueError, match=r"tekken\.json is no tekken\.json, or it is damaged \(.*\); fetch it again"
+            ValueError, match=r"tekken\.json is not a tekken\.json, or it is damaged \(.*\); fetch it again"
         ):
             load_tokenizer(tmp_path)
 
@@ -49,7 +49,7 @@ def test_without_mistral_common_the_extra_is_named(tmp_path, monkeypatch):
     (tmp_path / "tekken.json").write_text("{}")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mistral_common" else find(name))
-    with pytest.raises(ValueError, match=r"takes the extra `tekken`: pip install 'mistral-eqx\[tekken\]'\."):
+    with pytest.raises(ValueError, match=r"needs the extra `tekken`: pip install 'mistral-eqx\[tekken\]'\."):
         load_tokenizer(tmp_path)
 
 
@@ -106,6 +106,6 @@ def test_what_cannot_be_is_refused(tmp_path, key, value):
         (content["config"] if key in content["config"] else content)[key] = value
     tiny.write_json(tmp_path / "tekken.json", content)
     with pytest.raises(
-        ValueError, match=r"tekken\.json is no tekken\.json, or it is damaged \(.*\); fetch it again\.$"
+        ValueError, match=r"tekken\.json is not a tekken\.json, or it is damaged \(.*\); fetch it again\.$"
     ):
         load_tokenizer(tmp_path)

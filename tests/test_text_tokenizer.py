@@ -49,9 +49,7 @@ def test_beginning_of_text(byte_level):
         tiny.sentencepiece_model().replace(b"<s>", b"<q>"), name="tiny.model", adds_bos=False
     )
     assert nameless.bos_id is None
-    with pytest.raises(
-        ValueError, match=r"tiny.model has no token for the beginning of a text; leave out add_bos=True\."
-    ):
+    with pytest.raises(ValueError, match=r"tiny.model has no beginning-of-sequence token; leave out add_bos=True\."):
         nameless.encode("a", add_bos=True)
 
 

@@ -1,4 +1,4 @@
-"""Two folders change places at once, where the system can do that."""
+"""Atomic exchange of two folders, where the system supports it."""
 
 import ctypes
 import errno
@@ -9,21 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-# The folder that paths are relative to, and the flag, in the headers of Linux and macOS.
+# Constants from the headers of Linux and macOS: the current folder, and the flag for an exchange.
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _RENAME_SWAP = 2
 
-# What systems and file systems say that have no such call.
-_MISSING = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+# Errors of systems and file systems that do not support the call.
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Exchanges the names of two folders of one file system, in one step that is done or not.
+    """Exchanges the names of two folders of one file system atomically.
 
-    **Returns:** whether it is done; not where the system or the file system has no such call.
+    **Returns:** `True` after the exchange; `False` if the system or the file system does not support it.
 
-    **Raises:** `OSError` if it is refused, for example because one is not there.
+    **Raises:** `OSError` if the exchange fails, for example because a folder does not exist.
     """
     call = _call()
     if call is None:
@@ -31,7 +31,7 @@ def exchange(first: Path, second: Path) -> bool:
     if call(os.fsencode(first), os.fsencode(second)) == 0:
         return True
     number = ctypes.get_errno()
-    if number in _MISSING:
+    if number in _UNSUPPORTED:
         return False
     raise OSError(number, os.strerror(number), str(second))
 

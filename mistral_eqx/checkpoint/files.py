@@ -1,4 +1,4 @@
-"""What folders of weights have in common: an index of several weight files."""
+"""Weights in several safetensors files, with or without an index."""
 
 import os
 from collections.abc import Iterable
@@ -11,16 +11,16 @@ from .reader import LazyTensor
 from .safetensors import read_header
 
 
-def indexed(index: Path) -> dict[str, str]:
-    """Reads which file each tensor is in.
+def read_index(index: Path) -> dict[str, str]:
+    """Reads the index that names the file of each tensor.
 
     **Arguments:**
 
-    - `index`: the JSON file that says so.
+    - `index`: the JSON file.
 
-    **Returns:** names of files by names of tensors.
+    **Returns:** the file name for each tensor name.
 
-    **Raises:** `InputError` that names the index, if it says something else, or names what cannot be such a file.
+    **Raises:** `InputError` that names the index, if it is malformed or names a file outside its folder.
     """
     placed = checked(
         read_json(index).get("weight_map"),
@@ -33,7 +33,7 @@ def indexed(index: Path) -> dict[str, str]:
     if not placed:
         raise InputError(f"{str(index)!r} has an empty weight_map; fetch it again.", file=index, key="weight_map")
     for tensor, name in placed.items():
-        # A name with a folder in it could lead out of the checkpoint.
+        # A name with a path separator could point outside the checkpoint.
         if os.path.basename(name) != name or not name.endswith(".safetensors") or not name.isprintable():
             raise InputError(
                 f"{str(index)!r} names the file {shown(name)}, which is not in its folder or not a safetensors file; "
@@ -44,18 +44,18 @@ def indexed(index: Path) -> dict[str, str]:
     return placed
 
 
-def shards(index: Path) -> dict[str, LazyTensor]:
-    """Reads which tensors several safetensors files hold together.
+def read_shards(index: Path) -> dict[str, LazyTensor]:
+    """Reads the headers of the safetensors files that an index names.
 
     **Arguments:**
 
-    - `index`: the JSON file beside them that says which tensor is in which of them.
+    - `index`: the JSON file that names the file of each tensor.
 
     **Returns:** all tensors by name.
 
-    **Raises:** `InputError` if a file is absent, or holds other tensors than the index says.
+    **Raises:** `InputError` if a file is missing, or lacks a tensor that the index places in it.
     """
-    placed = indexed(index)
+    placed = read_index(index)
     files = dict.fromkeys(placed.values())
     for name in files:
         if not os.path.isfile(index.parent / name):
@@ -73,15 +73,15 @@ def shards(index: Path) -> dict[str, LazyTensor]:
                 file=index,
                 key=tensor,
             )
-    return _merged({index.parent / name: header for name, header in headers.items()})
+    return _merge({index.parent / name: header for name, header in headers.items()})
 
 
-def merged(files: Iterable[Path]) -> dict[str, LazyTensor]:
-    """The tensors of several safetensors files, each of which has names of its own."""
-    return _merged({file: read_header(file) for file in files})
+def merge_files(files: Iterable[Path]) -> dict[str, LazyTensor]:
+    """Merges the tensors of several safetensors files; no name may occur twice."""
+    return _merge({file: read_header(file) for file in files})
 
 
-def _merged(headers: dict[Path, dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
+def _merge(headers: dict[Path, dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
     for file, header in headers.items():
         for name, tensor in header.items():

@@ -1,4 +1,4 @@
-"""GGUF, the format of llama.cpp: keys and values, then tensors, most of them quantised by blocks."""
+"""GGUF, the format of llama.cpp: keys and values, then tensors, most of them quantised in blocks."""
 
 import functools
 import math
@@ -19,18 +19,18 @@ from .gguf_header import TensorInfo, read_header
 from .names import HEAD
 from .ranges import of_columns, read_ranges
 from .reader import DTYPES, Checkpoint, LazyTensor, main_dtype
-from .readings import Reading
 from .safetensors import PlainTensor
 from .settings import REQUIRED, Settings, per_kv
+from .weight_files import WeightFiles
 
 
 _PLAIN = {"F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}
 
 
 class QuantisedTensor(LazyTensor):
-    """Blocks of a few bits an entry, turned into float32 as they are read.
+    """A tensor in quantised blocks, dequantised to float32 when it is read.
 
-    A block is read whole, even if only some of its columns are asked for.
+    The smallest unit of reading is a block, even if only some of its columns are requested.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class QuantisedTensor(LazyTensor):
 
     def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
         if len(self.shape) == 1:
-            # A vector's rows are entries, which have no address of their own: it is read whole.
+            # An entry of a quantised vector has no address of its own, so the whole vector is read.
             return self._dequantised(0, 1)[0, start:stop].copy()
         if columns is not None:
             block = gguf.GGML_QUANT_SIZES[self._kind][0]
-            within = np.unique(columns // block)
-            values = self._dequantised(start, stop, within)
+            blocks = np.unique(columns // block)
+            values = self._dequantised(start, stop, blocks)
             whole = len(columns) == values.shape[1]
-            return values if whole else values[:, np.searchsorted(within, columns // block) * block + columns % block]
+            return values if whole else values[:, np.searchsorted(blocks, columns // block) * block + columns % block]
         inner = math.prod(self.shape[1:-1])
         values = self._dequantised(start * inner, stop * inner)
         return values.reshape(stop - start, *self.shape[1:])
@@ -86,7 +86,7 @@ def open_gguf(path: Path) -> Checkpoint:
 
     **Returns:** the checkpoint.
 
-    **Raises:** `InputError` if the file is not of that format, is truncated, or holds something that is not supported.
+    **Raises:** `InputError` if the file is not a GGUF file, is truncated, or holds something that is not supported.
     """
     metadata, tensors = read_gguf(path)
     if not tensors:
@@ -95,16 +95,16 @@ def open_gguf(path: Path) -> Checkpoint:
     return Checkpoint(path, "gguf", config, main_dtype(tensors), tensors, metadata)
 
 
-def readings(files: Sequence[Path]) -> list[Reading]:
-    """The ways to read weights from GGUF files that lie in a folder."""
-    return [Reading(file.name, "gguf", lambda _, file=file: read_gguf(file)[1]) for file in files]
+def find_weights(files: Sequence[Path]) -> list[WeightFiles]:
+    """The weights in the GGUF files of a folder."""
+    return [WeightFiles(file.name, "gguf", lambda _, file=file: read_gguf(file)[1]) for file in files]
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
-    """Reads the keys and values of a GGUF file, and which tensors it holds.
+    """Reads the header of a GGUF file: its keys and values, and its tensors.
 
-    The format's own package makes an array of each token of the vocabulary, which takes seconds; here the header is
-    walked through once.
+    The gguf package makes an array of each token of the vocabulary, which takes seconds; this function parses the
+    header in one pass.
 
     **Arguments:**
 
@@ -112,9 +112,9 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
 
     **Returns:** the values by their keys, and the tensors by their names.
 
-    **Raises:** `InputError` if the file is not of that format, is truncated, has an element type that is not
-    supported, or if its tensors do not lie one after the other as llama.cpp has them: in the order of the header, each
-    at the next multiple of the alignment, and nothing after the last one.
+    **Raises:** `InputError` if the file is not a GGUF file, is truncated, has an element type that is not supported,
+    or does not store its tensors as llama.cpp does: in the order of the header, each at the next multiple of the
+    alignment, and nothing after the last one.
     """
     expect_regular(path)
     size = path.stat().st_size
@@ -149,7 +149,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
             )
         tensors[name] = _tensor(path, name, info, start)
         end = _aligned(stop, header.alignment)
-    # The padding after the last tensor may be left out.
+    # A file may omit the padding after its last tensor.
     if tensors and size > end:
         raise InputError(
             f"{str(path)!r} is damaged: it has {size} bytes, but its last tensor ends at {stop}; fetch it again.",
@@ -171,7 +171,7 @@ def _kind(path: Path, name: str, info: TensorInfo) -> gguf.GGMLQuantizationType:
         stored = str(info.kind) if known is None else known.name
         raise InputError(
             f"The tensor {shown(name)} of {str(path)!r} has the element type {stored}, which the gguf package cannot "
-            "dequantise; use a file quantised otherwise, such as Q8_0 or Q4_K_M.",
+            "dequantise; use a file with another quantisation, such as Q8_0 or Q4_K_M.",
             file=path,
             key=name,
         )
@@ -205,7 +205,7 @@ def _tensor(path: Path, name: str, info: TensorInfo, offset: int) -> LazyTensor:
 
 @functools.cache
 def _can_dequantise(kind: gguf.GGMLQuantizationType) -> bool:
-    """Asks the package: it keeps no list of the types that it knows."""
+    """Whether the gguf package can dequantise a type. It has no list of its types, so this function tries."""
     try:
         gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:
@@ -213,8 +213,8 @@ def _can_dequantise(kind: gguf.GGMLQuantizationType) -> bool:
     return True
 
 
-# Names by which llama.cpp knows the end of a text, a turn or a message, whatever a file says of these tokens.
-_ENDS = (
+# Tokens that llama.cpp takes as the end of a sequence, turn or message, whatever type the file gives them.
+_EOS_NAMES = (
     "<|eot_id|>",
     "<|im_end|>",
     "<|end|>",
@@ -238,17 +238,17 @@ _ENDS = (
 )
 
 
-def ends_by_name(tokens: Any, unknown: int | None) -> list[int]:
-    """The ids of a GGUF file's tokens whose name says that they end a text, a turn or a message, as llama.cpp has it.
+def eos_ids_by_name(tokens: Any, unknown: int | None) -> list[int]:
+    """The ids of the tokens whose name marks the end of a sequence, turn or message, by llama.cpp's rules.
 
     **Arguments:**
 
-    - `tokens`: the vocabulary, in the order of its ids.
-    - `unknown`: the token that the file uses for unknown words, which ends nothing.
+    - `tokens`: the vocabulary of a GGUF file, in the order of its ids.
+    - `unknown`: the id of the token for unknown words, which is excluded.
     """
     names = tokens if isinstance(tokens, list) else []
-    ids = {name: id for id, name in enumerate(names) if isinstance(name, str) and name in _ENDS and id != unknown}
-    # Formats with channels and tools have one of these within a turn.
+    ids = {name: id for id, name in enumerate(names) if isinstance(name, str) and name in _EOS_NAMES and id != unknown}
+    # In formats with channels and tools, these tokens also occur within a turn.
     calls = {"<|call|>", "<|calls|>"} & ids.keys()
     if calls and ("<|flush|>" in ids or {"<|return|>", "<|call|>"} <= ids.keys()):
         ids.pop("<|end|>", None)
@@ -257,37 +257,35 @@ def ends_by_name(tokens: Any, unknown: int | None) -> list[int]:
     return sorted(ids.values())
 
 
-# `rope.scaling.*` without a type, or with the type "none", scales nothing.
+# Keys under `rope.scaling` have no effect without a type, or with the type "none".
 _WITHOUT_EFFECT = frozenset({"llama.tensor_data_layout", "llama.rope.scaling.finetuned"})
 
 
 def read_config(
     metadata: Mapping[str, Any], *, tied: bool = False, file: str | os.PathLike[str] | None = None
 ) -> MistralConfig:
-    """Reads the metadata of a GGUF file of architecture `llama`, which is what llama.cpp calls Mistral's too.
+    """Reads the metadata of a GGUF file of architecture `llama`, which llama.cpp uses for Mistral models too.
 
     **Arguments:**
 
-    - `metadata`: the file's keys and values; arrays need a length only.
-    - `tied`: whether the head is the embedding table, which no key tells: it is so if the file holds no tensor
+    - `metadata`: the file's keys and values; of arrays only the length is used.
+    - `tied`: whether the head is the embedding table. No key gives it: a file with a tied head has no tensor
         `output.weight`.
-    - `file`: where they stand, for messages.
+    - `file`: the path of the file, for error messages.
 
-    **Returns:** the config. A file that does not tell a window has none, and one that does not tell the rope base
-    has 10000, as in llama.cpp.
+    **Returns:** the config. As in llama.cpp, a missing window means no window, and a missing rope base means 10000.
 
-    **Raises:** `ValueError` that names the key, if one is missing, has a value that it cannot have, or asks for a
-    computation that this package does not do.
+    **Raises:** `ValueError` that names the key, if a key is missing, has an invalid value, or requires a computation
+    that this package does not support.
     """
     document = Settings(metadata, "GGUF metadata", file)
     document.expect("general.architecture", ("llama",), None)
     document.expect("general.type", ("model", None), None)
-    parts = document.take("split.count", CountOrZero | None, None) or 1
-    if parts > 1:
+    shards = document.take("split.count", CountOrZero | None, None) or 1
+    if shards > 1:
         raise document.wrong(
             "split.count",
-            f"{document.name} is one of {parts} parts; put them together first, with llama.cpp's "
-            "llama-gguf-split --merge.",
+            f"{document.name} is one of {shards} shards; merge them first with llama.cpp's llama-gguf-split --merge.",
         )
     document.expect("llama.rope.scaling.type", ("none", None), None)
     document.expect("llama.rope.scaling.factor", (0.0, 1.0, None), None, float | None)
@@ -306,7 +304,7 @@ def read_config(
     ids = {name: f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "eom")}
     bos_id, *eos_ids = (document.take(key, CountOrZero | None, None) for key in ids.values())
     unknown_id = document.take("tokenizer.ggml.unknown_token_id", CountOrZero | None, None)
-    eos_ids += [id for id in ends_by_name(tokens, unknown_id) if id < vocab]
+    eos_ids += [id for id in eos_ids_by_name(tokens, unknown_id) if id < vocab]
     config = document.make(
         vocab=vocab,
         embed=embed,
@@ -328,7 +326,7 @@ def read_config(
 
 
 def _shortest(value: float) -> float:
-    # GGUF stores float32: 9.99999974e-06 is 1e-05 there, and is read as what the author wrote.
+    # GGUF stores float32: 1e-05 becomes 9.99999974e-06. The shortest decimal restores what the author wrote.
     single = struct.unpack("<f", struct.pack("<f", value))[0]
     for digits in range(1, 10):
         candidate = float(f"{single:.{digits}g}")

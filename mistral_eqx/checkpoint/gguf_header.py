@@ -1,4 +1,4 @@
-"""The header of a GGUF file: keys and values, and where each tensor lies."""
+"""The header of a GGUF file: keys and values, and the offset of each tensor."""
 
 import dataclasses
 import struct
@@ -23,8 +23,8 @@ _SCALARS = {
     GGUFValueType.INT64: "q",
     GGUFValueType.FLOAT64: "d",
 }
-# Real headers have a few megabytes, some hundred thousand values and some hundred tensors. In memory a value takes up
-# to a hundred bytes, however few it has in the file.
+# Real headers have a few megabytes, some hundred thousand values and some hundred tensors. The limit on values is
+# needed because a value of one byte in the file can take a hundred bytes in memory.
 _LONGEST = 100_000_000
 _MOST_VALUES = 4 * 2**20
 _MOST_TENSORS = 2**17
@@ -35,7 +35,7 @@ _CHUNK = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """What the header says of a tensor: its shape, outermost axis first, its element type, its place in the data."""
+    """The header entry of a tensor: its shape (outermost axis first), its element type and its offset in the data."""
 
     shape: tuple[int, ...]
     kind: int
@@ -44,7 +44,7 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """A header: its values by their keys, its tensors by their names, the alignment of tensors, and where it ends."""
+    """A header: values by key, tensors by name, the alignment of tensors, and the offset of the header's end."""
 
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
@@ -53,25 +53,25 @@ class Header:
 
 
 def read_header(file: IO[bytes], size: int) -> Header:
-    """Reads the header of a file of GGUF, behind its first four letters.
+    """Reads the header of a GGUF file after its magic number.
 
     **Arguments:**
 
-    - `file`: stands behind them.
-    - `size`: of the file, in bytes.
+    - `file`: the open file, at the byte after the magic number.
+    - `size`: the size of the file in bytes.
 
-    **Raises:** `InputError` whose message continues a sentence that begins with the file; `EOFError` if the header is
-    longer than the file.
+    **Raises:** `InputError` whose message lacks its subject, the file, which the caller puts in front; `EOFError` if
+    the header is longer than the file.
     """
     return _Cursor(file, size).header()
 
 
-def _damaged(what: str, key: str | None = None) -> NoReturn:
-    raise InputError(f"is damaged: {what}; fetch it again.", key=key)
+def _damaged(problem: str, key: str | None = None) -> NoReturn:
+    raise InputError(f"is damaged: {problem}; fetch it again.", key=key)
 
 
 class _Cursor:
-    """A place in the header. Bytes are read as they are needed, and nothing is made before they are there."""
+    """A position in the header. The cursor reads bytes on demand, and allocates no values before it has read them."""
 
     def __init__(self, file: IO[bytes], size: int):
         self._file = file
@@ -86,7 +86,7 @@ class _Cursor:
         if version not in (2, 3):
             raise InputError(f"is GGUF of version {version}; supported are 2 and 3, little-endian.")
         tensors, pairs = self._number("Q"), self._number("Q")
-        # A tensor takes at least 24 bytes, a key with its value at least 13.
+        # A tensor takes at least 24 bytes, a key with its value takes at least 13.
         if 24 * tensors + 13 * pairs > self._size:
             raise EOFError
         if tensors > _MOST_TENSORS or pairs > _MOST_TENSORS:
@@ -112,18 +112,18 @@ class _Cursor:
             if rank > _MOST_AXES:
                 _damaged(f"its tensor {shown(name)} has {rank} axes", name)
             axes = [self._number("Q") for _ in range(rank)]
-            # The file tells the innermost axis first.
+            # The file stores the innermost axis first.
             infos[name] = TensorInfo(tuple(reversed(axes)), self._number("I"), self._number("Q"))
         return Header(metadata, infos, alignment, self._begin + self._at)
 
     def _take(self, count: int) -> int:
-        """Where the next `count` bytes begin, once they are there."""
+        """Reads the next `count` bytes if needed, and returns the offset of the first."""
         start, stop = self._at, self._at + count
         if stop > len(self._content):
             if self._begin + stop > self._size:
                 raise EOFError
             if stop > _LONGEST:
-                _damaged(f"its header is longer than {_LONGEST // 10**6} MB, which none of a model is")
+                _damaged(f"its header is longer than {_LONGEST // 10**6} MB, more than any model's")
             self._content += self._file.read(max(stop - len(self._content), len(self._content), _CHUNK))
             if stop > len(self._content):
                 raise EOFError
@@ -140,12 +140,12 @@ class _Cursor:
         start = self._take(length)
         return self._content[start : start + length]
 
-    def _name(self, what: str) -> str:
+    def _name(self, description: str) -> str:
         content = self._text()
         try:
             return content.decode("utf-8")
         except UnicodeDecodeError:
-            _damaged(f"{what} is not UTF-8 text: {shown(content)}")
+            _damaged(f"{description} is not UTF-8 text: {shown(content)}")
 
     def _value(self, kind: int, key: str, depth: int) -> Any:
         if kind == GGUFValueType.STRING:
@@ -181,18 +181,18 @@ class _Cursor:
         return [self._array(key, depth + 1) for _ in range(count)]
 
     def _texts(self, count: int) -> list[str]:
-        """Strings one after the other, in one loop: a vocabulary has a hundred thousand of them."""
+        """Reads consecutive strings in one loop, for speed: a vocabulary has a hundred thousand of them."""
         found: list[str] = []
-        content, at, have = self._content, self._at, len(self._content)
+        content, at, available = self._content, self._at, len(self._content)
         for _ in range(count):
             start = at + 8
             stop = start + int.from_bytes(content[at:start], "little")
-            if stop > have or start > have:
+            if stop > available or start > available:
                 self._at = at
                 self._take(8)
                 self._take(int.from_bytes(self._content[at:start], "little"))
-                content, stop, have = self._content, self._at, len(self._content)
-            # A vocabulary may hold tokens that are no text by themselves; their bytes survive this.
+                content, stop, available = self._content, self._at, len(self._content)
+            # A token may be a part of a UTF-8 character; `surrogateescape` preserves its bytes.
             found.append(content[start:stop].decode("utf-8", errors="surrogateescape"))
             at = stop
         self._at = at

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face: `config.json`, and safetensors in one file or in several with an index."""
+"""Hugging Face folders: `config.json`, and safetensors in one file or in several files with an index."""
 
 import os
 import re
@@ -10,11 +10,11 @@ from ..checks import Count, CountOrZero, checked
 from ..config import Base, Epsilon, Layers, MistralConfig, Size
 from ..documents import read_json, shown
 from ..errors import InputError
-from .files import indexed, merged, shards
+from .files import merge_files, read_index, read_shards
 from .reader import Checkpoint, main_dtype
-from .readings import Reading, the_one
 from .safetensors import read_header
-from .settings import Settings, agreed, is_off, listed, per_head, per_kv
+from .settings import Settings, consistent_value, is_off, listed, per_head, per_kv
+from .weight_files import WeightFiles, read_consistent
 
 
 CONFIG = "config.json"
@@ -23,19 +23,19 @@ INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
-def open_hf(folder: Path, own: Sequence[Reading], others: Sequence[Reading]) -> Checkpoint:
-    """Opens a folder of Hugging Face.
+def open_hf(folder: Path, own: Sequence[WeightFiles], others: Sequence[WeightFiles]) -> Checkpoint:
+    """Opens a Hugging Face folder.
 
     **Arguments:**
 
-    - `folder`: holds `config.json`, and `model.safetensors` or `model.safetensors.index.json`.
-    - `own`: what `readings` finds there.
-    - `others`: weights in other formats that the folder holds too.
+    - `folder`: the folder with `config.json`, and `model.safetensors` or `model.safetensors.index.json`.
+    - `own`: the result of `find_weights`.
+    - `others`: weights in other formats in the same folder.
 
     **Returns:** the checkpoint.
 
-    **Raises:** `InputError` that names the file, if one is missing or cannot be read, or the key of a config that is
-    not supported; also if the folder holds weights several times, and they differ.
+    **Raises:** `InputError` that names the file, if a file is missing or cannot be read; that names the key, if the
+    config is not supported; and that names two files, if the folder holds different weights in several formats.
     """
     metadata = read_json(folder / CONFIG)
     config = read_config(metadata, file=folder / CONFIG)
@@ -51,36 +51,36 @@ def open_hf(folder: Path, own: Sequence[Reading], others: Sequence[Reading]) -> 
             f"but has {found}; fetch or convert the weights as safetensors.",
             file=folder,
         )
-    tensors = the_one(folder, config, [*own, *others])
+    tensors = read_consistent(folder, config, [*own, *others])
     return Checkpoint(folder, "hf", config, main_dtype(tensors), tensors, metadata)
 
 
-def readings(folder: Path) -> list[Reading]:
-    """The ways to read the weights that have names of Hugging Face: by an index, and from a single file."""
-    found: list[Reading] = []
+def find_weights(folder: Path) -> list[WeightFiles]:
+    """The weights of a folder that have Hugging Face names: by an index, in a single file, or in loose shards."""
+    found: list[WeightFiles] = []
     placed: set[str] = set()
     single = (folder / WEIGHTS).exists()
     if (folder / INDEX).exists():
-        placed = set(indexed(folder / INDEX).values())
-        # An index whose files are all gone was left behind by a checkpoint that a single file has replaced.
+        placed = set(read_index(folder / INDEX).values())
+        # If none of its files exists, the index is stale: a single file has replaced the shards.
         if not single or any((folder / name).exists() for name in placed):
-            found.append(Reading(INDEX, "hf", lambda _: shards(folder / INDEX)))
+            found.append(WeightFiles(INDEX, "hf", lambda _: read_shards(folder / INDEX)))
     if single and WEIGHTS not in placed:
-        found.append(Reading(WEIGHTS, "hf", lambda _: read_header(folder / WEIGHTS)))
+        found.append(WeightFiles(WEIGHTS, "hf", lambda _: read_header(folder / WEIGHTS)))
     loose = _loose(folder, placed)
     if found and loose:
-        found.append(Reading(loose[0].name, "hf", lambda _: merged(loose)))
+        found.append(WeightFiles(loose[0].name, "hf", lambda _: merge_files(loose)))
     return found
 
 
 def _loose(folder: Path, placed: set[str]) -> list[Path]:
-    """Shards that no index names."""
+    """The shards that the index does not name."""
     return [file for file in sorted(folder.iterdir()) if _SHARD.fullmatch(file.name) and file.name not in placed]
 
 
 _ARCHITECTURES = ("MistralForCausalLM", "MinistralForCausalLM", "LlamaForCausalLM")
 
-# What transformers takes for a key that is absent, where its model types differ.
+# The defaults of transformers for missing keys that differ between its model types.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {
         "intermediate_size": 14336,
@@ -97,7 +97,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _DEFAULTS["ministral"] = _DEFAULTS["mistral"]
 
-# Keys that do not reach the logits of a plain forward pass: file-keeping, training, sampling, outputs.
+# Keys that do not change the logits of a forward pass: bookkeeping, training, sampling, outputs.
 _WITHOUT_EFFECT = frozenset(
     """
     transformers_version transformers.js_config torch_dtype dtype use_cache initializer_range attention_dropout
@@ -116,18 +116,18 @@ _WITHOUT_EFFECT = frozenset(
 def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | None = None) -> MistralConfig:
     """Reads a Hugging Face `config.json` of model type `mistral`, `ministral` or `llama`.
 
-    A key that is absent has the default of that model type in transformers: a `mistral` without the key
-    `sliding_window` has a window of 4096, one with `"sliding_window": null` has none.
+    A missing key gets the default of that model type in transformers. For example, a `mistral` config without the key
+    `sliding_window` has a window of 4096, and a config with `"sliding_window": null` has no window.
 
     **Arguments:**
 
     - `settings`: the parsed JSON object.
-    - `file`: where it stands, for messages.
+    - `file`: the path of the file, for error messages.
 
     **Returns:** the config.
 
-    **Raises:** `ValueError` that names the key, if one is missing, has a value that it cannot have, contradicts
-    another, or asks for a computation that this package does not do.
+    **Raises:** `ValueError` that names the key, if a key is missing, has an invalid value, contradicts another key, or
+    requires a computation that this package does not support.
     """
     document = Settings(settings, "config.json", file)
     model_type = document.take("model_type", str | None, None)
@@ -152,7 +152,7 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
     head_dim = document.take("head_dim", Size | None, None) or per_head(embed, heads, document)
     document.expect("hidden_act", ("silu", "swish"), "silu")
     document.expect("partial_rotary_factor", (1.0, None), None, float | None)
-    for key in ("torch_dtype", "dtype"):  # the weights have dtypes of their own
+    for key in ("torch_dtype", "dtype"):  # each tensor stores its own dtype
         document.take(key, str | None, None)
     document.expect("is_causal", (True, None), None)
     config = document.make(
@@ -178,17 +178,17 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
 def write_config(config: MistralConfig) -> dict[str, Any]:
     """Writes a Hugging Face `config.json`.
 
-    **Returns:** the JSON object, of model type `mistral`, or `ministral` where windows differ from layer to layer.
-    The rope base stands in it twice, as `rope_theta` for transformers 4 and in `rope_parameters` for transformers
-    5: either of them would otherwise fall back on its default without a word.
+    **Returns:** the JSON object, of model type `mistral`, or `ministral` if only some layers have a window. It has the
+    rope base twice, as `rope_theta` for transformers 4 and in `rope_parameters` for transformers 5. Without its key,
+    either version would silently use its default.
 
-    **Raises:** `ValueError` if layers have windows of several sizes, for which that format has no place.
+    **Raises:** `ValueError` if layers have windows of several sizes, which the format cannot express.
     """
     sizes = {window for window in config.windows if window is not None}
     if len(sizes) > 1:
         raise InputError(
-            f"The layers have windows of {listed(sorted(sizes))} positions, but config.json has a place for one "
-            "size only; use the format 'mistral'."
+            f"The layers have windows of {listed(sorted(sizes))} positions, but config.json can hold only one "
+            "size; use the format 'mistral'."
         )
     alternating = None in config.windows and bool(sizes)
     settings: dict[str, Any] = {
@@ -242,17 +242,17 @@ def _rope_theta(document: Settings) -> float:
         spellings[inner] = checked(
             rope.get("rope_theta"), Base | None, f"The key {inner} of {document.name}", file=document.file, key=inner
         )
-    return agreed(spellings, document, 10000.0)
+    return consistent_value(spellings, document, 10000.0)
 
 
 def _windows(document: Settings, layers: int, default: int | None) -> tuple[int | None, ...]:
-    # llama has no window at all: there the key is left in the document, to be refused if it is set.
+    # A llama model has no window. Its key stays untaken, so that `refuse_rest` refuses a value.
     window = document.take("sliding_window", Count | None, default) if default is not None else None
     if document.take("use_sliding_window", bool | None, None) is False and window is not None:
         raise document.wrong(
             "use_sliding_window",
-            f"{document.name} has a sliding_window of {window} and use_sliding_window false, and programs differ in "
-            "which of them they heed; set sliding_window to null, or remove use_sliding_window.",
+            f"{document.name} has a sliding_window of {window} and use_sliding_window false, and programs disagree "
+            "about which key to use; set sliding_window to null, or remove use_sliding_window.",
         )
     kinds = document.take("layer_types", list[str] | None, None)
     if kinds is None:
@@ -260,7 +260,8 @@ def _windows(document: Settings, layers: int, default: int | None) -> tuple[int 
     if len(kinds) != layers:
         raise document.wrong(
             "layer_types",
-            f"{document.name} has {len(kinds)} layer_types for {layers} layers (num_hidden_layers); give one a layer.",
+            f"{document.name} has {len(kinds)} layer_types for {layers} layers (num_hidden_layers); give one for each "
+            "layer.",
         )
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):

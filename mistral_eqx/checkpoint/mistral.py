@@ -1,4 +1,4 @@
-"""Folders as Mistral releases them: `params.json`, and `consolidated` weights as safetensors or pickled by torch."""
+"""Mistral release folders: `params.json`, and `consolidated` weights as safetensors or pickled by torch."""
 
 import os
 import re
@@ -10,34 +10,34 @@ from ..checks import Count, CountOrZero
 from ..config import Base, Epsilon, Layers, MistralConfig, Size
 from ..documents import read_json
 from ..errors import InputError
-from .files import indexed, merged, shards
+from .files import merge_files, read_index, read_shards
 from .pth import read_pickles
 from .reader import Checkpoint, LazyTensor, main_dtype
-from .readings import Reading, the_one
-from .settings import Settings, agreed, per_kv
+from .settings import Settings, consistent_value, per_kv
+from .weight_files import WeightFiles, read_consistent
 
 
 CONFIG = "params.json"
 WEIGHTS = "consolidated.safetensors"
 INDEX = "consolidated.safetensors.index.json"
-_OF = re.compile(r"consolidated-(\d+)-of-(\d+)\.safetensors")
-_NUMBERED = re.compile(r"consolidated\.(\d+)\.pth")
+_NUMBERED_SHARD = re.compile(r"consolidated-(\d+)-of-(\d+)\.safetensors")
+_NUMBERED_PICKLE = re.compile(r"consolidated\.(\d+)\.pth")
 
 
-def open_mistral(folder: Path, own: Sequence[Reading], others: Sequence[Reading]) -> Checkpoint:
-    """Opens a folder as Mistral releases it.
+def open_mistral(folder: Path, own: Sequence[WeightFiles], others: Sequence[WeightFiles]) -> Checkpoint:
+    """Opens a Mistral release folder.
 
     **Arguments:**
 
-    - `folder`: holds `params.json`, and `consolidated.safetensors`, or several `consolidated-....safetensors` with or
-        without an index, or `consolidated.00.pth` and so on, for which torch must be installed.
-    - `own`: what `readings` finds there.
-    - `others`: weights in other formats that the folder holds too.
+    - `folder`: the folder with `params.json`, and `consolidated.safetensors`, or several
+        `consolidated-....safetensors` with or without an index, or `consolidated.00.pth` and so on, which need torch.
+    - `own`: the result of `find_weights`.
+    - `others`: weights in other formats in the same folder.
 
     **Returns:** the checkpoint.
 
-    **Raises:** `InputError` that names the file, if one is missing or cannot be read, or the key of a config that is
-    not supported; also if the folder holds weights several times, and they differ.
+    **Raises:** `InputError` that names the file, if a file is missing or cannot be read; that names the key, if the
+    config is not supported; and that names two files, if the folder holds different weights in several formats.
     """
     metadata = read_json(folder / CONFIG)
     config = read_config(metadata, file=folder / CONFIG)
@@ -47,31 +47,31 @@ def open_mistral(folder: Path, own: Sequence[Reading], others: Sequence[Reading]
             "fetch them too.",
             file=folder,
         )
-    tensors = the_one(folder, config, [*own, *others])
+    tensors = read_consistent(folder, config, [*own, *others])
     return Checkpoint(folder, "mistral", config, main_dtype(tensors), tensors, metadata)
 
 
-def readings(folder: Path) -> list[Reading]:
-    """The ways to read the weights that have names of Mistral: by an index, from other safetensors, from pickles."""
-    found: list[Reading] = []
+def find_weights(folder: Path) -> list[WeightFiles]:
+    """The weights of a folder that have Mistral names: by an index, in other safetensors files, or in pickles."""
+    found: list[WeightFiles] = []
     placed: set[str] = set()
     if (folder / INDEX).exists():
-        placed = set(indexed(folder / INDEX).values())
+        placed = set(read_index(folder / INDEX).values())
     files = [file for file in sorted(folder.glob("consolidated*.safetensors")) if file.name not in placed]
-    # An index whose files are all gone was left behind by a checkpoint that a single file has replaced.
+    # If none of its files exists, the index is stale: a single file has replaced the shards.
     if placed and (not files or any((folder / name).exists() for name in placed)):
-        found.append(Reading(INDEX, "mistral", lambda _: shards(folder / INDEX)))
+        found.append(WeightFiles(INDEX, "mistral", lambda _: read_shards(folder / INDEX)))
     if files:
-        found.append(Reading(files[0].name, "mistral", lambda _: _all_of(folder, files)))
+        found.append(WeightFiles(files[0].name, "mistral", lambda _: _read_shards_without_index(folder, files)))
     pickles = sorted(folder.glob("consolidated*.pth"))
     if pickles:
-        found.append(Reading(pickles[0].name, "mistral", lambda config: _unpickled(folder, pickles, config)))
+        found.append(WeightFiles(pickles[0].name, "mistral", lambda config: _read_pickles(folder, pickles, config)))
     return found
 
 
-def _all_of(folder: Path, files: list[Path]) -> dict[str, LazyTensor]:
-    """Without an index, the names of the files are all that tells of one that is absent."""
-    numbers = [match for file in files if (match := _OF.fullmatch(file.name))]
+def _read_shards_without_index(folder: Path, files: list[Path]) -> dict[str, LazyTensor]:
+    """Reads shards, and uses the numbers in their names to detect a missing one."""
+    numbers = [match for file in files if (match := _NUMBERED_SHARD.fullmatch(file.name))]
     for match in numbers[:1]:
         width, count = len(match[1]), int(match[2])
         for number in range(1, count + 1):
@@ -80,11 +80,11 @@ def _all_of(folder: Path, files: list[Path]) -> dict[str, LazyTensor]:
                 raise InputError(
                     f"The folder {str(folder)!r} lacks {name!r}, one of {count} files; fetch it too.", file=folder
                 )
-    return merged(files)
+    return merge_files(files)
 
 
-def _unpickled(folder: Path, files: list[Path], config: MistralConfig) -> dict[str, LazyTensor]:
-    numbers = sorted(int(match[1]) for file in files if (match := _NUMBERED.fullmatch(file.name)))
+def _read_pickles(folder: Path, files: list[Path], config: MistralConfig) -> dict[str, LazyTensor]:
+    numbers = sorted(int(match[1]) for file in files if (match := _NUMBERED_PICKLE.fullmatch(file.name)))
     for expected, number in enumerate(numbers):
         if number != expected:
             raise InputError(
@@ -101,19 +101,19 @@ _WITHOUT_EFFECT = frozenset({"max_batch_size"})
 def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | None = None) -> MistralConfig:
     """Reads the `params.json` of a Mistral release.
 
-    Releases that do not tell the longest context get 32768 positions, and those that do not tell the rope base
-    10000, as in Mistral's own code. The tokens that start and end a text are 1 and 2, as in all its tokenizers,
-    unless the file was written by `write_config` and says otherwise.
+    As in Mistral's own code, a release without a context length has 32768 positions, and one without a rope base
+    has 10000. The beginning-of-sequence and end-of-sequence tokens are 1 and 2, as in all of Mistral's tokenizers,
+    unless `write_config` wrote other ids into the file.
 
     **Arguments:**
 
     - `settings`: the parsed JSON object.
-    - `file`: where it stands, for messages.
+    - `file`: the path of the file, for error messages.
 
     **Returns:** the config.
 
-    **Raises:** `ValueError` that names the key, if one is missing, has a value that it cannot have, contradicts
-    another, or asks for a computation that this package does not do.
+    **Raises:** `ValueError` that names the key, if a key is missing, has an invalid value, contradicts another key, or
+    requires a computation that this package does not support.
     """
     document = Settings(settings, "params.json", file)
     document.expect("model_type", ("transformer", None), None)
@@ -133,7 +133,7 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
         head_dim=document.take("head_dim", Size),
         rope_theta=10000.0 if rope_theta is None else rope_theta,
         norm_eps=document.take("norm_eps", Epsilon),
-        max_positions=agreed(
+        max_positions=consistent_value(
             {key: document.take(key, Count | None, None) for key in ("max_position_embeddings", "max_seq_len")},
             document,
             32768,
@@ -150,8 +150,8 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
 def write_config(config: MistralConfig) -> dict[str, Any]:
     """Writes the `params.json` of a Mistral release.
 
-    **Returns:** the JSON object. Windows that differ by layer are written as the shortest list that, repeated,
-    gives them all. The tokens that start and end a text are written only if they are not Mistral's own.
+    **Returns:** the JSON object. If layers have different windows, it has their shortest repeating pattern. It has the
+    ids of the beginning-of-sequence and end-of-sequence tokens only if they differ from Mistral's.
     """
     settings: dict[str, Any] = {
         "dim": config.embed,
@@ -166,9 +166,9 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
     }
     pattern = next(
-        config.windows[:period]
-        for period in range(1, config.layers + 1)
-        if config.layers % period == 0 and config.windows[:period] * (config.layers // period) == config.windows
+        config.windows[:length]
+        for length in range(1, config.layers + 1)
+        if config.layers % length == 0 and config.windows[:length] * (config.layers // length) == config.windows
     )
     if pattern != (None,):
         settings["sliding_window"] = pattern[0] if len(pattern) == 1 else list(pattern)
@@ -186,7 +186,7 @@ def _windows(document: Settings, layers: int) -> tuple[int | None, ...]:
     for key in ("sliding_window", "_sliding_window"):
         value = document.take(key, Count | list[Count | None] | None, None)
         spellings[key] = None if value is None else (value,) if isinstance(value, int) else tuple(value)
-    pattern: Sequence[int | None] = agreed(spellings, document, (None,))
+    pattern: Sequence[int | None] = consistent_value(spellings, document, (None,))
     if not pattern or layers % len(pattern):
         raise document.wrong(
             "sliding_window",

@@ -1,4 +1,4 @@
-"""What each tensor of the model is called in each checkpoint format: the one table."""
+"""The name of each tensor of the model in each checkpoint format: the one table."""
 
 import dataclasses
 import math
@@ -9,18 +9,18 @@ from ..config import MistralConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One tensor of the model, or one of each block, and its names.
+class TensorSpec:
+    """A tensor of the model, or of each of its blocks: its dimensions and its name in each format.
 
     **Attributes:**
 
-    - `path`: where it stands in the model; `{layer}` is the block's number, in the names too.
-    - `out_dims`, `in_dims`: the dimensions of its rows and of its columns. A file stores a matrix with all of
-        `out_dims` in one axis and all of `in_dims` in the other, a vector with its one axis.
+    - `path`: the path of the tensor in the model; `{layer}` is the block's index, here and in the names.
+    - `out_dims`, `in_dims`: the dimensions of its rows and of its columns. A file stores a matrix with two axes,
+        `out_dims` and `in_dims`, and a vector with one.
     - `hf`, `mistral`, `gguf`: its name in each format.
-    - `rotary`: whether its rows are turned by the rotary embedding, so that their order within a head matters. The
+    - `rotary`: whether the rotary embedding acts on its rows, so that their order within a head matters. The
         model, Mistral and GGUF put the two entries of a pair side by side; Hugging Face puts the first entries of
-        all pairs before the second ones.
+        all pairs before the second entries.
     """
 
     path: str
@@ -31,8 +31,8 @@ class Row:
     gguf: str
     rotary: bool = False
 
-    def at(self, layer: int) -> "Row":
-        """The row of one block."""
+    def at(self, layer: int) -> "TensorSpec":
+        """The spec for one block."""
         names = {field: getattr(self, field).format(layer=layer) for field in ("path", "hf", "mistral", "gguf")}
         return dataclasses.replace(self, **names)
 
@@ -56,8 +56,8 @@ class Row:
         )
 
 
-TABLE: tuple[Row, ...] = (
-    Row(
+TABLE: tuple[TensorSpec, ...] = (
+    TensorSpec(
         "embedding.weight.value",
         "vocab",
         "embed",
@@ -65,7 +65,7 @@ TABLE: tuple[Row, ...] = (
         mistral="tok_embeddings.weight",
         gguf="token_embd.weight",
     ),
-    Row(
+    TensorSpec(
         "blocks.{layer}.attention_norm.weight",
         "embed",
         "",
@@ -73,7 +73,7 @@ TABLE: tuple[Row, ...] = (
         mistral="layers.{layer}.attention_norm.weight",
         gguf="blk.{layer}.attn_norm.weight",
     ),
-    Row(
+    TensorSpec(
         "blocks.{layer}.attention.q_proj.weight.value",
         "kv_heads q_per_kv head_dim",
         "embed",
@@ -82,7 +82,7 @@ TABLE: tuple[Row, ...] = (
         gguf="blk.{layer}.attn_q.weight",
         rotary=True,
     ),
-    Row(
+    TensorSpec(
         "blocks.{layer}.attention.k_proj.weight.value",
         "kv_heads head_dim",
         "embed",
@@ -91,7 +91,7 @@ TABLE: tuple[Row, ...] = (
         gguf="blk.{layer}.attn_k.weight",
         rotary=True,
     ),
-    Row(
+    TensorSpec(
         "blocks.{layer}.attention.v_proj.weight.value",
         "kv_heads head_dim",
         "embed",
@@ -99,7 +99,7 @@ TABLE: tuple[Row, ...] = (
         mistral="layers.{layer}.attention.wv.weight",
         gguf="blk.{layer}.attn_v.weight",
     ),
-    Row(
+    TensorSpec(
         "blocks.{layer}.attention.o_proj.weight.value",
         "embed",
         "kv_heads q_per_kv head_dim",
@@ -107,7 +107,7 @@ TABLE: tuple[Row, ...] = (
         mistral="layers.{layer}.attention.wo.weight",
         gguf="blk.{layer}.attn_output.weight",
     ),
-    Row(
+    TensorSpec(
         "blocks.{layer}.feed_forward_norm.weight",
         "embed",
         "",
@@ -115,7 +115,7 @@ TABLE: tuple[Row, ...] = (
         mistral="layers.{layer}.ffn_norm.weight",
         gguf="blk.{layer}.ffn_norm.weight",
     ),
-    Row(
+    TensorSpec(
         "blocks.{layer}.feed_forward.gate_proj.weight.value",
         "hidden",
         "embed",
@@ -123,7 +123,7 @@ TABLE: tuple[Row, ...] = (
         mistral="layers.{layer}.feed_forward.w1.weight",
         gguf="blk.{layer}.ffn_gate.weight",
     ),
-    Row(
+    TensorSpec(
         "blocks.{layer}.feed_forward.up_proj.weight.value",
         "hidden",
         "embed",
@@ -131,7 +131,7 @@ TABLE: tuple[Row, ...] = (
         mistral="layers.{layer}.feed_forward.w3.weight",
         gguf="blk.{layer}.ffn_up.weight",
     ),
-    Row(
+    TensorSpec(
         "blocks.{layer}.feed_forward.down_proj.weight.value",
         "embed",
         "hidden",
@@ -139,7 +139,7 @@ TABLE: tuple[Row, ...] = (
         mistral="layers.{layer}.feed_forward.w2.weight",
         gguf="blk.{layer}.ffn_down.weight",
     ),
-    Row(
+    TensorSpec(
         "norm.weight",
         "embed",
         "",
@@ -147,7 +147,7 @@ TABLE: tuple[Row, ...] = (
         mistral="norm.weight",
         gguf="output_norm.weight",
     ),
-    Row(
+    TensorSpec(
         "head.weight.value",
         "vocab",
         "embed",
@@ -159,7 +159,7 @@ TABLE: tuple[Row, ...] = (
 
 EMBEDDING, HEAD = TABLE[0], TABLE[-1]
 
-# Tables of angles that early files carry along; the model computes them from its config.
+# Early files also store the table of rotary angles, which the model computes from its config.
 _DERIVED = {
     "hf": re.compile(r"(.*\.)?rotary_emb\.inv_freq"),
     "mistral": re.compile(r"rope\.freqs"),
@@ -167,17 +167,17 @@ _DERIVED = {
 }
 
 
-def rows(config: MistralConfig) -> Iterator[Row]:
-    """The rows of all tensors of a model with this config, in the order in which it applies them."""
-    blocks = [row for row in TABLE if "{layer}" in row.path]
+def tensor_specs(config: MistralConfig) -> Iterator[TensorSpec]:
+    """The specs of all tensors of a model with this config, in the order in which the model applies them."""
+    blocks = [spec for spec in TABLE if "{layer}" in spec.path]
     yield EMBEDDING
     for layer in range(config.layers):
-        yield from (row.at(layer) for row in blocks)
-    yield from (row for row in TABLE if "{layer}" not in row.path and row is not EMBEDDING and row is not HEAD)
+        yield from (spec.at(layer) for spec in blocks)
+    yield from (spec for spec in TABLE if "{layer}" not in spec.path and spec is not EMBEDDING and spec is not HEAD)
     if not config.tied:
         yield HEAD
 
 
 def is_derived(name: str, format: str) -> bool:
-    """Whether a tensor of a file only repeats what the config says."""
+    """Whether a tensor of a file can be computed from the config, so that no reader needs it."""
     return _DERIVED[format].fullmatch(name) is not None

@@ -1,4 +1,4 @@
-"""Which of the formats a folder or file has."""
+"""Opens a checkpoint in the format that its folder or file has."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from . import gguf, hf, mistral
 from .reader import Checkpoint
 
 
-# By this file a folder of adapters is known.
+# The file that marks a folder of adapters.
 ADAPTER = "adapter_config.json"
 
 
@@ -18,8 +18,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     **Arguments:**
 
-    - `path`: a folder of Hugging Face, a folder as Mistral releases it, or a `.gguf` file. A folder that holds the
-        same weights several times is opened as Hugging Face's, if it can be.
+    - `path`: a Hugging Face folder, a Mistral release folder, or a `.gguf` file. If a folder holds the same weights in
+        several formats, the Hugging Face format has precedence.
 
     **Returns:** the checkpoint's format, config and tensors.
 
@@ -46,21 +46,21 @@ def _open_folder(folder: Path) -> Checkpoint:
         beside = "beside a model" if is_hf or is_mistral or files else "and no model"
         raise InputError(
             f"The folder {str(folder)!r} holds adapters ({ADAPTER!r}) {beside}; give each a folder of its own, load "
-            "the model alone, and put the adapters into it with load_lora.",
+            "the model, and add the adapters with load_lora.",
             file=folder / ADAPTER,
         )
     if is_hf or is_mistral:
-        by_hf, by_mistral = hf.readings(folder), mistral.readings(folder)
-        if is_hf and (by_hf or not (is_mistral and by_mistral)):
-            return hf.open_hf(folder, by_hf, [*by_mistral, *gguf.readings(files)])
-        return mistral.open_mistral(folder, by_mistral, [*by_hf, *gguf.readings(files)])
+        hf_weights, mistral_weights = hf.find_weights(folder), mistral.find_weights(folder)
+        if is_hf and (hf_weights or not (is_mistral and mistral_weights)):
+            return hf.open_hf(folder, hf_weights, [*mistral_weights, *gguf.find_weights(files)])
+        return mistral.open_mistral(folder, mistral_weights, [*hf_weights, *gguf.find_weights(files)])
     if len(files) == 1:
         return gguf.open_gguf(files[0])
     if files:
         raise InputError(
             f"The folder {str(folder)!r} holds {len(files)} .gguf files; give the path of one of them.", file=folder
         )
-    what = "has neither a config.json nor a params.json nor a .gguf file" if any(folder.iterdir()) else "is empty"
+    reason = "has neither a config.json nor a params.json nor a .gguf file" if any(folder.iterdir()) else "is empty"
     raise InputError(
-        f"The folder {str(folder)!r} {what}; give a folder with a model's config and weights.", file=folder
+        f"The folder {str(folder)!r} {reason}; give a folder with a model's config and weights.", file=folder
     )

@@ -1,4 +1,4 @@
-"""Folders of adapters as PEFT has them: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Adapter folders in the format of PEFT: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import dataclasses
 import json
@@ -23,22 +23,22 @@ from ..parallel import everywhere
 from . import safetensors
 from .finite import all_finite
 from .loading import supported_dtype
-from .names import EMBEDDING, HEAD, Row, rows
+from .names import EMBEDDING, HEAD, TensorSpec, tensor_specs
 from .opening import ADAPTER
-from .processes import on_all
+from .processes import run_on_all
 from .pth import read_pickle
 from .reader import LazyTensor, read_rows
-from .readings import same_values
 from .source import file_order
 from .staging import naming, staged
+from .weight_files import same_values
 
 
 CONFIG = ADAPTER
 WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
 
-# What makes an adapter compute something else than `B A x`, or train something else. Absent or empty it does not.
-_CHANGES = (
+# Keys that change what an adapter computes or trains, unless they are absent or empty.
+_UNSUPPORTED = (
     "use_dora",
     "lora_bias",
     "fan_in_fan_out",
@@ -55,9 +55,9 @@ _CHANGES = (
     "monteclora_config",
     "velora_config",
 )
-# Ways to begin that leave the weights below as they are.
-_Start = bool | Literal["gaussian", "eva", "orthogonal"] | None
-# Tables of the vocabulary, which PEFT saves whole where they were trained, or lie under an adapter of their own.
+# Initialisations that do not change the base weights.
+_Initialisation = bool | Literal["gaussian", "eva", "orthogonal"] | None
+# Layers that PEFT saves whole if they were trained or have an adapter of their own.
 _TABLES = {"embed_tokens": EMBEDDING, "lm_head": HEAD}
 
 
@@ -69,36 +69,36 @@ def save_lora(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
 ) -> None:
-    """Writes a model's adapters, and nothing else of it, to a folder that PEFT loads.
+    """Writes the adapters of a model, without its other weights, to a folder that PEFT loads.
 
     **Arguments:**
 
-    - `model`: a model with adapters, on one device or on a mesh. If it is split over several processes, all of them
-        call this, and the first one writes.
-    - `folder`: appears when it is complete.
-    - `base`: the name or path of the model below, which PEFT's `AutoPeftModel` loads on its own.
-    - `overwrite`: whether adapters that already stand there are replaced, with all files of that folder.
-    - `allow_nonfinite`: whether adapters that are NaN or infinite are written too.
+    - `model`: a model with adapters, on one device or on a mesh. If it is sharded over several processes, all of them
+        must call this function, and process 0 writes.
+    - `folder`: the folder to write. It appears when all of its files are complete.
+    - `base`: the name or path of the base model, which PEFT's `AutoPeftModel` loads.
+    - `overwrite`: whether to replace an existing folder of adapters, with all its files.
+    - `allow_nonfinite`: whether to write adapters with NaN or infinity.
 
-    **Raises:** `ValueError` if there are no adapters, if they are of a kind that such a folder cannot tell or are not
-    finite, or if the folder may not or cannot be written.
+    **Raises:** `ValueError` if the model has no adapters, if the format cannot express them, if they have NaN or
+    infinity, or if the folder may not or cannot be written.
     """
     found = {path: site.weight for path, site in sites(model).items() if isinstance(site.weight, LoRAWeight)}
     if not found:
-        raise InputError("The model has no adapters to save; put some into it with apply_lora, or save all of it.")
-    _check_alike(model, found)
+        raise InputError("The model has no adapters to save; add adapters with apply_lora, or save the whole model.")
+    _check_expressible(model, found)
     first = next(iter(found.values()))
-    order = {_site(row): row for row in rows(model.config)}
+    specs = {_layer_path(spec): spec for spec in tensor_specs(model.config)}
     tensors = [
         tensor
         for path, weight in found.items()
-        for tensor in _file_tensors(order[path], model.config, everywhere(weight.a.value), everywhere(weight.b.value))
+        for tensor in _file_tensors(specs[path], model.config, everywhere(weight.a.value), everywhere(weight.b.value))
     ]
     for name, _, _, array in tensors:
         if not allow_nonfinite and not all_finite(array):
             raise InputError(
-                f"The adapter's tensor {name!r} holds NaN or infinity, so nothing was saved; go back to adapters from "
-                "before they diverged, or write them as they are (allow_nonfinite=True).",
+                f"The adapter's tensor {name!r} holds NaN or infinity, so nothing was saved; use adapters from "
+                "before they diverged, or save them as they are (allow_nonfinite=True).",
                 key=name,
             )
     settings = {
@@ -108,7 +108,7 @@ def save_lora(
         "r": first.rank,
         "lora_alpha": int(first.alpha) if float(first.alpha).is_integer() else first.alpha,
         "use_rslora": first.use_rslora,
-        "target_modules": sorted({_module(order[path]) for path in found}),
+        "target_modules": sorted({_module(specs[path]) for path in found}),
         "lora_dropout": first.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -120,98 +120,98 @@ def save_lora(
 
     def write():
         if jax.process_index() == 0:
-            with staged(folder, overwrite=overwrite, what="PEFT adapter") as place:
-                with naming(place / WEIGHTS):
-                    safetensors.write(place / WEIGHTS, described)
-                with naming(place / CONFIG):
-                    (place / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            with staged(folder, overwrite=overwrite, kind="PEFT adapter") as staging:
+                with naming(staging / WEIGHTS):
+                    safetensors.write(staging / WEIGHTS, described)
+                with naming(staging / CONFIG):
+                    (staging / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
-    on_all("saved adapters", write, several)
+    run_on_all("saved adapters", write, several)
 
 
 def load_lora(model: Mistral, folder: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> Mistral:
-    """Puts the adapters of a folder of PEFT beside a model's weights.
+    """Adds the adapters of a PEFT folder to a model.
 
     **Arguments:**
 
-    - `model`: the model that they were trained for, on one device or on a mesh.
-    - `folder`: holds `adapter_config.json` and `adapter_model.safetensors`.
-    - `dtype`: of the adapters, and of an embedding table or a head that was trained as a whole.
+    - `model`: the model that the adapters were trained for, on one device or on a mesh.
+    - `folder`: the folder with `adapter_config.json` and `adapter_model.safetensors`.
+    - `dtype`: the dtype of the adapters, and of an embedding table or a head that was trained as a whole.
 
-    **Returns:** the model with adapters, as [`mistral_eqx.apply_lora`][] makes it. An embedding table or a head that
-    the folder holds takes the place of the model's.
+    **Returns:** the model with adapters, as from [`mistral_eqx.apply_lora`][]. An embedding table or a head in the
+    folder replaces the model's.
 
-    **Raises:** `InputError` that names what is wrong: a file, a key, a tensor that the model has no place for, or a
-    kind of adapter that is not supported.
+    **Raises:** `InputError` that names a missing or damaged file, an unsupported key, or a tensor that the model does
+    not have.
     """
     folder = to_path(folder, "The folder of adapters")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(
-                f"The folder {str(folder)!r} has no {name!r}; give one to which PEFT saved adapters.", file=folder
+                f"The folder {str(folder)!r} has no {name!r}; give a folder of adapters saved by PEFT.", file=folder
             )
     settings = _read_settings(folder / CONFIG)
-    rank, wanted = settings.rank, supported_dtype(dtype)
+    rank, target_dtype = settings.rank, supported_dtype(dtype)
     tensors = safetensors.read_header(folder / WEIGHTS)
-    _expect_one_reading(folder, tensors)
-    model = _with_tables(model, tensors, settings, wanted, folder)
-    places = sites(model)
+    _check_pickle(folder, tensors)
+    model = _with_tables(model, tensors, settings, target_dtype, folder)
+    layers = sites(model)
     adapters: dict[str, tuple[jax.Array, jax.Array]] = {}
-    for row in rows(model.config):
-        names = _names(row)
-        path = _site(row)
-        if row is EMBEDDING or path not in places or not tensors.keys() & set(names):
+    for spec in tensor_specs(model.config):
+        names = _names(spec)
+        path = _layer_path(spec)
+        if spec is EMBEDDING or path not in layers or not tensors.keys() & set(names):
             continue
-        settings.expect_target(row, folder / CONFIG)
-        inputs, outputs = shapes_of(places[path])
+        settings.expect_target(spec, folder / CONFIG)
+        inputs, outputs = shapes_of(layers[path])
         sizes = (rank, int(np.prod(inputs))), (int(np.prod(outputs)), rank)
         a, b = (_expected(tensors.pop(name, None), name, size, folder) for name, size in zip(names, sizes, strict=True))
-        place = file_order(row, model.config, "hf")
+        order = file_order(spec, model.config, "hf")
         adapters[path] = (
-            jnp.asarray(read_rows(a, wanted).reshape(rank, *inputs)),
-            jnp.asarray(read_rows(b, wanted, rows=place).reshape(*outputs, rank)),
+            jnp.asarray(read_rows(a, target_dtype).reshape(rank, *inputs)),
+            jnp.asarray(read_rows(b, target_dtype, rows=order).reshape(*outputs, rank)),
         )
     if tensors:
         raise InputError(
-            f"{str(folder / WEIGHTS)!r} holds the tensor {shown(next(iter(tensors)))}, for which the model has no "
-            "place; "
-            "load adapters of linear layers that were trained for this model.",
+            f"{str(folder / WEIGHTS)!r} holds the tensor {shown(next(iter(tensors)))}, which the model does not "
+            "have; load adapters of linear layers that were trained for this model.",
             file=folder / WEIGHTS,
             key=next(iter(tensors)),
         )
     if not adapters:
         raise InputError(
-            f"{str(folder / WEIGHTS)!r} holds no adapters; give a folder to which PEFT saved some.",
+            f"{str(folder / WEIGHTS)!r} holds no adapters; give a folder of adapters saved by PEFT.",
             file=folder / WEIGHTS,
         )
     return adapt(model, adapters, alpha=settings.alpha, dropout=settings.dropout, use_rslora=settings.use_rslora)
 
 
-def _check_alike(model: Mistral, found: dict[str, LoRAWeight]):
-    """Refuses what one folder cannot tell."""
+def _check_expressible(model: Mistral, found: dict[str, LoRAWeight]):
+    """Refuses adapters that the format cannot express."""
     for path, site in sites(model).items():
         weight = site.weight.base if isinstance(site.weight, LoRAWeight) else site.weight
         if isinstance(weight, TrainedWeight) or (path == "embedding" and isinstance(site.weight, LoRAWeight)):
             raise InputError(
-                f"The {path} has an adapter or was trained as a whole, which a folder of adapters does not hold here; "
+                f"The {path} has an adapter or was trained as a whole, which save_lora does not support; "
                 "merge the adapters and save the model."
             )
     kinds = {(weight.rank, weight.alpha, weight.use_rslora, weight.dropout) for weight in found.values()}
     if len(kinds) > 1:
         raise InputError(
             f"The adapters differ in rank, alpha, scaling or dropout ({', '.join(map(str, sorted(kinds)))}), and one "
-            "folder tells but one of each; merge the adapters and save the model."
+            "folder has one value of each; merge the adapters and save the model."
         )
     twice = [path for path, weight in found.items() if isinstance(weight.base, LoRAWeight)]
     if twice:
         raise InputError(
-            f"The layer {twice[0]!r} has two adapters, and a folder holds one; merge them and save the model."
+            f"The layer {twice[0]!r} has two adapters, but a folder holds one for each layer; merge them and "
+            "save the model."
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """What a folder says of adapters of a kind that is supported."""
+    """The supported settings of a folder of adapters."""
 
     rank: int
     alpha: float
@@ -220,15 +220,15 @@ class _Settings:
     targets: str | list[str] | None
     tables: list[str]
 
-    def expect_target(self, row: Row, path: Path):
-        """Refuses an adapter that PEFT would pass over, because its layer is none of the targets."""
-        layer, targets = row.hf.removesuffix(".weight"), self.targets
+    def expect_target(self, spec: TensorSpec, path: Path):
+        """Refuses an adapter whose layer is not a target, because PEFT would ignore the adapter."""
+        layer, targets = spec.hf.removesuffix(".weight"), self.targets
         if isinstance(targets, str):
-            # The tensors tell what was trained; an expression from a file may take for ever, a plain name does not.
-            fits = re.fullmatch(r"[\w.-]+", targets) is None or targets in (layer, "all-linear")
+            # A regular expression from a file may run forever, so only a plain name is matched.
+            matches = re.fullmatch(r"[\w.-]+", targets) is None or targets in (layer, "all-linear")
         else:
-            fits = targets is None or any(f".{layer}".endswith(f".{target}") for target in targets)
-        if not fits:
+            matches = targets is None or any(f".{layer}".endswith(f".{target}") for target in targets)
+        if not matches:
             raise InputError(
                 f"{str(path)!r} has 'target_modules' {shown(targets)}, but the weights hold an adapter of {layer!r}; "
                 "fetch both again together.",
@@ -240,64 +240,62 @@ class _Settings:
 def _read_settings(path: Path) -> _Settings:
     settings = read_json(path)
 
-    def of(key: str, kind: Any, default: Any = None) -> Any:
+    def setting(key: str, kind: Any, default: Any = None) -> Any:
         value = settings.get(key, default)
         return checked(value, kind, f"{str(path)!r} has {key!r}, which", file=path, key=key, remedy="correct it there")
 
     if (kind := settings.get("peft_type")) != "LORA":
         raise InputError(
-            f"{str(path)!r} describes adapters of type {shown(kind)}, but only 'LORA' is read; merge them there.",
+            f"{str(path)!r} has 'peft_type' {shown(kind)}, but only 'LORA' is supported; merge the adapters with PEFT.",
             file=path,
             key="peft_type",
         )
-    for name in _CHANGES:
+    for name in _UNSUPPORTED:
         value = settings.get(name)
         if not (value is None or value is False or (isinstance(value, str | list | dict) and not value)):
             raise InputError(
                 f"{str(path)!r} sets {name!r} to {shown(value)}, which is not supported; merge the adapters with "
-                "PEFT and load the model that this gives.",
+                "PEFT and load the merged model.",
                 file=path,
                 key=name,
             )
     if settings.get("bias", "none") != "none":
         raise InputError(
             f"{str(path)!r} trains biases ('bias' is {shown(settings['bias'])}), but the model has none; train "
-            "adapters "
-            "with 'bias': 'none'.",
+            "adapters with 'bias': 'none'.",
             file=path,
             key="bias",
         )
     checked(
         settings.get("init_lora_weights", True),
-        _Start,
+        _Initialisation,
         f"{str(path)!r} has 'init_lora_weights', which",
         file=path,
         key="init_lora_weights",
         remedy="let PEFT convert the adapters to plain LoRA when it saves",
     )
-    tables = of("modules_to_save", list[str] | None) or []
+    tables = setting("modules_to_save", list[str] | None) or []
     if unknown := [name for name in tables if name not in _TABLES]:
         raise InputError(
-            f"{str(path)!r} has {shown(unknown[0])} in 'modules_to_save', but only {', '.join(_TABLES)} are read; "
-            "merge "
-            "the adapters with PEFT and load the model that this gives.",
+            f"{str(path)!r} has {shown(unknown[0])} in 'modules_to_save', but only {', '.join(_TABLES)} are "
+            "supported; merge the adapters with PEFT and load the merged model.",
             file=path,
             key="modules_to_save",
         )
     for key in ("base_model_name_or_path", "task_type"):
-        of(key, str | None)
+        setting(key, str | None)
     return _Settings(
-        rank=of("r", Count),
-        alpha=of("lora_alpha", Positive),
-        dropout=of("lora_dropout", ShareBelowOne, 0.0),
-        use_rslora=of("use_rslora", bool, False),
-        targets=of("target_modules", str | list[str] | None),
+        rank=setting("r", Count),
+        alpha=setting("lora_alpha", Positive),
+        dropout=setting("lora_dropout", ShareBelowOne, 0.0),
+        use_rslora=setting("use_rslora", bool, False),
+        targets=setting("target_modules", str | list[str] | None),
         tables=tables,
     )
 
 
-def _expect_one_reading(folder: Path, tensors: dict[str, LazyTensor]):
-    """Refuses a pickle beside the weights that holds others."""
+def _check_pickle(folder: Path, tensors: dict[str, LazyTensor]):
+    """Refuses a pickle that differs from the safetensors file in the same folder."""
     pickled = folder / _PICKLED
     if not pickled.exists():
         return
@@ -310,8 +308,7 @@ def _expect_one_reading(folder: Path, tensors: dict[str, LazyTensor]):
         reason = f"cannot be compared ({str(error).rstrip('.')})"
     raise InputError(
         f"The folder {str(folder)!r} holds adapters in {WEIGHTS!r} and in {_PICKLED!r}, which {reason}; remove "
-        "the file "
-        "that does not belong there.",
+        "the file that does not belong there.",
         file=pickled,
     )
 
@@ -319,11 +316,11 @@ def _expect_one_reading(folder: Path, tensors: dict[str, LazyTensor]):
 def _with_tables(
     model: Mistral, tensors: dict[str, LazyTensor], settings: _Settings, dtype: np.dtype, folder: Path
 ) -> Mistral:
-    """The model with the embedding table and the head that the folder holds; these are taken out of the tensors."""
-    places = sites(model)
+    """The model with the embedding table and the head of the folder. Their tensors are removed from `tensors`."""
+    layers = sites(model)
     changed: dict[str, TrainedWeight] = {}
-    for module, row in _TABLES.items():
-        stem = f"base_model.model.{row.hf.removesuffix('.weight')}"
+    for module, spec in _TABLES.items():
+        stem = f"base_model.model.{spec.hf.removesuffix('.weight')}"
         names = [name for name in (f"{stem}.weight", f"{stem}.base_layer.weight") if name in tensors]
         if module in settings.tables and f"{stem}.weight" not in names:
             raise InputError(
@@ -333,14 +330,14 @@ def _with_tables(
                 key="modules_to_save",
             )
         for name in names:
-            tensor = _expected(tensors.pop(name), name, row.file_shape(model.config), folder)
-            # The head of a tied model is the table.
-            path = _site(EMBEDDING if model.config.tied else row)
+            tensor = _expected(tensors.pop(name), name, spec.file_shape(model.config), folder)
+            # The head of a tied model is the embedding table.
+            path = _layer_path(EMBEDDING if model.config.tied else spec)
             table = read_rows(tensor, np.dtype(model.dtype))
-            now = np.asarray(changed[path].value) if path in changed else everywhere(places[path].weight.dense())
-            if np.array_equal(now.astype(table.dtype), table):
+            current = np.asarray(changed[path].value) if path in changed else everywhere(layers[path].weight.dense())
+            if np.array_equal(current.astype(table.dtype), table):
                 continue
-            if path in changed or (model.config.tied and row is HEAD):
+            if path in changed or (model.config.tied and spec is HEAD):
                 raise InputError(
                     f"The tensor {name!r} of {str(folder / WEIGHTS)!r} differs from the embedding, but in this model "
                     "the head is the embedding table; merge the adapters with PEFT.",
@@ -366,8 +363,7 @@ def _expected(tensor: LazyTensor | None, name: str, shape: tuple[int, ...], fold
     if tensor.shape != shape:
         raise InputError(
             f"The tensor {name!r} of {str(folder / WEIGHTS)!r} has shape {shown(tensor.shape)}, but the rank and "
-            "the model "
-            f"ask for {shape}; load adapters that were trained for this model.",
+            f"the model require {shape}; load adapters that were trained for this model.",
             file=folder / WEIGHTS,
             key=name,
         )
@@ -375,22 +371,22 @@ def _expected(tensor: LazyTensor | None, name: str, shape: tuple[int, ...], fold
 
 
 def _file_tensors(
-    row: Row, config: MistralConfig, a: np.ndarray, b: np.ndarray
+    spec: TensorSpec, config: MistralConfig, a: np.ndarray, b: np.ndarray
 ) -> list[tuple[str, tuple[int, ...], np.dtype, np.ndarray]]:
-    """`A` and `B` as matrices, the rows of `B` in the order of the weight's."""
+    """`A` and `B` as matrices. The rows of `B` have the order of the rows of the weight in the file."""
     a, b = a.reshape(a.shape[0], -1), b.reshape(-1, b.shape[-1])
-    b = b[np.argsort(file_order(row, config, "hf"))]
-    return [(name, x.shape, x.dtype, x) for name, x in zip(_names(row), (a, b), strict=True)]
+    b = b[np.argsort(file_order(spec, config, "hf"))]
+    return [(name, x.shape, x.dtype, x) for name, x in zip(_names(spec), (a, b), strict=True)]
 
 
-def _names(row: Row) -> tuple[str, str]:
-    stem = f"base_model.model.{row.hf.removesuffix('.weight')}"
+def _names(spec: TensorSpec) -> tuple[str, str]:
+    stem = f"base_model.model.{spec.hf.removesuffix('.weight')}"
     return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
 
-def _module(row: Row) -> str:
-    return row.hf.removesuffix(".weight").rsplit(".", 1)[-1]
+def _module(spec: TensorSpec) -> str:
+    return spec.hf.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
-def _site(row: Row) -> str:
-    return row.path.removesuffix(".weight.value")
+def _layer_path(spec: TensorSpec) -> str:
+    return spec.path.removesuffix(".weight.value")

@@ -1,4 +1,4 @@
-"""Which parts of a tensor this process's devices hold, and how they get there."""
+"""The shards of a tensor on this process's devices, and their transfer to the devices."""
 
 import dataclasses
 import math
@@ -12,16 +12,16 @@ from ..parallel import SINGLE, Strategy
 
 
 Index = tuple[slice, ...]
-"""A part of a tensor: a slice for each of its axes."""
+"""The position of a shard in its tensor: a slice for each axis."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where the tensors of a model go.
+    """The devices and the sharding of a model's tensors.
 
     **Attributes:**
 
-    - `mesh`: the devices, of this process and maybe of others; `None` for the default device.
+    - `mesh`: the devices, of one process or of several; `None` for the default device.
     - `strategy`: which dimensions are split over which axes of the mesh.
     """
 
@@ -35,13 +35,13 @@ class Placement:
 
     @property
     def devices(self) -> str:
-        """The mesh as text that is the same on all processes: its axes, and its devices in order."""
+        """The mesh as text, for the check that processes agree: its axes, and its devices in order."""
         if self.mesh is None:
             return "the default device"
         return f"{dict(self.mesh.shape)} {[device.id for device in self.mesh.devices.flat]}"
 
-    def parts(self, dims: str, shape: tuple[int, ...]) -> list[Index]:
-        """The parts of a tensor that this process's devices hold; one that several of them hold comes once."""
+    def shards(self, dims: str, shape: tuple[int, ...]) -> list[Index]:
+        """The shards of a tensor on this process's devices. Replicas of a shard are listed once."""
         sharding = self._sharding(dims)
         if sharding is None:
             return [(slice(None),) * len(shape)]
@@ -49,9 +49,9 @@ class Placement:
         return list({_bounds(index, shape): index for index in indices if index is not None}.values())
 
     def entries(self, dims: str, shape: tuple[int, ...]) -> int:
-        """How many entries these parts have together."""
+        """The number of entries of these shards together."""
         return sum(
-            math.prod(len(range(*bounds)) for bounds in _bounds(part, shape)) for part in self.parts(dims, shape)
+            math.prod(len(range(*bounds)) for bounds in _bounds(shard, shape)) for shard in self.shards(dims, shape)
         )
 
     def put(
@@ -61,31 +61,31 @@ class Placement:
         dtype: np.dtype,
         read: Callable[[Sequence[Index]], Sequence[np.ndarray]],
     ) -> jax.Array:
-        """Makes the array, and waits until it is on its devices.
+        """Makes a sharded array, and waits until it is on its devices.
 
         **Arguments:**
 
         - `dims`, `shape`, `dtype`: of the tensor.
-        - `read`: gives this process's parts of it. What several devices hold is read once.
+        - `read`: reads this process's shards. Replicas of a shard are read once.
         """
-        parts = self.parts(dims, shape)
-        arrays = read(parts)
+        shards = self.shards(dims, shape)
+        arrays = read(shards)
         sharding = self._sharding(dims)
         if sharding is None:
             return jax.block_until_ready(jax.device_put(arrays[0]))
-        known = {_bounds(part, shape): array for part, array in zip(parts, arrays, strict=True)}
+        known = {_bounds(shard, shape): array for shard, array in zip(shards, arrays, strict=True)}
 
-        def of(index: Index | None) -> np.ndarray:
+        def shard_at(index: Index | None) -> np.ndarray:
             return known[_bounds((slice(None),) * len(shape) if index is None else index, shape)]
 
-        return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, of, dtype=dtype))
+        return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, shard_at, dtype=dtype))
 
     def _sharding(self, dims: str) -> NamedSharding | None:
         return None if self.mesh is None else NamedSharding(self.mesh, self.strategy.spec(dims))
 
 
 def _bounds(index: Index, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
-    return tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+    return tuple(axis.indices(size) for axis, size in zip(index, shape, strict=True))
 
 
 ON_DEFAULT_DEVICE = Placement()

@@ -1,4 +1,4 @@
-"""What several processes do together: if one of them fails, the others are told and do not wait for it."""
+"""Steps that all processes run. If one process fails, the others raise an error instead of waiting for it."""
 
 import contextlib
 import hashlib
@@ -12,37 +12,38 @@ from .reader import Checkpoint
 Result = TypeVar("Result")
 
 
-def on_all(
-    what: str, act: Callable[[], Result], several: bool, told: Callable[[Result], str] = lambda result: ""
+def run_on_all(
+    name: str, run: Callable[[], Result], several: bool, summary: Callable[[Result], str] = lambda result: ""
 ) -> Result:
-    """Does something on all processes, and makes sure that it worked on all of them.
+    """Runs a step on all processes, and checks that it succeeded on all of them.
 
     **Arguments:**
 
-    - `what`: what is compared, as the sentence of the error names it, such as `"checkpoint"`.
-    - `act`: does it; without any exchange with the other processes.
-    - `several`: whether there are other processes that do the same.
-    - `told`: the text that must be the same on all of them, from what `act` returned.
+    - `name`: the name of the result in an error message, such as `"checkpoint"`.
+    - `run`: the step. It must not communicate with the other processes.
+    - `several`: whether several processes run this step.
+    - `summary`: a text computed from the result, which must be the same on all processes.
 
-    **Returns:** what `act` returned.
+    **Returns:** the result of `run`.
 
-    **Raises:** what `act` raised here; `ValueError` if it raised something elsewhere, or if the texts differ.
+    **Raises:** the exception of `run` on this process; `ValueError` if `run` raised on another process, or if the
+    summaries differ.
     """
     try:
-        result = act()
-        text = f"done: {told(result)}" if several else ""
+        result = run()
+        text = f"done: {summary(result)}" if several else ""
     except Exception as error:
         if several:
             with contextlib.suppress(ValueError):
-                agree(what, f"failed: {error}")
+                agree(name, f"failed: {error}")
         raise
     if several:
-        agree(what, text)
+        agree(name, text)
     return result
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """A digest by which two copies of a checkpoint are told apart without reading them.
+    """A digest that distinguishes two copies of a checkpoint without reading them whole.
 
     It covers the config, each tensor's name, shape and stored type, and the first and the last row of each.
     """

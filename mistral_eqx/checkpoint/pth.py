@@ -1,4 +1,4 @@
-"""Weights that torch has pickled, as Mistral released its first models."""
+"""Weights pickled by torch, the format of Mistral's first releases."""
 
 import itertools
 import os
@@ -13,42 +13,42 @@ import numpy as np
 from ..config import MistralConfig
 from ..documents import MiB, expect_regular, shown
 from ..errors import InputError
-from .names import rows
+from .names import tensor_specs
 from .reader import DTYPES, LazyTensor
-from .readings import same_values
 from .safetensors import PlainTensor
+from .weight_files import same_values
 
 
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-# The pickle itself holds names and sizes only.
+# The pickle holds names and sizes only; the numbers are in other records.
 _LONGEST_PICKLE = 64 * MiB
-# A record's own header, before its name: the lengths of the name and of what follows it stand at its end.
+# The header of a record. Its last two fields are the lengths of the name and of the extra field after the header.
 _RECORD = struct.Struct("<4s22xHH")
 
 
 class ConcatenatedTensor(LazyTensor):
-    """A tensor whose parts lie in several files, one for each device of the machine that trained it."""
+    """A tensor whose shards lie in several files, one for each device of a tensor-parallel run."""
 
-    def __init__(self, parts: Sequence[LazyTensor], axis: int):
-        first = parts[0]
+    def __init__(self, shards: Sequence[LazyTensor], axis: int):
+        first = shards[0]
         shape = list(first.shape)
-        shape[axis] = sum(part.shape[axis] for part in parts)
-        super().__init__(first.name, tuple(shape), first.dtype, first.stored, sum(part.nbytes for part in parts))
-        self._parts = parts
+        shape[axis] = sum(shard.shape[axis] for shard in shards)
+        super().__init__(first.name, tuple(shape), first.dtype, first.stored, sum(shard.nbytes for shard in shards))
+        self._shards = shards
         self._axis = axis
 
     def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
         blocks, begin = [], 0
-        for part in self._parts:
-            end = begin + part.shape[self._axis]
+        for shard in self._shards:
+            end = begin + shard.shape[self._axis]
             if self._axis == 1:
                 inside = None if columns is None else columns[(begin <= columns) & (columns < end)] - begin
                 if inside is None or len(inside):
-                    blocks.append(part.rows(start, stop, inside))
+                    blocks.append(shard.rows(start, stop, inside))
             else:
                 low, high = max(start, begin), min(stop, end)
                 if low < high:
-                    blocks.append(part.rows(low - begin, high - begin, columns))
+                    blocks.append(shard.rows(low - begin, high - begin, columns))
             begin = end
         if not blocks:
             width = self.shape[1:] if columns is None else (len(columns),)
@@ -57,30 +57,29 @@ class ConcatenatedTensor(LazyTensor):
 
 
 def read_pickles(files: Sequence[Path], config: MistralConfig) -> dict[str, LazyTensor]:
-    """Reads which tensors one or several files of torch hold. Nothing but tensors is unpickled.
+    """Reads the headers of files that torch has pickled. Only tensors are unpickled.
 
     **Arguments:**
 
-    - `files`: in order. Several are either parts with tensors of their own, or one for each device of a
-        tensor-parallel run: then each matrix is put together along the axis in which its parts fall short of the
-        config's shape.
-    - `config`: tells the shapes.
+    - `files`: the files, in order. Several files either hold different tensors, or the shards of a tensor-parallel
+        run. Shards of a matrix are concatenated along the axis in which they are smaller than the config's shape.
+    - `config`: gives the shapes.
 
     **Returns:** all tensors by name.
 
-    **Raises:** `InputError` if torch is not installed, a file cannot be read, or parts do not fit together.
+    **Raises:** `InputError` if torch is not installed, a file cannot be read, or shards do not fit together.
     """
     found: dict[str, list[LazyTensor]] = {}
     for file in files:
         for name, tensor in read_pickle(file).items():
             found.setdefault(name, []).append(tensor)
-    known = itertools.takewhile(lambda row: row.mistral in found, rows(config))
-    shapes = {row.mistral: row.file_shape(config) for row in known}
-    return {name: _joined(parts, shapes.get(name), files) for name, parts in found.items()}
+    known = itertools.takewhile(lambda spec: spec.mistral in found, tensor_specs(config))
+    shapes = {spec.mistral: spec.file_shape(config) for spec in known}
+    return {name: _joined(shards, shapes.get(name), files) for name, shards in found.items()}
 
 
 def read_pickle(file: Path) -> dict[str, LazyTensor]:
-    """The tensors of one file, by name, as `read_pickles` reads them."""
+    """Reads the header of one file; see `read_pickles`."""
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -94,7 +93,7 @@ def read_pickle(file: Path) -> dict[str, LazyTensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        # What a damaged pickle makes torch raise is of any kind.
+        # torch raises exceptions of any class for a damaged pickle.
         raise _unreadable(file, str(error).strip() or type(error).__name__) from error
     if not isinstance(content, Mapping) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
@@ -111,8 +110,8 @@ def read_pickle(file: Path) -> dict[str, LazyTensor]:
         plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_neg()
         if not plain or not value.is_contiguous():
             raise InputError(
-                f"The tensor {shown(name)} of {str(file)!r} does not lie in one piece as rows of numbers; save it "
-                "again from torch, after contiguous().",
+                f"The tensor {shown(name)} of {str(file)!r} is not a dense contiguous tensor; save it again "
+                "from torch, after contiguous().",
                 file=file,
                 key=name,
             )
@@ -127,7 +126,7 @@ def read_pickle(file: Path) -> dict[str, LazyTensor]:
 
 
 def _records(file: Path) -> list[tuple[int, int]]:
-    """Where the data of each storage begins in a file of torch, which is a zip archive, and its bytes; in order."""
+    """The offset and the size of each storage in a file of torch, which is a zip archive; in ascending order."""
     found: list[tuple[int, int]] = []
     try:
         with zipfile.ZipFile(file) as archive, open(file, "rb") as content:
@@ -140,10 +139,10 @@ def _records(file: Path) -> list[tuple[int, int]]:
                     raise _unreadable(file, f"the record {shown(record.filename)} lies outside of the file")
                 if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
                     raise _unreadable(file, f"the record {shown(record.filename)} is compressed")
-                _, _, place = record.filename.partition("/")
-                if place == "data.pkl" and record.file_size > _LONGEST_PICKLE:
+                _, _, name = record.filename.partition("/")
+                if name == "data.pkl" and record.file_size > _LONGEST_PICKLE:
                     raise _unreadable(file, f"the record {shown(record.filename)} is larger than any model's")
-                if place.startswith("data/") and record.file_size:
+                if name.startswith("data/") and record.file_size:
                     found.append((start, record.file_size))
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, EOFError) as error:
         if isinstance(error, InputError):
@@ -153,17 +152,17 @@ def _records(file: Path) -> list[tuple[int, int]]:
 
 
 def _starts(file: Path, records: Sequence[tuple[int, int]], storages: Sequence[Any]) -> dict[int, int]:
-    """Where each storage begins in the file, by its address in torch's mapping of the file.
+    """The offset of each storage in the file, by its address in torch's mapping of the file.
 
-    The pickle says how long a storage is, and torch believes it, even beyond its record. So the storages must lie in
-    the mapping just as the records lie in the file.
+    torch does not check the size of a storage in the pickle against its record. So this function checks that the
+    storages have the same sizes and distances in the mapping as the records have in the file.
     """
     mapped = sorted({(storage.data_ptr(), storage.nbytes()) for storage in storages})
     sizes = [size for _, size in records]
     distances = [start - records[0][0] for start, _ in records]
     if sizes != [size for _, size in mapped] or distances != [address - mapped[0][0] for address, _ in mapped]:
         raise InputError(
-            f"{str(file)!r} is damaged: its records are not as long as its tensors, or lie elsewhere; fetch it again.",
+            f"{str(file)!r} is damaged: its records differ from its tensors in size or position; fetch it again.",
             file=file,
         )
     return {address: start for (address, _), (start, _) in zip(mapped, records, strict=True)}
@@ -175,13 +174,13 @@ def _unreadable(file: Path, reason: str) -> InputError:
     )
 
 
-def _joined(parts: list[LazyTensor], shape: tuple[int, ...] | None, files: Sequence[Path]) -> LazyTensor:
-    first = parts[0]
-    if len(parts) == 1:
+def _joined(shards: list[LazyTensor], shape: tuple[int, ...] | None, files: Sequence[Path]) -> LazyTensor:
+    first = shards[0]
+    if len(shards) == 1:
         return first
     if first.shape == shape:
-        # A vector is whole in each file of a tensor-parallel run.
-        if all(same_values(first, part) for part in parts[1:]):
+        # Each file of a tensor-parallel run holds a copy of every vector.
+        if all(same_values(first, shard) for shard in shards[1:]):
             return first
         raise InputError(
             f"The tensor {shown(first.name)} is whole in {files[0].name!r} and in a file after it, and they differ; "
@@ -189,20 +188,20 @@ def _joined(parts: list[LazyTensor], shape: tuple[int, ...] | None, files: Seque
             file=files[0],
             key=first.name,
         )
-    ranks = {len(part.shape) for part in parts}
+    ranks = {len(shard.shape) for shard in shards}
     if shape is not None and ranks == {len(shape)}:
         for axis in range(min(len(shape), 2)):
             whole = list(first.shape)
-            whole[axis] = sum(part.shape[axis] for part in parts)
-            if tuple(whole) == shape and all(_others(part, axis) == _others(first, axis) for part in parts):
-                return ConcatenatedTensor(parts, axis)
+            whole[axis] = sum(shard.shape[axis] for shard in shards)
+            if tuple(whole) == shape and all(_others(shard, axis) == _others(first, axis) for shard in shards):
+                return ConcatenatedTensor(shards, axis)
     raise InputError(
-        f"The parts of the tensor {shown(first.name)} in {files[0].name!r} and the files after it have the shapes "
-        f"{[part.shape for part in parts]}, which do not make up {shape}; use the release's safetensors.",
+        f"The shards of the tensor {shown(first.name)} in {files[0].name!r} and the files after it have the shapes "
+        f"{[shard.shape for shard in shards]}, which do not make up {shape}; use the release's safetensors.",
         file=files[0],
         key=first.name,
     )
 
 
-def _others(part: LazyTensor, axis: int) -> tuple[int, ...]:
-    return part.shape[:axis] + part.shape[axis + 1 :]
+def _others(shard: LazyTensor, axis: int) -> tuple[int, ...]:
+    return shard.shape[:axis] + shard.shape[axis + 1 :]

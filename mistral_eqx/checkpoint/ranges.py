@@ -1,4 +1,4 @@
-"""Ranges of a file's bytes, read one after the other into memory that is there already."""
+"""Reads byte ranges of a file into an existing array."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -10,15 +10,15 @@ from ..errors import InputError
 
 
 def read_ranges(path: Path, ranges: Iterable[tuple[int, int]], into: np.ndarray):
-    """Fills a contiguous array with ranges of a file. Of the file nothing else is read.
+    """Fills a contiguous array with byte ranges of a file, and reads no other bytes.
 
     **Arguments:**
 
     - `path`: the file.
-    - `ranges`: where each range begins, and its bytes; together as many as the array has.
+    - `ranges`: the offset and the size of each range in bytes. The sum of the sizes is the size of the array.
     - `into`: the array.
 
-    **Raises:** `ValueError` if the file ends before.
+    **Raises:** `ValueError` if the file is too short.
     """
     view = into.reshape(-1).view(np.uint8).data
     begin = 0
@@ -29,29 +29,29 @@ def read_ranges(path: Path, ranges: Iterable[tuple[int, int]], into: np.ndarray)
             while begin < end:
                 count = file.readinto(view[begin:end])
                 if not count:
-                    raise InputError(f"{str(path)!r} is truncated, it ended while it was read; fetch it again.")
+                    raise InputError(f"{str(path)!r} is truncated: it ended while it was read; fetch it again.")
                 begin += count
 
 
 def of_columns(offset: int, rows: int, row_bytes: int, columns: np.ndarray, width: int) -> Iterator[tuple[int, int]]:
-    """The ranges that some columns of a matrix take up in a file, row by row.
+    """The byte ranges of selected columns of a matrix in a file, row by row.
 
     **Arguments:**
 
-    - `offset`: where the first row begins.
-    - `rows`: how many rows there are.
-    - `row_bytes`: the bytes from one row to the next.
-    - `columns`: which columns, ascending. Neighbours make one range.
+    - `offset`: the offset of the first row.
+    - `rows`: the number of rows.
+    - `row_bytes`: the size of a row.
+    - `columns`: the selected columns, ascending. Adjacent columns make one range.
     - `width`: the bytes of a column in a row.
     """
     spans = [(int(columns[start]) * width, (stop - start) * width) for start, stop in runs(columns)]
     for row in range(offset, offset + rows * row_bytes, row_bytes):
-        for place, nbytes in spans:
-            yield row + place, nbytes
+        for start, nbytes in spans:
+            yield row + start, nbytes
 
 
 def runs(numbers: np.ndarray, longest: int = sys.maxsize) -> Iterator[tuple[int, int]]:
-    """Cuts ascending numbers into `start, stop` of consecutive ones, none longer than `longest`."""
+    """Splits ascending numbers into runs of consecutive numbers, given as `start, stop`, of at most `longest` each."""
     breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
     for start, stop in zip([0, *breaks.tolist()], [*breaks.tolist(), len(numbers)], strict=True):
         for cut in range(start, stop, longest):

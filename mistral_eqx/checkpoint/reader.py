@@ -1,4 +1,4 @@
-"""A checkpoint as a mapping from names to arrays that are read when they are asked for, row by row."""
+"""A checkpoint as a mapping from names to tensors, which are read on demand, row by row."""
 
 import abc
 import dataclasses
@@ -15,8 +15,8 @@ from ..errors import InputError
 from .ranges import runs
 
 
-# How much of a tensor is read, turned into numbers and cast at once: small enough for the allocator to hand out the
-# same pages again and again, large enough for a disk.
+# The bytes of a tensor that are read and cast at once: few enough for the allocator to reuse the same pages, enough
+# for efficient reads from a disk.
 CHUNK_BYTES = 16 * 2**20
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -27,18 +27,18 @@ DTYPES: Mapping[str, np.dtype] = {
 
 
 class LazyTensor(abc.ABC):
-    """A tensor that stays in its file until rows of it are asked for.
+    """A tensor in a file, whose rows are read on demand.
 
-    To add a storage format, subclass this and define `rows`. It should read, not map: pages of a mapped file count as
-    resident memory for as long as the mapping stands. And it should read what it is asked for and no more: that is all
-    of the file that a process with a part of the model has to do with.
+    To add a storage format, subclass this and define `rows`. `rows` should read the file and not map it, because the
+    pages of a mapped file count as resident memory while the mapping exists. It should read only the requested rows
+    and columns, because a process that holds a shard of the model needs no more of the file.
 
     **Attributes:**
 
     - `name`: the tensor's name in its file.
     - `shape`: its shape.
-    - `dtype`: the dtype of the arrays that reading gives.
-    - `stored`: what the file calls its element type, such as `"BF16"` or `"Q4_K"`.
+    - `dtype`: the dtype of the arrays that `rows` returns.
+    - `stored`: the name of its element type in the file, such as `"BF16"` or `"Q4_K"`.
     - `nbytes`: its size in the file.
     """
 
@@ -51,30 +51,30 @@ class LazyTensor(abc.ABC):
 
     @abc.abstractmethod
     def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
-        """Reads rows of the first axis into a new array that nobody else holds.
+        """Reads rows of the first axis into a new array, which the caller may modify.
 
         **Arguments:**
 
         - `start`, `stop`: rows `start` to `stop - 1`.
-        - `columns`: which columns of a matrix, ascending; all of them unless given.
+        - `columns`: the columns of a matrix to read, ascending; by default all.
         """
 
     @property
     def rows_per_chunk(self) -> int:
-        """How many rows may be read at once, even by a format that has to read them whole to find some columns."""
+        """The number of rows that fit in `CHUNK_BYTES`, even if a format reads whole rows to get a few columns."""
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         return max(1, CHUNK_BYTES // max(row_bytes, 1))
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """Reads a part of the tensor, which is told as in numpy by integers, slices and `...`.
+        """Reads a part of the tensor, indexed as in numpy by integers, slices and `...`.
 
-        Of the first axis only what lies between the first and the last row asked for is read.
+        The rows from the first to the last requested one are read.
         """
-        parts = list(index) if isinstance(index, tuple) else [index]
-        if Ellipsis in parts:
-            place = parts.index(Ellipsis)
-            parts[place : place + 1] = [slice(None)] * (len(self.shape) - len(parts) + 1)
-        first, *rest = parts or [slice(None)]
+        axes = list(index) if isinstance(index, tuple) else [index]
+        if Ellipsis in axes:
+            position = axes.index(Ellipsis)
+            axes[position : position + 1] = [slice(None)] * (len(self.shape) - len(axes) + 1)
+        first, *rest = axes or [slice(None)]
         wanted = range(self.shape[0])[first]
         if isinstance(wanted, int):
             return np.array(self.rows(wanted, wanted + 1)[(0, *rest)])
@@ -89,7 +89,7 @@ class LazyTensor(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The files of one model, opened but not read.
+    """The files of a model. Their headers have been read, their weights have not.
 
     **Attributes:**
 
@@ -98,9 +98,9 @@ class Checkpoint:
     - `config`: the model's sizes.
     - `dtype`: the files' main dtype; float32 for quantised weights.
     - `tensors`: every tensor by its name in the files.
-    - `metadata`: `config.json`, `params.json` or the keys of the GGUF file, as they stand there.
+    - `metadata`: the content of `config.json` or `params.json`, or the keys and values of the GGUF file.
 
-    **Raises:** `ValueError` if a token that starts or ends a text is outside the vocabulary.
+    **Raises:** `ValueError` if a beginning-of-sequence or end-of-sequence token is outside the vocabulary.
     """
 
     path: Path
@@ -116,14 +116,14 @@ class Checkpoint:
         for token in (self.config.bos_id, *self.config.eos_ids):
             if token is not None and token >= self.config.vocab:
                 raise InputError(
-                    f"{str(file)!r} says that the token {token} starts or ends a text, but its vocabulary has "
-                    f"{self.config.vocab} tokens, from 0; correct the id there.",
+                    f"{str(file)!r} has the beginning-of-sequence or end-of-sequence token {token}, but its vocabulary "
+                    f"has {self.config.vocab} tokens, from 0; correct the id there.",
                     file=file,
                 )
 
 
 def main_dtype(tensors: Mapping[str, LazyTensor]) -> np.dtype:
-    """The dtype in which most entries are stored; float32 if there are none."""
+    """The dtype of most entries; float32 if there are none."""
     entries: dict[np.dtype, int] = {}
     for tensor in tensors.values():
         entries[tensor.dtype] = entries.get(tensor.dtype, 0) + math.prod(tensor.shape)
@@ -133,18 +133,18 @@ def main_dtype(tensors: Mapping[str, LazyTensor]) -> np.dtype:
 def read_rows(
     tensor: LazyTensor, dtype: np.dtype, *, rows: np.ndarray | None = None, check: bool = False
 ) -> np.ndarray:
-    """Reads rows of a tensor in any order, a chunk at a time, and casts them on the way.
+    """Reads rows of a tensor in any order, a chunk at a time, and casts them.
 
     **Arguments:**
 
     - `tensor`: a matrix or a vector in a file.
     - `dtype`: the dtype of the result.
-    - `rows`: which rows of the file make the rows of the result, each at most once; all in their order unless given.
-    - `check`: whether NaN and infinity are refused.
+    - `rows`: for each row of the result, its row in the file; no row twice. By default all rows, in the file's order.
+    - `check`: whether to refuse NaN and infinity.
 
-    **Returns:** a new array, which begins where a device of the CPU backend can use it without a copy.
+    **Returns:** a new array, aligned so that the CPU backend can use it without a copy.
 
-    **Raises:** `ValueError` that names the tensor, if `check` finds something.
+    **Raises:** `ValueError` that names the tensor, if `check` finds NaN or infinity.
     """
     return read_columns(tensor, dtype, [None], rows=rows, check=check)[0]
 
@@ -157,29 +157,29 @@ def read_columns(
     rows: np.ndarray | None = None,
     check: bool = False,
 ) -> list[np.ndarray]:
-    """Reads several sets of columns of the same rows at once, as `read_rows` does with all columns.
+    """Reads several sets of columns of the same rows; see `read_rows`.
 
-    Sets that stand side by side in the file are read in one piece: one by one, their rows would be many small reads.
+    All sets are read together. One read for adjacent sets replaces many small reads.
 
     **Arguments:**
 
-    - `columns`: for each result, which columns of the file make its columns; all in their order if `None`.
+    - `columns`: for each result, its columns in the file; `None` for all columns.
     """
     count = tensor.shape[0] if rows is None else len(rows)
     if rows is None or np.array_equal(rows, np.arange(count) + (rows[0] if count else 0)):
-        places, sources = None, np.arange(count) + (0 if rows is None or not count else int(rows[0]))
+        order, file_rows = None, np.arange(count) + (0 if rows is None or not count else int(rows[0]))
     else:
-        places = np.argsort(rows)
-        sources = rows[places]
-    together = None
-    if all(some is not None for some in columns):
-        together = np.unique(np.concatenate([some for some in columns if some is not None]))
-        together = None if len(together) == tensor.shape[1] else together
-    picks = [_picked(some, together) for some in columns]
-    results = [_aligned((count, *(tensor.shape[1:] if some is None else some.shape)), dtype) for some in columns]
-    for start, stop in runs(sources, tensor.rows_per_chunk):
-        first = int(sources[start])
-        block = tensor.rows(first, first + stop - start, together)
+        order = np.argsort(rows)
+        file_rows = rows[order]
+    union = None
+    if all(each is not None for each in columns):
+        union = np.unique(np.concatenate([each for each in columns if each is not None]))
+        union = None if len(union) == tensor.shape[1] else union
+    indices = [_index_in(union, each) for each in columns]
+    results = [_aligned((count, *(tensor.shape[1:] if each is None else each.shape)), dtype) for each in columns]
+    for start, stop in runs(file_rows, tensor.rows_per_chunk):
+        first = int(file_rows[start])
+        block = tensor.rows(first, first + stop - start, union)
         # A number too large for float16 becomes infinity, which `check` finds.
         with np.errstate(over="ignore"):
             block = block.astype(dtype, copy=False)
@@ -189,22 +189,23 @@ def read_columns(
                 f" (as {dtype.name}); the file is damaged or was written by a training run that diverged: fetch it "
                 "again, or load it without the check."
             )
-        for result, picked in zip(results, picks, strict=True):
-            result[slice(start, stop) if places is None else places[start:stop]] = block[(slice(None), *picked)]
+        for result, index in zip(results, indices, strict=True):
+            result[slice(start, stop) if order is None else order[start:stop]] = block[(slice(None), *index)]
     return results
 
 
-def _picked(columns: np.ndarray | None, together: np.ndarray | None) -> tuple[slice | np.ndarray, ...]:
-    """Where columns stand among those that are read `together`, which are all of them if it is `None`."""
+def _index_in(union: np.ndarray | None, columns: np.ndarray | None) -> tuple[slice | np.ndarray, ...]:
+    """The index of columns in the union of all sets; `None` stands for all columns of the tensor."""
     if columns is None:
         return ()
-    places = columns if together is None else np.searchsorted(together, columns)
-    # A slice is copied by rows, an index entry by entry.
-    return (slice(places[0], places[-1] + 1) if len(list(runs(places))) == 1 and len(places) else places,)
+    positions = columns if union is None else np.searchsorted(union, columns)
+    # numpy copies a slice row by row, but an index array entry by entry.
+    is_run = len(list(runs(positions))) == 1 and len(positions)
+    return (slice(positions[0], positions[-1] + 1) if is_run else positions,)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    # XLA takes over a numpy buffer as it is if it begins at a multiple of 64 bytes, and copies it otherwise.
+    # XLA uses a numpy buffer without a copy if its address is a multiple of 64.
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     offset = -raw.ctypes.data % 64

@@ -20,16 +20,16 @@ from .reader import DTYPES, LazyTensor
 _STORED = {"F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}
 _NAMES = {dtype: stored for stored, dtype in _STORED.items()}
 
-# The limit of the format's own library, which keeps a garbage length from being believed.
+# The limit of the safetensors library. It protects against a huge length in a damaged file.
 _LONGEST_HEADER = 100_000_000
-# A tensor's entry has about six commas. Lists of nothing would take a hundred times the memory of their text.
+# An entry has about six commas. The limit bounds memory: empty lists take a hundred times the memory of their text.
 _MOST_COMMAS = 2**21
 _MOST_AXES = 8
 _Size = Annotated[int, Ge(0)]
 
 
 class PlainTensor(LazyTensor):
-    """Numbers that lie in a file as they are in memory."""
+    """A tensor whose numbers have the same bytes in the file as in memory."""
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: np.dtype, stored: str, path: Path, offset: int):
         super().__init__(name, shape, dtype, stored, math.prod(shape) * dtype.itemsize)
@@ -50,7 +50,7 @@ class PlainTensor(LazyTensor):
 
 
 def read_header(path: Path) -> dict[str, LazyTensor]:
-    """Reads which tensors a safetensors file holds.
+    """Reads the header of a safetensors file.
 
     **Arguments:**
 
@@ -58,8 +58,8 @@ def read_header(path: Path) -> dict[str, LazyTensor]:
 
     **Returns:** its tensors by name.
 
-    **Raises:** `InputError` if the file is not of that format, is truncated, or holds a dtype that is not supported:
-    whatever the format's own library refuses, and a key that stands in the header twice.
+    **Raises:** `InputError` if the file is not a safetensors file, is truncated, or has an unsupported dtype. All
+    that the safetensors library refuses is refused, and also duplicate keys.
     """
     expect_regular(path)
     size = path.stat().st_size
@@ -84,7 +84,7 @@ def read_header(path: Path) -> dict[str, LazyTensor]:
         ) from error
     tensors: dict[str, LazyTensor] = {}
     end = 0
-    # The format leaves no gap between tensors and lets none share bytes: each begins where the one before it ends.
+    # The format allows neither gaps nor overlaps: each tensor begins at the end of the previous one.
     for name, entry in sorted(described.items(), key=lambda item: item[1].data_offsets):
         if entry.dtype not in _STORED:
             raise InputError(
@@ -117,7 +117,7 @@ def read_header(path: Path) -> dict[str, LazyTensor]:
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """What a header says of one tensor."""
+    """The header entry of a tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -125,9 +125,9 @@ class _Entry:
 
 
 def _described(header: bytes) -> dict[str, _Entry]:
-    """The entries of a header by their tensors' names."""
+    """Parses a header into entries by tensor name."""
     if header.count(b",") > _MOST_COMMAS:
-        raise InputError("it lists more than a model has; fetch it again.")
+        raise InputError("it has more entries than any model's; fetch it again.")
     try:
         text = header.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -165,13 +165,13 @@ def write(
     path: Path,
     tensors: Iterable[tuple[str, tuple[int, ...], np.dtype, Iterator[np.ndarray]]],
 ):
-    """Writes a safetensors file without holding it in memory.
+    """Writes a safetensors file, one chunk in memory at a time.
 
     **Arguments:**
 
     - `path`: the file.
-    - `tensors`: for each tensor its name, shape, dtype, and arrays whose bytes make up its own; they are taken from
-        the iterator as they are written.
+    - `tensors`: for each tensor its name, shape, dtype, and an iterator of chunks. The bytes of the chunks together are
+        the bytes of the tensor; each chunk is written before the next is requested.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

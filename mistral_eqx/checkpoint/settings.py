@@ -1,4 +1,4 @@
-"""The settings of a checkpoint's config, taken key by key."""
+"""Typed access to the keys of a checkpoint's config, which refuses keys that nothing reads."""
 
 import os
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ REQUIRED: Any = object()
 
 
 class Settings:
-    """Settings that are taken key by key, each held to its type, so that what nobody took can be refused."""
+    """The keys and values of a config. `take` checks the type of a value, `refuse_rest` refuses the keys not taken."""
 
     def __init__(self, settings: Mapping[str, Any], kind: str, file: str | os.PathLike[str] | None):
         self.name = kind if file is None else repr(os.fspath(file))
@@ -25,27 +25,27 @@ class Settings:
         self._taken: set[str] = set()
 
     def wrong(self, key: str | None, sentence: str) -> InputError:
-        """The error of a key."""
+        """The error about a key."""
         return InputError(sentence, file=self.file, key=key)
 
     def take(self, key: str, kind: Any, default: Any = REQUIRED) -> Any:
-        """The value of a key, held to its type, or its default."""
+        """The value of a key, checked against its type, or its default."""
         self._taken.add(key)
         if key not in self._settings:
             if default is REQUIRED:
                 raise self.wrong(
-                    key, f"{self.name} does not tell {key}, without which the model cannot be built; add it."
+                    key, f"{self.name} lacks the key {key}, without which the model cannot be built; add it."
                 )
             return default
         return checked(self._settings[key], kind, f"The key {key} of {self.name}", file=self.file, key=key)
 
     def ids(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        """One token or several."""
+        """The value of a key that holds one token id or several."""
         value = self.take(key, CountOrZero | list[CountOrZero] | None, default)
         return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
     def expect(self, key: str, supported: tuple[Any, ...], default: Any, kind: Any = Any):
-        """Refuses a value that asks for something other than what this package computes."""
+        """Refuses a value that requires a computation that this package does not support."""
         value = self.take(key, kind, default)
         if not any(type(value) is type(one) and value == one for one in supported):
             named = listed(value for value in supported if value is not None)
@@ -54,14 +54,14 @@ class Settings:
             )
 
     def make(self, **fields: Any) -> MistralConfig:
-        """The config; what its fields contradict in each other is the file's mistake."""
+        """Makes the config. An error about its fields becomes an error about the file."""
         try:
             return MistralConfig(**fields)
         except InputError as error:
             raise InputError(f"{self.name} cannot be used: {error}", file=self.file, key=error.key) from error
 
     def refuse(self, key: str, value: object) -> InputError:
-        """The error of a key that asks for what this package does not compute."""
+        """The error about a key that requires a computation that this package does not support."""
         return self.wrong(
             key,
             f"{self.name} sets {key} to {shown(value)}, which this package does not compute; use a checkpoint "
@@ -69,7 +69,7 @@ class Settings:
         )
 
     def refuse_rest(self, without_effect: frozenset[str], prefix: str = ""):
-        """Refuses what was not taken, unless it is known to have no effect or is switched off."""
+        """Refuses the keys that were not taken, unless they have no effect or are switched off."""
         for key, value in self._settings.items():
             known = key in self._taken or key in without_effect
             if not key.startswith(prefix) or key.startswith("_") or known:
@@ -79,18 +79,18 @@ class Settings:
 
 
 def is_off(value: Any) -> bool:
-    """Whether a value switches off what its key is for."""
+    """Whether a value switches off the feature of its key."""
     return value is None or value is False or value in (0, "", [], {})
 
 
 def listed(values: Any) -> str:
-    """Values as words of a sentence."""
+    """The values as an enumeration in a sentence."""
     texts = [repr(value) for value in values]
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}" if texts else "none"
 
 
 def per_head(embed: int, heads: int, document: Settings) -> int:
-    """The entries of a head, where a config does not give them."""
+    """The size of a head, for a config without `head_dim`."""
     if embed % heads:
         raise document.wrong(
             "head_dim",
@@ -101,7 +101,7 @@ def per_head(embed: int, heads: int, document: Settings) -> int:
 
 
 def per_kv(heads: int, kv_heads: int, document: Settings) -> int:
-    """How many query heads share a key/value head."""
+    """The number of query heads for each key/value head."""
     if heads % kv_heads:
         raise document.wrong(
             None,
@@ -111,12 +111,12 @@ def per_kv(heads: int, kv_heads: int, document: Settings) -> int:
     return heads // kv_heads
 
 
-def agreed(spellings: Mapping[str, Any], document: Settings, default: Any) -> Any:
-    """The one value that several spellings of a setting give, `default` if none gives any."""
+def consistent_value(spellings: Mapping[str, Any], document: Settings, default: Any) -> Any:
+    """The value that all spellings of a setting have, or `default` if none has a value. Refuses a contradiction."""
     given = {key: value for key, value in spellings.items() if value is not None}
     if len(set(given.values())) > 1:
-        told = " and ".join(f"{key} {shown(value)}" for key, value in given.items())
+        contradiction = " and ".join(f"{key} {shown(value)}" for key, value in given.items())
         raise document.wrong(
-            next(iter(given)), f"{document.name} has {told}, which contradict each other; keep the right one."
+            next(iter(given)), f"{document.name} has {contradiction}, which contradict each other; keep the right one."
         )
     return next(iter(given.values()), default)

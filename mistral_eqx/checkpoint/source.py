@@ -1,4 +1,4 @@
-"""From an index into a tensor of the model to rows and columns of a file, and back."""
+"""Maps an index into a tensor of the model to rows and columns of a tensor in a file."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,29 +8,29 @@ import numpy as np
 from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
-from .names import EMBEDDING, HEAD, Row, is_derived, rows
+from .names import EMBEDDING, HEAD, TensorSpec, is_derived, tensor_specs
 from .placement import ON_DEFAULT_DEVICE, Index, Placement
 from .reader import Checkpoint, LazyTensor, read_columns
 
 
-# What each format's config calls the size of the vocabulary; in GGUF it is the number of tokens unless given.
+# The config key for the size of the vocabulary. In GGUF it is optional; the default is the number of tokens.
 _VOCAB = {"hf": "vocab_size", "mistral": "vocab_size", "gguf": "llama.vocab_size"}
 
 
-def file_order(row: Row, config: MistralConfig, format: str) -> np.ndarray:
-    """Which row of a file's tensor makes each row of the model's, all the model's leading axes taken as one.
+def file_order(spec: TensorSpec, config: MistralConfig, format: str) -> np.ndarray:
+    """For each row of the model's tensor, its row in the file. `out_dims` of the model are flattened to one axis.
 
     **Arguments:**
 
-    - `row`: the tensor.
-    - `config`: the sizes.
-    - `format`: of the file. In Hugging Face's, the entries `2 i` and `2 i + 1` of a head, which the rotary embedding
-        turns together, stand at `i` and `i + head_dim / 2`.
+    - `spec`: the spec of the tensor.
+    - `config`: the sizes of the model.
+    - `format`: the format of the file. In the Hugging Face format, the entries `2 i` and `2 i + 1` of a head, a pair
+        of the rotary embedding, have the positions `i` and `i + head_dim / 2`.
 
     **Returns:** a permutation, shape `(rows,)`.
     """
-    count = row.file_shape(config)[0]
-    if format != "hf" or not row.rotary:
+    count = spec.file_shape(config)[0]
+    if format != "hf" or not spec.rotary:
         return np.arange(count)
     pairs = config.head_dim // 2
     within_head = np.arange(config.head_dim).reshape(2, pairs).T.reshape(-1)
@@ -40,56 +40,56 @@ def file_order(row: Row, config: MistralConfig, format: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A tensor of the model that stands in a file.
+    """A tensor of the model and the tensor of a file that it is read from.
 
     **Attributes:**
 
-    - `row`: its names and dimensions.
-    - `tensor`: where it is read from.
+    - `spec`: the names and dimensions of the tensor.
+    - `tensor`: the tensor in the file.
     - `config`: the sizes of the whole model.
-    - `format`: of the file.
+    - `format`: the format of the file.
     """
 
-    row: Row
+    spec: TensorSpec
     tensor: LazyTensor
     config: MistralConfig
     format: str
 
     def locate(self, index: Index) -> tuple[np.ndarray, np.ndarray | None, tuple[int, ...]]:
-        """Finds a part of the model's tensor in the file.
+        """Finds the rows and columns of a shard in the file.
 
         **Arguments:**
 
-        - `index`: one slice for each of the model's axes, as `jax.make_array_from_callback` asks for a shard.
+        - `index`: one slice for each of the model's axes, as in `jax.make_array_from_callback`.
 
-        **Returns:** the rows of the file's tensor in the part's order, its columns likewise (`None` for all of them),
-        and the part's shape.
+        **Returns:** the file's rows in the order of the shard, its columns in the order of the shard (`None` for all
+        columns), and the shape of the shard.
         """
-        shape = self.row.shape(self.config)
-        out_axes = len(self.row.out_dims.split())
-        order = file_order(self.row, self.config, self.format).reshape(shape[:out_axes])[tuple(index[:out_axes])]
+        shape = self.spec.shape(self.config)
+        out_axes = len(self.spec.out_dims.split())
+        order = file_order(self.spec, self.config, self.format).reshape(shape[:out_axes])[tuple(index[:out_axes])]
         if out_axes == len(shape):
             return order.reshape(-1), None, order.shape
         inner = np.arange(self.tensor.shape[1]).reshape(shape[out_axes:])[tuple(index[out_axes:])]
         columns = None if inner.size == self.tensor.shape[1] else inner.reshape(-1)
         return order.reshape(-1), columns, (*order.shape, *inner.shape)
 
-    def read(self, dtype: np.dtype, parts: Sequence[Index] | None = None, *, check: bool = False) -> list[np.ndarray]:
-        """Reads parts of the model's tensor.
+    def read(self, dtype: np.dtype, shards: Sequence[Index] | None = None, *, check: bool = False) -> list[np.ndarray]:
+        """Reads shards of the model's tensor.
 
-        Of the file no more is read than these parts, as far as its format has an address for each entry.
+        Only the bytes of these shards are read, or whole blocks if the format is quantised.
 
         **Arguments:**
 
-        - `dtype`: of the results.
-        - `parts`: which parts; all of the tensor as the only one unless given.
-        - `check`: whether NaN and infinity are refused.
+        - `dtype`: the dtype of the results.
+        - `shards`: the shards to read; by default one shard, the whole tensor.
+        - `check`: whether to refuse NaN and infinity.
 
-        **Returns:** an array for each part, in the model's order and shape.
+        **Returns:** an array for each shard, in the model's order and shape.
         """
-        if parts is None:
-            parts = [(slice(None),) * len(self.row.dims.split())]
-        located = [self.locate(part) for part in parts]
+        if shards is None:
+            shards = [(slice(None),) * len(self.spec.dims.split())]
+        located = [self.locate(shard) for shard in shards]
         same_rows: dict[bytes, list[int]] = {}
         for number, (order, _, _) in enumerate(located):
             same_rows.setdefault(order.tobytes(), []).append(number)
@@ -102,48 +102,50 @@ class Source:
 
 
 def sources(checkpoint: Checkpoint, placement: Placement = ON_DEFAULT_DEVICE) -> list[Source]:
-    """Finds each tensor of the model in a checkpoint, and something wrong with them before anything is read.
+    """Finds the tensors of the model in a checkpoint, and checks their names and shapes before any weight is read.
 
     **Arguments:**
 
     - `checkpoint`: an opened checkpoint.
-    - `placement`: tells which parts of them will be read here; all of them unless given.
+    - `placement`: gives the shards that this process will read; by default the whole tensors.
 
-    **Returns:** one source a tensor, in the model's order.
+    **Returns:** one source for each tensor, in the model's order.
 
-    **Raises:** `ValueError` that names a tensor that is missing, that the model does not have, or whose shape is not
-    the one that the config asks for.
+    **Raises:** `ValueError` that names a tensor that is missing, that the model does not have, or whose shape differs
+    from the config's.
     """
-    wanted = rows_of(checkpoint)
+    specs = specs_of(checkpoint)
     if checkpoint.config.tied and HEAD.name(checkpoint.format) in checkpoint.tensors:
-        _expect_same(checkpoint, placement.parts(EMBEDDING.dims, EMBEDDING.shape(checkpoint.config)))
-    return [Source(row, checkpoint.tensors[name], checkpoint.config, checkpoint.format) for name, row in wanted.items()]
+        _check_tied(checkpoint, placement.shards(EMBEDDING.dims, EMBEDDING.shape(checkpoint.config)))
+    return [
+        Source(spec, checkpoint.tensors[name], checkpoint.config, checkpoint.format) for name, spec in specs.items()
+    ]
 
 
-def rows_of(checkpoint: Checkpoint) -> dict[str, Row]:
-    """The tensors that the config of a checkpoint asks for, by their names in its files; nothing is read.
+def specs_of(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+    """The specs of a checkpoint's tensors by their names in its files. Checks names and shapes, and reads no weights.
 
-    **Raises:** `InputError` that names a tensor that is missing, that the model does not have, or whose shape is not
-    the one that the config asks for.
+    **Raises:** `InputError` that names a tensor that is missing, that the model does not have, or whose shape differs
+    from the config's.
     """
     config, format, tensors = checkpoint.config, checkpoint.format, checkpoint.tensors
-    wanted: dict[str, Row] = {}
-    # However many layers the config has, this ends at the first that the files lack.
-    for row in rows(config):
-        name, expected = row.name(format), row.file_shape(config)
-        wanted[name] = row
+    specs: dict[str, TensorSpec] = {}
+    # If the config claims a huge number of layers, the loop ends at the first missing tensor.
+    for spec in tensor_specs(config):
+        name, expected = spec.name(format), spec.file_shape(config)
+        specs[name] = spec
         if name not in tensors:
-            hint = " (or mark the embeddings as tied there, if the head is the embedding table)" if row is HEAD else ""
+            hint = " (or mark the embeddings as tied there, if the head is the embedding table)" if spec is HEAD else ""
             raise InputError(
-                f"{str(checkpoint.path)!r} has no tensor {name!r}, which its config asks for in shape {expected}; "
+                f"{str(checkpoint.path)!r} has no tensor {name!r}, which its config requires in shape {expected}; "
                 f"fetch the checkpoint again, or correct the config{hint}.",
                 file=checkpoint.path,
                 key=name,
             )
         if tensors[name].shape != expected:
-            raise _of_another_shape(checkpoint, row, expected)
+            raise _wrong_shape(checkpoint, spec, expected)
     for name in tensors:
-        if name in wanted or is_derived(name, format) or (config.tied and name == HEAD.name(format)):
+        if name in specs or is_derived(name, format) or (config.tied and name == HEAD.name(format)):
             continue
         if name == "rope_freqs.weight":
             raise InputError(
@@ -153,19 +155,19 @@ def rows_of(checkpoint: Checkpoint) -> dict[str, Row]:
                 key=name,
             )
         raise InputError(
-            f"{str(checkpoint.path)!r} has a tensor {shown(name)}, for which a model with its config has no place; the "
-            "weights belong to another kind of model, or the config tells too few layers.",
+            f"{str(checkpoint.path)!r} has a tensor {shown(name)}, which a model with its config does not have; the "
+            "weights belong to another kind of model, or the config has too few layers.",
             file=checkpoint.path,
             key=name,
         )
-    return wanted
+    return specs
 
 
-def _of_another_shape(checkpoint: Checkpoint, row: Row, expected: tuple[int, ...]) -> InputError:
-    name = row.name(checkpoint.format)
+def _wrong_shape(checkpoint: Checkpoint, spec: TensorSpec, expected: tuple[int, ...]) -> InputError:
+    name = spec.name(checkpoint.format)
     found = checkpoint.tensors[name].shape
     message = (
-        f"The tensor {name!r} of {str(checkpoint.path)!r} has shape {shown(found)}, but its config asks for "
+        f"The tensor {name!r} of {str(checkpoint.path)!r} has shape {shown(found)}, but its config requires "
         f"{shown(expected)}; "
     )
     sizes = {
@@ -173,11 +175,11 @@ def _of_another_shape(checkpoint: Checkpoint, row: Row, expected: tuple[int, ...
         for table in (EMBEDDING, HEAD)
         if table.name(checkpoint.format) in checkpoint.tensors
     }
-    if row in (EMBEDDING, HEAD) and found[1:] == expected[1:] and len(sizes) == 1:
-        # All tables of the vocabulary agree, so the config is stale: a tokenizer was extended after it was written.
+    if spec in (EMBEDDING, HEAD) and found[1:] == expected[1:] and len(sizes) == 1:
+        # Embedding and head have the same size, so the config is stale: the vocabulary was extended later.
         key = _VOCAB[checkpoint.format]
         return InputError(
-            f"{message}the files hold {found[0]} tokens and the config's {key!r} says {expected[0]}: set {key!r} to "
+            f"{message}the files hold {found[0]} tokens and the config's {key!r} is {expected[0]}: set {key!r} to "
             f"{found[0]} if the weights are the right ones, or fetch both again together.",
             file=checkpoint.path,
             key=key,
@@ -189,8 +191,8 @@ def _of_another_shape(checkpoint: Checkpoint, row: Row, expected: tuple[int, ...
     )
 
 
-def _expect_same(checkpoint: Checkpoint, parts: Sequence[Index]):
-    # Some files of tied models store the table twice. If the two differ, the config is wrong.
+def _check_tied(checkpoint: Checkpoint, shards: Sequence[Index]):
+    # Some files of tied models store the embedding table twice. If the copies differ, the config is wrong.
     table, head = EMBEDDING.name(checkpoint.format), HEAD.name(checkpoint.format)
     key = "tied_embeddings" if checkpoint.format == "mistral" else "tie_word_embeddings"
     first, second = checkpoint.tensors[table], checkpoint.tensors[head]
@@ -203,7 +205,7 @@ def _expect_same(checkpoint: Checkpoint, parts: Sequence[Index]):
                 return False
         return True
 
-    if first.shape != second.shape or not all(same(index) for index in parts):
+    if first.shape != second.shape or not all(same(index) for index in shards):
         raise InputError(
             f"The config of {str(checkpoint.path)!r} says with {key!r} that the head is the embedding table, but the "
             f"tensors {head!r} and {table!r} differ; set it to false.",

@@ -1,4 +1,4 @@
-"""A folder that appears under its name only when everything in it has been written."""
+"""Writes a folder under a hidden name, and renames it when all of its files are complete."""
 
 import contextlib
 import errno
@@ -17,71 +17,71 @@ from .exchange import exchange
 
 try:
     import fcntl
-except ImportError:  # Windows, which removes no file that is open
+except ImportError:  # Windows, which does not remove open files
     fcntl = None
 
-# The files by one of which a folder is known that may be replaced.
-_KNOWN_BY = {"checkpoint": {"config.json", "params.json"}, "PEFT adapter": {"adapter_config.json"}}
+# The files that mark each kind of folder. A folder of another kind is never replaced.
+_MARKER_FILES = {"checkpoint": {"config.json", "params.json"}, "PEFT adapter": {"adapter_config.json"}}
 
-# In the hidden folder: its mark, which the process that writes keeps locked; what is written; what stood there before,
-# while it has no other name.
+# Names in the hidden folder: the lock file of the writing process, the new folder, and the old folder while it is
+# being replaced.
 _MARK, _NEW, _OLD = ".mistral_eqx", "new", "old"
 
 
 @contextlib.contextmanager
-def staged(target: str | os.PathLike[str], *, overwrite: bool = False, what: str = "checkpoint") -> Iterator[Path]:
-    """Gives a folder to write into, and moves it to its place at the end.
+def staged(target: str | os.PathLike[str], *, overwrite: bool = False, kind: str = "checkpoint") -> Iterator[Path]:
+    """Gives a temporary folder to write into, and renames it to the target at the end.
 
-    A folder that stands there is replaced in one step, so that at any moment, also after a kill, the one or the other
-    is there. Where the system has no such step the old one is put back by the next call, or by `restore`.
+    An existing folder is replaced atomically, so that at any moment, also after a kill, the target is the old or the
+    new folder. If the system has no atomic exchange, the next call or `restore` puts the old folder back after a kill.
 
     **Arguments:**
 
-    - `target`: where the folder will stand. Folders above it are made.
-    - `overwrite`: whether one that stands there is replaced, with all its files.
-    - `what`: is written, and may be replaced: a `"checkpoint"` or a `"PEFT adapter"`.
+    - `target`: the path of the folder. Missing parents are made.
+    - `overwrite`: whether to replace an existing folder with all its files.
+    - `kind`: the kind of folder to write, and to replace: `"checkpoint"` or `"PEFT adapter"`.
 
-    **Returns:** a context manager for a folder in a hidden one beside `target`. If the block raises, it is removed and
-    `target` is as it was. If the process is killed, it stays behind, as `.name.partial-...`, until the next call for
-    `target`. Of several processes that write one target, the last one's folder stands there at the end.
+    **Returns:** a context manager for a folder inside a hidden folder beside `target`. If the block raises, the hidden
+    folder is removed and `target` is unchanged. If the process is killed, the hidden folder `.name.partial-...` stays
+    until the next call for `target`. If several processes write one target, the last one to finish wins.
 
-    **Raises:** `InputError` if something stands there that may not be replaced, or it cannot be written.
+    **Raises:** `InputError` if `target` exists and may not be replaced, or cannot be written.
     """
     target = _resolved(target)
     restore(target)
-    expect_free(target, overwrite, what)
+    expect_free(target, overwrite, kind)
     with contextlib.ExitStack() as cleaning:
-        with _told_of(target):
-            made = [parent for parent in target.parents if not parent.exists()]
-            cleaning.callback(_remove_empty, made)
-            for parent in reversed(made):
+        with _as_input_error(target):
+            missing = [parent for parent in target.parents if not parent.exists()]
+            cleaning.callback(_remove_empty, missing)
+            for parent in reversed(missing):
                 parent.mkdir(exist_ok=True)
         folder = cleaning.enter_context(hidden_beside(target, target))
         yield folder
-        with interrupts.held(), _told_of(target):
-            _move(folder.parent, target, overwrite, what)
+        with interrupts.held(), _as_input_error(target):
+            _move(folder.parent, target, overwrite, kind)
 
 
 @contextlib.contextmanager
 def hidden_beside(path: Path, target: Path) -> Iterator[Path]:
-    """Gives a folder in a hidden one beside `path`, `.name.partial-...`, which is removed at the end.
+    """Gives a folder inside a hidden folder `.name.partial-...` beside `path`, which is removed at the end.
 
-    After a kill it stays, until `restore` is called for `path`.
+    After a kill the hidden folder stays until `restore` is called for `path`.
 
     **Arguments:**
 
-    - `target`: where its files are going to be, by which name messages call them.
+    - `target`: the final folder of the files, which error messages name.
     """
     with contextlib.ExitStack() as cleaning:
-        with _told_of(target):
+        with _as_input_error(target):
             hidden = _make_hidden(path, cleaning)
-        with _told_of(target, hidden / _NEW):
+        with _as_input_error(target, hidden / _NEW):
             yield hidden / _NEW
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """While this is entered, no other process is in it for the same folder; where that cannot be, it does nothing."""
+def exclusive(folder: Path) -> Iterator[None]:
+    """Locks a folder against other processes in this context. If the system has no such lock, it does nothing."""
     with contextlib.ExitStack() as cleaning:
         if fcntl is not None:
             with contextlib.suppress(OSError):
@@ -91,15 +91,15 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def expect_free(target: str | os.PathLike[str], overwrite: bool, what: str = "checkpoint"):
-    """Refuses, with an `InputError`, a target at which something stands that may not be replaced."""
+def expect_free(target: str | os.PathLike[str], overwrite: bool, kind: str = "checkpoint"):
+    """Raises an `InputError` if the target exists and may not be replaced."""
     target = _resolved(target)
-    with _told_of(target):
+    with _as_input_error(target):
         if not os.path.lexists(target):
             return
         if not target.is_dir():
             raise InputError(
-                f"{str(target)!r} is a file, but a {what} is written as a folder; give another path.", file=target
+                f"{str(target)!r} is a file, but a {kind} is written as a folder; give another path.", file=target
             )
         names = {file.name for file in target.iterdir()}
     if not names:
@@ -109,17 +109,17 @@ def expect_free(target: str | os.PathLike[str], overwrite: bool, what: str = "ch
             f"The folder {str(target)!r} is not empty; give another path, or allow it to be replaced (overwrite).",
             file=target,
         )
-    if not _may_be_replaced(names, what):
+    if not _may_be_replaced(names, kind):
         raise InputError(
-            f"The folder {str(target)!r} holds other files than a {what}, which would be lost; give another path.",
+            f"The folder {str(target)!r} holds other files than a {kind}, which would be lost; give another path.",
             file=target,
         )
 
 
 def restore(target: str | os.PathLike[str]):
-    """Puts back the folder that a run had moved away when it was killed, and removes what such runs left behind.
+    """Puts back a folder that a killed process had moved away, and removes the hidden folders of killed processes.
 
-    What a living process writes is left alone, and so is every folder without the mark of this package.
+    Hidden folders of running processes, and folders without the lock file of this package, are not touched.
     """
     target = Path(target)
     pattern = re.compile(re.escape(f".{target.name}.partial-") + "[0-9a-f]{8}")
@@ -138,20 +138,20 @@ def restore(target: str | os.PathLike[str]):
                     _remove(hidden)
 
 
-def made(folder: str | os.PathLike[str]) -> Path:
-    """The folder, which is made if it is not there.
+def make_folder(folder: str | os.PathLike[str]) -> Path:
+    """Makes a folder if it does not exist, and returns its absolute path.
 
-    **Raises:** `InputError` if it cannot be.
+    **Raises:** `InputError` if the folder cannot be made.
     """
     folder = _resolved(folder)
-    with _told_of(folder):
+    with _as_input_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _may_be_replaced(names: set[str], what: str) -> bool:
-    others = {name for kind, known in _KNOWN_BY.items() if kind != what for name in known}
-    return not names or not (names.isdisjoint(_KNOWN_BY[what]) or names & others)
+def _may_be_replaced(names: set[str], kind: str) -> bool:
+    others = {name for other, markers in _MARKER_FILES.items() if other != kind for name in markers}
+    return not names or not (names.isdisjoint(_MARKER_FILES[kind]) or names & others)
 
 
 def _resolved(target: str | os.PathLike[str]) -> Path:
@@ -164,8 +164,8 @@ def _resolved(target: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
-def _told_of(target: Path, folder: Path | None = None) -> Iterator[None]:
-    """Makes a sentence of what the system says about `target`, or about a file of `folder`, by its name at the end."""
+def _as_input_error(target: Path, folder: Path | None = None) -> Iterator[None]:
+    """Turns an `OSError` into an `InputError` about `target`. A file in `folder` is named by its final path."""
     try:
         yield
     except OSError as error:
@@ -179,7 +179,7 @@ def _told_of(target: Path, folder: Path | None = None) -> Iterator[None]:
             file = target / named.relative_to(folder)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise InputError(
-            f"{str(file)!r} cannot be written: {error.strerror}; {'make room' if full else 'mend that'}, or give "
+            f"{str(file)!r} cannot be written: {error.strerror}; {'free some space' if full else 'fix that'}, or give "
             "another path.",
             file=file,
         ) from error
@@ -187,7 +187,7 @@ def _told_of(target: Path, folder: Path | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Puts the file's name into an error of the system that has none: writing and reading do not know it."""
+    """Adds the file's name to an `OSError` without one: errors from reading and writing have no name."""
     try:
         yield
     except OSError as error:
@@ -197,7 +197,7 @@ def naming(file: Path) -> Iterator[None]:
 
 
 def _make_hidden(target: Path, cleaning: contextlib.ExitStack) -> Path:
-    """Makes the hidden folder, which is this process's own until `cleaning` removes it."""
+    """Makes the hidden folder, and holds its lock until `cleaning` removes it."""
     for _ in range(10):
         hidden = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
         remove = functools.partial(_remove, hidden)
@@ -210,33 +210,33 @@ def _make_hidden(target: Path, cleaning: contextlib.ExitStack) -> Path:
                 own.enter_context(_locked(hidden / _MARK, "xb"))
                 (hidden / _NEW).mkdir()
             except (FileNotFoundError, BlockingIOError):
-                # Another process took it for one that was left behind, before it was locked.
+                # `restore` in another process took the new folder for a stale one before it was locked.
                 continue
             cleaning.enter_context(own.pop_all())
             return hidden
-    raise InputError(f"{str(target)!r} is written by others all the time; give another path.", file=target)
+    raise InputError(f"{str(target)!r} is being written by other processes; give another path.", file=target)
 
 
 @contextlib.contextmanager
 def _locked(mark: Path, mode: str) -> Iterator[None]:
-    """Holds the lock of a hidden folder, which ends with its process.
+    """Holds the lock of a hidden folder. The system releases the lock when the process ends.
 
-    **Raises:** `OSError` if there is no mark, or a living process has the lock.
+    **Raises:** `OSError` if the lock file does not exist, or a running process holds the lock.
     """
     with open(mark, mode) as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                # Of a file system without locks nobody knows what is left behind; there it stays.
+                # Without file locks a stale folder cannot be recognised, so `restore` keeps it.
                 if mode != "xb" or isinstance(error, BlockingIOError):
                     raise
         yield
 
 
 def _remove(hidden: Path):
-    """Removes a hidden folder, its mark last: without it, it would be taken for somebody else's."""
-    # Another thread may still make files in it.
+    """Removes a hidden folder. Its lock file goes last, because `restore` ignores a folder without one."""
+    # Another thread may still create files in the folder.
     for _ in range(10):
         with contextlib.suppress(OSError):
             for path in hidden.iterdir():
@@ -254,20 +254,20 @@ def _remove_empty(folders: list[Path]):
             folder.rmdir()
 
 
-def _move(hidden: Path, target: Path, overwrite: bool, what: str):
-    """Puts the new folder in its place. What it replaces stays in the hidden folder, to be removed with that."""
+def _move(hidden: Path, target: Path, overwrite: bool, kind: str):
+    """Renames the new folder to the target. A replaced folder moves into the hidden folder, and is removed with it."""
     new, old = hidden / _NEW, hidden / _OLD
-    # Another process may put its own there at any moment; each turn sees what stands there then.
+    # Another process may create or replace the target at any moment, so each attempt checks it again.
     for _ in range(100):
-        expect_free(target, overwrite, what)
-        with contextlib.suppress(FileExistsError, FileNotFoundError), _not_empty_is_there():
+        expect_free(target, overwrite, kind)
+        with contextlib.suppress(FileExistsError, FileNotFoundError), _not_empty_as_exists():
             if not target.exists() or not any(target.iterdir()):
-                # Fails if it is not empty any more.
+                # This fails if another process has filled the target.
                 new.rename(target)
                 return
             _sync(new)
             if exchange(new, target):
-                _expect_replaceable(new, target, what)
+                _undo_if_not_replaceable(new, target, kind)
                 return
             target.rename(old)
             try:
@@ -278,15 +278,15 @@ def _move(hidden: Path, target: Path, overwrite: bool, what: str):
                     raise
                 shutil.rmtree(old, ignore_errors=True)
             else:
-                # From here on it is not put back any more.
+                # The name `_NEW` keeps `restore` from putting the old folder back.
                 old.rename(new)
                 return
-    raise InputError(f"{str(target)!r} is written by others all the time; give another path.", file=target)
+    raise InputError(f"{str(target)!r} is being written by other processes; give another path.", file=target)
 
 
 @contextlib.contextmanager
-def _not_empty_is_there() -> Iterator[None]:
-    """One error, of the two that systems have, for a folder that is renamed to one with files."""
+def _not_empty_as_exists() -> Iterator[None]:
+    """Turns `ENOTEMPTY` into `FileExistsError`: systems differ in the error of a rename to a folder with files."""
     try:
         yield
     except OSError as error:
@@ -295,15 +295,15 @@ def _not_empty_is_there() -> Iterator[None]:
         raise
 
 
-def _expect_replaceable(replaced: Path, target: Path, what: str):
-    """Gives back a folder that came there in the last moment, and may not be replaced."""
-    if not _may_be_replaced({file.name for file in replaced.iterdir()}, what):
+def _undo_if_not_replaceable(replaced: Path, target: Path, kind: str):
+    """Undoes the exchange and raises, if another process put a folder there that may not be replaced."""
+    if not _may_be_replaced({file.name for file in replaced.iterdir()}, kind):
         exchange(replaced, target)
-        expect_free(target, True, what)
+        expect_free(target, True, kind)
 
 
 def _sync(folder: Path):
-    """Sees to it that files are on the disk before those that they replace are gone."""
+    """Flushes the files of the new folder to the disk before they replace the old ones."""
     for path in folder.iterdir():
         if path.is_file():
             with open(path, "rb") as file:

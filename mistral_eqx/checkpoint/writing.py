@@ -1,4 +1,4 @@
-"""From a model, or from another checkpoint, to the files of a checkpoint."""
+"""Writes the files of a checkpoint, from a model or from another checkpoint."""
 
 import dataclasses
 import json
@@ -22,9 +22,9 @@ from . import hf, mistral, safetensors
 from .finite import all_finite
 from .hub import locate
 from .loading import Progress, path_of, supported_dtype
-from .names import Row, rows
+from .names import TensorSpec, tensor_specs
 from .opening import open_checkpoint
-from .processes import on_all
+from .processes import run_on_all
 from .reader import CHUNK_BYTES, DTYPES, read_rows
 from .source import Source, file_order, sources
 from .staging import expect_free, naming, staged
@@ -35,7 +35,7 @@ Format = Literal["hf", "mistral"]
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """What will be written: `chunks` are asked for when it is its turn."""
+    """A tensor to write. `chunks` is called when the tensor is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -56,29 +56,29 @@ def save(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
 ):
-    """Writes a model to a folder that other programs can read.
+    """Writes a model to a folder in the format of Hugging Face or of Mistral.
 
-    Loading it gives every weight bit for bit. The tokenizer is no part of the model:
+    [`mistral_eqx.load`][] restores every weight bit for bit. The tokenizer is not part of the model:
     [`mistral_eqx.text.AbstractTokenizer.save`][] writes it into the same folder.
 
-    A model that is split over devices is put together one tensor at a time. If they belong to several processes, all
-    of these call this, and the first one writes.
+    A sharded model is gathered to host one tensor at a time. If it is sharded over several processes, all of them must
+    call this function, and process 0 writes.
 
     **Arguments:**
 
     - `model`: a model with dense weights.
-    - `path`: the folder. It appears when it is complete.
+    - `path`: the folder. It appears when all of its files are complete.
     - `format`: `"hf"` for `config.json` and `model.safetensors`, which transformers loads; `"mistral"` for
         `params.json` and `consolidated.safetensors`.
-    - `max_shard_size`: the largest size of a file of weights, in bytes or such as `"500MB"` and `"2GiB"`; a model that
-        needs several gets an index. A single tensor is never divided.
-    - `overwrite`: whether a checkpoint that already stands there is replaced, with all its files, in one step: until
-        the new one is complete, and after an error or a kill, the old one is there.
-    - `allow_nonfinite`: whether weights that are NaN or infinite are written too; otherwise they are refused, since a
-        training run that diverged, or a cast that overflowed, is most likely not what was to be saved.
+    - `max_shard_size`: the largest size of a weight file, in bytes or as text such as `"500MB"` or `"2GiB"`. A model
+        with several weight files also gets an index. A tensor is never split, even if it is larger.
+    - `overwrite`: whether to replace an existing checkpoint, with all its files. The exchange is atomic: until the new
+        checkpoint is complete, and after an error or a kill, the old one is there.
+    - `allow_nonfinite`: whether to write weights with NaN or infinity. By default they are refused, because they are
+        most likely the result of a training run that diverged or of a cast that overflowed.
 
-    **Raises:** `ValueError` if the format has no place for one of the weights, one of them is not finite, or the folder
-    may not or cannot be written.
+    **Raises:** `ValueError` if the format cannot store one of the weights, if a weight has NaN or infinity, or if the
+    folder may not or cannot be written.
     """
     config = model.config
     arrays = {
@@ -86,46 +86,46 @@ def save(
         for keys, leaf in jax.tree_util.tree_flatten_with_path(model)[0]
         if isinstance(leaf, jax.Array | np.ndarray)
     }
-    order = list(rows(config))
-    for row in order:
-        if row.path not in arrays:
+    specs = list(tensor_specs(config))
+    for spec in specs:
+        if spec.path not in arrays:
             raise InputError(
-                f"The model has no dense weight {row.path!r}, which its config asks for; merge its adapters and "
-                "dequantise it before it is saved."
+                f"The model has no dense weight {spec.path!r}, which its config requires; merge its adapters and "
+                "dequantise it before you save it."
             )
-        found = arrays[row.path]
-        if found.shape != row.shape(config) or found.dtype not in DTYPES.values():
+        found = arrays[spec.path]
+        if found.shape != spec.shape(config) or found.dtype not in DTYPES.values():
             raise InputError(
-                f"The model's weight {row.path!r} is {found.dtype} of shape {found.shape}, but its config asks for "
-                f"{row.shape(config)}, in {', '.join(DTYPES)}; cast it, or correct the config."
+                f"The model's weight {spec.path!r} is {found.dtype} of shape {found.shape}, but its config requires "
+                f"{spec.shape(config)}, in {', '.join(DTYPES)}; cast it, or correct the config."
             )
-    if surplus := sorted(set(arrays) - {row.path for row in order}):
+    if surplus := sorted(set(arrays) - {spec.path for spec in specs}):
         raise InputError(
-            f"The model has a weight {surplus[0]!r}, for which a checkpoint has no place; merge its adapters and "
-            "dequantise it before it is saved."
+            f"The model has a weight {surplus[0]!r}, which a checkpoint cannot store; merge its adapters and "
+            "dequantise it before you save it."
         )
     several = not all(isinstance(array, np.ndarray) or array.is_fully_addressable for array in arrays.values())
-    waiting = {row.path: arrays[row.path] for row in order}
-    tensors = [_from_array(row, waiting, config, format, allow_nonfinite) for row in order]
+    unwritten = {spec.path: arrays[spec.path] for spec in specs}
+    tensors = [_from_array(spec, unwritten, config, format, allow_nonfinite) for spec in specs]
 
     def write():
         with staged(path, overwrite=overwrite) as folder:
             _write(folder, config, tensors, format, max_shard_size)
 
-    def take_part():
+    def write_or_gather():
         try:
             if jax.process_index() == 0:
                 write()
         finally:
-            # The other processes give their parts of a tensor only together with this one, also if it cannot write.
-            for name in tuple(waiting):
-                _on_host(waiting.pop(name))
+            # Gathering is collective: all processes must gather all tensors, even if process 0 cannot write.
+            for name in tuple(unwritten):
+                _gather_to_host(unwritten.pop(name))
 
     if not several:
         write()
         return
-    on_all("place to save to", lambda: jax.process_index() == 0 and expect_free(path, overwrite), several)
-    on_all("saved checkpoint", take_part, several)
+    run_on_all("target folder", lambda: jax.process_index() == 0 and expect_free(path, overwrite), several)
+    run_on_all("saved checkpoint", write_or_gather, several)
 
 
 def convert(
@@ -140,23 +140,23 @@ def convert(
     progress: Progress | None = None,
     finish: Callable[[Path], None] | None = None,
 ):
-    """Writes config and weights of a checkpoint in another format or dtype; [`mistral_eqx.convert`][] has more.
+    """Writes the config and the weights of a checkpoint in another format or dtype; see [`mistral_eqx.convert`][].
 
     **Arguments:**
 
-    - `source`: what [`mistral_eqx.load`][] takes.
+    - `source`: the checkpoint, as for [`mistral_eqx.load`][].
     - `target`, `format`, `max_shard_size`, `overwrite`: as for [`mistral_eqx.save`][].
-    - `dtype`: of all weights; the source's main dtype unless given, and float32 for quantised files.
-    - `allow_nonfinite`: whether weights that are NaN or infinite, in the file or as `dtype`, are written too.
-    - `progress`: called after each tensor with the bytes read so far and those there are in all.
-    - `finish`: called with the folder that will be `target`, to put more into it before it appears.
+    - `dtype`: the dtype of all weights; by default the source's main dtype, and float32 for quantised files.
+    - `allow_nonfinite`: whether to write weights that are NaN or infinite, in the source or after the cast to `dtype`.
+    - `progress`: called after each tensor with the bytes read so far and the total bytes.
+    - `finish`: called with the temporary folder before it becomes `target`, to add more files.
 
-    **Raises:** `ValueError` that names what is wrong with the source, or if the target may not be written.
+    **Raises:** `ValueError` that names the error in the source, or if the target may not or cannot be written.
     """
     checkpoint = open_checkpoint(locate(source))
-    wanted = checkpoint.dtype if dtype is None else supported_dtype(dtype)
+    target_dtype = checkpoint.dtype if dtype is None else supported_dtype(dtype)
     found = sources(checkpoint)
-    total, done = sum(part.tensor.nbytes for part in found), 0
+    total, done = sum(each.tensor.nbytes for each in found), 0
 
     def report(nbytes: int):
         nonlocal done
@@ -164,7 +164,7 @@ def convert(
         if progress is not None:
             progress(done, total)
 
-    tensors = [_from_source(part, wanted, format, report, checkpoint.path, allow_nonfinite) for part in found]
+    tensors = [_from_source(each, target_dtype, format, report, checkpoint.path, allow_nonfinite) for each in found]
     with staged(target, overwrite=overwrite) as folder:
         _write(folder, checkpoint.config, tensors, format, max_shard_size)
         if finish is not None:
@@ -172,28 +172,28 @@ def convert(
 
 
 def _from_array(
-    row: Row,
-    waiting: dict[str, jax.Array | np.ndarray],
+    spec: TensorSpec,
+    unwritten: dict[str, jax.Array | np.ndarray],
     config: MistralConfig,
     format: Format,
     allow_nonfinite: bool,
 ) -> _Tensor:
-    """The model's tensor, which is taken out of those that are `waiting` when it is its turn."""
-    shape = row.file_shape(config)
+    """A tensor of the model. Its `chunks` removes the array from `unwritten`, and gathers it to host."""
+    shape = spec.file_shape(config)
 
     def chunks() -> Iterator[np.ndarray]:
-        flat = _on_host(waiting.pop(row.path)).reshape(shape)
-        for model_rows in _model_rows(row, config, format, flat.dtype):
+        flat = _gather_to_host(unwritten.pop(spec.path)).reshape(shape)
+        for model_rows in _model_rows(spec, config, format, flat.dtype):
             chunk = flat[model_rows]
             if not allow_nonfinite and not all_finite(chunk):
                 raise InputError(
-                    f"The tensor {row.name(format)!r} (the model's {row.path!r}) holds NaN or infinity, so nothing was "
-                    "saved; go back to a model from before it diverged, or write it as it is (allow_nonfinite=True).",
-                    key=row.name(format),
+                    f"The tensor {spec.name(format)!r} (the model's {spec.path!r}) holds NaN or infinity, so nothing "
+                    "was saved; use the model from before it diverged, or save it as it is (allow_nonfinite=True).",
+                    key=spec.name(format),
                 )
             yield chunk
 
-    return _Tensor(row.name(format), shape, np.dtype(waiting[row.path].dtype), chunks)
+    return _Tensor(spec.name(format), shape, np.dtype(unwritten[spec.path].dtype), chunks)
 
 
 def _from_source(
@@ -204,64 +204,64 @@ def _from_source(
     path: Path,
     allow_nonfinite: bool,
 ) -> _Tensor:
-    row, config, tensor = source.row, source.config, source.tensor
+    spec, config, tensor = source.spec, source.config, source.tensor
 
     def chunks() -> Iterator[np.ndarray]:
-        order = file_order(row, config, source.format)
-        for model_rows in _model_rows(row, config, format, dtype):
+        order = file_order(spec, config, source.format)
+        for model_rows in _model_rows(spec, config, format, dtype):
             rows = order[model_rows]
             with naming(path):
                 chunk = read_rows(tensor, dtype, rows=rows)
             if not allow_nonfinite and not all_finite(chunk):
                 overflows = dtype != tensor.dtype and all_finite(read_rows(tensor, tensor.dtype, rows=rows))
-                wrong = f"has numbers that {dtype.name} cannot hold" if overflows else "holds NaN or infinity"
+                problem = f"has numbers that {dtype.name} cannot hold" if overflows else "holds NaN or infinity"
                 remedy = "choose another dtype" if overflows else "fetch it again"
                 raise InputError(
-                    f"The tensor {tensor.name!r} of {str(path)!r} {wrong}, so nothing was written; {remedy}, or write "
-                    "it as it is (allow_nonfinite=True).",
+                    f"The tensor {tensor.name!r} of {str(path)!r} {problem}, so nothing was written; {remedy}, or "
+                    "write it as it is (allow_nonfinite=True).",
                     file=path,
                     key=tensor.name,
                 )
             yield chunk
         report(tensor.nbytes)
 
-    return _Tensor(row.name(format), row.file_shape(config), dtype, chunks)
+    return _Tensor(spec.name(format), spec.file_shape(config), dtype, chunks)
 
 
-def _model_rows(row: Row, config: MistralConfig, format: Format, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The rows of the model's tensor in the order in which a file has them, a chunk at a time."""
-    count, *width = row.file_shape(config)
-    order = np.argsort(file_order(row, config, format))
+def _model_rows(spec: TensorSpec, config: MistralConfig, format: Format, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The rows of the model's tensor in the order of the file, a chunk at a time."""
+    count, *width = spec.file_shape(config)
+    order = np.argsort(file_order(spec, config, format))
     step = max(1, CHUNK_BYTES // (int(np.prod(width)) * dtype.itemsize))
     for start in range(0, count, step):
         yield order[start : start + step]
 
 
-def _on_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """Puts an array together; all processes that have parts of it must call this."""
+def _gather_to_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    """Gathers an array to host. All processes that hold shards of it must call this function."""
     if isinstance(array, np.ndarray):
         return array
     if array.is_fully_replicated:
-        return _off_device(array.addressable_data(0))
+        return _copy_to_host(array.addressable_data(0))
     if not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     result = np.empty(array.shape, array.dtype)
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
-            result[shard.index] = _off_device(shard.data)
+            result[shard.index] = _copy_to_host(shard.data)
     return result
 
 
-def _off_device(array: jax.Array) -> np.ndarray:
+def _copy_to_host(array: jax.Array) -> np.ndarray:
     try:
-        # An array keeps the numpy copy that is made of it, so make it of one that is dropped.
+        # A `jax.Array` caches its numpy copy. A temporary copy on the CPU backend keeps that memory short-lived.
         return np.asarray(jax.device_put(array, jax.local_devices(backend="cpu")[0]))
     except RuntimeError:
         return np.asarray(array)
 
 
 def _write(folder: Path, config: MistralConfig, tensors: list[_Tensor], format: Format, max_shard_size: int | str):
-    """Writes the config and the weights, divided among as few files as the size allows."""
+    """Writes the config and the weights, in files of at most the given size."""
     shards = _shards(tensors, _bytes(max_shard_size))
     dtype = max({tensor.dtype for tensor in tensors}, key=lambda kind: _total(tensors, kind))
     if format == "hf":
@@ -271,7 +271,7 @@ def _write(folder: Path, config: MistralConfig, tensors: list[_Tensor], format: 
         settings_file, settings = "params.json", mistral.write_config(config)
         single, index = mistral.WEIGHTS, mistral.INDEX
     else:
-        raise InputError(f"There is no format {format!r} to write; give 'hf' or 'mistral'.")
+        raise InputError(f"The format {format!r} cannot be written; give 'hf' or 'mistral'.")
     _write_json(folder / settings_file, settings)
     stem = single.removesuffix(".safetensors")
     placed: dict[str, str] = {}

@@ -27,7 +27,7 @@ def inspect(
     fetched first.
     """
     from ..checkpoint import hub, open_checkpoint
-    from ..checkpoint.source import rows_of
+    from ..checkpoint.source import specs_of
     from ..presets import PRESETS
     from .loading import locate
 
@@ -55,7 +55,7 @@ def inspect(
     else:
         _show(description)
     if checkpoint is not None:
-        rows_of(checkpoint)
+        specs_of(checkpoint)
 
 
 def _config(config: Any) -> dict[str, Any]:

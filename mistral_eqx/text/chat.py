@@ -17,35 +17,36 @@ from .tokenizer import AbstractTokenizer
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
-# A text, or the ids that there are without one.
-Written = TypeVar("Written", str, list[int])
+# A rendered conversation: text of a template, or ids of a Mistral release, which has no text form.
+Rendered = TypeVar("Rendered", str, list[int])
 
-# Where messages may have what the model thought before it answered, the usual name first.
+# Keys for the reasoning that precedes an answer, the usual key first.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def render_chat(tokenizer: AbstractTokenizer, messages: Messages, *, add_generation_prompt: bool = True) -> str:
-    """A conversation as the text that the model was trained on.
+    """Renders a conversation as text with the tokenizer's chat template.
 
-    The template runs in a sandbox, within limits of time and memory: it comes with a checkpoint, and may be anyone's.
-    It has the variables that transformers gives it: `messages`, `add_generation_prompt`, `bos_token` and the other
-    tokens that the tokenizer's files name.
+    A template comes with a checkpoint and is not trusted: it runs in a sandbox with limits of time and memory. It gets
+    the same variables as in transformers: `messages`, `add_generation_prompt`, `bos_token` and the other tokens that
+    the tokenizer's files name.
 
     **Arguments:**
 
-    - `tokenizer`: its chat template is used.
+    - `tokenizer`: the tokenizer with the chat template.
     - `messages`: in order, each a dict with `"role"` (`"system"`, `"user"` or `"assistant"`) and `"content"`. A key
-        whose value is `None` counts as absent.
-    - `add_generation_prompt`: whether the text ends where the assistant's answer starts.
+        with the value `None` is treated as absent.
+    - `add_generation_prompt`: whether to end the text with the header of the assistant's next answer.
 
-    **Returns:** text with the names of control tokens in it.
+    **Returns:** the text, with the names of control tokens.
 
-    **Raises:** `InputError` if there is no template, the template is wrong or forbidden, or it refuses the messages.
+    **Raises:** `InputError` if the tokenizer has no template, the template is invalid or forbidden, or the template
+    refuses the messages.
     """
     if tokenizer.chat_template is None:
         remedy = "encode_chat gives the ids directly" if tokenizer.release_file else _REMEDY
         raise InputError(f"{tokenizer.name} has no chat template; {remedy}.")
-    return _render(tokenizer, _plain(messages), add_generation_prompt)
+    return _render(tokenizer, _to_json_types(messages), add_generation_prompt)
 
 
 @overload
@@ -75,41 +76,41 @@ def encode_chat(
     add_generation_prompt: bool = True,
     assistant_mask: bool = False,
 ) -> list[int] | tuple[list[int], list[bool]]:
-    """A conversation as token ids.
+    """Encodes a conversation as token ids.
 
-    Only the template can write control tokens: a message that has the name of one, such as `<|im_end|>`, is encoded
-    as those letters. Mistral's release files have no template, and mistral-common knows their format.
+    Only the template can produce control tokens: the name of one in a message, such as `<|im_end|>`, is encoded as
+    plain text. Mistral's release files have no template; mistral-common encodes their format.
 
     **Arguments:** as of [`mistral_eqx.text.render_chat`][], and
 
-    - `assistant_mask`: whether to return, too, which ids are the assistant's words: those that have a part between
-        `{% generation %}` and `{% endgeneration %}` if the template has them, else what each answer adds to the
-        conversation before it that waits for an answer. There the ids are those of the prompt and of the answer, each
-        encoded alone: as when the model answers.
+    - `assistant_mask`: whether to also return a mask of the assistant's tokens. If the template has the tags
+        `{% generation %}` and `{% endgeneration %}`, these are the tokens that overlap the text between the tags.
+        Otherwise these are the tokens that each answer adds to its prompt; prompt and answer are then encoded
+        separately, as in generation.
 
-    **Returns:** the ids. The beginning of the text is there if the template writes it. With `assistant_mask` the ids
-    and a list of as many booleans.
+    **Returns:** the ids. They start with the beginning-of-sequence token only if the template writes it. With
+    `assistant_mask`, the ids and a list of booleans of the same length.
 
-    **Raises:** `InputError` as `render_chat` does, but not for Mistral's release files; with `assistant_mask` if the
-    assistant says nothing, or the template writes a turn in another way once another one follows.
+    **Raises:** `InputError` as from `render_chat`, but not for Mistral's release files; with `assistant_mask` also if
+    the assistant has no tokens, or if the template changes earlier messages when later ones follow.
     """
-    messages = _plain(messages)
+    messages = _to_json_types(messages)
     if tokenizer.chat_template is None:
         return _encode_release(tokenizer, messages, assistant_mask)
-    written = _write(tokenizer, messages, add_generation_prompt)
+    chat = _render_segments(tokenizer, messages, add_generation_prompt)
     if not assistant_mask:
-        return tokenizer.encode_segments(written.segments)
+        return tokenizer.encode_segments(chat.contents)
     if _has_generation(tokenizer):
-        ids, mask = _overlapping(tokenizer, written)
+        ids, mask = _mask_overlap(tokenizer, chat)
     else:
-        turns = _turns(messages, written.text, lambda part, prompt: _write(tokenizer, part, prompt).text)
-        ids, mask = _apart(tokenizer, written, turns)
+        turns = _turns(messages, chat.text, lambda some, prompt: _render_segments(tokenizer, some, prompt).text)
+        ids, mask = _mask_spans(tokenizer, chat, turns)
     if not any(mask):
-        raise InputError("The assistant says nothing here, so there is nothing to learn; give an answer.")
+        raise InputError("The assistant's messages have no tokens, so there is nothing to learn; give an answer.")
     return ids, mask
 
 
-_REMEDY = "give a folder or .gguf of an instruction-tuned model, or put a chat_template.jinja beside its tokenizer"
+_REMEDY = "give a folder or .gguf of an instruction-tuned model, or add a chat_template.jinja to the tokenizer's folder"
 
 
 def _encode_release(
@@ -121,25 +122,25 @@ def _encode_release(
     ids = encode_instruct(file, messages)
     if not assistant_mask:
         return ids
-    turns = _turns(messages, ids, lambda part, prompt: encode_instruct(file, part))
+    turns = _turns(messages, ids, lambda some, prompt: encode_instruct(file, some))
     return ids, [any(start <= at < stop for start, stop in turns) for at in range(len(ids))]
 
 
 def _turns(
-    messages: list[dict[str, Any]], whole: Written, write: Callable[[list[dict[str, Any]], bool], Written]
+    messages: list[dict[str, Any]], whole: Rendered, render_some: Callable[[list[dict[str, Any]], bool], Rendered]
 ) -> list[tuple[int, int]]:
-    """Where each of the assistant's messages stands in what is written of all: what it adds to the prompt before it."""
+    """The span of each of the assistant's messages in the rendered conversation: what it adds to its prompt."""
     numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant" and number > 0]
     if not numbers:
-        raise InputError("No message but the first is the assistant's, so there is nothing to learn; give an answer.")
+        raise InputError("No message after the first is the assistant's, so there is nothing to learn; give an answer.")
     turns: list[tuple[int, int]] = []
     for number in numbers:
-        before, after = write(messages[:number], True), write(messages[: number + 1], False)
+        before, after = render_some(messages[:number], True), render_some(messages[: number + 1], False)
         if after[: len(before)] != before or whole[: len(after)] != after:
             raise InputError(
-                f"The chat template writes what comes before message {number} otherwise when it is answered or "
-                "more follows, so the assistant's words cannot be told apart; learn each answer as a conversation "
-                "of its own, or give a template that only adds to what it wrote.",
+                f"The chat template changes the messages up to message {number} when later messages follow, so the "
+                "assistant's tokens cannot be identified; train on each answer as a separate conversation, or use a "
+                "template that only appends.",
                 key="messages",
             )
         turns.append((len(before), len(after)))
@@ -147,8 +148,8 @@ def _turns(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """A part of a text: plain text, or the id of a control token that the template itself wrote."""
+class _Segment:
+    """A segment of a text: plain text, or the id of a control token that the template itself wrote."""
 
     start: int
     stop: int
@@ -157,81 +158,81 @@ class _Part:
 
 @dataclasses.dataclass(frozen=True)
 class _Chat:
-    """What a template wrote.
+    """A rendered conversation.
 
     **Attributes:**
 
-    - `text`: all of it.
-    - `parts`: of it, in order.
-    - `generated`: where its blocks of generation start and stop.
+    - `text`: the whole text.
+    - `segments`: its segments, in order.
+    - `generated`: the start and the end of each generation block.
     """
 
     text: str
-    parts: list[_Part]
+    segments: list[_Segment]
     generated: list[tuple[int, int]]
 
     @property
-    def segments(self) -> Iterator[str | int]:
-        """As `AbstractTokenizer.encode_segments` takes them."""
-        return (part.content for part in self.parts)
+    def contents(self) -> Iterator[str | int]:
+        """The segments in the form of `AbstractTokenizer.encode_segments`."""
+        return (segment.content for segment in self.segments)
 
 
-def _apart(
-    tokenizer: AbstractTokenizer, written: _Chat, spans: Sequence[tuple[int, int]]
+def _mask_spans(
+    tokenizer: AbstractTokenizer, chat: _Chat, spans: Sequence[tuple[int, int]]
 ) -> tuple[list[int], list[bool]]:
-    """The ids, and which of them are of the spans, each of which is encoded alone."""
+    """The ids, and a mask of those in the spans. Each span is encoded separately."""
     ids: list[int] = []
     mask: list[bool] = []
     cuts = sorted({cut for span in spans for cut in span})
-    for part in written.parts:
-        bounds = [part.start, *(cut for cut in cuts if part.start < cut < part.stop), part.stop]
-        whole = isinstance(part.content, int)
-        for start, stop in [(part.start, part.stop)] if whole else itertools.pairwise(bounds):
-            content = part.content if isinstance(part.content, int) else written.text[start:stop]
+    for segment in chat.segments:
+        bounds = [segment.start, *(cut for cut in cuts if segment.start < cut < segment.stop), segment.stop]
+        whole = isinstance(segment.content, int)
+        for start, stop in [(segment.start, segment.stop)] if whole else itertools.pairwise(bounds):
+            content = segment.content if isinstance(segment.content, int) else chat.text[start:stop]
             ids += _encode(tokenizer, content, first=not ids)
             mask += [any(first <= start < last for first, last in spans)] * (len(ids) - len(mask))
     return ids, mask
 
 
-def _overlapping(tokenizer: AbstractTokenizer, written: _Chat) -> tuple[list[int], list[bool]]:
-    """The ids, and which of them have a part in the template's blocks of generation."""
+def _mask_overlap(tokenizer: AbstractTokenizer, chat: _Chat) -> tuple[list[int], list[bool]]:
+    """The ids, and a mask of those that overlap the template's generation blocks."""
     ids: list[int] = []
     mask: list[bool] = []
-    for part in written.parts:
-        made = _encode(tokenizer, part.content, first=not ids)
-        stops = [part.stop] * len(made)
-        if isinstance(part.content, str):
-            sizes = [len(tokenizer.token_bytes(id, first=not ids and at == 0)) for at, id in enumerate(made)]
-            stops = _characters(part, list(itertools.accumulate(sizes)))
+    for segment in chat.segments:
+        new = _encode(tokenizer, segment.content, first=not ids)
+        stops = [segment.stop] * len(new)
+        if isinstance(segment.content, str):
+            sizes = [len(tokenizer.token_bytes(id, first=not ids and at == 0)) for at, id in enumerate(new)]
+            stops = _token_stops(segment, list(itertools.accumulate(sizes)))
             if stops is None:
-                # The tokenizer changes texts, so its tokens have no place in this one.
-                return _apart(tokenizer, written, written.generated)
-        starts = [part.start, *stops[:-1]]
-        ids += made
+                # The tokenizer normalises texts, so its tokens cannot be aligned with this one.
+                return _mask_spans(tokenizer, chat, chat.generated)
+        starts = [segment.start, *stops[:-1]]
+        ids += new
         mask += [
-            any(start < last and stop > first for first, last in written.generated)
+            any(start < last and stop > first for first, last in chat.generated)
             for start, stop in zip(starts, stops, strict=True)
         ]
     return ids, mask
 
 
-def _characters(part: _Part, ends: list[int]) -> list[int] | None:
-    """Behind which character of the text each token of a part ends, if its bytes are those of the text."""
-    content = str(part.content)
-    places = list(itertools.accumulate((len(character.encode()) for character in content), initial=0))
-    if not ends or ends[-1] != places[-1]:
+def _token_stops(segment: _Segment, ends: list[int]) -> list[int] | None:
+    """The position in the text after each token of a segment; `None` if the tokens do not have the text's bytes."""
+    content = str(segment.content)
+    offsets = list(itertools.accumulate((len(character.encode()) for character in content), initial=0))
+    if not ends or ends[-1] != offsets[-1]:
         return None
     stops: list[int] = []
     at = 0
     for end in ends:
-        while places[at] < end:
+        while offsets[at] < end:
             at += 1
-        stops.append(part.start + at)
+        stops.append(segment.start + at)
     return stops
 
 
 def _encode(tokenizer: AbstractTokenizer, content: str | int, first: bool) -> list[int]:
-    """The ids of a segment, which stands behind others unless it is the first."""
+    """The ids of a segment. Without `first`, it is encoded as if it followed another segment."""
     return tokenizer.encode_segments([content]) if first else tokenizer.encode_segments([0, content])[1:]
 
 
@@ -241,7 +242,7 @@ def _has_generation(tokenizer: AbstractTokenizer) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """The name of a control token in a text, with the white space that it swallows, and whether a message has it."""
+    """The name of a control token in a text, with the white space that it strips, and whether it is from a message."""
 
     name: str
     start: int
@@ -249,21 +250,23 @@ class _Name:
     of_message: bool
 
 
-def _write(tokenizer: AbstractTokenizer, messages: list[dict[str, Any]], add_generation_prompt: bool) -> _Chat:
-    """What the template writes, and which control tokens in it are its own.
+def _render_segments(
+    tokenizer: AbstractTokenizer, messages: list[dict[str, Any]], add_generation_prompt: bool
+) -> _Chat:
+    """Renders the messages, and distinguishes the template's control tokens from their names in messages.
 
-    For this it writes once more, with marks around the names of control tokens that messages have. It may strip or
-    search where a mark stands in the way, so it is only taken from there whose the names are: the text is that of the
-    messages as they are, unless that does not tell.
+    For this, the template renders the messages a second time, with marks around the names of control tokens. Marks can
+    change the result of stripping or searching in the template. So the text is taken from the first rendering, and
+    only the origin of each name from the second, unless the names in both cannot be matched.
     """
     begin, end, left, right = _unused_characters(messages, tokenizer.chat_template or "", 4)
     generation = {"generation_start": begin, "generation_end": end} if _has_generation(tokenizer) else {}
-    text, marks = _taken_out(_render(tokenizer, messages, add_generation_prompt, generation), begin + end)
+    text, marks = _remove_marks(_render(tokenizer, messages, add_generation_prompt, generation), begin + end)
     names = list(_names(tokenizer, text, 0, len(text)))
     marked = _marked(messages, _marker(tuple(tokenizer.control_tokens)), left, right)
     if marked != messages:
         raw = _render(tokenizer, marked, add_generation_prompt, generation)
-        other_text, other_marks = _taken_out(raw, begin + end + left + right)
+        other_text, other_marks = _remove_marks(raw, begin + end + left + right)
         found = _names_between(tokenizer, other_text, other_marks, left, right)
         owned = _with_owners(names, found)
         if owned is not None:
@@ -275,11 +278,11 @@ def _write(tokenizer: AbstractTokenizer, messages: list[dict[str, Any]], add_gen
     closed = [at for at, mark in marks if mark == end]
     if len(opened) != len(closed):
         raise InputError(
-            f"The chat template of {tokenizer.name} cuts its blocks of generation, so the assistant's words cannot be "
-            "told apart; use another template.",
+            f"The chat template of {tokenizer.name} truncates its generation blocks, so the assistant's tokens cannot "
+            "be identified; use another template.",
             key="chat_template",
         )
-    return _Chat(text, list(_parts(tokenizer, text, names)), list(zip(opened, closed, strict=True)))
+    return _Chat(text, list(_split(tokenizer, text, names)), list(zip(opened, closed, strict=True)))
 
 
 def _names(tokenizer: AbstractTokenizer, text: str, start: int, stop: int) -> Iterator[_Name]:
@@ -290,7 +293,7 @@ def _names(tokenizer: AbstractTokenizer, text: str, start: int, stop: int) -> It
 def _names_between(
     tokenizer: AbstractTokenizer, text: str, marks: list[tuple[int, str]], left: str, right: str
 ) -> list[_Name]:
-    """The names in a text, none of which goes across a mark; those between two marks are of messages."""
+    """The names in a text with marks. No name crosses a mark; names between two marks are from messages."""
     borders = [(0, right), *((at, mark) for at, mark in marks if mark in left + right), (len(text), left)]
     found: list[_Name] = []
     for (start, opening), (stop, closing) in itertools.pairwise(borders):
@@ -303,7 +306,10 @@ def _names_between(
 
 
 def _with_owners(names: list[_Name], found: list[_Name]) -> list[_Name] | None:
-    """The names, each with whose it is as found among marks: by the order or, if that differs, by the name alone."""
+    """The names with their origin in the marked text, matched by order or, if the order differs, by name.
+
+    **Returns:** `None` if the origin of a name is ambiguous.
+    """
     if [each.name for each in names] == [each.name for each in found]:
         owners = [each.of_message for each in found]
     else:
@@ -316,20 +322,20 @@ def _with_owners(names: list[_Name], found: list[_Name]) -> list[_Name] | None:
     return [dataclasses.replace(name, of_message=owner) for name, owner in zip(names, owners, strict=True)]
 
 
-def _parts(tokenizer: AbstractTokenizer, text: str, names: list[_Name]) -> Iterator[_Part]:
+def _split(tokenizer: AbstractTokenizer, text: str, names: list[_Name]) -> Iterator[_Segment]:
     end = 0
     for name in names:
         if not name.of_message:
             if end < name.start:
-                yield _Part(end, name.start, text[end : name.start])
-            yield _Part(name.start, name.stop, tokenizer.control_tokens[name.name])
+                yield _Segment(end, name.start, text[end : name.start])
+            yield _Segment(name.start, name.stop, tokenizer.control_tokens[name.name])
             end = name.stop
     if end < len(text):
-        yield _Part(end, len(text), text[end:])
+        yield _Segment(end, len(text), text[end:])
 
 
-def _taken_out(text: str, marks: str) -> tuple[str, list[tuple[int, str]]]:
-    """The text without marks, and where each stood. A template may have written them as JSON does."""
+def _remove_marks(text: str, marks: str) -> tuple[str, list[tuple[int, str]]]:
+    """The text without marks, and the position of each mark. Marks may be escaped as in JSON."""
     for mark in marks:
         text = text.replace(_escaped(mark), mark)
     pieces = re.split(f"([{marks}])", text)
@@ -339,7 +345,7 @@ def _taken_out(text: str, marks: str) -> tuple[str, list[tuple[int, str]]]:
 
 @functools.lru_cache(maxsize=8)
 def _marker(names: tuple[str, ...]) -> Callable[[str, str, str], str]:
-    """What puts marks around names in a text, and one behind the beginning of a name at its end."""
+    """Makes a function that puts marks around names in a text, and a mark after an incomplete name at its end."""
     longest_first = sorted(names, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
     beginnings = {name[:length] for name in names for length in range(1, len(name))}
@@ -348,7 +354,7 @@ def _marker(names: tuple[str, ...]) -> Callable[[str, str, str], str]:
 
     def mark(text: str, left: str, right: str) -> str:
         marked = pattern.sub(lambda name: f"{left}{name[0]}{right}", text)
-        # What follows must not complete it.
+        # The following text must not complete the name.
         begun = any(text[-length:] in beginnings for length in range(1, min(longest, len(text) + 1)))
         return marked + right if begun else marked
 
@@ -356,7 +362,7 @@ def _marker(names: tuple[str, ...]) -> Callable[[str, str, str], str]:
 
 
 def _marked(value: Any, mark: Callable[[str, str, str], str], left: str, right: str) -> Any:
-    """Marks each text in a document, keys included."""
+    """Marks each string in a JSON value, keys included."""
     if isinstance(value, list):
         return [_marked(inner, mark, left, right) for inner in value]
     if isinstance(value, dict):
@@ -364,10 +370,10 @@ def _marked(value: Any, mark: Callable[[str, str, str], str], left: str, right: 
     return mark(value, left, right) if isinstance(value, str) else value
 
 
-def _plain(messages: Messages) -> list[dict[str, Any]]:
-    """The messages as nothing but JSON's types, so that a template can call no method of a user's object.
+def _to_json_types(messages: Messages) -> list[dict[str, Any]]:
+    """Converts messages to JSON types, so that a template cannot call methods of a user's object.
 
-    As in transformers, keys whose value is null count as absent, and a thought stands under each of its usual names.
+    As in transformers, keys with the value null are dropped, and reasoning is given under each of its usual keys.
     """
     if not messages:
         raise InputError("The conversation is empty; give at least one message.")
@@ -376,12 +382,12 @@ def _plain(messages: Messages) -> list[dict[str, Any]]:
             raise InputError(f"Each message must be a dict with 'role' and 'content', not {shown(message)}.")
     given = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
-        plain = json.loads(json.dumps(given))
+        converted = json.loads(json.dumps(given))
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"The messages must consist of text, numbers, lists and dicts: {error}.") from error
-    if depth(plain) > DEEPEST:
-        raise InputError(f"The messages nest deeper than {DEEPEST} levels, which no conversation does; give others.")
-    return [_with_reasoning(message) for message in plain]
+    if depth(converted) > DEEPEST:
+        raise InputError(f"The messages nest deeper than {DEEPEST} levels; give messages with less nesting.")
+    return [_with_reasoning(message) for message in converted]
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
@@ -390,13 +396,13 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unused_characters(messages: list[dict[str, Any]], template: str, count: int) -> list[str]:
-    """Characters for private use that nobody uses here."""
+    """Private-use characters that occur neither in the messages nor in the template."""
     used = json.dumps(messages, ensure_ascii=False) + template
     codes = itertools.chain(range(0xE000, 0xF8FF), range(0xF0000, 0xFFFFE))
     free = (mark for mark in map(chr, codes) if mark not in used and _escaped(mark) not in used)
     found = list(itertools.islice(free, count))
     if len(found) < count:
-        raise InputError("The messages have every character for private use, which is no text; give others.")
+        raise InputError("The messages contain every private-use character; remove some of them.")
     return found
 
 

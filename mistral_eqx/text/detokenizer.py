@@ -1,4 +1,4 @@
-"""Text as its tokens arrive."""
+"""Incremental detokenization: text from tokens, one by one."""
 
 import codecs
 from typing import SupportsIndex
@@ -7,10 +7,10 @@ from .tokens import Ids, Tokens
 
 
 class Detokenizer:
-    """Turns tokens into text one by one, and never gives half a character.
+    """Turns tokens into text one by one, and never returns an incomplete character.
 
-    What `push` and `flush` return adds up to `tokenizer.decode` of the same ids. Each token costs the same,
-    however long the text has become.
+    The results of `push` and `flush` together are `tokenizer.decode` of the same ids. The cost of a token does not
+    depend on the length of the text.
 
     ```python
     detokenizer = Detokenizer(tokenizer, after=prompt)
@@ -23,11 +23,11 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokens, *, skip_special: bool = True, after: Ids = ()):
         """**Arguments:**
 
-        - `tokenizer`: whose tokens will come.
-        - `skip_special`: whether control tokens leave no trace; otherwise their names appear.
-        - `after`: the ids that the tokens continue, such as a prompt's, as for
-            [`mistral_eqx.text.AbstractTokenizer.decode`][]. Without them the tokens begin a text, and its first word
-            has no space in front.
+        - `tokenizer`: the tokenizer of the tokens.
+        - `skip_special`: whether to omit control tokens; otherwise their names appear in the text.
+        - `after`: the ids before the tokens, such as a prompt, as for
+            [`mistral_eqx.text.AbstractTokenizer.decode`][]. Without them, the tokens begin a text, and its first word
+            has no leading space.
         """
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special else frozenset()
@@ -35,9 +35,9 @@ class Detokenizer:
         self._begins = self._first = tokenizer.begins_text(after, skip_special=skip_special)
 
     def push(self, id: SupportsIndex) -> str:
-        """Takes the next token.
+        """Adds the next token.
 
-        **Returns:** the text that is now certain, perhaps `""`.
+        **Returns:** the new text, up to the last complete character; it may be `""`.
 
         **Raises:** `ValueError` if `id` is negative.
         """
@@ -48,9 +48,9 @@ class Detokenizer:
         return self._characters.decode(self._tokenizer.token_bytes(id, first=first))
 
     def flush(self) -> str:
-        """Ends the text; the next token starts another one in its place.
+        """Ends the text, and resets the detokenizer to its initial state.
 
-        **Returns:** U+FFFD if the last character lacks bytes, else `""`.
+        **Returns:** U+FFFD if the last character is incomplete, else `""`.
         """
         self._first = self._begins
         rest = self._characters.decode(b"", final=True)

@@ -1,4 +1,4 @@
-"""The vocabulary that a GGUF file carries in its metadata."""
+"""The vocabulary in the metadata of a GGUF file."""
 
 import math
 from collections.abc import Mapping
@@ -7,11 +7,11 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from ..checkpoint.gguf import ends_by_name, read_gguf
+from ..checkpoint.gguf import eos_ids_by_name, read_gguf
 from ..documents import shown
 from ..errors import InputError
 from .huggingface import SPACE_PREFIX, HuggingFaceTokenizer
-from .libraries import blame
+from .libraries import as_input_error
 from .pre_tokenizers import PRE_TOKENIZERS
 from .sentencepiece import SentencePieceTokenizer
 from .sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, write_model
@@ -25,10 +25,10 @@ def read_gguf_tokenizer(path: Path) -> AbstractTokenizer:
 
     - `path`: a file whose `tokenizer.ggml.model` is `llama` (sentencepiece) or `gpt2` (byte-level BPE).
 
-    **Returns:** a tokenizer; it adds the beginning of a text if the file says so or, where it says nothing, if
-    llama.cpp does for such a vocabulary.
+    **Returns:** the tokenizer. If the file does not give `add_bos_token`, the default is that of llama.cpp for the
+    vocabulary.
 
-    **Raises:** `ValueError` if the file is damaged, lacks a part, or has a vocabulary of another kind.
+    **Raises:** `ValueError` if the file is damaged, lacks a key, or has a vocabulary of another kind.
     """
     metadata, _ = read_gguf(path)
     vocabulary = _Vocabulary(metadata, path)
@@ -39,29 +39,29 @@ def read_gguf_tokenizer(path: Path) -> AbstractTokenizer:
         return _byte_level(vocabulary)
     raise vocabulary.wrong(
         "model",
-        f"The vocabulary of {path} is of the kind {shown(kind)} (tokenizer.ggml.model), and only 'llama' and 'gpt2' "
-        "can be read; use the model's folder with its tokenizer.json.",
+        f"The vocabulary of {path} is of the kind {shown(kind)} (tokenizer.ggml.model), but only 'llama' and 'gpt2' "
+        "are supported; use the model's folder with its tokenizer.json.",
     )
 
 
 class _Vocabulary:
-    """The keys of a GGUF file that begin with `tokenizer`, checked as they are read.
+    """Typed access to the keys of a GGUF file that begin with `tokenizer`.
 
     **Attributes:**
 
     - `path`: the file.
-    - `tokens`, `types`: the text and the type of each token; one that ends a text is a control token, whatever the file
-        says of it, unless it is an ordinary word.
-    - `bos_id`, `eos_ids`: the tokens that start and end a text.
+    - `tokens`, `types`: the text and the type of each token. An end-of-sequence token has the type of a control token,
+        whatever its type in the file, unless it is an ordinary word.
+    - `bos_id`, `eos_ids`: the beginning-of-sequence and end-of-sequence tokens.
     """
 
     def __init__(self, metadata: Mapping[str, Any], path: Path):
         self._metadata, self.path = metadata, path
         self.tokens = self.values("tokens", str)
         for token in self.tokens:
-            # Bytes that are no UTF-8 come from the reader as lone surrogates.
+            # `read_gguf` decodes invalid UTF-8 to lone surrogates.
             if not token.isascii() and any("\ud800" <= character <= "\udfff" for character in token):
-                raise self.damaged("tokens", f"its vocabulary has the token {shown(token)}, no UTF-8")
+                raise self.damaged("tokens", f"its vocabulary has the token {shown(token)}, which is not UTF-8")
         types = self.values("token_type", int)
         self.same_length(token_type=types)
         if strange := set(types) - set(range(NORMAL, BYTE + 1)):
@@ -69,7 +69,7 @@ class _Vocabulary:
         if NORMAL not in types:
             raise self.damaged("token_type", "its vocabulary has no token that is text")
         self.bos_id = self._id("bos")
-        named = ends_by_name(self.tokens, self._id("unknown"))
+        named = eos_ids_by_name(self.tokens, self._id("unknown"))
         keyed = [id for id in map(self._id, ("eos", "eot", "eom")) if id is not None]
         self.eos_ids = list(dict.fromkeys([*keyed, *named]))
         for id in self.eos_ids:
@@ -87,22 +87,22 @@ class _Vocabulary:
         return id
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """A value that is true or false."""
         value = self._get(key, bool, "true or false")
         return default if value is None else value
 
     def text(self, key: str) -> str:
-        """A text that must be there."""
+        """A required text."""
         self._require(key)
         return self._get(key, str, "a text")
 
     def values(self, key: str, kind: type[Any]) -> list[Any]:
-        """A list of texts or numbers that must be there."""
+        """A required list of texts or numbers."""
         self._require(key)
         return self.optional_values(key, kind)
 
     def optional_values(self, key: str, kind: type[Any]) -> list[Any]:
-        """A list of texts or numbers, empty if it is not there."""
+        """An optional list of texts or numbers, by default empty."""
         values = self._get(key, list, "a list")
         kinds = set(map(type, values or []))
         if not kinds <= ({float, int} if kind is float else {kind}):
@@ -111,7 +111,7 @@ class _Vocabulary:
 
     @property
     def chat_template(self) -> str | None:
-        """The template of conversations, if there is one."""
+        """The chat template, if the file has one."""
         template = self._metadata.get("tokenizer.chat_template")
         if not isinstance(template, str | None):
             raise InputError(
@@ -123,18 +123,18 @@ class _Vocabulary:
         return template
 
     def same_length(self, **lists: list[Any]):
-        """Refuses lists that are not as long as the vocabulary."""
+        """Refuses lists whose length is not that of the vocabulary."""
         lists = {"tokens": self.tokens, **lists}
         if len({len(values) for values in lists.values()}) > 1:
             lengths = " but ".join(f"{len(values)} {key}" for key, values in lists.items())
             raise self.damaged(list(lists)[-1], f"its vocabulary has {lengths}")
 
     def damaged(self, key: str, complaint: str) -> InputError:
-        """The error for a file that cannot be right."""
+        """The error about a damaged file."""
         return self.wrong(key, f"{self.path} is damaged: {complaint}; fetch it again.")
 
     def wrong(self, key: str, message: str) -> InputError:
-        """The error for a key."""
+        """The error about a key."""
         return InputError(message, file=self.path, key=f"tokenizer.ggml.{key}")
 
     def _require(self, key: str):
@@ -163,8 +163,8 @@ def _sentencepiece(vocabulary: _Vocabulary) -> SentencePieceTokenizer:
     if len(normal) > 1 and min(normal) == max(normal):
         raise vocabulary.wrong(
             "scores",
-            f"All scores of the vocabulary of {path} are equal (tokenizer.ggml.scores), so it does not say which "
-            "tokens to join first; use the model's folder with its tokenizer.json.",
+            f"All scores of the vocabulary of {path} are equal (tokenizer.ggml.scores), so the order of its "
+            "merges is unknown; use the model's folder with its tokenizer.json.",
         )
     charsmap = vocabulary.optional_values("precompiled_charsmap", int)
     if not all(-128 <= byte <= 255 for byte in charsmap):
@@ -196,30 +196,30 @@ def _byte_level(vocabulary: _Vocabulary) -> HuggingFaceTokenizer:
     if pre not in PRE_TOKENIZERS:
         raise vocabulary.wrong(
             "pre",
-            f"The vocabulary of {path} is for the pre-tokenizer {shown(pre)} (tokenizer.ggml.pre), which is none of "
-            f"{', '.join(PRE_TOKENIZERS)}; use the model's folder with its tokenizer.json.",
+            f"The vocabulary of {path} is for the pre-tokenizer {shown(pre)} (tokenizer.ggml.pre), but only these are "
+            f"supported: {', '.join(PRE_TOKENIZERS)}; use the model's folder with its tokenizer.json.",
         )
     ids = {token: id for id, token in enumerate(tokens)}
     if len(ids) < len(tokens):
         twice = next(token for id, token in enumerate(tokens) if ids[token] != id)
         raise vocabulary.damaged("tokens", f"its vocabulary has the token {shown(twice)} twice")
-    cutting = PRE_TOKENIZERS[pre]
-    with blame(path, f"The merges of {path} do not fit its vocabulary"):
+    pre_tokenizer = PRE_TOKENIZERS[pre]
+    with as_input_error(path, f"The merges of {path} do not fit its vocabulary"):
         pairs: Any = [tuple(merge.split(" ")) for merge in merges]
-        tokenizer = Tokenizer(models.BPE(ids, pairs, ignore_merges=cutting.ignores_merges))
-    changes = cutting.normalizers()
+        tokenizer = Tokenizer(models.BPE(ids, pairs, ignore_merges=pre_tokenizer.ignores_merges))
+    steps = pre_tokenizer.normalizers()
     if vocabulary.flag("add_space_prefix", False):
-        changes += SPACE_PREFIX
-    if changes:
-        tokenizer.normalizer = normalizers.Sequence(changes)
-    tokenizer.pre_tokenizer = cutting.build()
+        steps += SPACE_PREFIX
+    if steps:
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizer.build()
     tokenizer.decoder = decoders.ByteLevel()
     kinds = [(token, kind) for token, kind in zip(tokens, vocabulary.types, strict=True) if token]
     special = [token for token, kind in kinds if kind in (UNKNOWN, CONTROL)]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    own = [token for token, kind in kinds if kind == USER_DEFINED]
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in own])
-    adds_bos = vocabulary.flag("add_bos_token", cutting.adds_bos)
+    user_defined = [token for token, kind in kinds if kind == USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in user_defined])
+    adds_bos = vocabulary.flag("add_bos_token", pre_tokenizer.adds_bos)
     return HuggingFaceTokenizer(
         tokenizer,
         name=str(path),

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
 from ..documents import read_json, read_text, shown
 from ..errors import InputError
-from .libraries import LARGEST, blame
+from .libraries import LARGEST, as_input_error
 from .settings import Settings, read_settings
 from .tokenizer import AbstractTokenizer, control_pattern, encode_as_text
 
@@ -22,7 +22,7 @@ _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_level() -> dict[str, int]:
-    """The printable character by which byte-level BPE writes each byte."""
+    """The byte of each printable character of byte-level BPE."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(0x100) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}
@@ -30,14 +30,14 @@ def _byte_level() -> dict[str, int]:
 
 _BYTES = _byte_level()
 
-# Put a space in front of a text that starts without white space. (The library cannot replace nothing by something.)
+# Adds a leading space to a text without leading white space, in two steps: the library cannot match an empty string.
 SPACE_PREFIX = [normalizers.Prepend(" "), normalizers.Replace(Regex(r"\A (?=\s)"), "")]
 _PREFIX_STEPS = [json.loads(step.__getstate__()) for step in SPACE_PREFIX]
 
 
 @final
 class HuggingFaceTokenizer(AbstractTokenizer):
-    """A vocabulary of the `tokenizers` library: a `tokenizer.json`, or one that was built from a GGUF file."""
+    """A tokenizer of the `tokenizers` library, from a `tokenizer.json` or a GGUF file."""
 
     def __init__(
         self,
@@ -52,17 +52,17 @@ class HuggingFaceTokenizer(AbstractTokenizer):
     ):
         """**Arguments:**
 
-        - `tokenizer`: will be changed so that names of control tokens in a text are text.
-        - `name`: where it came from, for messages.
+        - `tokenizer`: the tokenizer. It is modified, to encode the names of control tokens as plain text.
+        - `name`: its file, for error messages.
         - `bos_id`, `eos_ids`, `adds_bos`, `chat_template`, `template_tokens`: as in `AbstractTokenizer`.
 
-        **Raises:** `ValueError` if its decoder is of a kind that cannot be run token by token.
+        **Raises:** `ValueError` if its decoder cannot decode token by token.
         """
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.name = name
-        self._first = tokenizer
+        self._tokenizer = tokenizer
         self._byte_level, self._strips = _decoding(tokenizer, name)
         self._added = tokenizer.get_added_tokens_decoder()
         # The ids of a vocabulary may have gaps.
@@ -73,29 +73,29 @@ class HuggingFaceTokenizer(AbstractTokenizer):
         self.chat_template = chat_template
         if template_tokens is not None:
             self.template_tokens = template_tokens
-        # An end token of another type is no text either, unless it is a word that texts have.
-        ends = {id: text for id in self.eos_ids if (text := self.token_name(id))}
-        with blame(name, f"{name} cannot encode the name of its end token"):
-            unwritten = [id for id, text in ends.items() if id in self._added or id not in _encode(tokenizer, text)]
-        mark_special(tokenizer, [ends[id] for id in unwritten if tokenizer.token_to_id(ends[id]) == id])
+        # An end-of-sequence token is a control token whatever its type, unless texts encode to it.
+        eos = {id: text for id in self.eos_ids if (text := self.token_name(id))}
+        with as_input_error(name, f"{name} cannot encode the name of its end-of-sequence token"):
+            not_in_text = [id for id, text in eos.items() if id in self._added or id not in _encode(tokenizer, text)]
+        mark_special(tokenizer, [eos[id] for id in not_in_text if tokenizer.token_to_id(eos[id]) == id])
         self._added = tokenizer.get_added_tokens_decoder()
-        self._later = _without_prefix(tokenizer)
+        self._tokenizer_without_prefix = _without_prefix(tokenizer)
         self.control_tokens = {token.content: id for id, token in self._added.items() if token.special}
         self.control_pattern = _pattern(token for token in self._added.values() if token.special)
         self.release_file = None
 
     def encode_plain(self, text: str, *, first: bool) -> list[int]:
         def encode(part: str, first: bool) -> list[int]:
-            with blame(self.name, f"{self.name} cannot encode the text"):
-                return _encode(self._first if first else self._later, part)
+            with as_input_error(self.name, f"{self.name} cannot encode the text"):
+                return _encode(self._tokenizer if first else self._tokenizer_without_prefix, part)
 
-        # A model that has control tokens among its words, as unigram models do, finds them in a text.
+        # A unigram model has control tokens among its words, and so finds them in plain text.
         return encode_as_text(encode, text, self.control_tokens, first=first)
 
     def token_bytes(self, id: int, *, first: bool) -> bytes:
         if id in self._added:
             return self._added[id].content.encode()
-        token = self._first.id_to_token(id) or ""
+        token = self._tokenizer.id_to_token(id) or ""
         if self._byte_level:
             return bytes(_BYTES[c] for c in token) if all(c in _BYTES for c in token) else token.encode()
         if byte := _BYTE.fullmatch(token):
@@ -106,20 +106,20 @@ class HuggingFaceTokenizer(AbstractTokenizer):
 
     def write_vocabulary(self, folder: Path) -> Mapping[str, Any]:
         start = [self.bos_id] if self.adds_bos and self.bos_id is not None else []
-        if _start(self._first) != start:
-            # Where other programs look for what starts a text; here it is never run.
-            tokens = [self._first.id_to_token(id) for id in start]
-            self._first.post_processor = processors.TemplateProcessing(
+        if _start_ids(self._tokenizer) != start:
+            # Other programs read the beginning-of-sequence token from here; this package never runs it.
+            tokens = [self._tokenizer.id_to_token(id) for id in start]
+            self._tokenizer.post_processor = processors.TemplateProcessing(
                 single=[*tokens, "$A"],
                 pair=[*tokens, "$A", *(f"{token}:1" for token in tokens), "$B:1"],
                 special_tokens=list(zip(tokens, start, strict=True)),
             )
-        self._first.save(str(folder / "tokenizer.json"))
+        self._tokenizer.save(str(folder / "tokenizer.json"))
         return {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def _pattern(tokens: Iterable[AddedToken]):
-    """Finds control tokens with the white space that some of them swallow."""
+    """A pattern for control tokens, with the white space that some of them strip."""
     kinds: dict[tuple[bool, bool, bool], list[str]] = {}
     for token in tokens:
         kinds.setdefault((token.lstrip, token.rstrip, token.single_word), []).append(token.content)
@@ -136,15 +136,16 @@ def _pattern(tokens: Iterable[AddedToken]):
 
 
 def _without_prefix(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer for what follows a control token, where a space in front is only for the start of a text."""
-    normalizing = _steps(tokenizer.normalizer, "normalizers")
-    cutting = _steps(tokenizer.pre_tokenizer, "pretokenizers")
-    prefixed = all(step in normalizing for step in _PREFIX_STEPS)
-    kept = [step for step in normalizing if not prefixed or step not in _PREFIX_STEPS]
+    """The tokenizer for text after a control token, where no leading space is added."""
+    normalizer_steps = _steps(tokenizer.normalizer, "normalizers")
+    pre_tokenizer_steps = _steps(tokenizer.pre_tokenizer, "pretokenizers")
+    prefixed = all(step in normalizer_steps for step in _PREFIX_STEPS)
+    kept = [step for step in normalizer_steps if not prefixed or step not in _PREFIX_STEPS]
     changed = [
-        {**step, "prepend_scheme": "never"} if step.get("prepend_scheme") == "first" else step for step in cutting
+        {**step, "prepend_scheme": "never"} if step.get("prepend_scheme") == "first" else step
+        for step in pre_tokenizer_steps
     ]
-    if kept == normalizing and changed == cutting:
+    if kept == normalizer_steps and changed == pre_tokenizer_steps:
         return tokenizer
     content = json.loads(tokenizer.to_str())
     content["normalizer"] = {"type": "Sequence", "normalizers": kept}
@@ -155,7 +156,7 @@ def _without_prefix(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _decoding(tokenizer: Tokenizer, name: str) -> tuple[bool, bool]:
-    """Whether tokens are written in byte-level characters, and whether the first one loses its leading space."""
+    """Whether tokens consist of byte-level characters, and whether the first token loses its leading space."""
     steps = _steps(tokenizer.decoder, "decoders")
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
@@ -171,30 +172,30 @@ def _decoding(tokenizer: Tokenizer, name: str) -> tuple[bool, bool]:
     if steps in (known, known[:3]):
         return False, len(steps) == 4
     raise InputError(
-        f"The decoder {' + '.join(kinds) or 'null'} of {name} is none that Mistral-like models use, so its tokens "
-        "cannot be turned into text one by one; use another tokenizer.json."
+        f"The decoder {' + '.join(kinds) or 'null'} of {name} is not one that Mistral-like models use, so its tokens "
+        "cannot be decoded one by one; use another tokenizer.json."
     )
 
 
-def _steps(component: Any, parts: str) -> list[dict[str, Any]]:
-    """What a part of a tokenizer does, step by step."""
+def _steps(component: Any, key: str) -> list[dict[str, Any]]:
+    """The steps of a component of a tokenizer."""
     if component is None:
         return []
     state = json.loads(component.__getstate__())
-    return state[parts] if state["type"] == "Sequence" else [state]
+    return state[key] if state["type"] == "Sequence" else [state]
 
 
 def read_tokenizer_json(path: Path) -> HuggingFaceTokenizer:
-    """Reads a `tokenizer.json` and the settings beside it.
+    """Reads a `tokenizer.json` and the settings files in its folder.
 
-    **Raises:** `ValueError` if it is damaged, or its tokens cannot be turned into text one by one.
+    **Raises:** `ValueError` if a file is damaged, or the tokens cannot be decoded one by one.
     """
     text = read_text(path, LARGEST)
-    with blame(path, f"{path} is no tokenizer.json, or it is damaged"):
+    with as_input_error(path, f"{path} is not a tokenizer.json, or it is damaged"):
         _check_replacements(text)
         tokenizer = Tokenizer.from_str(text)
         _check_steps(tokenizer)
-    _cut_like_tekken(tokenizer, path.with_name("tekken.json"))
+    _use_tekken_pattern(tokenizer, path.with_name("tekken.json"))
     settings = read_settings(path.parent)
     _add_tokens(tokenizer, settings, path)
     bos_id = settings.bos_id
@@ -205,13 +206,13 @@ def read_tokenizer_json(path: Path) -> HuggingFaceTokenizer:
         eos_ids.insert(0, _id(tokenizer, settings.eos_token, path))
     add_bos = settings.add_bos
     if tokenizer.post_processor is not None:
-        # As transformers does, whatever the settings say.
-        with blame(path, f"{path} has a post_processor that cannot be applied"):
-            start = _start(tokenizer)
+        # As in transformers, the post-processor has precedence over the settings.
+        with as_input_error(path, f"{path} has a post_processor that cannot be applied"):
+            start = _start_ids(tokenizer)
         if any(tokenizer.id_to_token(id) is None for id in start):
             raise InputError(
-                f"{path} puts the token ids {shown(start)} before a text (post_processor), which its vocabulary does "
-                "not have; fetch it again.",
+                f"{path} adds the token ids {shown(start)} to the start of a text (post_processor), but its vocabulary "
+                "does not have them; fetch it again.",
                 file=path,
                 key="post_processor",
             )
@@ -229,13 +230,13 @@ def read_tokenizer_json(path: Path) -> HuggingFaceTokenizer:
 
 
 def _check_steps(tokenizer: Tokenizer):
-    """Refuses steps on which the library would panic, and write about it.
+    """Refuses steps on which the library would panic, and print a message.
 
     **Raises:** `ValueError`.
     """
     for step in _steps(tokenizer.normalizer, "normalizers"):
         if step.get("prepend") == "" or step.get("pattern") in ({"String": ""}, {"Regex": ""}):
-            raise ValueError(f"its normalizer {step['type']} replaces nothing")
+            raise ValueError(f"its normalizer {step['type']} has an empty pattern or prefix")
     for step in _steps(tokenizer.post_processor, "processors"):
         pieces = [*step.get("single", ()), *step.get("pair", ())]
         named = [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]
@@ -244,11 +245,11 @@ def _check_steps(tokenizer: Tokenizer):
 
 
 def _check_replacements(content: str):
-    """Refuses replacements of characters whose table is longer than it is: the library would abort.
+    """Refuses a table of character replacements that is shorter than its header says: the library would abort.
 
     **Raises:** `ValueError`.
     """
-    # Few files have any, and to parse one takes as long as the library does.
+    # Few files have such a table, and parsing the JSON doubles the time, so other files are skipped.
     if "charsmap" not in content and not re.search(r"\\u00[67]", content):
         return
     normalizers = [json.loads(content).get("normalizer")]
@@ -264,7 +265,7 @@ def _check_replacements(content: str):
 
 
 def _add_tokens(tokenizer: Tokenizer, settings: Settings, path: Path):
-    """Adds tokens that only the settings have, and takes those for control tokens that only the settings call so."""
+    """Adds the tokens that only the settings have, and marks the control tokens that only the settings name."""
     for token, id in sorted(settings.added_tokens.items(), key=lambda entry: entry[1]):
         found = tokenizer.token_to_id(token)
         if found is None and id == tokenizer.get_vocab_size(with_added_tokens=True):
@@ -280,7 +281,7 @@ def _add_tokens(tokenizer: Tokenizer, settings: Settings, path: Path):
 
 
 def mark_special(tokenizer: Tokenizer, names: Iterable[str]):
-    """Makes control tokens of tokens that the vocabulary has."""
+    """Turns tokens of the vocabulary into control tokens."""
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     special: list[AddedToken] = []
     for name in names:
@@ -292,8 +293,8 @@ def mark_special(tokenizer: Tokenizer, names: Iterable[str]):
         tokenizer.add_special_tokens(special)
 
 
-def _start(tokenizer: Tokenizer) -> list[int]:
-    """The ids that the file's own last step puts before a text."""
+def _start_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids that the tokenizer's post-processor adds to the start of a text."""
     encoding = tokenizer.encode("a", add_special_tokens=True)
     masked = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
     return [id for id, _ in itertools.takewhile(lambda entry: entry[1] == 1, masked)]
@@ -303,10 +304,10 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def _cut_like_tekken(tokenizer: Tokenizer, original: Path):
-    """Takes the expression that finds words from the `tekken.json` beside, if there is one.
+def _use_tekken_pattern(tokenizer: Tokenizer, original: Path):
+    """Uses the pattern of the `tekken.json` in the same folder, if there is one.
 
-    Some of Mistral's folders hold a `tokenizer.json` that was converted with another model's expression.
+    Some of Mistral's folders hold a `tokenizer.json` that was converted with the pattern of another model.
     """
     if not original.is_file() or [step["type"] for step in _steps(tokenizer.decoder, "decoders")] != ["ByteLevel"]:
         return
@@ -320,10 +321,10 @@ def _cut_like_tekken(tokenizer: Tokenizer, original: Path):
             key="config",
         )
     if pattern is not None:
-        with blame(original, f"{original} has a pattern in its config that is no regular expression"):
-            cut = pre_tokenizers.Split(Regex(pattern), "isolated")
-        write = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, write])
+        with as_input_error(original, f"{original} has a pattern in its config that is not a regular expression"):
+            split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        to_characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_characters])
 
 
 def _id(tokenizer: Tokenizer, token: str, path: Path) -> int:

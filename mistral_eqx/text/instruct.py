@@ -1,4 +1,4 @@
-"""Conversations in the formats of Mistral's release files, through the mistral-common library."""
+"""Encodes conversations in the formats of Mistral's release files, with the mistral-common library."""
 
 import functools
 import importlib.util
@@ -9,21 +9,22 @@ from ..errors import InputError
 
 
 def encode_instruct(release_file: Path, messages: list[dict[str, Any]]) -> list[int]:
-    """A conversation as token ids, ready for the assistant's answer.
+    """Encodes a conversation as token ids.
 
     **Arguments:**
 
     - `release_file`: a `tekken.json` or `tokenizer.model.v1`, `.v2`, ...
-    - `messages`: each with `"role"` and `"content"`. If the last is the assistant's, it is closed.
+    - `messages`: each with `"role"` and `"content"`. After a last message of the assistant, the ids end with the
+        end-of-sequence token; otherwise they are the prompt of the assistant's answer.
 
-    **Returns:** the ids. What the messages say cannot become a control token.
+    **Returns:** the ids. The content of a message cannot become a control token.
 
-    **Raises:** `ValueError` if mistral-common is not installed, refuses the messages, or the file does not tell its
-        version.
+    **Raises:** `ValueError` if mistral-common is not installed, if it refuses the messages, or if the version of the
+        format is unknown.
     """
     if importlib.util.find_spec("mistral_common") is None:
         raise InputError(
-            f"{release_file} has no chat template, and Mistral's own format takes the extra `tekken`: "
+            f"{release_file} has no chat template, and Mistral's own format needs the extra `tekken`: "
             "pip install 'mistral-eqx[tekken]'."
         )
     from mistral_common.exceptions import MistralCommonException
@@ -38,15 +39,15 @@ def encode_instruct(release_file: Path, messages: list[dict[str, Any]]) -> list[
         )
     except ValidationError as error:
         wrong = error.errors()[0]
-        place = ".".join(map(str, wrong["loc"]))
-        raise InputError(f"Mistral's format refuses the conversation at {place}: {wrong['msg']}.") from error
+        location = ".".join(map(str, wrong["loc"]))
+        raise InputError(f"Mistral's format refuses the conversation at {location}: {wrong['msg']}.") from error
     except MistralCommonException as error:
         raise InputError(f"Mistral's format refuses the conversation: {error}.") from error
 
 
 @functools.lru_cache(maxsize=2)
 def _tokenizer(release_file: Path, changed: int, closed: bool):
-    """mistral-common's tokenizer; `changed` keeps one apart from an earlier file of that name."""
+    """mistral-common's tokenizer. `changed` keeps the cache from using an earlier file of the same name."""
     from mistral_common.protocol.instruct.normalize import get_normalizer
     from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
     from mistral_common.tokens.tokenizers.base import TokenizerVersion
@@ -57,7 +58,7 @@ def _tokenizer(release_file: Path, changed: int, closed: bool):
     mode = ValidationMode.finetuning if closed else ValidationMode.test
     if release_file.suffix != ".model":
         return MistralTokenizer.from_file(release_file, mode)
-    # Without a version in its name the control tokens tell it, from v3 on.
+    # A file without a version in its name has the version that its control tokens imply, from v3 on.
     controls = SentencePieceTokenizer(release_file)
     if controls.is_special("[SYSTEM_PROMPT]"):
         version, format = TokenizerVersion.v7, InstructTokenizerV7
@@ -65,8 +66,8 @@ def _tokenizer(release_file: Path, changed: int, closed: bool):
         version, format = TokenizerVersion.v3, InstructTokenizerV3
     else:
         raise InputError(
-            f"{release_file} has no chat template, and does not tell whether it is one of Mistral's; "
-            f"if so, rename it to {release_file.name}.v1, else put a chat_template.jinja beside it."
+            f"{release_file} has no chat template, and cannot be recognised as one of Mistral's; "
+            f"if it is, rename it to {release_file.name}.v1, otherwise add a chat_template.jinja to its folder."
         )
     return MistralTokenizer(
         format(SentencePieceTokenizer(release_file, version)),

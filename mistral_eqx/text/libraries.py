@@ -1,4 +1,4 @@
-"""What other people's tokenizer libraries raise, as one sentence that names the file."""
+"""Turns errors of third-party tokenizer libraries into one sentence that names the file."""
 
 import contextlib
 import os
@@ -7,26 +7,26 @@ from collections.abc import Iterator
 from ..errors import InputError
 
 
-# A tokenizer's file has a few megabytes; the largest vocabularies in use take half of this.
+# Tokenizer files have a few megabytes; the largest in use have half of this.
 LARGEST = 64 * 2**20
 
 
 @contextlib.contextmanager
-def blame(file: str | os.PathLike[str], complaint: str, remedy: str = "fetch it again") -> Iterator[None]:
-    """Turns whatever a library raises into an `InputError`.
+def as_input_error(file: str | os.PathLike[str], complaint: str, remedy: str = "fetch it again") -> Iterator[None]:
+    """Turns any exception of a library into an `InputError`.
 
     **Arguments:**
 
-    - `file`: which it was given.
-    - `complaint`: what a message begins with, the file's name included.
-    - `remedy`: what it says at the end.
+    - `file`: the file that the library reads.
+    - `complaint`: the start of the message, with the file's name.
+    - `remedy`: the end of the message.
     """
     try:
         yield
     except InputError:
         raise
     except BaseException as error:
-        # A panic of Rust is no `Exception`.
+        # The exception of a Rust panic is not an `Exception`.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         kind = "" if type(error).__name__ in ("Exception", "PanicException") else f"{type(error).__name__}: "

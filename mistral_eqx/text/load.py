@@ -1,4 +1,4 @@
-"""From a file or folder to its tokenizer."""
+"""Loads a tokenizer from a file or folder."""
 
 import os
 import re
@@ -22,12 +22,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> AbstractTokenizer:
 
     **Arguments:**
 
-    - `path`: a folder, which may hold a `tokenizer.json`, a `tekken.json`, a `tokenizer.model` or a single `.gguf`
-        file (looked for in that order), one of these files, or a name that [`mistral_eqx.checkpoint.locate`][] finds.
+    - `path`: a folder with a `tokenizer.json`, a `tekken.json`, a `tokenizer.model` or a single `.gguf` file (in this
+        order of precedence), one of these files, or a name that [`mistral_eqx.checkpoint.locate`][] finds.
 
-    **Returns:** the tokenizer, with the chat template and the special tokens that the files beside it name.
+    **Returns:** the tokenizer, with the chat template and the special tokens of the settings files in its folder.
 
-    **Raises:** `ValueError` if there is nothing at `path`, or nothing that is known, or it is damaged.
+    **Raises:** `ValueError` if `path` does not exist, has no tokenizer of a known format, or is damaged.
     """
     path = tokenizer_file(locate(path))
     if not path.stat().st_size:
@@ -38,13 +38,13 @@ def load_tokenizer(path: str | os.PathLike[str]) -> AbstractTokenizer:
         return TekkenTokenizer(path) if "tekken" in path.name else read_tokenizer_json(path)
     if _SENTENCEPIECE.search(path.name):
         return read_sentencepiece(path)
-    raise InputError(f"{path} is no tokenizer by its name: {_KNOWN}.")
+    raise InputError(f"{path} does not have the name of a tokenizer file; give {_KNOWN}.")
 
 
 def tokenizer_file(path: Path) -> Path:
-    """`path` itself, or the file in the folder `path` from which its tokenizer is read.
+    """The tokenizer file of a folder; any other path is returned unchanged.
 
-    **Raises:** `ValueError` if the folder has none.
+    **Raises:** `ValueError` if the folder has no tokenizer file.
     """
     if not path.is_dir():
         return path
@@ -52,12 +52,12 @@ def tokenizer_file(path: Path) -> Path:
     for name in ("tokenizer.json", "tekken.json"):
         if (folder / name).is_file():
             return folder / name
-    # Where Mistral ships one vocabulary under several names, the version tells the format of conversations.
+    # Mistral may ship one vocabulary under several names. The version in the name is that of the chat format.
     files = [file for file in sorted(folder.iterdir()) if file.is_file()]
     models = {file: match for file in files if (match := _SENTENCEPIECE.search(file.name))}
     ggufs = [file for file in files if file.suffix.lower() == ".gguf"]
     if not models and len(ggufs) == 1:
         return ggufs[0]
     if not models:
-        raise InputError(f"The folder {folder} has no tokenizer, which is {_KNOWN}.")
+        raise InputError(f"The folder {folder} has no tokenizer; add {_KNOWN}.")
     return max(models, key=lambda file: int(models[file][1] or 0))

@@ -1,4 +1,4 @@
-"""How byte-level vocabularies of GGUF files cut a text into words before they merge."""
+"""The pre-tokenizers of byte-level vocabularies in GGUF files."""
 
 import dataclasses
 
@@ -7,14 +7,15 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 @dataclasses.dataclass(frozen=True)
 class PreTokenizer:
-    """What the one word `tokenizer.ggml.pre` stands for.
+    """The settings that a name in `tokenizer.ggml.pre` stands for.
 
     **Attributes:**
 
-    - `patterns`: each cuts the pieces that the one before it left, and what it finds and what lies between are pieces.
-    - `ignores_merges`: whether a word that is a token is that token, however its merges would go.
-    - `adds_bos`: whether a text starts with the token for it when the file does not say.
-    - `composes`: whether accents are joined to their letters first.
+    - `patterns`: regular expressions, applied in order. Each splits the words of the previous one into its matches and
+        the text between them.
+    - `ignores_merges`: whether a word in the vocabulary becomes one token without merges.
+    - `adds_bos`: whether to add the beginning-of-sequence token if the file does not say.
+    - `composes`: whether to normalise texts to NFC first.
     """
 
     patterns: tuple[str, ...]
@@ -23,12 +24,12 @@ class PreTokenizer:
     composes: bool = False
 
     def build(self) -> pre_tokenizers.PreTokenizer:
-        """The cutting, and after it the writing of bytes as characters."""
-        cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.patterns]
-        return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        """The pre-tokenizer: the patterns, then bytes as characters."""
+        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.patterns]
+        return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
     def normalizers(self) -> list[normalizers.Normalizer]:
-        """What is done to a text before it is cut."""
+        """The normalizers that run before the pre-tokenizer."""
         return [normalizers.NFC()] if self.composes else []
 
 
@@ -51,7 +52,7 @@ _TEKKEN = (
 _LLAMA3 = PreTokenizer((_llama3(r"\p{N}{1,3}"),), ignores_merges=True, adds_bos=True)
 
 PRE_TOKENIZERS = {
-    # What llama.cpp does by that name; the converters write it for vocabularies that they did not recognise.
+    # llama.cpp's default; its converters write this name for vocabularies that they do not recognise.
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
     "gpt-2": PreTokenizer((_GPT2,)),
     "llama3": _LLAMA3,

@@ -1,4 +1,4 @@
-"""A vocabulary of sentencepiece in the form of the `tokenizers` library, for programs that read no other."""
+"""Converts a sentencepiece vocabulary to the `tokenizers` library, for programs that read only its format."""
 
 from collections.abc import Sequence
 
@@ -11,17 +11,17 @@ _SPACE = "\u2581"
 
 
 def with_merges(pieces: Sequence[tuple[str, float, int]], *, add_prefix: bool) -> Tokenizer:
-    """The same vocabulary with merges in the order of the scores.
+    """The same vocabulary, with merges in the order of the scores.
 
-    Its ids are those of sentencepiece, with one exception that all programs of this library make: a text that begins
-    with an ordinary added token (user defined) gets no space in front.
+    It gives the same ids as sentencepiece, with one exception that the library makes: a text that begins with a
+    user-defined token gets no leading space.
 
     **Arguments:**
 
     - `pieces`: text, score and type of each token, all 256 bytes among them.
-    - `add_prefix`: whether a text gets a space in front.
+    - `add_prefix`: whether a text gets a leading space.
 
-    **Returns:** a tokenizer that leaves texts as they are before it cuts them.
+    **Returns:** a tokenizer without normalisation.
     """
     scores = {text: score for text, score, kind in pieces if kind == NORMAL}
     merges = [
@@ -40,8 +40,8 @@ def with_merges(pieces: Sequence[tuple[str, float, int]], *, add_prefix: bool) -
         byte_fallback=True,
     )
     tokenizer = Tokenizer(model)
-    # The library spares the space in front of a text that begins with one, and sentencepiece does not; so the text
-    # begins with another character until the space is there.
+    # Unlike sentencepiece, the library adds no space to a text with a leading space. So the first step replaces spaces
+    # by another character.
     escape = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="never", split=False)
     prefix = pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([escape, prefix, escape] if add_prefix else [escape])
@@ -51,6 +51,6 @@ def with_merges(pieces: Sequence[tuple[str, float, int]], *, add_prefix: bool) -
     )
     control = [text for text, _, kind in pieces if kind == CONTROL]
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in control])
-    own = [text for text, _, kind in pieces if kind == USER_DEFINED]
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in own])
+    user_defined = [text for text, _, kind in pieces if kind == USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in user_defined])
     return tokenizer

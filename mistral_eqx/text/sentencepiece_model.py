@@ -1,4 +1,4 @@
-"""The file format of sentencepiece: its tokens read and checked, and vocabularies that came another way written."""
+"""Reads, checks and writes the file format of sentencepiece."""
 
 import functools
 import math
@@ -9,19 +9,19 @@ from typing import Any
 
 from ..documents import shown
 from ..errors import InputError
-from .libraries import blame
+from .libraries import as_input_error
 
 
-# The types of tokens, which GGUF numbers alike.
+# The types of tokens. GGUF uses the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-# Numbers of the fields in sentencepiece_model.proto, and of BPE among the kinds of model.
+# Field numbers in sentencepiece_model.proto, and the number of the model type BPE.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _PIECE, _SCORE, _TYPE = 1, 2, 3
 _MODEL_TYPE, _BYTE_FALLBACK, _BPE = 3, 35, 2
 _CHARSMAP, _ADD_PREFIX, _REMOVE_SPACES = 2, 3, 4
 
 _BYTE_NAME = re.compile("<0x[0-9A-Fa-f]{2}>")
-# The longest tokens in use are rows of some hundred spaces or dashes.
+# The longest tokens in use are runs of some hundred spaces or dashes.
 _LONGEST = 4096
 
 
@@ -32,19 +32,19 @@ def write_model(
     remove_extra_whitespaces: bool,
     precompiled_charsmap: bytes,
 ) -> bytes:
-    """The content of a `.model` file of the BPE kind.
+    """The content of a `.model` file with the model type BPE.
 
     **Arguments:**
 
     - `pieces`: text, score and type of each token.
-    - `add_dummy_prefix`: whether a text gets a space in front.
-    - `remove_extra_whitespaces`: whether runs of spaces become one.
-    - `precompiled_charsmap`: replacements of characters, in sentencepiece's own form.
+    - `add_dummy_prefix`: whether a text gets a leading space.
+    - `remove_extra_whitespaces`: whether a run of spaces becomes one space.
+    - `precompiled_charsmap`: character replacements in sentencepiece's own format.
 
     **Returns:** a protobuf message.
     """
     pieces = list(pieces)
-    # The library wants all 256 byte tokens or none.
+    # The library requires all 256 byte tokens or none.
     byte_fallback = sum(kind == BYTE for _, _, kind in pieces) == 256
     message = write_pieces(pieces)
     message += _bytes(_TRAINER, _int(_MODEL_TYPE, _BPE) + _int(_BYTE_FALLBACK, byte_fallback))
@@ -57,7 +57,7 @@ def write_model(
 
 
 def write_pieces(pieces: Iterable[tuple[str, float, int]]) -> bytes:
-    """Tokens as a part of a `.model` file; behind such a file they are added to its tokens.
+    """Encodes tokens in the format of a `.model` file. Appended to such a file, they extend its vocabulary.
 
     **Arguments:**
 
@@ -71,17 +71,17 @@ def write_pieces(pieces: Iterable[tuple[str, float, int]]) -> bytes:
 
 @functools.lru_cache(maxsize=1)
 def read_pieces(model: bytes, name: str) -> tuple[tuple[str, float, int], ...]:
-    """Text, score and type of each token in a `.model` file; of the last file they are remembered.
+    """Text, score and type of each token in a `.model` file. The result for the last file is cached.
 
     **Arguments:**
 
     - `model`: the file's content.
-    - `name`: of the file, for messages.
+    - `name`: the name of the file, for error messages.
 
-    **Raises:** `ValueError` if it is damaged.
+    **Raises:** `ValueError` if the file is damaged.
     """
     pieces: list[tuple[str, float, int]] = []
-    with blame(name, f"{name} is no sentencepiece model, or it is damaged"):
+    with as_input_error(name, f"{name} is not a sentencepiece model, or it is damaged"):
         for field, content in _fields(model):
             if field == _PIECES:
                 entries = dict(_fields(bytes(content)))
@@ -93,7 +93,7 @@ def read_pieces(model: bytes, name: str) -> tuple[tuple[str, float, int], ...]:
 def checked_types(model: bytes, name: str) -> list[int]:
     """The type of each token in a `.model` file.
 
-    **Raises:** `ValueError` if its tokens cannot be those of a vocabulary.
+    **Raises:** `ValueError` if its tokens are not a valid vocabulary.
     """
     pieces = read_pieces(model, name)
     complaint = None
@@ -105,7 +105,7 @@ def checked_types(model: bytes, name: str) -> list[int]:
         if not NORMAL <= kind <= BYTE:
             complaint = f"its token {id} has the type {kind}"
         elif kind == BYTE and not _BYTE_NAME.fullmatch(text):
-            complaint = f"its token {id} stands for a byte and is written {shown(text)}"
+            complaint = f"its byte token {id} has the text {shown(text)}"
         elif not math.isfinite(score):
             complaint = f"its token {id} has the score {score}"
         elif "\0" in text:
@@ -114,15 +114,15 @@ def checked_types(model: bytes, name: str) -> list[int]:
             complaint = f"its token {id} has {len(text)} characters"
     if complaint:
         raise InputError(
-            f"{name} is no sentencepiece model, or it is damaged ({complaint}); fetch it again.", file=name
+            f"{name} is not a sentencepiece model, or it is damaged ({complaint}); fetch it again.", file=name
         )
     return [kind for _, _, kind in pieces]
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a message: bytes, or the number of those that are written as one.
+    """The fields of a protobuf message. The value of a varint field is a number, of others bytes.
 
-    **Raises:** `ValueError` or `IndexError` if it is damaged.
+    **Raises:** `ValueError` or `IndexError` if the message is damaged.
     """
     at = 0
     while at < len(message):
@@ -136,7 +136,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
             yield field, value
             continue
         if value is None or at + value > len(message):
-            raise ValueError(f"a field at byte {at} does not end")
+            raise ValueError(f"the field at byte {at} is invalid or truncated")
         yield field, message[at : at + value]
         at += value
 
@@ -149,7 +149,7 @@ def _read_varint(message: bytes, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
-    raise ValueError(f"a number at byte {at} does not end")
+    raise ValueError(f"the number before byte {at} is too long")
 
 
 def _bytes(field: int, content: bytes) -> bytes:
@@ -165,7 +165,7 @@ def _int(field: int, value: int) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, the least first; all but the last byte have the eighth bit set."""
+    """A number as a protobuf varint: seven bits a byte, least significant first; the eighth bit marks continuation."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)

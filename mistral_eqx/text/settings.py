@@ -1,4 +1,4 @@
-"""What the small JSON files beside a vocabulary say about it."""
+"""Reads and writes the settings files of a tokenizer: special tokens and the chat template."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from ..documents import MiB, read_json, read_text, shown
 from ..errors import InputError
 
 
-# All files, as patterns of their names, by which a folder says what its tokenizer is.
+# Name patterns of all files of a tokenizer.
 FILES = (
     "tokenizer.json",
     "tekken.json",
@@ -23,25 +23,25 @@ FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# The model's, which lists all ids that end a text.
+# A file of the model, which lists all end-of-sequence ids.
 GENERATION = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is said of the tokens and of conversations; `None` or nothing where nothing is said.
+    """The settings of a tokenizer; `None` or empty where the files have no value.
 
     **Attributes:**
 
-    - `bos_token`, `eos_token`: the text of the tokens that start and end a text.
-    - `bos_id`, `eos_ids`: the ids that the model's own configuration gives for them. There is no `bos_id` where the
-        tokenizer's files say that nothing starts a text.
-    - `add_bos`: whether a text starts with the token that starts a text.
+    - `bos_token`, `eos_token`: the text of the beginning-of-sequence and end-of-sequence tokens.
+    - `bos_id`, `eos_ids`: their ids in the model's configuration. `bos_id` is `None` if the tokenizer's files say that
+        there is no beginning-of-sequence token.
+    - `add_bos`: whether encoding adds the beginning-of-sequence token.
     - `chat_template`: the jinja2 template for conversations.
-    - `template_tokens`: the variables of the template that stand for tokens, such as `pad_token`, with their text;
-        `None` if the tokenizer's files do not say it.
-    - `added_tokens`: tokens that were added to the vocabulary, with their ids.
-    - `special_tokens`: the text of the tokens that are named for a purpose, listed as special or marked as such.
+    - `template_tokens`: the text of the tokens that the template can use as variables, such as `pad_token`; `None` if
+        the tokenizer's files do not give them.
+    - `added_tokens`: the tokens that were added to the vocabulary, with their ids.
+    - `special_tokens`: the text of the tokens that have a named purpose, or are listed or marked as special.
     """
 
     bos_token: str | None
@@ -55,10 +55,10 @@ class Settings:
     special_tokens: frozenset[str]
 
 
-# The tokens that have a purpose in every tokenizer of transformers.
+# The named tokens of every tokenizer of transformers.
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _LISTED = ("extra_special_tokens", "additional_special_tokens")
-# What transformers' class takes unless the settings say otherwise.
+# The defaults of these classes of transformers.
 _DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _WITH_DEFAULTS = ("LlamaTokenizer", "LlamaTokenizerFast")
 
@@ -66,20 +66,20 @@ Value = TypeVar("Value")
 
 
 def read_settings(folder: Path) -> Settings:
-    """Reads `tokenizer_config.json` and its like, as far as they are there.
+    """Reads the settings files of a tokenizer that a folder has, such as `tokenizer_config.json`.
 
-    **Raises:** `ValueError` that names the file and the key, if one of them is damaged or of a wrong type.
+    **Raises:** `ValueError` that names the file and the key, if a file is damaged or a value has the wrong type.
     """
     tokenizer = _Object(folder / "tokenizer_config.json")
     special = _Object(folder / "special_tokens_map.json")
     more = _Object(folder / "added_tokens.json")
-    # The model's configuration lists all ids that end a text where the tokenizer's names one.
+    # The model's configuration lists all end-of-sequence ids; the tokenizer's has only one.
     model, generation = _Object(folder / "config.json"), _Object(folder / GENERATION)
     bos_id, eos_ids = (
         (generation if key in generation.content else model).ids(key) for key in ("bos_token_id", "eos_token_id")
     )
     decoder = tokenizer.decoder()
-    # As transformers does: the older file counts where the newer one does not list the tokens itself.
+    # As in transformers, the older file is used only if the newer one does not list the tokens.
     older = {} if "added_tokens_decoder" in tokenizer.content else special.named()
     tokens = older | tokenizer.named()
     if tokens.get("bos_token", "") is None:
@@ -102,35 +102,35 @@ def read_settings(folder: Path) -> Settings:
 
 
 class _Object:
-    """A JSON object whose keys are checked as they are read.
+    """The JSON object of a settings file, with typed access to its keys.
 
     **Attributes:**
 
-    - `content`: its keys; none if there is no such file.
+    - `content`: its keys and values; empty if the file does not exist.
     """
 
     def __init__(self, path: Path):
         self._path = path
-        self.content: dict[str, Any] = _if_there(path, read_json) or {}
+        self.content: dict[str, Any] = _read_optional(path, read_json) or {}
 
     def get(self, key: str, kind: type[Value], wanted: str) -> Value | None:
-        """A value of a type, or `None` if it is null or not there."""
+        """The value of a key, checked against a type; `None` if it is null or absent."""
         value = self.content.get(key)
         if value is not None and type(value) is not kind:
             raise self.wrong(key, value, wanted)
         return value
 
     def wrong(self, key: str, value: Any, wanted: str) -> InputError:
-        """The error for a key whose value cannot be used."""
+        """The error about a value of the wrong type."""
         return InputError(
-            f"{str(self._path)!r} says {shown(key)}: {shown(value)}, which must be {wanted}; correct the settings there"
+            f"{str(self._path)!r} has {shown(key)}: {shown(value)}, which must be {wanted}; correct the settings there"
             " or fetch the file again.",
             file=self._path,
             key=key,
         )
 
     def ids(self, key: str) -> tuple[int, ...]:
-        """One id; of the tokens that end a text there may be several."""
+        """The id of a key; `eos_token_id` may have several."""
         value: Any = self.content.get(key)
         ids: list[Any] = value if key == "eos_token_id" and isinstance(value, list) else [value]
         if value is None:
@@ -140,14 +140,14 @@ class _Object:
         return tuple(ids)
 
     def ids_of_tokens(self) -> dict[str, int]:
-        """All keys, as tokens with their ids."""
+        """The whole object as ids by token."""
         for text, id in self.content.items():
             if not text or not _is_id(id):
                 raise self.wrong(text, id, "a token id")
         return self.content
 
     def decoder(self) -> list[tuple[str, int, bool]]:
-        """Text and id of the tokens that were added, and whether each is special."""
+        """The text and id of each added token, and whether it is special."""
         key, wanted = "added_tokens_decoder", "an object of tokens by their ids"
         found = self.get(key, dict, wanted) or {}
         tokens: list[tuple[str, int, bool]] = []
@@ -158,7 +158,7 @@ class _Object:
         return tokens
 
     def named(self) -> dict[str, str | None]:
-        """The tokens that a key names; `None` where the key says that there is none."""
+        """The named tokens by key; `None` for a key with the value null."""
         tokens = {key: value if value is None else self._text(key, value) for key, value in self._tokens()}
         for key in _LISTED:
             if isinstance(found := self.content.get(key), dict):
@@ -172,7 +172,7 @@ class _Object:
                 yield key, value
 
     def listed(self) -> list[str]:
-        """The tokens that are special and have no name."""
+        """The special tokens without a name."""
         tokens: list[str] = []
         for key in _LISTED:
             found = self.content.get(key)
@@ -183,7 +183,7 @@ class _Object:
         return tokens
 
     def _text(self, key: str, token: Any) -> str:
-        """The text of a token that is written as such or with its properties."""
+        """The text of a token that is given as text or as an object."""
         text = token.get("content") if isinstance(token, dict) else token
         if not isinstance(text, str):
             raise self.wrong(key, token, "a token, which is text or an object with 'content'")
@@ -198,10 +198,10 @@ def _is_id(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**32
 
 
-def _if_there(path: Path, read: Callable[[Path], Value]) -> Value | None:
-    """What a file holds that need not be there.
+def _read_optional(path: Path, read: Callable[[Path], Value]) -> Value | None:
+    """Reads a file; `None` if it does not exist.
 
-    **Raises:** `ValueError` if it is there and cannot be read.
+    **Raises:** `ValueError` if the file exists and cannot be read.
     """
     if not os.path.lexists(path):
         return None
@@ -223,12 +223,12 @@ def write_settings(
     template_tokens: Mapping[str, str],
     **more: Any,
 ):
-    """Writes `tokenizer_config.json`, and `generation_config.json` if several tokens end a text.
+    """Writes `tokenizer_config.json`, and `generation_config.json` if there are several end-of-sequence tokens.
 
     **Arguments:**
 
-    - `folder`: where.
-    - `bos`, `eos`: id and text of the token that starts a text, and of those that end one.
+    - `folder`: the folder to write into.
+    - `bos`, `eos`: id and text of the beginning-of-sequence token, and of each end-of-sequence token.
     - `add_bos`, `chat_template`, `template_tokens`: as in `Settings`.
     - `more`: other keys of `tokenizer_config.json`.
     """
@@ -257,8 +257,8 @@ def _write_json(path: Path, content: dict[str, Any]):
 
 
 def _chat_template(folder: Path, tokenizer: _Object) -> str | None:
-    """The template for a conversation without tools; a file of its own wins."""
-    template = _if_there(folder / "chat_template.jinja", lambda path: read_text(path, MiB))
+    """The template for a conversation without tools. `chat_template.jinja` has precedence."""
+    template = _read_optional(folder / "chat_template.jinja", lambda path: read_text(path, MiB))
     if template is not None:
         return template
     file = tokenizer if tokenizer.content.get("chat_template") is not None else _Object(folder / "chat_template.json")

@@ -1,4 +1,4 @@
-"""Stop strings: words that end a text, wherever in its tokens they begin."""
+"""Stop strings: texts that end generation, at any position relative to token boundaries."""
 
 import bisect
 import operator
@@ -16,8 +16,8 @@ from .tokens import Ids, Tokens
 class StopText:
     """Turns tokens into text one by one, until a stop string is complete.
 
-    The text ends before the stop string. What may be the beginning of one is held back, so nothing that was given has
-    to be taken away again. Control tokens are no text, but a stop string that has the name of one is found too.
+    The text ends before the stop string. Text that may be the beginning of a stop string is held back until that is
+    known. Control tokens are not part of the text, but a stop string may contain the name of one.
 
     ```python
     text = StopText(tokenizer, ["\\n\\n"], after=ids)
@@ -36,9 +36,9 @@ class StopText:
     def __init__(self, tokenizer: Tokens, stop: str | Sequence[str], *, after: Ids = ()):
         """**Arguments:**
 
-        - `tokenizer`: whose tokens will come.
+        - `tokenizer`: the tokenizer of the tokens.
         - `stop`: one string or several.
-        - `after`: the ids that the tokens continue, as for [`mistral_eqx.Detokenizer`][].
+        - `after`: the ids before the tokens, as for [`mistral_eqx.Detokenizer`][].
 
         **Raises:** `ValueError` if a stop string is empty.
         """
@@ -46,13 +46,13 @@ class StopText:
         self._stops = checked_stops(stop)
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, after=after)
-        self._held = ""  # with names of control tokens
-        self._text: list[int] = []  # where the characters in it are that are no name
+        self._held = ""  # text that is held back, with the names of control tokens
+        self._text: list[int] = []  # positions in `_held` of the characters that are not in a name
 
     def push(self, id: SupportsIndex) -> str:
-        """Takes the next token.
+        """Adds the next token.
 
-        **Returns:** the text that is now certain, perhaps `""`.
+        **Returns:** the text that cannot be in a stop string any more; it may be `""`.
 
         **Raises:** `ValueError` if `id` is negative.
         """
@@ -64,7 +64,7 @@ class StopText:
         return self._add(text)
 
     def flush(self) -> str:
-        """Ends the text: what was held back was no stop string."""
+        """Ends the text, and returns the rest that was held back."""
         text = "" if self.stopped is not None else self._add(self._detokenizer.flush())
         return text + self._release(len(self._held))
 
@@ -72,15 +72,15 @@ class StopText:
         if is_text:
             self._text += range(len(self._held), len(self._held) + len(added))
         self._held += added
-        # Stop strings are looked for in the text, and in the text with the names of control tokens.
+        # The search covers the text, and the text with the names of control tokens.
         views: list[tuple[str, Sequence[int]]] = [(self._held, range(len(self._held)))]
         if len(self._text) < len(self._held):
             views.append(("".join(self._held[at] for at in self._text), self._text))
-        # The first that is complete, as if the characters had come one by one; of two, the longer one.
+        # The stop string that ends first wins, then the longer one: the same result as with one character at a time.
         found = min(
             (
-                (places[at + len(stop) - 1], places[at], stop)
-                for text, places in views
+                (positions[at + len(stop) - 1], positions[at], stop)
+                for text, positions in views
                 for stop in self._stops
                 if (at := text.find(stop)) >= 0
             ),
@@ -94,8 +94,8 @@ class StopText:
         return self._release(
             min(
                 (
-                    places[len(text) - length]
-                    for text, places in views
+                    positions[len(text) - length]
+                    for text, positions in views
                     for stop in self._stops
                     for length in range(1, len(stop))
                     if text.endswith(stop[:length])
@@ -105,7 +105,7 @@ class StopText:
         )
 
     def _release(self, end: int) -> str:
-        """The text in what is held up to `end`, from where on it is still held."""
+        """Returns the text before position `end` of `_held`, and keeps the rest."""
         count = bisect.bisect_left(self._text, end)
         text = "".join(self._held[at] for at in self._text[:count])
         self._held, self._text = self._held[end:], [at - end for at in self._text[count:]]
@@ -113,12 +113,12 @@ class StopText:
 
 
 class StopRows:
-    """Where the rows of a batch meet a stop string.
+    """Finds stop strings in the rows of a batch.
 
     **Attributes:**
 
-    - `lengths`: for each row the number of tokens up to the one that completed it, or -1.
-    - `texts`: the text of each row, certain so far.
+    - `lengths`: for each row, the number of tokens until its stop string is complete, or -1.
+    - `texts`: the text of each row so far, without text that is held back.
     """
 
     lengths: Int[np.ndarray, " rows"]
@@ -131,9 +131,14 @@ class StopRows:
         self._read = [0] * len(after)
 
     def read(self, tokens: Int[np.ndarray, "rows new"], lengths: Int[np.ndarray, " rows"]) -> Bool[np.ndarray, " rows"]:
-        """Takes all tokens so far, of which those before are not looked at again.
+        """Reads the tokens that are new since the last call.
 
-        **Returns:** which rows have stopped by now.
+        **Arguments:**
+
+        - `tokens`: all tokens so far.
+        - `lengths`: the number of tokens of each row so far.
+
+        **Returns:** which rows have stopped.
         """
         for row, (text, length) in enumerate(zip(self._rows, lengths.tolist(), strict=True)):
             while text.stopped is None and self._read[row] < length:
@@ -144,7 +149,7 @@ class StopRows:
         return self.lengths >= 0
 
     def flush(self) -> list[str]:
-        """Ends all texts, and returns them."""
+        """Ends and returns all texts."""
         self.texts = [before + text.flush() for before, text in zip(self.texts, self._rows, strict=True)]
         return self.texts
 
@@ -152,7 +157,7 @@ class StopRows:
 def checked_stops(stop: str | Iterable[str]) -> tuple[str, ...]:
     """Stop strings as a tuple.
 
-    **Raises:** `ValueError` if one is empty, or is no string.
+    **Raises:** `ValueError` if one is empty, or is not a string.
     """
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for one in stops:

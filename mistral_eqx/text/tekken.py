@@ -1,4 +1,4 @@
-"""Mistral's tekken vocabularies, through the mistral-common library."""
+"""Mistral's tekken vocabularies, with the mistral-common library."""
 
 import importlib.util
 import json
@@ -9,12 +9,12 @@ from typing import Any, final
 
 from ..documents import read_text, shown
 from ..errors import InputError
-from .libraries import LARGEST, blame
+from .libraries import LARGEST, as_input_error
 from .settings import read_settings
 from .tokenizer import AbstractTokenizer, control_pattern
 
 
-# A pattern that finds all of this finds all of any text.
+# If a pattern covers this text, it covers any text.
 _PROBE = "A word, 12 \u00e9\u5929\n\t!"
 
 
@@ -22,27 +22,27 @@ _PROBE = "A word, 12 \u00e9\u5929\n\t!"
 class TekkenTokenizer(AbstractTokenizer):
     """A `tekken.json`: byte-level BPE with the control tokens first.
 
-    It takes the extra `tekken`.
+    It needs the extra `tekken`.
     """
 
     def __init__(self, path: Path):
         """**Arguments:**
 
-        - `path`: a file whose name has `tekken` in it.
+        - `path`: a file with `tekken` in its name.
 
         **Raises:** `ValueError` if the file is damaged or mistral-common is not installed.
         """
         if importlib.util.find_spec("mistral_common") is None:
-            raise InputError(f"To read {path} takes the extra `tekken`: pip install 'mistral-eqx[tekken]'.")
+            raise InputError(f"Reading {path} needs the extra `tekken`: pip install 'mistral-eqx[tekken]'.")
         from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
         from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
         _check(path)
-        with blame(path, f"{path} is no tekken.json, or it is damaged"):
+        with as_input_error(path, f"{path} is not a tekken.json, or it is damaged"):
             self._tekken = Tekkenizer.from_file(path)
             self.bos_id, eos_id = self._tekken.bos_id, self._tekken.eos_id
             if self._tekken.decode(self._tekken.encode(_PROBE, bos=False, eos=False)) != _PROBE:
-                raise ValueError("its pattern leaves out parts of a text")
+                raise ValueError("its pattern does not cover all of a text")
             names = {id: self._tekken.id_to_piece(id) for id in sorted(self._tekken.special_ids)}
         self._named = SpecialTokenPolicy.KEEP
         settings = read_settings(path.parent)
@@ -58,7 +58,7 @@ class TekkenTokenizer(AbstractTokenizer):
         self.release_file = self._path = path
 
     def encode_plain(self, text: str, *, first: bool) -> list[int]:
-        with blame(self.name, f"{self.name} cannot encode the text"):
+        with as_input_error(self.name, f"{self.name} cannot encode the text"):
             return self._tekken.encode(text, bos=False, eos=False)
 
     def token_bytes(self, id: int, *, first: bool) -> bytes:
@@ -70,11 +70,11 @@ class TekkenTokenizer(AbstractTokenizer):
 
 
 def _check(path: Path):
-    """Refuses numbers that are not those of the tokens in the file: the library makes as many tokens as they say.
+    """Refuses wrong numbers of tokens: the library trusts them, and would make as many tokens as they say.
 
     **Raises:** `ValueError`.
     """
-    with blame(path, f"{path} is no tekken.json, or it is damaged"):
+    with as_input_error(path, f"{path} is not a tekken.json, or it is damaged"):
         content = json.loads(read_text(path, LARGEST))
         config, vocabulary, special = content["config"], content["vocab"], content.get("special_tokens")
         size, controls = config["default_vocab_size"], config["default_num_special_tokens"]
@@ -90,10 +90,10 @@ def _check(path: Path):
     elif special is not None and _ranks(special) != list(range(len(special))):
         complaint = "its special_tokens must have the ranks from 0 on, each once"
     if complaint:
-        raise InputError(f"{path} is no tekken.json, or it is damaged ({complaint}); fetch it again.", file=path)
+        raise InputError(f"{path} is not a tekken.json, or it is damaged ({complaint}); fetch it again.", file=path)
 
 
 def _ranks(tokens: list[Any]) -> list[int]:
-    """The ranks of tokens in ascending order, as far as they are whole numbers."""
+    """The ranks of tokens that are whole numbers, in ascending order."""
     ranks = [token.get("rank") for token in tokens if isinstance(token, dict)]
     return sorted(rank for rank in ranks if type(rank) is int)

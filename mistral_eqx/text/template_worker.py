@@ -1,7 +1,7 @@
-"""Renders chat templates in a process of its own: `templates.py` starts it, writes requests and reads answers.
+"""The process that renders chat templates: `templates.py` starts it, writes requests and reads answers.
 
-It imports jinja2 and nothing of this package. A template comes with a checkpoint and may be anyone's: here it finds no
-files' contents, no secrets and no devices, and the operating system bounds its processor time and its memory.
+It imports jinja2, and nothing of this package. A template comes with a checkpoint and is not trusted. In this process
+it has no access to file contents, secrets or devices, and the operating system limits its processor time and memory.
 """
 
 import json
@@ -22,21 +22,21 @@ from jinja2.utils import Namespace
 
 
 class Refusal(TemplateError):
-    """A template's own objection."""
+    """A template called `raise_exception`."""
 
 
 class TooLong(Exception):
-    """A template writes more than it may."""
+    """The output of a template is longer than the limit."""
 
 
 class TooSlow(BaseException):
-    """A template takes too long. It is no `Exception`, so that no filter takes it for a wrong value."""
+    """A template exceeds its time limit. This is not an `Exception`, so that no jinja2 filter catches it."""
 
 
 class VisibleNamespace(Namespace):
-    """A namespace without hidden names, which the sandbox would not watch."""
+    """A namespace that refuses names with a leading underscore, which the sandbox does not check there."""
 
-    def __init__(*args, **kwargs):  # `self` may be one of the names
+    def __init__(*args, **kwargs):  # a template may use the name `self`
         self, *rest = args
         Namespace.__init__(self, *rest, **kwargs)
         for name in dict(*rest, **kwargs):
@@ -53,14 +53,14 @@ def _check_visible(name):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """A sandbox that refuses a forbidden name where it is used, not only what is done with it."""
+    """A sandbox that raises when a template reads a forbidden attribute, and not only when it uses the value."""
 
     def unsafe_undefined(self, obj, attribute):
         raise SecurityError(f"it uses {attribute!r} of a {type(obj).__name__}.")
 
 
 class Generation(Extension):
-    """Puts marks around what a template says is the assistant's, if the request has marks."""
+    """Puts marks around the generation blocks of a template, if the request has marks."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2's own form)
 
@@ -68,7 +68,7 @@ class Generation(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         marks: list[nodes.Expr] = [nodes.Name(f"generation_{side}", "load") for side in ("start", "end")]
-        # A block of its own, as in transformers: what is set in it is not known behind it.
+        # As in transformers, the block has its own scope: variables set in it are not visible after it.
         return nodes.CallBlock(self.call_method("marked", marks), [], [], body).set_lineno(line)
 
     def marked(self, start, end, caller):
@@ -96,33 +96,33 @@ def refuse(message):
 
 
 def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """JSON as such; jinja2's own filter would escape it for HTML."""
+    """JSON without escaping for HTML, unlike jinja2's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def answer(request):
-    """What a request comes to: `{"text": ...}`, or `{"kind": ..., "said": ..., "line": ...}`."""
+    """Renders a request: `{"text": ...}`, or for an error `{"kind": ..., "message": ..., "line": ...}`."""
     try:
         return {"text": _rendered(request)}
     except TooLong:
-        kind, said, line = "long", "", None
+        kind, message, line = "long", "", None
     except TooSlow as error:
-        # jinja2 translates the lines of what is an `Exception`.
-        kind, said, line = "time", "", _line(error)
+        # jinja2 translates line numbers only for an `Exception`.
+        kind, message, line = "time", "", _line(error)
         line = None if line is None else compiled(request["template"]).get_corresponding_lineno(line)
     except Refusal as error:
-        kind, said, line = "refusal", error, None
+        kind, message, line = "refusal", error, None
     except TemplateSyntaxError as error:
-        kind, said, line = "syntax", error, error.lineno
+        kind, message, line = "syntax", error, error.lineno
     except SecurityError as error:
-        kind, said, line = "forbidden", error, _line(error)
+        kind, message, line = "forbidden", error, _line(error)
     except MemoryError as error:
-        kind, said, line = "memory", "", _line(error)
+        kind, message, line = "memory", "", _line(error)
     except RecursionError as error:
-        kind, said, line = "deep", "", _line(error)
+        kind, message, line = "deep", "", _line(error)
     except Exception as error:  # a template is a program, and may fail in any way
-        kind, said, line = "failed", f"{type(error).__name__}: {error}", _line(error)
-    return {"kind": kind, "said": str(said)[:500], "line": line}
+        kind, message, line = "failed", f"{type(error).__name__}: {error}", _line(error)
+    return {"kind": kind, "message": str(message)[:500], "line": line}
 
 
 def _rendered(request):
@@ -142,7 +142,7 @@ def _line(error):
 
 
 def main(seconds, memory):
-    """Answers requests, each four bytes of length and JSON, until there are no more."""
+    """Answers requests until the end of the input. A request is its length in four bytes, then JSON."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, stop)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -153,13 +153,13 @@ def main(seconds, memory):
     while len(head := requests.read(4)) == 4:
         request = json.loads(requests.read(struct.unpack("<I", head)[0]))
         used = resource.getrusage(resource.RUSAGE_SELF)
-        # Past it the kernel ends this process, whatever it does.
+        # The kernel kills this process at this limit, whatever the process does.
         resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + seconds + 2, hard))
-        # A second before, it can still say in which line it is.
+        # This timer expires earlier, so that the process can still report the line.
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        told = answer(request)
+        result = answer(request)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        content = json.dumps(told).encode()
+        content = json.dumps(result).encode()
         answers.write(struct.pack("<I", len(content)) + content)
         answers.flush()
 

@@ -1,4 +1,4 @@
-"""Chat templates, rendered within limits of time, memory and length."""
+"""Renders chat templates with limits of time, memory and length."""
 
 import atexit
 import contextlib
@@ -17,10 +17,10 @@ from typing import Any
 from ..errors import InputError
 
 
-# Seconds of a processor, seconds in all, and bytes. Templates in use take milliseconds and a few megabytes.
+# Processor seconds, wall-clock seconds, and bytes. Templates in use take milliseconds and a few megabytes.
 PROCESSOR_TIME, TIME = 2, 30
 MEMORY = 512 * 2**20
-# A text may have so many characters beside ten times those of what the template sees.
+# The largest number of characters of a text, in addition to ten times the size of the variables.
 LONGEST = 2**20
 LONGEST_TEMPLATE = 2**20
 
@@ -30,40 +30,41 @@ _WORKER = Path(__file__).with_name("template_worker.py")
 def render(template: str, variables: Mapping[str, Any], name: str) -> str:
     """Renders a template.
 
-    It runs in a process of its own, which is kept for the next call: one that takes too much of anything is ended from
-    outside.
+    It runs in a separate process, which is kept for the next call, and is killed if it exceeds a limit.
 
     **Arguments:**
 
-    - `template`: of jinja2, with what templates of Hugging Face may use.
-    - `variables`: nothing but JSON's types.
-    - `name`: of the template, at the beginning of messages.
+    - `template`: a jinja2 template, with the extensions of Hugging Face.
+    - `variables`: values of JSON types only.
+    - `name`: the name of the template, for error messages.
 
     **Returns:** the text.
 
-    **Raises:** `InputError` if the template is wrong, does what none may do, refuses the variables, or takes more than
-    `PROCESSOR_TIME`, `MEMORY` or `LONGEST`.
+    **Raises:** `InputError` if the template is invalid, uses a forbidden operation, refuses the variables, or exceeds
+    `PROCESSOR_TIME`, `TIME`, `MEMORY` or `LONGEST`.
     """
     if len(template) > LONGEST_TEMPLATE:
-        raise InputError(f"{name} has {len(template)} characters, more than any template has; fetch it again.")
+        raise InputError(
+            f"{name} has {len(template)} characters, but at most {LONGEST_TEMPLATE} are supported; fetch it again."
+        )
     longest = LONGEST + 10 * len(json.dumps(variables))
-    told = _process.ask({"template": template, "variables": variables, "longest": longest})
-    if "text" in told:
-        return told["text"]
-    said = " ".join(told["said"].split()).rstrip(".")
-    line = "" if told["line"] is None else f" (line {told['line']})"
-    remedy = "use another template, or put a chat_template.jinja of your own beside the tokenizer"
+    answer = _process.ask({"template": template, "variables": variables, "longest": longest})
+    if "text" in answer:
+        return answer["text"]
+    message = " ".join(answer["message"].split()).rstrip(".")
+    line = "" if answer["line"] is None else f" (line {answer['line']})"
+    remedy = "use another template, or add your own chat_template.jinja to the tokenizer's folder"
     sentences = {
-        "refusal": f" refuses these messages: {said}.",
-        "syntax": f" is no valid jinja2{line}: {said}.",
-        "forbidden": f" does what no chat template may do: {said}{line}.",
-        "failed": f"{line} cannot be applied to these messages: {said}.",
+        "refusal": f" refuses these messages: {message}.",
+        "syntax": f" is not valid jinja2{line}: {message}.",
+        "forbidden": f" does what a chat template may not do: {message}{line}.",
+        "failed": f"{line} cannot be applied to these messages: {message}.",
         "long": f" writes more than {longest} characters{line}; {remedy}.",
         "memory": f" takes more than {MEMORY // 2**20} MB of memory{line}; {remedy}.",
-        "deep": f" calls itself without end, or nests too deeply{line}; {remedy}.",
+        "deep": f" has endless recursion, or nests too deeply{line}; {remedy}.",
         "time": f" takes more than {PROCESSOR_TIME} s of processor time or {TIME} s in all{line}; {remedy}.",
     }
-    raise InputError(name + sentences[told["kind"]], key="chat_template")
+    raise InputError(name + sentences[answer["kind"]], key="chat_template")
 
 
 class _Process:
@@ -75,25 +76,25 @@ class _Process:
         self._lock = threading.Lock()
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Sends a request and waits for its answer, within the limits; `{"kind": "time"}` if there is none."""
+        """Sends a request and waits for its answer. Without an answer in time, the kind is `"time"`."""
         with self._lock:
-            # After a fork the pipes are the other process's.
+            # After a fork the pipes belong to the parent process.
             if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
                 self._start()
             try:
                 answer = self._exchange(request)
-            except BaseException:  # ctrl-C too: an answer that is still to come belongs to no later request
+            except BaseException:  # also ctrl-C: a later request must not get this answer
                 self.stop()
                 raise
             if answer is None:
                 self.stop()
-                return {"kind": "time", "said": "", "line": None}
+                return {"kind": "time", "message": "", "line": None}
             return answer
 
     def _start(self):
         if self._process is not None and self._owner == os.getpid():
             self.stop()
-        # It finds modules where this program does, but not in its own folder (-P), and leaves ctrl-C to this program.
+        # It imports from the same path as this program, except from its own folder (-P). Only this program gets ctrl-C.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_WORKER), str(PROCESSOR_TIME), str(MEMORY)],
             stdin=subprocess.PIPE,
@@ -129,7 +130,7 @@ class _Process:
                             return None
                         received += part
                     else:
-                        with contextlib.suppress(BrokenPipeError):  # what it said before it ended is still read
+                        with contextlib.suppress(BrokenPipeError):  # output from before its end is still read
                             unsent = unsent[os.write(process.stdin.fileno(), unsent[: 2**16]) :]
                             if unsent:
                                 continue
@@ -137,7 +138,7 @@ class _Process:
         return json.loads(bytes(received[4:]))
 
     def stop(self):
-        """Ends the process, if this one started it."""
+        """Kills the rendering process, unless a parent process owns it."""
         process, self._process = self._process, None
         if process is not None and self._owner == os.getpid():
             process.kill()

@@ -1,4 +1,4 @@
-"""What every tokenizer can do, whichever file it came from."""
+"""The interface of all tokenizers."""
 
 import abc
 import functools
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from .. import interrupts
-from ..checkpoint.staging import alone, hidden_beside, made, restore
+from ..checkpoint.staging import exclusive, hidden_beside, make_folder, restore
 from ..errors import InputError
 from .settings import FILES, GENERATION, write_settings
 from .stops import StopRows
@@ -25,16 +25,16 @@ class AbstractTokenizer(abc.ABC):
 
     **Attributes:**
 
-    - `name`: where the tokenizer came from, for messages.
+    - `name`: the file of the tokenizer, for error messages.
     - `vocab`: number of token ids, from 0 to `vocab - 1`.
-    - `bos_id`, `eos_ids`: the token that starts a text, if any, and those that end one.
-    - `adds_bos`: whether `encode` starts with `bos_id` when it is not told.
-    - `chat_template`: the jinja2 template that the file carries for conversations, if any.
-    - `control_tokens`: the text of each token that means something to the model and is no text, with its id. A token
-        that ends a text is one of them, whatever type its file gives it, unless it is a word that texts have, such as a
-        line break.
-    - `control_pattern`: finds control tokens in a text; what matches the group that took part is the token.
-    - `release_file`: Mistral's own tokenizer file, if it came from one: it fixes the format of conversations.
+    - `bos_id`, `eos_ids`: the beginning-of-sequence token, if any, and the end-of-sequence tokens.
+    - `adds_bos`: whether `encode` adds `bos_id` by default.
+    - `chat_template`: the jinja2 template for conversations, if any.
+    - `control_tokens`: the id of each control token by its name. A control token has a meaning for the model and is not
+        text. An end-of-sequence token is a control token whatever its type in the file, unless it is ordinary text,
+        such as a line break.
+    - `control_pattern`: a pattern for control tokens in a text; the matching group is the name of the token.
+    - `release_file`: the tokenizer file of a Mistral release, if any, which defines the chat format.
     """
 
     name: str
@@ -49,52 +49,51 @@ class AbstractTokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode_plain(self, text: str, *, first: bool) -> list[int]:
-        """The ids of a text in which nothing is a control token.
+        """The ids of a text without control tokens.
 
         **Arguments:**
 
-        - `text`: may be empty.
-        - `first`: whether it begins what is being encoded; `False` for what follows a control token.
+        - `text`: the text, which may be empty.
+        - `first`: whether the text is at the beginning of the input; `False` after a control token.
 
-        **Returns:** the ids, without one for the beginning of the text.
+        **Returns:** the ids, without the beginning-of-sequence token.
         """
 
     @abc.abstractmethod
     def token_bytes(self, id: int, *, first: bool) -> bytes:
-        """The bytes of UTF-8 that a token stands for, perhaps part of a character.
+        """The UTF-8 bytes of a token, which may be a part of a character.
 
         **Arguments:**
 
-        - `id`: less than `vocab` and not negative.
-        - `first`: whether it is the first of a text; sentencepiece then drops the space that it adds when it encodes.
+        - `id`: the token, from 0 to `vocab - 1`.
+        - `first`: whether the token is the first of a text. sentencepiece then removes the space that encoding adds.
 
-        **Returns:** its bytes; for a control token those of its name.
+        **Returns:** the bytes; for a control token, the bytes of its name.
         """
 
     @abc.abstractmethod
     def write_vocabulary(self, folder: Path) -> Mapping[str, Any]:
-        """Writes the tokens, for [`mistral_eqx.text.AbstractTokenizer.save`][].
+        """Writes the vocabulary file, for [`mistral_eqx.text.AbstractTokenizer.save`][].
 
         **Arguments:**
 
-        - `folder`: an empty one.
+        - `folder`: an empty folder.
 
-        **Returns:** what `tokenizer_config.json` says beside the attributes, such as the `tokenizer_class` that
-        transformers is to take.
+        **Returns:** more keys for `tokenizer_config.json`, such as the `tokenizer_class` for transformers.
         """
 
     @functools.cached_property
     def template_tokens(self) -> Mapping[str, str]:
-        """The texts of tokens by the names that a chat template has for them, such as `bos_token`.
+        """The text of each token that a chat template can use as a variable, such as `bos_token`.
 
-        These are the tokens that start and end a text; a tokenizer whose files name more has them all.
+        By default these are the beginning-of-sequence and end-of-sequence tokens; the tokenizer's files may name more.
         """
         named = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None)}
         return {name: self.token_name(id) for name, id in named.items() if id is not None}
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """The ids that are never text: those of the control tokens and of all tokens that end a text."""
+        """The ids that are never text: all control tokens and end-of-sequence tokens."""
         return self._special_ids
 
     @functools.cached_property
@@ -106,23 +105,23 @@ class AbstractTokenizer(abc.ABC):
 
         **Arguments:**
 
-        - `text`: any text, also the empty one.
-        - `add_bos`: whether the ids start with `bos_id`; `None` does what the tokenizer's file says.
-        - `parse_special`: whether the name of a control token in `text`, such as `<|im_start|>`, stands for that token.
-            Without it such a name is text like any other, so that a user's words cannot pass for a template's.
+        - `text`: any text, also an empty one.
+        - `add_bos`: whether to start with `bos_id`; by default as the tokenizer's file says.
+        - `parse_special`: whether the name of a control token in `text`, such as `<|im_start|>`, becomes that token.
+            By default it is encoded as plain text, so that a user's text cannot imitate a template's control tokens.
 
         **Returns:** the ids.
 
-        **Raises:** `ValueError` if `text` has half a surrogate pair, or `add_bos` asks for a token that there is not.
+        **Raises:** `ValueError` if `text` has half a surrogate pair, or if `add_bos` is set and there is no `bos_id`.
         """
         add_bos = self.adds_bos if add_bos is None else add_bos
         if add_bos and self.bos_id is None:
-            raise InputError(f"{self.name} has no token for the beginning of a text; leave out add_bos=True.")
+            raise InputError(f"{self.name} has no beginning-of-sequence token; leave out add_bos=True.")
         ids = self.encode_segments(self.segments(text) if parse_special else [text])
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
     def segments(self, text: str) -> list[str | int]:
-        """`text` cut at the control tokens that it names: plain texts, and the ids of the tokens between them."""
+        """Splits `text` at the names of control tokens, into plain texts and the ids of these tokens."""
         segments, end = [], 0
         for match in self.control_pattern.finditer(text):
             segments += [text[end : match.start()], self.control_tokens[match[match.lastindex or 0]]]
@@ -130,7 +129,7 @@ class AbstractTokenizer(abc.ABC):
         return [*segments, text[end:]]
 
     def encode_segments(self, segments: Iterable[str | int]) -> list[int]:
-        """The ids of plain texts and of the control tokens between them."""
+        """Encodes segments: plain texts, and ids of control tokens."""
         ids: list[int] = []
         first = True
         for segment in segments:
@@ -142,8 +141,8 @@ class AbstractTokenizer(abc.ABC):
                     segment.encode()
                 except UnicodeEncodeError as error:
                     raise InputError(
-                        f"The text has half a surrogate pair at position {error.start}, which is no character; "
-                        "read it with the right encoding."
+                        f"The text has half a surrogate pair at position {error.start}, which is not a character; "
+                        "read the text with the right encoding."
                     ) from error
                 ids += self.encode_plain(segment, first=first)
                 first = False
@@ -160,12 +159,12 @@ class AbstractTokenizer(abc.ABC):
         **Arguments:**
 
         - `ids`: ints, or an integer array of one dimension.
-        - `skip_special`: whether control tokens leave no trace; otherwise their names appear.
-        - `after`: the ids that `ids` continue, such as a prompt's. A continuation keeps the space in front of its first
-            word, which the first word of a text and the first after a control token lose where encoding adds it.
+        - `skip_special`: whether to omit control tokens; otherwise their names appear in the text.
+        - `after`: the ids before `ids`, such as a prompt. A continuation keeps the space before its first word. At the
+            beginning of a text or after a control token, decoding removes this space if encoding adds it.
 
-        **Returns:** the text; bytes that are no UTF-8 become U+FFFD. Ids past the vocabulary, with which many models
-        pad their embedding, are no text.
+        **Returns:** the text. Invalid UTF-8 becomes U+FFFD. Ids beyond the vocabulary, which exist because many models
+        pad their embedding, are omitted.
 
         **Raises:** `ValueError` if an id is negative.
         """
@@ -178,21 +177,21 @@ class AbstractTokenizer(abc.ABC):
         return b"".join(parts).decode(errors="replace")
 
     def begins_text(self, after: Ids, *, skip_special: bool = True) -> bool:
-        """Whether what follows these ids begins a text, so that its first word loses the space that encoding adds.
+        """Whether the next token begins a text, so that decoding removes the space that encoding adds.
 
         **Arguments:**
 
-        - `after`: all ids before, or the last of them.
-        - `skip_special`: whether control tokens leave no trace.
+        - `after`: all ids before the next token, or only the last one.
+        - `skip_special`: whether control tokens are omitted from the text.
         """
         return len(after) == 0 or (skip_special and operator.index(after[-1]) in self.special_ids)
 
     def token_name(self, id: int) -> str:
-        """The text of a token by itself, a control token's name included; `""` for an id past the vocabulary."""
+        """The text of a single token, or the name of a control token; `""` for an id beyond the vocabulary."""
         return self.token_bytes(id, first=False).decode(errors="replace") if id < self.vocab else ""
 
     def checked_id(self, id: SupportsIndex) -> int:
-        """`id` as an int.
+        """Converts an id to an int.
 
         **Raises:** `ValueError` if it is negative.
         """
@@ -200,39 +199,39 @@ class AbstractTokenizer(abc.ABC):
         if id < 0:
             raise InputError(
                 f"The token id {id} is outside the vocabulary of {self.vocab} of {self.name}; leave out padding, and "
-                "the -1 of rows that have ended.",
+                "the -1 after the end of a row.",
                 key="ids",
             )
         return id
 
     def find_stops(self, stop: str | Sequence[str], after: Sequence[Ids]) -> StopRows:
-        """Watches for stop strings in the texts of rows, as their tokens come.
+        """Makes an object that finds stop strings in the rows of a batch during generation.
 
         **Arguments:**
 
         - `stop`: one string or several.
-        - `after`: for each row the ids that it continues.
+        - `after`: for each row, the ids before the new tokens.
 
         **Raises:** `ValueError` if a stop string is empty.
         """
         return StopRows(self, stop, after)
 
     def save(self, folder: str | os.PathLike[str]):
-        """Writes the files from which [`mistral_eqx.text.load_tokenizer`][] makes this tokenizer again.
+        """Writes the tokenizer to files that [`mistral_eqx.text.load_tokenizer`][] can load.
 
-        They are those of Hugging Face: the vocabulary as `tokenizer.json`, `tokenizer.model` or `tekken.json`, and
-        `tokenizer_config.json` with the tokens that start and end a text and the chat template. Where several tokens
-        end a text, `generation_config.json` lists them.
+        The files have the format of Hugging Face: the vocabulary as `tokenizer.json`, `tokenizer.model` or
+        `tekken.json`, and `tokenizer_config.json` with the special tokens and the chat template. If there are several
+        end-of-sequence tokens, `generation_config.json` lists them.
 
         **Arguments:**
 
-        - `folder`: that of a model, or another. It is made if it is not there; each file appears when it is complete.
+        - `folder`: the folder of a model, or another folder. It is made if it does not exist. Each file appears when it
+            is complete.
 
-        **Raises:** `ValueError` if `folder` holds files of a tokenizer already, with which these would be mixed up, or
-        cannot be written.
+        **Raises:** `ValueError` if `folder` already holds files of a tokenizer, or cannot be written.
         """
-        folder = made(folder)
-        self._expect_none_in(folder)
+        folder = make_folder(folder)
+        self._check_no_tokenizer_in(folder)
         restore(folder / "tokenizer")
         with hidden_beside(folder / "tokenizer", folder) as partial:
             more = self.write_vocabulary(partial)
@@ -246,18 +245,18 @@ class AbstractTokenizer(abc.ABC):
                 template_tokens=self.template_tokens,
                 **more,
             )
-            with alone(folder), interrupts.held():
-                # Another process may have come first.
-                self._expect_none_in(folder)
-                # A vocabulary without its settings would be another tokenizer, so it comes last.
+            with exclusive(folder), interrupts.held():
+                # Another process may have written a tokenizer since the first check.
+                self._check_no_tokenizer_in(folder)
+                # A vocabulary without its settings would be another tokenizer, so it is renamed last.
                 for file in sorted(partial.iterdir(), key=vocabulary.__contains__):
                     file.rename(folder / file.name)
 
-    def _expect_none_in(self, folder: Path):
+    def _check_no_tokenizer_in(self, folder: Path):
         names = (*FILES, GENERATION) if len(self.eos_ids) > 1 else FILES
         if there := sorted(file.name for name in names for file in folder.glob(name)):
             raise InputError(
-                f"The folder {str(folder)!r} holds {there[0]!r} already; remove it, or give another folder.",
+                f"The folder {str(folder)!r} already holds {there[0]!r}; remove it, or give another folder.",
                 file=folder,
             )
 
@@ -265,32 +264,32 @@ class AbstractTokenizer(abc.ABC):
 def encode_as_text(
     encode: Callable[[str, bool], list[int]], text: str, controls: Mapping[str, int], *, first: bool
 ) -> list[int]:
-    """The ids of a text by an encoder that may take the name of a control token for the token.
+    """Encodes plain text with an encoder that may turn the name of a control token into the token.
 
     **Arguments:**
 
-    - `encode`: gets a text, and whether it comes first.
-    - `controls`: the names. Where the encoder finds one, the text is cut after the name's first character, and the
-        parts are encoded by themselves; a name of a single character stays what it is.
+    - `encode`: the encoder, a function of a text and of whether the text is at the beginning of the input.
+    - `controls`: the ids of control tokens by name. If the encoder finds a name, the text is split after the first
+        character of the name, and both sides are encoded separately. A name of one character is not split.
     """
     ids = encode(text, first)
     found = controls.items() if (present := set(ids)) else ()
-    places = [
+    splits = [
         f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name, id in found if id in present and len(name) > 1
     ]
-    if not places:
+    if not splits:
         return ids
-    return [id for at, part in enumerate(re.split("|".join(places), text)) for id in encode(part, first and at == 0)]
+    return [id for at, part in enumerate(re.split("|".join(splits), text)) for id in encode(part, first and at == 0)]
 
 
 def control_pattern(groups: Sequence[tuple[str, Iterable[str], str]]) -> re.Pattern[str]:
-    """Finds the longest control token at a place.
+    """Makes a pattern that finds the longest control token at a position.
 
     **Arguments:**
 
-    - `groups`: for each a regular expression that comes before its tokens, the tokens, and one that comes after.
+    - `groups`: for each group, a regular expression before its tokens, the tokens, and a regular expression after them.
 
-    **Returns:** an expression with one group for each that has tokens.
+    **Returns:** a pattern with one regular-expression group for each group that has tokens.
     """
     branches = []
     for before, tokens, after in groups:

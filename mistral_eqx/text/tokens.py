@@ -1,4 +1,4 @@
-"""Token ids, and what can be asked about each of them."""
+"""Protocols for token ids and for the tokenizer methods that decode them."""
 
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
@@ -8,11 +8,11 @@ class Ids(Protocol):
     """Token ids in order: a list, or an integer array of one dimension."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of ids."""
         ...
 
     def __getitem__(self, at: Any, /) -> Any:
-        """The id at a place."""
+        """The id at a position."""
         ...
 
 
@@ -28,7 +28,7 @@ class Tokens(Protocol):
         ...
 
     def begins_text(self, after: Ids, *, skip_special: bool = True) -> bool:
-        """Whether what follows these ids begins a text."""
+        """Whether the next token begins a text."""
         ...
 
     def checked_id(self, id: SupportsIndex) -> int:
@@ -36,9 +36,9 @@ class Tokens(Protocol):
         ...
 
     def token_bytes(self, id: int, *, first: bool) -> bytes:
-        """The bytes of UTF-8 that a token stands for."""
+        """The UTF-8 bytes of a token."""
         ...
 
     def token_name(self, id: int) -> str:
-        """The text of a token by itself."""
+        """The text of a single token."""
         ...
