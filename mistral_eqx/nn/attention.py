@@ -78,7 +78,7 @@ class Attention(eqx.Module):
     def _whole(
         self, q: Array, k: Array, v: Array, first: Array, last: Array, key_index: Array, mask: Array | None
     ) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
-        """The weighted means of values, and the logarithms of the sums of weights."""
+        """The softmax-weighted sums of values, and the logarithms of the sums of exponentiated scores."""
         span = visible(first, last, key_index)
         mask = span if mask is None else span & mask
         scores = psum(contract_head_dim(q, k), "head_dim", self.strategy) * self.scale

@@ -229,7 +229,7 @@ def _joined(tiles: Array, seq: int) -> Array:
 
 
 def _touches(first: Array, last: Array, kv_positions: Array) -> Array:
-    """Whether any query of a tile may attend to any key of another tile."""
+    """Whether any query of one tile may attend to any key of another."""
     highest = jnp.iinfo(jnp.int32).max
     keys, attends = kv_positions >= 0, last >= first
     nearest, furthest = jnp.where(keys, kv_positions, highest), jnp.where(keys, kv_positions, -1)

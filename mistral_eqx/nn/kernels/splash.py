@@ -58,7 +58,7 @@ def splash_attention(
     rows = jax.vmap(functools.partial(_forward, interpret=interpret))
     context, log_sum = kernel(rows)(q * scale, k, v, begin, end, kv_positions >= 0)
     attends = (begin < end)[:, None, None]
-    # For a query that attends to nothing, the kernel returns a mean of all values, or of none.
+    # For a query that attends to nothing, the results of the kernel have no meaning.
     context = jnp.where(attends[..., None], context.astype(log_sum.dtype), 0)
     return context, jnp.where(attends, log_sum, jnp.finfo(log_sum.dtype).min)
 
