@@ -1,7 +1,7 @@
 """Types and ranges of settings: declared beside each field, checked in one place.
 
-A field says what it may be by its annotation, such as `Count` or `Literal["none", "block"]`; `check_fields` and
-`checked` hold values to it. Numbers are always finite.
+A field's annotation, such as `Count` or `Literal["none", "block"]`, gives its type and range; `check_fields` and
+`checked` check values against it. Numbers are always finite.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from .documents import shown
 from .errors import InputError
 
 
-# Sizes end where a signed integer of 32 bits does: no dimension of an array is longer here.
+# The largest size is the largest signed 32-bit integer: no dimension of an array is longer here.
 Count = Annotated[int, Ge(1), Le(2**31 - 1)]
 CountOrZero = Annotated[int, Ge(0), Le(2**31 - 1)]
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
@@ -54,16 +54,16 @@ def checked(
     key: str | None = None,
     remedy: str | None = None,
 ) -> Any:
-    """Holds a value to its annotation.
+    """Checks a value against an annotation.
 
     **Arguments:**
 
-    - `value`: an integer for a float becomes a float; a scalar of numpy or JAX counts as Python's. Nothing else is
-        converted: `True` is no integer, `"5"` no number.
+    - `value`: the value. An integer for a float becomes a float, and a numpy or JAX scalar becomes a Python one.
+        Nothing else is converted: `True` is not an integer, `"5"` is not a number.
     - `kind`: `int`, `float`, `bool`, `str`, `Annotated` with bounds of the library annotated_types, `Literal`, a union,
         a list, tuple or dict of these, or another class.
-    - `name`: what the user calls it, such as `"The recipe's 'data.rows'"` or `"top_k"`.
-    - `file`, `key`, `remedy`: as of [`mistral_eqx.InputError`][]; `key` is `name` unless given.
+    - `name`: the user's name for the value, such as `"The recipe's 'data.rows'"` or `"top_k"`.
+    - `file`, `key`, `remedy`: as for [`mistral_eqx.InputError`][]; `key` is `name` unless given.
 
     **Returns:** the value.
 
@@ -81,13 +81,13 @@ def checked(
 
 
 def check_fields(settings: Any, name: Callable[[str], str] = str, *, file: str | os.PathLike[str] | None = None):
-    """Holds each field of a dataclass to its annotation, and puts the checked value in its place.
+    """Checks each field of a dataclass against its annotation, and replaces it by the checked value.
 
     **Arguments:**
 
     - `settings`: an instance; its `__post_init__` calls this.
-    - `name`: from a field's name to what the user calls it.
-    - `file`: where the values come from.
+    - `name`: maps a field's name to the user's name for it.
+    - `file`: the file that has the values.
 
     **Raises:** `InputError` that names the field.
     """
@@ -98,7 +98,7 @@ def check_fields(settings: Any, name: Callable[[str], str] = str, *, file: str |
 
 
 def check_arguments(function: Any, **values: Any):
-    """Holds arguments of a function to their annotations.
+    """Checks arguments of a function against their annotations.
 
     **Raises:** `InputError` that names the argument.
     """
@@ -115,14 +115,14 @@ def kinds_of(settings: Any) -> Mapping[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Wrong:
-    """What a value, or the entry of it that `entry` names, must be."""
+    """A failed check: what the value, or its entry `entry`, must be."""
 
     wanted: str
     entry: str | None = None
 
 
 def _fit(value: Any, kind: Any) -> Any:
-    """The value as `kind` has it, or what it must be."""
+    """The value as a `kind`, or a `_Wrong`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         return _bounded(value, arguments[0], arguments[1:])
@@ -179,7 +179,7 @@ def _any_of(value: Any, kinds: tuple[Any, ...]) -> Any:
         if not isinstance(one, _Wrong):
             return one
     complaints = [one for one, kind in zip(found, kinds, strict=True) if kind is not type(None)]
-    # Of an entry that is wrong, the kind that has entries knows more.
+    # A complaint about an entry says more than one about the whole value.
     return next((one for one in complaints if one.entry is not None), None) or _Wrong(
         " or ".join(dict.fromkeys(one.wanted for one in complaints))
     )

@@ -10,13 +10,13 @@ from .checks import Count, CountOrZero, check_fields
 from .errors import InputError
 
 
-# Far above every published model, and low enough that no product of two of them is out of reach of an integer.
+# Far above every published model; the product of two sizes still fits into a 64-bit integer.
 Size = Annotated[int, Ge(1), Le(2**24)]
-# Layers are counted out before weights are read; published models have some hundred at most.
+# Published models have at most some hundred layers. The limit bounds loops over layers before weights are read.
 Layers = Annotated[int, Ge(1), Le(10_000)]
-# Published models have from 1e4 to 1e11. Below 1 and far above, wavelengths are no numbers of float32.
+# Published models have 1e4 to 1e11. Below 1 or far above, wavelengths leave the range of float32.
 Base = Annotated[float, Ge(1), Le(1e18)]
-# Published models have 1e-5 or 1e-6. What is smaller than this is lost in float32.
+# Published models have 1e-5 or 1e-6. A smaller constant than 1e-20 is lost in float32.
 Epsilon = Annotated[float, Ge(1e-20), Lt(1)]
 
 
@@ -26,7 +26,7 @@ class Rope:
 
     **Attributes:**
 
-    - `dim`: how many entries of a head are rotated, two by two.
+    - `dim`: the number of entries of a head that are rotated, in pairs.
     - `theta`: the base of the wavelengths.
     """
 
@@ -41,7 +41,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class MistralConfig:
-    """Everything that tells one dense Mistral-family model from another.
+    """The sizes and constants of a dense Mistral-family model.
 
     **Attributes:**
 
@@ -51,9 +51,9 @@ class MistralConfig:
     - `rope_theta`: the base of the rotary embedding's wavelengths.
     - `norm_eps`: the constant in the denominator of RMSNorm.
     - `max_positions`: the longest context, in tokens.
-    - `windows`: for each layer, how many positions a query sees, itself included, or `None` for all before it.
+    - `windows`: for each layer, how many positions a query attends to, itself included; `None` for all up to its own.
     - `tied`: whether the output head is the embedding table.
-    - `bos_id`, `eos_ids`: the token that starts a text, if any, and those that end one.
+    - `bos_id`, `eos_ids`: the token that starts a sequence, if any, and the end-of-sequence tokens.
 
     **Raises:** `ValueError` if a field is of another type or outside its range, `head_dim` is odd (a rotary pair would
     be missing its second entry), or `windows` does not have one entry a layer.
@@ -78,13 +78,13 @@ class MistralConfig:
         check_fields(self, "The config's {}".format)
         if self.head_dim % 2:
             raise InputError(
-                f"The config's head_dim is {self.head_dim}, but it must be even: the rotary embedding turns pairs.",
+                f"The config's head_dim is {self.head_dim}, but it must be even: the rotary embedding rotates pairs.",
                 key="head_dim",
             )
         if len(self.windows) != self.layers:
             raise InputError(
-                f"The config has {len(self.windows)} windows for {self.layers} layers; give one entry a layer, "
-                "None where a layer sees all positions.",
+                f"The config has {len(self.windows)} windows for {self.layers} layers; give one entry per layer, "
+                "None for a layer without a window.",
                 key="windows",
             )
 

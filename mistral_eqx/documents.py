@@ -1,4 +1,4 @@
-"""Files that are read whole: text, JSON and TOML, within limits of size and depth."""
+"""Reads whole files of text, JSON and TOML, with limits on size and depth."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from .errors import InputError
 
 
 MiB = 2**20
-# Real config files have four levels at most; recursion in whoever reads the result stays far from Python's limit.
+# Real config files have at most four levels. Recursion over this many levels stays far from Python's limit.
 DEEPEST = 64
 
 Value = TypeVar("Value")
@@ -29,42 +29,42 @@ def read_bytes(path: str | os.PathLike[str], limit: int = 16 * MiB) -> bytes:
 
     **Returns:** its bytes.
 
-    **Raises:** `InputError` if it is a folder, a pipe or a device, or is larger than `limit`; `OSError` if it cannot be
-    read.
+    **Raises:** `InputError` if `path` is a folder, a pipe or a device, or is larger than `limit`; `OSError` if it
+    cannot be read.
     """
     path = Path(path)
     expect_regular(path)
     with open(path, "rb") as file:
-        # What is asked for is allocated at once, so it is what the file says to have; some systems' files say nothing.
+        # `read` allocates its argument at once, so ask for the file's reported size; some special files report 0.
         content = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
         while len(content) <= limit and (more := file.read(MiB)):
             content += more
     if len(content) > limit:
         size = f"{limit // MiB} MB" if limit >= MiB else f"{limit} bytes"
         raise InputError(
-            f"{str(path)!r} is larger than {size}, which no file of its kind is; fetch it again.", file=path
+            f"{str(path)!r} is larger than {size}, the limit for a file of its kind; fetch it again.", file=path
         )
     return content
 
 
 def to_path(name: str | os.PathLike[str], what: str, remedy: str = "give another path") -> Path:
-    """The path that a user gave, with `~` as the home it stands for.
+    """The path that a user gave, with the home folder in place of `~`.
 
     **Arguments:**
 
     - `name`: the path.
-    - `what`: it is, for messages, such as `"The name of the model"`.
-    - `remedy`: what the message asks for.
+    - `what`: the description of the path in messages, such as `"The name of the model"`.
+    - `remedy`: the remedy in messages.
 
-    **Raises:** `InputError` if it is no path, is empty, has a null byte or half of a character, or names a user that
-    there is not.
+    **Raises:** `InputError` if `name` is not a path, is empty, has a null byte or an unpaired surrogate, or names a
+    user that does not exist.
     """
     try:
         text = os.fspath(name)
         if not isinstance(text, str):
             raise TypeError
     except TypeError as error:
-        raise InputError(f"{what} is {shown(name)}, which is no path; {remedy}.") from error
+        raise InputError(f"{what} is {shown(name)}, which is not a path; {remedy}.") from error
     if not text:
         raise InputError(f"{what} is empty; {remedy}.")
     if "\0" in text:
@@ -81,7 +81,7 @@ def to_path(name: str | os.PathLike[str], what: str, remedy: str = "give another
 
 
 def expect_regular(path: Path):
-    """Refuses what has no end, or blocks whoever opens it.
+    """Refuses a path that is not a regular file, and so may have no end or block the reader.
 
     **Raises:** `InputError` if `path` is a folder, a pipe, a socket or a device; `OSError` if nothing is there.
     """
@@ -94,21 +94,22 @@ def expect_regular(path: Path):
 def read_text(path: str | os.PathLike[str], limit: int = 16 * MiB) -> str:
     """Reads a file of UTF-8 text whole; a byte order mark at its beginning is dropped.
 
-    **Raises:** `InputError` as `read_bytes`, and if it is not UTF-8.
+    **Raises:** `InputError` as `read_bytes`, and if the file is not UTF-8.
     """
     return decoded(read_bytes(path, limit), path)
 
 
 def decoded(content: bytes, path: str | os.PathLike[str]) -> str:
-    """The text that bytes of UTF-8 stand for; a byte order mark at its beginning is dropped.
+    """Decodes UTF-8; a byte order mark at the beginning is dropped.
 
-    **Raises:** `InputError` that names `path` and the position, if they are not UTF-8.
+    **Raises:** `InputError` that names `path` and the position, if the bytes are not UTF-8.
     """
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{str(path)!r} is not UTF-8 text: {error.reason} at byte {error.start}; convert it, as by iconv -t UTF-8.",
+            f"{str(path)!r} is not UTF-8 text: {error.reason} at byte {error.start}; convert it, for example with "
+            "iconv -t UTF-8.",
             file=path,
         ) from error
 
@@ -116,7 +117,7 @@ def decoded(content: bytes, path: str | os.PathLike[str]) -> str:
 def read_json(path: str | os.PathLike[str], limit: int = 16 * MiB) -> dict[str, Any]:
     """Reads a JSON object from a file.
 
-    **Raises:** `InputError` that names the file, if it holds something else, or nests deeper than `DEEPEST` levels.
+    **Raises:** `InputError` that names the file, if it is not a JSON object, or nests deeper than `DEEPEST` levels.
     """
     content = parse_json(read_text(path, limit), repr(str(path)), file=path)
     if not isinstance(content, dict):
@@ -125,16 +126,17 @@ def read_json(path: str | os.PathLike[str], limit: int = 16 * MiB) -> dict[str, 
 
 
 def parse_json(text: str | bytes, name: str, *, file: str | os.PathLike[str] | None = None, remedy: str = "") -> Any:
-    """Parses JSON as its standard has it: no NaN, no Infinity; no key twice in an object.
+    """Parses standard JSON: no NaN, no Infinity, and no key twice in an object.
 
     **Arguments:**
 
     - `text`: the JSON.
-    - `name`: of the file or line, for messages.
+    - `name`: the name of the file or line in messages.
     - `file`: the file of the error.
-    - `remedy`: what the message asks for; to fetch the file again unless given.
+    - `remedy`: the remedy in messages; to fetch the file again unless given.
 
-    **Raises:** `InputError` if it is not JSON, has a number that is not finite, or nests deeper than `DEEPEST` levels.
+    **Raises:** `InputError` if the text is not JSON, has a number that is not finite, or nests deeper than `DEEPEST`
+    levels.
     """
 
     def refuse(constant: str) -> Any:
@@ -155,7 +157,7 @@ def parse_json(text: str | bytes, name: str, *, file: str | os.PathLike[str] | N
 def read_toml(path: str | os.PathLike[str], limit: int = MiB) -> dict[str, Any]:
     """Reads a TOML document from a file.
 
-    **Raises:** `InputError` that names the file, if it holds something else, or nests deeper than `DEEPEST` levels.
+    **Raises:** `InputError` that names the file, if it is not TOML, or nests deeper than `DEEPEST` levels.
     """
     text = read_text(path, limit)
     return _parsed(lambda: tomllib.loads(text), repr(str(path)), "TOML", path, "correct it there")
@@ -177,7 +179,7 @@ def _parsed(
 
 
 def depth(content: Any) -> int:
-    """How many lists and objects stand in each other, counted without recursion."""
+    """The depth of nested lists and objects, counted without recursion."""
     levels, level = 0, [content]
     while level and levels <= DEEPEST:
         inner: list[Any] = []
@@ -196,13 +198,13 @@ def _without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise ValueError(f"the key {shown(key)} stands there twice")
+            raise ValueError(f"the key {shown(key)} appears twice")
         content[key] = value
     return content
 
 
 def shown(value: object, most: int = 80) -> str:
-    """A value as a message shows it: printable, on one line, not longer than `most` characters."""
+    """The value for a message: printable, on one line, with at most `most` characters."""
     try:
         text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, a list that holds itself

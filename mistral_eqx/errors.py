@@ -1,4 +1,4 @@
-"""The exception for what a user can put right."""
+"""The exception for errors that a user can correct."""
 
 import os
 
@@ -8,7 +8,7 @@ _LONGEST = 1000
 
 
 def one_line(text: str) -> str:
-    """A text as a terminal can show it: on one line, control characters and half surrogate pairs as escapes."""
+    """The text on one line that a terminal can show: control characters and unpaired surrogates are escaped."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST - 300]} ... {text[-295:]}"
     text = " ".join(text.split("\n"))
@@ -22,13 +22,12 @@ def one_line(text: str) -> str:
 class InputError(ValueError):
     """An argument, an option or a file cannot be used. The message is one sentence that names it and the remedy.
 
-    Any other exception that leaves this package is a fault of the package.
+    Any other exception from this package is a bug.
 
     **Attributes:**
 
     - `file`: the file or folder that is wrong, or `None`.
-    - `key`: the argument, option, key or tensor that is wrong, by the name that the user's file or call has for it, or
-        `None`.
+    - `key`: the argument, option, key or tensor that is wrong, by its name in the user's file or call, or `None`.
     - `remedy`: what to do, if the message does not say it already.
     """
 
@@ -46,9 +45,9 @@ class InputError(ValueError):
     ):
         """**Arguments:**
 
-        - `message`: what is wrong, with the value and where it stands; the whole sentence unless `remedy` is given.
+        - `message`: what is wrong, with the value and its location; the whole sentence unless `remedy` is given.
         - `file`, `key`: see the attributes.
-        - `remedy`: is added to the message, after a semicolon.
+        - `remedy`: what to do; the message ends with it, after a semicolon.
         """
         super().__init__(one_line(message if remedy is None else f"{message.rstrip('.')}; {remedy.rstrip('.')}."))
         self.file = None if file is None else os.fspath(file)

@@ -16,7 +16,7 @@ def _mistral(
     layers: int = 32,
     pattern: tuple[int | None, ...] = (None,),
 ) -> MistralConfig:
-    """What Mistral's models have in common: 8 key/value heads, 4 queries each, 128 entries a head."""
+    """A config of Mistral's models: 8 key/value heads, 4 query heads for each, 128 entries in a head."""
     return MistralConfig(
         vocab=vocab,
         embed=embed,
@@ -35,7 +35,7 @@ def _mistral(
 
 
 def _gpt(*, layers: int, heads: int, embed: int) -> MistralConfig:
-    """The depth and width of a small minGPT, in this architecture, over bytes: no tokenizer is needed to train one."""
+    """This architecture with the depth and width of a minGPT. The tokens are bytes: training needs no tokenizer."""
     return MistralConfig(
         vocab=256,
         embed=embed,
@@ -77,7 +77,7 @@ PRESETS: Mapping[str, MistralConfig] = MappingProxyType(
         "small-3-24b": _mistral(
             vocab=131_072, max_positions=32_768, rope_theta=1e8, embed=5120, hidden=32_768, layers=40
         ),
-        # One layer in four sees everything, the others the last 32768 positions.
+        # One layer in four has no window; the others attend to the last 32768 positions.
         "ministral-8b": _mistral(
             vocab=131_072,
             max_positions=131_072,

@@ -87,7 +87,7 @@ def test_the_official_library_reads_what_is_written(tmp_path_factory, described)
             b"\0" * 4,
             r"its __metadata__ is .*; its entry 'a'",
         ),
-        (b'{"a": {"a": 1, "a": 2}}', b"", r"the key 'a' stands there twice"),
+        (b'{"a": {"a": 1, "a": 2}}', b"", r"the key 'a' appears twice"),
         (b"[" * 10**5, b"", r"header cannot be read \(it is not valid JSON \(it nests deeper"),
         (
             b'{"a": [' + b"[]," * (2**21 + 1) + b"[]]}",

@@ -335,7 +335,7 @@ def test_gguf_derives_what_old_files_leave_out():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"windows": (None, None)}, r"has 2 windows for 3 layers; give one entry a layer"),
+        ({"windows": (None, None)}, r"has 2 windows for 3 layers; give one entry per layer"),
         ({"windows": (None, None, 0)}, r"windows is .*; its entry 2 must be at least 1"),
         ({"head_dim": 15}, r"head_dim is 15, but it must be even"),
         ({"layers": 0, "windows": ()}, r"layers is 0; it must be at least 1"),

@@ -20,7 +20,7 @@ from model_fixtures import SMALL, relative_error, small_model
 import mistral_eqx as mx
 from mistral_eqx.nn import Span, attention as layer
 from mistral_eqx.nn.kernels import flash
-from mistral_eqx.nn.kernels.splash import in_order, knows, splash_attention, splash_gradients
+from mistral_eqx.nn.kernels.splash import in_order, splash_attention, splash_gradients, supports
 from mistral_eqx.nn.visible import bounds
 
 
@@ -104,10 +104,10 @@ def test_what_the_kernel_does_not_know_stays_in_tiles(monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(flash.lax, "platform_dependent", refuse)
-    assert knows(jnp.dtype("float32"), 65535)
-    assert not knows(jnp.dtype("float32"), 65536)
+    assert supports(jnp.dtype("float32"), 65535)
+    assert not supports(jnp.dtype("float32"), 65536)
     for dtype in ("float16", "float64"):
-        assert not knows(jnp.dtype(dtype), 10)
+        assert not supports(jnp.dtype(dtype), 10)
     inputs, _ = _case(None, np.float16)
     assert flash._flash(inputs, 0.4)[0].shape == inputs.q.shape
 

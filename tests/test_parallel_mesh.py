@@ -138,6 +138,6 @@ def test_slurm_is_asked_where_nothing_is_given(monkeypatch):
     step = {"JOB_ID": "4096", "STEP_NODELIST": "node[07-10]", "NTASKS": "4", "PROCID": "2", "LOCALID": "0"}
     for name, value in step.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    coordinator, processes, process = mesh_module._places(None, None, None, 60.0)
+    coordinator, processes, process = mesh_module._process_arguments(None, None, None, 60.0)
     assert coordinator.startswith("node07:")
     assert (processes, process) == (4, 2)

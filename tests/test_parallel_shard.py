@@ -149,9 +149,9 @@ def test_einshard_of_bits_and_scalars():
 @pytest.mark.parametrize(
     ("expression", "words"),
     [
-        ("a b c", "'a b c' is for another number of dimensions than the array's 4, which has shape (2, 4, 6, 8)"),
-        ("a b c d e", "for another number of dimensions"),
-        ("a b c d e ...", "for another number of dimensions"),
+        ("a b c", "'a b c' does not name the 4 dimensions of the array, which has shape (2, 4, 6, 8)"),
+        ("a b c d e", "does not name the 4 dimensions"),
+        ("a b c d e ...", "does not name the 4 dimensions"),
         ("... a ...", "more than one '...'; keep one."),
         ("a@x a c d", "two dimensions 'a'; give each its own name."),
         ("a@z b c d", "splits 'a' over the mesh axis 'z', which the mesh lacks: it has 'x', 'y'."),

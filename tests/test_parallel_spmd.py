@@ -65,7 +65,7 @@ def test_specs_of_a_model_and_of_its_cache():
 
 
 def test_an_array_without_names_is_refused():
-    with pytest.raises(ValueError, match=r"Nothing tells the dimensions of .*annotate the field with jaxtyping"):
+    with pytest.raises(ValueError, match=r"The dimensions of .* are unknown; annotate the field with jaxtyping"):
         specs([jnp.ones(2)], SINGLE)
 
 

@@ -189,7 +189,7 @@ def test_trap_heads_did_not_divide_16():
         (
             "head_dim@tp",
             128,
-            "128 head_dim over 128 devices would tear apart the pairs that the rotary embedding turns",
+            "128 head_dim over 128 devices would split the pairs that the rotary embedding rotates",
         ),
     ],
 )
@@ -207,7 +207,8 @@ def test_two_axes_divide_together():
 def test_a_dimension_that_cannot_be_split_is_refused(dim):
     message = _refused(f"{dim}@tp", {"tp": 2})
     assert (
-        f"splits {dim!r}, which is no dimension that can be split; these are: batch, tokens, kv_seq, vocab" in message
+        f"splits {dim!r}, which is not a dimension that can be split; use one of batch, tokens, kv_seq, vocab"
+        in message
     )
 
 

@@ -63,16 +63,16 @@ def ended(monkeypatch):
     return found
 
 
-def test_processes_meet_and_share_the_text_of_the_first(together):
+def test_processes_meet_and_process_0_broadcasts_texts(together):
     watches = together((3, 2), (3, 0), (3, 1))
     for watch in watches:
         watch.start()
     assert [watch.process for watch in watches] == [2, 0, 1]
     assert {watch.processes for watch in watches} == {3}
     texts = ["line\nline", None, "ü" * 100_000]
-    assert [watches[1].share(text) for text in texts] == texts
+    assert [watches[1].broadcast(text) for text in texts] == texts
     for watch in (watches[0], watches[2]):
-        assert [watch.share("not this one") for _ in texts] == texts
+        assert [watch.broadcast("not this one") for _ in texts] == texts
     for watch in watches:
         watch.end()
 
@@ -80,14 +80,14 @@ def test_processes_meet_and_share_the_text_of_the_first(together):
 def test_one_process_needs_nobody():
     watch = meet(f"localhost:{free_port()}", 1, 0, 1.0)
     watch.start()
-    assert watch.share("text") == "text"
+    assert watch.broadcast("text") == "text"
     watch.end()
 
 
 def test_who_does_not_come_is_named_to_those_who_did(together):
     found = together((4, 0), (4, 2), timeout=2.0)
     assert len(set(found)) == 1
-    assert "Of 4 processes, number 1, 3 did not come to the coordinator" in found[0]
+    assert "Of 4 processes, number 1, 3 did not connect to the coordinator" in found[0]
 
 
 def test_without_process_0_its_address_is_named(together):
@@ -99,7 +99,7 @@ def test_without_process_0_its_address_is_named(together):
 @pytest.mark.parametrize(
     ("processes", "sentence"),
     [
-        ([(2, 0), (3, 1)], "Process 1 was told of 3 processes and process 0 of 2"),
+        ([(2, 0), (3, 1)], "Process 1 was started for 3 processes and process 0 for 2"),
         ([(3, 0), (3, 1), (3, 1)], "Two processes have the number 1"),
     ],
 )
@@ -136,7 +136,7 @@ def test_a_stranger_at_the_door_does_not_disturb(together):
     thread.join()
     for watch in watches:
         watch.start()
-    assert watches[0].share("text") == watches[1].share(None) == "text"
+    assert watches[0].broadcast("text") == watches[1].broadcast(None) == "text"
     for watch in watches:
         watch.end()
         watch._peers[1 - watch.process].close()

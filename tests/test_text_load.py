@@ -47,7 +47,7 @@ def test_what_is_too_large_is_not_read(tmp_path, name):
     with open(tmp_path / name, "wb") as file:
         file.truncate(2**33)
     with pytest.raises(
-        ValueError, match=rf"{name}' is larger than 64 MB, which no file of its kind is; fetch it again"
+        ValueError, match=rf"{name}' is larger than 64 MB, the limit for a file of its kind; fetch it again"
     ):
         load_tokenizer(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Adapters: into a model, and merged into its weights again."""
+"""Adds adapters to a model, and merges them into its weights."""
 
 import dataclasses
 import math
@@ -34,10 +34,10 @@ def apply_lora(
     dtype: DTypeLike = jnp.float32,
     key: PRNGKeyArray,
 ) -> Mistral:
-    """Puts low-rank adapters beside some weights of a model ([LoRA](https://arxiv.org/abs/2106.09685)).
+    """Adds low-rank adapters to some weights of a model ([LoRA](https://arxiv.org/abs/2106.09685)).
 
-    The model says the same as before, since `B` is zero at first. Training then changes the adapters alone, and keeps
-    the optimizer's state for them alone.
+    `B` starts at zero, so the model's outputs do not change. Training then changes only the adapters, and keeps an
+    optimizer state only for them.
 
     ```python
     model = mx.apply_lora(model, rank=8, alpha=16.0, targets=("q_proj", "v_proj"), key=jr.key(0))
@@ -45,23 +45,23 @@ def apply_lora(
 
     **Arguments:**
 
-    - `model`: on one device or on a mesh; its weights may be stored in any way.
-    - `rank`: how many dimensions the change of a weight passes through.
-    - `alpha`: the change is multiplied by `alpha / rank`, or by `alpha / sqrt(rank)` with `use_rslora`.
+    - `model`: a model on one device or on a mesh, with weights in any storage format.
+    - `rank`: the rank of the change of a weight.
+    - `alpha`: the change is scaled by `alpha / rank`, or by `alpha / sqrt(rank)` with `use_rslora`.
     - `targets`: the names of the layers that get an adapter, in all blocks: `"q_proj"`, `"k_proj"`, `"v_proj"`,
-        `"o_proj"`, `"gate_proj"`, `"up_proj"`, `"down_proj"`; and `"embedding"`, `"head"`. In a model with tied
-        embeddings the table is the head as well, and so is its adapter.
-    - `dropout`: how likely each entry that an adapter takes is left out in a training step, of which the adapter of an
-        embedding takes none. A model generates and is evaluated without it.
+        `"o_proj"`, `"gate_proj"`, `"up_proj"`, `"down_proj"`; and `"embedding"`, `"head"`. With tied embeddings,
+        the adapter of the embedding is also that of the head.
+    - `dropout`: the probability with which a training step drops each entry of an adapter's input. The adapter of an
+        embedding drops nothing. Generation and evaluation drop nothing.
     - `use_rslora`: see [`mistral_eqx.lora.LoRAWeight`][].
-    - `train_embeddings`: whether the embedding table is trained too, as a whole.
-    - `dtype`: of the adapters, and of the table if it is trained.
-    - `key`: for `A`, which is uniform within one over the root of the number of inputs, as in PEFT.
+    - `train_embeddings`: whether the whole embedding table is trained too.
+    - `dtype`: the precision of the adapters, and of the table if it is trained.
+    - `key`: the key for `A`, which is uniform within `1 / sqrt(inputs)` of zero, as in PEFT.
 
     **Returns:** the model.
 
-    **Raises:** `ValueError` if a target is no layer of the model, the rank is less than 1 or more than the layers have
-        inputs or outputs, `alpha` is not positive, or the dropout is not from 0 on and less than 1.
+    **Raises:** `ValueError` if a target is not a layer of the model, `rank` is less than 1 or greater than the number
+        of inputs and outputs of every target, `alpha` is not positive, or `dropout` is negative or not less than 1.
     """
     checked(model, Mistral, "model")
     rank = checked(rank, Count, "rank")
@@ -75,17 +75,17 @@ def apply_lora(
     unknown = [target for target in targets if target not in names]
     if unknown or not targets:
         what = f"the target {unknown[0]!r}" if unknown else "no target"
-        raise InputError(f"LoRA was given {what}, but a layer is needed that the model has: {', '.join(names)}.")
+        raise InputError(f"LoRA was given {what}; give names of layers that the model has: {', '.join(names)}.")
     if train_embeddings and "embedding" in targets:
         raise InputError(
-            "The embedding cannot have an adapter and be trained as a whole too; leave out the target 'embedding' or "
+            "The embedding cannot both have an adapter and be trained as a whole; leave out the target 'embedding' or "
             "train_embeddings."
         )
     chosen = [path for path in found if _name(path) in targets]
     widest = max(math.prod(side) for path in chosen for side in shapes_of(found[path]))
     if rank > widest:
         raise InputError(
-            f"rank is {rank}, but no target has more than {widest} inputs or outputs; take less.", key="rank"
+            f"rank is {rank}, but no target has more than {widest} inputs or outputs; use a smaller rank.", key="rank"
         )
     keys = dict(zip(chosen, jr.split(key, len(chosen)), strict=True))
 
@@ -110,15 +110,15 @@ def adapt(
     dropout: float = 0.0,
     use_rslora: bool = False,
 ) -> Mistral:
-    """Puts given adapters into a model.
+    """Adds the given adapters to a model.
 
     **Arguments:**
 
-    - `model`: on one device or on a mesh.
+    - `model`: a model on one device or on a mesh.
     - `adapters`: `A` and `B` for some layers, by the layer's path such as `"blocks.0.attention.q_proj"`.
     - `alpha`, `dropout`, `use_rslora`: as for [`mistral_eqx.apply_lora`][].
 
-    **Raises:** `ValueError` if one of these is out of its range.
+    **Raises:** `ValueError` if `alpha`, `dropout` or `use_rslora` is out of its range.
     """
     alpha, dropout, use_rslora = _strength(alpha, dropout, use_rslora)
 
@@ -126,7 +126,7 @@ def adapt(
         if path not in adapters:
             return site
         a, b = adapters[path]
-        # A table is looked up: nothing comes in of which entries could be dropped. As the head too it is the same one.
+        # A lookup has no input to drop. With tied embeddings the head has the same adapter, so it drops nothing either.
         rate = 0.0 if isinstance(site, Embedding) else dropout
         weight = LoRAWeight(site.weight, DenseWeight(a), DenseWeight(b), alpha, use_rslora, rate, site.strategy)
         return dataclasses.replace(site, weight=weight)
@@ -144,14 +144,14 @@ def _strength(alpha: float, dropout: float, use_rslora: bool) -> tuple[float, fl
 
 
 def merge_lora(model: Mistral) -> Mistral:
-    """Adds the adapters to the weights that they stand beside, so that the model is as fast as without them.
+    """Adds the adapters to their base weights, so that the model is as fast as without adapters.
 
     **Arguments:**
 
-    - `model`: on one device or on a mesh.
+    - `model`: a model on one device or on a mesh.
 
-    **Returns:** the model, dense where it had adapters: a quantised weight is the sum of what it stands for and of its
-    adapter, in the precision to which it is dequantised. Other weights are as they were.
+    **Returns:** the model, with a dense weight in place of each weight with an adapter: the sum of the base and the
+    adapter. A quantised base is dequantised, and the sum has that precision. Other weights do not change.
     """
 
     checked(model, Mistral, "model")
@@ -165,7 +165,7 @@ def merge_lora(model: Mistral) -> Mistral:
 
 
 def has_adapters(tree: PyTree) -> bool:
-    """Whether there is something in a model that is trained while the rest of it is not."""
+    """Whether a model has adapters, or a table that is trained as a whole while other weights are not."""
     return any(map(_is_partly_trained, jax.tree.leaves(tree, is_leaf=_is_partly_trained)))
 
 
@@ -175,14 +175,14 @@ def is_adapter(tree: PyTree) -> PyTree[bool]:
     def of(node: Any) -> Any:
         if isinstance(node, LoRAWeight):
             none = _all(node, False)
-            return eqx.tree_at(lambda node: (node.a, node.b), none, replace_fn=lambda part: _all(part, True))
+            return eqx.tree_at(lambda node: (node.a, node.b), none, replace_fn=lambda weight: _all(weight, True))
         return _all(node, isinstance(node, TrainedWeight))
 
     return jax.tree.map(of, tree, is_leaf=_is_partly_trained)
 
 
 def shapes_of(site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of what a layer takes and of what it gives, for one token."""
+    """The shapes of a layer's input and output for one token."""
     shape = eqx.filter_eval_shape(lambda weight: weight.dense(), site.weight).shape
     inner = len(dims_of(site)[0].split())
     return shape[len(shape) - inner :], shape[: len(shape) - inner]

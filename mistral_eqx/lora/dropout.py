@@ -1,4 +1,4 @@
-"""Keys for dropout, put into a model's adapters for the time of one forward pass."""
+"""Puts keys for dropout into a model's adapters, for one forward pass."""
 
 from collections.abc import Iterator
 from typing import TypeVar
@@ -20,16 +20,16 @@ def with_keys(tree: Tree, key: PRNGKeyArray, rows: Int[Array, " batch"], *, laye
 
     **Arguments:**
 
-    - `tree`: a model, or a part of one.
-    - `key`: of the kind threefry; from it each adapter has keys of its own.
-    - `rows`: which rows of the whole batch those are that come in.
-    - `layers`: the first axis of the arrays of stacked blocks, each of which has keys of its own; `None` without one.
+    - `tree`: a model, or a part of a model.
+    - `key`: a threefry key, from which each adapter gets its own keys.
+    - `rows`: the index of each row of the forward pass in the whole batch.
+    - `layers`: the length of the first axis of stacked blocks, each of which gets its own keys; `None` for other trees.
     """
     count = len(_keys(tree))
     if not count:
         return tree
     shape = (count, *(() if layers is None else (layers,)))
-    # All of them at once: each hash is a loop of its own to compile.
+    # All keys at once, because each separate hash would be one more loop to compile.
     numbers = jnp.arange(count * (layers or 1), dtype=jnp.int32)
     fold = jax.vmap(jr.fold_in, (None, 0))
     keys = jax.vmap(fold, (0, None))(fold(key, numbers), rows).reshape(*shape, -1)
@@ -37,7 +37,7 @@ def with_keys(tree: Tree, key: PRNGKeyArray, rows: Int[Array, " batch"], *, laye
 
 
 def _keys(tree: PyTree) -> list[PyTree]:
-    """Of all adapters with dropout, those below other adapters included."""
+    """The keys of all adapters with dropout, adapters of adapters included."""
     return [node.key for node in _adapters(tree) if node.dropout]
 
 

@@ -1,4 +1,4 @@
-"""Weights of which a part is trained: low-rank adapters beside any weight, and a table that is trained as a whole."""
+"""Weights that are partly trained: any weight with a low-rank adapter, and a table that is trained as a whole."""
 
 import math
 
@@ -17,23 +17,23 @@ from ..parallel import SINGLE, Strategy, place
 class LoRAWeight(AbstractWeight):
     """A weight and a low-rank change of it: `y = base x + scale B (A x)` ([LoRA](https://arxiv.org/abs/2106.09685)).
 
-    `A` contracts the input dimensions to `rank`, `B` leads from there to the output dimensions. Where a device has a
-    part of the outputs, it has all of `A` and its part of `B`. Where it has a part of the inputs, it has its part of
-    `A` and all of `B`: `A x` is then a partial sum, and so is `B (A x)`, since `B` is linear. It is added to that of
-    the base, and the layer adds up both in the exchange that it makes anyway.
+    `A` contracts the input dimensions to `rank`, and `B` contracts `rank` to the output dimensions. A device with a
+    shard of the outputs has all of `A` and its shard of `B`. A device with a shard of the inputs has its shard of `A`
+    and all of `B`: `A x` is then a partial sum, and so is `B (A x)`, since `B` is linear. The layer adds up the partial
+    sums of base and adapter in one psum, which it needs without an adapter too.
 
     **Attributes:**
 
-    - `base`: any weight; it is not trained.
+    - `base`: any weight, which is not trained.
     - `a`: dimensions `rank *in`.
     - `b`: dimensions `*out rank`.
     - `alpha`: the strength of the change.
-    - `use_rslora`: whether it is divided by the root of the rank, so that a larger rank does not learn more slowly
-        ([rank-stabilised LoRA](https://arxiv.org/abs/2312.03732)), or by the rank itself.
-    - `dropout`: how likely each entry of `x` is zero on its way to `A`, in training; the others are divided by one
-        less that. Rows that are looked up are not dropped.
-    - `strategy`: that of the layer, which tells the entries that this device has.
-    - `key`: one for each row, which the training step puts in. Without it nothing is dropped.
+    - `use_rslora`: whether `alpha` is divided by the square root of the rank and not by the rank, so that a larger rank
+        does not learn more slowly ([rank-stabilised LoRA](https://arxiv.org/abs/2312.03732)).
+    - `dropout`: the probability with which training drops each entry of the input of `A`; the others are scaled by
+        `1 / (1 - dropout)`. Rows that are looked up are not dropped.
+    - `strategy`: the strategy of the layer, which determines the entries that this device has.
+    - `key`: a key for each row, from the training step. Without a key, nothing is dropped.
     """
 
     base: AbstractWeight
@@ -47,7 +47,7 @@ class LoRAWeight(AbstractWeight):
 
     @property
     def rank(self) -> int:
-        """How many dimensions the change passes through."""
+        """The rank of the change."""
         return self.a.value.shape[0]
 
     @property
@@ -92,26 +92,26 @@ def _kept(
 ) -> Bool[Array, "batch seq *in"]:
     """Which entries of an adapter's input are kept.
 
-    An entry's bits are the hash of its token's and its own place, with the key of its row. So they do not depend on how
-    rows and inputs are dealt out to devices, and no device draws for the entries of another one.
+    The random bits of an entry are a hash of the indices of its token and itself, with the key of its row. So they do
+    not depend on how rows and inputs are split over devices, and each device draws only for its own entries.
     """
     seq, sizes = shape[1], shape[2:]
-    at = jnp.zeros(1, jnp.uint32)
+    index = jnp.zeros(1, jnp.uint32)
     for dim, size in zip(in_dims.split(), sizes, strict=True):
-        part, parts = place(dim, strategy)
-        own = jnp.uint32(part * size) + jnp.arange(size, dtype=jnp.uint32)
-        at = (at[:, None] * (size * parts) + own[None, :]).reshape(-1)
-    token = jnp.repeat(jnp.arange(seq, dtype=jnp.uint32), at.size)
-    places = jnp.concatenate([token, jnp.tile(at, seq)])
+        shard, shards = place(dim, strategy)
+        own = jnp.uint32(shard * size) + jnp.arange(size, dtype=jnp.uint32)
+        index = (index[:, None] * (size * shards) + own[None, :]).reshape(-1)
+    token = jnp.repeat(jnp.arange(seq, dtype=jnp.uint32), index.size)
+    indices = jnp.concatenate([token, jnp.tile(index, seq)])
 
-    def bits(key: Key[Array, ""]) -> UInt32[Array, " places"]:
-        return threefry_2x32(jr.key_data(key), places)[: token.size]
+    def bits(key: Key[Array, ""]) -> UInt32[Array, " indices"]:
+        return threefry_2x32(jr.key_data(key), indices)[: token.size]
 
     return (jax.vmap(bits)(keys) >= jnp.uint32(int(dropout * 2**32))).reshape(shape)
 
 
 class TrainedWeight(AbstractWeight):
-    """An array of floats that is trained as a whole in a model of which otherwise only adapters are.
+    """An array of floats that is trained as a whole, in a model in which otherwise only adapters are trained.
 
     **Attributes:**
 

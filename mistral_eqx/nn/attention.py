@@ -13,7 +13,7 @@ from .linear import Linear
 from .visible import visible
 
 
-# Above this many scores a head, 4 MB of float32, they are computed in tiles.
+# Above this many scores per head (4 MB of float32), attention runs in tiles.
 _WHOLE = 1024 * 1024
 
 
@@ -21,17 +21,17 @@ class Attention(eqx.Module):
     """Attention in which `q_per_kv` query heads share each key/value head
     ([GQA](https://arxiv.org/abs/2305.13245)).
 
-    Takes O(seq x kv_seq x kv_heads x q_per_kv x head_dim) operations a row, and memory for one score a query,
-    key and query head; where these are many, for a tile of them at a time
-    ([`mistral_eqx.nn.flash_attention`][]).
+    Each row takes O(seq x kv_seq x kv_heads x q_per_kv x head_dim) operations. Memory holds one score for each query,
+    key and query head, or above a limit one tile of scores at a time ([`mistral_eqx.nn.flash_attention`][]).
 
     **Attributes:**
 
     - `q_proj`: `embed` to `kv_heads q_per_kv head_dim`.
     - `k_proj`, `v_proj`: `embed` to `kv_heads head_dim`.
     - `o_proj`: `kv_heads q_per_kv head_dim` to `embed`.
-    - `scale`: the factor of the scores, one over the root of the whole `head_dim`, also where that is split.
-    - `window`: how many positions a query sees to either side, itself included, or `None` for all.
+    - `scale`: the factor of the scores, `1 / sqrt(head_dim)` with the `head_dim` of the whole model, also where a
+        strategy splits that dimension.
+    - `window`: how many positions a query attends to on either side, itself included; `None` for all.
     - `strategy`: which dimensions are split over which mesh axes.
     """
 
@@ -54,8 +54,8 @@ class Attention(eqx.Module):
         **Arguments:**
 
         - `x`: activations, shape `(batch, seq, embed)`.
-        - `context`: what the pass knows of these tokens.
-        - `cache`: the keys and values of earlier tokens; without it the keys are those of `x`.
+        - `context`: what all layers share in this forward pass.
+        - `cache`: the keys and values of earlier tokens; without a cache, the keys and values are those of `x`.
 
         **Returns:** an array like `x`, and the cache with the new keys and values.
         """
@@ -66,7 +66,7 @@ class Attention(eqx.Module):
         if cache is not None:
             cache, k, v, key_index = cache.extend(k, v, context)
         inputs = q, k, v, *context.bounds(self.window), key_index
-        # Partial scores are added up over devices before anything else can be done with them.
+        # Where `head_dim` is split, scores are partial sums; a tile has no psum.
         tiled = q.shape[1] * k.shape[2] > _WHOLE and context.mask is None and not self.strategy.axes("head_dim")
         mixed, log_sum = self._in_tiles(*inputs) if tiled else self._whole(*inputs, context.mask)
         if self.strategy.axes("kv_seq"):
@@ -78,11 +78,11 @@ class Attention(eqx.Module):
     def _whole(
         self, q: Array, k: Array, v: Array, first: Array, last: Array, key_index: Array, mask: Array | None
     ) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
-        """The weighted sums, and the logarithms of the sums of weights."""
-        seen = visible(first, last, key_index)
-        mask = seen if mask is None else seen & mask
+        """The softmax-weighted sums of values, and the logarithms of the sums of exponentiated scores."""
+        span = visible(first, last, key_index)
+        mask = span if mask is None else span & mask
         scores = psum(contract_head_dim(q, k), "head_dim", self.strategy) * self.scale
-        # A finite number, for a query that is padding sees no key at all.
+        # A finite number: a padding query attends to no key, and minus infinity would make its weights NaN.
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
         largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - largest)
@@ -93,7 +93,7 @@ class Attention(eqx.Module):
     def _in_tiles(
         self, q: Array, k: Array, v: Array, first: Array, last: Array, key_index: Array
     ) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
-        """What `_whole` returns, without a score for each query and key."""
+        """Like `_whole`, with one tile of scores at a time."""
         q = jnp.transpose(q, (0, 2, 3, 1, 4))
         mixed, log_sum = flash_attention(q, k, v, first, last, key_index, scale=self.scale)
         return jnp.transpose(mixed, (0, 3, 1, 2, 4)), jnp.transpose(log_sum[..., None], (0, 3, 1, 2, 4))

@@ -14,7 +14,7 @@ from .norm import RMSNorm
 class Block(eqx.Module):
     """Attention, then a feed-forward layer, each on the normalised residual stream and added to it.
 
-    Where the strategy splits `tokens`, the stream, and with it the norms, is split over tokens.
+    Where the strategy splits `tokens`, each device holds and normalises only its own tokens of the stream.
     """
 
     attention_norm: RMSNorm
@@ -28,7 +28,7 @@ class Block(eqx.Module):
         context: Context,
         cache: AbstractLayerCache | None = None,
     ) -> tuple[Float[Array, "batch tokens embed"], AbstractLayerCache | None]:
-        """Arguments and result are those of [`mistral_eqx.nn.Attention`][]; `x` may have this device's tokens only."""
+        """Takes and returns what [`mistral_eqx.nn.Attention`][] does; `x` may hold this device's tokens only."""
         whole = all_tokens(self.attention_norm(x), context.seq, context.strategy)
         mixed, cache = self.attention(whole, context, cache)
         x = x + mixed

@@ -17,10 +17,10 @@ from .slots import window_slots
 
 
 New = Float[Array, "batch kv_heads own head_dim"]
-"""New keys or values: of the tokens of one pass that this device keeps."""
+"""New keys or values of the tokens that this device stores in one forward pass."""
 
 Buffer = Float[Array, "batch kv_heads kv_seq head_dim"] | UInt16[Array, "batch kv_heads kv_seq head_dim"]
-"""Keys or values in slots, or the bits of 16-bit ones, of which XLA on CPU can replace one slot in place.
+"""Keys or values in slots. On CPU, 16-bit floats are stored as their bits: XLA can then update one slot in place.
 
 `kv_seq` comes after `kv_heads`, so that attention reads each head's keys as one block of memory.
 """
@@ -44,16 +44,16 @@ class AbstractLayerCache(eqx.Module):
     ]:
         """Adds the keys and values of a pass, in place where the cache is donated.
 
-        **Returns:** the new cache, and of all its slots the keys, the values and the index that masks compare.
+        **Returns:** the new cache, and the keys, the values and the mask indices of all its slots.
         """
 
     @abc.abstractmethod
     def grow(self, kv_seq: int) -> "AbstractLayerCache":
-        """A copy for `kv_seq` tokens."""
+        """A copy with room for `kv_seq` tokens."""
 
     @property
     def slots(self) -> int:
-        """How many slots there are."""
+        """The number of slots."""
         return self.k_buffer.shape[2]
 
     @property
@@ -68,7 +68,7 @@ class AbstractLayerCache(eqx.Module):
 
 
 class FullCache(AbstractLayerCache):
-    """Has a slot for each token.
+    """A cache with one slot for each token.
 
     **Attributes:**
 
@@ -92,13 +92,13 @@ class FullCache(AbstractLayerCache):
 
 
 class WindowCache(AbstractLayerCache):
-    """Keeps the tokens that a window reaches: past its last slot, each token takes the slot of the oldest.
+    """Keeps the tokens within a window: after the last slot, each new token overwrites the oldest.
 
     **Attributes:**
 
     - `k_buffer`, `v_buffer`: keys and values.
     - `dtype`: the precision of keys and values.
-    - `limit`: the most slots that it grows to on one device.
+    - `limit`: the largest number of slots on one device.
     """
 
     k_buffer: Buffer
@@ -125,12 +125,12 @@ class WindowCache(AbstractLayerCache):
         return buffer.at[:, :, slots].set(new, unique_indices=True)
 
     def _newest(self, key_index: Int[Array, "batch kv_seq"], used: Int[Array, ""]) -> Int[Array, "batch slots"]:
-        """The index of the key in each slot, from those of all tokens in the order in which they came."""
+        """The mask index of the key in each slot; `key_index` has those of all tokens, in order of arrival."""
         if self.slots == key_index.shape[1]:
             return key_index
         newest = used - 1
-        place = newest - (newest - jnp.arange(self.slots, dtype=jnp.int32)) % self.slots
-        return jnp.where(place >= 0, jnp.take(key_index, jnp.maximum(place, 0), axis=1), -1)
+        token = newest - (newest - jnp.arange(self.slots, dtype=jnp.int32)) % self.slots
+        return jnp.where(token >= 0, jnp.take(key_index, jnp.maximum(token, 0), axis=1), -1)
 
 
 def _as_in(buffer: Array, new: Array) -> Array:
@@ -144,13 +144,13 @@ def _padded(buffer: Array, slots: int) -> Array:
 class Cache(eqx.Module):
     """The key/value cache of a model.
 
-    A slot says which position its token has in its row's text. Attention sees a slot by that position alone, so
-    that padding, on either side and anywhere between, is a slot with position -1 and needs no further care.
+    Each slot has the position of its token in the row's sequence, and the mask depends on that position alone. So
+    padding may be anywhere in a row: it is a slot with position -1.
 
     **Attributes:**
 
-    - `layers`: one entry a layer, so that each is updated in place.
-    - `positions`: the position of the token in each slot, -1 where there is none, shape `(batch, kv_seq)`.
+    - `layers`: one cache for each layer, so that each is updated in place.
+    - `positions`: the position of the token in each slot, -1 in a slot without a token, shape `(batch, kv_seq)`.
     - `used`: the first free slot.
     """
 
@@ -174,15 +174,15 @@ class Cache(eqx.Module):
 
         **Arguments:**
 
-        - `config`: the model's.
-        - `batch`: rows.
-        - `kv_seq`: slots in each row.
-        - `dtype`: of keys and values; the model's.
-        - `platform`: where the cache will be, such as `"cpu"` or `"tpu"`; JAX's default backend unless given. On a
-            CPU 16-bit floats are held as their bits.
-        - `piece`: the most tokens that are ever read at a time. With it, layers with a window keep what a window
-            reaches and no more, whatever `kv_seq`: for rows whose only padding is before their text.
-        - `shares`: over how many devices `kv_seq` is going to be split.
+        - `config`: the model's config.
+        - `batch`: the number of rows.
+        - `kv_seq`: the number of slots in each row.
+        - `dtype`: the precision of keys and values, that of the model.
+        - `platform`: the platform of the cache, such as `"cpu"` or `"tpu"`; JAX's default backend unless given. On
+            CPU, 16-bit floats are stored as their bits.
+        - `piece`: the largest number of tokens in one forward pass. If given, each layer with a window gets a
+            [`mistral_eqx.nn.WindowCache`][], and rows may have padding only before their sequence.
+        - `shares`: the number of devices over which `kv_seq` is going to be split.
         """
         dtype = jnp.dtype(dtype)
         bits = dtype.itemsize == 2 and (platform or jax.default_backend()) == "cpu"
@@ -192,7 +192,7 @@ class Cache(eqx.Module):
             limit = None if window is None or piece is None else window_slots(window, piece, shares)
             slots = kv_seq if limit is None else min(kv_seq, limit * shares)
             shape = batch, config.kv_heads, slots, config.head_dim
-            # No two buffers may be one: each is donated to the loop that updates it.
+            # Two arrays, not one twice: both are donated to the loop that updates them.
             k, v = jnp.zeros(shape, stored), jnp.zeros(shape, stored)
             return FullCache(k, v, dtype) if limit is None else WindowCache(k, v, dtype, limit)
 

@@ -14,20 +14,20 @@ from .visible import Span, bounds
 
 
 class Context(eqx.Module):
-    """What the layers of one forward pass know of its tokens, besides their activations.
+    """What all layers share in one forward pass, besides activations.
 
-    A mask compares an index of each query with one of each key. These are positions in the row's text, or under a
-    `span` columns of the row; -1 is padding.
+    The mask compares an index of each query with an index of each key. The index is the position in the row's
+    sequence or, with a `span`, the column of the row; -1 is padding.
 
     **Attributes:**
 
-    - `rotation`: of queries and keys, by their positions.
-    - `query_index`: of each token of this pass.
-    - `key_index`: of the key in each slot of this device, the tokens of this pass included; without a cache, of each of
-        these tokens.
+    - `rotation`: the rotary embedding of queries and keys.
+    - `query_index`: the index of each token of this pass.
+    - `key_index`: the index of the key in each of this device's slots, this pass included; without a cache, of each
+        token of this pass that this device keeps.
     - `slot`: the slot of the first token of this pass, counted over all devices.
-    - `mask`: which keys each query may see at most.
-    - `span`: which columns each query sees; all up to its own unless given.
+    - `mask`: a further mask: a query attends to a key only if this mask and the index allow it.
+    - `span`: the attention span of each query in columns; causal unless given.
     - `strategy`: which dimensions are split over which axes of the mesh.
     """
 
@@ -56,10 +56,10 @@ class Context(eqx.Module):
         **Arguments:**
 
         - `rope`: the angles of the rotary embedding.
-        - `positions`: where each token stands in its row's text, -1 for padding.
+        - `positions`: the position of each token in the row's sequence, -1 for padding.
         - `dtype`: the precision of the activations.
-        - `strategy`, `mask`, `span`: as above.
-        - `cached`: what a cache knows of the tokens before: the position in each slot, and the first free slot.
+        - `strategy`, `mask`, `span`: see the attributes.
+        - `cached`: the cache's `positions` and `used`, before this pass.
         """
         seq = positions.shape[1]
         query_index = positions
@@ -74,17 +74,17 @@ class Context(eqx.Module):
 
     @property
     def seq(self) -> int:
-        """How many tokens of each row this pass has."""
+        """The number of tokens of each row in this pass."""
         return self.query_index.shape[1]
 
     @property
     def own_slot(self) -> Int[Array, ""]:
-        """The slot of the first of this device's tokens, in its part of the cache."""
+        """The slot of the first token that this device keeps, in its shard of the cache."""
         return own_slot(self.slot, self.strategy)
 
     @property
     def own_used(self) -> Int[Array, ""]:
-        """The first free slot of this device's part of the cache, after this pass."""
+        """The first free slot of this device's shard of the cache, after this pass."""
         return own_slot(self.slot + self.seq, self.strategy)
 
     def own(self, x: Float[Array, "batch kv_heads seq head_dim"]) -> Float[Array, "batch kv_heads own head_dim"]:
@@ -92,5 +92,5 @@ class Context(eqx.Module):
         return own_slots(x, self.slot, self.strategy, axis=2)
 
     def bounds(self, window: int | None) -> tuple[Int[Array, "batch seq"], Int[Array, "batch seq"]]:
-        """The first and the last index of a key that each query sees in a layer with this window."""
+        """The first and the last key index that each query attends to in a layer with this window."""
         return bounds(self.query_index, window, self.span)

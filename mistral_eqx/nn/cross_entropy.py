@@ -1,4 +1,4 @@
-"""How likely tokens are, without a logit for each token and each entry of the vocabulary at once."""
+"""Log-likelihoods of tokens, without the logits of the whole vocabulary at once."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from ..parallel import Strategy, place, pmax, psum, psum_together, specs, vary_a
 from .embedding import Unembedding
 
 
-# So many logits exist at a time, 32 MB of float32, but not fewer than those of so many rows of the head.
+# A chunk has at most this many logits (32 MB of float32), but at least this many rows of the head.
 _LOGITS = 8 * 1024 * 1024
 _LEAST_ROWS = 1024
 
@@ -25,16 +25,17 @@ Carry = TypeVar("Carry")
 
 
 class Likelihood(NamedTuple):
-    """What is known of the logits of each token; in float32 at least. NaN if a logit is not finite.
+    """Statistics of the logits of each token, in float32 or wider.
+
+    If a logit is not finite, `log_probs` and `log_sums` are NaN.
 
     **Attributes:**
 
     - `log_probs`: the logarithm of the target's probability.
     - `log_sums`: the logarithm of the sum of all exponentiated logits, which a z-loss keeps small.
-    - `likeliest`: whether the target is the likeliest token, of several with the largest logit the first: the one that
-        greedy decoding takes.
-    - `means`: the mean of all logits, which label smoothing needs. Where `vocab` is split, it is four further
-        bytes a token to exchange, if it is used.
+    - `likeliest`: whether greedy decoding would choose the target: the first token with the largest logit.
+    - `means`: the mean of all logits, which label smoothing needs. Where `vocab` is split and `means` is used, devices
+        exchange four more bytes per token.
     """
 
     log_probs: Float[Array, "batch seq"]
@@ -46,52 +47,53 @@ class Likelihood(NamedTuple):
 def log_likelihood(
     head: Unembedding, hidden: Float[Array, "batch seq embed"], targets: Int[Array, "batch seq"]
 ) -> Likelihood:
-    """The logarithms of the probabilities of given tokens.
+    """The logarithms of the probabilities of the given tokens.
 
-    Goes through the vocabulary in chunks of the head's rows, with a running maximum and sum; the backward pass computes
-    each chunk's logits again, from the saved logarithm of each token's sum. Where the strategy splits `vocab`, devices
-    exchange 16 bytes a token: the maximum, the sum of exponentials, the target's logit and whether it comes first.
+    The forward pass goes through the head's rows in chunks, with a running maximum and sum. The backward pass computes
+    each chunk's logits again and uses the saved logarithm of each token's sum. Where the strategy splits `vocab`,
+    devices exchange 16 bytes per token: the maximum, the sum of exponentials, the target's logit and whether it comes
+    first.
 
     **Arguments:**
 
-    - `head`: the output head, its weight in any storage format.
-    - `hidden`: what [`mistral_eqx.nn.Mistral.hidden`][] returned, shape `(batch, seq, embed)`.
-    - `targets`: one token of the whole vocabulary each; for a number outside of it, `log_probs` is minus `log_sums`.
+    - `head`: the output head, with a weight in any storage format.
+    - `hidden`: the activations that [`mistral_eqx.nn.Mistral.hidden`][] returned, shape `(batch, seq, embed)`.
+    - `targets`: ids in the whole vocabulary; for an id outside of it, `log_probs` is minus `log_sums`.
 
-    **Returns:** a [`mistral_eqx.nn.Likelihood`][]; gradients pass to `hidden` and to the head's arrays of floats.
+    **Returns:** a [`mistral_eqx.nn.Likelihood`][]; gradients flow to `hidden` and to the head's arrays of floats.
     """
     strategy, rows = head.strategy, head.weight.row_count
-    part, parts = place("vocab", strategy)
+    shard, shards = place("vocab", strategy)
     arrays, static = eqx.partition(head, eqx.is_array)
     leaves, tree = jax.tree.flatten((hidden, arrays))
     hidden, arrays = jax.tree.unflatten(tree, vary_alike(*leaves))
     floats, others = eqx.partition(arrays, eqx.is_inexact_array)
-    own = targets - part * rows
-    sums: _Sums = _of_part(_Inputs(floats, hidden, others, own), static)
+    own = targets - shard * rows
+    sums: _Sums = _shard_sums(_Inputs(floats, hidden, others, own), static)
     largest = pmax(lax.stop_gradient(sums.largest), "vocab", strategy)
     total = jnp.exp(sums.log_sum - largest)
-    # 1 from the device whose first largest logit is the target's, less 1 from each that has an equal one before it.
+    # +1 on the device whose first largest logit is the target's, -1 on each device with an equal logit before it.
     holds = sums.largest == largest
     first = (sums.first == own).astype(total.dtype) - (sums.first < own).astype(total.dtype)
     first = lax.stop_gradient(jnp.where(holds, first, 0))
     total, of_target = psum_together(total[..., None], jnp.stack([sums.chosen, first], axis=-1), "vocab", strategy)
     log_sums = largest + jnp.log(total[..., 0])
     chosen, likeliest = of_target[..., 0], of_target[..., 1] == 1
-    means = psum(sums.sum, "vocab", strategy) / (rows * parts)
+    means = psum(sums.sum, "vocab", strategy) / (rows * shards)
     return Likelihood(chosen - log_sums, log_sums, likeliest, means)
 
 
 class _Inputs(NamedTuple):
     floats: PyTree
     hidden: Array
-    # Without a gradient: the head's other arrays, and the targets' rows, which may be another device's.
+    # No gradient: the head's other arrays, and the targets' rows, which may lie on another device.
     others: Any
     rows: Any
 
 
 class _Sums(NamedTuple):
-    """Of the logits of some rows: their largest and the first row that has it, the logarithm of their exponentials'
-    sum, the target's, their sum."""
+    """Statistics of the logits of some rows: the largest and the first row that has it, the logarithm of the sum of
+    exponentials, the target's logit, the sum."""
 
     largest: Array
     first: Array
@@ -101,24 +103,24 @@ class _Sums(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _of_part(inputs: _Inputs, static: PyTree) -> _Sums:
-    def of_chunk(start: Array | int, size: int) -> _Sums:
+def _shard_sums(inputs: _Inputs, static: PyTree) -> _Sums:
+    def chunk_sums(start: Array | int, size: int) -> _Sums:
         head = eqx.combine(_take(inputs.floats, start, size), _take(inputs.others, start, size), static)
         return _sums(head(inputs.hidden), inputs.rows - start, start)
 
     first, size, starts = _chunks(inputs, static)
-    return _over(starts, lambda sums, start: _merged(sums, of_chunk(start, size)), of_chunk(0, first))
+    return _over(starts, lambda sums, start: _merged(sums, chunk_sums(start, size)), chunk_sums(0, first))
 
 
 def _forward(inputs: _Inputs, static: PyTree):
-    sums: Any = _of_part(inputs, static)
+    sums: Any = _shard_sums(inputs, static)
     return sums, (inputs, sums.log_sum)
 
 
 def _backward(static: PyTree, saved: tuple[_Inputs, Array], gradient: _Sums):
     inputs, log_sum = saved
 
-    def add(so_far: tuple[PyTree, Array], start: Array | int, size: int) -> tuple[PyTree, Array]:
+    def add(carry: tuple[PyTree, Array], start: Array | int, size: int) -> tuple[PyTree, Array]:
         others = _take(inputs.others, start, size)
         logits, pull = jax.vjp(
             lambda floats, hidden: eqx.combine(floats, others, static)(hidden),
@@ -129,34 +131,34 @@ def _backward(static: PyTree, saved: tuple[_Inputs, Array], gradient: _Sums):
         rows = jnp.arange(size, dtype=inputs.rows.dtype)[None, None, :]
         d_logits = jnp.exp(logits - log_sum[..., None]) * gradient.log_sum[..., None] + gradient.sum[..., None]
         d_floats, d_hidden = pull(d_logits + jnp.where(rows == target, gradient.chosen[..., None], 0))
-        return _added(so_far[0], d_floats, start), so_far[1] + d_hidden.astype(log_sum.dtype)
+        return _added(carry[0], d_floats, start), carry[1] + d_hidden.astype(log_sum.dtype)
 
     first, size, starts = _chunks(inputs, static)
     none = jax.tree.map(jnp.zeros_like, inputs.floats), jnp.zeros_like(inputs.hidden, dtype=log_sum.dtype)
-    d_floats, d_hidden = _over(starts, lambda so_far, start: add(so_far, start, size), add(none, 0, first))
+    d_floats, d_hidden = _over(starts, lambda carry, start: add(carry, start, size), add(none, 0, first))
     return (_Inputs(d_floats, d_hidden.astype(inputs.hidden.dtype), None, None),)
 
 
-_of_part.defvjp(_forward, _backward)
+_shard_sums.defvjp(_forward, _backward)
 
 
 def _chunks(inputs: _Inputs, static: PyTree) -> tuple[int, int, range]:
-    """How many rows the first chunk and each other one has, and where the others start."""
+    """The number of rows of the first chunk and of every other chunk, and where the others start."""
     rows = eqx.combine(inputs.floats, inputs.others, static).weight.row_count
     size = min(rows, max(_LEAST_ROWS, _LOGITS // max(1, inputs.rows.size)))
     first = rows % size or size
     return first, size, range(first, rows, size)
 
 
-def _over(starts: range, add: Callable[[Carry, Array], Carry], so_far: Carry) -> Carry:
+def _over(starts: range, add: Callable[[Carry, Array], Carry], carry: Carry) -> Carry:
     if not starts:
-        return so_far
+        return carry
     numbers = jnp.arange(starts.start, starts.stop, starts.step, dtype=jnp.int32)
-    return lax.scan(lambda so_far, start: (add(so_far, start), None), so_far, numbers)[0]
+    return lax.scan(lambda carry, start: (add(carry, start), None), carry, numbers)[0]
 
 
 def _take(head: PyTree, start: Array | int, size: int) -> PyTree:
-    """The head of some rows. What a device's part of the vocabulary is in space, these are in time."""
+    """The head with only `size` rows from `start` on, as if `vocab` were split."""
 
     def take(x: Array, spec: PartitionSpec) -> Array:
         return lax.dynamic_slice_in_dim(x, start, size, spec.index("rows")) if "rows" in spec else x
@@ -164,22 +166,22 @@ def _take(head: PyTree, start: Array | int, size: int) -> PyTree:
     return jax.tree.map(take, head, specs(head, _ROWS))
 
 
-def _added(whole: PyTree, part: PyTree, start: Array | int) -> PyTree:
-    """The gradient of the head, with that of some rows added."""
+def _added(whole: PyTree, chunk: PyTree, start: Array | int) -> PyTree:
+    """The gradient of the head, with the gradient of a chunk of rows added."""
 
-    def add(whole: Array, part: Array, spec: PartitionSpec) -> Array:
+    def add(whole: Array, chunk: Array, spec: PartitionSpec) -> Array:
         if "rows" not in spec:
-            return whole + part
-        return lax.dynamic_update_slice_in_dim(whole, part, start, spec.index("rows"))
+            return whole + chunk
+        return lax.dynamic_update_slice_in_dim(whole, chunk, start, spec.index("rows"))
 
-    return jax.tree.map(add, whole, part, specs(whole, _ROWS))
+    return jax.tree.map(add, whole, chunk, specs(whole, _ROWS))
 
 
 def _sums(logits: Float[Array, "batch seq rows"], rows: Int[Array, "batch seq"], start: Array | int) -> _Sums:
     size, of_all = logits.shape[-1], jnp.sum(logits, axis=-1)
     largest, first = jnp.max(logits, axis=-1), jnp.argmax(logits, axis=-1).astype(rows.dtype) + start
     total = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
-    # Minus infinity would add nothing to that sum, and go unnoticed.
+    # Minus infinity adds nothing to the sum of exponentials, so it would go unnoticed.
     total = jnp.where(jnp.isfinite(of_all), total, jnp.nan)
     chosen = jnp.take_along_axis(logits, jnp.clip(rows, 0, size - 1)[..., None], axis=-1)[..., 0]
     chosen = jnp.where((rows >= 0) & (rows < size), chosen, 0)
@@ -187,7 +189,7 @@ def _sums(logits: Float[Array, "batch seq rows"], rows: Int[Array, "batch seq"],
 
 
 def _merged(one: _Sums, other: _Sums) -> _Sums:
-    """Of some rows and of others after them."""
+    """The statistics of the rows of `one` and of the later rows of `other`."""
     return _Sums(
         jnp.maximum(one.largest, other.largest),
         jnp.where(other.largest > one.largest, other.first, one.first),

@@ -1,4 +1,4 @@
-"""From token ids to vectors, and from vectors to logits."""
+"""The embedding table and the output head."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -8,9 +8,9 @@ from .weight import AbstractWeight
 
 
 class Embedding(AbstractNamed):
-    """A table with one row a token.
+    """A table with one row for each token.
 
-    If the strategy splits `vocab`, each device looks up the tokens whose rows it has, and the results are added up:
+    If the strategy splits `vocab`, each device looks up the tokens whose rows it holds, and the results are added up:
     all but one are zero.
 
     **Attributes:**
@@ -25,22 +25,22 @@ class Embedding(AbstractNamed):
     def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch tokens embed"]:
         if not self.strategy.axes("vocab"):
             return self.weight.rows(ids)
-        part, _ = place("vocab", self.strategy)
+        shard, _ = place("vocab", self.strategy)
         size = self.weight.row_count
-        row = ids - part * size
-        here = (row >= 0) & (row < size)
-        found = self.weight.rows(jnp.where(here, row, 0))
-        return psum_tokens(jnp.where(here[:, :, None], found, jnp.zeros((), found.dtype)), "vocab", self.strategy)
+        row = ids - shard * size
+        own = (row >= 0) & (row < size)
+        found = self.weight.rows(jnp.where(own, row, 0))
+        return psum_tokens(jnp.where(own[:, :, None], found, jnp.zeros((), found.dtype)), "vocab", self.strategy)
 
     def array_dims(self) -> dict[str, str]:
         return _named(self.weight)
 
 
 class Unembedding(AbstractNamed):
-    """The output head: one logit a token of the vocabulary.
+    """The output head: one logit for each token of the vocabulary.
 
     Its weight may be the embedding's, as in a model with tied embeddings. If the strategy splits `vocab`, each device
-    has the logits of its part, and nothing is exchanged.
+    computes the logits of its shard, and devices exchange nothing.
 
     **Attributes:**
 
@@ -52,7 +52,7 @@ class Unembedding(AbstractNamed):
     strategy: Strategy = SINGLE
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:
-        """Computes logits, in float32 for 16-bit activations: rounding them would make equal what is not."""
+        """Computes logits, in float32 for 16-bit activations: rounding would make different logits equal."""
         return psum(self.weight.contract(x, "embed", "vocab"), "embed", self.strategy)
 
     def array_dims(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A linear layer over named dimensions, column- or row-parallel by what its strategy splits."""
+"""A linear layer over named dimensions; its strategy makes it column- or row-parallel."""
 
 import equinox as eqx
 from jax.ad_checkpoint import checkpoint_name
@@ -8,22 +8,22 @@ from ..parallel import SINGLE, AbstractNamed, Strategy, psum_tokens
 from .weight import AbstractWeight
 
 
-# What rematerialisation may keep by this name: results, after they were added up.
+# A rematerialisation policy can save the results of linear layers, after the psum, by this name.
 LINEAR = "linear"
 
 
 class Linear(AbstractNamed):
     """Contracts named input dimensions into named output dimensions, without a bias.
 
-    If the strategy splits an output dimension, the layer is column-parallel: each device has its part of the result
-    and nothing is exchanged. If it splits an input dimension, the layer is row-parallel: the partial sums are added
-    up, in the layer's only collective ([Megatron-LM](https://arxiv.org/abs/1909.08053)). If it splits `tokens` too,
-    each device receives the sums of its own tokens only
+    If the strategy splits an output dimension, the layer is column-parallel: each device has its shard of the result,
+    and devices exchange nothing. If it splits an input dimension, the layer is row-parallel: a psum adds the partial
+    sums, the layer's only collective ([Megatron-LM](https://arxiv.org/abs/1909.08053)). If it splits `tokens` too, each
+    device receives the sums of its own tokens only
     ([Korthikanti et al., 2022](https://arxiv.org/abs/2205.05198)).
 
     **Attributes:**
 
-    - `weight`: how the map is stored.
+    - `weight`: the linear map, in any storage format.
     - `in_dims`, `out_dims`: names of the contracted and of the resulting dimensions, such as `"embed"` and
         `"kv_heads q_per_kv head_dim"`.
     - `strategy`: which dimensions are split over which mesh axes.

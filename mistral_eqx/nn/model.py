@@ -38,10 +38,10 @@ class Mistral(eqx.Module):
 
     - `embedding`, `blocks`, `norm`: the layers, in the order in which they are applied.
     - `head`: the output head, or `None` if it is the embedding table.
-    - `config`: the sizes of the whole model, for limits and for writing it to a file. Layers compute with none of them
-        but the angles of `config.rope`: inside `shard_map` every count is that of this device's arrays.
-    - `mesh`: the devices over which the arrays are split, as [`mistral_eqx.shard`][] does; `None` for one device.
-        Called outside of `shard_map`, a model enters its mesh by itself.
+    - `config`: the sizes of the whole model, for checks and for writing it to a file. The layers use only `config.rope`
+        of it: inside `shard_map`, every size comes from this device's arrays.
+    - `mesh`: the devices over which [`mistral_eqx.shard`][] has split the arrays; `None` for one device. A model that
+        is called outside of `shard_map` enters its mesh itself.
     """
 
     embedding: Embedding
@@ -62,16 +62,16 @@ class Mistral(eqx.Module):
     ) -> "Mistral":
         """A model with random weights.
 
-        Weights are normal with standard deviation 0.02; those that write to the residual stream have it divided by
-        the root of the number of such writes, so that the stream keeps its size
+        Weights are normal with standard deviation 0.02. For projections that write to the residual stream it is
+        divided by the square root of the number of such projections, so that the stream keeps its scale
         ([GPT-2](https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf)).
 
         **Arguments:**
 
         - `config`: the sizes.
-        - `key`: for the random numbers.
-        - `dtype`: of all weights.
-        - `strategy`: the leaf of every layer that says how it is split.
+        - `key`: the key of the random numbers.
+        - `dtype`: the precision of all weights.
+        - `strategy`: which dimensions are split over which mesh axes.
         """
         checked(config, MistralConfig, "config", remedy="mistral_eqx.PRESETS has some")
         checked(strategy, Strategy, "strategy")
@@ -104,13 +104,13 @@ class Mistral(eqx.Module):
 
     @property
     def unembedding(self) -> Unembedding:
-        """The output head, which may have the embedding's table."""
+        """The output head; with tied embeddings, its weight is the embedding table."""
         return Unembedding(self.embedding.weight, self.strategy) if self.head is None else self.head
 
     def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocab"]:
-        """The logits of the token after each one of `ids`; float32 for a 16-bit model.
+        """The logits of the token after each of `ids`; float32 for a 16-bit model.
 
-        On a mesh they are split as the strategy splits `batch` and `vocab`.
+        On a mesh, the logits are split as the strategy splits `batch` and `vocab`.
         """
 
         def forward(model: Mistral, ids: Array) -> Array:
@@ -133,8 +133,8 @@ class Mistral(eqx.Module):
         devices = self.strategy.parts("batch", self.mesh)
         if ids.shape[0] % devices:
             raise InputError(
-                f"{ids.shape[0]} rows cannot be split over {devices} devices, as the strategy "
-                f"{self.strategy.layout!r} does with 'batch'; give a multiple of {devices}."
+                f"{ids.shape[0]} rows cannot be split over {devices} devices, over which the strategy "
+                f"{self.strategy.layout!r} splits 'batch'; give a multiple of {devices}."
             )
 
     @overload
@@ -165,26 +165,27 @@ class Mistral(eqx.Module):
         mask: Bool[Array, "batch seq kv_seq"] | None = None,
         span: Span | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
-        """The last layer's output, which `logits` turns into logits.
+        """The normalised output of the last block, from which `logits` computes logits.
 
         **Arguments:**
 
         - `ids`: tokens, shape `(batch, seq)`.
-        - `positions`: where each token stands in its row's text, -1 for padding. Unless given, the tokens
-            follow those in the cache, or start at 0.
-        - `cache`: earlier tokens' keys and values. It must have `seq` free slots: a slot past the end would overwrite
-            the last ones. Where `kv_seq` is split, each device needs one more, which a token of another may touch.
-        - `mask`: which slot each token may see at most, for continuations of one text that share a row; besides,
-            a token sees what its position and the windows let it see.
-        - `span`: which columns each token sees, without a cache: for packed documents and attention that is not
-            causal. `positions` then tell rotary angles and padding alone.
+        - `positions`: the position of each token in its row's sequence, -1 for padding. Unless given, positions
+            continue those in the cache, or start at 0.
+        - `cache`: the keys and values of earlier tokens. It must have `seq` free slots: a write past the end would
+            overwrite the last slots. Where `kv_seq` is split, each device needs one more slot, for padding.
+        - `mask`: a further mask over slots, for continuations of one prompt that share a row: a token attends to a
+            slot only if `mask`, its position and the window allow it.
+        - `span`: the attention span of each token, without a cache: for packed documents and attention that is not
+            causal. `positions` then determine only rotary angles and padding.
 
         **Returns:** activations, shape `(batch, seq, embed)`, and the cache with these tokens added.
         """
         self._check_rows(ids)
         if span is not None and cache is not None:
             raise InputError(
-                "A span tells columns, and a cache has none; read the whole text at once, without a cache."
+                "A span counts columns of the row, which a cache does not have; pass the whole sequence at once, "
+                "without a cache."
             )
         rows, layers = self.strategy.spec("batch"), specs(cache, self.strategy)
         in_specs = specs(self, self.strategy), rows, rows, layers, self.strategy.spec("batch _ kv_seq"), rows
@@ -192,7 +193,7 @@ class Mistral(eqx.Module):
         return spmd(_hidden, self.mesh, in_specs, out_specs)(self, ids, positions, cache, mask, span)
 
     def logits(self, hidden: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:
-        """The output head, applied to what `hidden` returned or to a part of it."""
+        """Applies the output head to activations that `hidden` returned, or to some of them."""
 
         def forward(model: Mistral, hidden: Array) -> Array:
             return model.unembedding(hidden)

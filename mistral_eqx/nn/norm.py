@@ -13,11 +13,11 @@ class RMSNorm(eqx.Module):
     """Scales vectors to a root mean square of one, then each entry by a weight
     ([Zhang and Sennrich, 2019](https://arxiv.org/abs/1910.07467)).
 
-    The mean is taken in float32 at least, whatever the activations' precision.
+    The mean is computed in float32 or wider, whatever the precision of the activations.
 
     **Attributes:**
 
-    - `weight`: one factor an entry, shape `(embed,)`.
+    - `weight`: one factor for each entry, shape `(embed,)`.
     - `eps`: added to the mean of squares.
     - `strategy`: which dimensions are split over which mesh axes.
     """
@@ -28,7 +28,7 @@ class RMSNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         wide = x.astype(at_least_float32(x.dtype))
-        _, parts = place("embed", self.strategy)
-        mean = psum(jnp.mean(wide * wide, axis=-1, keepdims=True) / parts, "embed", self.strategy)
+        _, shards = place("embed", self.strategy)
+        mean = psum(jnp.mean(wide * wide, axis=-1, keepdims=True) / shards, "embed", self.strategy)
         scale = lax.rsqrt(mean + self.eps)
         return (wide * scale).astype(x.dtype) * self.weight.reshape(1, 1, -1)

@@ -1,4 +1,4 @@
-"""The precision in which sums are taken, and how 16-bit floats are moved."""
+"""The precision of sums, and the bits of 16-bit floats."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -13,8 +13,8 @@ def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
 def to_bits(x: Float[Array, "*shape"]) -> UInt16[Array, "*shape"]:
     """The bits of a 16-bit float as an integer.
 
-    XLA on CPU has no 16-bit float operations: even to pick or to replace one row of an array it turns all of it into
-    float32. Integers it leaves alone.
+    XLA on CPU has no 16-bit float operations: even to read or replace one row, it converts the whole array to float32.
+    It does not convert integers.
     """
     return lax.bitcast_convert_type(x, jnp.uint16)
 

@@ -11,7 +11,7 @@ from .precision import at_least_float32
 
 
 class Rotation(eqx.Module):
-    """Cosines and sines of the angle by which each pair of entries at each position is turned
+    """Cosines and sines of the angle by which each pair of entries at each position is rotated
     ([RoFormer](https://arxiv.org/abs/2104.09864)).
     """
 
@@ -30,8 +30,8 @@ class Rotation(eqx.Module):
 
         **Arguments:**
 
-        - `rope`: the angles of all pairs; where the strategy splits `head_dim`, each device takes those of its part.
-        - `dtype`: the precision of the activations. Angles are float32 at least.
+        - `rope`: the angles of all pairs; where the strategy splits `head_dim`, each device takes those of its shard.
+        - `dtype`: the precision of the activations. Angles are float32 or wider.
         """
         dtype = at_least_float32(jnp.dtype(dtype))
         inv_freq = own_part(jnp.asarray(rope.inv_freq, dtype), strategy.axes("head_dim"), axis=0)
@@ -53,5 +53,5 @@ class Rotation(eqx.Module):
         sin = self.sin.reshape(batch, seq, *(1,) * heads, pairs)
         paired = x.astype(cos.dtype).reshape(*x.shape[:-1], pairs, 2)
         first, second = paired[..., 0], paired[..., 1]
-        turned = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1)
-        return turned.reshape(x.shape).astype(x.dtype)
+        rotated = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1)
+        return rotated.reshape(x.shape).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""A model whose equal blocks are stacked, and scanned one after the other."""
+"""A model whose equal blocks are stacked and scanned."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from .visible import Span
 
 
 class Gathering(NamedTuple):
-    """How arrays are put together of which each device has a shard, where they are used and no earlier.
+    """How sharded arrays are gathered just before they are used.
 
     **Attributes:**
 
-    - `outer`: of the model without its blocks.
-    - `blocks`: of one repeat of the layer pattern.
+    - `outer`: gathers the arrays of the model without its blocks.
+    - `blocks`: gathers the arrays of one repeat of the layer pattern.
     """
 
     outer: Callable[[PyTree], PyTree]
@@ -37,10 +37,10 @@ AS_IT_IS = Gathering(lambda outer: outer, lambda blocks: blocks)
 
 
 class Stacked(eqx.Module):
-    """A model whose blocks are one, with arrays that have a first axis `layers`.
+    """A model whose blocks are stacked: their arrays have a first axis `layers`.
 
-    A program that scans it is as long for many layers as for few. Where blocks differ by a layer pattern, as windows do
-    in some models, there is one for each layer of the pattern.
+    The length of a program that scans them does not depend on the number of layers. Where blocks differ by a layer
+    pattern, as windows do in some models, there is one stacked block for each layer of the pattern.
 
     **Attributes:**
 
@@ -53,11 +53,11 @@ class Stacked(eqx.Module):
 
     @property
     def repeats(self) -> int:
-        """How often the layer pattern is repeated."""
+        """The number of repeats of the layer pattern."""
         return jax.tree.leaves(eqx.filter(self.pattern, eqx.is_array))[0].shape[0]
 
     def specs(self, strategy: Strategy) -> "Stacked":
-        """How each array is split over the mesh; see [`mistral_eqx.parallel.specs`][]. Layers are not split."""
+        """The `PartitionSpec` of each array; see [`mistral_eqx.parallel.specs`][]. Layers are not split."""
         pattern = jax.tree.map(lambda spec: PartitionSpec(None, *spec), specs(self.pattern, strategy))
         return Stacked(specs(self.outer, strategy), pattern)
 
@@ -70,13 +70,13 @@ class Stacked(eqx.Module):
         wrapped: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda repeat: repeat,
         gathering: Gathering = AS_IT_IS,
     ) -> Float[Array, "batch seq embed"]:
-        """What [`mistral_eqx.nn.Mistral.hidden`][] returns for the model that is not stacked.
+        """The activations that [`mistral_eqx.nn.Mistral.hidden`][] returns for the model that is not stacked.
 
         **Arguments:**
 
-        - `ids`, `positions`, `span`: as there.
-        - `wrapped`: changes the function of one repeat of the layer pattern, as `jax.checkpoint` does.
-        - `gathering`: makes whole what each device has a shard of.
+        - `ids`, `positions`, `span`: as for `Mistral.hidden`.
+        - `wrapped`: transforms the function of one repeat of the layer pattern, as `jax.checkpoint` does.
+        - `gathering`: gathers arrays of which each device has a shard.
         """
         strategy, dtype, rope = self.outer.strategy, self.outer.dtype, self.outer.config.rope
         context = Context.init(rope, jnp.asarray(positions), dtype=dtype, strategy=strategy, span=span)
@@ -91,17 +91,17 @@ class Stacked(eqx.Module):
         return all_tokens(self.whole(gathering).norm(x), context.seq, strategy, to="invarying")
 
     def head(self, gathering: Gathering = AS_IT_IS) -> Unembedding:
-        """The output head, which may have the embedding's table."""
+        """The output head; with tied embeddings, its weight is the embedding table."""
         return self.whole(gathering).unembedding
 
     def whole(self, gathering: Gathering) -> Mistral:
-        """The model without its blocks, put together."""
+        """The model without its blocks, with gathered arrays."""
         arrays, static = eqx.partition(self.outer, eqx.is_array)
         return eqx.combine(gathering.outer(arrays), static)
 
 
 def stack(model: Mistral) -> Stacked:
-    """Stacks the blocks of a model; `unstack` takes them apart again."""
+    """Stacks the blocks of a model; `unstack` reverses this."""
     kinds = [_kind(block) for block in model.blocks]
     count = len(kinds)
     size = next(size for size in range(1, count + 1) if count % size == 0 and kinds == kinds[:size] * (count // size))
@@ -110,7 +110,7 @@ def stack(model: Mistral) -> Stacked:
 
 
 def unstack(stacked: Stacked) -> Mistral:
-    """The model with a tuple of blocks, as it is for generating and for writing to a file."""
+    """The model with a tuple of blocks, for generating and for writing to a file."""
     blocks = tuple(
         jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat] if eqx.is_array(leaf) else leaf, block)
         for repeat in range(stacked.repeats)
@@ -120,7 +120,7 @@ def unstack(stacked: Stacked) -> Mistral:
 
 
 def _kind(block: Block) -> tuple[PyTree, list[tuple[Any, ...]]]:
-    """What two blocks must have in common to be stacked."""
+    """The structure, shapes and dtypes that two blocks must share to be stacked."""
     arrays, static = eqx.partition(block, eqx.is_array)
     return static, [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)]
 
@@ -132,5 +132,5 @@ def _joined(blocks: tuple[Block, ...]) -> Block:
 def _embedded(outer: Mistral, ids: Array, gathering: Gathering) -> Array:
     if gathering is AS_IT_IS:
         return outer.embedding(ids)
-    # The table is let go of, and not kept for the backward pass, which needs the ids alone.
+    # The checkpoint keeps the gathered table from being saved for the backward pass, which needs the ids alone.
     return eqx.filter_checkpoint(lambda outer: Stacked(outer, ()).whole(gathering).embedding(ids))(outer)

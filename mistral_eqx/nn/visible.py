@@ -1,4 +1,4 @@
-"""Which keys each query sees."""
+"""The attention mask: which keys each query attends to."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -6,19 +6,19 @@ from jaxtyping import Array, Bool, Int
 
 
 class Span(eqx.Module):
-    """Which columns of its row each token sees, where that is not all before it.
+    """The attention span of each token, in columns of its row, where attention is not causal over the whole row.
 
     | attention | `first` | `last` |
     |---|---|---|
     | causal | 0 | its own column |
-    | over packed documents | where its document begins | its own column |
-    | bidirectional | 0, or where its document begins | the last column of the row or document |
+    | over packed documents | first column of its document | its own column |
+    | bidirectional | 0, or first column of its document | the last column of the row or document |
     | prefix | 0 | its own column or the end of the prefix, whichever is later |
 
     **Attributes:**
 
-    - `first`: the first column that each token sees; 0 unless given.
-    - `last`: the last one; its own unless given.
+    - `first`: the first column that each token attends to; 0 unless given.
+    - `last`: the last column that each token attends to; its own column unless given.
     """
 
     first: Int[Array, "batch seq"] | None = None
@@ -28,13 +28,13 @@ class Span(eqx.Module):
 def bounds(
     positions: Int[Array, "batch seq"], window: int | None, span: Span | None = None
 ) -> tuple[Int[Array, "batch seq"], Int[Array, "batch seq"]]:
-    """The first and the last position that each query sees.
+    """The first and the last position that each query attends to.
 
     **Arguments:**
 
-    - `positions`: the position of each query; a negative one is padding and sees nothing.
-    - `window`: how many positions a query sees to either side, itself included, or `None` for all.
-    - `span`: what it sees at most, in the same positions; all up to itself unless given.
+    - `positions`: the position of each query; a negative one is padding, which attends to nothing.
+    - `window`: how many positions a query attends to on either side, itself included; `None` for all.
+    - `span`: the attention span of each query, in the same positions; causal unless given.
     """
     first = span.first if span is not None and span.first is not None else jnp.zeros_like(positions)
     last = span.last if span is not None and span.last is not None else positions
@@ -46,13 +46,13 @@ def bounds(
 def visible(
     first: Int[Array, "batch seq"], last: Int[Array, "batch seq"], kv_positions: Int[Array, "batch kv_seq"]
 ) -> Bool[Array, "batch seq kv_seq"]:
-    """Which keys each query sees.
+    """The mask: which keys each query attends to.
 
     **Arguments:**
 
-    - `first`, `last`: the first and the last position that each query sees, neither of them negative for one that
-        sees any.
-    - `kv_positions`: the position of each key; a negative one is padding and is never seen.
+    - `first`, `last`: the first and the last position that each query attends to. A query whose `last` is negative
+        attends to nothing.
+    - `kv_positions`: the position of each key; a negative one is padding, and no query attends to it.
     """
     keys = kv_positions[:, None, :]
     return (keys >= jnp.maximum(first, 0)[:, :, None]) & (keys <= last[:, :, None])

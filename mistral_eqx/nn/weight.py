@@ -12,10 +12,10 @@ from .kernels import contract, rows
 
 
 class AbstractWeight(eqx.Module):
-    """The storage of a linear map. A layer says which dimensions are contracted; its weight knows how.
+    """The storage of a linear map. A layer says which dimensions are contracted; its weight says how.
 
-    To add a storage format, subclass this and define the methods. Inside `shard_map` the arrays are this
-    device's part, and so are the results: partial sums are added up by the layer, not here.
+    To add a storage format, subclass this and define the methods. Inside `shard_map` the arrays are this device's
+    shards, and the results may be partial sums: the layer adds them up, not the weight.
     """
 
     @abc.abstractmethod
@@ -27,26 +27,26 @@ class AbstractWeight(eqx.Module):
         - `x`: activations, shape `(batch, seq, *in)`.
         - `in_dims`, `out_dims`: the names of the contracted and of the resulting dimensions.
 
-        **Returns:** an array of shape `(batch, seq, *out)`, in the precision in which the sum was taken: float32
-        for 16-bit activations.
+        **Returns:** an array of shape `(batch, seq, *out)`, in the precision of the sum: float32 for 16-bit
+        activations.
         """
 
     @abc.abstractmethod
     def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
-        """Looks up rows by their index in the first dimension, as an embedding table is read."""
+        """Looks up rows by their index in the first dimension, as an embedding does."""
 
     @property
     @abc.abstractmethod
     def row_count(self) -> int:
-        """How many rows there are to look up."""
+        """The number of rows."""
 
     @abc.abstractmethod
     def dense(self) -> Float[Array, "..."]:
-        """The map as an array of floats, shape `(*out, *in)`: itself, or what it stands for."""
+        """The map as an array of floats, shape `(*out, *in)`, dequantised if it is quantised."""
 
     @abc.abstractmethod
     def dims(self, in_dims: str, out_dims: str) -> dict[str, str]:
-        """The dimensions of each array field, by the field's name: what a `Strategy` turns into shardings."""
+        """The dimensions of each array field, by the field's name; a `Strategy` turns them into `PartitionSpec`s."""
 
 
 class DenseWeight(AbstractWeight):
@@ -58,7 +58,7 @@ class DenseWeight(AbstractWeight):
     def init(
         cls, shape: tuple[int, ...], std: float, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
     ) -> "DenseWeight":
-        """Draws a normal distribution of standard deviation `std`."""
+        """Draws from a normal distribution of standard deviation `std`."""
         return cls(jr.normal(key, shape, dtype) * jnp.asarray(std, dtype))
 
     def contract(self, x: Float[Array, "batch seq *in"], in_dims: str, out_dims: str) -> Float[Array, "batch seq *out"]:

@@ -1,4 +1,4 @@
-"""What has to be the same on all processes is compared before they run into a collective with different programs."""
+"""Checks that processes agree, before they meet in a collective with different programs."""
 
 import hashlib
 from typing import Any
@@ -12,14 +12,14 @@ from .watch import running
 
 
 def agree(what: str, value: str) -> None:
-    """Makes sure that all processes hold the same value.
+    """Checks that all processes hold the same value.
 
-    With one process it returns at once. With several, all of them must call it, in the same order: each learns the
-    digests of the others.
+    With one process it returns at once. With several, all of them must call it, in the same order: they exchange
+    digests of their values.
 
     **Arguments:**
 
-    - `what`: what is compared, as the sentence of the error names it, such as `"strategy"`.
+    - `what`: the name of the value in the error's message, such as `"strategy"`.
     - `value`: this process's value, as text.
 
     **Raises:** `ValueError`, on every process, if they differ.
@@ -37,13 +37,13 @@ def agree(what: str, value: str) -> None:
 
 
 def share(text: str | None) -> Any:
-    """Process 0's text, such as a prompt that only it can read, on every process.
+    """Broadcasts a text of process 0, such as a prompt that only process 0 can read, to all processes.
 
-    All processes must call it, in the same order. The others wait as long as it takes: a user may be thinking.
+    All processes must call it, in the same order. The others wait without a limit: process 0 may wait for a user.
 
     **Arguments:**
 
-    - `text`: what to share; of the other processes it is ignored.
+    - `text`: the text to broadcast; ignored on the other processes.
 
     **Returns:** the text of process 0.
 
@@ -51,17 +51,17 @@ def share(text: str | None) -> Any:
     """
     watch = running()
     if watch is not None:
-        return watch.share(text)
+        return watch.broadcast(text)
     if jax.process_count() > 1:
         raise InputError(
-            "A text cannot be shared between processes that jax.distributed.initialize started; call "
-            "mistral_eqx.parallel.initialize in its place."
+            "A text cannot be broadcast to processes that jax.distributed.initialize connected; call "
+            "mistral_eqx.parallel.initialize instead."
         )
     return text
 
 
 def _listed(processes: list[int]) -> str:
-    """For example `"1, 2 and 3 differ"`; of many, the first ones and how many there are."""
+    """For example `"1, 2 and 3 differ"`; of more than eight, the first seven and the number of the others."""
     if len(processes) == 1:
         return f"{processes[0]} differs"
     named = [str(process) for process in processes]

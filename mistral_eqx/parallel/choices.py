@@ -1,4 +1,4 @@
-"""Which strategies a model can have on a number of devices."""
+"""The strategies that a model can have on a number of devices."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from .strategy import HEADS_X_HEAD_DIM, NAMED, SINGLE, Strategy
 
 
 def read_strategy(text: str) -> Strategy:
-    """A strategy from its name, with entries after it if there are any, or from its text.
+    """Reads a strategy from its name, with or without further entries, or from its layout.
 
     **Arguments:**
 
@@ -31,7 +31,7 @@ def read_strategy(text: str) -> Strategy:
         return named + entries if entries.strip() else named
     if "@" not in name:
         raise InputError(
-            f"There is no strategy {name!r}; the names are single, {', '.join(NAMED)}, and a text reads "
+            f"There is no strategy {name!r}; the names are single, {', '.join(NAMED)}, and a layout is, for example, "
             "'kv_heads@tp hidden@tp'."
         )
     return Strategy(text.strip())
@@ -39,11 +39,11 @@ def read_strategy(text: str) -> Strategy:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A strategy and the mesh that it is for.
+    """A strategy and the axes of its mesh.
 
     **Attributes:**
 
-    - `name`: such as `"heads"`; with copies of the model on several groups of devices, `"heads, batch over 2"`.
+    - `name`: such as `"heads"`, or `"heads, batch over 2"` with two copies of the model.
     - `strategy`: which dimensions are split over which axes.
     - `axes`: the mesh's axes and their sizes.
     """
@@ -53,22 +53,22 @@ class Choice:
     axes: dict[str, int]
 
     def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
-        """The mesh, of these devices or of those that are there."""
+        """The mesh over `devices`, or over all devices."""
         return make_mesh(self.axes, devices)
 
 
 def strategies(config: MistralConfig, n_devices: int) -> list[Choice]:
     """The named strategies that are legal for a model on a number of devices.
 
-    Each comes with every mesh that it can have: `tp` takes all devices, `kv` as many as there are ways to split the
-    key/value heads and `rep` the rest, and `dp`, which splits `batch`, a part of them beside one or the other.
+    Each comes with every mesh that it can have. The axis `dp`, which splits `batch`, takes some or none of the devices.
+    The others go to the axis `tp`, or to the axes `kv`, which splits the key/value heads, and `rep`.
 
     **Arguments:**
 
-    - `config`: the model's.
-    - `n_devices`: how many devices there are.
+    - `config`: the model's config.
+    - `n_devices`: the number of devices.
 
-    **Returns:** the choices, those that split the weights the most first.
+    **Returns:** the choices; those that split the weights over the most devices come first.
     """
     checked(config, MistralConfig, "config")
     n_devices = checked(n_devices, Annotated[int, Ge(1), Le(MOST_DEVICES)], "n_devices")
@@ -90,7 +90,7 @@ def _axes(strategy: Strategy, devices: int) -> Iterator[dict[str, int]]:
             yield {"tp": devices}
         return
     for rep in _divisors(devices)[1:]:
-        # On one key/value group this is `head_dim` under another name.
+        # With one key/value group, this strategy equals `head_dim`.
         if rep < devices or strategy is not HEADS_X_HEAD_DIM:
             yield {"kv": devices // rep, "rep": rep}
 

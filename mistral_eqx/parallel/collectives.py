@@ -1,4 +1,4 @@
-"""The only file that names a collective operation, and what a device does by its place on the mesh."""
+"""All collective operations, which no other file names, and what depends on a device's index on the mesh."""
 
 import functools
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def psum(x: Array, dims: str, strategy: Strategy) -> Array:
 
     - `x`: this device's partial sum, any shape.
     - `dims`: the dimensions that were summed over, such as `"kv_heads q_per_kv head_dim"`.
-    - `strategy`: tells which mesh axes split them.
+    - `strategy`: which dimensions are split over which mesh axes.
 
     **Returns:** the sum, on every device; `x` itself if nothing is split.
     """
@@ -26,42 +26,41 @@ def psum(x: Array, dims: str, strategy: Strategy) -> Array:
 
 
 def pmax(x: Array, dims: str, strategy: Strategy) -> Array:
-    """The largest `x` of the devices among which any of `dims` is split; no gradient passes."""
+    """The elementwise maximum over the devices among which any of `dims` is split; no gradient passes."""
     axes = strategy.axes(dims)
     return lax.pmax(lax.stop_gradient(x), axes) if axes else x
 
 
 def pmin(x: Array, dims: str, strategy: Strategy) -> Array:
-    """The smallest `x` of the devices among which any of `dims` is split; no gradient passes."""
+    """The elementwise minimum over the devices among which any of `dims` is split; no gradient passes."""
     axes = strategy.axes(dims)
     return lax.pmin(lax.stop_gradient(x), axes) if axes else x
 
 
 def psum_together(first: Array, second: Array, dims: str, strategy: Strategy) -> tuple[Array, Array]:
-    """`psum` of two arrays in one exchange; they agree in all axes but the last."""
+    """`psum` of two arrays in one collective; their shapes may differ in the last axis only."""
     if not strategy.axes(dims):
         return first, second
     both = psum(jnp.concatenate([first, second], axis=-1), dims, strategy)
     return both[..., : first.shape[-1]], both[..., first.shape[-1] :]
 
 
-def psum_varying(parts: Sequence[Array]) -> Array:
-    """The sum of scalars, each added up over the devices among which it differs; those that are the same count once.
+def psum_varying(scalars: Sequence[Array]) -> Array:
+    """The sum of scalars, each added up over the mesh axes along which it varies; a replicated scalar counts once.
 
-    So the squares of all gradients are summed, of weights that are split and of those that are not: one exchange for
-    each set of mesh axes along which some of them are split.
+    It adds the squares of gradients of split and of replicated weights, with one psum for each set of varying axes.
     """
     by_axes: dict[tuple[str, ...], Array] = {}
-    for part in parts:
-        axes = tuple(sorted(jax.typeof(part).manual_axis_type.varying))
-        by_axes[axes] = by_axes[axes] + part if axes in by_axes else part
-    return functools.reduce(jnp.add, (lax.psum(part, axes) if axes else part for axes, part in by_axes.items()))
+    for scalar in scalars:
+        axes = tuple(sorted(jax.typeof(scalar).manual_axis_type.varying))
+        by_axes[axes] = by_axes[axes] + scalar if axes in by_axes else scalar
+    return functools.reduce(jnp.add, (lax.psum(total, axes) if axes else total for axes, total in by_axes.items()))
 
 
 def psum_tokens(x: Array, dims: str, strategy: Strategy) -> Array:
     """Like `psum` for the residual stream: where `strategy` splits `tokens`, each device receives its own tokens only.
 
-    A length that cannot be cut into equal parts, such as the one token of a decoding step, stays whole.
+    A `seq` that is not a multiple of the number of devices, such as the 1 of a decoding step, stays whole.
 
     **Arguments:**
 
@@ -79,27 +78,27 @@ def psum_tokens(x: Array, dims: str, strategy: Strategy) -> Array:
 
 
 def all_tokens(x: Array, seq: int, strategy: Strategy, *, to: str = "varying") -> Array:
-    """Puts together the tokens that `psum_tokens` gave to each device; `x` itself if it has all `seq` of them.
+    """Gathers the tokens that `psum_tokens` scattered; `x` itself if it has all `seq` of them.
 
     **Arguments:**
 
     - `x`: shape `(batch, tokens, ...)`.
-    - `to`: `"invarying"` if all devices are to know that they have the same. Otherwise the gradient is scattered right
-        away and not added up everywhere first.
+    - `to`: `"invarying"` marks the result as the same on all devices. After `"varying"`, the gradient is scattered
+        directly, without a psum first.
     """
     return x if x.shape[1] == seq else lax.all_gather(x, strategy.axes("tokens"), axis=1, tiled=True, to=to)
 
 
 def gather(x: Array, dims: str, strategy: Strategy, *, axis: int) -> Array:
-    """Puts together the parts of all devices among which `dims` are split, along `axis`."""
+    """Gathers, along `axis`, the shards of all devices among which `dims` are split."""
     axes = strategy.axes(dims)
     return lax.all_gather(x, axes, axis=axis, tiled=True, to="invarying") if axes else x
 
 
 def vary_alike(*arrays: Array) -> tuple[Array, ...]:
-    """Marks arrays as different along all mesh axes along which one of them is, as a loop over them asks for.
+    """Marks arrays as varying along all mesh axes along which one of them varies, as the carry of a loop must be.
 
-    The gradient of an array that is the same along an axis is then added up there.
+    Along an axis on which an array was not varying, its gradient is then added up.
     """
     axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
     missing = [tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying)) for x in arrays]
@@ -107,12 +106,12 @@ def vary_alike(*arrays: Array) -> tuple[Array, ...]:
 
 
 def vary(x: Array, axes: Sequence[str]) -> Array:
-    """Marks an array that is the same along mesh axes as different there: each device then takes its own gradient."""
+    """Marks a replicated array as varying along mesh axes; each device then has its own gradient of it."""
     return lax.pcast(x, tuple(axes), to="varying")
 
 
 def own_part(x: Array, axes: Sequence[str], *, axis: int) -> Array:
-    """This device's part of an array that all devices along some mesh axes have; nothing is exchanged."""
+    """This device's shard of an array that is replicated along mesh axes; devices exchange nothing."""
     axes = tuple(axes)
     if not axes:
         return x
@@ -121,24 +120,24 @@ def own_part(x: Array, axes: Sequence[str], *, axis: int) -> Array:
 
 
 def gather_parts(x: Array, axes: Sequence[str], *, axis: int, to: str) -> Array:
-    """Puts together what `own_part` gave to each device.
+    """Gathers the shards that `own_part` made.
 
     **Arguments:**
 
-    - `to`: `"invarying"` if all devices are to know that they have the same. After `"varying"` each has a gradient of
-        its own; these are summed up, and each device receives its part of the sum.
+    - `to`: `"invarying"` marks the result as the same on all devices. After `"varying"`, each device has its own
+        gradient, and receives its shard of the sum of all gradients.
     """
     return lax.all_gather(x, tuple(axes), axis=axis, tiled=True, to=to)
 
 
 def scatter_sum(x: Array, axes: Sequence[str], *, axis: int) -> Array:
-    """This device's part of the sum over devices along some mesh axes; all of the sum if `axis` is -1."""
+    """This device's shard of the sum over mesh axes; the whole sum if `axis` is -1."""
     if axis < 0:
         return lax.psum(x, tuple(axes))
     return lax.psum_scatter(x, tuple(axes), scatter_dimension=axis, tiled=True)
 
 
 def place(dims: str, strategy: Strategy) -> tuple[Array | int, int]:
-    """Which of the parts of `dims` this device has, and how many there are."""
+    """The shard index of this device along `dims`, and the number of shards."""
     axes = strategy.axes(dims)
     return (lax.axis_index(axes), lax.axis_size(axes)) if axes else (0, 1)

@@ -19,10 +19,10 @@ from .watch import address, meet, run
 
 _AXIS = re.compile(r"([a-z_0-9]+)=([0-9]+)")
 
-# No machine has more devices; a product of sizes below it is a number that can be counted out.
+# More devices than any machine has. The limit keeps loops over a number of devices short.
 MOST_DEVICES = 2**20
 
-# JAX ends a process that hears nothing of another for this long, whether or not our own watch has noticed.
+# JAX ends a process after this many seconds without a heartbeat of another one, if our watch has not ended it.
 _HEARTBEAT = 40
 
 
@@ -35,7 +35,7 @@ def parse_axes(axes: str | Mapping[str, int]) -> dict[str, int]:
 
     **Returns:** the size of each axis, in the order given.
 
-    **Raises:** `ValueError` if the text is not of that form, an axis comes twice or has no positive size.
+    **Raises:** `ValueError` if the text has another form, an axis is named twice, or a size is not positive.
     """
     if isinstance(axes, str):
         sizes = {}
@@ -47,7 +47,7 @@ def parse_axes(axes: str | Mapping[str, int]) -> dict[str, int]:
                 )
             if match[1] in sizes:
                 raise InputError(f"The mesh {axes!r} names the axis {match[1]!r} twice; keep one.")
-            # So many digits are too many for any mesh, and far more would be too many for `int`.
+            # A size of 20 digits is refused below; `int` would raise for thousands of digits.
             sizes[match[1]] = int(match[2][:20])
     elif isinstance(axes, Mapping):
         sizes = dict(axes)
@@ -68,18 +68,18 @@ def parse_axes(axes: str | Mapping[str, int]) -> dict[str, int]:
 def make_mesh(axes: str | Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Arranges devices along named axes.
 
-    The last axis runs over the devices that are closest to each other; with several processes the first one runs
-    across them. On a TPU the arrangement follows the torus of the chips, as `jax.make_mesh` does.
+    The last axis runs over the devices that are closest to each other; with several processes, the first axis runs
+    across processes. On TPU, the arrangement follows the torus of the chips, as that of `jax.make_mesh` does.
 
     **Arguments:**
 
     - `axes`: names and sizes of the axes, such as `"tp=8"`, `"dp=2,tp=4"` or `{"kv": 8, "rep": 2}`.
-    - `devices`: the devices to take, all there are by default; of more than the mesh holds, the first ones.
+    - `devices`: the devices to use, by default all; if there are more than the mesh holds, it has the first ones.
 
     **Returns:** the mesh, whose axes are `Auto`.
 
-    **Raises:** `ValueError` if the axes are wrong, there are not enough devices, or some of several processes would
-    have no part in the mesh.
+    **Raises:** `ValueError` if the axes are wrong, there are not enough devices, or the mesh has no device of one of
+    several processes.
     """
     sizes = parse_axes(axes)
     count = math.prod(sizes.values())
@@ -101,7 +101,7 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[Any] | None = Non
     try:
         return jax.make_mesh(shape, names, axis_types=auto, devices=devices)
     except NotImplementedError:
-        # The torus has no such sides; they can still be cut out of longer ones.
+        # The torus has no sides of these lengths, but longer sides can be split.
         arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(arranged, names, axis_types=auto)
 
@@ -112,7 +112,7 @@ def show(axes: Mapping[str, int]) -> str:
 
 
 def _virtual(devices: Sequence[Any], count: int) -> str:
-    """What to do on a machine that has no accelerators."""
+    """The remedy for a machine without accelerators."""
     if any(device.platform != "cpu" for device in devices) or count > 1024:
         return ""
     each = -(-count // jax.process_count())
@@ -128,30 +128,30 @@ def initialize(
     timeout: float = 60.0,
     local_device_ids: Sequence[int] | None = None,
 ):
-    """Connects several processes, on one host or several, so that each sees the devices of all.
+    """Connects several processes, on one host or several, so that each can use the devices of all.
 
-    Every process calls it once, before it uses a device. From then on a process that fails or dies ends the others.
-    Without arguments they are taken from SLURM, Cloud TPU or Open MPI, as JAX finds them.
+    Every process calls it once, before it uses a device. From then on, a process that fails or dies ends the others.
+    Without arguments, JAX detects them from SLURM, Cloud TPU or Open MPI.
 
     **Arguments:**
 
-    - `coordinator`: where process 0 runs and a free port there, `"host:port"`; the same for all.
-    - `num_processes`: how many processes there are.
-    - `process_id`: the number of this one, from 0.
-    - `timeout`: after how many seconds to give up on processes that do not come.
-    - `local_device_ids`: which of this host's accelerators belong to this process, if not all. Under SLURM and Open
-        MPI the default is one, after the number of the task on its host.
+    - `coordinator`: the host of process 0 and a free port there, `"host:port"`; the same on all processes.
+    - `num_processes`: the number of processes.
+    - `process_id`: the number of this process, from 0.
+    - `timeout`: how many seconds to wait for the other processes.
+    - `local_device_ids`: which of this host's accelerators belong to this process, by default all. Under SLURM and Open
+        MPI the default is one, whose id is the number of the task on its host.
 
-    **Raises:** `ValueError` if it comes too late or for the second time, the arguments do not fit together, or not
-    all processes come in time.
+    **Raises:** `ValueError` if a device is in use already, the processes are connected already, the arguments do not
+    fit together, or a process does not connect in time.
     """
-    # Whether devices are in use, and what started this process, JAX tells in no public place.
+    # JAX has no public function for whether devices are in use, nor for what started this process.
     from jax._src import xla_bridge
 
     if jax.distributed.is_initialized():
         raise InputError("The processes are connected already; call mistral_eqx.parallel.initialize once.")
     timeout = checked(timeout, Positive, "timeout")
-    coordinator, num_processes, process_id = _places(coordinator, num_processes, process_id, timeout)
+    coordinator, num_processes, process_id = _process_arguments(coordinator, num_processes, process_id, timeout)
     if xla_bridge.backends_are_initialized():
         raise InputError(
             "Devices are in use already; call mistral_eqx.parallel.initialize before the first array is made."
@@ -169,11 +169,11 @@ def initialize(
     except RuntimeError as error:
         raise InputError(f"JAX could not connect the processes at {coordinator!r}: {error}") from error
     run(watch)
-    # What is registered last runs first: before JAX waits for the others.
+    # The last registered function runs first: before JAX waits for the other processes.
     atexit.register(watch.end)
 
 
-def _places(
+def _process_arguments(
     coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: float
 ) -> tuple[str, int, int]:
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
@@ -185,13 +185,13 @@ def _places(
         coordinator, num_processes, process_id, _ = found
         if coordinator is None or num_processes is None or process_id is None:
             raise InputError(
-                "Neither SLURM nor Cloud TPU nor Open MPI started this process, so its place cannot be found; give "
+                "Neither SLURM nor Cloud TPU nor Open MPI started this process, so its process_id is unknown; give "
                 "coordinator, num_processes and process_id."
             )
     if coordinator is None or num_processes is None or process_id is None:
-        there = [name for name in given if name not in missing]
+        present = [name for name in given if name not in missing]
         raise InputError(
-            f"There is {' and '.join(there)} without {' and '.join(missing)}; give all three, or "
+            f"There is {' and '.join(present)} without {' and '.join(missing)}; give all three, or "
             "none where SLURM, Cloud TPU or Open MPI starts the processes."
         )
     address(coordinator)

@@ -1,4 +1,4 @@
-"""Placing arrays and whole models on a mesh."""
+"""Arrays and whole models on a mesh."""
 
 import dataclasses
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from .spmd import specs
 from .strategy import Strategy
 
 
-# A module with a config and a mesh, which are known only above this room.
+# A module with the fields `config` and `mesh`; its class is in a room above this one.
 Model = TypeVar("Model", bound=Any)
 
 
@@ -31,7 +31,7 @@ def shard(model: Model, mesh: Mesh, strategy: Strategy) -> Model:
     logits = eqx.filter_jit(model)(ids)  # the same call as before
     ```
 
-    A model that is too large for one device is better loaded in parts, with `mx.load(path, mesh=mesh, strategy=...)`.
+    A model that is too large for one device can be loaded in shards, with `mx.load(path, mesh=mesh, strategy=...)`.
 
     **Arguments:**
 
@@ -39,8 +39,8 @@ def shard(model: Model, mesh: Mesh, strategy: Strategy) -> Model:
     - `mesh`: the devices.
     - `strategy`: which dimensions are split over which axes of the mesh.
 
-    **Returns:** the model, each of its arrays cut as the strategy says and with one part on each device. Nothing is
-    permuted, padded or cast.
+    **Returns:** the model, each array split as the strategy says, with one shard on each device. No array is permuted,
+    padded or cast.
 
     **Raises:** `ValueError` if the strategy does not fit the model or the mesh, as `Strategy.check` says.
     """
@@ -65,30 +65,30 @@ def with_strategy(model: PyTree, strategy: Strategy) -> PyTree:
 def by_hand(mesh: Mesh) -> Mesh:
     """The same mesh with axes of type `Auto`.
 
-    What is exchanged over them is written out in `shard_map`; arrays may enter it split in any way.
+    Functions in `shard_map` write out every collective; their arguments may be split in any way.
     """
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def place_on(x: Array | np.ndarray, mesh: Mesh, spec: PartitionSpec) -> Array:
-    """Puts an array on a mesh, in parts, from this process or from all of them.
+    """Puts the shards of an array on a mesh, from this process or from all of them.
 
     **Arguments:**
 
-    - `x`: an array that each process has, the same on all, or one that is split over the same devices already.
-    - `mesh`, `spec`: where its parts go.
+    - `x`: an array of which each process has the whole, or one that is split over the same devices already.
+    - `mesh`, `spec`: the devices, and how the array is split over them.
     """
     sharding = NamedSharding(mesh, spec)
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return jax.jit(lambda x: x, out_shardings=sharding)(x)
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
-    # Each process hands over the parts of its own devices.
+    # Each process provides the shards of its own devices.
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def everywhere(x: Array) -> np.ndarray:
-    """All of an array, on every process, however it is split."""
+    """Gathers an array to the host, on every process, however the array is split."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
@@ -102,23 +102,23 @@ def einshard(x: Array | np.ndarray, expression: str, mesh: Mesh) -> Array:
     mx.einshard(x, "... embed@tp", mesh)
     ```
 
-    The mesh is given, not made: arrays of one mesh can meet in a collective.
+    The mesh is an argument, because only arrays of one mesh can meet in a collective.
 
     **Arguments:**
 
-    - `x`: an array or a numpy array. On several processes each has all of it, and its devices receive their parts.
-    - `expression`: one word a dimension, in order: a name, with `@axis` or `@axis,axis` where it is split. `...`
-        stands for any number of dimensions that are not.
+    - `x`: a JAX or numpy array. Each of several processes passes the whole, and its devices receive their shards.
+    - `expression`: one word for each dimension, in order: a name, with `@axis` or `@axis,axis` where it is split. `...`
+        stands for any number of dimensions that are not split.
     - `mesh`: the devices.
 
-    **Returns:** the array on the mesh. Along axes that the expression does not name it is replicated.
+    **Returns:** the array on the mesh, replicated along axes that the expression does not name.
 
     **Raises:** `ValueError` if the expression does not fit the array or the mesh.
     """
     if not isinstance(x, jax.Array | np.ndarray):
-        raise InputError(f"einshard splits an array, not {shown(x)}; give one, as numpy.asarray makes.", key="x")
-    checked(mesh, Mesh, "mesh", remedy="mistral_eqx.make_mesh makes one")
-    words = checked(expression, str, "expression", remedy="it reads 'batch@dp seq embed@tp'").split()
+        raise InputError(f"einshard splits an array, not {shown(x)}; convert it with numpy.asarray.", key="x")
+    checked(mesh, Mesh, "mesh", remedy="make one with mistral_eqx.make_mesh")
+    words = checked(expression, str, "expression", remedy="for example 'batch@dp seq embed@tp'").split()
     if words.count("...") > 1:
         raise InputError(f"The expression {expression!r} has more than one '...'; keep one.")
     if "..." in words:
@@ -126,8 +126,8 @@ def einshard(x: Array | np.ndarray, expression: str, mesh: Mesh) -> Array:
         words[at : at + 1] = ["."] * (x.ndim - len(words) + 1)
     if len(words) != x.ndim:
         raise InputError(
-            f"The expression {expression!r} is for another number of dimensions than the array's {x.ndim}, "
-            f"which has shape {x.shape}; give one word a dimension, or '...' for those that are not split."
+            f"The expression {expression!r} does not name the {x.ndim} dimensions of the array, which has shape "
+            f"{x.shape}; give one word for each dimension, or '...' for those that are not split."
         )
     names = [word.split("@")[0] for word in words]
     if twice := {name for name in names if names.count(name) > 1} - {"."}:

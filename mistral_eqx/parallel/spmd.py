@@ -1,4 +1,4 @@
-"""`jax.shard_map` over functions of Equinox modules, whose shardings follow from the names of their dimensions."""
+"""`jax.shard_map` for functions of Equinox modules, whose specs follow from the names of their dimensions."""
 
 import abc
 import dataclasses
@@ -18,7 +18,7 @@ from .strategy import Strategy
 
 
 class AbstractNamed(eqx.Module):
-    """A module that says itself what the dimensions of its arrays are, since its annotations cannot."""
+    """A module that names the dimensions of its arrays in a method, because its annotations cannot."""
 
     @abc.abstractmethod
     def array_dims(self) -> dict[str, str]:
@@ -26,10 +26,10 @@ class AbstractNamed(eqx.Module):
 
 
 def specs(tree: PyTree, strategy: Strategy) -> PyTree[PartitionSpec]:
-    """How each array of a module is split over the mesh.
+    """The `PartitionSpec` of each array of a module.
 
     The dimensions of an array are those of its jaxtyping annotation, `Float[Array, "batch kv_heads kv_seq head_dim"]`,
-    or what an [`mistral_eqx.parallel.AbstractNamed`][] module above it says.
+    or those that an enclosing [`mistral_eqx.parallel.AbstractNamed`][] module gives.
 
     **Arguments:**
 
@@ -44,16 +44,16 @@ def specs(tree: PyTree, strategy: Strategy) -> PyTree[PartitionSpec]:
 
 
 def spmd(fn: Callable[..., Any], mesh: Mesh | None, in_specs: PyTree, out_specs: PyTree) -> Callable[..., Any]:
-    """Runs a function on each device of a mesh, with that device's parts of its arguments.
+    """Runs a function on each device of a mesh, with that device's shards of the arguments.
 
-    The mesh is entered once: inside `jax.shard_map`, or without a mesh, the function is called as it is.
+    The mesh is entered once: inside `jax.shard_map`, and without a mesh, the result is `fn` itself.
 
     **Arguments:**
 
-    - `fn`: takes and returns PyTrees; inside it shapes are local and collectives are written by hand.
+    - `fn`: takes and returns PyTrees; inside it, shapes are local and every collective is written out.
     - `mesh`: the mesh, or `None`.
-    - `in_specs`: for each argument, how its arrays are split: a PyTree of `PartitionSpec`, or one for all of it.
-    - `out_specs`: likewise for the result, in which there may be nothing but arrays.
+    - `in_specs`: for each argument, a PyTree of `PartitionSpec`, or one `PartitionSpec` for all of its arrays.
+    - `out_specs`: likewise for the result, which may hold arrays only.
     """
     if mesh is None or entered():
         return fn
@@ -69,10 +69,10 @@ def spmd(fn: Callable[..., Any], mesh: Mesh | None, in_specs: PyTree, out_specs:
 
 
 def kernel(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Calls a function that cannot say along which mesh axes its results differ, such as a kernel of Pallas.
+    """Wraps a function that does not mark along which mesh axes its results vary, such as a Pallas kernel.
 
-    They are marked like the arguments. Gradients must not be taken through it: what would be added up over devices is
-    not known inside.
+    The results are marked like the arguments. Do not differentiate through it: inside it, JAX does not know which
+    gradients to add up over devices.
 
     **Arguments:**
 
@@ -82,8 +82,8 @@ def kernel(fn: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Array) -> PyTree[Array]:
         if not entered():
             return fn(*arguments)
-        everywhere = PartitionSpec()
-        unchecked = jax.shard_map(fn, in_specs=everywhere, out_specs=everywhere, axis_names=set(), check_vma=False)
+        same = PartitionSpec()
+        unchecked = jax.shard_map(fn, in_specs=same, out_specs=same, axis_names=set(), check_vma=False)
         results, structure = jax.tree.flatten(unchecked(*arguments))
         return jax.tree.unflatten(structure, vary_alike(*arguments, *results)[len(arguments) :])
 
@@ -91,7 +91,7 @@ def kernel(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def entered() -> bool:
-    """Whether this runs inside `jax.shard_map`, where shapes are those of one device's parts."""
+    """Whether this runs inside `jax.shard_map`, where shapes are those of one device's shards."""
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
@@ -115,6 +115,6 @@ def _dims(root: PyTree, path: KeyPath) -> str:
         if isinstance(kind, type) and issubclass(kind, AbstractArray):
             return kind.dim_str
     raise InputError(
-        f"Nothing tells the dimensions of {jax.tree_util.keystr(path)}; annotate the field with jaxtyping, as "
-        "Float[Array, 'embed'] does."
+        f"The dimensions of {jax.tree_util.keystr(path)} are unknown; annotate the field with jaxtyping, as in "
+        "Float[Array, 'embed']."
     )

@@ -16,11 +16,11 @@ from ..errors import InputError
 
 _ENTRY = re.compile(r"([a-z_]+)@([a-z_0-9]+(?:,[a-z_0-9]+)*)")
 
-# The sizes of these are a config's; of the others, a call's.
+# The config has the sizes of the first; each call has the sizes of the second.
 _OF_CONFIG = ("vocab", "embed", "hidden", "kv_heads", "q_per_kv", "head_dim")
 _OF_CALL = ("batch", "tokens", "kv_seq")
 
-# What stands together in one array: no axis can split two of one line.
+# Dimensions of the same array: one mesh axis cannot split two of them.
 _ARRAYS = {
     "queries, keys and their scores": "batch kv_heads q_per_kv kv_seq head_dim",
     "q_proj": "kv_heads q_per_kv head_dim embed",
@@ -41,21 +41,21 @@ class _HasConfig(Protocol):
 class Strategy:
     """Maps names of dimensions to axes of the mesh, in the spirit of einsum.
 
-    A strategy is no array, so in a module it is a leaf that `equinox.filter_jit` treats as static, and one
-    `jax.tree.map` swaps it everywhere. `strategy + "batch@dp"` is the strategy with that entry added.
+    A strategy is not an array, so in a module it is a leaf that `equinox.filter_jit` treats as static, and one
+    `jax.tree.map` replaces it in all layers. `strategy + "batch@dp"` is the strategy with that entry added.
 
     **Arguments:**
 
     - `layout`: entries `dim@axis` with spaces between, such as `"kv_heads@tp hidden@tp"`; a dimension may take
         several axes, the major one first: `"hidden@kv,rep"`. A dimension that is not named is not split.
 
-    **Raises:** `ValueError` if an entry is not of that form, or a dimension or one axis of it comes twice.
+    **Raises:** `ValueError` if an entry has another form, or a dimension or one of its axes is named twice.
     """
 
     layout: str = ""
 
     def __post_init__(self):
-        checked(self.layout, str, "A strategy's layout", key="layout", remedy="it reads 'kv_heads@tp hidden@tp'")
+        checked(self.layout, str, "A strategy's layout", key="layout", remedy="for example 'kv_heads@tp hidden@tp'")
         self._axes  # noqa: B018  (a wrong layout is refused here, not in the middle of a trace)
 
     @functools.cached_property
@@ -77,28 +77,28 @@ class Strategy:
         return axes
 
     def __add__(self, entries: str) -> "Strategy":
-        checked(entries, str, "What is added to a strategy", key="entries", remedy="it reads 'batch@dp'")
+        checked(entries, str, "The entry added to a strategy", key="entries", remedy="for example 'batch@dp'")
         return Strategy(f"{self.layout} {entries}".strip())
 
     def spec(self, dims: str) -> PartitionSpec:
-        """How an array is split over the mesh.
+        """The `PartitionSpec` of an array.
 
         **Arguments:**
 
         - `dims`: the array's dimensions in order, such as `"kv_heads head_dim embed"`.
 
-        **Returns:** one entry a dimension, such as `PartitionSpec("tp", None, None)`.
+        **Returns:** one entry for each dimension, such as `PartitionSpec("tp", None, None)`.
         """
         entries = [self._axes.get(dim, ()) for dim in dims.split()]
         return PartitionSpec(*(None if not axes else axes[0] if len(axes) == 1 else axes for axes in entries))
 
     def axes(self, dims: str | None = None) -> tuple[str, ...]:
-        """The mesh axes over which any of `dims` is split, empty if none is; of all dimensions unless given."""
+        """The mesh axes over which any of `dims` is split, by default of all dimensions; empty if none is split."""
         split = self._axes.keys() if dims is None else dims.split()
         return tuple(dict.fromkeys(axis for dim in split for axis in self._axes.get(dim, ())))
 
     def parts(self, dims: str, mesh: Mesh | AbstractMesh | Mapping[str, int] | None) -> int:
-        """Into how many parts any of `dims` together are split.
+        """The number of shards into which `dims` together are split.
 
         **Arguments:**
 
@@ -111,7 +111,7 @@ class Strategy:
 
     @property
     def name(self) -> str:
-        """What `read_strategy` reads it from: its name, with the entries after it, or its layout."""
+        """The text from which `read_strategy` reads this strategy: its name with further entries, or its layout."""
         if self == SINGLE:
             return "single"
         begin = [name for name, named in NAMED.items() if f"{self.layout} ".startswith(f"{named.layout} ")]
@@ -121,31 +121,31 @@ class Strategy:
         return f"{name} {self.layout.removeprefix(NAMED[name].layout).strip()}".strip()
 
     def check(self, model: MistralConfig | _HasConfig, mesh: Mesh | AbstractMesh):
-        """Refuses what cannot be split, before anything is traced.
+        """Checks, before anything is traced, that this strategy can split a model over a mesh.
 
         **Arguments:**
 
         - `model`: a model or its config.
-        - `mesh`: the mesh that it is to be split over.
+        - `mesh`: the mesh over which to split the model.
 
-        **Raises:** `ValueError` if a dimension or an axis does not exist, if a dimension cannot be cut into as many
-        equal parts as there are devices, or if one axis splits two dimensions of one array.
+        **Raises:** `ValueError` if a dimension or an axis does not exist, if the devices do not divide a
+        dimension that they split, or if one axis splits two dimensions of one array.
         """
         found = model if isinstance(model, MistralConfig) else getattr(model, "config", None)
         config: MistralConfig = checked(found, MistralConfig, "The model's config", key="model")
-        checked(mesh, Mesh | AbstractMesh, "mesh", remedy="mistral_eqx.make_mesh makes one")
+        checked(mesh, Mesh | AbstractMesh, "mesh", remedy="make one with mistral_eqx.make_mesh")
         sizes: Mapping[str, int] = mesh.shape
         for dim, axes in self._axes.items():
             if dim not in _OF_CONFIG + _OF_CALL:
                 raise InputError(
-                    f"The strategy {self.layout!r} splits {dim!r}, which is no dimension that can be split; these are: "
-                    f"{', '.join(_OF_CALL + _OF_CONFIG)}."
+                    f"The strategy {self.layout!r} splits {dim!r}, which is not a dimension that can be split; use one "
+                    f"of {', '.join(_OF_CALL + _OF_CONFIG)}."
                 )
             for axis in axes:
                 if axis not in sizes:
                     raise InputError(
                         f"The strategy {self.layout!r} splits {dim!r} over the mesh axis {axis!r}, but the mesh has "
-                        f"{_listed(sizes)}; make a mesh with that axis, or name one of its own."
+                        f"{_listed(sizes)}; make a mesh with that axis, or name an axis of the mesh."
                     )
             devices = self.parts(dim, mesh)
             if dim in _OF_CONFIG and getattr(config, dim) % devices:
@@ -154,8 +154,8 @@ class Strategy:
                 )
             if dim == "head_dim" and config.head_dim // devices % 2:
                 raise InputError(
-                    f"{config.head_dim} head_dim over {devices} devices would tear apart the pairs that the rotary "
-                    "embedding turns; take at most half as many devices."
+                    f"{config.head_dim} head_dim over {devices} devices would split the pairs that the rotary "
+                    "embedding rotates; use at most half as many devices."
                 )
         for array, dims in _ARRAYS.items():
             taken: dict[str, str] = {}
@@ -172,8 +172,8 @@ class Strategy:
             missing = [axis for axis in self.axes("tokens") if axis not in self.axes(dims)]
             if missing:
                 raise InputError(
-                    f"The strategy {self.layout!r} splits 'tokens' over {missing[0]!r}, but none of {dims!r}; sums "
-                    "over these are what it scatters, so split one of them over that axis too."
+                    f"The strategy {self.layout!r} splits 'tokens' over {missing[0]!r}, but none of {dims!r}, whose "
+                    "sums are scattered over that axis; split one of them over it too."
                 )
         if self.axes("tokens") and self.axes("embed"):
             raise InputError(
@@ -205,7 +205,7 @@ HEADS_X_HEAD_DIM = Strategy("kv_heads@kv head_dim@rep hidden@kv,rep vocab@kv,rep
 HEADS_X_KV_SEQ = Strategy("kv_heads@kv kv_seq@rep hidden@kv,rep vocab@kv,rep")
 SEQUENCE_PARALLEL = Strategy("kv_heads@tp hidden@tp vocab@tp tokens@tp")
 
-# Those that split something, by their names.
+# The strategies that split something, by name.
 NAMED = {
     "heads": HEADS,
     "sequence_parallel": SEQUENCE_PARALLEL,

@@ -1,8 +1,8 @@
-"""The processes of one run meet before JAX connects them, and learn at once when one of them is gone.
+"""Connects the processes of one run before JAX does, and ends all of them as soon as one fails or dies.
 
-JAX alone would end a process whose peers do not come, or die, with a page of its C++ runtime's, and a death would
-pass unnoticed until a heartbeat is missed. So each process keeps one connection to process 0, over which little is
-said: that a process has ended or failed, and texts that process 0 shares.
+With JAX alone, a process whose peers die or do not connect ends with a page of messages from the C++ runtime, and it
+notices a death only by a missed heartbeat. So each process keeps one connection to process 0. It carries two kinds of
+messages: a process has ended or failed, and a text that process 0 broadcasts.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from .. import interrupts
 from ..errors import InputError
 
 
-# How long a process that learns of another's failure may still take to report its own, which says more.
+# Seconds that a process has to report its own error, which says more, after another process has failed.
 _GRACE = 1.0
-# An address that is not answered yet is tried again after this long.
+# Seconds between two attempts to connect.
 _PAUSE = 0.1
-# The longest a stranger may hold up the others at the door.
-_GREETING = 5.0
+# Seconds to wait for the greeting of a connection, which may come from a program that is not ours.
+_GREETING_TIMEOUT = 5.0
 
 
 class Watch:
@@ -36,9 +36,9 @@ class Watch:
 
     **Arguments:**
 
-    - `process`: this process's number.
-    - `processes`: how many there are.
-    - `peers`: the number and the connection of each peer.
+    - `process`: the number of this process.
+    - `processes`: the number of processes.
+    - `peers`: the connection to each peer, by the peer's number.
     """
 
     def __init__(self, process: int, processes: int, peers: dict[int, socket.socket]):
@@ -46,44 +46,44 @@ class Watch:
         self.processes = processes
         self._peers = peers
         self._lock = threading.Lock()
-        self._over = threading.Event()
+        self._ending = threading.Event()
         self._leaving = False
         self._texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._listen, args=(peer,), daemon=True) for peer in peers]
 
     def start(self):
-        """Begins to watch."""
+        """Starts to listen to the peers."""
         for thread in self._threads:
             thread.start()
 
-    def share(self, text: str | None) -> str | None:
-        """Process 0's text, on every process; the others wait for it as long as it takes."""
+    def broadcast(self, text: str | None) -> str | None:
+        """Broadcasts a text of process 0 to all processes; the others wait for it without a limit."""
         if self.process:
             return self._texts.get()
-        self._tell("text", text)
+        self._send("text", text)
         return text
 
     def end(self):
-        """Tells the others that this process is done, at its ordinary end.
+        """Tells the others, at the exit of this process, that it has ended.
 
-        If it ends by an exception that nobody caught, it goes without waiting for the others, as JAX would.
+        After an uncaught exception, this process ends without waiting for the others, where JAX would wait.
         """
-        # A session at a prompt goes on after an exception.
+        # An interactive interpreter continues after an exception.
         if getattr(sys, "last_value", None) is None or hasattr(sys, "ps1"):
-            self._tell("ended", self.process)
-        elif self._over.wait(_GRACE / 2):
-            # The exception came of a peer's end, of which the thread that saw it has the last word.
+            self._send("ended", self.process)
+        elif self._ending.wait(_GRACE / 2):
+            # A peer's end caused the exception; the thread that noticed it ends this process with a message.
             time.sleep(10 * _GRACE)
         else:
             self.leave(1)
 
     def leave(self, code: int) -> NoReturn:
-        """Ends this process for a failure of its own; the others learn of it and end as well."""
+        """Ends this process after its own failure; the others are notified and end as well."""
         self._leaving = True
-        self._over.set()
-        self._tell("failed", self.process)
+        self._ending.set()
+        self._send("failed", self.process)
         if self.process == 0:
-            # JAX aborts the others if its service, which is here, ends before they do.
+            # JAX's service runs in this process, and aborts the others if it ends before they do.
             deadline = time.monotonic() + 3 * _GRACE
             for thread in self._threads:
                 thread.join(max(0.0, deadline - time.monotonic()))
@@ -99,19 +99,19 @@ class Watch:
                 elif kind == "text":
                     self._texts.put(content)
                 else:
-                    self._lose(content, kind == "failed")
+                    self._end_after(content, kind == "failed")
                     return
         if not ended:
-            self._lose(peer, failed=False)
+            self._end_after(peer, failed=False)
 
-    def _lose(self, peer: int, failed: bool):
+    def _end_after(self, peer: int, failed: bool):
         with self._lock:
-            if self._over.is_set():
+            if self._ending.is_set():
                 return
-            self._over.set()
+            self._ending.set()
         if self.process == 0:
-            self._tell("failed" if failed else "gone", peer)
-        # Process 0 goes last: JAX aborts the others when its service, which is there, is gone.
+            self._send("failed" if failed else "gone", peer)
+        # Process 0 ends last: JAX's service runs in it, and its end aborts the others.
         time.sleep(_GRACE if self.process else 2 * _GRACE)
         if self._leaving:
             return
@@ -124,10 +124,10 @@ class Watch:
             os.write(2, f"Error: Process {peer} {why}.\n".encode())
         _exit(1)
 
-    def _tell(self, kind: str, content: Any):
+    def _send(self, kind: str, content: Any):
         message = (json.dumps([kind, content]) + "\n").encode()
         for connection in self._peers.values():
-            # A peer that cannot be told is noticed by the thread that listens to it.
+            # The thread that listens to a peer notices if its connection is broken.
             with contextlib.suppress(OSError):
                 connection.sendall(message)
 
@@ -136,19 +136,19 @@ _running: list[Watch] = []
 
 
 def run(watch: Watch):
-    """Makes a watch the one of this process, and begins to watch."""
+    """Makes `watch` the watch of this process, and starts it."""
     _running.append(watch)
     interrupts.end_by(watch.leave)
     if os.name == "posix" and watch.process > 0:
-        _put_off_aborts()
+        _delay_aborts()
     watch.start()
 
 
-def _put_off_aborts():
-    """Lets the watch have the last word where JAX ends the process, which it does when process 0 dies.
+def _delay_aborts():
+    """Delays the abort of this process by JAX when process 0 dies, so that the watch can report the reason first.
 
-    It does so by SIGABRT, within milliseconds. The C library's own `sleep` becomes the handler of that signal, whose
-    number, 6, is then the seconds it sleeps; after them the process is aborted as it would have been.
+    JAX aborts within milliseconds, by SIGABRT. The C library's `sleep` becomes the handler of that signal: it sleeps
+    for 6 seconds, the number of the signal, and then the process is aborted.
     """
     library = ctypes.CDLL(None)
     library.signal.argtypes, library.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
@@ -156,12 +156,12 @@ def _put_off_aborts():
 
 
 def running() -> Watch | None:
-    """The watch of this process, if there is one."""
+    """The watch of this process, or `None`."""
     return _running[-1] if _running else None
 
 
 def _exit(code: int) -> NoReturn:
-    """Ends the process without what runs at an ordinary exit: JAX would wait there for the others."""
+    """Ends the process without its exit handlers, in which JAX would wait for the others."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
@@ -180,19 +180,19 @@ def address(coordinator: str) -> tuple[str, int]:
 
 
 def meet(coordinator: str, processes: int, process: int, timeout: float) -> Watch:
-    """Waits until all processes are there, at the address at which JAX's own service is going to be.
+    """Waits until all processes have connected, at the address that JAX's service uses afterwards.
 
     **Arguments:**
 
     - `coordinator`: the address of process 0, as `"host:port"`.
-    - `processes`: how many there are.
-    - `process`: the number of this one.
-    - `timeout`: after how many seconds to give up.
+    - `processes`: the number of processes.
+    - `process`: the number of this process.
+    - `timeout`: how many seconds to wait.
 
-    **Returns:** the connections, not watched yet.
+    **Returns:** a watch that is not started yet.
 
-    **Raises:** `ValueError`, on all processes that did come, if one does not come in time, two have one number, or
-    they do not agree on how many they are.
+    **Raises:** `ValueError`, on all processes that have connected, if a process does not connect in time, two have the
+    same number, or they disagree on the number of processes.
     """
     deadline = time.monotonic() + timeout
     if process == 0:
@@ -201,10 +201,10 @@ def meet(coordinator: str, processes: int, process: int, timeout: float) -> Watc
 
 
 def _receive(coordinator: str, processes: int, timeout: float, deadline: float) -> dict[int, socket.socket]:
-    # Where JAX is told to listen elsewhere than at the address that the others know, so do we.
+    # JAX reads this variable too: process 0 may listen at another address than the others connect to.
     _, port = address(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator))
     try:
-        door = _open_door(port)
+        listener = _listener(port)
     except OSError as error:
         why = os.strerror(error.errno or 0)
         raise InputError(
@@ -213,15 +213,15 @@ def _receive(coordinator: str, processes: int, timeout: float, deadline: float) 
         ) from error
     peers: dict[int, socket.socket] = {}
     wrong, refused = None, None
-    with door:
+    with listener:
         while len(peers) < processes - 1 and wrong is None:
-            door.settimeout(max(0.01, deadline - time.monotonic()))
+            listener.settimeout(max(0.01, deadline - time.monotonic()))
             try:
-                connection, _ = door.accept()
+                connection, _ = listener.accept()
             except TimeoutError:
                 missing = ", ".join(str(number) for number in range(1, processes) if number not in peers)
                 wrong = (
-                    f"Of {processes} processes, number {missing} did not come to the coordinator {coordinator!r} "
+                    f"Of {processes} processes, number {missing} did not connect to the coordinator {coordinator!r} "
                     f"within {timeout:g} s; start all of them with the same coordinator, and look for their own errors."
                 )
                 continue
@@ -229,12 +229,12 @@ def _receive(coordinator: str, processes: int, timeout: float, deadline: float) 
             if greeting is None:
                 connection.close()
                 continue
-            wrong = _misplaced(*greeting, processes, peers)
+            wrong = _refusal(*greeting, processes, peers)
             if wrong is None:
                 peers[greeting[0]] = connection
             else:
                 refused = connection
-    # Only now, with the door closed, is the port free for JAX's service.
+    # The answers come after the listener has closed, when the port is free for JAX's service.
     answered = [*peers.values(), *([] if refused is None else [refused])]
     for connection in answered:
         _answer(connection, wrong or "")
@@ -245,10 +245,10 @@ def _receive(coordinator: str, processes: int, timeout: float, deadline: float) 
     return peers
 
 
-def _misplaced(number: int, count: int, version: str, processes: int, peers: dict[int, socket.socket]) -> str | None:
-    """What is wrong with who has come, if anything."""
+def _refusal(number: int, count: int, version: str, processes: int, peers: dict[int, socket.socket]) -> str | None:
+    """Why process 0 refuses a process that has connected, or `None`."""
     if count != processes:
-        wrong = f"Process {number} was told of {count} processes and process 0 of {processes}"
+        wrong = f"Process {number} was started for {count} processes and process 0 for {processes}"
     elif number in peers:
         wrong = f"Two processes have the number {number}"
     elif version != _version():
@@ -258,20 +258,20 @@ def _misplaced(number: int, count: int, version: str, processes: int, peers: dic
     return f"{wrong}; start all of them alike, numbered from 0 to {processes - 1}."
 
 
-def _open_door(port: int) -> socket.socket:
+def _listener(port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=256)
     return socket.create_server(("", port), backlog=256)
 
 
 def _greeting(connection: socket.socket) -> tuple[int, int, str] | None:
-    """Number, count and version of who has come; `None` of a stranger."""
-    connection.settimeout(_GREETING)
+    """The number, count and version that a process sends; `None` from a program that is not ours."""
+    connection.settimeout(_GREETING_TIMEOUT)
     try:
-        kind, number, count, version = json.loads(_line(connection))
+        kind, number, count, version = json.loads(_read_line(connection))
     except (OSError, ValueError, TypeError):
         return None
-    _keep(connection)
+    _keep_alive(connection)
     return (number, count, version) if kind == "mistral_eqx" else None
 
 
@@ -283,11 +283,11 @@ def _join(coordinator: str, processes: int, process: int, timeout: float, deadli
         try:
             connection = socket.create_connection(address(coordinator), timeout=left)
             connection.sendall(greeting)
-            # Process 0 gives up at about the same time, and knows more about why.
-            connection.settimeout(left + 2 * _GREETING)
-            wrong = json.loads(_line(connection))
+            # Process 0 stops waiting at about the same time; its message says which process is missing.
+            connection.settimeout(left + 2 * _GREETING_TIMEOUT)
+            wrong = json.loads(_read_line(connection))
         except (OSError, ValueError) as error:
-            # Nobody is there yet, or something else than process 0.
+            # Process 0 does not listen yet, or another program listens.
             reason = (isinstance(error, OSError) and error.strerror) or reason
             if connection is not None:
                 connection.close()
@@ -296,7 +296,7 @@ def _join(coordinator: str, processes: int, process: int, timeout: float, deadli
         if wrong:
             connection.close()
             raise InputError(wrong)
-        _keep(connection)
+        _keep_alive(connection)
         return connection
     raise InputError(
         f"Process 0 was not found at the coordinator {coordinator!r} within {timeout:g} s ({reason}); start it there, "
@@ -309,19 +309,19 @@ def _answer(connection: socket.socket, wrong: str):
         connection.sendall((json.dumps(wrong) + "\n").encode())
 
 
-def _line(connection: socket.socket) -> bytes:
-    """One line, and not a byte more: what follows is for the watch."""
+def _read_line(connection: socket.socket) -> bytes:
+    """One line, and not a byte more: the watch reads what follows."""
     line = b""
     while not line.endswith(b"\n"):
         byte = connection.recv(1)
         if not byte or len(line) > 2000:
-            raise InputError("This is no line.")
+            raise InputError("The connection sent no line.")
         line += byte
     return line
 
 
-def _keep(connection: socket.socket):
-    """Lets the connection live on without a word, and notice within half a minute if the other machine is off."""
+def _keep_alive(connection: socket.socket):
+    """Keeps a silent connection open, and detects within half a minute that the other machine is off."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4), ("TCP_NODELAY", 1)):

@@ -32,7 +32,7 @@ def _rows_of_floats(table: Array, ids: Array) -> Array:
 
 
 def _rows_of_bits(table: Array, ids: Array) -> Array:
-    # Bound to the ids, the table's bits cannot be computed ahead of a decoding loop, which would copy it.
+    # Without the barrier, XLA computes the table's bits before a decoding loop, which copies the table.
     table, ids = lax.optimization_barrier((table, ids))
     return from_bits(to_bits(table)[ids], table.dtype)
 
@@ -41,11 +41,11 @@ def _rows_of_bits(table: Array, ids: Array) -> Array:
 def contract(
     weight: Float[Array, "..."], x: Float[Array, "batch seq ..."], inner: int
 ) -> Float[Array, "batch seq ..."]:
-    """The product of a weight, stored `(*out, *in)`, and activations; a sum over float32 at least.
+    """The product of a weight, stored `(*out, *in)`, and activations; sums are float32 or wider.
 
     **Arguments:**
 
-    - `inner`: how many dimensions are contracted: the last ones of both.
+    - `inner`: the number of contracted dimensions, the last ones of both arrays.
     """
     return lax.platform_dependent(
         weight, x, cpu=partial(_contract_cpu, inner=inner), default=partial(_contract_as_stored, inner=inner)
@@ -53,22 +53,22 @@ def contract(
 
 
 def _contract_jvp(inner: int, primals, tangents):
-    # Linear in each: a gradient needs weight and activations as they came in. Through the choice of a platform it would
-    # keep what each lowering makes of them, and a scan over layers would so write copies of all weights.
+    # Gradients of a linear map need only `weight` and `x`. A gradient through `platform_dependent` would save each
+    # lowering's intermediates, and a scan over layers would write copies of all weights.
     (weight, x), (d_weight, d_x) = primals, tangents
-    parts = [
+    terms = [
         _contract_as_stored(one, other, inner)
         for one, other in ((d_weight, x), (weight, d_x))
         if not isinstance(one, SymbolicZero) and not isinstance(other, SymbolicZero)
     ]
-    return contract(weight, x, inner), sum(parts[1:], start=parts[0])
+    return contract(weight, x, inner), sum(terms[1:], start=terms[0])
 
 
 contract.defjvp(_contract_jvp, symbolic_zeros=True)
 
 
 def _contract_as_stored(weight: Array, x: Array, inner: int) -> Array:
-    # Tokens are one dimension: gradients are then products of matrices, which XLA on CPU does not lay out anew.
+    # With all tokens in one dimension, gradients are matrix products, whose operands XLA on CPU need not copy.
     (batch, seq), outer = x.shape[:2], weight.ndim - inner
     x = x.reshape(batch * seq, *x.shape[2:])
     contracted = tuple(range(outer, weight.ndim)), tuple(range(1, x.ndim))
@@ -77,12 +77,12 @@ def _contract_as_stored(weight: Array, x: Array, inner: int) -> Array:
 
 
 def _contract_cpu(weight: Array, x: Array, inner: int) -> Array:
-    # The fast kernels of XLA on CPU want matrices. They read the left operand as it is stored, but make a transposed
-    # copy of the right one at each call: so the weight comes first.
+    # The fast kernels of XLA on CPU take matrices. They read the left operand as it is stored, but copy the right one
+    # transposed at each call, so the weight comes first.
     (batch, seq), outer, columns = x.shape[:2], weight.shape[: weight.ndim - inner], math.prod(x.shape[2:])
     weight, x = weight.reshape(-1, columns), x.reshape(-1, columns)
     if batch * seq == 1 and x.dtype.itemsize == 2:
-        # A single row takes a path of its own, which first turns a 16-bit weight into a float32 copy. Two do not.
+        # For a single row, XLA first copies a 16-bit weight to float32; for two rows it does not.
         x = jnp.concatenate([x, x])
     y = lax.dot_general(weight, x, (((1,), (1,)), ((), ())), preferred_element_type=at_least_float32(x.dtype))
     return y.T[: batch * seq].reshape(batch, seq, *outer)

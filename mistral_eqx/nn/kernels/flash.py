@@ -1,4 +1,4 @@
-"""Attention in tiles, which never holds a score for every query and key at once."""
+"""Attention in tiles, which never holds all scores of a sequence at once."""
 
 import functools
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, Int
 from ...parallel import vary_alike
 from ..precision import at_least_float32
 from ..visible import visible
-from .splash import in_order, knows, splash_attention, splash_gradients
+from .splash import in_order, splash_attention, splash_gradients, supports
 
 
-# Tiles of this many queries and keys: large enough for the matrix kernels, small enough for a processor's cache.
+# Tiles of this many queries and keys: large enough for the matrix kernels, small enough for a CPU's cache.
 TILE = 512
 
 _Results = TypeVar("_Results")
@@ -25,7 +25,7 @@ class _Inputs(NamedTuple):
     q: Array
     k: Array
     v: Array
-    # Without a gradient.
+    # No gradient.
     first: Any
     last: Any
     kv_positions: Any
@@ -44,23 +44,23 @@ def flash_attention(
     """Softmax-weighted sums of values, with a running maximum and sum
     ([FlashAttention](https://arxiv.org/abs/2205.14135), [FlashAttention-2](https://arxiv.org/abs/2307.08691)).
 
-    Takes memory for one tile of scores, forward and backward: the backward pass computes them again, from the saved
-    logarithm of each query's sum. Tiles in which no query sees a key are passed over, so that half of the work
-    of a causal pass, and all but a stripe of a windowed one, is left out.
+    Memory holds one tile of scores, forward and backward: the backward pass computes the scores again from the saved
+    logarithm of each query's sum. Tiles in which no query attends to a key are skipped: half of the work of a causal
+    pass, and all but a stripe of a windowed one.
 
-    On a TPU the kernel that JAX ships does this, for float32 and bfloat16 and up to 65535 keys, unless the keys stand
-    in no order, as in a cache that has begun to overwrite its oldest ones. A program compiled there has both; the
-    positions tell which one runs.
+    On TPU, JAX's splash attention kernel does this for float32 and bfloat16, at most 65535 keys, and keys in order of
+    position. The keys of a window cache that has wrapped around are not in order. So a TPU program contains both
+    implementations, and chooses one at run time by the positions.
 
     **Arguments:**
 
     - `q`, `k`, `v`: queries, keys and values.
-    - `first`, `last`: the first and the last position that each query sees; `last` is -1 for padding.
-    - `kv_positions`: where the keys stand; -1 for padding.
+    - `first`, `last`: the first and the last position that each query attends to; `last` is -1 for padding.
+    - `kv_positions`: the position of each key; -1 for padding.
     - `scale`: the factor of the scores.
 
-    **Returns:** one sum a query, and the logarithm of the sum of its exponentiated scores. A query that sees no key
-    has zeros, and the lowest finite number.
+    **Returns:** one weighted sum for each query, and the logarithm of the sum of its exponentiated scores. For a query
+    that attends to no key, these are zeros and the lowest finite number.
     """
     q, k, v = vary_alike(q, k, v)
     return _flash(_Inputs(q, k, v, first, last, kv_positions), scale)
@@ -88,7 +88,7 @@ def _backward(scale: float, saved, gradients):
     def in_tiles(inputs: _Inputs, *others: Array):
         return _gradients_of_tiles(inputs, *others, scale=scale)
 
-    # The kernel does not know a gradient of the sums' logarithms, which only merging over devices has.
+    # The kernel has no gradient of `log_sum`, which only the merge over shards of `kv_seq` needs.
     merged = jnp.any(gradients[1] != 0)
     d_q, d_k, d_v = _chosen(by_kernel, in_tiles, inputs, context, log_sum, *gradients, unless=merged)
     return (_Inputs(d_q, d_k, d_v, None, None, None),)
@@ -104,8 +104,8 @@ def _chosen(
     *more: Array,
     unless: Array | None = None,
 ) -> _Results:
-    """The one place that chooses: by the platform that the program is lowered for, and there by what the keys are."""
-    if not knows(inputs.q.dtype, inputs.k.shape[2]):
+    """Chooses the implementation: by the platform at lowering and, on TPU, by the order of the keys at run time."""
+    if not supports(inputs.q.dtype, inputs.k.shape[2]):
         return in_tiles(inputs, *more)
 
     def on_tpu(inputs: _Inputs, *more: Array) -> _Results:
@@ -126,7 +126,7 @@ def _tiles(inputs: _Inputs, *, scale: float) -> tuple[Array, Array]:
             k, v = (_slice(x, number, keys, 2) for x in (padded.k, padded.v))
             kv_positions = _slice(padded.kv_positions, number, keys, 1)
 
-            def seen() -> tuple[Array, Array, Array]:
+            def attend() -> tuple[Array, Array, Array]:
                 context, largest, total = carry
                 scores = _scores(q, k, first, last, kv_positions, scale)
                 higher = jnp.maximum(largest, jnp.max(scores, axis=-1))
@@ -134,14 +134,14 @@ def _tiles(inputs: _Inputs, *, scale: float) -> tuple[Array, Array]:
                 more = _product("bhgqk,bhkd->bhgqd", weights.astype(v.dtype), v)
                 return context * shrink[..., None] + more, higher, total * shrink + jnp.sum(weights, axis=-1)
 
-            return lax.cond(_touches(first, last, kv_positions), seen, lambda: carry)
+            return lax.cond(_touches(first, last, kv_positions), attend, lambda: carry)
 
-        none = q.astype(at_least_float32(q.dtype)) * 0
-        row = jnp.sum(none, axis=-1)
+        zeros = q.astype(at_least_float32(q.dtype)) * 0
+        row = jnp.sum(zeros, axis=-1)
         lowest = jnp.finfo(row.dtype).min
-        start = none, row + lowest, row
+        start = zeros, row + lowest, row
         context, largest, total = lax.fori_loop(0, padded.k.shape[2] // keys, add, start)
-        # A query that sees nothing may have seen masked scores, all of them the lowest number.
+        # A query that attends to nothing may have met masked scores, which are all the lowest number.
         empty = (largest <= lowest) | (total == 0)
         context = jnp.where(empty[..., None], 0, context / jnp.where(empty, 1, total)[..., None])
         return context, jnp.where(empty, lowest, largest + jnp.log(jnp.where(empty, 1, total)))
@@ -155,7 +155,7 @@ def _gradients_of_tiles(
     inputs: _Inputs, context: Array, log_sum: Array, d_context: Array, d_log_sum: Array, *, scale: float
 ) -> tuple[Array, Array, Array]:
     padded, queries, keys = _tiled(inputs)
-    # How the scores' gradient depends on a query as a whole: through its sum, and through `log_sum` itself.
+    # The term of the scores' gradient that all keys of a query share: through its weighted sum and `log_sum`.
     of_sum = d_log_sum - jnp.sum(d_context * context, axis=-1)
     seq, width = inputs.q.shape[3], padded.q.shape[3]
     d_context, log_sum, of_sum = (_pad(x, width - seq, 3) for x in (d_context, log_sum, of_sum))
@@ -168,25 +168,25 @@ def _gradients_of_tiles(
             first, last = (_slice(x, index, queries, 1) for x in (padded.first, padded.last))
             q, d_out = _slice(padded.q, index, queries, 3), _slice(d_context, index, queries, 3)
 
-            def seen() -> tuple[Array, Array, Array]:
+            def attend() -> tuple[Array, Array, Array]:
                 d_q, d_k, d_v = carry
                 scores = _scores(q, k, first, last, kv_positions, scale)
                 mask = visible(first, last, kv_positions)[:, None, None]
                 weights = jnp.where(mask, jnp.exp(scores - _slice(log_sum, index, queries, 3)[..., None]), 0)
                 d_weights = _product("bhgqd,bhkd->bhgqk", d_out.astype(v.dtype), v)
                 d_scores = weights * (d_weights + _slice(of_sum, index, queries, 3)[..., None]) * scale
-                part = _product("bhgqk,bhkd->bhgqd", d_scores.astype(k.dtype), k)
+                more = _product("bhgqk,bhkd->bhgqd", d_scores.astype(k.dtype), k)
                 d_q = lax.dynamic_update_slice_in_dim(
-                    d_q, _slice(d_q, index, queries, 3) + part, index * queries, axis=3
+                    d_q, _slice(d_q, index, queries, 3) + more, index * queries, axis=3
                 )
                 d_k = d_k + _product("bhgqk,bhgqd->bhkd", d_scores.astype(q.dtype), q)
                 d_v = d_v + _product("bhgqk,bhgqd->bhkd", weights.astype(d_out.dtype), d_out)
                 return d_q, d_k, d_v
 
-            return lax.cond(_touches(first, last, kv_positions), seen, lambda: carry)
+            return lax.cond(_touches(first, last, kv_positions), attend, lambda: carry)
 
-        none = k.astype(d_q.dtype) * 0
-        d_q, d_k, d_v = lax.fori_loop(0, width // queries, add, (d_q, none, none))
+        zeros = k.astype(d_q.dtype) * 0
+        d_q, d_k, d_v = lax.fori_loop(0, width // queries, add, (d_q, zeros, zeros))
         return d_q, (d_k, d_v)
 
     start = padded.q.astype(at_least_float32(inputs.q.dtype)) * 0
@@ -198,7 +198,7 @@ def _gradients_of_tiles(
 
 
 def _tiled(inputs: _Inputs) -> tuple[_Inputs, int, int]:
-    """The inputs, padded to whole tiles, and how many queries and keys a tile has."""
+    """The inputs, padded to whole tiles, and the numbers of queries and keys in a tile."""
     seq, kv_seq = inputs.q.shape[3], inputs.k.shape[2]
     queries, keys = min(TILE, seq), min(TILE, kv_seq)
     more, more_keys = -seq % queries, -kv_seq % keys
@@ -223,17 +223,17 @@ def _slice(x: Array, index: Array, size: int, axis: int) -> Array:
 
 
 def _joined(tiles: Array, seq: int) -> Array:
-    """Tiles of queries, one after the other again."""
+    """Joins tiles of queries along the sequence."""
     tiles = jnp.moveaxis(tiles, 0, 3)
     return tiles.reshape(*tiles.shape[:3], -1, *tiles.shape[5:])[:, :, :, :seq]
 
 
 def _touches(first: Array, last: Array, kv_positions: Array) -> Array:
-    """Whether any query of a tile may see any key of another."""
-    none = jnp.iinfo(jnp.int32).max
-    keys, sees = kv_positions >= 0, last >= first
-    nearest, furthest = jnp.where(keys, kv_positions, none), jnp.where(keys, kv_positions, -1)
-    begin, end = jnp.where(sees, first, none), jnp.where(sees, last, -1)
+    """Whether any query of one tile may attend to any key of another."""
+    highest = jnp.iinfo(jnp.int32).max
+    keys, attends = kv_positions >= 0, last >= first
+    nearest, furthest = jnp.where(keys, kv_positions, highest), jnp.where(keys, kv_positions, -1)
+    begin, end = jnp.where(attends, first, highest), jnp.where(attends, last, -1)
     touches = jnp.max(end, axis=1) >= jnp.min(nearest, axis=1)
     return jnp.any(touches & (jnp.min(begin, axis=1) <= jnp.max(furthest, axis=1)))
 
@@ -246,8 +246,8 @@ def _scores(
 
 
 def _product(dims: str, x: Array, y: Array) -> Array:
-    """An einsum over named dimensions in which batch and heads are one: over two of them XLA on CPU cannot run it."""
-    left, right, out = (part.replace("bh", "n") for part in dims.replace("->", ",").split(","))
+    """An einsum with batch and heads merged into one dimension: XLA on CPU cannot run it over two."""
+    left, right, out = (term.replace("bh", "n") for term in dims.replace("->", ",").split(","))
     batch, heads = x.shape[:2]
     product = jnp.einsum(
         f"{left},{right}->{out}",

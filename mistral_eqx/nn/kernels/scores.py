@@ -1,4 +1,4 @@
-"""Attention as two products, with a score for each query and key."""
+"""Attention as two products, which holds the scores of all queries and keys."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -24,7 +24,7 @@ def contract_head_dim(
 def contract_kv_seq(
     weights: Float[Array, "batch kv_heads q_per_kv seq kv_seq"], v: Float[Array, "batch kv_heads kv_seq head_dim"]
 ) -> Float[Array, "batch seq kv_heads q_per_kv head_dim"]:
-    """Sums of values, with a weight for each query and key."""
+    """Sums of values, weighted for each query and key."""
     batch, kv_heads, q_per_kv, seq, kv_seq = weights.shape
     rows = weights.reshape(batch * kv_heads, q_per_kv * seq, kv_seq).astype(v.dtype)
     values = v.reshape(batch * kv_heads, kv_seq, -1)
@@ -35,9 +35,8 @@ def contract_kv_seq(
     return jnp.transpose(context.reshape(batch, kv_heads, q_per_kv, seq, -1), (0, 3, 1, 2, 4))
 
 
-# Batch and heads are one dimension here: over two of them XLA on CPU compiles the bfloat16 product with the values and
-# then refuses to run it. For a single query it also copies all keys and values before a float32 product; multiplied
-# entry by entry they are read in place.
+# Batch and heads are one dimension: over two, XLA on CPU compiles the bfloat16 product with values but cannot run it.
+# For one float32 query, its matmul copies all keys and values; elementwise products read them in place.
 
 
 def _scores_matmul(queries: Array, keys: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Attention by the kernel for TPUs that JAX ships."""
+"""Attention by JAX's splash attention kernel for TPUs."""
 
 import functools
 from typing import Any, NamedTuple
@@ -11,23 +11,23 @@ from jaxtyping import Array, Bool, Float, Int
 from ...parallel import kernel
 
 
-# A query's first and last key go to the kernel as the two halves of one number.
+# The kernel receives the slots of a query's span as the two halves of one 32-bit number.
 _MOST_KEYS = 2**16 - 1
 
-# Blocks of queries and keys are multiples of the lanes of a vector register; this many fit into the fast memory.
+# Block sizes are multiples of the lanes of a vector register; blocks of this size fit into the fast memory.
 _LANES = 128
 _LARGEST_BLOCK = 512
 
 
-def knows(dtype: jnp.dtype, kv_seq: int) -> bool:
-    """Whether the kernel can be compiled for floats like these, and has a number for so many keys."""
+def supports(dtype: jnp.dtype, kv_seq: int) -> bool:
+    """Whether the kernel supports this precision and this number of keys."""
     return dtype in (jnp.float32, jnp.bfloat16) and kv_seq <= _MOST_KEYS
 
 
 def in_order(kv_positions: Int[Array, "batch kv_seq"]) -> Bool[Array, ""]:
-    """Whether in each row every key stands behind those before it, padding aside.
+    """Whether the positions of keys increase in each row, padding aside.
 
-    So it is in a text and in a cache, but in one that has begun to overwrite its oldest tokens.
+    This holds for a sequence and for a cache, except for a window cache that has wrapped around.
     """
     before = jnp.pad(lax.cummax(kv_positions, axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     return jnp.all((kv_positions < 0) | (kv_positions > before))
@@ -44,23 +44,23 @@ def splash_attention(
     scale: float,
     interpret: bool = False,
 ) -> tuple[Float[Array, "batch kv_heads q_per_kv seq head_dim"], Float[Array, "batch kv_heads q_per_kv seq"]]:
-    """What [`mistral_eqx.nn.flash_attention`][] returns, by
+    """Computes what [`mistral_eqx.nn.flash_attention`][] returns, with
     [splash attention](https://github.com/jax-ml/jax/tree/main/jax/experimental/pallas/ops/tpu/splash_attention).
 
-    Its masks are intervals of slots. So the keys must be `in_order`: the positions that a query sees are then such an
-    interval, of which those with padding are left out. Blocks in which no query sees a key are passed over.
+    The kernel's mask is one interval of slots for each query, without the slots of padding, so the keys must be
+    `in_order`. Blocks in which no query attends to a key are skipped.
 
-    **Arguments:** as of `flash_attention`, and
+    **Arguments:** as for `flash_attention`, and
 
-    - `interpret`: whether Pallas interprets the kernel, which it can do on any platform.
+    - `interpret`: whether Pallas interprets the kernel, which works on any platform.
     """
     begin, end = _slots(first, last, kv_positions)
     rows = jax.vmap(functools.partial(_forward, interpret=interpret))
     context, log_sum = kernel(rows)(q * scale, k, v, begin, end, kv_positions >= 0)
-    sees = (begin < end)[:, None, None]
-    # Of a query that sees nothing the kernel makes a mean of all values, or of none.
-    context = jnp.where(sees[..., None], context.astype(log_sum.dtype), 0)
-    return context, jnp.where(sees, log_sum, jnp.finfo(log_sum.dtype).min)
+    attends = (begin < end)[:, None, None]
+    # For a query that attends to nothing, the results of the kernel have no meaning.
+    context = jnp.where(attends[..., None], context.astype(log_sum.dtype), 0)
+    return context, jnp.where(attends, log_sum, jnp.finfo(log_sum.dtype).min)
 
 
 def splash_gradients(
@@ -81,16 +81,16 @@ def splash_gradients(
     Float[Array, "batch kv_heads kv_seq head_dim"],
     Float[Array, "batch kv_heads kv_seq head_dim"],
 ]:
-    """The gradients of `q`, `k` and `v`, out of that of the sums of values.
+    """The gradients of `q`, `k` and `v`.
 
-    **Arguments:** as of `splash_attention`, and
+    **Arguments:** as for `splash_attention`, and
 
-    - `context`, `log_sum`: its results.
-    - `d_context`: the gradient of the first; the second must have none, which the kernel does not know.
+    - `context`, `log_sum`: the results of `splash_attention`.
+    - `d_context`: the gradient of `context`. `log_sum` must have no gradient: the kernel does not support one.
     """
     begin, end = _slots(first, last, kv_positions)
-    sees = (begin < end)[:, None, None]
-    log_sum, d_context = jnp.where(sees, log_sum, 0), jnp.where(sees[..., None], d_context, 0)
+    attends = (begin < end)[:, None, None]
+    log_sum, d_context = jnp.where(attends, log_sum, 0), jnp.where(attends[..., None], d_context, 0)
     rows = jax.vmap(functools.partial(_backward, interpret=interpret))
     results = context, log_sum, d_context.astype(q.dtype)
     d_q, d_k, d_v = kernel(rows)(q * scale, k, v, begin, end, kv_positions >= 0, *results)
@@ -98,7 +98,7 @@ def splash_gradients(
 
 
 def _slots(first: Array, last: Array, kv_positions: Array) -> tuple[Int[Array, "batch seq"], Int[Array, "batch seq"]]:
-    """The first slot that each query sees and the one after the last; a query that sees none has none between them."""
+    """The first slot that each query attends to and the slot after the last; both are equal if it attends to none."""
     reached = lax.cummax(kv_positions, axis=1)
     begin = jax.vmap(functools.partial(jnp.searchsorted, side="left"))(reached, jnp.maximum(first, 0))
     end = jax.vmap(functools.partial(jnp.searchsorted, side="right"))(reached, last)
@@ -135,7 +135,7 @@ def _backward(
     row = _Row.init(q, k, v, begin, end, real)
     context, log_sum, d_context = (row.heads(x) for x in (context, log_sum, d_context))
     saved = row.q, row.k, row.v, row.segments, None, context, log_sum, row.of_keys, row.of_queries
-    # Under `jax.grad` this would be called in a `shard_map` with arrays that are not marked as it expects.
+    # Called directly: `jax.grad` in a `shard_map` would pass arrays that are not marked as this function expects.
     *_, d_q, d_k, d_v, _, _ = _library()._splash_attention_bwd(
         save_residuals=False, is_mqa=False, interpret=interpret, res=saved, do=d_context, **row.options()
     )
@@ -143,7 +143,7 @@ def _backward(
 
 
 class _Row(NamedTuple):
-    """What the kernels take for one row: whole blocks, and which of them are to be run."""
+    """The inputs of the kernels for one row: whole blocks, and which of them to run."""
 
     q: Array
     k: Array
@@ -166,11 +166,11 @@ class _Row(NamedTuple):
         furthest = jnp.max(end.reshape(-1, queries), axis=1)[:, None]
         touched = (nearest < starts + keys) & (furthest > starts)
 
-        # The library's annotation knows numpy arrays only.
+        # The library annotates this field as a numpy array.
         intervals: Any = begin << 16 | end
 
         def mask(axis: int) -> MaskInfo:
-            """The mask of all heads: which blocks are run, and which one along `axis` is fetched for each."""
+            """The mask of all heads: which blocks to run, and which block along `axis` to fetch for each."""
             fetched = jnp.where(touched, lax.broadcasted_iota(jnp.int32, touched.shape, axis), 0)
             return MaskInfo(
                 data_next=fetched[None],
@@ -198,7 +198,7 @@ class _Row(NamedTuple):
 
 
 def _library() -> Any:
-    # Pallas takes a while to import, and most programs have no attention in tiles.
+    # Imported here: Pallas imports slowly, and most programs have no attention in tiles.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
     return splash_attention_kernel
