@@ -4,7 +4,8 @@ import nox
 
 
 nox.options.sessions = ["lint", "types", "docs", "tests", "tests_plain"]
-nox.options.error_on_missing_interpreters = True
+# Only `newest` names interpreters. It runs on those that are installed and is skipped for the others.
+nox.options.error_on_missing_interpreters = False
 
 # Each core runs files of its own. A process takes up to 1.5 GB, so there are never many.
 PARALLEL = ("-n", "logical", "--maxprocesses", "8", "--dist", "loadfile")
@@ -21,6 +22,12 @@ def tests(session: nox.Session):
     session.install("-e", ".[test]")
     options = ["-m", "not parity and not slow", "--durations=15", *PARALLEL]
     session.run("pytest", *options, *session.posargs, env=COMPILE_QUICKLY)
+
+
+@nox.session(python=["3.14", "3.13"])
+def newest(session: nox.Session):
+    """The default suite on newer Pythons, which have newer releases of JAX than Python 3.11."""
+    tests(session)
 
 
 @nox.session

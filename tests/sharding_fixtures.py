@@ -9,6 +9,7 @@ import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from mistral_eqx.parallel import Strategy
+from mistral_eqx.planning.stablehlo import group_size
 
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "collective_permute")
@@ -57,18 +58,18 @@ def exchanges(lowered):
     **Returns:** a counter over `(kind, bytes of the operand, devices in a group)`; groups of one exchange nothing.
     """
     module = getattr(lowered, "lowered", lowered).compiler_ir("stablehlo")
-    functions = {op.attributes["sym_name"].value: op.operation for op in module.body.operations}
+    symbols = {op.attributes["sym_name"].value: op.operation for op in module.body.operations}
     found = collections.Counter()
 
     def visit(op, times):
         kind = op.name.removeprefix("stablehlo.")
         if kind in COLLECTIVES:
-            devices = op.attributes["replica_groups"].type.shape[1]
+            devices = group_size(op.attributes["replica_groups"], symbols)
             for operand in op.operands:
                 if devices > 1:
                     found[kind, _nbytes(operand.type), devices] += times
         elif op.name in ("func.call", "call"):
-            visit_regions(functions[op.attributes["callee"].value], times)
+            visit_regions(symbols[op.attributes["callee"].value], times)
             return
         visit_regions(op, times * (_turns(op) if kind == "while" else 1))
 
@@ -78,7 +79,7 @@ def exchanges(lowered):
                 for inner in block:
                     visit(inner.operation, times)
 
-    visit_regions(functions["main"], 1)
+    visit_regions(symbols["main"], 1)
     return found
 
 

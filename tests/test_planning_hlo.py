@@ -95,6 +95,27 @@ def test_exchanges_are_put_together_by_kind_and_group():
     assert program.exchanges("body") == program.exchanges(program.entry) == expected
 
 
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("{{0,1,2,3,4,5,6,7}}", 8),
+        ("[4,2]<=[2,4]T(1,0)", 2),
+        ("mesh['a'=4,'b x'=2] {'b x'}", 2),
+        ("mesh['a'=4,'b x'=2] {'b x','a'}", 8),
+        ("mesh['a'=4,'b'=2] {'a':(2)2,'b'}", 4),
+        ("mesh['a'=4,'b'=2] {'a':(1)2}", 2),
+    ],
+)
+def test_each_form_of_groups_tells_how_many_devices_exchange(groups, devices):
+    text = f"""
+ENTRY %main (x: f32[6]) -> f32[6] {{
+  %x = f32[6]{{0}} parameter(0)
+  ROOT %sum = f32[6]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add
+}}
+"""
+    assert Program(text).exchanges("main") == [Exchange("all_reduce", devices, 1, 6 * 4)]
+
+
 def test_a_loop_counts_as_far_as_its_condition_does():
     """Where the text does not say how often it turns, as a TPU's does not."""
     condition = "ROOT %go = pred[] constant(true)"

@@ -1,5 +1,7 @@
 """What is exchanged and multiplied, read from programs whose answers can be counted by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -29,6 +31,30 @@ def lowered():
 def test_exchanges_as_they_are_written():
     assert written(lowered()) == [Exchange("all_reduce", 2, 7, 7 * 3 * 3 * 2)]
     assert written(jax.jit(lambda x: x + 1).lower(jnp.ones(3))) == []
+
+
+def test_a_group_is_the_devices_along_the_axes_of_an_exchange():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def program(x):
+        rows = jax.lax.all_gather(x, "b", tiled=True)
+        shard = jax.lax.psum_scatter(rows, "b", tiled=True) + jax.lax.all_to_all(x, "a", 0, 1, tiled=True).reshape(
+            x.shape
+        )
+        shifted = jax.lax.ppermute(shard, "b", [(0, 1), (1, 2)])
+        grouped = jax.lax.psum(x, "b", axis_index_groups=[[0, 1], [2, 3]])
+        return jax.lax.psum(jnp.sum(shifted + grouped), ("b", "a")) + jax.lax.psum(jnp.max(x), "a")
+
+    mapped = jax.shard_map(program, mesh=mesh, in_specs=jax.P("b"), out_specs=jax.P(), check_vma=False)
+    found = written(jax.jit(mapped).lower(jnp.ones((8, 6))))
+    assert sorted(dataclasses.astuple(exchange) for exchange in found) == [
+        ("all_gather", 4, 1, 2 * 6 * 4),
+        ("all_reduce", 2, 2, 2 * 6 * 4 + 4),
+        ("all_reduce", 8, 1, 4),
+        ("all_to_all", 2, 1, 2 * 6 * 4),
+        ("collective_permute", 2, 1, 2 * 6 * 4),
+        ("reduce_scatter", 4, 1, 8 * 6 * 4),
+    ]
 
 
 def test_products_count_as_often_as_a_loop_turns():

@@ -18,7 +18,11 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|called_computa
 _NAME = re.compile(r"%([\w.\-]+)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%([\w.\-]+)")
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])")
+# Groups are a list, `{{0,1},{2,3}}`, two counts, `[2,4]<=[8]`, or, from JAX 0.11 on, axes, `mesh['a'=4,'b'=2] {'b'}`.
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\][^{]*\{([^}]*)\})")
+_MESH_AXIS = re.compile(r"'([^']*)'=(\d+)")
+# XLA may split an axis: the group along `'a':(1)2` has two of the devices of `'a'`.
+_AXIS = re.compile(r"'([^']*)'(?::\(\d+\)(\d+))?")
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -222,7 +226,13 @@ def _group(rest: str) -> int:
     found = _GROUPS.search(rest)
     if found is None:
         return 0
-    return len(found[1].split(",")) if found[1] is not None else int(found[3])
+    listed, counted, mesh, axes = found.groups()
+    if listed is not None:
+        return len(listed.split(","))
+    if counted is not None:
+        return int(counted)
+    sizes = dict(_MESH_AXIS.findall(mesh))
+    return math.prod(int(part or sizes[name]) for name, part in _AXIS.findall(axes))
 
 
 def _bytes_read(parameter: Instruction, inside: dict[str, Instruction]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.extend.mlir.dialects import stablehlo
+from jax.extend.mlir.dialects import sdy, stablehlo
 
 from .report import Exchange
 
@@ -19,12 +19,12 @@ _COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "col
 def written(lowered: jax.stages.Lowered) -> list[Exchange]:
     """What a program exchanges between devices, equal operations put together."""
     totals: dict[tuple[str, int], tuple[int, int]] = {}
-    for operation, times in _operations(lowered):
+    symbols = _symbols(lowered)
+    for operation, times in _operations(symbols):
         kind = operation.name.removeprefix("stablehlo.")
         if kind not in _COLLECTIVES:
             continue
-        groups = "source_target_pairs" if kind == "collective_permute" else "replica_groups"
-        devices = operation.attributes[groups].type.shape[1]
+        devices = 2 if kind == "collective_permute" else group_size(operation.attributes["replica_groups"], symbols)
         size = sum(_bytes(operand.type) for operand in operation.operands)
         if devices > 1:
             count, total = totals.get((kind, devices), (0, 0))
@@ -35,7 +35,7 @@ def written(lowered: jax.stages.Lowered) -> list[Exchange]:
 def products(lowered: jax.stages.Lowered) -> float:
     """The multiplications and additions of all products of arrays on one device."""
     total = 0
-    for operation, times in _operations(lowered):
+    for operation, times in _operations(_symbols(lowered)):
         if operation.name == "stablehlo.dot_general":
             sizes = operation.operands[0].type.shape
             summed = stablehlo.DotDimensionNumbers(
@@ -46,10 +46,28 @@ def products(lowered: jax.stages.Lowered) -> float:
     return float(total)
 
 
-def _operations(lowered: jax.stages.Lowered) -> Iterator[tuple[Any, int]]:
-    """Each operation, and how often it runs."""
+def group_size(groups: Any, symbols: dict[str, Any]) -> int:
+    """How many devices exchange with each other.
+
+    `groups` is the attribute `replica_groups`: a table with one row of device ids per group or, from JAX 0.11 on, the
+    axes of a mesh. `symbols` are the named operations of the module, among them its meshes.
+    """
+    if not stablehlo.ReplicaGroupMeshAxesAttr.isinstance(groups):
+        return groups.type.shape[1]
+    groups = stablehlo.ReplicaGroupMeshAxesAttr(groups)
+    mesh = sdy.MeshAttr(symbols[groups.mesh.value].attributes["mesh"])
+    sizes = {axis.name: axis.size for axis in map(sdy.MeshAxisAttr, mesh.axes)}
+    return math.prod(sizes[stablehlo.AxisRefAttr(axis).name] for axis in groups.axes)
+
+
+def _symbols(lowered: jax.stages.Lowered) -> dict[str, Any]:
+    """The module's functions and meshes by name."""
     module: Any = lowered.compiler_ir("stablehlo")
-    functions = {one.attributes["sym_name"].value: one.operation for one in module.body.operations}
+    return {one.attributes["sym_name"].value: one.operation for one in module.body.operations}
+
+
+def _operations(symbols: dict[str, Any]) -> Iterator[tuple[Any, int]]:
+    """Each operation, and how often it runs."""
 
     def inside(operation: Any, times: int) -> Iterator[tuple[Any, int]]:
         for region in operation.regions:
@@ -60,11 +78,11 @@ def _operations(lowered: jax.stages.Lowered) -> Iterator[tuple[Any, int]]:
     def visit(operation: Any, times: int) -> Iterator[tuple[Any, int]]:
         yield operation, times
         if operation.name in ("func.call", "call"):
-            yield from inside(functions[operation.attributes["callee"].value], times)
+            yield from inside(symbols[operation.attributes["callee"].value], times)
         else:
             yield from inside(operation, times * (_turns(operation) if operation.name == "stablehlo.while" else 1))
 
-    return inside(functions["main"], 1)
+    return inside(symbols["main"], 1)
 
 
 def _turns(loop: Any) -> int:
