@@ -97,7 +97,10 @@ STRATEGIES = {
 
 
 # Every stage, and every strategy at the stages that gather weights and sum gradients differently: 1, and 3 or 2.
-STAGES = {name: (1, 2 + number % 2) for number, name in enumerate(STRATEGIES)} | {"alone": (0, 1, 2, 3), "HEADS": (0, 3)}
+STAGES = {name: (1, 2 + number % 2) for number, name in enumerate(STRATEGIES)} | {
+    "alone": (0, 1, 2, 3),
+    "HEADS": (0, 3),
+}
 
 
 @pytest.mark.slow

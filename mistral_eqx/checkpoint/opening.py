@@ -5,8 +5,9 @@ from pathlib import Path
 
 from ..documents import to_path
 from ..errors import InputError
-from . import gguf, hf, mistral
+from . import hf, mistral
 from .reader import Checkpoint
+from .weight_files import WeightFiles
 
 
 # The file that marks a folder of adapters.
@@ -31,7 +32,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             raise InputError(
                 f"{str(path)!r} is a single file of a checkpoint; give the folder that holds it.", file=path
             )
-        return gguf.open_gguf(path)
+        return _open_gguf(path)
     if path.exists() and not path.is_dir():
         raise InputError(f"{str(path)!r} is neither a file nor a folder; give the path of a checkpoint.", file=path)
     if not path.is_dir():
@@ -51,11 +52,12 @@ def _open_folder(folder: Path) -> Checkpoint:
         )
     if is_hf or is_mistral:
         hf_weights, mistral_weights = hf.find_weights(folder), mistral.find_weights(folder)
+        gguf_weights = _find_gguf(files) if files else []
         if is_hf and (hf_weights or not (is_mistral and mistral_weights)):
-            return hf.open_hf(folder, hf_weights, [*mistral_weights, *gguf.find_weights(files)])
-        return mistral.open_mistral(folder, mistral_weights, [*hf_weights, *gguf.find_weights(files)])
+            return hf.open_hf(folder, hf_weights, [*mistral_weights, *gguf_weights])
+        return mistral.open_mistral(folder, mistral_weights, [*hf_weights, *gguf_weights])
     if len(files) == 1:
-        return gguf.open_gguf(files[0])
+        return _open_gguf(files[0])
     if files:
         raise InputError(
             f"The folder {str(folder)!r} holds {len(files)} .gguf files; give the path of one of them.", file=folder
@@ -64,3 +66,16 @@ def _open_folder(folder: Path) -> Checkpoint:
     raise InputError(
         f"The folder {str(folder)!r} {reason}; give a folder with a model's config and weights.", file=folder
     )
+
+
+# The library gguf takes a second to import: only who has such a file waits for it.
+def _open_gguf(path: Path) -> Checkpoint:
+    from .gguf import open_gguf
+
+    return open_gguf(path)
+
+
+def _find_gguf(files: list[Path]) -> list[WeightFiles]:
+    from .gguf import find_weights
+
+    return find_weights(files)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ..checkpoint.hub import locate
 from ..errors import InputError
-from .gguf_vocabulary import read_gguf_tokenizer
 from .huggingface import read_tokenizer_json
 from .sentencepiece import read_sentencepiece
 from .tekken import TekkenTokenizer
@@ -33,6 +32,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> AbstractTokenizer:
     if not path.stat().st_size:
         raise InputError(f"{path} is empty; fetch it again.")
     if path.suffix.lower() == ".gguf":
+        # Its library takes a second to import.
+        from .gguf_vocabulary import read_gguf_tokenizer
+
         return read_gguf_tokenizer(path)
     if path.suffix == ".json":
         return TekkenTokenizer(path) if "tekken" in path.name else read_tokenizer_json(path)
