@@ -91,7 +91,7 @@ def start_gathered(task: Task, dtype: str) -> Search:
     import mistral_eqx as mx
     from mistral_eqx.generation.caches import capacity, empty_cache, grow
     from mistral_eqx.generation.prompt import pad_left
-    from mistral_eqx.generation.reading import prompt_width, read_pieces
+    from mistral_eqx.generation.reading import prompt_width, read_chunks
     from mistral_eqx.nn import Cache
 
     beam = importlib.import_module("mistral_eqx.generation.beam")
@@ -128,7 +128,7 @@ def start_gathered(task: Task, dtype: str) -> Search:
         rules = beam.Rules.init(np.zeros(0, np.int32), capacity(new_tokens), new_tokens, 1.0, False)
         ids, positions = pad_left(prompts, prompt_width(max(map(len, prompts))))
         cache = empty_cache(model, len(prompts), ids.shape[1])
-        logits, cache = read_pieces(model, ids, positions, cache, 512)
+        logits, cache = read_chunks(model, ids, positions, cache, 512)
         state = first(model, logits, positions[:, -1], rules)
         # All beams go on from the prompt's keys and values: no row is another's yet.
         room = capacity(ids.shape[1] + min(new_tokens, 128))

@@ -54,7 +54,7 @@ def greedy_without_cache(model, prompts, new, *, width=64):
 
 
 # The compiled programs of generation, and where each is called.
-PROGRAMS = {"read_piece": reading, "decode": request}
+PROGRAMS = {"read_chunk": reading, "decode": request}
 
 
 def spy(monkeypatch, name):

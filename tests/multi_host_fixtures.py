@@ -77,7 +77,6 @@ def sharded_runs(number, folder):
     import jax.random as jr
 
     import mistral_eqx as mx
-    from mistral_eqx.parallel import everywhere
 
     found = {}
     for name, axes, strategy, kinds in (
@@ -88,7 +87,7 @@ def sharded_runs(number, folder):
         here = sum(shard.data.size for shard in model.blocks[0].feed_forward.down_proj.weight.value.addressable_shards)
         found[f"{name}_share"] = np.array(here / model.blocks[0].feed_forward.down_proj.weight.value.size)
         ids = jnp.asarray([row[:2] for row in PROMPTS])
-        found[f"{name}_logits"] = everywhere(eqx.filter_jit(model)(ids))
+        found[f"{name}_logits"] = gather_to_host(eqx.filter_jit(model)(ids))
         for kind in kinds:
             out = mx.generate(model, PROMPTS, max_new_tokens=12, **samplings(mx, jr)[kind])
             found[f"{name}_{kind}"] = np.asarray(out.tokens)

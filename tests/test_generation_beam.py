@@ -286,7 +286,7 @@ def test_other_values_compile_nothing_anew():
     with count_compilations() as compiled:
         search(random_prompts(3, 16), max_new_tokens=11, eos_id=7, length_penalty=0.3, early_stopping="never")
         search(random_prompts(1, 2), max_new_tokens=4, eos_id=7, early_stopping=True, num_return_sequences=2)
-    assert not {"read_piece", "extend", "_first", "put_in_order", "live_slots"} & set(compiled)
+    assert not {"read_chunk", "extend", "_first", "put_in_order", "live_slots"} & set(compiled)
 
 
 NAMED = {

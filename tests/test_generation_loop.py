@@ -238,7 +238,7 @@ def test_trap_masks_not_extended_to_padding():
     model = talking_model()
     ids, positions = pad_left(PROMPTS, 16)
     read = [
-        reading.read_piece((model, jnp.where(positions < 0, filler, ids), positions), Cache.init(model.config, 3, 16))
+        reading.read_chunk((model, jnp.where(positions < 0, filler, ids), positions), Cache.init(model.config, 3, 16))
         for filler in (0, 17)
     ]
     # Whatever stands in the padding, no token sees it.
@@ -272,7 +272,7 @@ def test_trap_list_of_caches_aliased():
 
 
 def test_trap_padding_to_a_fixed_maximum_made_every_step_slow(monkeypatch):
-    prefills, decodes = spy(monkeypatch, "read_piece"), spy(monkeypatch, "decode")
+    prefills, decodes = spy(monkeypatch, "read_chunk"), spy(monkeypatch, "decode")
     generate(talking_model(max_positions=4096), PROMPTS, max_new_tokens=24)
     # The prompt is read into no more slots than it has columns; the loop has those that it can fill, in few sizes.
     assert [cache.kv_seq for _, (_, cache) in prefills] == [16]
@@ -385,7 +385,7 @@ def read_tokens(prefills):
 
 
 def test_a_prefix_is_read_once(monkeypatch):
-    model, prefills = talking_model(windows=(None,)), spy(monkeypatch, "read_piece")
+    model, prefills = talking_model(windows=(None,)), spy(monkeypatch, "read_chunk")
     (start,) = random_prompts(40)
     prefix = prefill(model, np.asarray(start))
     assert read_tokens(prefills) == [40]
@@ -419,7 +419,7 @@ def test_prefixes_and_samples_on_a_mesh(axes, strategy):
 
 @pytest.mark.slow
 def test_samples_of_a_prompt_read_it_once(monkeypatch):
-    model, prefills = talking_model(windows=(None,)), spy(monkeypatch, "read_piece")
+    model, prefills = talking_model(windows=(None,)), spy(monkeypatch, "read_chunk")
     options = {"max_new_tokens": 8, "sampler": ANYTHING, "key": jr.key(5)}
     out = generate(model, PROMPTS, num_samples=4, **options)
     assert [ids.shape for ((_, ids, _), _), _ in prefills] == [(3, 16)]
@@ -469,7 +469,7 @@ def test_trap_recompiled_every_token():
     model = talking_model(windows=(None,), norm_eps=2e-5)
     with count_compilations() as compiled:
         generate(model, [[1, 2, 3]], max_new_tokens=40)
-    assert compiled["read_piece"] == compiled["decode"] == 1
+    assert compiled["read_chunk"] == compiled["decode"] == 1
     with count_compilations() as compiled:
         generate(model, [[4, 5, 6, 7, 8]], max_new_tokens=40)
     assert not compiled
@@ -477,7 +477,7 @@ def test_trap_recompiled_every_token():
         assert len(list(stream(model, [[4, 5]], max_new_tokens=40))) == 40
         # Fewer new tokens, in the same cache.
         generate(model, [[6]], max_new_tokens=30)
-    assert compiled["read_piece"] == compiled["decode"] == compiled["first_tokens"] == 0
+    assert compiled["read_chunk"] == compiled["decode"] == compiled["first_tokens"] == 0
 
 
 def test_prompts_of_many_lengths_share_programs():
@@ -485,7 +485,7 @@ def test_prompts_of_many_lengths_share_programs():
     with count_compilations() as compiled:
         for length in (1, 16, 17, 23, 32):
             generate(model, random_prompts(length), max_new_tokens=2)
-    assert compiled["read_piece"] == 2
+    assert compiled["read_chunk"] == 2
     assert compiled["decode"] == 1
 
 

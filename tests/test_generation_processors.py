@@ -211,7 +211,7 @@ def test_other_values_compile_nothing():
     first = draw(1.1, 3, 4, 0)
     with count_compilations() as compiled:
         second = draw(1.7, 9, 8, 1)
-    assert not {"read_piece", "decode", "first_tokens"} & set(compiled)
+    assert not {"read_chunk", "decode", "first_tokens"} & set(compiled)
     assert second != first
 
 

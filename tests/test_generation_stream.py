@@ -51,7 +51,7 @@ def test_the_first_token_is_there_before_the_loop_is_compiled(monkeypatch):
     tokens = stream(model, PROMPTS[:1], max_new_tokens=5)
     with count_compilations() as compiled:
         first = next(tokens)
-    assert compiled["read_piece"] == 1
+    assert compiled["read_chunk"] == 1
     assert compiled["decode"] == 0
     assert decodes == []
     # From then on each token is handed over before the next is asked for.
@@ -115,7 +115,7 @@ def chat():
 
 @pytest.mark.slow
 def test_each_turn_reads_only_what_is_new(chat, monkeypatch):
-    model, prefills, text = talking_model(), spy(monkeypatch, "read_piece"), list(PROMPTS[0])
+    model, prefills, text = talking_model(), spy(monkeypatch, "read_chunk"), list(PROMPTS[0])
     known = 0
     for heard in ([11, 12], [20] * 9, [33, 44, 55]):
         text += heard
@@ -160,7 +160,7 @@ def test_a_turn_after_an_end_token(chat):
 def test_a_turn_after_history_was_edited(chat, edit, kept, monkeypatch):
     model, text = talking_model(), list(PROMPTS[2])
     text += reply(chat, text)
-    prefills, text = spy(monkeypatch, "read_piece"), edit(text)
+    prefills, text = spy(monkeypatch, "read_chunk"), edit(text)
     said = assert_replies_as_from_scratch(model, chat, text)
     assert read_ids(prefills) == text[kept:]
     assert_replies_as_from_scratch(model, chat, [*text, *said, 1, 2, 3])
@@ -180,7 +180,7 @@ def test_a_turn_after_a_reply_was_left_early(chat, taken, closed):
 
 
 @pytest.mark.parametrize("donated", [True, False], ids=["in a step", "before a step"])
-@pytest.mark.parametrize(("function", "call"), [("read_piece", 1), ("decode", 1), ("decode", 2), ("decode", 5)])
+@pytest.mark.parametrize(("function", "call"), [("read_chunk", 1), ("decode", 1), ("decode", 2), ("decode", 5)])
 def test_a_turn_after_an_interrupt(chat, function, call, donated, monkeypatch):
     model, text = talking_model(), list(PROMPTS[1])
     text += [*reply(chat, text), 30]
@@ -208,7 +208,7 @@ def test_a_turn_after_an_interrupt(chat, function, call, donated, monkeypatch):
 def test_a_conversation_outgrows_its_cache(monkeypatch):
     model = talking_model(windows=(7,))
     chat, (text,) = Conversation(model), random_prompts(90)
-    prefills, known = spy(monkeypatch, "read_piece"), 0
+    prefills, known = spy(monkeypatch, "read_chunk"), 0
     for heard, slots in (([], 128), ([1, 2, 3], 256), ([4, 5, 6], 256)):
         text += heard
         prefills.clear()

@@ -14,7 +14,7 @@ from model_fixtures import small_model
 from mistral_eqx.config import MistralConfig
 from mistral_eqx.generation import Sampler
 from mistral_eqx.generation.loop import Decoding, decode
-from mistral_eqx.generation.reading import read_piece
+from mistral_eqx.generation.reading import read_chunk
 from mistral_eqx.nn import Cache
 
 
@@ -99,7 +99,7 @@ def test_reading_a_prompt_makes_the_last_logits_only(dtype):
     model = small_model(config=CONFIG, dtype=dtype)
     ids = jnp.zeros((batch, seq), jnp.int32)
     cache = Cache.init(CONFIG, batch, 64, dtype)
-    compiled = read_piece.lower((model, ids, ids), cache).compile().compiled
+    compiled = read_chunk.lower((model, ids, ids), cache).compile().compiled
     assert compiled.memory_analysis().alias_size_in_bytes >= _nbytes(cache.layers)
     vocab = _largest_with_axis(compiled.as_text(), CONFIG.vocab)
     assert vocab == max(batch, CONFIG.embed) * CONFIG.vocab

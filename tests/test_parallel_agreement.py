@@ -22,8 +22,8 @@ def gathering(monkeypatch, values):
 
 def test_one_process_agrees_with_itself():
     agreement.agree("strategy", "kv_heads@tp")
-    assert agreement.share("a prompt") == "a prompt"
-    assert agreement.share(None) is None
+    assert agreement.broadcast("a prompt") == "a prompt"
+    assert agreement.broadcast(None) is None
 
 
 def test_equal_values_pass(monkeypatch):
@@ -55,4 +55,4 @@ def test_the_sentence_names_who_differs(monkeypatch, values, who):
 def test_a_text_cannot_be_shared_where_no_watch_connects_the_processes(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match=r"call mistral_eqx\.parallel\.initialize"):
-        agreement.share("a prompt")
+        agreement.broadcast("a prompt")

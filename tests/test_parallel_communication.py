@@ -15,7 +15,7 @@ from sharding_fixtures import MESHES, exchanges, free_strategy
 
 import mistral_eqx as mx
 from mistral_eqx.generation.loop import Decoding, decode
-from mistral_eqx.generation.reading import read_piece
+from mistral_eqx.generation.reading import read_chunk
 from mistral_eqx.nn import Cache
 from mistral_eqx.parallel import NAMED, by_hand, with_strategy
 from mistral_eqx.parallel.mesh import make_mesh
@@ -72,7 +72,7 @@ def _forward(model, batch, seq):
 
 def _prefill(model, batch, seq, kv_seq):
     ids = jnp.zeros((batch, seq), jnp.int32)
-    return exchanges(read_piece.lower((model, ids, ids), Cache.init(model.config, batch, kv_seq, model.dtype)))
+    return exchanges(read_chunk.lower((model, ids, ids), Cache.init(model.config, batch, kv_seq, model.dtype)))
 
 
 def _step(model, batch, kv_seq, sampler):

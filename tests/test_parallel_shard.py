@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from model_fixtures import SMALL, relative_error, small_model
 
 import mistral_eqx as mx
-from mistral_eqx.parallel import NAMED, by_hand, everywhere, specs
+from mistral_eqx.parallel import NAMED, by_hand, gather_to_host, specs
 from mistral_eqx.parallel.mesh import make_mesh
 
 
@@ -81,7 +81,7 @@ def test_logits_are_split_as_the_vocabulary_and_the_rows_are():
     logits = eqx.filter_jit(model)(jnp.zeros((4, 3), jnp.int32))
     assert logits.shape == (4, 3, 64)
     assert _shapes(logits) == {(2, 3, 32)}
-    assert everywhere(logits).shape == (4, 3, 64)
+    assert gather_to_host(logits).shape == (4, 3, 64)
 
 
 # einshard

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..lora import LoRAWeight, Site, TrainedWeight, adapt, shapes_of, sites
 from ..lora.sites import at_sites
 from ..nn import Mistral
-from ..parallel import everywhere
+from ..parallel import gather_to_host
 from . import safetensors
 from .finite import all_finite
 from .loading import supported_dtype
@@ -92,7 +92,9 @@ def save_lora(
     tensors = [
         tensor
         for path, weight in found.items()
-        for tensor in _file_tensors(specs[path], model.config, everywhere(weight.a.value), everywhere(weight.b.value))
+        for tensor in _file_tensors(
+            specs[path], model.config, gather_to_host(weight.a.value), gather_to_host(weight.b.value)
+        )
     ]
     for name, _, _, array in tensors:
         if not allow_nonfinite and not all_finite(array):
@@ -334,7 +336,9 @@ def _with_tables(
             # The head of a tied model is the embedding table.
             path = _layer_path(EMBEDDING if model.config.tied else spec)
             table = read_rows(tensor, np.dtype(model.dtype))
-            current = np.asarray(changed[path].value) if path in changed else everywhere(layers[path].weight.dense())
+            current = (
+                np.asarray(changed[path].value) if path in changed else gather_to_host(layers[path].weight.dense())
+            )
             if np.array_equal(current.astype(table.dtype), table):
                 continue
             if path in changed or (model.config.tied and spec is HEAD):

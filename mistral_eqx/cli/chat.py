@@ -45,7 +45,7 @@ def chat(
 
     from ..checkpoint import open_checkpoint
     from ..generation import Conversation
-    from ..parallel.agreement import agree, share
+    from ..parallel.agreement import agree, broadcast
     from ..text import encode_chat
     from ..text.stops import checked_stops
     from .devices import Devices
@@ -64,7 +64,7 @@ def chat(
     first = encode_chat(tokenizer, [*opening, {"role": "user", "content": "?"}])
     agree("command", repr((first, max_new_tokens, sampling, stops, seed, model, tokenizer.eos_ids)))
     weights = load(path, model, mesh, strategy)
-    interactive = share("terminal" if sys.stdin.isatty() else "pipe") == "terminal"
+    interactive = broadcast("terminal" if sys.stdin.isatty() else "pipe") == "terminal"
     interrupting = "leaves as well" if processes.several() else "stops a reply"
     commands = f"/reset forgets the conversation, /exit leaves, /help shows this line, ctrl-C {interrupting}."
     if interactive:
@@ -129,15 +129,15 @@ def chat(
 
 def _shared_turns(interactive: bool) -> Iterator[str]:
     """The turns, on all processes; process 0 reads them."""
-    from ..parallel.agreement import share
+    from ..parallel.agreement import broadcast
 
     if processes.number() > 0:
-        while (text := share(None)) is not None:
+        while (text := broadcast(None)) is not None:
             yield text
         return
     for text in _turns(interactive):
-        yield share(text)
-    share(None)
+        yield broadcast(text)
+    broadcast(None)
 
 
 def _turns(interactive: bool) -> Iterator[str]:

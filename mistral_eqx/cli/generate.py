@@ -95,7 +95,7 @@ def generate(
 
     from ..checkpoint import open_checkpoint
     from ..generation.reading import check_context
-    from ..parallel.agreement import agree, share
+    from ..parallel.agreement import agree, broadcast
     from ..text import encode_chat
     from .answering import answer_all, answer_one
     from .devices import Devices
@@ -117,7 +117,7 @@ def generate(
     devices = Devices(split)
     first = processes.number() == 0
     if prompts is None and texts is None:
-        texts = json.loads(share(json.dumps(read_texts(arguments)) if first else None))
+        texts = json.loads(broadcast(json.dumps(read_texts(arguments)) if first else None))
     if prompts is not None and first:
         expect_file(prompts)
     path = locate(model.model)

@@ -217,13 +217,13 @@ def share_batches(batches: Iterable[list[Prompt]] | None) -> Iterator[list[Promp
 
     - `batches`: `None` on the other processes.
     """
-    from ..parallel.agreement import share
+    from ..parallel.agreement import broadcast
 
     if batches is None:
-        while (text := share(None)) is not None:
+        while (text := broadcast(None)) is not None:
             yield [Prompt(number, "", ids) for number, ids in json.loads(text)]
         return
     for batch in batches:
-        share(json.dumps([(prompt.number, prompt.ids) for prompt in batch]))
+        broadcast(json.dumps([(prompt.number, prompt.ids) for prompt in batch]))
         yield batch
-    share(None)
+    broadcast(None)

@@ -12,9 +12,9 @@ from ..errors import InputError
 from ..generation.caches import empty_cache, parts, slots
 from ..generation.finite import not_finite
 from ..generation.prompt import Prompts, checked_prompts, pad_left
-from ..generation.reading import CHUNK, check_chunk, place_rows, prompt_width, read_piece
+from ..generation.reading import CHUNK, check_chunk, place_rows, prompt_width, read_chunk
 from ..nn import Cache, Mistral, Unembedding, log_likelihood
-from ..parallel import everywhere, specs, spmd
+from ..parallel import gather_to_host, specs, spmd
 
 
 class Scores(NamedTuple):
@@ -82,13 +82,13 @@ def score(model: Mistral, rows: Prompts, *, piece: int = CHUNK, last: int | None
         chunk = slice(start, min(start + piece, width))
         chunk_ids, chunk_positions, chunk_targets = (place_rows(model, x[:, chunk]) for x in (ids, positions, targets))
         if last is not None and chunk.stop <= width - last:
-            _, cache = read_piece((model, chunk_ids, chunk_positions), cache)
+            _, cache = read_chunk((model, chunk_ids, chunk_positions), cache)
         else:
             log_probs, greedy, cache = _score_chunk((model, chunk_ids, chunk_positions, chunk_targets), cache)
             scored.append((chunk, log_probs, greedy))
     log_probs, greedy = np.zeros(ids.shape, np.float32), np.zeros(ids.shape, bool)
     for chunk, *found in scored:
-        log_probs[:, chunk], greedy[:, chunk] = map(everywhere, found)
+        log_probs[:, chunk], greedy[:, chunk] = map(gather_to_host, found)
     log_probs, greedy = _aligned(log_probs, lengths), _aligned(greedy, lengths)
     if (wrong := np.argwhere(~np.isfinite(log_probs))).size:
         row, position = wrong[0].tolist()

@@ -16,11 +16,11 @@ from ..errors import InputError
 from ..nn import Cache, Mistral
 from ..nn.precision import at_least_float32
 from ..nn.slots import own_slot, own_slots
-from ..parallel import Strategy, everywhere, gather, place, pmax, psum, specs, spmd
+from ..parallel import Strategy, gather, gather_to_host, place, pmax, psum, specs, spmd
 from .caches import capacity, empty_cache, holds, parts, slots
 from .finite import lost, marked, not_finite, proceeds
 from .prompt import Prompts, checked_prompts, pad_left
-from .reading import prompt_width, read_pieces
+from .reading import prompt_width, read_chunks
 from .request import Request
 from .sampler import Sampler
 
@@ -422,7 +422,7 @@ def beam_search(
     done = np.arange(len(rows) + request.idle) >= len(rows)
     ids, positions = (np.concatenate([x, *[x[:1]] * request.idle]) for x in (ids, positions))
     cache = empty_cache(model, len(ids), slots(model, ids.shape[1]))
-    logits, cache = read_pieces(model, ids, positions, cache, request.chunk)
+    logits, cache = read_chunks(model, ids, positions, cache, request.chunk)
     # The last column holds each row's last token.
     search = _first(model, logits, positions[:, -1], done, rules, num_beams, cache.kv_seq)
     while (step := int(search.step)) < max_new_tokens and bool(search.unfinished):
@@ -431,10 +431,10 @@ def beam_search(
         search, cache = put_in_order(model, live, search, cache, slots(model, room))
         until = min(step + (room - int(live)) // num_beams, max_new_tokens)
         search, cache = extend((model, search, rules, np.asarray(until, np.int32)), cache)
-    if (rows_lost := everywhere(search.lost)).any():
+    if (rows_lost := gather_to_host(search.lost)).any():
         raise not_finite(f"new token {int(search.step)} of row {int(np.argmax(rows_lost))}")
     tokens, lengths, scores = (
-        everywhere(x)[: len(rows), :num_return_sequences]
+        gather_to_host(x)[: len(rows), :num_return_sequences]
         for x in (search.finished_tokens, search.finished_lengths, search.finished_scores)
     )
     last = np.take_along_axis(tokens, lengths[:, :, None] - 1, axis=2)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ..checks import checked
 from ..nn import Mistral
-from ..parallel import everywhere
+from ..parallel import gather_to_host
 from .prefix import Prefix
 from .prompt import Prompts, checked_prompts
 from .reading import CHUNK
@@ -117,11 +117,11 @@ def generate(
     max_new_tokens = request.max_new_tokens
     size = max_new_tokens if stops is None else _STRIDE
     decoding, _ = collections.deque(request.steps(*request.start(rows), size, stops), maxlen=1).pop()
-    lengths = everywhere(decoding.lengths)[:count]
+    lengths = gather_to_host(decoding.lengths)[:count]
     if stops is not None:
         lengths = np.where(stops.lengths < 0, lengths, stops.lengths).astype(np.int32)
     columns = np.minimum(np.arange(max_new_tokens), lengths[:, None] - 1)
-    tokens = np.take_along_axis(everywhere(decoding.tokens)[:count], columns, axis=1)
+    tokens = np.take_along_axis(gather_to_host(decoding.tokens)[:count], columns, axis=1)
     texts = None
     if stops is not None:
         texts = stops.flush()
@@ -135,7 +135,8 @@ def generate(
         return out
     past = np.arange(max_new_tokens) >= lengths[:, None]
     chosen, top_tokens, top = (
-        everywhere(x)[:count] for x in (decoding.log_probs.chosen, decoding.log_probs.tokens, decoding.log_probs.top)
+        gather_to_host(x)[:count]
+        for x in (decoding.log_probs.chosen, decoding.log_probs.tokens, decoding.log_probs.top)
     )
     return out._replace(
         log_probs=jnp.asarray(np.where(past, 0, np.take_along_axis(chosen, columns, axis=1))),

@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..nn import Cache, Mistral
 from .caches import empty_cache, parts, slots
 from .prompt import checked_prompts, pad_left
-from .reading import CHUNK, check_chunk, check_context, prompt_width, read_pieces
+from .reading import CHUNK, check_chunk, check_context, prompt_width, read_chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def prefill(
     rows = parts(model, "batch")
     ids, positions = pad_left([row] * rows, prompt_width(len(row)))
     cache = empty_cache(model, rows, slots(model, ids.shape[1]))
-    _, cache = read_pieces(model, ids, positions, cache, prefill_chunk)
+    _, cache = read_chunks(model, ids, positions, cache, prefill_chunk)
     return Prefix(tuple(row), model, cache)
 
 

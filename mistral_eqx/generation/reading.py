@@ -17,7 +17,7 @@ CHUNK = 512
 
 
 @eqx.filter_jit(donate="all-except-first")
-def read_piece(
+def read_chunk(
     kept: tuple[Mistral, Int[Array, "batch seq"], Int[Array, "batch seq"]], cache: Cache
 ) -> tuple[Array, Cache]:
     """Reads tokens into the cache.
@@ -41,14 +41,14 @@ def read_piece(
     return spmd(forward, model.mesh, in_specs, out_specs)(model, ids, positions, cache)
 
 
-def read_pieces(
+def read_chunks(
     model: Mistral, ids: Int[np.ndarray, "rows seq"], positions: Int[np.ndarray, "rows seq"], cache: Cache, chunk: int
 ) -> tuple[Array, Cache]:
     """Reads tokens into a cache, at most `chunk` columns at a time, and returns the last logits and the cache."""
     *earlier, last = (slice(start, start + chunk) for start in range(0, ids.shape[1], chunk))
     for piece in earlier:
-        _, cache = read_piece((model, place_rows(model, ids[:, piece]), place_rows(model, positions[:, piece])), cache)
-    return read_piece((model, place_rows(model, ids[:, last]), place_rows(model, positions[:, last])), cache)
+        _, cache = read_chunk((model, place_rows(model, ids[:, piece]), place_rows(model, positions[:, piece])), cache)
+    return read_chunk((model, place_rows(model, ids[:, last]), place_rows(model, positions[:, last])), cache)
 
 
 def place_rows(model: Mistral, x: np.ndarray | Array) -> Array:

@@ -17,14 +17,14 @@ from ..checks import Count, checked
 from ..documents import shown
 from ..errors import InputError
 from ..nn import Cache, Mistral
-from ..parallel import everywhere, place_on, specs
+from ..parallel import gather_to_host, place_on, specs
 from .caches import capacity, empty_cache, first_room, grow, holds, parts, slots
 from .finite import not_finite
 from .loop import Decoding, decode, first_tokens, grow_state
 from .prefix import Prefix, checked_prefix
 from .processors import MinNewTokens
 from .prompt import pad_left
-from .reading import CHUNK, check_chunk, check_context, place_rows, prompt_width, read_pieces
+from .reading import CHUNK, check_chunk, check_context, place_rows, prompt_width, read_chunks
 from .sampler import Sampler
 from .stops import Stops
 
@@ -156,7 +156,7 @@ class Request:
         """Reads tokens into a cache in pieces, makes room for new ones, and decodes the first of these."""
         ended = np.arange(len(ids) + self.idle) >= len(ids)
         ids, positions = (np.concatenate([x, *[x[:1]] * self.idle]) for x in (ids, positions))
-        logits, cache = read_pieces(self.model, ids, positions, cache, self.chunk)
+        logits, cache = read_chunks(self.model, ids, positions, cache, self.chunk)
         room = slots(self.model, capacity(int(cache.used) + first_room(self.max_new_tokens)))
         if room > cache.kv_seq or self.samples > 1:
             cache = grow(self.model, cache, max(room, cache.kv_seq), self.samples)
@@ -214,8 +214,8 @@ class Request:
 
     def _stop(self, decoding: Decoding, stops: Stops) -> Decoding:
         rows = len(stops.lengths)
-        ended = everywhere(decoding.ended).copy()
-        stopped = stops.read(everywhere(decoding.tokens)[:rows], everywhere(decoding.lengths)[:rows])
+        ended = gather_to_host(decoding.ended).copy()
+        stopped = stops.read(gather_to_host(decoding.tokens)[:rows], gather_to_host(decoding.lengths)[:rows])
         if not (stopped & ~ended[:rows]).any():
             return decoding
         ended[:rows] |= stopped
@@ -230,7 +230,7 @@ class Request:
     def _check(self, decoding: Decoding):
         if decoding.unfinished:
             return
-        if (lost := everywhere(decoding.lost)).any():
+        if (lost := gather_to_host(decoding.lost)).any():
             row, new = int(np.argmax(lost != 0)), int(decoding.step)
             if lost[row] > 0:
                 raise not_finite(f"new token {new} of row {row}", processors=bool(self.sampler.processors))

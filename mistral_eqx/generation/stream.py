@@ -8,7 +8,7 @@ from jaxtyping import Array, Key
 
 from ..checks import checked
 from ..nn import Cache, Mistral
-from ..parallel import everywhere
+from ..parallel import gather_to_host
 from .caches import capacity, first_room, grow, slots
 from .loop import Decoding
 from .prefix import Prefix
@@ -66,7 +66,7 @@ def stream(
 
     def tokens() -> Iterator[np.ndarray]:
         for decoding, _ in request.steps(*request.start(rows), 1, stops):
-            lengths, token = everywhere(decoding.lengths), everywhere(decoding.token)
+            lengths, token = gather_to_host(decoding.lengths), gather_to_host(decoding.token)
             yield np.where(lengths == int(decoding.step), token, -1)[:count]
 
     return tokens()
@@ -121,7 +121,7 @@ class Conversation:
             state = self._read(request, row)
             self._ids = list(row)
             for decoding, self._cache in request.steps(*state, 1, stops):
-                token = int(everywhere(decoding.token)[0])
+                token = int(gather_to_host(decoding.token)[0])
                 self._ids.append(token)
                 yield token
 
@@ -135,7 +135,7 @@ class Conversation:
         common = next((at for at, (old, new) in enumerate(zip(self._ids, row, strict=False)) if old != new), None)
         common = min(len(self._ids), len(row)) if common is None else common
         # At least one token is read again, for its logits.
-        known = min(common, int(everywhere(cache.next_positions)[0]), len(row) - 1)
+        known = min(common, int(gather_to_host(cache.next_positions)[0]), len(row) - 1)
         ids, positions = pad_left([row[known:]], prompt_width(len(row) - known), starts=[known])
         new = first_room(request.max_new_tokens)
         room = capacity(int(cache.used) + ids.shape[1] + new)

@@ -1,4 +1,4 @@
-from .agreement import agree as agree, share as share
+from .agreement import agree as agree, broadcast as broadcast
 from .choices import (
     Choice as Choice,
     read_strategy as read_strategy,
@@ -24,7 +24,7 @@ from .mesh import initialize as initialize, make_mesh as make_mesh
 from .shard import (
     by_hand as by_hand,
     einshard as einshard,
-    everywhere as everywhere,
+    gather_to_host as gather_to_host,
     place_on as place_on,
     shard as shard,
     with_strategy as with_strategy,

@@ -36,7 +36,7 @@ def agree(what: str, value: str) -> None:
         )
 
 
-def share(text: str | None) -> Any:
+def broadcast(text: str | None) -> Any:
     """Broadcasts a text of process 0, such as a prompt that only process 0 can read, to all processes.
 
     All processes must call it, in the same order. The others wait without a limit: process 0 may wait for a user.

@@ -87,7 +87,7 @@ def place_on(x: Array | np.ndarray, mesh: Mesh, spec: PartitionSpec) -> Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def everywhere(x: Array) -> np.ndarray:
+def gather_to_host(x: Array) -> np.ndarray:
     """Gathers an array to the host, on every process, however the array is split."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)

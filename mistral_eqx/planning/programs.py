@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from ..config import MistralConfig
 from ..generation import Sampler, caches
 from ..generation.loop import Decoding, decode
-from ..generation.reading import CHUNK, prompt_width, read_piece
+from ..generation.reading import CHUNK, prompt_width, read_chunk
 from ..nn import Cache, Mistral
 from ..parallel import Strategy, by_hand, specs
 from ..parallel.mesh import make_mesh
@@ -127,7 +127,7 @@ def _generation(job: Job, mesh: Mesh, platform: str) -> Iterator[Uncompiled]:
         name="prefill",
         runs=math.ceil(width / chunk),
         tokens=chunk,
-        function=_without_jit(read_piece),
+        function=_without_jit(read_chunk),
         kept=(model, array("batch _", job.batch, chunk), array("batch _", job.batch, chunk)),
         given=small,
         donates=True,

@@ -11,7 +11,7 @@ from ..errors import InputError
 from .huggingface import HuggingFaceTokenizer
 from .libraries import LARGEST, as_input_error
 from .sentencepiece_merges import with_merges
-from .sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, checked_types, read_pieces, write_pieces
+from .sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, checked_types, read_chunks, write_pieces
 from .settings import Settings, read_settings
 from .tokenizer import AbstractTokenizer, control_pattern, encode_as_text
 
@@ -136,7 +136,7 @@ def read_sentencepiece(path: Path) -> SentencePieceTokenizer:
     """
     settings = read_settings(path.parent)
     model = read_bytes(path, LARGEST)
-    unknown = [kind for _, _, kind in read_pieces(model, str(path))].count(UNKNOWN)
+    unknown = [kind for _, _, kind in read_chunks(model, str(path))].count(UNKNOWN)
     if unknown != 1:
         raise InputError(
             f"{path} is not a sentencepiece model, or it is damaged (it has {unknown} tokens for unknown words, not "
@@ -161,7 +161,7 @@ def _added_pieces(model: bytes, settings: Settings, path: Path) -> bytes:
 
     **Raises:** `ValueError` if a token has another id in `model`, or if there is a gap in the ids.
     """
-    tokens = [piece for piece, _, _ in read_pieces(model, str(path))] if settings.added_tokens else []
+    tokens = [piece for piece, _, _ in read_chunks(model, str(path))] if settings.added_tokens else []
     added: list[tuple[str, float, int]] = []
     for text, id in sorted(settings.added_tokens.items(), key=lambda entry: entry[1]):
         if id == len(tokens) and text not in tokens:

@@ -70,7 +70,7 @@ def write_pieces(pieces: Iterable[tuple[str, float, int]]) -> bytes:
 
 
 @functools.lru_cache(maxsize=1)
-def read_pieces(model: bytes, name: str) -> tuple[tuple[str, float, int], ...]:
+def read_chunks(model: bytes, name: str) -> tuple[tuple[str, float, int], ...]:
     """Text, score and type of each token in a `.model` file. The result for the last file is cached.
 
     **Arguments:**
@@ -95,7 +95,7 @@ def checked_types(model: bytes, name: str) -> list[int]:
 
     **Raises:** `ValueError` if its tokens are not a valid vocabulary.
     """
-    pieces = read_pieces(model, name)
+    pieces = read_chunks(model, name)
     complaint = None
     if not pieces:
         complaint = "it has no tokens"
