@@ -52,7 +52,8 @@ LAYERS = 8, 32
 FIRST_TOLERANCE = 1e-4
 # Where a gradient is nothing but rounding, Adam still makes a step of the whole learning rate, in either direction.
 LATER_TOLERANCE = 1e-3
-# A bfloat16 has 3 digits. A mean over 1024 tokens rounds less than each of them.
+# A bfloat16 has 3 digits. Later losses are not compared: most updates are smaller than the distance to the next
+# bfloat16, so that products change with a few weights by much and with the others not at all.
 BFLOAT16_TOLERANCE = 2e-2
 
 # Makes a step, and returns its loss.
@@ -257,8 +258,8 @@ def main():
     keep(report, markdown(report), "train", arguments)
     print(markdown(report))
     for name, (first, later) in report["differences"].items():
-        tolerances = (BFLOAT16_TOLERANCE,) * 2 if name in STARTS["bfloat16"] else (FIRST_TOLERANCE, LATER_TOLERANCE)
-        if first > tolerances[0] or later > tolerances[1]:
+        exact = name in STARTS["float32"]
+        if first > (FIRST_TOLERANCE if exact else BFLOAT16_TOLERANCE) or (exact and later > LATER_TOLERANCE):
             sys.exit(
                 f"The losses of {name} differ from those of {REFERENCE} by {first:.1e} in the first step and by up to "
                 f"{later:.1e} in later ones: they did not do the same work."
