@@ -11,33 +11,29 @@ The second puts the table into the README beside this file. transformers takes p
 long search. Each contender runs in a process of its own, once a round; run nothing beside it.
 """
 
-import argparse
 import dataclasses
-import datetime
 import importlib.util
-import json
-import os
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from peers import MODEL, TEXT
 from rounds import (
     TIMES,
-    export,
+    Weights,
+    exported_weights,
     footnote,
-    in_own_process,
+    how_often,
     in_rounds,
-    machine,
-    peak_bytes,
+    keep,
+    load_transformers,
+    make_report,
+    options,
+    prompt_ids,
+    spread,
     table,
-    usable_cores,
-    versions,
-    write,
+    timed,
+    use_cpu,
 )
 
 
@@ -52,14 +48,12 @@ class Task:
 
     **Attributes:**
 
-    - `file`: the GGUF file.
-    - `folder`: its weights in float32, as transformers reads them.
+    - `weights`: the files.
     - `searches`: the prompts and the number of new tokens of each search.
     - `repetitions`: how often each is measured in one process.
     """
 
-    file: Path
-    folder: Path
+    weights: Weights
     searches: list[tuple[list[list[int]], int]]
     repetitions: int
 
@@ -69,7 +63,7 @@ def start_mistral_eqx(task: Task, dtype: str) -> Search:
 
     import mistral_eqx as mx
 
-    model = mx.load(task.file, dtype=dtype)
+    model = mx.load(task.weights.file, dtype=dtype)
 
     def search(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         best = mx.beam_search(model, prompts, num_beams=BEAMS, max_new_tokens=new_tokens)
@@ -95,7 +89,7 @@ def start_gathered(task: Task, dtype: str) -> Search:
     from mistral_eqx.nn import Cache
 
     beam = importlib.import_module("mistral_eqx.generation.beam")
-    model = mx.load(task.file, dtype=dtype)
+    model = mx.load(task.weights.file, dtype=dtype)
 
     @eqx.filter_jit(donate="all-except-first")
     def extend(kept, cache):
@@ -147,13 +141,8 @@ def start_gathered(task: Task, dtype: str) -> Search:
 
 def start_transformers(task: Task, dtype: str) -> Search:
     import torch
-    import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(usable_cores())
-    model = transformers.AutoModelForCausalLM.from_pretrained(task.folder, dtype=getattr(torch, dtype))
-    model.generation_config = transformers.GenerationConfig(pad_token_id=0)
+    model = load_transformers(task.weights.folder, dtype)
 
     def search(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         width = max(map(len, prompts))
@@ -176,15 +165,11 @@ def measure(name: str, dtype: str, task: Task) -> dict[str, Any]:
     for prompts, new_tokens in task.searches:
         if name == "transformers" and new_tokens > 64:
             continue
-        seconds = []
-        for _ in range(1 + task.repetitions):
-            begin = time.perf_counter()
-            texts = search(prompts, new_tokens)
-            seconds.append(time.perf_counter() - begin)
-        found["first_call"].append(seconds[0])
-        found["seconds"].append(seconds[1:])
+        (first, texts), *others = (timed(search, prompts, new_tokens) for _ in range(1 + task.repetitions))
+        found["first_call"].append(first)
+        found["seconds"].append([seconds for seconds, _ in others])
         found["texts"].append(texts)
-    return found | {"peak_bytes": peak_bytes(), "processor_seconds": time.process_time()}
+    return found
 
 
 def tell(found: dict[str, Any]) -> str:
@@ -225,36 +210,21 @@ def markdown(report: dict[str, Any]) -> str:
             if at >= len(row["seconds"]):
                 cells += [""] * 3
                 continue
-            seconds = row["seconds"][at]
-            cells.append(f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})")
+            cells.append(spread(row["seconds"][at], 2))
             for other in ("transformers", "gathered cache"):
                 ratios = row["times"].get(other, []) if row["name"] == "mistral_eqx" else []
                 cells.append(f"{ratios[at]:.2f}" if at < len(ratios) else "")
         texts = sum(batch for batch, _ in report["searches"][: len(row["equal"])])
         lines.append([*cells, f"{sum(row['equal'])} of {texts}", f"{row['peak_bytes'] / 1e9:.2f}"])
-    how = (
-        f"{BEAMS} beams; rounds: {report['rounds']}, repetitions in each: {report['repetitions']}; "
-        "medians of all, with the least and the most."
-    )
-    return f"{table(lines)}\n\n{footnote(report, how)}"
+    return f"{table(lines)}\n\n{footnote(report, f'{BEAMS} beams; {how_often(report)}')}"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--long", type=int, default=1024, help="new tokens of the long search, 0 for none (1024)")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each contender is started (3)")
-    parser.add_argument("--repetitions", type=int, default=3, help="measurements in each round (3)")
-    parser.add_argument("--json", type=Path, default=None, help="write all figures to this file")
-    parser.add_argument("--write", action="store_true", help="put the table into the README")
     arguments = parser.parse_args()
-    # All of them compute on the CPU, compile anew, and look for nothing on a network.
-    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "HF_HUB_OFFLINE": "1"}
-
-    import mistral_eqx as mx
-    from mistral_eqx.checkpoint import locate
-
-    file = locate(MODEL)
-    ids = mx.load_tokenizer(file).encode(" ".join(TEXT.split()))
+    use_cpu()
+    ids = prompt_ids()
     prompts = [ids[:32], ids[40:64]]
     searches = [(prompts[:1], 64), (prompts, 64)]
     if arguments.long:
@@ -263,26 +233,18 @@ def main():
     if any(importlib.util.find_spec(module) is None for module in ("torch", "transformers")):
         print("Left out: transformers, because it or torch is not installed.", file=sys.stderr)
         contenders = [contender for contender in contenders if contender[0] != "transformers"]
-    with tempfile.TemporaryDirectory(prefix="beam-") as temporary:
-        folder = Path(temporary) / "float32"
-        in_own_process(export, file, folder)
-        task = Task(file, folder, searches, arguments.repetitions)
+    with exported_weights() as weights:
+        task = Task(weights, searches, arguments.repetitions)
         starts = {" ".join(contender): (*contender, task) for contender in contenders}
         measured, others = in_rounds(measure, starts, arguments.rounds, tell)
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "searches": [(len(prompts), new_tokens) for prompts, new_tokens in searches],
-        "rounds": arguments.rounds,
-        "repetitions": arguments.repetitions,
-        "rows": summary(measured, contenders),
-        "others_percent": others,
-    }
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
-    if arguments.write:
-        write(markdown(report), "beam")
+    report = make_report(
+        arguments,
+        measured,
+        others,
+        searches=[(len(prompts), new_tokens) for prompts, new_tokens in searches],
+        rows=summary(measured, contenders),
+    )
+    keep(report, markdown(report), "beam", arguments)
     print(markdown(report))
     ours = next(row for row in report["rows"] if row["name"] == "mistral_eqx" and row["dtype"] == "float32")
     if sum(ours["equal"][:2]) < 3:

@@ -14,16 +14,15 @@ Needs Linux, which keeps the peak of each process, and room for twice the checkp
 import argparse
 import dataclasses
 import json
-import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rounds import in_own_process, peak_bytes, timed, use_cpu
 
 from mistral_eqx.checkpoint import hf, open_checkpoint
 from mistral_eqx.checkpoint.names import tensor_specs
@@ -33,28 +32,6 @@ from mistral_eqx.presets import PRESETS
 
 
 RUNTIME = 400 * 10**6
-
-# VmHWM is the largest resident set that the process ever had, pages of mapped files included.
-CHILD = """
-import json, sys, time
-start = time.perf_counter()
-from mistral_eqx.checkpoint import convert, load
-imported = time.perf_counter()
-action, source, dtype, target = sys.argv[1:]
-weights = 0
-if action == "load":
-    import equinox as eqx, jax
-    model = load(source, dtype=dtype or None)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array)))
-elif action == "convert":
-    convert(source, target, format="mistral", dtype=dtype or None)
-else:
-    import jax
-    jax.devices()
-done = time.perf_counter()
-peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(json.dumps({"peak": peak, "weights": weights, "seconds": done - imported}))
-"""
 
 
 def make_checkpoint(folder: Path, layers: int, shard_bytes: int):
@@ -89,15 +66,22 @@ def make_checkpoint(folder: Path, layers: int, shard_bytes: int):
     (folder / "config.json").write_text(json.dumps(hf.write_config(config)))
 
 
-def run(action: str, source: Path, dtype: str, target: Path) -> dict:
-    """One measurement in a process of its own."""
-    arguments = [action, str(source), dtype, str(target)]
-    # On the CPU the weights themselves are resident memory, which makes this the strictest case.
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=True, env=environment
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+def run(action: str, source: Path, dtype: str | None, target: Path) -> dict[str, Any]:
+    """One measurement, in the process that calls this."""
+    import equinox as eqx
+    import jax
+
+    from mistral_eqx.checkpoint import convert, load
+
+    weights = 0
+    if action == "load":
+        seconds, model = timed(lambda: load(source, dtype=dtype))
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array)))
+    elif action == "convert":
+        seconds, _ = timed(lambda: convert(source, target, format="mistral", dtype=dtype))
+    else:
+        seconds, _ = timed(jax.devices)
+    return {"peak": peak_bytes(), "weights": weights, "seconds": seconds}
 
 
 def main():
@@ -106,21 +90,22 @@ def main():
     parser.add_argument("--folder", type=Path, default=None, help="where to put it; the system's temporary folder")
     parser.add_argument("--json", type=Path, default=None, help="also write the figures to this file")
     arguments = parser.parse_args()
+    # On the CPU the weights themselves are resident memory, which makes this the strictest case.
+    use_cpu()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder, prefix="load-memory-"))
     try:
         source = folder / "hf"
         source.mkdir()
-        start = time.perf_counter()
-        make_checkpoint(source, arguments.layers, shard_bytes=10**9)
+        seconds, _ = timed(make_checkpoint, source, arguments.layers, 10**9)
         tensors = open_checkpoint(source).tensors
         stored = sum(tensor.nbytes for tensor in tensors.values())
         largest = max(int(np.prod(tensor.shape)) for tensor in tensors.values())
-        print(f"made {stored / 1e9:.2f} GB in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        print(f"made {stored / 1e9:.2f} GB in {seconds:.0f} s", file=sys.stderr)
         report = {"checkpoint_bytes": stored, "machine": platform.processor() or platform.machine(), "runs": []}
-        report["runtime_alone"] = run("nothing", source, "", folder)["peak"]
-        for action, dtype in (("load", ""), ("load", "float16"), ("load", "float32"), ("convert", "")):
-            found = run(action, source, dtype, folder / "converted")
-            itemsize = {"": 2, "float16": 2, "float32": 4}[dtype]
+        report["runtime_alone"] = in_own_process(run, "nothing", source, None, folder)["peak"]
+        for action, dtype in (("load", None), ("load", "float16"), ("load", "float32"), ("convert", None)):
+            found = in_own_process(run, action, source, dtype, folder / "converted")
+            itemsize = {None: 2, "float16": 2, "float32": 4}[dtype]
             shard = 0 if action == "load" else 10**9
             bound = 1.10 * found["weights"] + RUNTIME + (largest * itemsize if action == "load" else shard)
             found |= {"action": action, "dtype": dtype or "as stored", "bound": int(bound)}

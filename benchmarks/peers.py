@@ -15,68 +15,40 @@ busy loop, as those of llama.cpp do, come to a standstill when one of them has t
 machine was not quiet; its figures are then worth nothing.
 """
 
-import argparse
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
 import importlib.util
-import json
-import os
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rounds import (
-    QUIET_PERCENT,
+    MODEL,
+    REFERENCE,
     TIMES,
-    export,
+    Weights,
+    exported_weights,
     footnote,
-    in_own_process,
+    how_often,
     in_rounds,
-    machine,
-    peak_bytes,
+    keep,
+    load_transformers,
+    make_report,
+    not_quiet,
+    options,
+    pooled,
+    positive,
+    prompt_ids,
     table,
+    timed,
     usable_cores,
-    versions,
-    write,
+    use_cpu,
 )
 
 
-MODEL = "smollm2-135m"
-REFERENCE = "transformers float32"
 # Decoding is also measured after a prompt so short that attention costs next to nothing.
 SHORT = 32
-
-TEXT = """
-The clock in the tower of our town hall was built by a watchmaker who had never made anything larger than a man's
-fist. When the council asked him whether he could do it, he said that a wheel does not know how big it is, and went
-home to draw. It took him four years. The frame was cast in an iron works down by the river, and on a wet morning in
-March sixteen horses pulled it up the hill, while children ran beside the cart and counted the turns of its wheels.
-The weights hang in a shaft that goes down through three floors, and somebody has to wind them up again every second
-day. For most of two centuries that was the work of one family, who lived in two rooms below the bells and were said
-to be a little deaf.
-
-A clock of this kind has four parts, and each of them can be understood by itself. The first is the weight, which
-wants to fall and gives the whole its strength. The second is a train of wheels, which turns the slow fall of the
-weight into the fast motion of the hands. The third is the pendulum, a rod of dry pine as long as a tall man, which
-swings once in two seconds whatever the weight may do. The fourth, and the cleverest, is the escapement: a small
-anchor of hardened steel that rocks with the pendulum, and at every swing lets exactly one tooth of a wheel go by. In
-return the tooth gives the anchor a push, so light that you can hardly feel it with your finger, and this is enough to
-keep the pendulum from coming to rest. What you hear as the ticking of a clock is the sound of a falling weight being
-stopped and released again.
-
-Warm weather used to be the great enemy of its makers. In summer an iron rod grows longer by the width of a few hairs,
-the pendulum swings more slowly, and by the end of the month the whole town is late for church. Wood hardly minds the
-heat, but it drinks the damp of autumn. The watchmaker knew this, so he boiled his rod in oil and painted it seven
-times, and he hung a jar of mercury from its lower end: in the heat the mercury rises by just as much as the rod goes
-down. When the tower was repaired in the year of the flood, the engineers wanted to put an electric motor in its
-place, and
-"""
 
 Generate = Callable[[list[int], int], list[int]]
 
@@ -87,21 +59,17 @@ class Task:
 
     **Attributes:**
 
-    - `file`: the GGUF file.
-    - `folder`: its weights in float32, as transformers reads them.
+    - `weights`: the files.
     - `long`, `short`: the prompts.
     - `new_tokens`: how many tokens to decode after each.
     - `repetitions`: how often, in one process.
-    - `threads`: for those who want to be told.
     """
 
-    file: Path
-    folder: Path
+    weights: Weights
     long: list[int]
     short: list[int]
     new_tokens: int
     repetitions: int
-    threads: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +93,7 @@ def start_mistral_eqx(task: Task, dtype: str, streamed: bool) -> Generate:
 
     import mistral_eqx as mx
 
-    model = mx.load(task.file, dtype=dtype)
+    model = mx.load(task.weights.file, dtype=dtype)
 
     def at_once(ids: list[int], new_tokens: int) -> list[int]:
         return np.asarray(mx.generate(model, [ids], max_new_tokens=new_tokens).tokens)[0].tolist()
@@ -138,13 +106,8 @@ def start_mistral_eqx(task: Task, dtype: str, streamed: bool) -> Generate:
 
 def start_transformers(task: Task, dtype: str) -> Generate:
     import torch
-    import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(task.threads)
-    model = transformers.AutoModelForCausalLM.from_pretrained(task.folder, dtype=getattr(torch, dtype))
-    model.generation_config.eos_token_id = None
+    model = load_transformers(task.weights.folder, dtype)
 
     def generate(ids: list[int], new_tokens: int) -> list[int]:
         prompt = torch.tensor([ids])
@@ -160,10 +123,10 @@ def start_llama_cpp(task: Task) -> Generate:
     import llama_cpp
 
     model = llama_cpp.Llama(
-        str(task.file),
+        str(task.weights.file),
         n_ctx=len(task.long) + task.new_tokens,
-        n_threads=task.threads,
-        n_threads_batch=task.threads,
+        n_threads=usable_cores(),
+        n_threads_batch=usable_cores(),
         n_gpu_layers=0,
         verbose=False,
     )
@@ -203,23 +166,19 @@ def measure(start: Callable[[Task], Generate], task: Task) -> dict[str, Any]:
     **Returns:** what was measured: a list with one entry a repetition, or a number.
     """
 
-    def timed(ids: list[int], new_tokens: int) -> tuple[float, list[int]]:
-        begin = time.perf_counter()
-        tokens = generate(ids, new_tokens)
-        seconds = time.perf_counter() - begin
+    def decode(ids: list[int], new_tokens: int) -> tuple[float, list[int]]:
+        seconds, tokens = timed(generate, ids, new_tokens)
         if len(tokens) != new_tokens:
             raise RuntimeError(f"{len(tokens)} tokens came where {new_tokens} were asked for.")
         return seconds, tokens
 
     def rate(ids: list[int]) -> tuple[float, float, float]:
-        first, _ = timed(ids, 1)
-        whole, _ = timed(ids, task.new_tokens)
+        first, _ = decode(ids, 1)
+        whole, _ = decode(ids, task.new_tokens)
         return first, whole, (task.new_tokens - 1) / (whole - first)
 
-    begin = time.perf_counter()
-    generate = start(task)
-    loading = time.perf_counter() - begin
-    cold, tokens = timed(task.long, task.new_tokens)
+    loading, generate = timed(start, task)
+    cold, tokens = decode(task.long, task.new_tokens)
     rate(task.long)
     rate(task.short)
     after_long = [rate(task.long) for _ in range(task.repetitions)]
@@ -230,8 +189,6 @@ def measure(start: Callable[[Task], Generate], task: Task) -> dict[str, Any]:
         "first_token_seconds": [first for first, _, _ in after_long],
         "compile_seconds": cold - statistics.median(whole for _, whole, _ in after_long),
         "load_seconds": loading,
-        "peak_bytes": peak_bytes(),
-        "processor_seconds": time.process_time(),
         "tokens": tokens,
     }
 
@@ -247,11 +204,11 @@ def summary(name: str, rounds: list[dict[str, Any]], reference: list[dict[str, A
     """Medians and extremes over all repetitions of all rounds, and the medians' ratios to the reference."""
     result: dict[str, Any] = {"name": name}
     for figure in ("decode_after_short", "decode_after_long", "first_token_seconds"):
-        values = [value for found in rounds for value in found[figure]]
+        values = pooled(rounds, figure)
         median = statistics.median(values)
         result[figure] = {"median": median, "least": min(values), "most": max(values)}
         if reference is not None:
-            result[figure]["ratio"] = median / statistics.median(v for found in reference for v in found[figure])
+            result[figure]["ratio"] = median / statistics.median(pooled(reference, figure))
     for figure in ("compile_seconds", "load_seconds", "peak_bytes"):
         result[figure] = statistics.median(found[figure] for found in rounds)
     result["tokens"] = rounds[0]["tokens"]
@@ -291,8 +248,7 @@ def markdown(report: dict[str, Any]) -> str:
             table(lines),
             footnote(
                 report,
-                f"{report['new_tokens']} new tokens; rounds: {report['rounds']}, repetitions in each: "
-                f"{report['repetitions']}; medians of all, with the least and the most.",
+                f"{report['new_tokens']} new tokens; {how_often(report)}",
                 *(
                     f"Left out: {name}, because {module} is not installed."
                     for name, module in report["left_out"].items()
@@ -302,10 +258,12 @@ def markdown(report: dict[str, Any]) -> str:
     )
 
 
-def show(report: dict[str, Any], decode: Callable[[list[int]], str]):
+def show(report: dict[str, Any]):
     """For the terminal: the figures, and how each text goes on."""
     from rich.console import Console
     from rich.table import Table
+
+    import mistral_eqx as mx
 
     long, short = report["prompt_tokens"], report["short_prompt_tokens"]
     shown = Table(caption="medians; in brackets the ratio to transformers float32")
@@ -324,10 +282,10 @@ def show(report: dict[str, Any], decode: Callable[[list[int]], str]):
             f"{max(row['compile_seconds'], 0.0):.1f} s",
             f"{row['peak_bytes'] / 1e9:.2f} GB",
         )
-    console = Console()
+    console, decode = Console(), mx.load_tokenizer(MODEL).decode
     console.print(shown)
-    if (most := max(report["others_percent"])) > QUIET_PERCENT:
-        console.print(f"The machine was not quiet: other programs took up to {most:.0f} % of it. Measure again.")
+    if warning := not_quiet(report):
+        console.print(warning)
     for row in report["contenders"]:
         equal = f"{row['equal_tokens']} of {len(row['tokens'])} equal" if "equal_tokens" in row else ""
         console.print(
@@ -335,36 +293,18 @@ def show(report: dict[str, Any], decode: Callable[[list[int]], str]):
         )
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--new-tokens", type=positive, default=64, help="how many tokens to decode (64)")
     parser.add_argument("--prompt-tokens", type=positive, default=400, help="the length of the long prompt (400)")
-    parser.add_argument("--rounds", type=positive, default=3, help="how often each contender is started (3)")
-    parser.add_argument("--repetitions", type=positive, default=3, help="measurements in each round (3)")
-    parser.add_argument("--json", type=Path, default=None, help="write all figures to this file")
     parser.add_argument("--markdown", action="store_true", help="print the README's table")
-    parser.add_argument("--write", action="store_true", help="put that table into the README")
     arguments = parser.parse_args()
     if arguments.new_tokens < 2:
         parser.error("--new-tokens must be at least 2: the rate is taken over the tokens after the first.")
-    # All of them compute on the CPU, compile anew, and look for nothing on a network.
-    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "HF_HUB_OFFLINE": "1"}
-
-    import mistral_eqx as mx
-    from mistral_eqx.checkpoint import locate
-
-    file = locate(MODEL)
-    tokenizer = mx.load_tokenizer(file)
-    ids = tokenizer.encode(" ".join(TEXT.split()))
+    use_cpu()
+    ids = prompt_ids()
     if not SHORT <= arguments.prompt_tokens <= len(ids):
-        parser.error(f"--prompt-tokens must be from {SHORT} to {len(ids)}, as long as the text in this file is.")
+        parser.error(f"--prompt-tokens must be from {SHORT} to {len(ids)}, as long as the text in prompt.txt is.")
     missing = {
         contender.name: module
         for contender in CONTENDERS
@@ -373,42 +313,29 @@ def main():
     }
     for name, module in missing.items():
         print(f"Left out: {name}, because {module} is not installed.", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix="peers-") as temporary:
-        folder = Path(temporary) / "float32"
-        in_own_process(export, file, folder)
+    with exported_weights() as weights:
         task = Task(
-            file=file,
-            folder=folder,
+            weights=weights,
             long=ids[: arguments.prompt_tokens],
             short=ids[:SHORT],
             new_tokens=arguments.new_tokens,
             repetitions=arguments.repetitions,
-            threads=usable_cores(),
         )
         starts = {one.name: (one.start, task) for one in CONTENDERS if one.name not in missing}
         measured, others = in_rounds(measure, starts, arguments.rounds, tell)
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "prompt_tokens": len(task.long),
-        "short_prompt_tokens": len(task.short),
-        "new_tokens": task.new_tokens,
-        "rounds": arguments.rounds,
-        "repetitions": task.repetitions,
-        "left_out": missing,
-        "contenders": [summary(name, rounds, measured.get(REFERENCE)) for name, rounds in measured.items()],
-        "measured": measured,
-        "others_percent": others,
-    }
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
-    if arguments.write:
-        write(markdown(report), "peers")
+    report = make_report(
+        arguments,
+        measured,
+        others,
+        short_prompt_tokens=SHORT,
+        left_out=missing,
+        contenders=[summary(name, rounds, measured.get(REFERENCE)) for name, rounds in measured.items()],
+    )
+    keep(report, markdown(report), "peers", arguments)
     if arguments.markdown:
         print(markdown(report))
     else:
-        show(report, tokenizer.decode)
+        show(report)
     for row in report["contenders"]:
         if row["name"].startswith("mistral_eqx float32") and row.get("equal_tokens", task.new_tokens) < task.new_tokens:
             sys.exit(f"{row['name']} decoded other tokens than {REFERENCE} did: two different models were measured.")

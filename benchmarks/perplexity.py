@@ -10,32 +10,31 @@ The second puts the table into the README beside this file. Each contender runs 
 Whoever is not installed is left out.
 """
 
-import argparse
 import dataclasses
-import datetime
 import importlib.util
-import json
 import math
-import os
-import statistics
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from peers import MODEL
 from rounds import (
-    export,
+    MODEL,
+    REFERENCE,
+    Weights,
+    exported_weights,
     footnote,
-    in_own_process,
     in_rounds,
-    machine,
-    peak_bytes,
+    keep,
+    load_transformers,
+    make_report,
+    options,
+    peak_gb,
+    positive,
+    spread,
     table,
+    timed,
     usable_cores,
-    versions,
-    write,
+    use_cpu,
 )
 
 
@@ -51,14 +50,12 @@ class Task:
 
     **Attributes:**
 
-    - `file`: the GGUF file.
-    - `folder`: its weights in float32, as transformers reads them.
+    - `weights`: the files.
     - `text`, `ids`: what is scored.
     - `context`, `stride`: the windows.
     """
 
-    file: Path
-    folder: Path
+    weights: Weights
     text: str
     ids: list[int]
     context: int
@@ -77,7 +74,7 @@ class Task:
 def run_mistral_eqx(task: Task, dtype: str) -> Callable[[], tuple[float, int]]:
     import mistral_eqx as mx
 
-    model, tokenizer = mx.load(task.file, dtype=dtype), mx.load_tokenizer(task.file)
+    model, tokenizer = mx.load(task.weights.file, dtype=dtype), mx.load_tokenizer(task.weights.file)
 
     def run() -> tuple[float, int]:
         found = mx.perplexity(model, tokenizer, task.text, context=task.context, stride=task.stride)
@@ -95,12 +92,8 @@ def over_windows(task: Task, score: Score) -> Callable[[], tuple[float, int]]:
 
 def run_transformers(task: Task, dtype: str) -> Callable[[], tuple[float, int]]:
     import torch
-    import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(usable_cores())
-    model = transformers.AutoModelForCausalLM.from_pretrained(task.folder, dtype=getattr(torch, dtype))
+    model = load_transformers(task.weights.folder, dtype)
 
     def score(ids: list[int], scored: int) -> float:
         with torch.no_grad():
@@ -116,7 +109,7 @@ def run_llama_cpp(task: Task, _: str) -> Callable[[], tuple[float, int]]:
 
     threads = usable_cores()
     model = Llama(
-        str(task.file),
+        str(task.weights.file),
         n_ctx=task.context,
         n_batch=task.context,
         n_threads=threads,
@@ -147,15 +140,8 @@ def measure(name: str, dtype: str, task: Task) -> dict[str, Any]:
     """One contender in one round: the first run compiles, the second is timed."""
     run = RUNS[name][0](task, dtype)
     run()
-    begin = time.perf_counter()
-    log_prob, tokens = run()
-    return {
-        "log_prob": log_prob,
-        "tokens": tokens,
-        "seconds": time.perf_counter() - begin,
-        "peak_bytes": peak_bytes(),
-        "processor_seconds": time.process_time(),
-    }
+    seconds, (log_prob, tokens) = timed(run)
+    return {"log_prob": log_prob, "tokens": tokens, "seconds": seconds}
 
 
 def perplexity(found: dict[str, Any]) -> float:
@@ -169,7 +155,7 @@ def tell(found: dict[str, Any]) -> str:
 def markdown(report: dict[str, Any]) -> str:
     """The table and what one must know to read it."""
     measured = report["measured"]
-    reference = measured.get("transformers float32")
+    reference = measured.get(REFERENCE)
     lines = [["", "perplexity", "relative to transformers float32", "tokens/s", "peak, GB"]]
     for name, found in measured.items():
         rates = [one["tokens"] / one["seconds"] for one in found]
@@ -179,8 +165,8 @@ def markdown(report: dict[str, Any]) -> str:
                 name,
                 f"{perplexity(found[0]):.4f}",
                 relative,
-                f"{statistics.median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f})",
-                f"{max(one['peak_bytes'] for one in found) / 1e9:.2f}",
+                spread(rates, 0),
+                peak_gb(found),
             ]
         )
     tokens = {one["tokens"] for found in measured.values() for one in found}
@@ -192,26 +178,19 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--characters", type=int, default=9000, help="of the book, how many are scored (9000)")
-    parser.add_argument("--context", type=int, default=512, help="tokens of a window (512)")
-    parser.add_argument("--stride", type=int, default=256, help="from one window to the next (256)")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each contender is started (3)")
-    parser.add_argument("--json", type=Path, default=None, help="write all figures to this file")
-    parser.add_argument("--write", action="store_true", help="put the table into the README")
+    parser = options(__doc__, repetitions=None)
+    parser.add_argument("--characters", type=positive, default=9000, help="of the book, how many are scored (9000)")
+    parser.add_argument("--context", type=positive, default=512, help="tokens of a window (512)")
+    parser.add_argument("--stride", type=positive, default=256, help="from one window to the next (256)")
     arguments = parser.parse_args()
-    # All of them compute on the CPU, compile anew, and look for nothing on a network.
-    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "HF_HUB_OFFLINE": "1"}
+    use_cpu()
 
     import mistral_eqx as mx
-    from mistral_eqx.checkpoint import locate
 
-    file = locate(MODEL)
     text = BOOK.read_text(encoding="utf-8")[: arguments.characters]
-    with tempfile.TemporaryDirectory(prefix="perplexity-") as temporary:
-        folder = Path(temporary) / "float32"
-        in_own_process(export, file, folder)
-        task = Task(file, folder, text, mx.load_tokenizer(file).encode(text), arguments.context, arguments.stride)
+    ids = mx.load_tokenizer(MODEL).encode(text)
+    with exported_weights() as weights:
+        task = Task(weights, text, ids, arguments.context, arguments.stride)
         starts = {
             f"{name} {dtype}".strip(): (name, dtype, task)
             for name, (_, package, dtypes) in RUNS.items()
@@ -219,20 +198,8 @@ def main():
             for dtype in dtypes
         }
         measured, others = in_rounds(measure, starts, arguments.rounds, tell)
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "context": arguments.context,
-        "stride": arguments.stride,
-        "rounds": arguments.rounds,
-        "measured": measured,
-        "others_percent": others,
-    }
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
-    if arguments.write:
-        write(markdown(report), "perplexity")
+    report = make_report(arguments, measured, others)
+    keep(report, markdown(report), "perplexity", arguments)
     print(markdown(report))
 
 

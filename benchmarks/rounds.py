@@ -1,24 +1,156 @@
 """What the benchmarks share: contenders in processes of their own, round after round, and a table in the README."""
 
+import argparse
+import contextlib
+import dataclasses
+import datetime
 import importlib.metadata
+import json
 import multiprocessing
 import os
 import platform
+import statistics
 import sys
+import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 
-
+# The weights that all contenders have, and the contender to which the others are compared.
+MODEL = "smollm2-135m"
+REFERENCE = "transformers float32"
 # A machine is quiet as long as other programs take no more of its processors than this.
 QUIET_PERCENT = 5.0
 README = Path(__file__).with_name("README.md")
+PROMPT = Path(__file__).with_name("prompt.txt")
 TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+# ---- before the rounds ----
+
+
+def options(description: str, *, rounds: int = 3, repetitions: int | None = 3) -> argparse.ArgumentParser:
+    """A parser with the options that all scripts have.
+
+    **Arguments:**
+
+    - `description`: the script's docstring.
+    - `rounds`, `repetitions`: the defaults; `None` for a script that repeats nothing inside a round.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--rounds", type=positive, default=rounds, help=f"how often each contender is started ({rounds})"
+    )
+    if repetitions is not None:
+        parser.add_argument(
+            "--repetitions", type=positive, default=repetitions, help=f"measurements in each round ({repetitions})"
+        )
+    parser.add_argument("--json", type=Path, default=None, help="write all figures to this file")
+    parser.add_argument("--write", action="store_true", help="put the table into the README")
+    return parser
+
+
+def positive(text: str) -> int:
+    """The type of an option that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def use_cpu():
+    """All processes started from here on compute on the CPU, compile anew, and look for nothing on a network."""
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def prompt_ids() -> list[int]:
+    """The tokens of the text from which prompts are taken."""
+    import mistral_eqx as mx
+
+    return mx.load_tokenizer(MODEL).encode(" ".join(PROMPT.read_text(encoding="utf-8").split()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The weights of the preset, as the contenders read them.
+
+    **Attributes:**
+
+    - `file`: the GGUF file, quantized.
+    - `folder`: the same weights in float32, in the format of transformers.
+    """
+
+    file: Path
+    folder: Path
+
+
+@contextlib.contextmanager
+def exported_weights() -> Iterator[Weights]:
+    """The weights of the preset; the folder exists as long as the context."""
+    from mistral_eqx.checkpoint import locate
+
+    file = locate(MODEL)
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as temporary:
+        folder = Path(temporary) / "float32"
+        in_own_process(_export, file, folder)
+        yield Weights(file, folder)
+
+
+def _export(file: Path, folder: Path):
+    """Writes the weights for transformers, which needs `accelerate` to read a GGUF file."""
+    import mistral_eqx as mx
+
+    mx.save(mx.load(file, dtype="float32"), folder)
+
+
+# ---- in the process of a contender ----
+
+
+def load_transformers(folder: Path, dtype: str, **how: Any) -> Any:
+    """The model of transformers on all cores, which says nothing while it loads and never stops early."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(usable_cores())
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **how)
+    model.generation_config = transformers.GenerationConfig(pad_token_id=0)
+    return model
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """The seconds that a call takes, and its result."""
+    begin = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - begin, result
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had, pages of mapped files included."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage would not do: there a process begins with the peak of the process that started it.
+        return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM"))
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def usable_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---- the rounds ----
 
 
 def in_rounds(
@@ -27,24 +159,25 @@ def in_rounds(
     rounds: int,
     tell: Callable[[dict[str, Any]], str],
 ) -> tuple[dict[str, list[dict[str, Any]]], list[float]]:
-    """Measures all contenders so often; each round begins with another, so that none always follows the same one.
+    """Measures all contenders in each round; each round begins with another one, so that their order changes.
 
     **Arguments:**
 
-    - `measure`: called in a process of its own; its result has `"processor_seconds"` among its figures.
+    - `measure`: called in a process of its own.
     - `contenders`: the arguments for each, by name.
     - `tell`: a result in words, for the terminal.
 
-    **Returns:** the results of each contender, and how many percent of the machine others took in each measurement.
+    **Returns:** the results of each contender, with `"peak_bytes"` of its process; and for each measurement how many
+    percent of the machine other programs took.
     """
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     names, others = list(contenders), []
     for number in range(rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            begin, before = time.perf_counter(), machine_seconds() - time.process_time()
-            found = in_own_process(measure, *contenders[name])
-            taken = machine_seconds() - time.process_time() - before - found["processor_seconds"]
+            begin, before = time.perf_counter(), _machine_seconds() - time.process_time()
+            found = in_own_process(_measured, measure, *contenders[name])
+            taken = _machine_seconds() - time.process_time() - before - found["processor_seconds"]
             others.append(100 * taken / ((os.cpu_count() or 1) * (time.perf_counter() - begin)))
             measured[name].append(found)
             print(f"round {number + 1} of {rounds}: {name:28} {tell(found)}", file=sys.stderr)
@@ -57,28 +190,113 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has had, pages of mapped files included."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not what getrusage tells: there a process begins with the peak of the one that started it.
-        return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM"))
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _measured(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    return measure(*arguments) | {"peak_bytes": peak_bytes(), "processor_seconds": time.process_time()}
 
 
-def machine_seconds() -> float:
-    """The processor time that all programs of this machine together have used, or had taken away by its host."""
+def _machine_seconds() -> float:
+    """The processor time that all programs of this machine together have used, or that its host took away."""
+    import psutil
+
     times = psutil.cpu_times()._asdict()
     # Linux counts the time of guests as time of their hosts too.
     return sum(times.values()) - sum(times.get(name, 0.0) for name in ("idle", "iowait", "guest", "guest_nice"))
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on, besides the programs."""
+# ---- after the rounds ----
+
+
+def make_report(
+    arguments: argparse.Namespace, measured: dict[str, list[dict[str, Any]]], others: list[float], **more: Any
+) -> dict[str, Any]:
+    """All that was measured, the options, the machine and the versions."""
+    chosen = {name: value for name, value in vars(arguments).items() if name not in ("json", "write", "markdown")}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": _machine(),
+        "versions": _versions(),
+        **chosen,
+        **more,
+        "measured": measured,
+        "others_percent": others,
+    }
+
+
+def keep(report: dict[str, Any], block: str, name: str, arguments: argparse.Namespace):
+    """Writes the figures to a file and the table into the section of this name, as the options ask for."""
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    if arguments.write:
+        write(block, name)
+
+
+def pooled(found: list[dict[str, Any]], figure: str) -> list[float]:
+    """All repetitions of all rounds."""
+    return [value for one in found for value in one[figure]]
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The median, with the least and the most."""
+    median = statistics.median(values)
+    return f"{median:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def peak_gb(found: list[dict[str, Any]]) -> str:
+    """The largest peak of all rounds."""
+    return f"{max(one['peak_bytes'] for one in found) / 1e9:.2f}"
+
+
+def how_often(report: dict[str, Any]) -> str:
+    """How often a contender was measured, as a clause."""
+    return (
+        f"rounds: {report['rounds']}, repetitions in each: {report['repetitions']}; medians of all, with the least "
+        "and the most."
+    )
+
+
+def table(lines: Iterable[Iterable[str]]) -> str:
+    """Markdown: the first line is the header, and of each line the first cell stands on the left."""
+    (header, *rows) = [list(line) for line in lines]
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def footnote(report: dict[str, Any], *notes: str) -> str:
+    """The paragraph below a table: the machine, the versions, what was done, and whether the machine was quiet."""
+    host = report["machine"]
+    words = [
+        f"{host['processor']}, {host['cores']} cores, {host['memory_bytes'] / 2**30:.0f} GiB, {host['system']}, "
+        f"Python {host['python']}, {report['date']}; "
+        + ", ".join(f"{package} {version}" for package, version in report["versions"].items())
+        + ".",
+        *notes,
+    ]
+    if warning := not_quiet(report):
+        words.append(f"**{warning}**")
+    # Outside the table, lines are as short as those of the rest of the README.
+    return textwrap.fill(" ".join(words), 120, break_on_hyphens=False, break_long_words=False)
+
+
+def not_quiet(report: dict[str, Any]) -> str:
+    """A warning if other programs took more than a little of the machine, else nothing."""
+    if (most := max(report["others_percent"])) <= QUIET_PERCENT:
+        return ""
+    return f"The machine was not quiet: other programs took up to {most:.0f} % of it. Measure again."
+
+
+def write(block: str, name: str):
+    """Replaces what stands between the marks of this name in the README."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found, rest = README.read_text(encoding="utf-8").partition(begin)
+    _, also, after = rest.partition(end)
+    if not (found and also):
+        sys.exit(f"{README.name} lacks the marks {begin} and {end}, between which the table goes; put them back.")
+    README.write_text(f"{before}{begin}\n\n{block}\n\n{end}{after}", encoding="utf-8")
+
+
+def _machine() -> dict[str, Any]:
+    import psutil
+
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -93,55 +311,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def versions() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     found = {}
     for package in ("mistral-eqx", "jax", "equinox", "torch", "transformers", "llama-cpp-python"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
-
-
-def export(file: Path, folder: Path):
-    """Writes the weights that transformers reads: by itself it would need `accelerate` for a GGUF file."""
-    import mistral_eqx as mx
-
-    mx.save(mx.load(file, dtype="float32"), folder)
-
-
-def table(lines: Iterable[Iterable[str]]) -> str:
-    """Markdown: the first line is the header, and of each line the first cell stands on the left."""
-    (header, *rows) = [list(line) for line in lines]
-    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def footnote(report: dict[str, Any], *notes: str) -> str:
-    """What stands below a table: the machine, the versions, what was done, and whether something else ran."""
-    host = report["machine"]
-    words = [
-        f"{host['processor']}, {host['cores']} cores, {host['memory_bytes'] / 2**30:.0f} GiB, {host['system']}, "
-        f"Python {host['python']}, {report['date']}; "
-        + ", ".join(f"{package} {version}" for package, version in report["versions"].items())
-        + ".",
-        *notes,
-    ]
-    if (most := max(report["others_percent"])) > QUIET_PERCENT:
-        words.append(f"**The machine was not quiet: other programs took up to {most:.0f} % of it. Measure again.**")
-    # Outside the table, lines are as short as those of the rest of the README.
-    return textwrap.fill(" ".join(words), 120, break_on_hyphens=False, break_long_words=False)
-
-
-def write(block: str, name: str):
-    """Replaces what stands between the marks of this name in the README."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, found, rest = README.read_text().partition(begin)
-    _, also, after = rest.partition(end)
-    if not (found and also):
-        sys.exit(f"{README.name} lacks the marks {begin} and {end}, between which the table goes; put them back.")
-    README.write_text(f"{before}{begin}\n\n{block}\n\n{end}{after}")

@@ -16,7 +16,6 @@ import dataclasses
 import json
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from rounds import table, timed, write
 
 import mistral_eqx as mx
 from mistral_eqx.generation import Sampler
@@ -58,7 +58,7 @@ def label(choice: Choice) -> str:
 # ---- time ----
 
 
-def timed(repetitions: int) -> Iterator[dict[str, Any]]:
+def runs(repetitions: int) -> Iterator[dict[str, Any]]:
     """Runs prefill and decoding under every strategy, batch and length."""
     model = mx.Mistral.init(SMALL, key=jr.key(0))
     for devices in (8, 16):
@@ -67,24 +67,20 @@ def timed(repetitions: int) -> Iterator[dict[str, Any]]:
             for batch in (1, 8):
                 if batch % choice.axes.get("dp", 1) == 0:
                     for length in (128, 1024):
-                        yield _timed(choice, parts, devices, batch, length, repetitions)
+                        yield _run(choice, parts, devices, batch, length, repetitions)
 
 
-def _timed(
-    choice: Choice, model: mx.Mistral, devices: int, batch: int, length: int, repetitions: int
-) -> dict[str, Any]:
+def _run(choice: Choice, model: mx.Mistral, devices: int, batch: int, length: int, repetitions: int) -> dict[str, Any]:
     rows = jr.randint(jr.key(1), (batch, length), 0, SMALL.vocab).tolist()
     steps, request = 8, Request.init(model, rows, 64, Sampler(), None, None)
     state, cache = jax.block_until_ready(request.start(rows))
     read, decoded = [], []
     for _ in range(repetitions):
-        start = time.perf_counter()
-        state, cache = jax.block_until_ready(request.start(rows))
-        read.append(time.perf_counter() - start)
+        taken, (state, cache) = timed(lambda: jax.block_until_ready(request.start(rows)))
+        read.append(taken)
         state, cache = jax.block_until_ready(request.decode(state, cache, 2))
-        start = time.perf_counter()
-        state, cache = jax.block_until_ready(request.decode(state, cache, 2 + steps))
-        decoded.append((time.perf_counter() - start) / steps)
+        taken, (state, cache) = timed(lambda *at: jax.block_until_ready(request.decode(*at, 2 + steps)), state, cache)
+        decoded.append(taken / steps)
     sizes = {"batch": batch, "dtype": jnp.float32}
     exchanged = {
         "prefill": prefill(SMALL, choice.strategy, choice.axes, seq=min(length, 512), kv_seq=length, **sizes),
@@ -191,7 +187,7 @@ def tables(times: list[dict[str, Any]], plans: list[dict[str, Any]]) -> str:
         if lines:
             rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in lines.items()]
             parts.append(f"**Milliseconds a decoding step on {place}, by length of the cache**\n")
-            parts.append(_table(["strategy", *map(str, LENGTHS)], rows) + "\n")
+            parts.append(table([["strategy", *map(str, LENGTHS)], *rows]) + "\n")
     return "\n".join(parts)
 
 
@@ -212,7 +208,7 @@ def _times(found: list[dict[str, Any]]) -> str:
         ]
         for row in found
     ]
-    return _table([*head, "decode step, ms", "exchanges", "kB"], rows)
+    return table([[*head, "decode step, ms", "exchanges", "kB"], *rows])
 
 
 def _plans(reports: list[dict[str, Any]]) -> str:
@@ -233,9 +229,8 @@ def _plans(reports: list[dict[str, Any]]) -> str:
                 cells += [str(count), f"{moved / 1e6:,.1f}", f"{1e3 * phase['runs'] * seconds(terms):.2f}"]
         rows.append(cells)
     head = ["strategy", "weights, GB", "cache, GB", "peak, GB", ""]
-    return _table(
-        [*head, *(f"{phase} {what}" for phase in ("prefill", "decode") for what in ("exchanges", "MB", "ms"))], rows
-    )
+    head += [f"{phase} {what}" for phase in ("prefill", "decode") for what in ("exchanges", "MB", "ms")]
+    return table([head, *rows])
 
 
 def _phases(row: dict[str, Any]) -> dict[str, Any]:
@@ -246,11 +241,6 @@ def _lines(plans: list[dict[str, Any]], place: str) -> dict[str, list[float]]:
     """Milliseconds by length for each strategy."""
     reports = {row["strategy"]: Report.from_dict(row["report"]) for row in plans if row["place"] == place}
     return {name: [1e3 * decode_seconds(report, length) for length in LENGTHS] for name, report in reports.items()}
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    marks = [":--"] + ["--:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, marks, *rows])
 
 
 def draw(times: list[dict[str, Any]], plans: list[dict[str, Any]], folder: Path):
@@ -309,15 +299,11 @@ def main():
         rows = [row for file in arguments.files for row in json.loads(file.read_text())]
         times, plans = [row for row in rows if "place" not in row], [row for row in rows if "place" in row]
         draw(times, plans, HERE)
-        readme = (HERE / "README.md").read_text()
-        before, rest = readme.split("<!-- strategies:begin -->\n")
-        _, after = rest.split("<!-- strategies:end -->")
-        marks = "<!-- strategies:begin -->\n", "<!-- strategies:end -->"
-        (HERE / "README.md").write_text(f"{before}{marks[0]}\n{tables(times, plans)}\n{marks[1]}{after}")
+        write(tables(times, plans).strip(), "strategies")
         return
     if arguments.command == "time":
         jax.config.update("jax_num_cpu_devices", 16)
-        done, rows = [], timed(arguments.repetitions)
+        done, rows = [], runs(arguments.repetitions)
     else:
         done = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
         rows = planned(arguments.topologies, list(done))

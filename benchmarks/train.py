@@ -1,7 +1,8 @@
 """How fast is a model trained, here and with transformers and torch?
 
 The weights of the preset `smollm2-135m` in float32, AdamW, 4 rows of 256 tokens of Moby-Dick a step: here with each
-choice of what the backward pass computes again, and with transformers, whose losses must be the same, step by step.
+rematerialisation policy, and with transformers, whose losses must be the same, step by step. Once more with products in
+bfloat16: here by `compute_dtype`, and with transformers by torch's autocast.
 
 And how long does a step take to compile? That of 8 and that of 32 layers, which are scanned.
 
@@ -12,32 +13,33 @@ The second puts the tables into the README beside this file. Each contender runs
 run nothing beside it.
 """
 
-import argparse
 import dataclasses
-import datetime
-import json
-import os
+import functools
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peers import MODEL, REFERENCE, positive
 from rounds import (
+    MODEL,
+    REFERENCE,
     TIMES,
-    export,
+    Weights,
+    exported_weights,
     footnote,
-    in_own_process,
     in_rounds,
-    machine,
-    peak_bytes,
+    keep,
+    load_transformers,
+    make_report,
+    options,
+    peak_gb,
+    pooled,
+    positive,
+    spread,
     table,
-    usable_cores,
-    versions,
-    write,
+    timed,
+    use_cpu,
 )
 
 
@@ -50,6 +52,9 @@ LAYERS = 8, 32
 FIRST_TOLERANCE = 1e-4
 # Where a gradient is nothing but rounding, Adam still makes a step of the whole learning rate, in either direction.
 LATER_TOLERANCE = 1e-3
+# A bfloat16 has 3 digits. Later losses are not compared: most updates are smaller than the distance to the next
+# bfloat16, so that products change with a few weights by much and with the others not at all.
+BFLOAT16_TOLERANCE = 2e-2
 
 # Makes a step, and returns its loss.
 Step = Callable[[list[list[int]]], float]
@@ -61,23 +66,21 @@ class Task:
 
     **Attributes:**
 
-    - `file`: the GGUF file.
-    - `folder`: its weights in float32, as transformers reads them.
+    - `weights`: the files.
     - `batches`: for each step rows of one token more than are read, since each one but the first is told.
     """
 
-    file: Path
-    folder: Path
+    weights: Weights
     batches: list[list[list[int]]]
 
 
-def start_mistral_eqx(task: Task, remat: str) -> Step:
+def start_mistral_eqx(task: Task, dtype: str, remat: str) -> Step:
     import mistral_eqx as mx
     from mistral_eqx import train
 
     optimizer = train.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY, b1=BETAS[0], b2=BETAS[1], eps=EPS)
-    state = train.TrainState.init(mx.load(task.file, dtype="float32"), optimizer)
-    make = train.make_step(optimizer, compute_dtype=None, clip=CLIP, remat=remat)
+    state = train.TrainState.init(mx.load(task.weights.file, dtype="float32"), optimizer)
+    make = train.make_step(optimizer, compute_dtype=dtype, clip=CLIP, remat=remat)
 
     def step(rows: list[list[int]]) -> float:
         nonlocal state
@@ -87,16 +90,10 @@ def start_mistral_eqx(task: Task, remat: str) -> Step:
     return step
 
 
-def start_transformers(task: Task, remat: None) -> Step:
+def start_transformers(task: Task, dtype: str) -> Step:
     import torch
-    import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(usable_cores())
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        task.folder, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    model = load_transformers(task.weights.folder, "float32", attn_implementation="sdpa")
     model.train()
     decayed = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
     others = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "embed" in name]
@@ -112,8 +109,9 @@ def start_transformers(task: Task, remat: None) -> Step:
         ids = torch.tensor(rows)
         targets = ids[:, 1:].contiguous()
         optimizer.zero_grad(set_to_none=True)
-        # Told so, it does not leave the last token of each row without a target.
-        loss = model(input_ids=ids[:, :-1], labels=targets, shift_labels=targets, use_cache=False).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            # Without shift_labels, the last token of each row would have no target.
+            loss = model(input_ids=ids[:, :-1], labels=targets, shift_labels=targets, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
@@ -122,28 +120,30 @@ def start_transformers(task: Task, remat: None) -> Step:
     return step
 
 
-CONTENDERS: dict[str, tuple[Callable[[Task, Any], Step], str | None]] = {
-    REFERENCE: (start_transformers, None),
-    **{f"mistral_eqx float32, remat {remat}": (start_mistral_eqx, remat) for remat in ("none", "dots", "block")},
+# By the precision of the products, so that each is compared with transformers in the same one.
+STARTS: dict[str, dict[str, Callable[[Task], Step]]] = {
+    "float32": {
+        REFERENCE: functools.partial(start_transformers, dtype="float32"),
+        **{
+            f"mistral_eqx float32, remat {remat}": functools.partial(start_mistral_eqx, dtype="float32", remat=remat)
+            for remat in ("none", "dots", "block")
+        },
+    },
+    "bfloat16": {
+        "transformers bfloat16, autocast": functools.partial(start_transformers, dtype="bfloat16"),
+        "mistral_eqx bfloat16, remat dots": functools.partial(start_mistral_eqx, dtype="bfloat16", remat="dots"),
+    },
 }
 
 
-def measure(name: str, task: Task) -> dict[str, Any]:
+def measure(start: Callable[[Task], Step], task: Task) -> dict[str, Any]:
     """One contender in one round: the seconds of each step, the first one apart, and all losses."""
-    start, remat = CONTENDERS[name]
-    step = start(task, remat)
-    seconds, losses = [], []
-    for rows in task.batches:
-        begin = time.perf_counter()
-        losses.append(step(rows))
-        seconds.append(time.perf_counter() - begin)
-    first, *others = seconds
+    step = start(task)
+    (first, loss), *others = (timed(step, rows) for rows in task.batches)
     return {
         "first_step_seconds": first,
-        "rates": [ROWS * SEQ / one for one in others],
-        "losses": losses,
-        "peak_bytes": peak_bytes(),
-        "processor_seconds": time.process_time(),
+        "rates": [ROWS * SEQ / seconds for seconds, _ in others],
+        "losses": [loss, *(loss for _, loss in others)],
     }
 
 
@@ -169,17 +169,10 @@ def measure_compiling(layers: int) -> dict[str, Any]:
     batch = train.Batch(ids, ids, jax.ShapeDtypeStruct((ROWS, SEQ), jnp.float32), ids, ids, ids)
     # What JAX sets up once is not the step's.
     jax.jit(lambda x: x + 1)(1.0)
-    begin = time.perf_counter()
-    lowered = jax.jit(lambda shapes, batch: eqx.filter(step(eqx.combine(shapes, static), batch), eqx.is_array)).lower(
-        shapes, batch
-    )
-    middle = time.perf_counter()
-    lowered.compile()
-    return {
-        "lower_seconds": middle - begin,
-        "compile_seconds": time.perf_counter() - middle,
-        "processor_seconds": time.process_time(),
-    }
+    jitted = jax.jit(lambda shapes, batch: eqx.filter(step(eqx.combine(shapes, static), batch), eqx.is_array))
+    lowering, lowered = timed(jitted.lower, shapes, batch)
+    compiling, _ = timed(lowered.compile)
+    return {"lower_seconds": lowering, "compile_seconds": compiling}
 
 
 def tell(found: dict[str, Any]) -> str:
@@ -207,23 +200,26 @@ def differences(measured: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[fl
 def markdown(report: dict[str, Any]) -> str:
     """The tables and what one must know to read them."""
     measured, compiling = report["measured"], report["compiling"]
-    rates = {name: [rate for one in found for rate in one["rates"]] for name, found in measured.items()}
+    rates = {name: pooled(found, "rates") for name, found in measured.items()}
     medians = {name: statistics.median(one) for name, one in rates.items()}
     lines = [
         ["", "tokens/s", f"{TIMES} transformers", "first step, s", "peak, GB", "last loss", "first loss differs by"]
     ]
-    for name, found in measured.items():
-        lines.append(
-            [
-                name,
-                f"{medians[name]:.1f} ({min(rates[name]):.1f} to {max(rates[name]):.1f})",
-                f"{medians[name] / medians[REFERENCE]:.2f}",
-                f"{statistics.median(one['first_step_seconds'] for one in found):.1f}",
-                f"{max(one['peak_bytes'] for one in found) / 1e9:.2f}",
-                f"{found[0]['losses'][-1]:.4f}",
-                f"{report['differences'][name][0]:.0e}",
-            ]
-        )
+    for same_precision in STARTS.values():
+        theirs = next(iter(same_precision))
+        for name in same_precision:
+            found = measured[name]
+            lines.append(
+                [
+                    name,
+                    spread(rates[name], 1),
+                    f"{medians[name] / medians[theirs]:.2f}",
+                    f"{statistics.median(one['first_step_seconds'] for one in found):.1f}",
+                    peak_gb(found),
+                    f"{found[0]['losses'][-1]:.4f}",
+                    f"{report['differences'][name][0]:.0e}",
+                ]
+            )
     seconds = {name: statistics.median(map(total, found)) for name, found in compiling.items()}
     least = seconds[f"{LAYERS[0]} layers"]
     compiled = [["", "lower, s", "compile, s", f"{TIMES} {LAYERS[0]} layers"]]
@@ -238,49 +234,32 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, repetitions=None)
     parser.add_argument("--steps", type=positive, default=6, help="measured steps in each round (6)")
-    parser.add_argument("--rounds", type=positive, default=3, help="how often each contender is started (3)")
-    parser.add_argument("--json", type=Path, default=None, help="write all figures to this file")
-    parser.add_argument("--write", action="store_true", help="put the tables into the README")
     arguments = parser.parse_args()
-    # All of them compute on the CPU, compile anew, and look for nothing on a network.
-    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "HF_HUB_OFFLINE": "1"}
+    use_cpu()
 
     import mistral_eqx as mx
-    from mistral_eqx.checkpoint import locate
 
-    file = locate(MODEL)
-    ids = mx.load_tokenizer(file).encode(DATA.read_text())
+    ids = mx.load_tokenizer(MODEL).encode(DATA.read_text(encoding="utf-8"))
     rows = [ids[start : start + SEQ + 1] for start in range(0, len(ids) - SEQ, SEQ)]
     batches = [rows[start : start + ROWS] for start in range(0, len(rows) - ROWS + 1, ROWS)]
     if arguments.steps >= len(batches):
         parser.error(f"--steps must be less than {len(batches)}, for which {DATA.name} has tokens.")
-    with tempfile.TemporaryDirectory(prefix="train-") as temporary:
-        folder = Path(temporary) / "float32"
-        in_own_process(export, file, folder)
-        task = Task(file, folder, batches[: arguments.steps + 1])
-        measured, others = in_rounds(measure, {name: (name, task) for name in CONTENDERS}, arguments.rounds, tell)
+    with exported_weights() as weights:
+        task = Task(weights, batches[: arguments.steps + 1])
+        contenders = {name: (start, task) for starts in STARTS.values() for name, start in starts.items()}
+        measured, others = in_rounds(measure, contenders, arguments.rounds, tell)
     shapes = {f"{layers} layers": (layers,) for layers in LAYERS}
     compiling, more_others = in_rounds(measure_compiling, shapes, arguments.rounds, tell_compiling)
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "rounds": arguments.rounds,
-        "steps": arguments.steps,
-        "measured": measured,
-        "compiling": compiling,
-        "differences": differences(measured),
-        "others_percent": others + more_others,
-    }
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
-    if arguments.write:
-        write(markdown(report), "train")
+    report = make_report(
+        arguments, measured, others + more_others, compiling=compiling, differences=differences(measured)
+    )
+    keep(report, markdown(report), "train", arguments)
     print(markdown(report))
     for name, (first, later) in report["differences"].items():
-        if first > FIRST_TOLERANCE or later > LATER_TOLERANCE:
+        exact = name in STARTS["float32"]
+        if first > (FIRST_TOLERANCE if exact else BFLOAT16_TOLERANCE) or (exact and later > LATER_TOLERANCE):
             sys.exit(
                 f"The losses of {name} differ from those of {REFERENCE} by {first:.1e} in the first step and by up to "
                 f"{later:.1e} in later ones: they did not do the same work."
