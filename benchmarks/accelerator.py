@@ -198,7 +198,7 @@ def start_generating_here(task: Task) -> Generate:
 
     init = eqx.filter_jit(functools.partial(mx.Mistral.init, task.config, dtype=jnp.bfloat16))
     model, rows = jax.block_until_ready(init(key=jax.random.key(0))), task.rows(task.prompt)
-    return lambda new: jax.block_until_ready(mx.generate(model, rows, max_new_tokens=new).tokens)
+    return lambda new: jax.block_until_ready(mx.generate(model, rows, max_new_tokens=new, eos_id=()).tokens)
 
 
 def start_generating_transformers(task: Task) -> Generate:

@@ -67,7 +67,7 @@ def start_mistral_eqx(task: Task, dtype: str) -> Generate:
     import mistral_eqx as mx
 
     model = mx.load(task.weights.file, dtype=dtype)
-    return lambda new: np.asarray(mx.generate(model, task.prompts, max_new_tokens=new).tokens).tolist()
+    return lambda new: np.asarray(mx.generate(model, task.prompts, max_new_tokens=new, eos_id=()).tokens).tolist()
 
 
 def start_transformers(task: Task, dtype: str) -> Generate:

@@ -66,7 +66,7 @@ def start_mistral_eqx(task: Task, dtype: str) -> Search:
     model = mx.load(task.weights.file, dtype=dtype)
 
     def search(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-        best = mx.beam_search(model, prompts, num_beams=BEAMS, max_new_tokens=new_tokens)
+        best = mx.beam_search(model, prompts, num_beams=BEAMS, max_new_tokens=new_tokens, eos_id=())
         return np.asarray(best.tokens)[:, 0].tolist()
 
     return search

@@ -96,10 +96,10 @@ def start_mistral_eqx(task: Task, dtype: str, streamed: bool) -> Generate:
     model = mx.load(task.weights.file, dtype=dtype)
 
     def at_once(ids: list[int], new_tokens: int) -> list[int]:
-        return np.asarray(mx.generate(model, [ids], max_new_tokens=new_tokens).tokens)[0].tolist()
+        return np.asarray(mx.generate(model, [ids], max_new_tokens=new_tokens, eos_id=()).tokens)[0].tolist()
 
     def one_by_one(ids: list[int], new_tokens: int) -> list[int]:
-        return [int(token[0]) for token in mx.stream(model, [ids], max_new_tokens=new_tokens)]
+        return [int(token[0]) for token in mx.stream(model, [ids], max_new_tokens=new_tokens, eos_id=())]
 
     return one_by_one if streamed else at_once
 
