@@ -195,7 +195,7 @@ def test_a_template_that_rewrites_what_it_wrote_is_refused(tmp_path):
     """This one moves the system's message into the last of the user's."""
     tokenizer = _tokenizer(tmp_path, templates.MISTRAL_3)
     encode = functools.partial(encode_chat, tokenizer)
-    with pytest.raises(ValueError, match="writes what comes before message 2 otherwise"):
+    with pytest.raises(ValueError, match="changes the messages up to message 2"):
         chat(CONVERSATION, encode)
     example = chat(CONVERSATION[1:], encode)
     learned = tokenizer.decode(example.targets[example.weights > 0], skip_special=False)
