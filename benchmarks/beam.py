@@ -104,7 +104,7 @@ def start_gathered(task: Task, dtype: str) -> Search:
             logits = model.logits(hidden).reshape(batch, beams, -1)
             # A search reorders `seen` by beam: here that tells which row each beam came from.
             search = dataclasses.replace(search, seen=itself).advance(logits, rules, model.strategy)
-            parent = jnp.argmax(search.seen, axis=2) + beams * jnp.arange(batch)[:, None]
+            parent = jnp.argmax(search.mask, axis=2) + beams * jnp.arange(batch)[:, None]
             layers, known = jax.tree.map(lambda x: x[parent.reshape(-1)], (cache.layers, cache.positions))
             return search, Cache(layers, known, cache.used)
 

@@ -1,4 +1,4 @@
-"""`mistral-eqx chat`: turns of a conversation that the model remembers."""
+"""`mistral-eqx chat`: a conversation, turn by turn."""
 
 import contextlib
 import functools
@@ -109,7 +109,7 @@ def chat(
                 reply.append(said.push(token))
                 _write(reply[-1])
         except KeyboardInterrupt:
-            # The other processes do not know of it, and go on.
+            # The other processes do not know of the signal, and continue.
             if processes.several():
                 raise
             interrupted = True

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Likely:
-    """A token and the logarithm of its probability."""
+    """A token and its log-probability."""
 
     id: int
     token: str
@@ -28,23 +28,23 @@ class Likely:
 
 @dataclasses.dataclass(frozen=True)
 class Chosen(Likely):
-    """A new token, with the likeliest ones in its place."""
+    """A new token, with the likeliest tokens at that step."""
 
     top: list[Likely]
 
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """What followed a prompt.
+    """The continuation of a prompt.
 
     **Attributes:**
 
     - `text`: without the stop string that ended it.
-    - `tokens`: how many there are, an end token included.
-    - `finish`: `"stop"` if an end token or a stop string ended it, `"length"` if it is as long as was allowed, and
-        `None` if ctrl-C did.
-    - `score`: what a beam search ranked it by.
-    - `logprobs`: of its tokens, if they were wanted.
+    - `tokens`: the number of tokens, an end token included.
+    - `finish`: `"stop"` if an end token or a stop string ended it, `"length"` if it has the most tokens allowed, and
+        `None` if ctrl-C ended it.
+    - `score`: its score in a beam search.
+    - `logprobs`: those of its tokens, if requested.
     """
 
     text: str
@@ -61,11 +61,11 @@ def continue_batch(
 
     **Arguments:**
 
-    - `size`: if there are fewer prompts, the first one is decoded as often as it takes: for a batch of another size
-        all would be compiled anew.
+    - `size`: fewer prompts are filled up with copies of the first, because a batch of another size would be compiled
+        anew.
 
-    **Returns:** for each prompt its texts, and whether ctrl-C came before they were complete. Then they are as long as
-    they had become; without any where texts are only complete at the end, in a beam search and with log-probabilities.
+    **Returns:** for each prompt its texts, and whether ctrl-C came before they were complete. Then the texts have what
+    was decoded so far; a beam search, and log-probabilities, then give no texts.
     """
     import mistral_eqx as mx
 
@@ -90,7 +90,7 @@ def continue_batch(
 
 
 def options_of(wanted: Wanted, tokenizer: AbstractTokenizer, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What `stream`, `generate` or `beam_search` is told besides the model and the prompts."""
+    """The arguments of `stream`, `generate` or `beam_search` besides the model and the prompts."""
     import jax
     import jax.numpy as jnp
     import jax.random as jr
@@ -114,7 +114,7 @@ def options_of(wanted: Wanted, tokenizer: AbstractTokenizer, prompts: Sequence[P
 
 
 class _Text:
-    """A text as its tokens come.
+    """A text that grows token by token.
 
     **Arguments:**
 
@@ -185,7 +185,7 @@ def _generated(out: Generated, texts: Sequence[_Text], tokenizer: AbstractTokeni
 
 
 def _shortest(x: Any) -> float:
-    """A number of 32 bits as the one of 64 that is written in the fewest digits."""
+    """A float32 as the float64 with the fewest digits."""
     return float(str(x))
 
 

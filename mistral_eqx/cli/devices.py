@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 # The largest pod has fewer chips.
 _MOST_DEVICES = 16_384
-# XLA makes each virtual device in this machine's memory, which takes seconds.
+# XLA allocates each virtual device in this machine's memory, which takes seconds.
 _MOST_VIRTUAL = 1024
 _DEVICES_FLAG = "xla_force_host_platform_device_count"
 
 
 class Devices:
-    """The devices that a command runs on; made before any of them is used.
+    """The devices that a command runs on; create it before any device is used.
 
     **Arguments:**
 
@@ -63,9 +63,9 @@ class Devices:
             _connect(wanted.coordinator, wanted.num_processes, wanted.process_id, self._axes)
 
     def place(self, config: MistralConfig) -> tuple[Mesh | None, Strategy, str]:
-        """Finds the place of a model.
+        """Chooses the mesh and the strategy of a model.
 
-        **Returns:** the mesh, if there is one; the strategy; and both in words for the line of figures, or nothing.
+        **Returns:** the mesh or `None`, the strategy, and both in words for the metrics line, or an empty string.
         """
         import jax
 
@@ -96,7 +96,7 @@ class Devices:
         return mesh, strategy, f"{strategy.name} on {show(axes)}{together}"
 
     def _expect_fit(self, config: MistralConfig, mesh: AbstractMesh):
-        """Refuses a mesh over which the model cannot be split, without its devices."""
+        """Refuses a mesh over which the model cannot be split, before devices are made."""
         strategy = _first_legal(config, mesh) if self._wanted is None else self._wanted
         strategy.check(config, mesh)
 
@@ -127,9 +127,9 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
 
 
 def _make_virtual(axes: dict[str, int], count: int, check: Callable[[AbstractMesh], object] | None = None):
-    """Asks for as many devices of the CPU as the mesh takes; where there are accelerators, it takes those.
+    """Requests as many virtual CPU devices as the mesh needs; accelerators take precedence.
 
-    Whoever has asked for a number of devices gets that one.
+    A number of devices that the user has set stays.
 
     **Arguments:**
 
@@ -139,7 +139,7 @@ def _make_virtual(axes: dict[str, int], count: int, check: Callable[[AbstractMes
     from jax.sharding import AbstractMesh
 
     if _are_known():
-        return  # the mesh says whether they are enough
+        return  # the mesh checks whether they are enough
     if check is not None:
         check(AbstractMesh(tuple(axes.values()), tuple(axes)))
     if math.prod(axes.values()) > _MOST_VIRTUAL:
@@ -152,7 +152,7 @@ def _make_virtual(axes: dict[str, int], count: int, check: Callable[[AbstractMes
 
 
 def _are_known() -> bool:
-    """Whether somebody has said how many devices there are, or they are in use."""
+    """Whether the user has set the number of devices, or devices are in use."""
     import jax
     from jax._src import xla_bridge  # whether devices are in use, JAX tells in no public place
 

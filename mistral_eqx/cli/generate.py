@@ -63,7 +63,7 @@ class Files:
     ] = 8
 
 
-# No token has more characters. What a context of such tokens cannot hold is not encoded: that may take minutes.
+# No token has more characters. A prompt that no context of such tokens can hold is not encoded, which may take minutes.
 _LONGEST_TOKEN = 1024
 
 

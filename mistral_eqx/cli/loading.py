@@ -1,4 +1,4 @@
-"""From the name of a model to the model, with progress bars."""
+"""Finds and loads a model by its name, with progress bars."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def locate(name: str) -> Path:
 
 
 def load(path: Path, wanted: ModelOptions, mesh: Mesh | None, strategy: Strategy) -> Mistral:
-    """The model with its adapters, loaded under a progress bar onto a mesh if there is one.
+    """Loads the model and its adapters under a progress bar, onto a mesh if there is one.
 
-    What gets compiled for it is kept for the next run.
+    Compiled programs are kept for the next run.
     """
     import mistral_eqx as mx
 
@@ -64,7 +64,7 @@ def precision(model: Mistral) -> str:
 
 
 def _multiply_as_stored(model: Mistral):
-    """Sees to it that float32 means float32: TPUs and recent GPUs multiply in fewer bits unless told otherwise."""
+    """Makes float32 products exact: TPUs and recent GPUs use fewer bits by default."""
     import jax
 
     if model.dtype == "float32" and jax.config.values["jax_default_matmul_precision"] is None:
@@ -76,6 +76,6 @@ def _keep_compiled_programs():
 
     from ..checkpoint import hub
 
-    # Whoever has named a folder of their own keeps it.
+    # A folder that the user has set stays.
     if jax.config.values["jax_compilation_cache_dir"] is None:
         keep_programs(hub.cache_folder() / "xla")

@@ -1,4 +1,4 @@
-"""`mistral-eqx plan`: what a model would need and do on devices that are not here."""
+"""`mistral-eqx plan`: memory, communication and time of a model on devices that are not here."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def plan(
     model: Annotated[str, typer.Argument(help="A preset, such as '7b-v0.2', or a checkpoint to take the sizes of.")],
     topology: Annotated[
         str | None,
-        typer.Option(help="The chips of a TPU and how many there are along each side, such as 'v4:2x2x4'."),
+        typer.Option(help="TPU chips and their number along each side, such as 'v4:2x2x4'."),
     ] = None,
     devices: Annotated[
         int | None,
-        typer.Option(callback=within(Count), help="In place of a topology, a number of virtual devices of the CPU."),
+        typer.Option(callback=within(Count), help="A number of virtual CPU devices, in place of a topology."),
     ] = None,
     strategy: Annotated[
         list[str] | None,
@@ -42,19 +42,17 @@ def plan(
         ),
     ] = None,
     mesh: options.Mesh = None,
-    batch: Annotated[int, typer.Option(callback=within(Count), help="Rows that are computed together.")] = 8,
+    batch: Annotated[int, typer.Option(callback=within(Count), help="Number of rows in a batch.")] = 8,
     prompt: Annotated[
         int | None,
-        typer.Option(
-            callback=within(Count), help="Tokens of each row's prompt; 512, or half of the cache, unless given."
-        ),
+        typer.Option(callback=within(Count), help="Tokens of each row's prompt; by default 512, or half of the cache."),
     ] = None,
     kv_seq: Annotated[
         int | None,
         typer.Option(
             "--kv-seq",
             callback=within(Count),
-            help="Slots of each row in the cache; 4096, or the model's whole context, unless given.",
+            help="Cache slots of each row; by default 4096, or the model's whole context.",
         ),
     ] = None,
     dtype: Annotated[
@@ -66,42 +64,38 @@ def plan(
     ] = options.DType.BFLOAT16,
     train: Annotated[bool, typer.Option("--train", help="Plan a step of training in place of generation.")] = False,
     seq: Annotated[
-        int | None, typer.Option(callback=within(Count), help="With --train: tokens of each row; 4096 unless given.")
+        int | None, typer.Option(callback=within(Count), help="With --train: tokens of each row; 4096 by default.")
     ] = None,
     zero: Annotated[
         list[int] | None,
         typer.Option(
             callback=within(list[Literal[0, 1, 2, 3]]),
-            help="With --train: how much of the state is split over the devices that share a batch, from 0 to 3; 0 "
-            "unless given. May be given several times.",
+            help="With --train: ZeRO stage, from 0 to 3, that shards the state over the devices of batch; 0 by default, "
+            "and may be given several times.",
         ),
     ] = None,
     accumulate: Annotated[
         int | None,
-        typer.Option(
-            callback=within(Count), help="With --train: in how many parts a batch is gone through; 1 unless given."
-        ),
+        typer.Option(callback=within(Count), help="With --train: number of micro-batches; 1 by default."),
     ] = None,
     remat: Annotated[
         str | None,
-        typer.Option(
-            help="With --train: what the backward pass computes again: none, dots or block; block unless given."
-        ),
+        typer.Option(help="With --train: rematerialisation policy: none, dots or block; block by default."),
     ] = None,
     offload: Annotated[
-        bool, typer.Option("--offload", help="With --train: keep the optimizer's state in the host's memory.")
+        bool, typer.Option("--offload", help="With --train: keep the optimizer state in host memory.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON in place of tables.")] = False,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw memory and times into this file, such as plan.png.")
+        Path | None, typer.Option(help="Draw memory and times into this file, such as plan.png; needs the extra plot.")
     ] = None,
     debug: options.Debug = False,
 ):
     """Compile a model ahead of time for devices that are not here.
 
-    Tells the memory of each device and whether it is enough, what devices exchange, and the least time that a prompt
-    and each new token can take. Nothing of the model's size is allocated; a strategy takes some seconds to a minute.
-    A strategy that does not fit is told, and the others are planned.
+    Shows the memory of each device and whether it suffices, what devices exchange, and the least time for a prompt
+    and for each new token. Nothing of the model's size is allocated; a strategy takes some seconds to a minute. A
+    strategy that does not fit is named, and the others are planned.
     """
     from rich.console import Console
     from rich.text import Text

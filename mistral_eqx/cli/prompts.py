@@ -45,7 +45,7 @@ class Prompt:
 
 
 def read_texts(arguments: Sequence[str]) -> list[str]:
-    """The texts of the command line, of which '-' is read from stdin, and so is the one text if there is none.
+    """The texts of the command line; '-', or no text at all, reads one from stdin.
 
     **Raises:** `ValueError` if one is empty, or is no text.
     """
@@ -62,12 +62,12 @@ def read_texts(arguments: Sequence[str]) -> list[str]:
 def _read_stdin() -> str:
     try:
         text = sys.stdin.read(_LONGEST + 1)
-        text.encode()  # where the locale has no encoding, bytes that are not UTF-8 pass for halves of characters
+        text.encode()  # without an encoding in the locale, bytes that are not UTF-8 become surrogates
     except UnicodeError as error:
         raise InputError(f"The prompt on stdin is not UTF-8 text ({error}); convert it.") from error
     if len(text) > _LONGEST:
         raise InputError(f"The prompt on stdin is longer than {_LONGEST // MiB} MB; give a shorter one.")
-    # The newline at the end is the pipe's or the editor's, hardly ever meant.
+    # The last newline usually comes from the pipe or the editor.
     return text.removesuffix("\n")
 
 
@@ -76,7 +76,7 @@ def encode_texts(texts: Sequence[str], encode: Callable[[str], list[int]]) -> li
 
     **Arguments:**
 
-    - `encode`: makes tokens, or raises a `ValueError`, which is then told with the prompt's number.
+    - `encode`: makes tokens, or raises a `ValueError`, to which the prompt's number is added.
     """
     alone = len(texts) == 1
     return [
@@ -86,7 +86,7 @@ def encode_texts(texts: Sequence[str], encode: Callable[[str], list[int]]) -> li
 
 
 def read_file(path: str, encode: Callable[[Any], list[int]]) -> Iterator[Prompt]:
-    """The prompts of a file, line by line; lines without anything are passed over.
+    """The prompts of a file, line by line; empty lines are skipped.
 
     **Arguments:**
 
@@ -111,7 +111,7 @@ def read_file(path: str, encode: Callable[[Any], list[int]]) -> Iterator[Prompt]
 
 
 def _lines(readline: Callable[[int], bytes], name: str) -> Iterator[bytes]:
-    """The lines of a file, whatever ends them, without a byte order mark."""
+    """The lines of a file with any line ending, without a byte order mark."""
     at = 0
     while line := readline(_LONGEST + 1):
         if len(line) > _LONGEST:
@@ -125,9 +125,9 @@ def _lines(readline: Callable[[int], bytes], name: str) -> Iterator[bytes]:
 
 
 def expect_file(path: str):
-    """Refuses what is no file of prompts, without reading it.
+    """Checks a file of prompts without reading it.
 
-    **Raises:** `OSError` if nothing is there, `ValueError` if it is a folder.
+    **Raises:** `OSError` if it does not exist, `ValueError` if it is a folder.
     """
     if not path:
         raise InputError("--prompts is ''; give a file of prompts, or '-' for stdin.", key="prompts")
@@ -136,7 +136,7 @@ def expect_file(path: str):
 
 
 def count_file(path: str, encode: Callable[[Any], list[int]]) -> int | None:
-    """How many prompts a file has, all of which are checked; `None` if it can be read only once, as a pipe.
+    """Checks and counts the prompts of a file; `None` if it can be read only once, such as a pipe.
 
     **Raises:** as `read_file`.
     """
@@ -181,7 +181,7 @@ def _text(record: dict[str, Any]) -> str:
 
 
 def _kept(line: bytes, record: dict[str, Any]) -> dict[str, str]:
-    """The values of a line's object as JSON, each as it stood: a number keeps its digits."""
+    """The values of a line's object as JSON text, unchanged: a number keeps its digits."""
     text = line.decode()
     if not text.lstrip().startswith("{"):
         return {key: json.dumps(value, ensure_ascii=False) for key, value in record.items()}
@@ -211,7 +211,7 @@ def in_batches(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
 
 
 def share_batches(batches: Iterable[list[Prompt]] | None) -> Iterator[list[Prompt]]:
-    """The batches of process 0, on all processes, each when it is wanted; the others get what they need to decode.
+    """Yields the batches of process 0 on all processes; the others get only what they need to decode.
 
     **Arguments:**
 

@@ -1,4 +1,4 @@
-"""What `mistral-eqx train` is told: a file in TOML, and options that change single entries of it."""
+"""The recipe of `mistral-eqx train`: a TOML file, and options that override its entries."""
 
 import dataclasses
 import difflib

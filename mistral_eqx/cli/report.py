@@ -1,4 +1,4 @@
-"""The figures after a text: how much was read and written, how fast, in how much memory."""
+"""The metrics after a text: tokens, speed and memory."""
 
 import functools
 import sys
@@ -19,19 +19,19 @@ class Stopwatch:
         self._compiling = [_compiling().seconds]
 
     def tick(self):
-        """Notes that a token is there."""
+        """Records a token."""
         self._times.append(time.perf_counter())
         self._compiling.append(_compiling().seconds)
 
     def line(self, *more: str) -> str:
-        """The figures in one line.
+        """The metrics in one line.
 
-        The time to the first token is what the user waited, and the time spent compiling is told beside it. The rate
-        of decoding leaves that time out: it is spent once, and hardly at all in the next run.
+        The time to the first token includes compilation, which is shown beside it. The rate of decoding excludes
+        compilation, because it happens once, and hardly at all in the next run.
 
         **Arguments:**
 
-        - `more`: figures to put behind the number of prompt tokens.
+        - `more`: metrics to add after the number of prompt tokens.
         """
         figures = [f"{self._prompt} prompt tokens", *more]
         if len(self._times) > 1:
@@ -51,23 +51,23 @@ class Stopwatch:
 
 
 class Tally:
-    """Measures the decoding of many texts, from its making on."""
+    """Measures the decoding of many texts, from its creation on."""
 
     def __init__(self):
         self._start, self._compiled = time.perf_counter(), _compiling().seconds
         self._prompts = self._read = self._texts = self._tokens = 0
 
     def add(self, prompts: int, read: int, texts: int, tokens: int):
-        """Notes how many prompts of how many tokens gave how many texts and new tokens."""
+        """Adds numbers of prompts, prompt tokens, texts and new tokens."""
         self._prompts, self._read = self._prompts + prompts, self._read + read
         self._texts, self._tokens = self._texts + texts, self._tokens + tokens
 
     def line(self, *more: str) -> str:
-        """The figures in one line. The time spent compiling is told, and is not in the rate.
+        """The metrics in one line. Compilation is shown, and excluded from the rate.
 
         **Arguments:**
 
-        - `more`: figures to put behind the number of prompts.
+        - `more`: metrics to add after the number of prompts.
         """
         compiling = _compiling().seconds - self._compiled
         seconds = time.perf_counter() - self._start
@@ -89,7 +89,7 @@ def _counted(number: int, thing: str) -> str:
 
 
 class _CompileClock:
-    """Adds up the time in which JAX traces and compiles."""
+    """Sums the time that JAX spends tracing and compiling."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -109,7 +109,7 @@ def _compiling() -> _CompileClock:
 
 
 def peak_memory() -> int | None:
-    """The most memory, in bytes, that this process has had; `None` where the system does not tell."""
+    """The peak memory of this process in bytes; `None` where the system does not report it."""
     if sys.platform == "win32":
         return None
     import resource

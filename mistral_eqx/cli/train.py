@@ -1,4 +1,4 @@
-"""`mistral-eqx train`: what a recipe says, from the first step or from where it ended."""
+"""`mistral-eqx train`: runs a recipe, from its first step or from its last checkpoint."""
 
 import dataclasses
 import json
@@ -19,29 +19,25 @@ if TYPE_CHECKING:
 @options.flat
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file; examples/recipes has some.")],
-    folder: Annotated[str | None, typer.Option(help="Where the run writes, in place of the recipe's folder.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="How many steps the run has, in place of the recipe's.")
-    ] = None,
+    folder: Annotated[str | None, typer.Option(help="Folder of the run, in place of the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps, in place of the recipe's.")] = None,
     change: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="NAME=VALUE", help="Another entry of the recipe that is to be other, such as data.rows=8."
-        ),
+        typer.Option("--set", metavar="NAME=VALUE", help="Override an entry of the recipe, such as data.rows=8."),
     ] = None,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="Go on with a run also if its data or what it draws are others now.")
+        bool, typer.Option("--allow-changes", help="Resume a run even if its data or its random numbers have changed.")
     ] = False,
     *,
     devices: options.ProcessOptions,
     debug: options.Debug = False,
 ):
-    """Train a model as a recipe says: from nothing, or from a checkpoint, all of it or adapters.
+    """Train a model by a recipe: from random weights or a checkpoint, all of it or adapters.
 
-    If the folder holds a run, it goes on, to the same numbers as if it had never ended. Ctrl-C and SIGTERM end it after
-    the step, with a checkpoint. At the end the model stands in the folder `model`, or its adapters in `adapters`.
+    If the folder holds a run, the command resumes it, with the same numbers as an uninterrupted run. Ctrl-C and SIGTERM
+    end it after the step, with a checkpoint. At the end the folder `model` holds the model, or `adapters` its adapters.
 
-    Figures are in training.csv and evaluation.csv in the folder; what the model says goes to stdout.
+    The folder has metrics in training.csv and evaluation.csv; samples of the model go to stdout.
     """
     from .recipe import read_recipe
 
@@ -199,7 +195,7 @@ def _model(recipe: "Recipe", config: Any, path: Path | None, placed: Any, split:
 
 
 def _tell(folder: Path):
-    """The last line of each file of figures."""
+    """Prints the last line of each file of metrics."""
     import csv
 
     for name in ("training", "evaluation"):

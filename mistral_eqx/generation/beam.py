@@ -30,7 +30,7 @@ _STEPS = 64
 
 
 class Rules(eqx.Module):
-    """What a search is told, as arrays: other values compile nothing anew.
+    """The options of a search as arrays, so that other values do not recompile it.
 
     **Attributes:**
 
@@ -70,7 +70,7 @@ class Rules(eqx.Module):
         longest = early_stopping == "never" and length_penalty > 0
         hoped = np.full_like(divisors, divisors[limit - 1]) if longest else divisors
         return cls(
-            # An end token that is given twice is one.
+            # Duplicates removed.
             np.unique(ends),
             divisors,
             hoped,
@@ -82,30 +82,29 @@ class Rules(eqx.Module):
 class Search(eqx.Module):
     """What the loop carries from step to step, besides the cache.
 
-    A beam that has ended is set aside with the `finished` ones and makes room for another, so that all `beams` go on
-    until their row is done. Where there is no beam, or no finished text, the score is minus infinity.
+    A beam that has ended moves to the `finished` ones and another takes its place, so that all `beams` continue until
+    their row is done. The score of an empty place is minus infinity.
 
     **Attributes:**
 
     - `tokens`: the new tokens of each running beam, best beam first; the column of the next one is `step`.
     - `scores`: the sums of their log-probabilities.
     - `token`: the last token of each, which is not in the cache yet.
-    - `position`: where these tokens stand in their row's text.
-    - `seen`: which slots hold the prompt or a token of each beam. All beams of a row share its slots, whoever wrote
-        them.
+    - `position`: the position of these tokens in their sequence.
+    - `mask`: which slots hold the prompt or a token of each beam. All beams of a row share its slots.
     - `finished_tokens`, `finished_lengths`: the best texts that have ended, best first.
     - `finished_scores`: the sums of their log-probabilities, divided by the rules' divisor.
-    - `done`: which rows take no further text.
-    - `lost`: 1 for a row that was not done, and one of whose beams had a logit that was not finite; 0 for all others.
-    - `unfinished`: whether there is a row that does, on any device, and all logits were finite.
-    - `step`: how many tokens were decoded.
+    - `done`: which rows take no further continuation.
+    - `lost`: 1 for a row that was not done and had a logit that is not finite; else 0.
+    - `unfinished`: whether a row on any device is not done, and all logits were finite.
+    - `step`: the number of decoded tokens.
     """
 
     tokens: Int[Array, "batch beams new"]
     scores: Float[Array, "batch beams"]
     token: Int[Array, "batch beams"]
     position: Int[Array, " batch"]
-    seen: Bool[Array, "batch beams kv_seq"]
+    mask: Bool[Array, "batch beams kv_seq"]
     finished_tokens: Int[Array, "batch beams new"]
     finished_lengths: Int[Array, "batch beams"]
     finished_scores: Float[Array, "batch beams"]
@@ -124,7 +123,7 @@ class Search(eqx.Module):
         kv_seq: int,
         dtype: DTypeLike = jnp.float32,
     ) -> "Search":
-        """The state before the first token. One beam of each row counts, for all would be the same."""
+        """The state before the first token. One beam of each row counts, because all would be equal."""
         batch = position.shape[0]
         none = jnp.full((batch, beams), -jnp.inf, dtype)
         return cls(
@@ -132,7 +131,7 @@ class Search(eqx.Module):
             scores=none.at[:, 0].set(0),
             token=jnp.zeros((batch, beams), jnp.int32),
             position=position,
-            seen=jnp.ones((batch, beams, kv_seq), bool),
+            mask=jnp.ones((batch, beams, kv_seq), bool),
             finished_tokens=jnp.zeros((batch, beams, new), jnp.int32),
             finished_lengths=jnp.zeros((batch, beams), jnp.int32),
             finished_scores=none,
@@ -143,12 +142,12 @@ class Search(eqx.Module):
         )
 
     def advance(self, logits: Float[Array, "batch beams vocab"], rules: Rules, strategy: Strategy) -> "Search":
-        """Chooses the next token of each beam, from logits of which this device may have a part."""
+        """Chooses the next token of each beam; the vocabulary of the logits may be sharded."""
         beams, step = self.scores.shape[1], self.step
-        # Of so many candidates at least `beams` do not end.
+        # At least `beams` of so many candidates do not end.
         count = max(2, 1 + rules.ends.shape[0]) * beams
         log_probabilities, ids, largest = _likeliest(logits, count, strategy)
-        # Where there is no beam, nothing matters.
+        # Empty places do not count.
         counts = ~self.done[:, None] & (self.scores > -jnp.inf)
         now_lost = jnp.max(jnp.where(counts, lost(largest), 0), axis=1)
         sums = (self.scores[:, :, None] + log_probabilities).reshape(ids.shape[0], -1)
@@ -174,7 +173,7 @@ class Search(eqx.Module):
             scores=scores,
             token=token,
             position=self.position + 1,
-            seen=_take(self.seen, parent),
+            mask=_take(self.mask, parent),
             finished_tokens=_take(jnp.concatenate([self.finished_tokens, new_tokens], axis=1), best),
             finished_lengths=_take(jnp.concatenate([self.finished_lengths, new_lengths], axis=1), best),
             finished_scores=finished_scores,
@@ -184,21 +183,21 @@ class Search(eqx.Module):
             step=step + 1,
         )
 
-    def see_own(self, slot: Int[Array, ""], strategy: Strategy) -> Bool[Array, "batch beams kv_seq"]:
-        """`seen` when the last token of each beam is in a slot of its own, from `slot` on."""
+    def mask_own(self, slot: Int[Array, ""], strategy: Strategy) -> Bool[Array, "batch beams kv_seq"]:
+        """`mask` after the last token of each beam was written to its own slot, from `slot` on."""
         batch, beams = self.token.shape
         own = jnp.broadcast_to(jnp.eye(beams, dtype=bool)[None], (batch, beams, beams))
         own = own_slots(own, slot, strategy, axis=2)
-        return lax.dynamic_update_slice_in_dim(self.seen, own, own_slot(slot, strategy), axis=2)
+        return lax.dynamic_update_slice_in_dim(self.mask, own, own_slot(slot, strategy), axis=2)
 
 
 class Beams(NamedTuple):
-    """What [`mistral_eqx.beam_search`][] returns, the best text of each prompt first.
+    """The result of [`mistral_eqx.beam_search`][], the best text of each prompt first.
 
     **Attributes:**
 
     - `tokens`: new token ids; a text that ended early repeats its end token.
-    - `lengths`: how many of them count, the end token included.
+    - `lengths`: the number of valid tokens of each, the end token included.
     - `scores`: the sum of the log-probabilities of these tokens, divided by `lengths ** length_penalty`.
     """
 
@@ -208,7 +207,7 @@ class Beams(NamedTuple):
 
 
 def _take(x: Array, beams: Array) -> Array:
-    """Entries along the second axis, in each row others."""
+    """Entries along the second axis, chosen for each row."""
     return jnp.take_along_axis(x, beams.reshape(*beams.shape, *(1,) * (x.ndim - 2)), axis=1, mode="clip")
 
 
@@ -219,9 +218,9 @@ def _append(tokens: Array, token: Array, step: Array) -> Array:
 def _likeliest(
     logits: Float[Array, "batch beams vocab"], count: int, strategy: Strategy
 ) -> tuple[Array, Array, Float[Array, "batch beams"]]:
-    """The largest log-probabilities of each beam, and their tokens; of equal ones the first. And the largest logit.
+    """The largest log-probabilities of each beam with their tokens, ties to the smallest id; and the largest logit.
 
-    Where the vocabulary is split, devices exchange two numbers a beam and their largest logits.
+    If the vocabulary is split, devices exchange two numbers a beam and their largest logits.
     """
     batch, beams, size = logits.shape
     logits = marked(logits.astype(at_least_float32(logits.dtype)).reshape(batch * beams, size))
@@ -248,7 +247,7 @@ def _first(
     beams: int,
     kv_seq: int,
 ) -> Search:
-    """The state after the first token of rows whose prompts' last tokens stand at `position`."""
+    """The state after the first new token; `position` is that of the last prompt tokens."""
     strategy = model.strategy
     dtype = at_least_float32(logits.dtype)
     search = Search.init(jnp.asarray(position), jnp.asarray(done), beams, rules.divisors.shape[0], kv_seq, dtype)
@@ -264,7 +263,7 @@ def _first(
 
 @eqx.filter_jit(donate="all-except-first")
 def extend(kept: tuple[Mistral, Search, Rules, Int[Array | np.ndarray, ""]], cache: Cache) -> tuple[Search, Cache]:
-    """Decodes in one loop, until `until` tokens are there or all rows are done.
+    """Decodes in one loop until there are `until` tokens or all rows are done.
 
     **Arguments:**
 
@@ -283,9 +282,9 @@ def extend(kept: tuple[Mistral, Search, Rules, Int[Array | np.ndarray, ""]], cac
 
         def next_tokens(carry):
             search, cache = carry
-            search = eqx.tree_at(lambda search: search.seen, search, search.see_own(cache.used, strategy))
+            search = eqx.tree_at(lambda search: search.mask, search, search.mask_own(cache.used, strategy))
             positions = jnp.broadcast_to(search.position[:, None], search.token.shape)
-            hidden, cache = model.hidden(search.token, positions, cache, search.seen)
+            hidden, cache = model.hidden(search.token, positions, cache, search.mask)
             return search.advance(model.logits(hidden), rules, strategy), cache
 
         return lax.while_loop(unfinished, next_tokens, (search, cache))
@@ -296,7 +295,7 @@ def extend(kept: tuple[Mistral, Search, Rules, Int[Array | np.ndarray, ""]], cac
 
 
 def _live(model: Mistral, search: Search, cache: Cache) -> Bool[Array, "batch kv_seq"]:
-    live = jnp.any(search.seen, axis=1) & (cache.positions >= 0)
+    live = jnp.any(search.mask, axis=1) & (cache.positions >= 0)
     windows = [window for block in model.blocks if (window := block.attention.window) is not None]
     if len(windows) < len(model.blocks):
         return live
@@ -305,9 +304,9 @@ def _live(model: Mistral, search: Search, cache: Cache) -> Bool[Array, "batch kv
 
 @eqx.filter_jit
 def live_slots(model: Mistral, search: Search, cache: Cache) -> Int[Array, ""]:
-    """How many slots the cache needs for what a beam may see.
+    """The number of slots that some beam can still attend to.
 
-    The others hold padding, tokens of beams that were given up, and what no window reaches any more.
+    The others hold padding, tokens of dropped beams, and tokens outside every window.
     """
     strategy = model.strategy
 
@@ -323,12 +322,12 @@ def live_slots(model: Mistral, search: Search, cache: Cache) -> Int[Array, ""]:
 def put_in_order(
     model: Mistral, used: Int[Array, ""], search: Search, cache: Cache, kv_seq: int
 ) -> tuple[Search, Cache]:
-    """Between two loops: a copy of the cache that has what the beams may see, at the front.
+    """Between two loops: copies the slots that beams can attend to to the front of a new cache.
 
     **Arguments:**
 
     - `used`: the result of `live_slots`.
-    - `kv_seq`: how many slots the copy has, at least as many.
+    - `kv_seq`: the number of slots of the copy, at least `used`.
 
     **Returns:** the state and the cache.
     """
@@ -347,7 +346,7 @@ def put_in_order(
         layers = jax.tree.map(moved, cache.layers)
         positions = _take(jnp.where(live, cache.positions, -1), order)
         positions = jnp.pad(positions, ((0, 0), (0, more)), constant_values=-1)
-        search = eqx.tree_at(lambda search: search.seen, search, moved(search.seen))
+        search = eqx.tree_at(lambda search: search.mask, search, moved(search.mask))
         return search, Cache(layers, positions, used)
 
     state, split = specs(search, strategy), specs(cache, strategy)
@@ -378,31 +377,31 @@ def beam_search(
     eos_id: int | Sequence[int] | None = None,
     sampler: None = None,
 ) -> Beams:
-    """Continues each prompt with the texts that a beam search finds most probable.
+    """Continues each prompt with the most probable texts that a beam search finds.
 
     ```python
     best = mx.beam_search(model, prompts, num_beams=4, max_new_tokens=64)
     print(tokenizer.decode(best.tokens[0, 0, : best.lengths[0, 0]], after=prompts[0]))
     ```
 
-    In each step the `num_beams` texts of a prompt that are most probable so far go on, by all tokens, and of the
-    results the best are kept. One that ends is set aside. Texts and scores are those of transformers.
+    In each step the `num_beams` most probable texts of a prompt so far are continued by every token, and the best
+    results are kept. A text that ends is set aside. Texts and scores equal those of transformers.
 
     **Arguments:**
 
     - `model`: the model.
     - `prompts`: lists of token ids, of any lengths, or an array of shape `(batch, seq)`, in which -1 on either side is
         padding.
-    - `num_beams`: how many texts of each prompt go on.
+    - `num_beams`: how many texts of each prompt are continued.
     - `num_return_sequences`: how many of them to return.
-    - `max_new_tokens`: where a text ends at the latest; 256 unless given, or as many as the context has room for.
-    - `length_penalty`: the power of its length by which the log-probability of a text that has ended is divided.
-        Above 0 it favours long texts, below 0 short ones.
-    - `early_stopping`: when a prompt is done that has `num_beams` texts that have ended. `True`: at once. `False`: when
-        the best one that goes on has a worse score than the worst of them, were it to end now. `"never"`: when it could
-        not have a better one at any length.
-    - `eos_id`: the token, or the tokens, that end a text; those of the model's config unless given, and `()` for none.
-    - `sampler`: refused, since a search draws nothing and has no processors.
+    - `max_new_tokens`: the most new tokens; by default 256, or as many as the context has room for.
+    - `length_penalty`: the log-probability of a finished text is divided by its length to this power. Above 0 it
+        favours long texts, below 0 short ones.
+    - `early_stopping`: when a prompt with `num_beams` finished texts is done. `True`: at once. `False`: when the best
+        unfinished text, if it ended now, would score worse than the worst finished one. `"never"`: when it could not
+        score better at any length.
+    - `eos_id`: the token, or the tokens, that end a text; by default those of the model's config, `()` for none.
+    - `sampler`: refused, because a search draws nothing and has no processors.
 
     **Returns:** [`mistral_eqx.Beams`][], with `tokens` of shape `(batch, num_return_sequences, max_new_tokens)`, and
     `lengths` and `scores` of shape `(batch, num_return_sequences)`.

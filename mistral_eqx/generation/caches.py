@@ -1,4 +1,4 @@
-"""A model's cache: how large it is, and where its devices have it."""
+"""The size of a model's KV cache, and how it is sharded over the model's devices."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from .prompt import bucket
 
 
 def empty_cache(model: Mistral, batch: int, kv_seq: int, piece: int | None = None) -> Cache:
-    """A cache for a model, split over the model's devices as it is.
+    """An empty cache, sharded as the model is.
 
     **Arguments:** as for [`mistral_eqx.nn.Cache`][].
     """
@@ -46,17 +46,17 @@ def _init_cache(
 
 @eqx.filter_jit
 def grow(model: Mistral, cache: Cache, kv_seq: int, times: int = 1) -> Cache:
-    """A copy of a model's cache with `kv_seq` slots; each device adds its share to its own part.
+    """A copy of a model's cache with `kv_seq` slots; each device adds its share to its own shard.
 
     **Arguments:**
 
-    - `times`: how often each row stands in it, one copy after the other.
+    - `times`: how many copies of each row it gets, next to each other.
     """
     split = specs(cache, model.strategy)
     share = kv_seq // parts(model, "kv_seq")
 
     def copy(cache: Cache) -> Cache:
-        # Nothing of the result is the argument itself: one of them will be given away.
+        # The result shares no buffer with the argument, since one of the two will be donated.
         cache = jax.tree.map(jnp.copy, cache.grow(share))
         layers, positions = jax.tree.map(lambda x: repeated(x, times), (cache.layers, cache.positions))
         return Cache(layers, positions, cache.used)
@@ -65,7 +65,7 @@ def grow(model: Mistral, cache: Cache, kv_seq: int, times: int = 1) -> Cache:
 
 
 def repeated(x: Array, times: int) -> Array:
-    """Each row so many times, one after the other."""
+    """Repeats each row `times` times, copies next to each other."""
     return x if times == 1 else jnp.repeat(x, times, axis=0)
 
 
@@ -80,15 +80,15 @@ def holds(model: Mistral, kv_seq: int) -> int:
 
 
 def parts(model: Mistral, dim: str) -> int:
-    """Into how many parts a dimension is split."""
+    """The number of shards of a dimension."""
     return model.strategy.parts(dim, model.mesh)
 
 
 def first_room(max_new_tokens: int) -> int:
-    """For how many of the new tokens a cache has room at first: attention reads all of it in each step."""
+    """The new tokens that a cache first has room for; few, because attention reads the whole cache in each step."""
     return min(max_new_tokens, 128)
 
 
 def capacity(slots: int) -> int:
-    """The size of a cache that holds `slots`: at most two in each octave, so that few loops are compiled."""
+    """The size of a cache with at least `slots`: two sizes per octave, so that few loops are compiled."""
     return bucket(slots, step=128, per_octave=2)

@@ -1,4 +1,4 @@
-"""A logit that is not finite ends what needs it, with one sentence."""
+"""Stops generation with one sentence if a logit is not finite."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -10,16 +10,15 @@ from ..parallel import Strategy, pmax
 def marked(
     logits: Float[Array, "*batch vocab"], processed: Float[Array, "*batch vocab"] | None = None
 ) -> Float[Array, "*batch vocab"]:
-    """Logits with plus infinity in place of what is not finite, so that the largest of a row tells of it.
+    """Logits with plus infinity in place of every value that is not finite, so that a row's maximum shows it.
 
-    It fuses with the reduction that looks for the largest. NaN would not do: not every platform's maximum over devices
-    keeps it.
+    This fuses with the reduction to the maximum. NaN would not work: on some platforms the maximum over devices drops
+    it.
 
     **Arguments:**
 
     - `logits`: the model's.
-    - `processed`: what processors made of them, in which minus infinity forbids a token; the logits themselves unless
-        given.
+    - `processed`: the logits after the processors, where minus infinity forbids a token; by default `logits`.
     """
     if processed is None:
         return jnp.where(jnp.isfinite(logits), logits, jnp.inf)
@@ -27,14 +26,14 @@ def marked(
 
 
 def lost(largest: Float[Array, "*batch"]) -> Int[Array, "*batch"]:
-    """What the largest of a row's `marked` logits tells: 1 if one was not finite, -1 if all are forbidden, or 0."""
+    """From the largest `marked` logit of each row: 1 if a logit was not finite, -1 if all are forbidden, else 0."""
     return jnp.where(jnp.isfinite(largest), 0, jnp.sign(largest)).astype(jnp.int32)
 
 
 def proceeds(going: Bool[Array, " batch"], lost: Int[Array, " batch"], strategy: Strategy) -> Bool[Array, ""]:
-    """Whether a loop goes on: a row does, and none is lost, on any device."""
+    """Whether the loop continues: on some device a row continues, and on no device a row is lost."""
     news = jnp.where(lost == 0, going.astype(jnp.int32), 2)
-    # All devices leave the loop together, also those whose own rows have ended.
+    # All devices leave the loop together, even those whose own rows have ended.
     return pmax(jnp.max(news), "batch", strategy) == 1
 
 
@@ -43,8 +42,8 @@ def not_finite(where: str, *, processors: bool = False) -> InputError:
 
     **Arguments:**
 
-    - `where`: such as `"new token 1 of row 0"`.
-    - `processors`: whether there are any, which may be the cause.
+    - `where`: for example `"new token 1 of row 0"`.
+    - `processors`: whether the sampler has processors, which may be the cause.
     """
     cause = " or what the processors made of them" if processors else ""
     return InputError(

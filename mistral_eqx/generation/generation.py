@@ -19,21 +19,21 @@ from .sampler import Sampler
 from .stops import Tokenizer, stop_rows
 
 
-# Where there are stop strings, the loop is left after each of so many tokens, to look for them in the text.
+# With stop strings, the loop ends after so many tokens, to look for the strings in the text.
 _STRIDE = 8
 
 
 class Generated(NamedTuple):
-    """What [`mistral_eqx.generate`][] returns.
+    """The result of [`mistral_eqx.generate`][].
 
     **Attributes:**
 
     - `tokens`: new token ids; a row that ended early repeats its last token.
-    - `lengths`: how many of them count, the end token included.
-    - `texts`: the text of each row, which continues the prompt's, its first space included, and leaves out the stop
-        string that ended it; if there was a tokenizer.
-    - `log_probs`: the logarithm of each token's probability; 0 past a row's length. If `logprobs` was given.
-    - `top_tokens`, `top_log_probs`: the likeliest tokens in its place, likeliest first.
+    - `lengths`: the number of valid tokens of each row, the end token included.
+    - `texts`: the text of each row, if a tokenizer was given. It continues the prompt's text, its first space included,
+        and leaves out the stop string.
+    - `log_probs`: each token's log-probability, 0 past a row's length; if `logprobs` was given.
+    - `top_tokens`, `top_log_probs`: the likeliest tokens at each step, likeliest first.
     """
 
     tokens: Int[Array, "batch new"]
@@ -67,26 +67,26 @@ def generate(
     print(out.texts[0])
     ```
 
-    Each row gives the tokens that it would give alone, whatever its neighbours' lengths.
+    Each row gives the tokens that it would give alone, whatever the other rows.
 
     **Arguments:**
 
     - `model`: the model.
     - `prompts`: lists of token ids, of any lengths; or texts, or one text, with a `tokenizer`; or an array of shape
         `(batch, seq)`, in which -1 on either side is padding.
-    - `max_new_tokens`: how many tokens to add to each; 256 unless given, or as many as the context has room for.
-    - `sampler`: how a token is chosen; greedy unless given.
-    - `eos_id`: the token, or the tokens, that end a row; those of the model's config unless given, and `()` for none.
-    - `key`: for samplers that draw: one key, from which each row gets its own, or an array with one key a prompt.
-    - `stop`: strings that end a row where they are complete in its new text, wherever in a token that is. One that has
-        the name of a control token is found too.
-    - `tokenizer`: makes text of the new tokens, and ids of prompts that are texts; needed for `stop`.
-    - `num_samples`: how many continuations to draw of each prompt, which is read once; they are neighbours in the
-        result.
-    - `logprobs`: how many likeliest tokens to report at each new one with their log-probabilities; 0 for those of the
-        chosen ones only. They are the model's own, before the sampler.
-    - `prefix`: from [`mistral_eqx.prefill`][]; the prompts are what follows it.
-    - `prefill_chunk`: prompts are read in pieces of at most this many tokens; smaller ones take less memory.
+    - `max_new_tokens`: the most new tokens of each; by default 256, or as many as the context has room for.
+    - `sampler`: how a token is chosen; by default greedy.
+    - `eos_id`: the token, or the tokens, that end a row; by default those of the model's config, `()` for none.
+    - `key`: for samplers that draw: one key, from which each row derives its own, or an array with one key a prompt.
+    - `stop`: strings that end a row as soon as its new text contains one, also in the middle of a token. A string may
+        contain the name of a control token.
+    - `tokenizer`: decodes the new tokens, and encodes prompts that are texts; needed for `stop`.
+    - `num_samples`: how many continuations to draw of each prompt, after one prefill; they are next to each other in
+        the result.
+    - `logprobs`: how many likeliest tokens to report at each step with their log-probabilities; 0 reports only the
+        chosen tokens'. They are the model's own, before processors and sampler.
+    - `prefix`: from [`mistral_eqx.prefill`][]; the prompts continue it.
+    - `prefill_chunk`: the size of prefill chunks in tokens; smaller chunks take less memory.
 
     **Returns:** [`mistral_eqx.Generated`][], with `tokens` of shape `(batch * num_samples, max_new_tokens)` and
     `lengths` of shape `(batch * num_samples,)`.
@@ -94,7 +94,7 @@ def generate(
     **Raises:** `ValueError` if a prompt is empty, has an id outside the vocabulary, or does not fit into the context
     with its new tokens; if an end token is outside the vocabulary; if a sampler draws and there is no key; if a stop
     string is empty; if there is no tokenizer for a text or a stop string; if a processor does not fit the vocabulary or
-    forbids every token; if a logit of a row that goes on is not finite.
+    forbids every token; if a logit of a row that has not ended is not finite.
     """
     vocab = checked(model, Mistral, "model").config.vocab
     # A prefix has the beginning of sequence, which a tokenizer would write again.

@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens that were chosen, and of the likeliest others."""
+"""Log-probabilities of the chosen tokens, and of the likeliest alternatives."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from ..parallel import Strategy, gather, place, pmax, psum
 
 
 class LogProbs(eqx.Module):
-    """What the model held likely at each new token, before processors and sampler.
+    """The model's own log-probabilities at each new token, before processors and sampler.
 
     **Attributes:**
 
@@ -33,7 +33,7 @@ class LogProbs(eqx.Module):
     def record(
         self, logits: Float[Array, "batch vocab"], token: Int[Array, " batch"], step: Int[Array, ""], strategy: Strategy
     ) -> "LogProbs":
-        """Notes one step. Where `vocab` is split, each device sends its `top` candidates and three numbers a row."""
+        """Records one step. If `vocab` is split, each device sends its `top` candidates and three numbers a row."""
         logits, size = logits.astype(jnp.float32), logits.shape[1]
         largest = pmax(jnp.max(logits, axis=1, keepdims=True), "vocab", strategy)
         logits = logits - largest
@@ -48,7 +48,7 @@ class LogProbs(eqx.Module):
             return recorded
         top, tokens = lax.top_k(logits, min(count, size))
         if strategy.axes("vocab"):
-            # Of equal ones the first of all comes first, for devices stand in the order of their tokens.
+            # Ties go to the smallest id, because devices are in the order of their tokens.
             tokens = gather(tokens + part * size, "vocab", strategy, axis=1)
             top, among = lax.top_k(gather(top, "vocab", strategy, axis=1), count)
             tokens = jnp.take_along_axis(tokens, among, axis=1)

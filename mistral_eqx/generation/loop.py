@@ -24,17 +24,17 @@ class Decoding(eqx.Module):
     **Attributes:**
 
     - `token`: the last token of each row, which is not in the cache yet.
-    - `position`: where that token stands in its row's text.
+    - `position`: that token's position in its sequence.
     - `tokens`: all new tokens so far; the column of the next one is `step`.
     - `lengths`: how many new tokens each row has, an end token included.
-    - `ended`: which rows have met an end token.
-    - `unfinished`: whether there is a row that has not, on any device, and each can go on.
-    - `step`: how many tokens were decoded.
+    - `ended`: which rows have an end token.
+    - `unfinished`: whether a row on any device has not ended, and none is lost.
+    - `step`: the number of decoded tokens.
     - `keys`: one a row; the draw of a step uses the row's key and the step.
-    - `states`: what each of the sampler's processors remembers.
-    - `lost`: which rows had nothing to choose from: 1 where a logit was not finite, -1 where processors forbade every
-        token. A row that had ended has 0, as all others.
-    - `log_probs`: of the new tokens and of others in their place, if they are wanted.
+    - `states`: the state of each of the sampler's processors.
+    - `lost`: rows without a token to choose: 1 if a logit was not finite, -1 if processors forbade every token, else 0.
+        Rows that have ended have 0.
+    - `log_probs`: of the new tokens and of their alternatives, if requested.
     """
 
     token: Int[Array, " batch"]
@@ -64,7 +64,7 @@ class Decoding(eqx.Module):
         **Arguments:**
 
         - `states`: those of the sampler's processors.
-        - `alternatives`: how many likeliest tokens are noted for each new one, or `None` for no log-probabilities.
+        - `alternatives`: how many likeliest tokens to record for each new one; `None` for no log-probabilities.
         """
         none = jnp.zeros_like(position)
         return cls(
@@ -113,7 +113,7 @@ class Decoding(eqx.Module):
             tokens=lax.dynamic_update_slice_in_dim(self.tokens, token[:, None], self.step, axis=1),
             lengths=jnp.where(self.ended, self.lengths, self.step + 1),
             ended=ended,
-            # With a row that has nothing to go on with, the loop is left at once, and `Request` says why.
+            # If a row is lost, the loop ends at once, and `Request` raises the error.
             unfinished=proceeds(~ended, now_lost, strategy),
             step=self.step + 1,
             keys=self.keys,
@@ -142,7 +142,7 @@ def first_tokens(
     states: tuple[PyTree, ...] = (),
     alternatives: int | None = None,
 ) -> Decoding:
-    """The state after the first token of rows whose last token stands at `positions`; several may share logits."""
+    """The state after the first new token; `positions` are those of the last prompt tokens. Rows may share logits."""
     strategy, decoding = model.strategy, Decoding.init(positions, ended, keys, new, states, alternatives)
 
     def append(logits: Array, decoding: Decoding, sampler: Sampler, ends: Array) -> Decoding:
@@ -158,7 +158,7 @@ def first_tokens(
 def decode(
     kept: tuple[Mistral, Decoding, Sampler, Int[Array | np.ndarray, " ends"], Int[Array | np.ndarray, ""]], cache: Cache
 ) -> tuple[Decoding, Cache]:
-    """Decodes in one loop, until `until` tokens are there or all rows have ended.
+    """Decodes in one loop until there are `until` tokens or all rows have ended.
 
     **Arguments:**
 
@@ -192,6 +192,6 @@ def decode(
 
 @eqx.filter_jit
 def grow_state(model: Mistral, decoding: Decoding, new: int) -> Decoding:
-    """The same with room for `new` tokens, where the model's devices have it."""
+    """The same state with room for `new` tokens, sharded as before."""
     split = specs(decoding, model.strategy)
     return spmd(lambda decoding: decoding.grow(new), model.mesh, (split,), split)(decoding)

@@ -1,4 +1,4 @@
-"""The beginning of many texts, read once."""
+"""A prefix cache: the beginning that many prompts share, prefilled once."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from .reading import CHUNK, check_chunk, check_context, prompt_width, read_chunk
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """The beginning of many texts, read once: what [`mistral_eqx.prefill`][] returns.
+    """The result of [`mistral_eqx.prefill`][]: a beginning that many prompts share, with its keys and values.
 
     **Attributes:**
 
     - `ids`: its tokens.
-    - `model`: which read it.
+    - `model`: the model that prefilled it.
     - `cache`: their keys and values, in one row on each of the devices among which `batch` is split.
     """
 
@@ -33,7 +33,7 @@ class Prefix:
 def prefill(
     model: Mistral, prefix: Sequence[int] | np.ndarray | Int[Array, " _"], *, prefill_chunk: int = CHUNK
 ) -> Prefix:
-    """Reads the beginning of many texts, so that each of them can go on from there.
+    """Prefills a beginning that many prompts share.
 
     ```python
     prefix = mx.prefill(model, tokenizer.encode(instructions))
@@ -44,9 +44,9 @@ def prefill(
 
     - `model`: the model.
     - `prefix`: token ids.
-    - `prefill_chunk`: the most tokens that are read at a time; fewer take less memory.
+    - `prefill_chunk`: the size of prefill chunks in tokens; smaller chunks take less memory.
 
-    **Returns:** a [`mistral_eqx.Prefix`][], which may be used any number of times.
+    **Returns:** a [`mistral_eqx.Prefix`][], which can be used any number of times.
 
     **Raises:** `ValueError` if the prefix is empty, has an id outside the vocabulary, or fills the context.
     """
@@ -63,8 +63,8 @@ def prefill(
 def checked_prefix(prefix: Prefix, model: Mistral) -> tuple[int, ...]:
     """The tokens of a prefix.
 
-    **Raises:** `ValueError` if another model read it.
+    **Raises:** `ValueError` if it belongs to another model.
     """
     if prefix.model is not model:
-        raise InputError("The prefix was read by another model; read it again with this one, by mistral_eqx.prefill.")
+        raise InputError("The prefix belongs to another model; make one with this model, by mistral_eqx.prefill.")
     return prefix.ids

@@ -1,4 +1,4 @@
-"""What changes the logits before a token is chosen from them."""
+"""Changes of the logits before a token is chosen."""
 
 import abc
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -21,10 +21,10 @@ from ..parallel import SINGLE, AbstractNamed, Strategy, place
 class AbstractProcessor(eqx.Module):
     """A step between the model's logits and the sampler.
 
-    To write your own, define the three methods. What a processor has to remember of a text is its state, which the
-    compiled loop carries from token to token: arrays in a module whose fields are annotated with jaxtyping, such as
-    `Int[Array, "batch vocab"]`, or `None`. A processor's own values are best arrays, so that another one compiles
-    nothing anew.
+    To write your own, define the three methods. The state of a processor is what it remembers of each sequence: a
+    module whose array fields are annotated with jaxtyping, such as `Int[Array, "batch vocab"]`, or `None`. The compiled
+    loop carries it from token to token. Store a processor's own values as arrays, so that other values do not recompile
+    the loop.
     """
 
     @abc.abstractmethod
@@ -44,11 +44,11 @@ class AbstractProcessor(eqx.Module):
     def __call__(
         self, logits: Float[Array, "batch vocab"], state: PyTree, strategy: Strategy = SINGLE
     ) -> Float[Array, "batch vocab"]:
-        """Other logits; minus infinity forbids a token.
+        """Returns new logits; minus infinity forbids a token.
 
         **Arguments:**
 
-        - `logits`: shape `(batch, vocab)`; inside `shard_map` this device's part of the vocabulary.
+        - `logits`: shape `(batch, vocab)`; inside `shard_map` this device's shard of the vocabulary.
         - `state`: what `init_state` or `next_state` returned.
         - `strategy`: whether `vocab` is split.
         """
@@ -81,7 +81,7 @@ class Counts(eqx.Module):
 
 
 class RepetitionPenalty(AbstractProcessor):
-    """Makes tokens of the text less likely, those of the prompt too: a positive logit is divided by the penalty, a
+    """Makes tokens of the sequence less likely, those of the prompt too: a positive logit is divided by the penalty, a
     negative one multiplied ([CTRL](https://arxiv.org/abs/1909.05858)).
 
     **Arguments:**
@@ -180,7 +180,7 @@ class LogitBias(AbstractProcessor):
 
     - `biases`: token id to number; minus infinity forbids the token.
 
-    **Raises:** `ValueError` if a number is none, or plus infinity.
+    **Raises:** `ValueError` if a value is not a number, or is plus infinity.
     """
 
     ids: np.ndarray | Int[Array, " ids"]
@@ -233,7 +233,7 @@ class BannedTokens(AbstractProcessor):
 
 
 class Countdown(eqx.Module):
-    """How many tokens have to come before one of `ends` may."""
+    """How many tokens must come before one of `ends` is allowed."""
 
     left: Int[Array, ""]
     ends: Int[Array, " ends"]
@@ -270,7 +270,7 @@ class MinNewTokens(AbstractProcessor):
 
 
 class Rows(AbstractNamed):
-    """Any arrays, one entry a row in each."""
+    """Any arrays with one entry a row."""
 
     value: PyTree
 
@@ -279,14 +279,14 @@ class Rows(AbstractNamed):
 
 
 class Constraint(AbstractProcessor, AbstractNamed):
-    """Lets each row go on only as a grammar, a pattern or any other automaton allows.
+    """Allows only tokens that follow a grammar, a pattern or any other automaton.
 
-    Both functions are for one row. They are compiled into the decoding loop, so they must be made of JAX operations; a
-    method of an `equinox.Module` with a table in it is the usual case, and another table of the same shape compiles
-    nothing anew. `examples/constraint.py` makes one from a regular expression.
+    Both functions are for one row. They are compiled into the decoding loop, so they must use JAX operations. Usually
+    they are methods of an `equinox.Module` that holds a table; another table of the same shape does not recompile.
+    `examples/constraint.py` makes one from a regular expression.
 
-    A row that has ended goes on with its end token, and what is allowed to it does not matter. If a row that has not
-    ended is allowed nothing, generation stops with a `ValueError`.
+    A row that has ended repeats its end token, whatever is allowed. If a row that has not ended has no allowed token,
+    generation stops with a `ValueError`.
 
     **Arguments:**
 
@@ -308,7 +308,7 @@ class Constraint(AbstractProcessor, AbstractNamed):
         for name, function in (("allowed", allowed), ("advance", advance)):
             if not callable(function):
                 raise InputError(f"A constraint's `{name}` is {shown(function)}; give a function of a row's state.")
-        # On the device at once: a table would be sent there again each time that the loop is entered.
+        # Put on the device now; otherwise each call of the loop would send the table again.
         self.allowed, self.advance = jax.tree.map(
             lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, (allowed, advance)
         )

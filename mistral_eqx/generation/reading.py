@@ -1,4 +1,4 @@
-"""Prompts are read into a cache, in pieces."""
+"""Chunked prefill: prompts are read into a cache, a chunk at a time."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from ..parallel import place_on, specs, spmd
 from .prompt import bucket
 
 
-# A prompt is read in pieces of at most this many tokens: scores then take memory for this many queries at a time.
+# The default size of prefill chunks in tokens: attention scores take memory for so many queries at a time.
 CHUNK = 512
 
 
@@ -46,21 +46,21 @@ def read_chunks(
 ) -> tuple[Array, Cache]:
     """Reads tokens into a cache, at most `chunk` columns at a time, and returns the last logits and the cache."""
     *earlier, last = (slice(start, start + chunk) for start in range(0, ids.shape[1], chunk))
-    for piece in earlier:
-        _, cache = read_chunk((model, place_rows(model, ids[:, piece]), place_rows(model, positions[:, piece])), cache)
+    for part in earlier:
+        _, cache = read_chunk((model, place_rows(model, ids[:, part]), place_rows(model, positions[:, part])), cache)
     return read_chunk((model, place_rows(model, ids[:, last]), place_rows(model, positions[:, last])), cache)
 
 
 def place_rows(model: Mistral, x: np.ndarray | Array) -> Array:
-    """Puts something of each row where the model's devices have that row."""
+    """Shards an array with one entry a row as the model's rows are."""
     mesh = model.mesh
     return jnp.asarray(x) if mesh is None else place_on(np.asarray(x), mesh, model.strategy.spec("batch"))
 
 
 def check_chunk(chunk: int, name: str = "prefill_chunk") -> int:
-    """Refuses pieces without a token.
+    """Checks the size of a chunk.
 
-    **Raises:** `ValueError` that names the argument, if there are none.
+    **Raises:** `ValueError` that names the argument, if it is below 1.
     """
     return checked(chunk, Count, name, remedy="a prompt is read so many tokens at a time")
 
@@ -68,7 +68,7 @@ def check_chunk(chunk: int, name: str = "prefill_chunk") -> int:
 def check_context(longest: int, max_new_tokens: int, context: int):
     """Refuses prompts of at most `longest` tokens that do not fit into the context with their new tokens.
 
-    **Raises:** `ValueError` that tells the three numbers.
+    **Raises:** `ValueError` that has the three numbers.
     """
     if longest + max_new_tokens > context:
         raise InputError(
@@ -78,7 +78,7 @@ def check_context(longest: int, max_new_tokens: int, context: int):
 
 
 def prompt_width(longest: int) -> int:
-    """The number of columns in which prompts of at most `longest` tokens are read.
+    """The padded width of prompts of at most `longest` tokens.
 
     Less than an eighth of them, or less than 16, are padding.
     """

@@ -1,4 +1,4 @@
-"""A checked call: what every decoding step needs besides its state."""
+"""A checked call: everything that a decoding step needs besides its state."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,24 +29,24 @@ from .sampler import Sampler
 from .stops import Stops
 
 
-# How many tokens are decoded at most, where the caller gives no number and the context has room for them.
+# The default of `max_new_tokens`, where the context has room.
 _NEW_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A checked call of `generate` or `stream`: what every decoding step needs besides its state.
+    """A checked call of `generate` or `stream`: everything that a decoding step needs besides its state.
 
     **Attributes:**
 
     - `ends`: the tokens that end a row.
-    - `keys`: one a row, the idle ones included, as all that is kept for each row.
-    - `idle`: how many rows are added to the prompts' so that `batch` can be split; they have ended from the start.
-    - `samples`: how many rows follow each prompt.
+    - `keys`: one a row, idle rows included.
+    - `idle`: how many rows are added so that `batch` can be split; they have ended from the start.
+    - `samples`: the number of rows of each prompt.
     - `states`: the first states of the sampler's processors.
-    - `alternatives`: how many likeliest tokens are noted at each new one; `None` for no log-probabilities.
-    - `prefix`: with which all prompts begin.
-    - `chunk`: the most tokens that are read at a time.
+    - `alternatives`: how many likeliest tokens to record at each step; `None` for no log-probabilities.
+    - `prefix`: the beginning of all prompts.
+    - `chunk`: the size of prefill chunks.
     """
 
     model: Mistral
@@ -130,15 +130,15 @@ class Request:
         )
 
     def start(self, rows: list[list[int]], *, forgets: bool = True) -> tuple[Decoding, Cache]:
-        """Reads the prompts into a new cache with room for new tokens, and decodes the first of these.
+        """Prefills a new cache with room for new tokens, and decodes the first token.
 
         **Arguments:**
 
-        - `forgets`: whether layers with a window keep what the window reaches and no more. A cache to which padded
-            texts are added, or from which tokens are taken away, must not.
+        - `forgets`: whether layers with a window keep only the tokens inside the window. Must be false if padded
+            sequences are added to the cache later, or tokens removed.
         """
         prefix, width = self.prefix, prompt_width(max(map(len, rows)))
-        # Attention reads all of a cache: while the prompt is read, it has no slots besides the prompt's.
+        # Attention reads the whole cache, so during prefill it has no more slots than the prompt.
         if prefix is None:
             ids, positions = pad_left(rows, width)
             piece = min(self.chunk, width) if forgets else None
@@ -153,7 +153,7 @@ class Request:
     def read(
         self, ids: Int[np.ndarray, "rows seq"], positions: Int[np.ndarray, "rows seq"], cache: Cache
     ) -> tuple[Decoding, Cache]:
-        """Reads tokens into a cache in pieces, makes room for new ones, and decodes the first of these."""
+        """Prefills a cache in chunks, makes room for new tokens, and decodes the first of them."""
         ended = np.arange(len(ids) + self.idle) >= len(ids)
         ids, positions = (np.concatenate([x, *[x[:1]] * self.idle]) for x in (ids, positions))
         logits, cache = read_chunks(self.model, ids, positions, cache, self.chunk)
@@ -180,7 +180,7 @@ class Request:
     def decode(self, decoding: Decoding, cache: Cache, until: int) -> tuple[Decoding, Cache]:
         """Decodes until there are `until` new tokens, or all rows have ended.
 
-        A cache that is full is replaced by one of at most twice its size, for which another loop is compiled.
+        A full cache is replaced by one of at most twice its size, for which another loop is compiled.
         """
         while decoding.unfinished and (step := int(decoding.step)) < until:
             used, room = int(cache.used), holds(self.model, cache.kv_seq)
@@ -201,7 +201,7 @@ class Request:
 
         **Arguments:**
 
-        - `stops`: looks for stop strings each time; a row that has one has ended.
+        - `stops`: looks for stop strings each time; a row with a stop string has ended.
         """
         while True:
             if stops is not None:
@@ -243,7 +243,7 @@ class Request:
 def _row_keys(
     key: Key[Array, "..."] | None, sampler: Sampler, batch: int, idle: int, samples: int
 ) -> Key[Array, " rows"]:
-    """One key for each row, by what the user gave."""
+    """One key for each row, from the argument `key`."""
     if key is None:
         if not sampler.greedy:
             raise InputError("Sampling draws random numbers; give a key, such as key=jax.random.key(0).")
@@ -261,7 +261,7 @@ def _row_keys(
 
 
 def _placed(model: Mistral, tree: PyTree) -> PyTree:
-    """Arrays of modules where the model's devices have them; numpy arrays are sent with each call."""
+    """Puts the arrays of modules on the model's devices, since a numpy array is sent with each call."""
     mesh = model.mesh
     if mesh is None:
         return tree

@@ -24,23 +24,23 @@ _ORDER_OF_1 = int(np.float32(1).view(np.int32))
 class Sampler(eqx.Module):
     """How the next token is chosen.
 
-    Without arguments the choice is greedy: the token with the largest logit. With any of the numbers a token is drawn.
-    These steps come before, in this order:
+    Without arguments the choice is greedy: the token with the largest logit. With any of the numbers a token is drawn,
+    after these steps in this order:
 
-    - `processors`: each changes the logits, in the order in which they are given; also where the choice is greedy.
-    - `temperature`: logits are divided by it; 1 unless given, and 0 is greedy again.
-    - `top_k`: only the `top_k` largest logits stay ([Fan et al., 2018](https://arxiv.org/abs/1805.04833)).
-    - `top_p`: only the smallest set of tokens whose probabilities sum to `top_p` stays
+    - `processors`: each changes the logits, in the given order; also for a greedy choice.
+    - `temperature`: the logits are divided by it; 1 by default, and 0 is greedy.
+    - `top_k`: keeps only the `top_k` largest logits ([Fan et al., 2018](https://arxiv.org/abs/1805.04833)).
+    - `top_p`: keeps only the smallest set of tokens whose probabilities sum to `top_p`
         ([Holtzman et al., 2019](https://arxiv.org/abs/1904.09751)).
-    - `min_p`: only tokens at least `min_p` times as likely as the likeliest stay
+    - `min_p`: keeps only tokens at least `min_p` times as likely as the likeliest
         ([Nguyen et al., 2024](https://arxiv.org/abs/2407.01082)).
-    - `typical_p`: of the tokens in the order of how near their surprise, `-log(probability)`, is to its mean, only the
-        first whose probabilities sum to `typical_p` stay ([Meister et al., 2022](https://arxiv.org/abs/2202.00666)).
+    - `typical_p`: orders tokens by how close their surprise, `-log(probability)`, is to its mean, and keeps only the
+        first whose probabilities sum to `typical_p` ([Meister et al., 2022](https://arxiv.org/abs/2202.00666)).
 
-    Ties at a border stay. All numbers but `top_k` are arrays in a compiled program: another value of them compiles
-    nothing anew.
+    Ties at a threshold are kept. All numbers except `top_k` are arrays in a compiled program, so another value does not
+    recompile it.
 
-    Where a strategy splits `vocab`, devices exchange candidates and sums, never logits.
+    If a strategy splits `vocab`, devices exchange candidates and sums, never logits.
 
     **Raises:** `ValueError` if a value is outside its range.
     """
@@ -77,7 +77,7 @@ class Sampler(eqx.Module):
             temperature = top_k = top_p = min_p = typical_p = None
         elif temperature is None:
             temperature = 1.0
-        # No draw tells these bounds from greedy and from uniform; beyond them a float32 would become 0 or infinity.
+        # At these bounds a draw is greedy or uniform; beyond them a float32 would become 0 or infinity.
         self.temperature = None if temperature is None else np.asarray(np.clip(temperature, 1e-30, 1e30), np.float32)
         self.top_k = top_k
         self.top_p = None if top_p is None else np.asarray(top_p, np.float32)
@@ -97,10 +97,10 @@ class Sampler(eqx.Module):
 
         **Arguments:**
 
-        - `logits`: what `process` returned, shape `(batch, vocab)`; inside `shard_map` this device's part of the
+        - `logits`: the result of `process`, shape `(batch, vocab)`; inside `shard_map` this device's shard of the
             vocabulary.
-        - `keys`: one a row, so that what a row draws does not depend on its neighbours.
-        - `strategy`: whether `vocab` is split. The draw is the same one if it is.
+        - `keys`: one a row, so that a draw does not depend on the other rows.
+        - `strategy`: whether `vocab` is split, which does not change the draw.
 
         **Returns:** token ids, shape `(batch,)`.
         """
@@ -109,17 +109,16 @@ class Sampler(eqx.Module):
     def choose(
         self, logits: Float[Array, "batch vocab"], keys: Key[Array, " batch"], strategy: Strategy = SINGLE
     ) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
-        """Chooses one token a row, and tells the largest of each row's logits, which that takes in any case."""
+        """Chooses one token a row, and returns the largest logit of each row, which the choice needs in any case."""
         if self.temperature is None:
             return _argmax(logits, strategy)
         largest = _largest(logits, strategy)
         part, parts = place("vocab", strategy)
         size = logits.shape[-1]
-        # This device's part of the noise of the whole vocabulary, each entry of which depends on the key and its
-        # own index alone.
+        # This device's shard of the noise of the whole vocabulary; each entry depends only on the key and its index.
         noise = gumbel(jax.vmap(lambda key: jr.bits(key, (parts * size,), jnp.uint32))(keys))
         noise = lax.dynamic_slice_in_dim(noise, part * size, size, axis=1)
-        # Without the largest, as noise would be rounded away where logits are divided by a small temperature.
+        # Relative to the largest logit: a small temperature would otherwise round the noise away.
         above = jnp.where(jnp.isfinite(largest), largest, 0)
         wide = at_least_float32(logits.dtype)
         kept = (self._kept(logits, largest, self.temperature, strategy) - above).astype(wide)
@@ -129,13 +128,13 @@ class Sampler(eqx.Module):
     def process(
         self, logits: Float[Array, "batch vocab"], states: Sequence[PyTree], strategy: Strategy = SINGLE
     ) -> Float[Array, "batch vocab"]:
-        """The logits after all processors, of which each has its state."""
+        """The logits after all processors."""
         for processor, state in zip(self.processors, states, strict=True):
             logits = processor(logits, state, strategy)
         return logits
 
     def filter(self, logits: Float[Array, "batch vocab"], strategy: Strategy = SINGLE) -> Float[Array, "batch vocab"]:
-        """The logits from which a token is drawn: divided by the temperature, minus infinity for tokens left out."""
+        """The logits of the draw: divided by the temperature, minus infinity for dropped tokens."""
         if self.temperature is None:
             return logits
         kept = self._kept(logits, _largest(logits, strategy), self.temperature, strategy)
@@ -148,16 +147,16 @@ class Sampler(eqx.Module):
         temperature: np.ndarray | Array,
         strategy: Strategy,
     ) -> Float[Array, "batch vocab"]:
-        """Minus infinity for tokens left out. No step but the last leaves out the likeliest, of the logit `largest`."""
-        # A positive factor changes no order. What is compared below is not divided before: where XLA computes a
-        # quotient twice, it may round it in two ways, and the largest logit would be above all.
+        """Minus infinity for dropped tokens. Only the last step may drop the likeliest, whose logit is `largest`."""
+        # The logits are compared undivided: XLA may compute a quotient twice and round it in two ways, and then the
+        # largest logit would exceed the maximum.
         temperature = temperature.astype(logits.dtype)
         if self.top_k is not None:
             best = _top_k(logits, self.top_k)
             if strategy.axes("vocab"):
-                # The largest of all are among the largest of each device.
+                # The overall largest are among the largest of each device.
                 best = _top_k(gather(best, "vocab", strategy, axis=1), self.top_k)
-            # The minimum, and not the last one: of that XLA on CPU makes a sort of all logits.
+            # The minimum, not the last one: for that XLA on CPU would sort all logits.
             logits = jnp.where(logits < jnp.min(best, axis=-1, keepdims=True), -jnp.inf, logits)
         if self.top_p is not None:
             logits = jnp.where(_in_nucleus(logits, largest, temperature, self.top_p, strategy), logits, -jnp.inf)
@@ -170,14 +169,14 @@ class Sampler(eqx.Module):
 
 
 def gumbel(bits: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Noise from random bits that makes of the largest of `logits + noise` a draw from their softmax.
+    """Gumbel noise from random bits: the argmax of `logits + noise` is a draw from their softmax.
 
-    That of `jax.random.gumbel` is made from 23 bits and ends near 15.9, so that less likely tokens are drawn too
-    seldom; its mode "high" takes twice the time. This one is made from all 32 bits of as many random numbers and ends
-    near 22.9: of tokens a billion times less likely than the likeliest, not one draw in a hundred is missing.
+    `jax.random.gumbel` uses 23 bits and ends near 15.9, so it draws unlikely tokens too seldom; its mode "high" takes
+    twice the time. This one uses all 32 bits of as many random numbers and ends near 22.9: of tokens a billion times
+    less likely than the likeliest, it misses less than one draw in a hundred.
     """
     uniform = (bits.astype(jnp.float32) + 0.5) * 2.0**-32
-    # -log(1 - uniform), of which the first terms of its series are exact where the difference is not.
+    # -log(1 - uniform); for small values the first terms of its series are exact, and the difference is not.
     series = uniform * (1 + uniform * (1 / 2 + uniform / 3))
     exponential = jnp.where(uniform < 2.0**-7, series, -jnp.log(1 - jnp.minimum(uniform, 1 - 2.0**-24)))
     return -jnp.log(exponential)
@@ -194,7 +193,7 @@ def _top_k(logits: Float[Array, "batch vocab"], k: int) -> Float[Array, "batch k
 def _argmax(
     logits: Float[Array, "batch vocab"], strategy: Strategy
 ) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
-    """The first index of the largest logit, which takes 8 bytes a row and device to agree on; and that logit."""
+    """The first index of the largest logit, and that logit. Devices exchange 8 bytes a row."""
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logit = jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]
     if not strategy.axes("vocab"):
@@ -211,7 +210,7 @@ def _weights(
     temperature: Array | np.ndarray,
     strategy: Strategy,
 ) -> tuple[Float[Array, "batch vocab"], Float[Array, "batch 1"]]:
-    """Probabilities, but for their sum: the largest is 1. And that sum."""
+    """Probabilities without normalization, of which the largest is 1; and their sum."""
     weights = jnp.exp(((logits - largest) / temperature).astype(jnp.float32))
     return weights, psum(jnp.sum(weights, axis=-1, keepdims=True), "vocab", strategy)
 
@@ -247,7 +246,7 @@ def _typical(
 
 def _order(numbers: Float[Array, "batch vocab"]) -> Int[Array, "batch vocab"]:
     """Integers below 2**30 that are in the order of these numbers from 0 to 1."""
-    # That is so of the bits of floats that are not negative.
+    # The bits of floats that are not negative have the order of the floats.
     return lax.bitcast_convert_type(numbers, jnp.int32)
 
 
@@ -259,13 +258,14 @@ def _smallest_set(
     mass: Array | np.ndarray,
     strategy: Strategy,
 ) -> Bool[Array, "batch vocab"]:
-    """Which tokens are in the smallest set that has a share of `mass` of all weights, if those of the highest order
-    come first. The first stays, however small that share is.
+    """Which tokens are in the smallest set with a fraction `mass` of all weights, from the highest order down.
 
-    The least order of that set is found bit by bit: 30 sums over a vocabulary take a small part of the time of a
-    sort. Where the vocabulary is split, each exchange finds 5 bits.
+    The first token is always in it.
+
+    The lowest order of the set is found bit by bit: 30 sums over a vocabulary take much less time than a sort. If the
+    vocabulary is split, each exchange finds 5 bits.
     """
-    # What is left out is summed, and not what stays: the sum of what stays is all before the last of many tokens.
+    # Sums the dropped tokens, because the sum of the kept ones rounds to the total before the last of many tokens.
     most = (1 - mass).astype(jnp.float32) * total
     bits = 5 if strategy.axes("vocab") else 1
     digits = np.arange(1, 2**bits, dtype=np.int32)
@@ -277,6 +277,6 @@ def _smallest_set(
         left_out = psum(jnp.sum(jnp.where(below, weights[:, None, :], 0), axis=-1), "vocab", strategy)
         return least + step * jnp.sum(left_out <= most, axis=-1, keepdims=True, dtype=jnp.int32)
 
-    # It starts at 0, in a form that tells `shard_map` along which axes rows differ.
+    # Starts at 0, in a form that shows `shard_map` along which axes rows differ.
     least = lax.fori_loop(0, 30 // bits, next_digit, (total < 0).astype(jnp.int32))
     return order >= jnp.minimum(least, highest)

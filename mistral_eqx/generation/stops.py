@@ -1,4 +1,4 @@
-"""Where texts end, and what generation asks of a tokenizer to find that."""
+"""Stop strings, and what generation needs of a tokenizer to find them."""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol, SupportsIndex, runtime_checkable
@@ -12,19 +12,19 @@ from .prompt import Encoder
 
 @runtime_checkable
 class Stops(Protocol):
-    """Where the rows of a batch meet a stop string.
+    """The stop strings found in the rows of a batch.
 
     **Attributes:**
 
-    - `lengths`: for each row the number of tokens up to the one that completed it, or -1.
-    - `texts`: the text of each row, certain so far.
+    - `lengths`: for each row the number of tokens up to the one that completed a stop string, or -1.
+    - `texts`: the text of each row that is certain so far.
     """
 
     lengths: Int[np.ndarray, " rows"]
     texts: list[str]
 
     def read(self, tokens: Int[np.ndarray, "rows new"], lengths: Int[np.ndarray, " rows"]) -> Bool[np.ndarray, " rows"]:
-        """Takes all tokens so far, and tells which rows have stopped by now."""
+        """Reads all tokens so far, and returns which rows have stopped."""
         ...
 
     def flush(self) -> list[str]:
@@ -39,7 +39,7 @@ class Tokenizer(Encoder, Protocol):
     def decode(
         self, ids: Iterable[SupportsIndex], *, skip_special: bool = True, after: Sequence[SupportsIndex] = ()
     ) -> str:
-        """Makes text of token ids that continue others."""
+        """Decodes token ids that continue others."""
         ...
 
     def find_stops(self, stop: str | Sequence[str], after: Sequence[Sequence[SupportsIndex]]) -> Stops:
@@ -50,12 +50,12 @@ class Tokenizer(Encoder, Protocol):
 def stop_rows(
     stop: str | Sequence[str], tokenizer: Tokenizer | None, after: Sequence[Sequence[SupportsIndex]]
 ) -> Stops | None:
-    """What looks for stop strings in rows that continue these ids, or `None` if there are no stop strings.
+    """Watches for stop strings in rows that continue these ids; `None` if there are no stop strings.
 
     **Raises:** `ValueError` if one is empty, or there is no tokenizer.
     """
     if not isinstance(stop, str) and not stop:
         return None
     if tokenizer is None:
-        raise InputError("Stop strings are found in text; give the tokenizer too.")
+        raise InputError("Stop strings are searched in text; give the tokenizer too.")
     return tokenizer.find_stops(stop, after)

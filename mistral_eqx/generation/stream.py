@@ -35,11 +35,10 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Like [`mistral_eqx.generate`][], but yields each token as soon as it is decoded.
 
-    It runs the same compiled loop, which it enters anew for each token. The first one is there before the loop is
-    compiled.
+    It enters the same compiled loop once for each token. The first token comes before the loop is compiled.
 
-    **Arguments:** those of `generate`. A row whose text has a stop string ends with the token that completes it;
-    [`mistral_eqx.StopText`][] makes text of the tokens, given the prompt, and leaves the stop string out.
+    **Arguments:** those of `generate`, except `logprobs`. A row ends with the token that completes a stop string;
+    [`mistral_eqx.StopText`][] decodes the tokens and leaves the stop string out.
 
     **Returns:** an iterator over int32 arrays of shape `(batch * num_samples,)`: one token a row, -1 for a row that has
     ended. It stops when all rows have ended, or after `max_new_tokens`.
@@ -73,7 +72,7 @@ def stream(
 
 
 class Conversation:
-    """One text that grows by turns, with the keys and values of all that was read.
+    """A sequence that grows turn by turn, with its KV cache.
 
     ```python
     chat = Conversation(model)
@@ -98,12 +97,12 @@ class Conversation:
         stop: str | Sequence[str] = (),
         tokenizer: Tokenizer | None = None,
     ) -> Iterator[int]:
-        """Continues the whole text so far.
+        """Continues the whole sequence so far.
 
         **Arguments:**
 
-        - `ids`: the whole text, from its first token on. What it has in common with the text before is not read
-            again.
+        - `ids`: the whole sequence, from its first token on. The tokens that it shares with the sequence before are
+            not prefilled again.
         - `max_new_tokens`, `sampler`, `eos_id`, `key`, `stop`, `tokenizer`: as in [`mistral_eqx.generate`][].
 
         **Returns:** an iterator over new tokens, an end token included, or the one that completes a stop string. It may
@@ -129,17 +128,17 @@ class Conversation:
 
     def _read(self, request: Request, row: list[int]) -> tuple[Decoding, Cache]:
         cache, self._cache = self._cache, None
-        # An interrupted step leaves a cache that was given away and not replaced.
+        # An interrupted step leaves a cache that was donated and not replaced.
         if cache is None or any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
             return request.start([row], forgets=False)
         common = next((at for at, (old, new) in enumerate(zip(self._ids, row, strict=False)) if old != new), None)
         common = min(len(self._ids), len(row)) if common is None else common
-        # At least one token is read again, for its logits.
+        # At least one token is prefilled, for its logits.
         known = min(common, int(gather_to_host(cache.next_positions)[0]), len(row) - 1)
         ids, positions = pad_left([row[known:]], prompt_width(len(row) - known), starts=[known])
         new = first_room(request.max_new_tokens)
         room = capacity(int(cache.used) + ids.shape[1] + new)
-        # What was edited away leaves its slots behind; when most of the cache is such slots, a new one is better.
+        # Edits leave unused slots; if most of the cache is such slots, a new cache is better.
         if room > 2 * capacity(prompt_width(len(row)) + new):
             return request.start([row], forgets=False)
         room = max(slots(self._model, room), cache.kv_seq)
