@@ -60,9 +60,16 @@ def parity(session: nox.Session):
 
 @nox.session
 def equality(session: nox.Session):
-    """Many more random models and strategies, each held to one device; takes up to an hour."""
+    """Many more random models, strategies and ZeRO stages, each compared with one device; takes up to an hour."""
     session.install("-e", ".[test]")
-    session.run("pytest", "tests/test_equality.py", "-s", *session.posargs, env={"EQUALITY_PAIRS": "500"})
+    session.run(
+        "pytest",
+        "tests/test_equality.py",
+        "tests/test_train_zero.py",
+        "-s",
+        *session.posargs,
+        env={"EQUALITY_PAIRS": "500"},
+    )
 
 
 @nox.session
