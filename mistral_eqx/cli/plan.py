@@ -70,8 +70,8 @@ def plan(
         list[int] | None,
         typer.Option(
             callback=within(list[Literal[0, 1, 2, 3]]),
-            help="With --train: ZeRO stage, from 0 to 3, that shards the state over the devices of batch. 0 by default; "
-            "may be given several times.",
+            help="With --train: ZeRO stage, from 0 to 3, that shards the state over the devices of batch; default 0. "
+            "May be given several times.",
         ),
     ] = None,
     accumulate: Annotated[
