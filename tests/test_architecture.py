@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,13 @@ def _collectives(tree):
             yield node.lineno
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jax"):
             yield from (node.lineno for alias in node.names if alias.name in COLLECTIVES)
+
+
+def test_no_public_function_hides_its_file():
+    """Else `import mistral_eqx.evaluate.score` would give the function."""
+    functions = [value for name in mistral_eqx.__all__ if inspect.isfunction(value := getattr(mistral_eqx, name))]
+    assert len(functions) > 20
+    assert not [one for one in functions if one.__module__.split(".")[-1] == one.__name__]
 
 
 def test_one_file_names_collectives():

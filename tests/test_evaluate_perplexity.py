@@ -1,6 +1,5 @@
 """Windows are those of the definition, tokens those of the whole text, and memory does not grow with it."""
 
-import importlib
 import io
 import math
 import tracemalloc
@@ -12,10 +11,8 @@ import pytest
 from generation_fixtures import VOCAB, logits_of, refused, talking_model
 
 import mistral_eqx as mx
+from mistral_eqx.evaluate import windows as module
 
-
-# Not an attribute of the package: there `perplexity` is the function.
-module = importlib.import_module("mistral_eqx.evaluate.perplexity")
 
 BOOK = Path(__file__).parents[1] / "examples/data/moby-dick.txt"
 

@@ -1,7 +1,5 @@
 """Scores are those of the whole forward pass, however rows are read and whoever stands beside them."""
 
-import importlib
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,10 +8,8 @@ from hypothesis import given, settings, strategies as st
 from sharding_fixtures import exchanges
 
 import mistral_eqx as mx
+from mistral_eqx.evaluate import scoring as module
 
-
-# Not an attribute of the package: there `score` is the function.
-module = importlib.import_module("mistral_eqx.evaluate.score")
 
 # Sums of 61 exponentials in float32, of logits whose own error is 2e-5 of the largest: see model_fixtures.
 TOLERANCE = 1e-4

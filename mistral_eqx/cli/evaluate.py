@@ -71,7 +71,7 @@ def perplexity(
     import mistral_eqx as mx
 
     from ..checkpoint import open_checkpoint
-    from ..evaluate.perplexity import encode_parts, window_sizes
+    from ..evaluate.windows import encode_parts, window_sizes
     from .devices import Devices
     from .loading import load, locate, precision
     from .progress import progress_bar

@@ -1,2 +1,2 @@
-from .perplexity import Perplexity as Perplexity, perplexity as perplexity
-from .score import Scores as Scores, score as score
+from .scoring import Scores as Scores, score as score
+from .windows import Perplexity as Perplexity, perplexity as perplexity

@@ -29,7 +29,7 @@ from ..errors import InputError
 from ..generation import Sampler, generate
 from ..generation.stops import Stops
 from ..nn import Mistral
-from .score import score
+from .scoring import score
 
 
 @runtime_checkable

@@ -12,4 +12,4 @@ from .processors import (
     RepetitionPenalty as RepetitionPenalty,
 )
 from .sampler import Sampler as Sampler
-from .stream import Conversation as Conversation, stream as stream
+from .streaming import Conversation as Conversation, stream as stream

@@ -21,7 +21,7 @@ from .collectives import (
     vary_alike as vary_alike,
 )
 from .mesh import initialize as initialize, make_mesh as make_mesh
-from .shard import (
+from .sharding import (
     by_hand as by_hand,
     einshard as einshard,
     gather_to_host as gather_to_host,

@@ -15,7 +15,7 @@ from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
 from ..nn import Mistral
-from .score import score
+from .scoring import score
 
 
 # A text is read in blocks of this many characters. Without a word boundary it is cut after this many blocks.
