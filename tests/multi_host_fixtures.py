@@ -77,6 +77,7 @@ def sharded_runs(number, folder):
     import jax.random as jr
 
     import mistral_eqx as mx
+    from mistral_eqx.parallel import gather_to_host
 
     found = {}
     for name, axes, strategy, kinds in (

@@ -343,11 +343,15 @@ class Forked:
     context = multiprocessing.get_context("forkserver")
 
     def __init__(self, arguments, stdin, said, cache):
-        self._said = said
+        self._said, ready = said, said.with_suffix(".err")
+        ready.unlink(missing_ok=True)
         arguments = [str(argument) for argument in arguments]
         self._process = self.context.Process(target=_command, args=(arguments, stdin, said, cache))
         self._process.start()
         self.pid = self._process.pid
+        # Before that Python's own handler is there.
+        while not ready.exists() and self._process.is_alive():
+            time.sleep(0.001)
 
     def __enter__(self):
         return self
@@ -371,10 +375,11 @@ class Forked:
         return self._process.exitcode
 
 
-Forked.context.set_forkserver_preload(["mistral_eqx.cli", "orbax.checkpoint"])
+Forked.context.set_forkserver_preload(["mistral_eqx.cli", "mistral_eqx.public", "orbax.checkpoint"])
 
 
 def _command(arguments, stdin, said, cache):
+    interrupts.stand_by()
     for number, (name, path) in enumerate(
         (("stdin", stdin), ("stdout", said.with_suffix(".out")), ("stderr", said.with_suffix(".err")))
     ):

@@ -168,7 +168,7 @@ def _train(folder, losses):
 def test_a_process_that_is_killed_at_any_moment_leaves_a_checkpoint(tmp_path):
     """Twenty times: what is there can be read, and training goes on to the losses of a run that was never killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mistral_eqx", "orbax.checkpoint", "trainer_fixtures"])
+    context.set_forkserver_preload(["mistral_eqx.public", "orbax.checkpoint", "trainer_fixtures"])
     whole, losses = tmp_path / "whole.jsonl", tmp_path / "losses.jsonl"
     undisturbed = context.Process(target=_train, args=(tmp_path / "whole", whole))
     undisturbed.start()
