@@ -10,6 +10,7 @@ that, and has them shown; the second signal does not wait for it.
 A program that uses the package as a library has Python's own signals: there nothing here has an effect.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -57,6 +58,8 @@ def stand_by():
     for number in _SAID:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _nothing)
+    # Registered first, so called last: after that Python takes the handlers away, and the command is complete.
+    atexit.register(_ignore)
     with contextlib.suppress(Exception):  # stdin is closed, or no terminal
         import termios
 
@@ -77,6 +80,12 @@ def _above_streams(file: int) -> int:
 
 def _nothing(number: int, frame: Any):
     """Python writes a signal's number into the pipe only if it has a handler of Python's."""
+
+
+def _ignore():
+    for number in _SAID:
+        if signal.getsignal(number) is _nothing:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _forget():

@@ -306,6 +306,23 @@ def test_a_signal_ends_the_wait_and_not_the_thread(monkeypatch):
     assert interrupts._wakes == []
 
 
+def test_a_signal_in_pythons_own_end_is_too_late():
+    """There Python has taken its handlers away."""
+    code, out, err = program(
+        """
+        import mistral_eqx
+
+        class Late:
+            def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGINT):
+                kill(process, number)
+
+        late = Late()
+        print("complete")
+        """
+    )
+    assert (code, out, err) == (0, "complete\n", "")
+
+
 # ---- at random moments
 
 
