@@ -511,9 +511,8 @@ def test_a_signal_at_any_moment(tiny, tmp_path):
         for word in ("Traceback", "Exception", "Error", "Fatal", "terminate", "Aborted", "Warning"):
             assert word not in err, err
         if code:
-            # Training says how far it is, and where prompts were complete it is said which file has them.
-            partial = name == "prompts" and last.startswith("The first ")
-            assert len(err.splitlines()) == 1 + partial or name == "train", err
+            # The metrics may come before it, and training says how far it is.
+            assert 1 <= len(err.splitlines()) <= 2 or name == "train", err
             ends.append((name, took))
         commands.check(name, number, code, out)
         if cache.name != "cache":
