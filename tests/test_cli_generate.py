@@ -1,10 +1,13 @@
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import pytest
 from cli_fixtures import assert_refused, run, save_tiny_model
@@ -239,6 +242,41 @@ def test_version():
     result = run("--version")
     assert result.exit_code == 0
     assert re.fullmatch(r"mistral-eqx \d+\.\d+\.\d+\S*\n", result.stdout)
+
+
+def test_a_prompt_and_messages_in_the_chat_template(tiny, tmp_path):
+    messages = [{"role": "user", "content": "Hello"}]
+    tokenizer = mx.load_tokenizer(tiny)
+    out = mx.generate(
+        mx.load(tiny), [mx.encode_chat(tokenizer, messages)], max_new_tokens=5, eos_id=(), tokenizer=tokenizer
+    )
+    options = ("--model", tiny, "-n", 5, "--ignore-eos")
+    assert run("generate", "Hello", "--chat", *options).stdout == out.texts[0] + "\n"
+    line = json.dumps({"id": 1, "messages": messages})
+    written = json.loads(run("generate", "--prompts", "-", *options, input=line).stdout)
+    assert (written["id"], written["messages"], written["text"]) == (1, messages, out.texts[0])
+
+
+def test_a_text_that_ends_at_once_is_a_hint(tiny, monkeypatch):
+    monkeypatch.setattr(mx, "stream", lambda *arguments, **options: iter([[1]]))
+    assert "try --chat" in run("generate", "Hi", "--model", tiny).stderr
+    assert "--chat" not in run("generate", "Hi", "--model", tiny, "--chat").stderr
+    assert "--chat" not in run("generate", "Hi", "--model", tiny, "-n", 1).stderr
+
+
+def test_adapters_take_part(tiny, tmp_path, monkeypatch):
+    model = mx.apply_lora(mx.load(tiny), rank=2, alpha=64.0, key=jr.key(1))
+    # Adapters begin with zeros, which change nothing.
+    arrays, others = eqx.partition(model, eqx.is_array)
+    model = eqx.combine(jax.tree.map(lambda leaf: jnp.where(leaf == 0, 0.1, leaf), arrays), others)
+    mx.save_lora(model, tmp_path / "adapters")
+    tokenizer = mx.load_tokenizer(tiny)
+    out = mx.generate(model, "Hi", max_new_tokens=9, eos_id=(), tokenizer=tokenizer)
+    options = ("generate", "Hi", "--model", tiny, "-n", 9, "--ignore-eos")
+    found = run(*options, "--adapter", tmp_path / "adapters")
+    assert found.stdout == out.texts[0] + "\n" != run(*options).stdout
+    monkeypatch.setattr(mx, "load", lambda *arguments, **options: pytest.fail("the weights were read"))
+    assert_refused(run(*options, "--adapter", tmp_path), "adapter_config.json")
 
 
 @pytest.mark.parametrize(

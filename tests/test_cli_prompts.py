@@ -237,7 +237,12 @@ def test_options_that_do_not_go_together_are_refused_before_the_weights_are_read
         (b'{"prompt": 3}\n', ["Line 1 of", "is no string"]),
         (b'"a"\n{"prompt": ""}\n', ["Line 2 of", "an empty prompt"]),
         (b'"a"\n"' + 300 * b"x" + b'"\n', ["Line 2 of", "A prompt of 301 tokens", "context of 256 tokens"]),
-        (b'"\\ud800"\n', ["Line 1 of"]),
+        (b'"\\ud800"\n', ["Line 1 of", "half of a character"]),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}\n', ["Line 1 of", "half of a character"]),
+        (b'{"messages": "hi"}\n', ["Line 1 of", "list of objects"]),
+        (b'{"messages": []}\n', ["Line 1 of", "conversation is empty"]),
+        (b'{"messages": [5]}\n', ["Line 1 of", "[5]", "list of objects"]),
+        (b'{"messages": [], "prompt": "a"}\n', ["Line 1 of", "keep one of the two"]),
     ],
 )
 @pytest.mark.parametrize("piped", [False, True])

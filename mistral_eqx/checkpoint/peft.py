@@ -131,6 +131,20 @@ def save_lora(
     run_on_all("saved adapters", write, several)
 
 
+def adapter_folder(folder: str | os.PathLike[str]) -> Path:
+    """The path of a folder of adapters.
+
+    **Raises:** `InputError` if it does not have both files of PEFT.
+    """
+    folder = to_path(folder, "The folder of adapters")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(
+                f"The folder {str(folder)!r} has no {name!r}; give a folder of adapters saved by PEFT.", file=folder
+            )
+    return folder
+
+
 def load_lora(model: Mistral, folder: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> Mistral:
     """Adds the adapters of a PEFT folder to a model.
 
@@ -146,12 +160,7 @@ def load_lora(model: Mistral, folder: str | os.PathLike[str], *, dtype: DTypeLik
     **Raises:** `InputError` that names a missing or damaged file, an unsupported key, or a tensor that the model does
     not have.
     """
-    folder = to_path(folder, "The folder of adapters")
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise InputError(
-                f"The folder {str(folder)!r} has no {name!r}; give a folder of adapters saved by PEFT.", file=folder
-            )
+    folder = adapter_folder(folder)
     settings = _read_settings(folder / CONFIG)
     rank, target_dtype = settings.rank, supported_dtype(dtype)
     tensors = safetensors.read_header(folder / WEIGHTS)

@@ -56,7 +56,8 @@ def answer_one(
     processes.say(stopwatch.line(*figures))
     if interrupted:
         raise typer.Exit(130)
-    if tokens == 1 and not templated and wanted.max_new_tokens > 1 and tokenizer.chat_template is not None:
+    at_once = tokens == 1 < wanted.max_new_tokens and text.stopped is None
+    if at_once and not templated and tokenizer.chat_template is not None:
         processes.say("The model ended the text at once; it is tuned for conversations, so try --chat.")
 
 

@@ -56,13 +56,14 @@ def chat(
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
     devices = Devices(split)
+    model.check_adapter()
     path = locate(model.model)
     # All that can be refused without the weights is refused before they are read.
     mesh, strategy, where = devices.place(open_checkpoint(path).config)
     tokenizer = mx.load_tokenizer(path)
     opening = [] if system is None else [{"role": "system", "content": system}]
     first = encode_chat(tokenizer, [*opening, {"role": "user", "content": "?"}])
-    agree("command", repr((first, max_new_tokens, sampling, stops, seed, model, tokenizer.eos_ids)))
+    agree("command", repr((first, max_new_tokens, sampling, stops, seed, model.agreed, tokenizer.eos_ids)))
     weights = load(path, model, mesh, strategy)
     interactive = broadcast("terminal" if sys.stdin.isatty() else "pipe") == "terminal"
     interrupting = "leaves as well" if processes.several() else "stops a reply"

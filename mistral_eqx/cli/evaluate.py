@@ -79,6 +79,7 @@ def perplexity(
 
     with _opened(text) as file:
         devices = Devices(options.ProcessOptions(split.mesh, split.strategy))
+        model.check_adapter()
         path = locate(model.model)
         start = time.perf_counter()
         # All that can be refused without the weights is refused before they are read.

@@ -120,6 +120,7 @@ def generate(
         texts = json.loads(broadcast(json.dumps(read_texts(arguments)) if first else None))
     if prompts is not None and first:
         expect_file(prompts)
+    model.check_adapter()
     path = locate(model.model)
     if prompts is not None and output is not None and first:
         expect_output(output, files.overwrite, prompts, path)
@@ -155,7 +156,8 @@ def generate(
         batches = in_batches(given, files.batch_size)
     # Of a pipe no more than the first lines can be checked now.
     batches = itertools.chain(list(itertools.islice(batches, 1)), batches)
-    agree("command", repr(([one.ids for one in given], files.batch_size, wanted, model, tokenizer.eos_ids)))
+    ids = [one.ids for one in given]
+    agree("command", repr((ids, files.batch_size, wanted, model.agreed, tokenizer.eos_ids)))
     # The file of the texts is made before the weights are read, so that it is not refused after.
     several = wanted.num_samples is not None
     with contextlib.ExitStack() as writing:

@@ -135,6 +135,21 @@ class ModelOptions:
         bool, typer.Option("--check", help="Refuse weights that are not finite numbers.", rich_help_panel=MODEL)
     ] = False
 
+    @property
+    def agreed(self) -> tuple[DType | None, bool]:
+        """What all processes must have alike; the paths of the same files may differ."""
+        return self.dtype, self.adapter is not None
+
+    def check_adapter(self):
+        """Refuses a folder without adapters before the weights are read.
+
+        **Raises:** `ValueError` that names the folder.
+        """
+        from ..checkpoint.peft import adapter_folder
+
+        if self.adapter is not None:
+            adapter_folder(self.adapter)
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:

@@ -160,10 +160,12 @@ def _record(line: bytes, where: str, file: str | None) -> dict[str, Any]:
     if "messages" in record:
         if "prompt" in record:
             raise wrong('has a "prompt" and "messages"', "keep one of the two")
-        if not isinstance(record["messages"], list):
-            raise wrong(f'has the "messages" {shown(record["messages"])}, which are no list')
-        return record
-    text = record["prompt"]
+        messages = record["messages"]
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise wrong(f'has the "messages" {shown(messages)}, which are not a list of objects')
+        text = json.dumps(messages, ensure_ascii=False)
+    else:
+        text = record["prompt"]
     if not isinstance(text, str):
         raise wrong(f'has the "prompt" {shown(text)}, which is no string')
     if not text:
@@ -171,7 +173,7 @@ def _record(line: bytes, where: str, file: str | None) -> dict[str, Any]:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise wrong('has a "prompt" with half of a character (a surrogate without its pair)') from error
+        raise wrong("has half of a character (a surrogate without its pair)") from error
     return record
 
 
