@@ -244,6 +244,7 @@ def test_version():
     assert re.fullmatch(r"mistral-eqx \d+\.\d+\.\d+\S*\n", result.stdout)
 
 
+@pytest.mark.slow
 def test_a_prompt_and_messages_in_the_chat_template(tiny, tmp_path):
     messages = [{"role": "user", "content": "Hello"}]
     tokenizer = mx.load_tokenizer(tiny)
@@ -264,6 +265,7 @@ def test_a_text_that_ends_at_once_is_a_hint(tiny, monkeypatch):
     assert "--chat" not in run("generate", "Hi", "--model", tiny, "-n", 1).stderr
 
 
+@pytest.mark.slow
 def test_adapters_take_part(tiny, tmp_path, monkeypatch):
     model = mx.apply_lora(mx.load(tiny), rank=2, alpha=64.0, key=jr.key(1))
     # Adapters begin with zeros, which change nothing.
