@@ -544,7 +544,7 @@ def test_mistakes_of_generate_alone_are_refused_in_one_sentence():
     for number in (-1, VOCAB + 1, 1.5):
         with refused(f"logprobs is {number}", {-1: "at least 0", 1.5: "whole number"}.get(number, f"at most {VOCAB}")):
             generate(model, PROMPTS, max_new_tokens=4, logprobs=number)
-    with refused("read by another model"):
+    with refused("belongs to another model"):
         generate(model, PROMPTS, max_new_tokens=4, prefix=prefill(other, [1, 2]))
     with refused("54 tokens", "context of 64"):
         generate(model, PROMPTS, max_new_tokens=20, prefix=prefill(model, [1] * 40))
