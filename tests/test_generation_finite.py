@@ -119,10 +119,10 @@ def test_what_processors_make_of_logits_is_finite_too(made):
         def init_state(self, texts, ends, vocab):
             return None
 
-        def __call__(self, logits, state, strategy=mx.SINGLE):
+        def __call__(self, logits, state, ids):
             return logits.at[2, 30].set(made)
 
-        def next_state(self, state, tokens, strategy=mx.SINGLE):
+        def next_state(self, state, tokens, ids):
             return None
 
     with refused("new token 1 of row 2", "processors", "not finite"):

@@ -150,9 +150,9 @@ def test_processors_come_before_the_sampler_in_their_order():
     for processors, expected in ((penalties, 4 / 3 - 2), (penalties[::-1], (4 - 2) / 3)):
         sampler = Sampler(processors=processors)
         states = [processor.init_state([[0]], [], 3) for processor in processors]
-        pairs = zip(processors, states, strict=True)
-        states = [processor.next_state(state, jnp.ones(1, jnp.int32)) for processor, state in pairs]
-        np.testing.assert_allclose(sampler.process(jnp.full((1, 3), 4.0), states)[0, 1], expected, rtol=1e-6)
+        logits = jnp.full((1, 3), 4.0)
+        states = sampler.next_states(states, jnp.ones(1, jnp.int32), logits)
+        np.testing.assert_allclose(sampler.process(logits, states)[0, 1], expected, rtol=1e-6)
 
 
 @settings(deadline=None, max_examples=5, derandomize=True)
@@ -236,10 +236,10 @@ def test_a_split_vocabulary_changes_nothing(index, devices, getkey):
     state = processor.init_state([[1, 2, 47], [0], [30], [24, 23], [5]], [2, 25, 47], vocab)
 
     def apply(processor, state, logits, tokens, strategy):
-        results = []
+        sampler, states, results = Sampler(processors=[processor]), [state], []
         for step in range(6):
-            results.append(processor(logits, state, strategy))
-            state = processor.next_state(state, tokens[step], strategy)
+            results.append(sampler.process(logits, states, strategy))
+            states = sampler.next_states(states, tokens[step], logits, strategy)
         return jnp.stack(results, 1)
 
     expected = apply(processor, state, logits, tokens, mx.SINGLE)
@@ -310,28 +310,34 @@ def test_a_mask_that_forbids_every_token_is_refused(after):
             )
 
 
-def test_a_processor_of_ones_own():
-    class NeverTwice(mx.AbstractProcessor):
-        """Forbids the token that came last."""
-
-        def init_state(self, texts, ends, vocab):
-            return Tokens(jnp.asarray([text[-1] for text in texts], jnp.int32))
-
-        def __call__(self, logits, state, strategy=mx.SINGLE):
-            rows = jnp.arange(logits.shape[0])
-            return logits.at[rows, state.last].set(-jnp.inf)
-
-        def next_state(self, state, tokens, strategy=mx.SINGLE):
-            return Tokens(tokens)
-
-    rows = said([NeverTwice()], new=40).tokens.tolist()
-    assert all(
-        a != b for prompt, row in zip(PROMPTS, rows, strict=True) for a, b in itertools.pairwise([prompt[-1], *row])
-    )
-
-
 class Tokens(eqx.Module):
     last: Int[Array, " batch"]
+
+
+class NeverTwice(mx.AbstractProcessor):
+    """Forbids the token that came last."""
+
+    def init_state(self, texts, ends, vocab):
+        return Tokens(jnp.asarray([text[-1] for text in texts], jnp.int32))
+
+    def __call__(self, logits, state, ids):
+        return jnp.where(ids[None] == state.last[:, None], -jnp.inf, logits)
+
+    def next_state(self, state, tokens, ids):
+        return Tokens(tokens)
+
+
+@pytest.mark.parametrize("split", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_processor_of_ones_own(split):
+    model = talking_model(windows=(None,), vocab=60)
+    if split:
+        model = mx.shard(model, mx.make_mesh("tp=4"), mx.Strategy("vocab@tp"))
+    prompts = [[min(id, 59) for id in prompt] for prompt in PROMPTS]
+    sampler = Sampler(processors=[NeverTwice()])
+    rows = generate(model, prompts, max_new_tokens=40, sampler=sampler).tokens.tolist()
+    assert all(
+        a != b for prompt, row in zip(prompts, rows, strict=True) for a, b in itertools.pairwise([prompt[-1], *row])
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.parity
 VOCAB, ROWS, PROMPT = 1000, 16, 12
 
 filtered = eqx.filter_jit(lambda sampler, logits: sampler.filter(logits))
-processed = eqx.filter_jit(lambda processor, logits, state: processor(logits, state))
-following = eqx.filter_jit(lambda processor, state, tokens: processor.next_state(state, tokens))
+processed = eqx.filter_jit(lambda processor, logits, state: processor(logits, state, jnp.arange(VOCAB)))
+following = eqx.filter_jit(lambda processor, state, tokens: processor.next_state(state, tokens, jnp.arange(VOCAB)))
 
 
 @pytest.fixture(scope="module")

@@ -91,8 +91,7 @@ class Decoding(eqx.Module):
             log_probs = self.log_probs.record(logits, after.token, self.step, strategy)
             after = dataclasses.replace(after, log_probs=log_probs)
         if self.states:
-            processors = zip(sampler.processors, self.states, strict=True)
-            states = tuple(processor.next_state(state, after.token, strategy) for processor, state in processors)
+            states = sampler.next_states(self.states, after.token, logits, strategy)
             after = dataclasses.replace(after, states=states)
         return after
 

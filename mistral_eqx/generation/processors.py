@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ..checks import CountOrZero, Positive, checked
 from ..documents import shown
 from ..errors import InputError
-from ..parallel import SINGLE, AbstractNamed, Strategy, place
+from ..parallel import AbstractNamed
 
 
 class AbstractProcessor(eqx.Module):
@@ -42,20 +42,21 @@ class AbstractProcessor(eqx.Module):
 
     @abc.abstractmethod
     def __call__(
-        self, logits: Float[Array, "batch vocab"], state: PyTree, strategy: Strategy = SINGLE
+        self, logits: Float[Array, "batch vocab"], state: PyTree, ids: Int[Array, " vocab"]
     ) -> Float[Array, "batch vocab"]:
         """Returns new logits; minus infinity forbids a token.
 
         **Arguments:**
 
-        - `logits`: shape `(batch, vocab)`; inside `shard_map` this device's shard of the vocabulary.
+        - `logits`: shape `(batch, vocab)`. Where a strategy splits the vocabulary, a device has a shard of them.
         - `state`: what `init_state` or `next_state` returned.
-        - `strategy`: whether `vocab` is split.
+        - `ids`: the token ids of the columns of `logits`, consecutive. Only where nothing splits the vocabulary do they
+            begin with 0.
         """
 
     @abc.abstractmethod
-    def next_state(self, state: PyTree, tokens: Int[Array, " batch"], strategy: Strategy = SINGLE) -> PyTree:
-        """The state after one more token a row."""
+    def next_state(self, state: PyTree, tokens: Int[Array, " batch"], ids: Int[Array, " vocab"]) -> PyTree:
+        """The state after one more token a row; `ids` as above."""
 
 
 class Seen(eqx.Module):
@@ -63,10 +64,10 @@ class Seen(eqx.Module):
 
     seen: Bool[Array, "batch vocab"]
 
-    def add(self, tokens: Int[Array, " batch"], strategy: Strategy) -> "Seen":
+    def add(self, tokens: Int[Array, " batch"], ids: Int[Array, " vocab"]) -> "Seen":
         """The same with one more token a row."""
-        rows, columns = _entries(tokens, self.seen.shape[1], strategy)
-        return Seen(self.seen.at[rows, columns].set(True, mode="drop"))
+        rows = jnp.arange(tokens.shape[0])
+        return Seen(self.seen.at[rows, _columns(tokens, ids)].set(True, mode="drop"))
 
 
 class Counts(eqx.Module):
@@ -74,10 +75,10 @@ class Counts(eqx.Module):
 
     counts: Int[Array, "batch vocab"]
 
-    def add(self, tokens: Int[Array, " batch"], strategy: Strategy) -> "Counts":
+    def add(self, tokens: Int[Array, " batch"], ids: Int[Array, " vocab"]) -> "Counts":
         """The same with one more token a row."""
-        rows, columns = _entries(tokens, self.counts.shape[1], strategy)
-        return Counts(self.counts.at[rows, columns].add(1, mode="drop"))
+        rows = jnp.arange(tokens.shape[0])
+        return Counts(self.counts.at[rows, _columns(tokens, ids)].add(1, mode="drop"))
 
 
 class RepetitionPenalty(AbstractProcessor):
@@ -105,13 +106,13 @@ class RepetitionPenalty(AbstractProcessor):
         return Seen(jnp.asarray(seen))
 
     def __call__(
-        self, logits: Float[Array, "batch vocab"], state: Seen, strategy: Strategy = SINGLE
+        self, logits: Float[Array, "batch vocab"], state: Seen, ids: Int[Array, " vocab"]
     ) -> Float[Array, "batch vocab"]:
         penalty = self.penalty.astype(logits.dtype)
         return jnp.where(state.seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
-    def next_state(self, state: Seen, tokens: Int[Array, " batch"], strategy: Strategy = SINGLE) -> Seen:
-        return state.add(tokens, strategy)
+    def next_state(self, state: Seen, tokens: Int[Array, " batch"], ids: Int[Array, " vocab"]) -> Seen:
+        return state.add(tokens, ids)
 
 
 class PresencePenalty(AbstractProcessor):
@@ -136,12 +137,12 @@ class PresencePenalty(AbstractProcessor):
         return Seen(jnp.asarray(np.zeros((len(texts), vocab), bool)))
 
     def __call__(
-        self, logits: Float[Array, "batch vocab"], state: Seen, strategy: Strategy = SINGLE
+        self, logits: Float[Array, "batch vocab"], state: Seen, ids: Int[Array, " vocab"]
     ) -> Float[Array, "batch vocab"]:
         return logits - self.penalty.astype(logits.dtype) * state.seen.astype(logits.dtype)
 
-    def next_state(self, state: Seen, tokens: Int[Array, " batch"], strategy: Strategy = SINGLE) -> Seen:
-        return state.add(tokens, strategy)
+    def next_state(self, state: Seen, tokens: Int[Array, " batch"], ids: Int[Array, " vocab"]) -> Seen:
+        return state.add(tokens, ids)
 
 
 class FrequencyPenalty(AbstractProcessor):
@@ -165,12 +166,12 @@ class FrequencyPenalty(AbstractProcessor):
         return Counts(jnp.asarray(np.zeros((len(texts), vocab), np.int32)))
 
     def __call__(
-        self, logits: Float[Array, "batch vocab"], state: Counts, strategy: Strategy = SINGLE
+        self, logits: Float[Array, "batch vocab"], state: Counts, ids: Int[Array, " vocab"]
     ) -> Float[Array, "batch vocab"]:
         return logits - self.penalty.astype(logits.dtype) * state.counts.astype(logits.dtype)
 
-    def next_state(self, state: Counts, tokens: Int[Array, " batch"], strategy: Strategy = SINGLE) -> Counts:
-        return state.add(tokens, strategy)
+    def next_state(self, state: Counts, tokens: Int[Array, " batch"], ids: Int[Array, " vocab"]) -> Counts:
+        return state.add(tokens, ids)
 
 
 class LogitBias(AbstractProcessor):
@@ -197,13 +198,12 @@ class LogitBias(AbstractProcessor):
         _check_choice({id for id, bias in zip(ids, np.asarray(self.biases), strict=True) if np.isneginf(bias)}, vocab)
 
     def __call__(
-        self, logits: Float[Array, "batch vocab"], state: None, strategy: Strategy = SINGLE
+        self, logits: Float[Array, "batch vocab"], state: None, ids: Int[Array, " vocab"]
     ) -> Float[Array, "batch vocab"]:
-        size = logits.shape[1]
-        biases = self.biases.astype(logits.dtype)
-        return logits + jnp.zeros(size, logits.dtype).at[_own(self.ids, size, strategy)].add(biases, mode="drop")[None]
+        biases = jnp.zeros(ids.shape, logits.dtype)
+        return logits + biases.at[_columns(self.ids, ids)].add(self.biases.astype(logits.dtype), mode="drop")[None]
 
-    def next_state(self, state: None, tokens: Int[Array, " batch"], strategy: Strategy = SINGLE) -> None:
+    def next_state(self, state: None, tokens: Int[Array, " batch"], ids: Int[Array, " vocab"]) -> None:
         return None
 
 
@@ -224,11 +224,11 @@ class BannedTokens(AbstractProcessor):
         _check_choice(_checked("banned", self.ids, vocab), vocab)
 
     def __call__(
-        self, logits: Float[Array, "batch vocab"], state: None, strategy: Strategy = SINGLE
+        self, logits: Float[Array, "batch vocab"], state: None, ids: Int[Array, " vocab"]
     ) -> Float[Array, "batch vocab"]:
-        return jnp.where(_among(self.ids, logits.shape[1], strategy)[None], -jnp.inf, logits)
+        return jnp.where(_among(self.ids, ids)[None], -jnp.inf, logits)
 
-    def next_state(self, state: None, tokens: Int[Array, " batch"], strategy: Strategy = SINGLE) -> None:
+    def next_state(self, state: None, tokens: Int[Array, " batch"], ids: Int[Array, " vocab"]) -> None:
         return None
 
 
@@ -260,12 +260,12 @@ class MinNewTokens(AbstractProcessor):
         return Countdown(jnp.asarray(self.count), jnp.asarray(np.asarray(ends, np.int32)))
 
     def __call__(
-        self, logits: Float[Array, "batch vocab"], state: Countdown, strategy: Strategy = SINGLE
+        self, logits: Float[Array, "batch vocab"], state: Countdown, ids: Int[Array, " vocab"]
     ) -> Float[Array, "batch vocab"]:
-        forbidden = _among(state.ends, logits.shape[1], strategy) & (state.left > 0)
+        forbidden = _among(state.ends, ids) & (state.left > 0)
         return jnp.where(forbidden[None], -jnp.inf, logits)
 
-    def next_state(self, state: Countdown, tokens: Int[Array, " batch"], strategy: Strategy = SINGLE) -> Countdown:
+    def next_state(self, state: Countdown, tokens: Int[Array, " batch"], ids: Int[Array, " vocab"]) -> Countdown:
         return Countdown(jnp.maximum(state.left - 1, 0), state.ends)
 
 
@@ -334,16 +334,13 @@ class Constraint(AbstractProcessor, AbstractNamed):
         return Rows(jax.tree.map(lambda x: jnp.asarray(np.repeat(np.asarray(x)[None], len(texts), 0)), self.state))
 
     def __call__(
-        self, logits: Float[Array, "batch vocab"], state: Rows, strategy: Strategy = SINGLE
+        self, logits: Float[Array, "batch vocab"], state: Rows, ids: Int[Array, " vocab"]
     ) -> Float[Array, "batch vocab"]:
         allowed = jax.vmap(self.allowed)(state.value)
-        part, parts = place("vocab", strategy)
-        if parts > 1:
-            size = logits.shape[1]
-            allowed = lax.dynamic_slice_in_dim(allowed, part * size, size, axis=1)
-        return jnp.where(allowed, logits, -jnp.inf)
+        own = lax.dynamic_slice_in_dim(allowed, ids[0], len(ids), axis=1)
+        return jnp.where(own, logits, -jnp.inf)
 
-    def next_state(self, state: Rows, tokens: Int[Array, " batch"], strategy: Strategy = SINGLE) -> Rows:
+    def next_state(self, state: Rows, tokens: Int[Array, " batch"], ids: Int[Array, " vocab"]) -> Rows:
         return Rows(jax.vmap(self.advance)(state.value, tokens))
 
 
@@ -380,22 +377,14 @@ def _check_choice(forbidden: Collection[int], vocab: int):
         raise InputError(f"All {vocab} tokens of the vocabulary are forbidden; leave at least one to choose.")
 
 
-def _own(ids: np.ndarray | Array, size: int, strategy: Strategy) -> Array:
-    """Where this device's part of the vocabulary has these ids; past its end, which is dropped, if it has them not."""
-    part, parts = place("vocab", strategy)
-    ids = jnp.asarray(ids)
-    if parts == 1:
-        return ids
-    ids = ids - part * size
-    return jnp.where((ids >= 0) & (ids < size), ids, size)
+def _columns(tokens: np.ndarray | Int[Array, " *tokens"], ids: Int[Array, " vocab"]) -> Int[Array, " *tokens"]:
+    """Which columns have these tokens, if `ids` are the columns' ids; past the end, to be dropped, for other tokens."""
+    columns = jnp.asarray(tokens) - ids[0]
+    return jnp.where((columns >= 0) & (columns < len(ids)), columns, len(ids))
 
 
-def _entries(tokens: Int[Array, " batch"], size: int, strategy: Strategy) -> tuple[Array, Array]:
-    return jnp.arange(tokens.shape[0]), _own(tokens, size, strategy)
-
-
-def _among(ids: np.ndarray | Array, size: int, strategy: Strategy) -> Bool[Array, " vocab"]:
-    return jnp.zeros(size, bool).at[_own(ids, size, strategy)].set(True, mode="drop")
+def _among(tokens: np.ndarray | Int[Array, " tokens"], ids: Int[Array, " vocab"]) -> Bool[Array, " vocab"]:
+    return jnp.zeros(ids.shape, bool).at[_columns(tokens, ids)].set(True, mode="drop")
 
 
 def _paths(tree: PyTree) -> list[str]:

@@ -129,9 +129,26 @@ class Sampler(eqx.Module):
         self, logits: Float[Array, "batch vocab"], states: Sequence[PyTree], strategy: Strategy = SINGLE
     ) -> Float[Array, "batch vocab"]:
         """The logits after all processors."""
-        for processor, state in zip(self.processors, states, strict=True):
-            logits = processor(logits, state, strategy)
+        if self.processors:
+            ids = column_ids(logits, strategy)
+            for processor, state in zip(self.processors, states, strict=True):
+                logits = processor(logits, state, ids)
         return logits
+
+    def next_states(
+        self,
+        states: Sequence[PyTree],
+        tokens: Int[Array, " batch"],
+        logits: Float[Array, "batch vocab"],
+        strategy: Strategy = SINGLE,
+    ) -> tuple[PyTree, ...]:
+        """The processors' states after one more token a row, chosen from `logits`."""
+        if not self.processors:
+            return ()
+        ids = column_ids(logits, strategy)
+        return tuple(
+            processor.next_state(state, tokens, ids) for processor, state in zip(self.processors, states, strict=True)
+        )
 
     def filter(self, logits: Float[Array, "batch vocab"], strategy: Strategy = SINGLE) -> Float[Array, "batch vocab"]:
         """The logits of the draw: divided by the temperature, minus infinity for dropped tokens."""
@@ -180,6 +197,13 @@ def gumbel(bits: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
     series = uniform * (1 + uniform * (1 / 2 + uniform / 3))
     exponential = jnp.where(uniform < 2.0**-7, series, -jnp.log(1 - jnp.minimum(uniform, 1 - 2.0**-24)))
     return -jnp.log(exponential)
+
+
+def column_ids(logits: Float[Array, "*batch vocab"], strategy: Strategy) -> Int[Array, " vocab"]:
+    """The token id of each column of these logits, which are this device's shard if `strategy` splits `vocab`."""
+    part, _ = place("vocab", strategy)
+    size = logits.shape[-1]
+    return part * size + jnp.arange(size, dtype=jnp.int32)
 
 
 def _largest(logits: Float[Array, "batch vocab"], strategy: Strategy) -> Float[Array, "batch 1"]:
