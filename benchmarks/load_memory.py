@@ -25,7 +25,7 @@ import numpy as np
 from rounds import in_own_process, peak_bytes, timed, use_cpu
 
 from mistral_eqx.checkpoint import hf, open_checkpoint
-from mistral_eqx.checkpoint.names import tensor_specs
+from mistral_eqx.checkpoint.names import layer_specs
 from mistral_eqx.checkpoint.reader import DTYPES
 from mistral_eqx.checkpoint.safetensors import write
 from mistral_eqx.presets import PRESETS
@@ -40,7 +40,7 @@ def make_checkpoint(folder: Path, layers: int, shard_bytes: int):
     dtype = DTYPES["bfloat16"]
     shards: list[list] = [[]]
     size = 0
-    for spec in tensor_specs(config):
+    for spec in layer_specs(config):
         nbytes = int(np.prod(spec.file_shape(config))) * dtype.itemsize
         if shards[-1] and size + nbytes > shard_bytes:
             shards.append([])
@@ -59,9 +59,9 @@ def make_checkpoint(folder: Path, layers: int, shard_bytes: int):
     placed = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        shapes = [(spec.hf, spec.file_shape(config)) for spec in shard]
+        shapes = [(spec.name("hf"), spec.file_shape(config)) for spec in shard]
         write(folder / name, [(tensor, shape, dtype, random(shape)) for tensor, shape in shapes])
-        placed |= {spec.hf: name for spec in shard}
+        placed |= {spec.name("hf"): name for spec in shard}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
     (folder / "config.json").write_text(json.dumps(hf.write_config(config)))
 

@@ -14,8 +14,8 @@ import numpy as np
 from fixtures.text import tiny as vocabularies
 
 from mistral_eqx.checkpoint import gguf as checkpoint_gguf, hf, safetensors
-from mistral_eqx.checkpoint.loading import path_of
-from mistral_eqx.checkpoint.names import tensor_specs
+from mistral_eqx.checkpoint.loading import layer_path
+from mistral_eqx.checkpoint.names import layer_specs
 from mistral_eqx.checkpoint.ranges import read_ranges
 from mistral_eqx.checkpoint.reader import DTYPES
 from mistral_eqx.config import MistralConfig
@@ -57,9 +57,9 @@ def random_model(config, key, dtype=jnp.float32):
 
 
 def weights(model):
-    """The model's arrays by their paths, as numpy has them."""
+    """The model's arrays by the paths of their layers, as numpy has them."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(model)
-    return {path_of(path): np.asarray(leaf) for path, leaf in leaves if isinstance(leaf, jax.Array)}
+    return {layer_path(path): np.asarray(leaf) for path, leaf in leaves if isinstance(leaf, jax.Array)}
 
 
 def assert_same_weights(first, second):
@@ -99,11 +99,11 @@ def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, *, metadata=(), 
     for key, value in metadata:
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     arrays = weights(model)
-    for spec in tensor_specs(config):
+    for spec in layer_specs(config):
         array = arrays[spec.path].astype(np.float32).reshape(spec.file_shape(config))
         vector = array.ndim == 1
         raw = array if vector else gguf.quants.quantize(array, kind)
-        writer.add_tensor(spec.gguf, raw, raw_dtype=gguf.GGMLQuantizationType.F32 if vector else kind)
+        writer.add_tensor(spec.name("gguf"), raw, raw_dtype=gguf.GGMLQuantizationType.F32 if vector else kind)
     for name, array in tensors:
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -124,7 +124,7 @@ def write_noise(folder, config, dtype="bfloat16"):
             part = (min(1024, shape[0] - start), *shape[1:])
             yield np.resize(np.roll(noise, seed + 7919 * start), math.prod(part) * dtype.itemsize // 2).view(dtype)
 
-    described = [(spec.hf, spec.file_shape(config)) for spec in tensor_specs(config)]
+    described = [(spec.name("hf"), spec.file_shape(config)) for spec in layer_specs(config)]
     safetensors.write(
         folder / "model.safetensors",
         [(name, shape, dtype, draw(seed, shape)) for seed, (name, shape) in enumerate(described)],

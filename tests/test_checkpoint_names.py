@@ -3,30 +3,30 @@ import pytest
 from checkpoint_fixtures import random_model, tiny, weights
 from hypothesis import given, strategies as st
 
-from mistral_eqx.checkpoint.names import TABLE, is_derived, tensor_specs
+from mistral_eqx.checkpoint.names import TABLE, is_derived, layer_specs
 from mistral_eqx.checkpoint.source import file_order
 
 
-# Written out by hand from published checkpoints: path, Hugging Face, Mistral, GGUF, and the shape in a file.
+# Written out by hand from published checkpoints: layer, Hugging Face, Mistral, GGUF, and the shape in a file.
 NAMES = """
-embedding.weight.value                       model.embed_tokens.weight                       tok_embeddings.weight             token_embd.weight         80 32
-blocks.1.attention_norm.weight               model.layers.1.input_layernorm.weight           layers.1.attention_norm.weight    blk.1.attn_norm.weight    32
-blocks.1.attention.q_proj.weight.value       model.layers.1.self_attn.q_proj.weight          layers.1.attention.wq.weight      blk.1.attn_q.weight       96 32
-blocks.1.attention.k_proj.weight.value       model.layers.1.self_attn.k_proj.weight          layers.1.attention.wk.weight      blk.1.attn_k.weight       32 32
-blocks.1.attention.v_proj.weight.value       model.layers.1.self_attn.v_proj.weight          layers.1.attention.wv.weight      blk.1.attn_v.weight       32 32
-blocks.1.attention.o_proj.weight.value       model.layers.1.self_attn.o_proj.weight          layers.1.attention.wo.weight      blk.1.attn_output.weight  32 96
-blocks.1.feed_forward_norm.weight            model.layers.1.post_attention_layernorm.weight  layers.1.ffn_norm.weight          blk.1.ffn_norm.weight     32
-blocks.1.feed_forward.gate_proj.weight.value model.layers.1.mlp.gate_proj.weight             layers.1.feed_forward.w1.weight   blk.1.ffn_gate.weight     64 32
-blocks.1.feed_forward.up_proj.weight.value   model.layers.1.mlp.up_proj.weight               layers.1.feed_forward.w3.weight   blk.1.ffn_up.weight       64 32
-blocks.1.feed_forward.down_proj.weight.value model.layers.1.mlp.down_proj.weight             layers.1.feed_forward.w2.weight   blk.1.ffn_down.weight     32 64
-norm.weight                                  model.norm.weight                               norm.weight                       output_norm.weight        32
-head.weight.value                            lm_head.weight                                  output.weight                     output.weight             80 32
+embedding                        model.embed_tokens.weight                       tok_embeddings.weight            token_embd.weight         80 32
+blocks.1.attention_norm          model.layers.1.input_layernorm.weight           layers.1.attention_norm.weight   blk.1.attn_norm.weight    32
+blocks.1.attention.q_proj        model.layers.1.self_attn.q_proj.weight          layers.1.attention.wq.weight     blk.1.attn_q.weight       96 32
+blocks.1.attention.k_proj        model.layers.1.self_attn.k_proj.weight          layers.1.attention.wk.weight     blk.1.attn_k.weight       32 32
+blocks.1.attention.v_proj        model.layers.1.self_attn.v_proj.weight          layers.1.attention.wv.weight     blk.1.attn_v.weight       32 32
+blocks.1.attention.o_proj        model.layers.1.self_attn.o_proj.weight          layers.1.attention.wo.weight     blk.1.attn_output.weight  32 96
+blocks.1.feed_forward_norm       model.layers.1.post_attention_layernorm.weight  layers.1.ffn_norm.weight         blk.1.ffn_norm.weight     32
+blocks.1.feed_forward.gate_proj  model.layers.1.mlp.gate_proj.weight             layers.1.feed_forward.w1.weight  blk.1.ffn_gate.weight     64 32
+blocks.1.feed_forward.up_proj    model.layers.1.mlp.up_proj.weight               layers.1.feed_forward.w3.weight  blk.1.ffn_up.weight       64 32
+blocks.1.feed_forward.down_proj  model.layers.1.mlp.down_proj.weight             layers.1.feed_forward.w2.weight  blk.1.ffn_down.weight     32 64
+norm                             model.norm.weight                               norm.weight                      output_norm.weight        32
+head                             lm_head.weight                                  output.weight                    output.weight             80 32
 """  # noqa: E501
 
 
 def test_one_table_of_names_for_three_formats():
     config = tiny()
-    found = {spec.path: spec for spec in tensor_specs(config)}
+    found = {spec.path: spec for spec in layer_specs(config)}
     lines = [line.split() for line in NAMES.strip().splitlines()]
     assert len(lines) == len(TABLE)
     for path, hf, mistral, gguf, *shape in lines:
@@ -41,14 +41,14 @@ def test_every_weight_of_the_model_has_a_row(tied, getkey):
     config = tiny(tied=tied)
     arrays = weights(random_model(config, getkey(), jnp.bfloat16))
     assert {path: array.shape for path, array in arrays.items()} == {
-        spec.path: spec.shape(config) for spec in tensor_specs(config)
+        spec.path: spec.shape(config) for spec in layer_specs(config)
     }
 
 
 def test_every_name_is_used_once():
     config = tiny()
     for format in ("hf", "mistral", "gguf"):
-        names = [spec.name(format) for spec in tensor_specs(config)]
+        names = [spec.name(format) for spec in layer_specs(config)]
         assert len(set(names)) == len(names) == 3 + 9 * config.layers
 
 
@@ -62,7 +62,7 @@ def test_derived_tables_are_known():
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 8))
 def test_trap_axis_order_that_leaves_the_first_and_last_rows_right_and_the_middle_wrong(kv_heads, q_per_kv, pairs):
     config = tiny(kv_heads=kv_heads, q_per_kv=q_per_kv, head_dim=2 * pairs)
-    for spec in tensor_specs(config):
+    for spec in layer_specs(config):
         order = file_order(spec, config, "hf")
         expected = []
         # A pair of the rotary embedding is (2 i, 2 i + 1) here and (i, i + head_dim / 2) there, in every head.

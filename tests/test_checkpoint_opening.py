@@ -8,7 +8,7 @@ import pytest
 from checkpoint_fixtures import assert_same_weights, edit_json, random_model, tiny, write_gguf
 
 from mistral_eqx.checkpoint import convert, load, open_checkpoint, save
-from mistral_eqx.checkpoint.names import tensor_specs
+from mistral_eqx.checkpoint.names import layer_specs
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_what_is_no_file_is_not_opened(hf, file):
 def test_layers_are_not_counted_out(hf):
     edit_json(hf / "config.json", num_hidden_layers=9999)
     with (
-        unittest.mock.patch("mistral_eqx.checkpoint.source.tensor_specs", side_effect=tensor_specs) as counted,
+        unittest.mock.patch("mistral_eqx.checkpoint.source.layer_specs", side_effect=layer_specs) as counted,
         pytest.raises(ValueError, match=r"has no tensor 'model\.layers\.2\.input_layernorm\.weight'"),
     ):
         load(hf)

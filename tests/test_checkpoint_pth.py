@@ -9,7 +9,7 @@ import pytest
 from checkpoint_fixtures import assert_same_weights, random_model, tiny, weights
 
 from mistral_eqx.checkpoint import convert, load, mistral, open_checkpoint
-from mistral_eqx.checkpoint.names import tensor_specs
+from mistral_eqx.checkpoint.names import layer_specs
 from mistral_eqx.parallel import Strategy
 
 
@@ -23,8 +23,8 @@ def state(torch, model):
     """The tensors of a release, by Mistral's names."""
     arrays, config = weights(model), model.config
     return {
-        spec.mistral: to_torch(torch, arrays[spec.path].reshape(spec.file_shape(config)))
-        for spec in tensor_specs(config)
+        spec.name("mistral"): to_torch(torch, arrays[spec.path].reshape(spec.file_shape(config)))
+        for spec in layer_specs(config)
     }
 
 
@@ -64,7 +64,7 @@ def test_one_file(dtype, getkey, tmp_path):
     assert (checkpoint.format, checkpoint.dtype) == ("mistral", np.dtype(dtype))
     assert_same_weights(load(folder), model)
     part = checkpoint.tensors["layers.0.attention.wq.weight"][5:9, 2:4]
-    expected = weights(model)["blocks.0.attention.q_proj.weight.value"].reshape(96, 32)[5:9, 2:4]
+    expected = weights(model)["blocks.0.attention.q_proj"].reshape(96, 32)[5:9, 2:4]
     assert part.tobytes() == expected.tobytes()
     convert(folder, tmp_path / "hf", format="hf")
     assert_same_weights(load(tmp_path / "hf"), model)

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 
 import mistral_eqx as mx
 from mistral_eqx.checkpoint import load, open_checkpoint, reader, save
-from mistral_eqx.checkpoint.names import tensor_specs
+from mistral_eqx.checkpoint.names import layer_specs
 from mistral_eqx.checkpoint.placement import Placement
 from mistral_eqx.checkpoint.reader import DTYPES
 from mistral_eqx.checkpoint.source import sources
@@ -106,7 +106,7 @@ def test_a_device_reads_the_bytes_of_its_slices(format, layout, names, sizes, ge
             held = read_as(placement, checkpoint)
         slices = [
             NamedSharding(mesh, strategy.spec(spec.dims)).shard_shape(spec.shape(CONFIG))
-            for spec in tensor_specs(CONFIG)
+            for spec in layer_specs(CONFIG)
         ]
         assert sum(nbytes for _, nbytes in seen) == held == 4 * sum(map(math.prod, slices))
 
@@ -125,7 +125,7 @@ def test_a_process_reads_replicas_once(layout, names, sizes, getkey, tmp_path):
     size = 4 * CONFIG.parameters
     assert sum(nbytes for _, nbytes in seen) == size
     assert reports[-1] == (size, size)
-    assert len(reports) == len(list(tensor_specs(CONFIG)))
+    assert len(reports) == len(list(layer_specs(CONFIG)))
     assert [done for done, _ in reports] == sorted(done for done, _ in reports)
 
 

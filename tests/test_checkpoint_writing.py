@@ -444,13 +444,13 @@ def test_a_model_that_is_not_dense_is_refused_by_name(getkey, tmp_path):
     model = random_model(tiny(), getkey())
     place = lambda model: model.blocks[1].feed_forward.up_proj.weight  # noqa: E731
     half = Halved(jnp.zeros((32, 32)), jnp.zeros((32, 32)))
-    with pytest.raises(ValueError, match=r"no dense weight 'blocks\.1\.feed_forward\.up_proj\.weight\.value'.* merge"):
+    with pytest.raises(ValueError, match=r"no dense weight 'blocks\.1\.feed_forward\.up_proj'.* merge"):
         save(eqx.tree_at(place, model, half), tmp_path / "out")
     wrong = eqx.tree_at(lambda model: place(model).value, model, jnp.zeros((63, 32)))
-    with pytest.raises(ValueError, match=r"up_proj\.weight\.value' is float32 of shape \(63, 32\), but .* \(64, 32\)"):
+    with pytest.raises(ValueError, match=r"up_proj' is float32 of shape \(63, 32\), but .* \(64, 32\)"):
         save(wrong, tmp_path / "out")
     tied = dataclasses.replace(model, config=tiny(tied=True))
-    with pytest.raises(ValueError, match=r"has a weight 'head\.weight\.value', which a checkpoint cannot store"):
+    with pytest.raises(ValueError, match=r"has a weight 'head', which a checkpoint cannot store"):
         save(tied, tmp_path / "out")
     assert listing(tmp_path) == []
 

@@ -91,7 +91,7 @@ def open_gguf(path: Path) -> Checkpoint:
     metadata, tensors = read_gguf(path)
     if not tensors:
         raise InputError(f"{str(path)!r} holds no tensors; give a file with a model's weights.", file=path)
-    config = read_config(metadata, tied=HEAD.gguf not in tensors, file=path)
+    config = read_config(metadata, tied=HEAD.name("gguf") not in tensors, file=path)
     return Checkpoint(path, "gguf", config, main_dtype(tensors), tensors, metadata)
 
 

@@ -5,6 +5,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -15,7 +16,7 @@ from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 
 from ..errors import InputError
-from ..nn import Mistral
+from ..nn import AbstractWeight, DenseWeight, Mistral
 from ..parallel import SINGLE, Strategy, agree, by_hand
 from .hub import locate
 from .opening import open_checkpoint
@@ -87,28 +88,29 @@ def load(
     if placement.several_processes:
         agree("dtype", target_dtype.name)
     read = functools.partial(_read, found, target_dtype, placement, check, progress)
-    arrays = run_on_all("content of the checkpoint", read, placement.several_processes)
+    weights = run_on_all("content of the checkpoint", read, placement.several_processes)
     skeleton = eqx.filter_eval_shape(
         Mistral.init, checkpoint.config, key=jr.key(0), dtype=target_dtype, strategy=strategy
     )
-    return dataclasses.replace(_filled(skeleton, arrays), mesh=mesh)
+    return dataclasses.replace(_filled(skeleton, weights), mesh=mesh)
 
 
 def _read(
     found: list[Source], dtype: np.dtype, placement: Placement, check: bool, progress: Progress | None
-) -> dict[str, jax.Array]:
-    """Reads the shards of this process's devices, and returns the arrays by their paths in the model."""
+) -> dict[str, DenseWeight | jax.Array]:
+    """Reads the shards of this process's devices, and returns the weight of each layer by the layer's path."""
     sizes = [_bytes_here(source, placement) for source in found]
-    arrays: dict[str, jax.Array] = {}
+    weights: dict[str, DenseWeight | jax.Array] = {}
     done = 0
     for source, size in zip(found, sizes, strict=True):
         spec, shape = source.spec, source.spec.shape(source.config)
         read = functools.partial(source.read, dtype, check=check)
-        arrays[spec.path] = placement.put(spec.dims, shape, dtype, read)
+        array = placement.put(spec.dims, shape, dtype, read)
+        weights[spec.path] = DenseWeight(array) if spec.in_dims else array
         done += size
         if progress is not None:
             progress(done, sum(sizes))
-    return arrays
+    return weights
 
 
 def _bytes_here(source: Source, placement: Placement) -> int:
@@ -130,13 +132,24 @@ def supported_dtype(dtype: DTypeLike) -> np.dtype:
     return DTYPES[name]
 
 
-def path_of(keys: KeyPath) -> str:
-    """The path of a leaf in the model in the form of `TensorSpec.path`, such as `blocks.0.attention_norm.weight`."""
-    return jax.tree_util.keystr(keys, simple=True, separator=".")
+def layer_path(keys: KeyPath) -> str:
+    """The path of a layer in the form of `LayerSpec.path`, such as `blocks.0.attention_norm`.
+
+    **Arguments:**
+
+    - `keys`: the path of the layer's weight, or of an array in it.
+    """
+    path = jax.tree_util.keystr(keys, simple=True, separator=".")
+    return f"{path}.".partition(".weight.")[0]
 
 
-def _filled(skeleton: Mistral, arrays: dict[str, jax.Array]) -> Mistral:
-    """Replaces each shape in the skeleton by the array of its path; other leaves stay."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(skeleton)
-    filled = [arrays[path_of(keys)] if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for keys, leaf in leaves]
-    return jax.tree_util.tree_unflatten(structure, filled)
+def is_weight(node: Any) -> bool:
+    """Whether a node of a model is a layer's weight; a norm has an array, and in a skeleton the shape of one."""
+    return isinstance(node, AbstractWeight | jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def _filled(skeleton: Mistral, weights: dict[str, DenseWeight | jax.Array]) -> Mistral:
+    """Replaces the weight of each layer in the skeleton; other leaves stay."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, node: weights[layer_path(keys)] if is_weight(node) else node, skeleton, is_leaf=is_weight
+    )

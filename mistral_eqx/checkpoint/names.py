@@ -1,4 +1,4 @@
-"""The name of each tensor of the model in each checkpoint format: the one table."""
+"""The name of each layer of the model in each checkpoint format: the one table."""
 
 import dataclasses
 import math
@@ -9,16 +9,16 @@ from ..config import MistralConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """A tensor of the model, or of each of its blocks: its dimensions and its name in each format.
+class LayerSpec:
+    """A layer of the model, or of each of its blocks: the dimensions of its weight, and its name in each format.
 
     **Attributes:**
 
-    - `path`: the path of the tensor in the model; `{layer}` is the block's index, here and in the names.
-    - `out_dims`, `in_dims`: the dimensions of its rows and of its columns. A file stores a matrix with two axes,
+    - `path`: the path of the layer in the model; `{layer}` is the block's index, here and in the names.
+    - `out_dims`, `in_dims`: the dimensions of its weight's rows and columns. A file stores a matrix with two axes,
         `out_dims` and `in_dims`, and a vector with one.
     - `hf`, `mistral`, `gguf`: its name in each format.
-    - `rotary`: whether the rotary embedding acts on its rows, so that their order within a head matters. The
+    - `rotary`: whether the rotary embedding acts on the weight's rows, so that their order within a head matters. The
         model, Mistral and GGUF put the two entries of a pair side by side; Hugging Face puts the first entries of
         all pairs before the second entries.
     """
@@ -31,129 +31,129 @@ class TensorSpec:
     gguf: str
     rotary: bool = False
 
-    def at(self, layer: int) -> "TensorSpec":
+    def at(self, layer: int) -> "LayerSpec":
         """The spec for one block."""
         names = {field: getattr(self, field).format(layer=layer) for field in ("path", "hf", "mistral", "gguf")}
         return dataclasses.replace(self, **names)
 
     def name(self, format: str) -> str:
-        """The tensor's name in `"hf"`, `"mistral"` or `"gguf"`."""
-        return {"hf": self.hf, "mistral": self.mistral, "gguf": self.gguf}[format]
+        """The name of the tensor that holds the layer's weight in `"hf"`, `"mistral"` or `"gguf"`."""
+        return {"hf": self.hf, "mistral": self.mistral, "gguf": self.gguf}[format] + ".weight"
 
     @property
     def dims(self) -> str:
-        """The tensor's dimensions in the model, in order."""
+        """The weight's dimensions in the model, in order."""
         return f"{self.out_dims} {self.in_dims}".strip()
 
     def shape(self, config: MistralConfig) -> tuple[int, ...]:
-        """The tensor's shape in the model."""
+        """The weight's shape in the model."""
         return tuple(getattr(config, dim) for dim in self.dims.split())
 
     def file_shape(self, config: MistralConfig) -> tuple[int, ...]:
-        """The tensor's shape in a file."""
+        """The weight's shape in a file."""
         return tuple(
             math.prod(getattr(config, dim) for dim in dims.split()) for dims in (self.out_dims, self.in_dims) if dims
         )
 
 
-TABLE: tuple[TensorSpec, ...] = (
-    TensorSpec(
-        "embedding.weight.value",
+TABLE: tuple[LayerSpec, ...] = (
+    LayerSpec(
+        "embedding",
         "vocab",
         "embed",
-        hf="model.embed_tokens.weight",
-        mistral="tok_embeddings.weight",
-        gguf="token_embd.weight",
+        hf="model.embed_tokens",
+        mistral="tok_embeddings",
+        gguf="token_embd",
     ),
-    TensorSpec(
-        "blocks.{layer}.attention_norm.weight",
+    LayerSpec(
+        "blocks.{layer}.attention_norm",
         "embed",
         "",
-        hf="model.layers.{layer}.input_layernorm.weight",
-        mistral="layers.{layer}.attention_norm.weight",
-        gguf="blk.{layer}.attn_norm.weight",
+        hf="model.layers.{layer}.input_layernorm",
+        mistral="layers.{layer}.attention_norm",
+        gguf="blk.{layer}.attn_norm",
     ),
-    TensorSpec(
-        "blocks.{layer}.attention.q_proj.weight.value",
+    LayerSpec(
+        "blocks.{layer}.attention.q_proj",
         "kv_heads q_per_kv head_dim",
         "embed",
-        hf="model.layers.{layer}.self_attn.q_proj.weight",
-        mistral="layers.{layer}.attention.wq.weight",
-        gguf="blk.{layer}.attn_q.weight",
+        hf="model.layers.{layer}.self_attn.q_proj",
+        mistral="layers.{layer}.attention.wq",
+        gguf="blk.{layer}.attn_q",
         rotary=True,
     ),
-    TensorSpec(
-        "blocks.{layer}.attention.k_proj.weight.value",
+    LayerSpec(
+        "blocks.{layer}.attention.k_proj",
         "kv_heads head_dim",
         "embed",
-        hf="model.layers.{layer}.self_attn.k_proj.weight",
-        mistral="layers.{layer}.attention.wk.weight",
-        gguf="blk.{layer}.attn_k.weight",
+        hf="model.layers.{layer}.self_attn.k_proj",
+        mistral="layers.{layer}.attention.wk",
+        gguf="blk.{layer}.attn_k",
         rotary=True,
     ),
-    TensorSpec(
-        "blocks.{layer}.attention.v_proj.weight.value",
+    LayerSpec(
+        "blocks.{layer}.attention.v_proj",
         "kv_heads head_dim",
         "embed",
-        hf="model.layers.{layer}.self_attn.v_proj.weight",
-        mistral="layers.{layer}.attention.wv.weight",
-        gguf="blk.{layer}.attn_v.weight",
+        hf="model.layers.{layer}.self_attn.v_proj",
+        mistral="layers.{layer}.attention.wv",
+        gguf="blk.{layer}.attn_v",
     ),
-    TensorSpec(
-        "blocks.{layer}.attention.o_proj.weight.value",
+    LayerSpec(
+        "blocks.{layer}.attention.o_proj",
         "embed",
         "kv_heads q_per_kv head_dim",
-        hf="model.layers.{layer}.self_attn.o_proj.weight",
-        mistral="layers.{layer}.attention.wo.weight",
-        gguf="blk.{layer}.attn_output.weight",
+        hf="model.layers.{layer}.self_attn.o_proj",
+        mistral="layers.{layer}.attention.wo",
+        gguf="blk.{layer}.attn_output",
     ),
-    TensorSpec(
-        "blocks.{layer}.feed_forward_norm.weight",
+    LayerSpec(
+        "blocks.{layer}.feed_forward_norm",
         "embed",
         "",
-        hf="model.layers.{layer}.post_attention_layernorm.weight",
-        mistral="layers.{layer}.ffn_norm.weight",
-        gguf="blk.{layer}.ffn_norm.weight",
+        hf="model.layers.{layer}.post_attention_layernorm",
+        mistral="layers.{layer}.ffn_norm",
+        gguf="blk.{layer}.ffn_norm",
     ),
-    TensorSpec(
-        "blocks.{layer}.feed_forward.gate_proj.weight.value",
+    LayerSpec(
+        "blocks.{layer}.feed_forward.gate_proj",
         "hidden",
         "embed",
-        hf="model.layers.{layer}.mlp.gate_proj.weight",
-        mistral="layers.{layer}.feed_forward.w1.weight",
-        gguf="blk.{layer}.ffn_gate.weight",
+        hf="model.layers.{layer}.mlp.gate_proj",
+        mistral="layers.{layer}.feed_forward.w1",
+        gguf="blk.{layer}.ffn_gate",
     ),
-    TensorSpec(
-        "blocks.{layer}.feed_forward.up_proj.weight.value",
+    LayerSpec(
+        "blocks.{layer}.feed_forward.up_proj",
         "hidden",
         "embed",
-        hf="model.layers.{layer}.mlp.up_proj.weight",
-        mistral="layers.{layer}.feed_forward.w3.weight",
-        gguf="blk.{layer}.ffn_up.weight",
+        hf="model.layers.{layer}.mlp.up_proj",
+        mistral="layers.{layer}.feed_forward.w3",
+        gguf="blk.{layer}.ffn_up",
     ),
-    TensorSpec(
-        "blocks.{layer}.feed_forward.down_proj.weight.value",
+    LayerSpec(
+        "blocks.{layer}.feed_forward.down_proj",
         "embed",
         "hidden",
-        hf="model.layers.{layer}.mlp.down_proj.weight",
-        mistral="layers.{layer}.feed_forward.w2.weight",
-        gguf="blk.{layer}.ffn_down.weight",
+        hf="model.layers.{layer}.mlp.down_proj",
+        mistral="layers.{layer}.feed_forward.w2",
+        gguf="blk.{layer}.ffn_down",
     ),
-    TensorSpec(
-        "norm.weight",
+    LayerSpec(
+        "norm",
         "embed",
         "",
-        hf="model.norm.weight",
-        mistral="norm.weight",
-        gguf="output_norm.weight",
+        hf="model.norm",
+        mistral="norm",
+        gguf="output_norm",
     ),
-    TensorSpec(
-        "head.weight.value",
+    LayerSpec(
+        "head",
         "vocab",
         "embed",
-        hf="lm_head.weight",
-        mistral="output.weight",
-        gguf="output.weight",
+        hf="lm_head",
+        mistral="output",
+        gguf="output",
     ),
 )
 
@@ -167,8 +167,8 @@ _DERIVED = {
 }
 
 
-def tensor_specs(config: MistralConfig) -> Iterator[TensorSpec]:
-    """The specs of all tensors of a model with this config, in the order in which the model applies them."""
+def layer_specs(config: MistralConfig) -> Iterator[LayerSpec]:
+    """The specs of all layers of a model with this config, in the order in which the model applies them."""
     blocks = [spec for spec in TABLE if "{layer}" in spec.path]
     yield EMBEDDING
     for layer in range(config.layers):

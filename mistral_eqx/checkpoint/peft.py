@@ -23,7 +23,7 @@ from ..parallel import gather_to_host
 from . import safetensors
 from .finite import all_finite
 from .loading import supported_dtype
-from .names import EMBEDDING, HEAD, TensorSpec, tensor_specs
+from .names import EMBEDDING, HEAD, LayerSpec, layer_specs
 from .opening import ADAPTER
 from .processes import run_on_all
 from .pth import read_pickle
@@ -88,7 +88,7 @@ def save_lora(
         raise InputError("The model has no adapters to save; add adapters with apply_lora, or save the whole model.")
     _check_expressible(model, found)
     first = next(iter(found.values()))
-    specs = {_layer_path(spec): spec for spec in tensor_specs(model.config)}
+    specs = {spec.path: spec for spec in layer_specs(model.config)}
     tensors = [
         tensor
         for path, weight in found.items()
@@ -168,9 +168,9 @@ def load_lora(model: Mistral, folder: str | os.PathLike[str], *, dtype: DTypeLik
     model = _with_tables(model, tensors, settings, target_dtype, folder)
     layers = sites(model)
     adapters: dict[str, tuple[jax.Array, jax.Array]] = {}
-    for spec in tensor_specs(model.config):
+    for spec in layer_specs(model.config):
         names = _names(spec)
-        path = _layer_path(spec)
+        path = spec.path
         if spec is EMBEDDING or path not in layers or not tensors.keys() & set(names):
             continue
         settings.expect_target(spec, folder / CONFIG)
@@ -231,9 +231,9 @@ class _Settings:
     targets: str | list[str] | None
     tables: list[str]
 
-    def expect_target(self, spec: TensorSpec, path: Path):
+    def expect_target(self, spec: LayerSpec, path: Path):
         """Refuses an adapter whose layer is not a target, because PEFT would ignore the adapter."""
-        layer, targets = spec.hf.removesuffix(".weight"), self.targets
+        layer, targets = spec.hf, self.targets
         if isinstance(targets, str):
             # A regular expression from a file may run forever, so only a plain name is matched.
             matches = re.fullmatch(r"[\w.-]+", targets) is None or targets in (layer, "all-linear")
@@ -331,7 +331,7 @@ def _with_tables(
     layers = sites(model)
     changed: dict[str, TrainedWeight] = {}
     for module, spec in _TABLES.items():
-        stem = f"base_model.model.{spec.hf.removesuffix('.weight')}"
+        stem = f"base_model.model.{spec.hf}"
         names = [name for name in (f"{stem}.weight", f"{stem}.base_layer.weight") if name in tensors]
         if module in settings.tables and f"{stem}.weight" not in names:
             raise InputError(
@@ -343,7 +343,7 @@ def _with_tables(
         for name in names:
             tensor = _expected(tensors.pop(name), name, spec.file_shape(model.config), folder)
             # The head of a tied model is the embedding table.
-            path = _layer_path(EMBEDDING if model.config.tied else spec)
+            path = (EMBEDDING if model.config.tied else spec).path
             table = read_rows(tensor, np.dtype(model.dtype))
             current = (
                 np.asarray(changed[path].value) if path in changed else gather_to_host(layers[path].weight.dense())
@@ -384,7 +384,7 @@ def _expected(tensor: LazyTensor | None, name: str, shape: tuple[int, ...], fold
 
 
 def _file_tensors(
-    spec: TensorSpec, config: MistralConfig, a: np.ndarray, b: np.ndarray
+    spec: LayerSpec, config: MistralConfig, a: np.ndarray, b: np.ndarray
 ) -> list[tuple[str, tuple[int, ...], np.dtype, np.ndarray]]:
     """`A` and `B` as matrices. The rows of `B` have the order of the rows of the weight in the file."""
     a, b = a.reshape(a.shape[0], -1), b.reshape(-1, b.shape[-1])
@@ -392,14 +392,10 @@ def _file_tensors(
     return [(name, x.shape, x.dtype, x) for name, x in zip(_names(spec), (a, b), strict=True)]
 
 
-def _names(spec: TensorSpec) -> tuple[str, str]:
-    stem = f"base_model.model.{spec.hf.removesuffix('.weight')}"
+def _names(spec: LayerSpec) -> tuple[str, str]:
+    stem = f"base_model.model.{spec.hf}"
     return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
 
-def _module(spec: TensorSpec) -> str:
-    return spec.hf.removesuffix(".weight").rsplit(".", 1)[-1]
-
-
-def _layer_path(spec: TensorSpec) -> str:
-    return spec.path.removesuffix(".weight.value")
+def _module(spec: LayerSpec) -> str:
+    return spec.hf.rsplit(".", 1)[-1]

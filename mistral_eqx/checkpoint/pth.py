@@ -13,7 +13,7 @@ import numpy as np
 from ..config import MistralConfig
 from ..documents import MiB, expect_regular, shown
 from ..errors import InputError
-from .names import tensor_specs
+from .names import layer_specs
 from .reader import DTYPES, LazyTensor
 from .safetensors import PlainTensor
 from .weight_files import same_values
@@ -73,8 +73,8 @@ def read_pickles(files: Sequence[Path], config: MistralConfig) -> dict[str, Lazy
     for file in files:
         for name, tensor in read_pickle(file).items():
             found.setdefault(name, []).append(tensor)
-    known = itertools.takewhile(lambda spec: spec.mistral in found, tensor_specs(config))
-    shapes = {spec.mistral: spec.file_shape(config) for spec in known}
+    known = itertools.takewhile(lambda spec: spec.name("mistral") in found, layer_specs(config))
+    shapes = {spec.name("mistral"): spec.file_shape(config) for spec in known}
     return {name: _joined(shards, shapes.get(name), files) for name, shards in found.items()}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
-from .names import EMBEDDING, HEAD, TensorSpec, is_derived, tensor_specs
+from .names import EMBEDDING, HEAD, LayerSpec, is_derived, layer_specs
 from .placement import ON_DEFAULT_DEVICE, Index, Placement
 from .reader import Checkpoint, LazyTensor, read_columns
 
@@ -17,7 +17,7 @@ from .reader import Checkpoint, LazyTensor, read_columns
 _VOCAB = {"hf": "vocab_size", "mistral": "vocab_size", "gguf": "llama.vocab_size"}
 
 
-def file_order(spec: TensorSpec, config: MistralConfig, format: str) -> np.ndarray:
+def file_order(spec: LayerSpec, config: MistralConfig, format: str) -> np.ndarray:
     """For each row of the model's tensor, its row in the file. `out_dims` of the model are flattened to one axis.
 
     **Arguments:**
@@ -50,7 +50,7 @@ class Source:
     - `format`: the format of the file.
     """
 
-    spec: TensorSpec
+    spec: LayerSpec
     tensor: LazyTensor
     config: MistralConfig
     format: str
@@ -122,16 +122,16 @@ def sources(checkpoint: Checkpoint, placement: Placement = ON_DEFAULT_DEVICE) ->
     ]
 
 
-def specs_of(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+def specs_of(checkpoint: Checkpoint) -> dict[str, LayerSpec]:
     """The specs of a checkpoint's tensors by their names in its files. Checks names and shapes, and reads no weights.
 
     **Raises:** `InputError` that names a tensor that is missing, that the model does not have, or whose shape differs
     from the config's.
     """
     config, format, tensors = checkpoint.config, checkpoint.format, checkpoint.tensors
-    specs: dict[str, TensorSpec] = {}
+    specs: dict[str, LayerSpec] = {}
     # If the config claims a huge number of layers, the loop ends at the first missing tensor.
-    for spec in tensor_specs(config):
+    for spec in layer_specs(config):
         name, expected = spec.name(format), spec.file_shape(config)
         specs[name] = spec
         if name not in tensors:
@@ -163,7 +163,7 @@ def specs_of(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
     return specs
 
 
-def _wrong_shape(checkpoint: Checkpoint, spec: TensorSpec, expected: tuple[int, ...]) -> InputError:
+def _wrong_shape(checkpoint: Checkpoint, spec: LayerSpec, expected: tuple[int, ...]) -> InputError:
     name = spec.name(checkpoint.format)
     found = checkpoint.tensors[name].shape
     message = (

@@ -11,7 +11,7 @@ import numpy as np
 from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
-from .names import EMBEDDING, HEAD, TensorSpec, is_derived, tensor_specs
+from .names import EMBEDDING, HEAD, LayerSpec, is_derived, layer_specs
 from .reader import LazyTensor
 from .source import file_order
 
@@ -81,7 +81,7 @@ def _differing(
     copies: Mapping[str, LazyTensor],
 ) -> str | None:
     """The name of the first copy that differs from its tensor, or that the model lacks; `None` if there is none."""
-    found = itertools.takewhile(lambda spec: spec.name(format) in tensors, tensor_specs(config))
+    found = itertools.takewhile(lambda spec: spec.name(format) in tensors, layer_specs(config))
     known = {spec.name(other_format): spec for spec in found}
     if config.tied:
         known[HEAD.name(other_format)] = EMBEDDING
@@ -95,7 +95,7 @@ def _differing(
 
 
 def _same(
-    config: MistralConfig, spec: TensorSpec, one: LazyTensor, format: str, other: LazyTensor, other_format: str
+    config: MistralConfig, spec: LayerSpec, one: LazyTensor, format: str, other: LazyTensor, other_format: str
 ) -> bool:
     shape = spec.file_shape(config)
     if one.shape != shape or other.shape != shape:

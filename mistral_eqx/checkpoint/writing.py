@@ -17,12 +17,12 @@ from jax.typing import DTypeLike
 from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
-from ..nn import Mistral
+from ..nn import DenseWeight, Mistral
 from . import hf, mistral, safetensors
 from .finite import all_finite
 from .hub import locate
-from .loading import Progress, path_of, supported_dtype
-from .names import TensorSpec, tensor_specs
+from .loading import Progress, is_weight, layer_path, supported_dtype
+from .names import LayerSpec, layer_specs
 from .opening import open_checkpoint
 from .processes import run_on_all
 from .reader import CHUNK_BYTES, DTYPES, read_rows
@@ -81,31 +81,30 @@ def save(
     folder may not or cannot be written.
     """
     config = model.config
-    arrays = {
-        path_of(keys): leaf
-        for keys, leaf in jax.tree_util.tree_flatten_with_path(model)[0]
-        if isinstance(leaf, jax.Array | np.ndarray)
-    }
-    specs = list(tensor_specs(config))
+    nodes = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_weight)[0]
+    weights = {layer_path(keys): node for keys, node in nodes if is_weight(node)}
+    specs = list(layer_specs(config))
+    unwritten: dict[str, jax.Array | np.ndarray] = {}
     for spec in specs:
-        if spec.path not in arrays:
+        weight = weights.pop(spec.path, None)
+        found = weight.value if isinstance(weight, DenseWeight) else weight
+        if not isinstance(found, jax.Array | np.ndarray):
             raise InputError(
                 f"The model has no dense weight {spec.path!r}, which its config requires; merge its adapters and "
                 "dequantise it before you save it."
             )
-        found = arrays[spec.path]
         if found.shape != spec.shape(config) or found.dtype not in DTYPES.values():
             raise InputError(
                 f"The model's weight {spec.path!r} is {found.dtype} of shape {found.shape}, but its config requires "
                 f"{spec.shape(config)}, in {', '.join(DTYPES)}; cast it, or correct the config."
             )
-    if surplus := sorted(set(arrays) - {spec.path for spec in specs}):
+        unwritten[spec.path] = found
+    if weights:
         raise InputError(
-            f"The model has a weight {surplus[0]!r}, which a checkpoint cannot store; merge its adapters and "
+            f"The model has a weight {min(weights)!r}, which a checkpoint cannot store; merge its adapters and "
             "dequantise it before you save it."
         )
-    several = not all(isinstance(array, np.ndarray) or array.is_fully_addressable for array in arrays.values())
-    unwritten = {spec.path: arrays[spec.path] for spec in specs}
+    several = not all(isinstance(array, np.ndarray) or array.is_fully_addressable for array in unwritten.values())
     tensors = [_from_array(spec, unwritten, config, format, allow_nonfinite) for spec in specs]
 
     def write():
@@ -172,7 +171,7 @@ def convert(
 
 
 def _from_array(
-    spec: TensorSpec,
+    spec: LayerSpec,
     unwritten: dict[str, jax.Array | np.ndarray],
     config: MistralConfig,
     format: Format,
@@ -228,7 +227,7 @@ def _from_source(
     return _Tensor(spec.name(format), spec.file_shape(config), dtype, chunks)
 
 
-def _model_rows(spec: TensorSpec, config: MistralConfig, format: Format, dtype: np.dtype) -> Iterator[np.ndarray]:
+def _model_rows(spec: LayerSpec, config: MistralConfig, format: Format, dtype: np.dtype) -> Iterator[np.ndarray]:
     """The rows of the model's tensor in the order of the file, a chunk at a time."""
     count, *width = spec.file_shape(config)
     order = np.argsort(file_order(spec, config, format))
