@@ -55,12 +55,15 @@ def convert(
         overwrite=overwrite,
         allow_nonfinite=allow_nonfinite,
         progress=progress,
-        finish=_writer_of_tokenizer(path) if tokenizer else None,
+        finish=tokenizer_writer(path) if tokenizer else None,
     )
 
 
-def _writer_of_tokenizer(path: Path) -> Callable[[Path], None]:
-    """What puts the tokenizer of the checkpoint at `path` into a folder."""
+def tokenizer_writer(path: Path) -> Callable[[Path], None]:
+    """A function that writes the tokenizer of the checkpoint at `path` into a folder.
+
+    **Raises:** `ValueError` if the tokenizer of a `.gguf` file cannot be read.
+    """
     checkpoint = open_checkpoint(path)
     kind = checkpoint.metadata.get("tokenizer.ggml.model", "none")
     # Converters write the word where they were told to leave the vocabulary out.

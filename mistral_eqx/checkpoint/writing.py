@@ -55,11 +55,12 @@ def save(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    finish: Callable[[Path], None] | None = None,
 ):
     """Writes a model to a folder in the format of Hugging Face or of Mistral.
 
     [`mistral_eqx.load`][] restores every weight bit for bit. The tokenizer is not part of the model:
-    [`mistral_eqx.text.AbstractTokenizer.save`][] writes it into the same folder.
+    `finish=tokenizer.save` writes it into the same folder ([`mistral_eqx.text.AbstractTokenizer.save`][]).
 
     A sharded model is gathered to host one tensor at a time. If it is sharded over several processes, all of them must
     call this function, and process 0 writes.
@@ -76,6 +77,7 @@ def save(
         checkpoint is complete, and after an error or a kill, the old one is there.
     - `allow_nonfinite`: whether to write weights with NaN or infinity. By default they are refused, because they are
         most likely the result of a training run that diverged or of a cast that overflowed.
+    - `finish`: called with the temporary folder before it becomes `path`, to add more files.
 
     **Raises:** `ValueError` if the format cannot store one of the weights, if a weight has NaN or infinity, or if the
     folder may not or cannot be written.
@@ -110,6 +112,8 @@ def save(
     def write():
         with staged(path, overwrite=overwrite) as folder:
             _write(folder, config, tensors, format, max_shard_size)
+            if finish is not None:
+                finish(folder)
 
     def write_or_gather():
         try:

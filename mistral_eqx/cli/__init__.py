@@ -17,6 +17,7 @@ from .errors import Command, OneSentence
 from .evaluate import evaluate
 from .generate import generate
 from .inspect import inspect
+from .merge import merge
 from .options import Debug
 from .plan import plan
 from .processes import drop
@@ -33,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (generate, chat, inspect, convert, plan, train):
+for command in (generate, chat, inspect, convert, merge, plan, train):
     app.command(cls=Command)(command)
 app.add_typer(evaluate, name="evaluate")
 

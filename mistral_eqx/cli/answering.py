@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import typer
@@ -13,7 +13,7 @@ from .background import Background
 from .continuing import continue_batch, options_of
 from .progress import progress_bar
 from .prompts import Prompt
-from .report import Stopwatch, Tally
+from .report import Figures, Stopwatch, Tally, show
 from .texts import Write
 from .wanted import Wanted
 
@@ -28,7 +28,7 @@ def answer_one(
     tokenizer: AbstractTokenizer,
     prompt: Prompt,
     wanted: Wanted,
-    figures: Sequence[str],
+    figures: Figures | None,
     *,
     templated: bool = False,
 ):
@@ -36,13 +36,13 @@ def answer_one(
 
     **Arguments:**
 
-    - `figures`: about the model.
+    - `figures`: about the model; `None` shows no figures at all.
     - `templated`: whether the prompt is in the model's chat template.
     """
     import mistral_eqx as mx
 
     text = mx.StopText(tokenizer, wanted.stop or (), after=prompt.ids)
-    stopwatch = Stopwatch(len(prompt.ids))
+    stopwatch = Stopwatch()
     interrupted, tokens = False, 0
     try:
         options = options_of(wanted, tokenizer, [prompt])
@@ -53,7 +53,8 @@ def answer_one(
     except KeyboardInterrupt:
         interrupted = True
     _write(text.flush() + "\n")
-    processes.say(stopwatch.line(*figures))
+    if figures is not None:
+        show([("prompt", f"{len(prompt.ids)} tokens"), *figures, *stopwatch.figures()])
     if interrupted:
         raise typer.Exit(130)
     at_once = tokens == 1 < wanted.max_new_tokens and text.stopped is None
@@ -73,7 +74,7 @@ def answer_all(
     batches: Iterable[list[Prompt]],
     wanted: Wanted,
     size: int,
-    figures: Sequence[str],
+    figures: Figures | None,
     write: Write,
     total: int | None = None,
     bar: bool = False,
@@ -83,11 +84,11 @@ def answer_all(
     **Arguments:**
 
     - `size`: of a batch; the last one may have fewer prompts.
-    - `figures`: about the model.
+    - `figures`: about the model; `None` shows no figures at all.
     - `total`: how many prompts there are, if that is known.
     - `bar`: whether a bar tells how many are done.
     """
-    tally, done, interrupted, figures = Tally(), 0, False, list(figures)
+    tally, done, interrupted, score = Tally(), 0, False, []
     with progress_bar("Generating", counts=True, shown=bar) as report:
         try:
             report(done, total)
@@ -103,11 +104,12 @@ def answer_all(
                     break
                 if len(every) == 1 and every[0].score is not None and not done:
                     # A text that has no heading.
-                    figures.append(f"score {every[0].score:.4f}")
+                    score = [("score", f"{every[0].score:.4f}")]
                 done += len(batch)
                 report(done, total)
         except KeyboardInterrupt:
             interrupted = True
-    processes.say(tally.line(*figures))
+    if figures is not None:
+        show(tally.figures(*figures, *score))
     if interrupted:
         raise typer.Exit(130)

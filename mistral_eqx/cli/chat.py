@@ -29,6 +29,7 @@ def chat(
     sampling: options.SamplingOptions,
     seed: options.Seed = 0,
     split: options.ProcessOptions,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ):
     """Talk with a model, turn by turn.
@@ -69,6 +70,8 @@ def chat(
     interrupting = "leaves as well" if processes.several() else "stops a reply"
     commands = f"/reset forgets the conversation, /exit leaves, /help shows this line, ctrl-C {interrupting}."
     if interactive:
+        if where:
+            processes.say(f"The model is split over devices: {where}.")
         processes.say(commands)
 
     conversation, messages, turn = Conversation(weights), list(opening), 0
@@ -91,7 +94,7 @@ def chat(
                 raise InputError(f"{full}; put /reset on a line before the next turn.")
             processes.say(f"{full}; /reset starts anew.")
             continue
-        stopwatch, reply, interrupted = Stopwatch(len(ids)), [], False
+        stopwatch, reply, interrupted = Stopwatch(), [], False
         said = mx.StopText(tokenizer, stops, after=ids)
         reply_to = functools.partial(
             conversation.reply,
@@ -121,7 +124,8 @@ def chat(
         reply.append(said.flush())
         _write(reply[-1] + "\n")
         if interactive:
-            processes.say(stopwatch.line(*([where] if where else [])))
+            if not quiet:
+                processes.say(", ".join(f"{name} {value}" for name, value in stopwatch.figures()))
         elif interrupted:
             raise KeyboardInterrupt
         messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(reply)}]

@@ -14,10 +14,11 @@ from typer.core import TyperGroup
 
 from ..checks import Count
 from ..errors import InputError
-from . import options, processes
+from . import options
 from .background import interruptible
 from .errors import Command
 from .options import within
+from .report import Figures, show
 
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def perplexity(
     ] = None,
     batch: Annotated[int, typer.Option(callback=within(Count), help="How many windows are read together.")] = 1,
     split: options.DeviceOptions,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ):
     """Measure how well a model foretells a text.
@@ -75,7 +77,6 @@ def perplexity(
     from .devices import Devices
     from .loading import load, locate, precision
     from .progress import progress_bar
-    from .report import peak_memory
 
     with _opened(text) as file:
         devices = Devices(options.ProcessOptions(split.mesh, split.strategy))
@@ -91,10 +92,10 @@ def perplexity(
             next(encode_parts(tokenizer, file))
             file.seek(0)
         weights = load(path, model, mesh, strategy)
-        figures = [f"windows of {context} tokens, one every {stride}"]
-        figures += [
-            f"loaded in {time.perf_counter() - start:.2f} s as {precision(weights)}",
-            *([where] if where else []),
+        figures = [
+            ("windows", f"of {context} tokens, one every {stride}"),
+            ("loaded", f"in {time.perf_counter() - start:.2f} s as {precision(weights)}"),
+            *([("strategy", where)] if where else []),
         ]
 
         found, total = None, os.fstat(file.fileno()).st_size
@@ -112,20 +113,21 @@ def perplexity(
         except KeyboardInterrupt:
             if found is None:
                 raise
-            _print(found, *figures, f"interrupted after {found.bytes:,} of {total:,} bytes")
+            interrupted = ("interrupted", f"after {found.bytes:,} of {total:,} bytes")
+            _print(found, None if quiet else [*figures, interrupted])
             raise typer.Exit(130) from None
     assert found is not None  # a text of which nothing can be scored was refused
     seconds = time.perf_counter() - start
-    memory = peak_memory()
-    figures += [f"{found.tokens / seconds:.1f} tokens/s, compiling included"]
-    _print(found, *figures, *([f"peak memory {memory / 1e6:,.0f} MB"] if memory else []))
+    speed = ("speed", f"{found.tokens / seconds:.1f} tokens/s, compiling included")
+    _print(found, None if quiet else [*figures, speed])
 
 
-def _print(found: Perplexity, *figures: str):
+def _print(found: Perplexity, figures: Figures | None):
     typer.echo(f"perplexity {found.perplexity:.6g}")
     typer.echo(f"bits per byte {found.bits_per_byte:.6g}")
     typer.echo(f"tokens {found.tokens}")
-    processes.say(" | ".join(figures))
+    if figures is not None:
+        show(figures)
 
 
 @contextlib.contextmanager

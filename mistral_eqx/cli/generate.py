@@ -80,6 +80,7 @@ def generate(
     files: Files,
     wanted: Wanted,
     split: options.ProcessOptions,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ):
     """Continue a prompt. Or several, or those of a file.
@@ -168,7 +169,8 @@ def generate(
             write = writing.enter_context(json_lines(output if first else None, files.overwrite, several))
         weights = load(path, model, mesh, strategy)
         seconds = time.perf_counter() - start
-        figures = [f"loaded in {seconds:.2f} s as {precision(weights)}", *([where] if where else [])]
+        loaded = ("loaded", f"in {seconds:.2f} s as {precision(weights)}")
+        figures = None if quiet else [loaded, *([("strategy", where)] if where else [])]
         if prompts is None and len(given) == 1 and wanted.plain:
             answer_one(weights, tokenizer, given[0], wanted, figures, templated=files.chat)
         else:

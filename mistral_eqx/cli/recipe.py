@@ -85,6 +85,7 @@ class Training:
     """**Attributes:** as of [`mistral_eqx.Trainer`][], and
 
     - `steps`: how many.
+    - `clip`: 0 for no clipping.
     - `early_stop`: after how many evaluations without a new best the run ends.
     - `keep_best`: whether the best model so far is kept.
     - `samples`: texts that are continued at each evaluation.
@@ -94,7 +95,7 @@ class Training:
     steps: Count
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     accumulate: Count = 1
-    clip: Positive | None = 1.0
+    clip: NotNegative = 1.0
     remat: Literal["none", "dots", "block"] = "block"
     label_smoothing: ShareBelowOne = 0.0
     z_loss: NotNegative = 0.0
@@ -165,6 +166,7 @@ class Recipe:
                 f"The recipe's 'training.samples' are texts, and data of kind {self.data.kind!r} has none; leave "
                 "them out."
             )
+        self._check_schedule()
         fresh = {
             "data": Data(self.data.kind, self.data.rows),
             "optimizer": Optimizer(self.optimizer.learning_rate),
@@ -176,6 +178,25 @@ class Recipe:
                     f"The recipe's '{table}.{name}' does nothing where '{table}.{entry}' is {getattr(own, entry)!r}; "
                     f"it belongs to {', '.join(choices)}."
                 )
+
+    def _check_schedule(self):
+        optimizer, steps = self.optimizer, self.training.steps
+        decay = 1 if optimizer.schedule == "cosine" else optimizer.decay or max(1, steps // 10)
+        if optimizer.schedule == "constant" or optimizer.warmup + decay <= steps:
+            return
+        if decay > steps:
+            problem, entry, value = f"'optimizer.decay' is {decay}", "optimizer.decay", max(1, steps // 10)
+        else:
+            problem, entry, value = (
+                f"'optimizer.warmup' is {optimizer.warmup}",
+                "optimizer.warmup",
+                (steps - decay) // 4,
+            )
+        raise InputError(
+            f"The recipe's {problem}, too many for a run of {steps} steps; add --set {entry}={value}, or take more "
+            "steps.",
+            key=entry,
+        )
 
 
 MADE = ("sort", "adder")

@@ -4,17 +4,17 @@ import functools
 import sys
 import time
 
+from . import processes
+
+
+Figures = list[tuple[str, str]]
+"""Names and values, in the order in which they are shown."""
+
 
 class Stopwatch:
-    """Measures one generation, from the token ids of the prompt on.
+    """Measures one generation, from the token ids of the prompt on."""
 
-    **Arguments:**
-
-    - `prompt`: how many tokens the prompt has.
-    """
-
-    def __init__(self, prompt: int):
-        self._prompt = prompt
+    def __init__(self):
         self._times = [time.perf_counter()]
         self._compiling = [_compiling().seconds]
 
@@ -23,31 +23,24 @@ class Stopwatch:
         self._times.append(time.perf_counter())
         self._compiling.append(_compiling().seconds)
 
-    def line(self, *more: str) -> str:
-        """The metrics in one line.
+    def figures(self) -> Figures:
+        """The metrics so far.
 
         The time to the first token includes compilation, which is shown beside it. The rate of decoding excludes
         compilation, because it happens once, and hardly at all in the next run.
-
-        **Arguments:**
-
-        - `more`: metrics to add after the number of prompt tokens.
         """
-        figures = [f"{self._prompt} prompt tokens", *more]
+        figures = []
         if len(self._times) > 1:
             compiling = self._compiling[1] - self._compiling[0]
             note = f" ({compiling:.2f} s of it compiling)" if compiling >= 0.05 else ""
-            figures.append(f"first token after {self._times[1] - self._times[0]:.2f} s{note}")
+            figures.append(("first token", f"after {self._times[1] - self._times[0]:.2f} s{note}"))
         if len(self._times) > 2:
             decoded = len(self._times) - 2
             compiling = self._compiling[-1] - self._compiling[1]
             note = f" (after {compiling:.2f} s of compiling)" if compiling >= 0.05 else ""
             seconds = self._times[-1] - self._times[1] - compiling
-            figures.append(f"{decoded} more at {decoded / max(seconds, 1e-9):.1f} tokens/s{note}")
-        memory = peak_memory()
-        if memory is not None:
-            figures.append(f"peak memory {memory / 1e6:,.0f} MB")
-        return " | ".join(figures)
+            figures.append(("decoded", f"{decoded} more at {decoded / max(seconds, 1e-9):.1f} tokens/s{note}"))
+        return figures
 
 
 class Tally:
@@ -62,8 +55,8 @@ class Tally:
         self._prompts, self._read = self._prompts + prompts, self._read + read
         self._texts, self._tokens = self._texts + texts, self._tokens + tokens
 
-    def line(self, *more: str) -> str:
-        """The metrics in one line. Compilation is shown, and excluded from the rate.
+    def figures(self, *more: tuple[str, str]) -> Figures:
+        """The metrics so far. Compilation is shown, and excluded from the rate.
 
         **Arguments:**
 
@@ -72,16 +65,24 @@ class Tally:
         compiling = _compiling().seconds - self._compiled
         seconds = time.perf_counter() - self._start
         note = f" ({compiling:.2f} s of it compiling)" if compiling >= 0.05 else ""
-        figures = [
-            f"{_counted(self._prompts, 'prompt')} of {_counted(self._read, 'token')}",
+        return [
+            ("prompts", f"{self._prompts:,} of {_counted(self._read, 'token')}"),
             *more,
-            f"{_counted(self._texts, 'text')} of {_counted(self._tokens, 'token')} in {seconds:.2f} s{note}",
-            f"{self._tokens / max(seconds - compiling, 1e-9):.1f} tokens/s",
+            ("texts", f"{self._texts:,} of {_counted(self._tokens, 'token')} in {seconds:.2f} s{note}"),
+            ("speed", f"{self._tokens / max(seconds - compiling, 1e-9):.1f} tokens/s"),
         ]
-        memory = peak_memory()
-        if memory is not None:
-            figures.append(f"peak memory {memory / 1e6:,.0f} MB")
-        return " | ".join(figures)
+
+
+def show(figures: Figures):
+    """Writes metrics to stderr: a small table on a terminal, otherwise one line."""
+    memory = peak_memory()
+    if memory is not None:
+        figures = [*figures, ("peak memory", f"{memory / 1e6:,.0f} MB")]
+    if not sys.stderr.isatty():
+        processes.say(" | ".join(f"{name} {value}" for name, value in figures))
+        return
+    width = max(len(name) for name, _ in figures)
+    processes.say("\n".join(f"{name:{width}}  {value}" for name, value in figures))
 
 
 def _counted(number: int, thing: str) -> str:

@@ -221,9 +221,7 @@ def _save(recipe: "Recipe", model: "Mistral", tokenizer: Any) -> Path:
     else:
         target = Path(recipe.folder) / "model"
         model = model if recipe.lora is None else mx.merge_lora(model)
-        mx.save(model, target, overwrite=True)
-        if tokenizer is not None and processes.number() == 0:
-            tokenizer.save(target)
+        mx.save(model, target, overwrite=True, finish=None if tokenizer is None else tokenizer.save)
     return target
 
 

@@ -1,0 +1,59 @@
+"""`mistral-eqx merge`: adapters, added to the weights of their model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..documents import to_path
+from . import options, processes
+from .convert import Format
+
+
+def merge(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="The model: a checkpoint's folder, a .gguf file, a preset or a hub id."),
+    ],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The folder of adapters, as PEFT writes it.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The folder to write.")],
+    format: Annotated[Format, typer.Option("--format", help="Hugging Face's layout, or Mistral's.")] = Format.HF,
+    dtype: Annotated[
+        options.DType | None, typer.Option("--dtype", help="Precision to write; by default the model's own.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="The largest size of a weight file, such as 5GB.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Write config and weights alone.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Write weights that are NaN or infinite too.")
+    ] = False,
+    debug: options.Debug = False,
+):
+    """Add adapters to the weights of their model, and write the sum as a checkpoint.
+
+    The merged model runs as fast as without adapters, and every program that reads checkpoints can load it. The
+    tokenizer is copied. The target appears only when it is complete.
+    """
+    import mistral_eqx as mx
+
+    from ..checkpoint.staging import expect_free
+    from ..conversion import tokenizer_writer
+    from .loading import load, locate
+
+    to_path(target, "The target", "give the folder to write")
+    wanted = options.ModelOptions(source, adapter, dtype)
+    wanted.check_adapter()
+    path = locate(source)
+    expect_free(target, overwrite)
+    finish = None if no_tokenizer else tokenizer_writer(path)
+    mx.save(
+        mx.merge_lora(load(path, wanted, None, mx.SINGLE)),
+        target,
+        format=format.value,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite,
+        finish=finish,
+    )
+    size = sum(file.stat().st_size for file in Path(target).expanduser().iterdir())
+    processes.say(f"Wrote {target} ({size / 1e6:,.0f} MB).")
