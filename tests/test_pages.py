@@ -1,0 +1,56 @@
+"""The commands on the pages."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from cli_fixtures import run
+
+from mistral_eqx.cli import app
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.toml"))]
+
+
+def commands(page):
+    """The arguments of each `mistral-eqx` on a page: in blocks of code, and in the comments of a recipe."""
+    text = page.read_text()
+    # Every second part is code, and begins with the name of its language.
+    parts = re.split(r"^```", text, flags=re.MULTILINE)[1::2]
+    for block in [text] if page.suffix == ".toml" else [part for part in parts if re.match(r"(bash|sh)?\n", part)]:
+        for line in block.replace("\\\n", " ").splitlines():
+            for found in re.findall(r"(?<![\w'/])mistral-eqx (.*)", line):
+                words = shlex.split(re.sub(r"\$\w+", "0", found), comments=True)
+                ends = [number for number, word in enumerate(words) if word in ("|", ">", "&&", "&")]
+                yield words[: ends[0]] if ends else words
+
+
+COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
+
+
+def test_the_pages_have_commands_of_every_kind():
+    assert len(COMMANDS) > 25
+    assert {words[0] for _, words in COMMANDS} == {"generate", "chat", "convert", "merge", "plan", "train", "evaluate"}
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else None)
+def test_the_options_of_a_command_exist(page, words):
+    command = typer.main.get_command(app)
+    name, *rest = words
+    while hasattr(command, "commands"):
+        command = command.commands[name]
+        if hasattr(command, "commands"):
+            name, *rest = rest
+    # Parses and checks each option, and runs nothing.
+    command.make_context(name, rest)
+
+
+@pytest.mark.slow
+def test_a_plan_for_this_machine():
+    (words,) = [words for _, words in COMMANDS if words[:2] == ["plan", "gpt-mini"]]
+    result = run(*words)
+    assert result.exit_code == 0, result.stderr
+    assert "gpt-mini" in result.stdout
