@@ -11,7 +11,7 @@ import typer
 from . import processes
 from .background import Background
 from .continuing import continue_batch, options_of
-from .progress import progress_bar
+from .progress import progress_bar, waiting
 from .prompts import Prompt
 from .report import Figures, Stopwatch, Tally, show
 from .texts import Write
@@ -46,10 +46,12 @@ def answer_one(
     interrupted, tokens = False, 0
     try:
         options = options_of(wanted, tokenizer, [prompt])
-        for (token,) in Background(lambda: mx.stream(model, [prompt.ids], **options)):
-            stopwatch.tick()
-            tokens += 1
-            _write(text.push(int(token)))
+        with waiting(f"Reading {len(prompt.ids):,} tokens") as read:
+            for (token,) in Background(lambda: mx.stream(model, [prompt.ids], **options)):
+                read()
+                stopwatch.tick()
+                tokens += 1
+                _write(text.push(int(token)))
     except KeyboardInterrupt:
         interrupted = True
     _write(text.flush() + "\n")

@@ -51,6 +51,7 @@ def chat(
     from ..text.stops import checked_stops
     from .devices import Devices
     from .loading import load, locate
+    from .progress import waiting
     from .report import Stopwatch
 
     sampler, stops = sampling.sampler(), checked_stops(stop or ())
@@ -108,10 +109,12 @@ def chat(
         )
         tokens = Background(reply_to)
         try:
-            for token in tokens:
-                stopwatch.tick()
-                reply.append(said.push(token))
-                _write(reply[-1])
+            with waiting(f"Reading {len(ids):,} tokens") as read:
+                for token in tokens:
+                    read()
+                    stopwatch.tick()
+                    reply.append(said.push(token))
+                    _write(reply[-1])
         except KeyboardInterrupt:
             # The other processes do not know of the signal, and continue.
             if processes.several():

@@ -1,7 +1,7 @@
 """Progress bars, on stderr only, so that stdout carries nothing but the product."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
 from . import processes
 
@@ -22,6 +23,20 @@ class Report(Protocol):
     """Tells a bar how far things are, and perhaps what they are called now."""
 
     def __call__(self, done: int, total: int | None, /, *, title: str | None = None) -> None: ...
+
+
+@contextlib.contextmanager
+def waiting(title: str) -> Iterator[Callable[[], None]]:
+    """A line that moves while something of unknown length goes on; none without a terminal.
+
+    **Returns:** a context that gives a function that removes the line, to be called before anything is printed.
+    """
+    console = Console(stderr=True)
+    if processes.number() > 0 or not console.is_terminal:
+        yield lambda: None
+        return
+    with console.status(Text(title)) as status:
+        yield status.stop
 
 
 @contextlib.contextmanager
