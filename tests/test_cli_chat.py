@@ -1,3 +1,8 @@
+import os
+import pty
+import subprocess
+import sys
+
 import jax.random as jr
 import pytest
 from cli_fixtures import assert_refused, run, save_tiny_model
@@ -108,3 +113,23 @@ def test_sampling_options_and_stop_strings_reach_the_reply(tiny):
     stopped = run("chat", "--model", tiny, *options, "--stop", stop, input="Hello").stdout
     assert stopped == whole.partition(stop)[0] + "\n" != whole + "\n"
     assert_refused(run("chat", "--model", tiny, "--stop", "", input="Hello"), "The stop string ''")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Other systems have no GNU readline.")
+def test_a_pasted_text_is_one_turn():
+    # A terminal marks the begin and the end of what is pasted.
+    program = "from mistral_eqx.cli.chat import _turns\nfor turn in _turns(True): print([turn], flush=True)"
+    terminal, of_child = pty.openpty()
+    ends = {"stdin": of_child, "stdout": of_child, "stderr": of_child}
+    environment = os.environ | {"TERM": "xterm"}
+    typed = [(b"", b"\x1b[200~one\ntwo\x1b[201~\r"), (b"['one\\ntwo']", b"three\r"), (b"['three']", b"\x04")]
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, **ends) as child:
+        os.close(of_child)
+        for expected, keys in typed:
+            shown = b""
+            # It is asked for the next turn.
+            while not (expected in shown and b"> " in shown[shown.find(expected) :]):
+                shown += os.read(terminal, 1000)
+            os.write(terminal, keys)
+        assert child.wait() == 0
+    os.close(terminal)

@@ -159,7 +159,10 @@ def _asked() -> Iterator[str]:
     from rich.console import Console
 
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (gives input() a history and an editable line)
+        import readline  # gives input() a history and an editable line
+
+        # Python turns this off; without it each line of a pasted text would be a turn.
+        readline.parse_and_bind("set enable-bracketed-paste on")
     while True:
         try:
             if sys.stdout.isatty():
