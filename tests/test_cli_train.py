@@ -88,6 +88,7 @@ def test_a_recipe_is_trained_and_goes_on(recipe, tmp_path):
     assert [step for step, _ in figures(tmp_path / "run")] == [1, 2, 3]
     again = run("train", recipe, *schedule)
     assert (again.exit_code, again.stdout) == (0, whole.stdout)
+    assert "The run continues after step 3.\n" in again.stderr
     assert figures(tmp_path / "run") == figures(tmp_path / "whole")
     assert figures(tmp_path / "run", "evaluation") == figures(tmp_path / "whole", "evaluation")
     models = [mx.load(tmp_path / name / "model") for name in ("whole", "run")]

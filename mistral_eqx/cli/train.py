@@ -67,6 +67,7 @@ def _run(
 
     from ..checkpoint import open_checkpoint
     from ..parallel import agree
+    from .announce import Announce
     from .devices import Devices
     from .loading import locate
     from .training import continuations, count_solved, make_trainer, open_sets, share_of_rows
@@ -94,7 +95,8 @@ def _run(
     placed, split, where = devices.place(config)
     shard = share_of_rows(placed, split)
     show = continuations(sets, recipe.training.samples, eos_ids)
-    trainer = make_trainer(recipe, sets, show, shard, allow_changes)
+    announce = Announce()
+    trainer = make_trainer(recipe, sets, show, shard, allow_changes, announce)
     model = _model(recipe, config, path, placed, split)
     batches = mx.train.batches(
         sets.known,
@@ -112,7 +114,7 @@ def _run(
     try:
         model = trainer.fit(model, batches, steps=recipe.training.steps)
     except (KeyboardInterrupt, SystemExit) as ended:
-        processes.say("Interrupted; the same command goes on from the checkpoint.")
+        processes.say(f"Interrupted after step {announce.step}; the same command continues from there.")
         raise typer.Exit(getattr(ended, "code", 130)) from None
     target = _save(recipe, model, tokenizer)
     _tell(Path(recipe.folder))

@@ -259,12 +259,14 @@ def make_trainer(
     show: Callable[[Mistral], object] | None,
     shard: tuple[int, int],
     allow_changes: bool = False,
+    *more: mx.train.Callback,
 ) -> mx.Trainer:
-    """The recipe's trainer, with its callbacks; it evaluates on this process's share of rows."""
+    """The recipe's trainer, with its callbacks and `more`; it evaluates on this process's share of rows."""
     from .. import train
 
     wanted = recipe.training
     callbacks = [
+        *more,
         *([train.KeepBest()] if wanted.keep_best else []),
         *([train.EarlyStop(wanted.early_stop)] if wanted.early_stop is not None else []),
         *([train.TensorBoard()] if wanted.tensorboard else []),

@@ -265,11 +265,14 @@ class Trainer:
             for callback in callbacks:
                 callback.on_step(run, metrics)
             done = stopping.requested(run.step) or run.stop or run.step == run.steps
-            if done or run.step % self.log_every == 0 or run.step == start + 1:
+            if done or run.step % self.log_every == 0 or run.step == 1:
                 logged = _floats(metrics, run.state) | clock.metrics(run.state, batch, self.compute_dtype)
                 for callback in callbacks:
                     callback.on_log(run, logged)
-                # Starting the clock here leaves out the time to compile.
+                clock.start()
+            elif run.step == start + 1:
+                # Starting the clock after this step leaves out the time to compile.
+                jax.block_until_ready(metrics)
                 clock.start()
             if self.evaluate_on is not None and (run.step % self.evaluate_every == 0 or run.step == run.steps):
                 evaluated = _evaluate(evaluation, run.state, self.evaluate_on)
