@@ -7,7 +7,7 @@ import jax.random as jr
 import jaxtyping
 import numpy as np
 import pytest
-from generation_fixtures import PROMPTS, refused, talking_model
+from fixtures.generation import PROMPTS, refused, talking_model
 
 import mistral_eqx as mx
 from mistral_eqx.parallel import read_strategy

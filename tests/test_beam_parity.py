@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 import pytest
-from generation_fixtures import VOCAB, talking_model
+from fixtures.generation import VOCAB, talking_model
 
 import mistral_eqx as mx
 

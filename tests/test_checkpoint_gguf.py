@@ -5,7 +5,7 @@ import tracemalloc
 import gguf
 import numpy as np
 import pytest
-from checkpoint_fixtures import assert_same_weights, random_model, tiny, write_gguf
+from fixtures.checkpoint import assert_same_weights, random_model, tiny, write_gguf
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from mistral_eqx.checkpoint import load, open_checkpoint, save

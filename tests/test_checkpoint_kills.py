@@ -13,8 +13,8 @@ import time
 import jax
 import jax.random as jr
 import pytest
-from checkpoint_fixtures import random_model, tiny
-from cli_fixtures import run
+from fixtures.checkpoint import random_model, tiny
+from fixtures.cli import run
 
 from mistral_eqx.checkpoint import convert, load, open_checkpoint, save
 
@@ -47,7 +47,7 @@ def _save(folder, begun):
 @pytest.mark.parametrize("write", [_convert, _save])
 def test_a_kill_at_any_moment_leaves_one_or_the_other(tmp_path, write):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mistral_eqx.public", "checkpoint_fixtures"])
+    context.set_forkserver_preload(["mistral_eqx.public", "fixtures.checkpoint"])
     known = {}
     for number, (name, format) in enumerate((("first", "hf"), ("second", "mistral"))):
         save(random_model(tiny(), jr.key(number)), tmp_path / name, format="hf")

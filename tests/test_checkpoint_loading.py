@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from checkpoint_fixtures import assert_same_weights, edit_json, random_model, tiny, weights, write_gguf
+from fixtures.checkpoint import assert_same_weights, edit_json, random_model, tiny, weights, write_gguf
 
 from mistral_eqx.checkpoint import load, save
 

@@ -1,6 +1,6 @@
 import jax.numpy as jnp
 import pytest
-from checkpoint_fixtures import random_model, tiny, weights
+from fixtures.checkpoint import random_model, tiny, weights
 from hypothesis import given, strategies as st
 
 from mistral_eqx.checkpoint.names import TABLE, is_derived, layer_specs

@@ -5,7 +5,7 @@ import unittest.mock
 
 import equinox as eqx
 import pytest
-from checkpoint_fixtures import assert_same_weights, edit_json, random_model, tiny, write_gguf
+from fixtures.checkpoint import assert_same_weights, edit_json, random_model, tiny, write_gguf
 
 from mistral_eqx.checkpoint import convert, load, open_checkpoint, save
 from mistral_eqx.checkpoint.names import layer_specs

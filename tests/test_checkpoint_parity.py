@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_fixtures import assert_same_weights, random_model, tiny, weights
+from fixtures.checkpoint import assert_same_weights, random_model, tiny, weights
 
 from mistral_eqx.checkpoint import convert, hf, load, save
 from mistral_eqx.checkpoint.names import layer_specs

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from generation_fixtures import refused
-from lora_fixtures import CONFIG, adapted, adapters
-from model_fixtures import small_model
+from fixtures.generation import refused
+from fixtures.lora import CONFIG, adapted, adapters
+from fixtures.model import small_model
 from safetensors.numpy import load_file, save_file
 
 import mistral_eqx as mx

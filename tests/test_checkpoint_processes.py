@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoint_fixtures import assert_same_weights, edit_json, random_model, tiny, write_noise
+from fixtures.checkpoint import assert_same_weights, edit_json, random_model, tiny, write_noise
 
 from mistral_eqx.checkpoint import load, save
 from mistral_eqx.config import MistralConfig
@@ -43,7 +43,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"localhost:{port}", 4, number)
 import numpy as np
 import mistral_eqx as mx
-from checkpoint_fixtures import counted_reads
+from fixtures.checkpoint import counted_reads
 from mistral_eqx.checkpoint import open_checkpoint
 
 mesh = jax.make_mesh((8,), ("tp",))

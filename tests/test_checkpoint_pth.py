@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_fixtures import assert_same_weights, random_model, tiny, weights
+from fixtures.checkpoint import assert_same_weights, random_model, tiny, weights
 
 from mistral_eqx.checkpoint import convert, load, mistral, open_checkpoint
 from mistral_eqx.checkpoint.names import layer_specs

@@ -4,7 +4,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint_fixtures import random_model, tiny, weights, write_gguf
+from fixtures.checkpoint import random_model, tiny, weights, write_gguf
 from hypothesis import given, strategies as st
 
 from mistral_eqx import checkpoint

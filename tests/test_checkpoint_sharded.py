@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from checkpoint_fixtures import (
+from fixtures.checkpoint import (
     assert_same_weights,
     counted_reads,
     random_model,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from checkpoint_fixtures import assert_same_weights, random_model, tiny, write_gguf
+from fixtures.checkpoint import assert_same_weights, random_model, tiny, write_gguf
 
 from mistral_eqx import InputError, interrupts
 from mistral_eqx.checkpoint import convert, load, locate, open_checkpoint, save, staging

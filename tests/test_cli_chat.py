@@ -5,7 +5,7 @@ import sys
 
 import jax.random as jr
 import pytest
-from cli_fixtures import assert_refused, run, save_tiny_model
+from fixtures.cli import assert_refused, run, save_tiny_model
 
 import mistral_eqx as mx
 from mistral_eqx.generation import Conversation

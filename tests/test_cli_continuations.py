@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from cli_fixtures import run, save_tiny_model
+from fixtures.cli import run, save_tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import mistral_eqx as mx

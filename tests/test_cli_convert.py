@@ -1,8 +1,8 @@
 import equinox as eqx
 import jax.numpy as jnp
 import pytest
-from checkpoint_fixtures import random_model, tiny as tiny_config, write_gguf
-from cli_fixtures import assert_refused, run, save_tiny_model
+from fixtures.checkpoint import random_model, tiny as tiny_config, write_gguf
+from fixtures.cli import assert_refused, run, save_tiny_model
 from fixtures.text import tiny as vocabularies
 
 import mistral_eqx as mx

@@ -5,7 +5,7 @@ import sys
 
 import jax
 import pytest
-from cli_fixtures import assert_refused, run, save_tiny_model
+from fixtures.cli import assert_refused, run, save_tiny_model
 from rich.console import Console
 
 import mistral_eqx as mx

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from cli_fixtures import assert_refused, run, save_tiny_model
+from fixtures.cli import assert_refused, run, save_tiny_model
 
 import mistral_eqx as mx
 

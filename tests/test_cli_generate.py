@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
-from cli_fixtures import assert_refused, run, save_tiny_model
+from fixtures.cli import assert_refused, run, save_tiny_model
 
 import mistral_eqx as mx
 from mistral_eqx import cli

@@ -2,7 +2,7 @@ import json
 import shutil
 
 import pytest
-from cli_fixtures import assert_refused, run, save_tiny_model
+from fixtures.cli import assert_refused, run, save_tiny_model
 
 import mistral_eqx as mx
 from mistral_eqx.presets import PRESETS

@@ -2,8 +2,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from checkpoint_fixtures import assert_same_weights
-from cli_fixtures import assert_refused, run, save_tiny_model
+from fixtures.checkpoint import assert_same_weights
+from fixtures.cli import assert_refused, run, save_tiny_model
 
 import mistral_eqx as mx
 

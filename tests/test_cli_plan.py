@@ -2,7 +2,7 @@ import io
 import json
 
 import pytest
-from cli_fixtures import assert_refused, run, save_tiny_model
+from fixtures.cli import assert_refused, run, save_tiny_model
 from rich.console import Console
 
 import mistral_eqx as mx

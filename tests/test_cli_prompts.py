@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from cli_fixtures import assert_refused, run, save_tiny_model
-from multi_host_fixtures import environment, free_port
+from fixtures.cli import assert_refused, run, save_tiny_model
+from fixtures.multi_host import environment, free_port
 
 import mistral_eqx as mx
 from mistral_eqx.cli.continuing import Chosen, Continuation, Likely

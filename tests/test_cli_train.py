@@ -9,8 +9,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cli_fixtures import assert_refused, run, save_tiny_model
-from trainer_fixtures import keep_programs as keep_programs
+from fixtures.cli import assert_refused, run, save_tiny_model
+from fixtures.trainer import keep_programs as keep_programs
 
 import mistral_eqx as mx
 from mistral_eqx.cli.recipe import read_recipe

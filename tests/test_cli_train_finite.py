@@ -3,8 +3,8 @@
 import equinox as eqx
 import jax.numpy as jnp
 import pytest
-from generation_fixtures import refused
-from trainer_fixtures import model
+from fixtures.generation import refused
+from fixtures.trainer import model
 
 from mistral_eqx.cli.recipe import Data, Model, Optimizer, Recipe, Training
 from mistral_eqx.cli.train import _save

@@ -1,6 +1,6 @@
 import jax.numpy as jnp
 import pytest
-from checkpoint_fixtures import assert_same_weights, random_model, tiny as tiny_config, write_gguf
+from fixtures.checkpoint import assert_same_weights, random_model, tiny as tiny_config, write_gguf
 from fixtures.text import tiny
 
 import mistral_eqx as mx

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equality_fixtures import (
+from fixtures.equality import (
     FLOAT64_BOUND,
     ROUNDINGS,
     TALLY,

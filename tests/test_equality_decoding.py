@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from generation_fixtures import PROMPTS, talking_model
+from fixtures.generation import PROMPTS, talking_model
+from fixtures.model import SMALL, relative_error, run, small_model
+from fixtures.sharding import exchanges, sharded, written
 from jax.sharding import PartitionSpec as P
-from model_fixtures import SMALL, relative_error, run, small_model
-from sharding_fixtures import exchanges, sharded, written
 
 import mistral_eqx as mx
 from mistral_eqx.generation.caches import empty_cache, slots

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from cli_fixtures import save_tiny_model
-from model_fixtures import small_model
+from fixtures.cli import save_tiny_model
+from fixtures.model import small_model
 
 import mistral_eqx as mx
 

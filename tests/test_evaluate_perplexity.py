@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from generation_fixtures import VOCAB, logits_of, refused, talking_model
+from fixtures.generation import VOCAB, logits_of, refused, talking_model
 
 import mistral_eqx as mx
 from mistral_eqx.evaluate import windows as module

@@ -3,15 +3,15 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generation_fixtures import PROMPTS, VOCAB, greedy_without_cache, logits_of, random_prompts, refused, talking_model
+from fixtures.generation import PROMPTS, VOCAB, greedy_without_cache, logits_of, random_prompts, refused, talking_model
+from fixtures.sharding import exchanges
 from hypothesis import given, settings, strategies as st
-from sharding_fixtures import exchanges
 
 import mistral_eqx as mx
 from mistral_eqx.evaluate import scoring as module
 
 
-# Sums of 61 exponentials in float32, of logits whose own error is 2e-5 of the largest: see model_fixtures.
+# Sums of 61 exponentials in float32, of logits whose own error is 2e-5 of the largest: see fixtures/model.py.
 TOLERANCE = 1e-4
 WIDTH = 112
 

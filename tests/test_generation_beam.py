@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cli_fixtures import save_tiny_model
-from equality_fixtures import on, precision, random_model
-from generation_fixtures import PROMPTS, VOCAB, count_compilations, logits_of, random_prompts, refused, talking_model
+from fixtures.cli import save_tiny_model
+from fixtures.equality import on, precision, random_model
+from fixtures.generation import PROMPTS, VOCAB, count_compilations, logits_of, random_prompts, refused, talking_model
+from fixtures.model import small_model
 from hypothesis import given, settings, strategies as st
-from model_fixtures import small_model
 from test_nn_decoding import CONFIG, KV_SEQ, _computations, _instructions
 
 import mistral_eqx as mx

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from generation_fixtures import random_prompts, refused, talking_model
+from fixtures.generation import random_prompts, refused, talking_model
 
 import mistral_eqx as mx
 from mistral_eqx.generation.loop import Decoding, decode

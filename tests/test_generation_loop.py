@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from generation_fixtures import (
+from fixtures.generation import (
     PROMPTS,
     VOCAB,
     count_compilations,
@@ -16,8 +16,8 @@ from generation_fixtures import (
     spy,
     talking_model,
 )
+from fixtures.model import padded, run
 from hypothesis import given, settings, strategies as st
-from model_fixtures import padded, run
 
 import mistral_eqx as mx
 from mistral_eqx import Conversation, Sampler, generate, prefill, stream

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from generation_fixtures import PROMPTS, VOCAB, count_compilations, logits_of, refused, talking_model
+from fixtures.generation import PROMPTS, VOCAB, count_compilations, logits_of, refused, talking_model
+from fixtures.sharding import mesh, sharded
 from hypothesis import given, settings, strategies as st
 from jaxtyping import Array, Int
-from sharding_fixtures import mesh, sharded
 
 import mistral_eqx as mx
 from mistral_eqx import Sampler, generate, stream

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generation_fixtures import refused
+from fixtures.generation import refused
 from hypothesis import given, settings, strategies as st
 
 from mistral_eqx.generation.caches import capacity

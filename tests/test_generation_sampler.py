@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from generation_fixtures import count_compilations, refused
+from fixtures.generation import count_compilations, refused
+from fixtures.sharding import mesh, sharded
 from hypothesis import given, settings, strategies as st
-from sharding_fixtures import mesh, sharded
 
 from mistral_eqx.generation import Sampler
 from mistral_eqx.generation.sampler import gumbel

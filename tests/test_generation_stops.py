@@ -1,7 +1,7 @@
 import jax.random as jr
 import numpy as np
 import pytest
-from generation_fixtures import PROMPTS, VOCAB, refused, spy, talking_model
+from fixtures.generation import PROMPTS, VOCAB, refused, spy, talking_model
 from hypothesis import given, settings, strategies as st
 
 from mistral_eqx import Conversation, Sampler, StopText, generate, prefill, stream

@@ -2,7 +2,7 @@ import jax
 import jax.random as jr
 import numpy as np
 import pytest
-from generation_fixtures import (
+from fixtures.generation import (
     PROGRAMS,
     PROMPTS,
     VOCAB,

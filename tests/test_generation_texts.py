@@ -4,8 +4,8 @@ import dataclasses
 
 import equinox as eqx
 import pytest
-from cli_fixtures import save_tiny_model
-from generation_fixtures import PROMPTS, refused, talking_model
+from fixtures.cli import save_tiny_model
+from fixtures.generation import PROMPTS, refused, talking_model
 
 import mistral_eqx as mx
 

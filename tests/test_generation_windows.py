@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from generation_fixtures import random_prompts, talking_model
+from fixtures.generation import random_prompts, talking_model
 from hypothesis import given, settings, strategies as st
 
 import mistral_eqx as mx

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_fixtures import save_tiny_model
+from fixtures.cli import save_tiny_model
 
 import mistral_eqx as mx
 from mistral_eqx import interrupts

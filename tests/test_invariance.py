@@ -8,9 +8,9 @@ import os
 
 import numpy as np
 import pytest
-from generation_fixtures import VOCAB, greedy_without_cache, logits_of, random_prompts, talking_model
+from fixtures.generation import VOCAB, greedy_without_cache, logits_of, random_prompts, talking_model
+from fixtures.model import padded
 from hypothesis import HealthCheck, given, settings, strategies as st
-from model_fixtures import padded
 
 import mistral_eqx as mx
 from mistral_eqx.generation.request import Request

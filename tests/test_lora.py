@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from generation_fixtures import refused
-from lora_fixtures import CONFIG, LINEAR, Int8Weight, adapted, adapters, quantized
-from model_fixtures import FLOAT32_TOLERANCE, relative_error, small_model
-from sharding_fixtures import exchanges
+from fixtures.generation import refused
+from fixtures.lora import CONFIG, LINEAR, Int8Weight, adapted, adapters, quantized
+from fixtures.model import FLOAT32_TOLERANCE, relative_error, small_model
+from fixtures.sharding import exchanges
 
 import mistral_eqx as mx
 from mistral_eqx.lora import LoRAWeight, TrainedWeight

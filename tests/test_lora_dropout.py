@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from generation_fixtures import refused
-from lora_fixtures import CONFIG, LINEAR, Int8Weight, adapted, adapters, quantized
-from model_fixtures import relative_error, small_model
+from fixtures.generation import refused
+from fixtures.lora import CONFIG, LINEAR, Int8Weight, adapted, adapters, quantized
+from fixtures.model import relative_error, small_model
 
 import mistral_eqx as mx
 from mistral_eqx import train

@@ -5,8 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lora_fixtures import CONFIG, LINEAR, adapted
-from model_fixtures import FLOAT32_TOLERANCE, relative_error, run, small_model
+from fixtures.lora import CONFIG, LINEAR, adapted
+from fixtures.model import FLOAT32_TOLERANCE, relative_error, run, small_model
 
 import mistral_eqx as mx
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from lora_fixtures import CONFIG, LINEAR, Int8Weight, adapted, adapters, arrays, quantized
-from model_fixtures import relative_error, small_model
+from fixtures.lora import CONFIG, LINEAR, Int8Weight, adapted, adapters, arrays, quantized
+from fixtures.model import relative_error, small_model
 
 import mistral_eqx as mx
 from mistral_eqx import train

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from cli_fixtures import run, save_tiny_model
-from model_fixtures import relative_error, small_model
-from multi_host_fixtures import (
+from fixtures.cli import run, save_tiny_model
+from fixtures.model import relative_error, small_model
+from fixtures.multi_host import (
     PROMPTS,
     SIZES,
     environment,
@@ -23,7 +23,7 @@ from multi_host_fixtures import (
     samplings,
     start,
 )
-from trainer_fixtures import Losses, host_batches, model as one_model, trainer
+from fixtures.trainer import Losses, host_batches, model as one_model, trainer
 
 import mistral_eqx as mx
 

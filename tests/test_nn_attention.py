@@ -4,11 +4,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_reference as reference
 import pytest
+from fixtures import numpy_reference as reference
+from fixtures.model import SMALL, relative_error, small_model
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
-from model_fixtures import SMALL, relative_error, small_model
 
 from mistral_eqx.nn import Cache, Context, visible
 from mistral_eqx.nn.visible import bounds

@@ -1,8 +1,8 @@
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-import numpy_reference as reference
-from model_fixtures import SMALL, relative_error, small_model
+from fixtures import numpy_reference as reference
+from fixtures.model import SMALL, relative_error, small_model
 
 from mistral_eqx.nn import Context
 

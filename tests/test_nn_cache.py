@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_fixtures import SMALL, empty_cache, run, small_model
+from fixtures.model import SMALL, empty_cache, run, small_model
 
 from mistral_eqx.nn import Cache, Context, FullCache
 

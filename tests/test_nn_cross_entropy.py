@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures.model import relative_error
+from fixtures.sharding import exchanges, sharded, written
 from jax.sharding import PartitionSpec as P
-from model_fixtures import relative_error
-from sharding_fixtures import exchanges, sharded, written
 
 from mistral_eqx.nn import DenseWeight, Unembedding, cross_entropy, log_likelihood
 from mistral_eqx.parallel import Strategy, make_mesh, specs, with_strategy

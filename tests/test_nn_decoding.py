@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
-from model_fixtures import small_model
+from fixtures.model import small_model
 
 from mistral_eqx.config import MistralConfig
 from mistral_eqx.generation import Sampler

@@ -4,11 +4,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_reference as reference
 import pytest
+from fixtures import numpy_reference as reference
+from fixtures.model import SMALL, relative_error, small_model
+from fixtures.sharding import mesh, sharded
 from jax.sharding import PartitionSpec as P
-from model_fixtures import SMALL, relative_error, small_model
-from sharding_fixtures import mesh, sharded
 
 from mistral_eqx.parallel import Strategy, specs, with_strategy
 

@@ -1,9 +1,9 @@
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-import numpy_reference as reference
 import pytest
-from model_fixtures import relative_error, small_model
+from fixtures import numpy_reference as reference
+from fixtures.model import relative_error, small_model
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 2**-6)])

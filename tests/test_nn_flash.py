@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures.model import SMALL, relative_error, small_model
 from hypothesis import given, settings, strategies as st
-from model_fixtures import SMALL, relative_error, small_model
 
 from mistral_eqx import PRESETS
 from mistral_eqx.nn import Mistral, Span, attention as layer, flash_attention, visible

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures.model import relative_error
+from fixtures.sharding import mesh, sharded
 from jax.sharding import PartitionSpec as P
-from model_fixtures import relative_error
-from sharding_fixtures import mesh, sharded
 
 from mistral_eqx.nn import DenseWeight, Linear
 from mistral_eqx.parallel import Strategy, specs, with_strategy

@@ -4,11 +4,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_reference as reference
 import pytest
-from generation_fixtures import count_compilations
-from jaxtyping import TypeCheckError
-from model_fixtures import (
+from fixtures import numpy_reference as reference
+from fixtures.generation import count_compilations
+from fixtures.model import (
     FLOAT32_TOLERANCE,
     SMALL,
     VARIANTS,
@@ -23,6 +22,7 @@ from model_fixtures import (
     small_model,
     variant_model,
 )
+from jaxtyping import TypeCheckError
 
 from mistral_eqx.generation import generate
 from mistral_eqx.nn import Linear, Mistral, RMSNorm

@@ -1,9 +1,9 @@
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-import numpy_reference as reference
 import pytest
-from model_fixtures import relative_error
+from fixtures import numpy_reference as reference
+from fixtures.model import relative_error
 
 from mistral_eqx.nn import RMSNorm
 

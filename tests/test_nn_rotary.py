@@ -3,12 +3,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_reference as reference
 import pytest
+from fixtures import numpy_reference as reference
+from fixtures.model import relative_error
+from fixtures.sharding import sharded
 from hypothesis import given, settings, strategies as st
 from jax.sharding import PartitionSpec as P
-from model_fixtures import relative_error
-from sharding_fixtures import sharded
 
 from mistral_eqx.config import Rope
 from mistral_eqx.nn import Rotation

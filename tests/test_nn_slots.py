@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures.sharding import sharded
 from hypothesis import given, settings, strategies as st
 from jax.sharding import PartitionSpec as P
-from sharding_fixtures import sharded
 
 from mistral_eqx.nn.slots import own_slot, own_slots, slots_for, tokens_in
 from mistral_eqx.parallel import SINGLE, Strategy, make_mesh

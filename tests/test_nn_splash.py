@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_fixtures import SMALL, relative_error, small_model
+from fixtures.model import SMALL, relative_error, small_model
 
 import mistral_eqx as mx
 from mistral_eqx.nn import Span, attention as layer
@@ -157,7 +157,7 @@ def test_a_model_on_a_mesh_learns_the_same(kernel_everywhere, strategy):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, of the extra tpu, is not installed.")
 def test_a_program_for_a_tpu_holds_the_kernel_and_no_score_for_every_pair():
-    script = Path(__file__).with_name("splash_on_tpu.py")
+    script = Path(__file__).parent / "fixtures" / "splash_on_tpu.py"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     ran = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, env=environment, text=True, check=True)
     texts = json.loads(ran.stdout)

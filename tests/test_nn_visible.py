@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_fixtures import SMALL, relative_error, small_model
+from fixtures.model import SMALL, relative_error, small_model
 
 import mistral_eqx as mx
 from mistral_eqx.nn import Cache, Span, attention as layer, visible

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_fixtures import relative_error
+from fixtures.model import relative_error
 
 from mistral_eqx.nn import DenseWeight
 

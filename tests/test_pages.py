@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from cli_fixtures import run
+from fixtures.cli import run
 
 from mistral_eqx.cli import app
 

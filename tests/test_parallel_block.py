@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures.model import SMALL, relative_error, small_model
+from fixtures.sharding import mesh, sharded
 from jax.sharding import PartitionSpec as P
-from model_fixtures import SMALL, relative_error, small_model
-from sharding_fixtures import mesh, sharded
 
 from mistral_eqx.nn import Context, FullCache
 from mistral_eqx.parallel import SINGLE, Strategy, specs, with_strategy

@@ -1,8 +1,8 @@
 import dataclasses
 
 import pytest
+from fixtures.model import SMALL
 from jax.sharding import AbstractMesh
-from model_fixtures import SMALL
 
 import mistral_eqx as mx
 from mistral_eqx.parallel import NAMED

@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures.sharding import mesh, sharded
 from jax.sharding import PartitionSpec as P
-from sharding_fixtures import mesh, sharded
 
 from mistral_eqx.parallel import (
     SINGLE,

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
+from fixtures.model import SMALL, small_model
+from fixtures.sharding import MESHES, exchanges, free_strategy
 from hypothesis import given, settings, strategies as st
-from model_fixtures import SMALL, small_model
-from sharding_fixtures import MESHES, exchanges, free_strategy
 
 import mistral_eqx as mx
 from mistral_eqx.generation.loop import Decoding, decode

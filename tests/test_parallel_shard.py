@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures.model import SMALL, relative_error, small_model
 from jax.sharding import AxisType
-from model_fixtures import SMALL, relative_error, small_model
 
 import mistral_eqx as mx
 from mistral_eqx.parallel import NAMED, by_hand, gather_to_host, specs

@@ -3,9 +3,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures.model import SMALL, small_model
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
-from model_fixtures import SMALL, small_model
 
 from mistral_eqx.nn import Cache, Mistral
 from mistral_eqx.parallel import SINGLE, AbstractNamed, Strategy, entered, psum, specs, spmd

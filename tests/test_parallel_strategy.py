@@ -2,9 +2,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from fixtures.model import small_model
 from hypothesis import given, strategies as st
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
-from model_fixtures import small_model
 
 from mistral_eqx.parallel import (
     HEAD_DIM,

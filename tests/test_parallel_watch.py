@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from multi_host_fixtures import free_port
+from fixtures.multi_host import free_port
 
 from mistral_eqx.parallel import watch as watch_module
 from mistral_eqx.parallel.watch import address, meet

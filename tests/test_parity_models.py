@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from model_fixtures import (
+from fixtures.model import (
     FLOAT32_TOLERANCE,
     MODELS,
     VARIANTS,

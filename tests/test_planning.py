@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from model_fixtures import SMALL
+from fixtures.model import SMALL
 from rich.console import Console
 
 import mistral_eqx as mx

@@ -8,9 +8,9 @@ import math
 
 import jax
 import pytest
-from cli_fixtures import assert_refused, run
-from generation_fixtures import refused
-from model_fixtures import SMALL
+from fixtures.cli import assert_refused, run
+from fixtures.generation import refused
+from fixtures.model import SMALL
 from rich.console import Console
 
 import mistral_eqx as mx

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from model_fixtures import MODELS, recorded, variant_model
+from fixtures.model import MODELS, recorded, variant_model
 
 import mistral_eqx as mx
 

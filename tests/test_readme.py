@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from model_fixtures import relative_error
+from fixtures.model import relative_error
 
 import mistral_eqx as mx
 

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import optax
 import pytest
-from generation_fixtures import refused
+from fixtures.generation import refused
 
 import mistral_eqx as mx
 from mistral_eqx.train import data

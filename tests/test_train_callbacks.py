@@ -6,8 +6,8 @@ import types
 
 import numpy as np
 import pytest
-from generation_fixtures import refused
-from trainer_fixtures import At, Losses, batches, keep_programs as keep_programs, model, stop, trainer
+from fixtures.generation import refused
+from fixtures.trainer import At, Losses, batches, keep_programs as keep_programs, model, stop, trainer
 
 from mistral_eqx import train
 from mistral_eqx.train.callback import Run

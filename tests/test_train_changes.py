@@ -5,8 +5,8 @@ import warnings
 
 import numpy as np
 import pytest
-from generation_fixtures import refused
-from trainer_fixtures import CONFIG, SEQ, Losses, keep_programs as keep_programs, model, trainer
+from fixtures.generation import refused
+from fixtures.trainer import CONFIG, SEQ, Losses, keep_programs as keep_programs, model, trainer
 
 from mistral_eqx import train
 

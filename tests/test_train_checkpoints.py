@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generation_fixtures import refused
-from trainer_fixtures import batches, keep_programs as keep_programs, model, trainer
+from fixtures.generation import refused
+from fixtures.trainer import batches, keep_programs as keep_programs, model, trainer
 
 from mistral_eqx import train
 
@@ -168,7 +168,7 @@ def _train(folder, losses):
 def test_a_process_that_is_killed_at_any_moment_leaves_a_checkpoint(tmp_path):
     """Twenty times: what is there can be read, and training goes on to the losses of a run that was never killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mistral_eqx.public", "orbax.checkpoint", "trainer_fixtures"])
+    context.set_forkserver_preload(["mistral_eqx.public", "orbax.checkpoint", "fixtures.trainer"])
     whole, losses = tmp_path / "whole.jsonl", tmp_path / "losses.jsonl"
     undisturbed = context.Process(target=_train, args=(tmp_path / "whole", whole))
     undisturbed.start()

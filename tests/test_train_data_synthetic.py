@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from generation_fixtures import refused
+from fixtures.generation import refused
 
 from mistral_eqx.train import data
 

@@ -7,7 +7,7 @@ import tracemalloc
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from generation_fixtures import refused
+from fixtures.generation import refused
 
 from mistral_eqx.train import data
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from generation_fixtures import refused
+from fixtures.generation import refused
 from hypothesis import given, settings, strategies as st
 
 from mistral_eqx.train import cut, data

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_fixtures import SMALL, small_model
+from fixtures.model import SMALL, small_model
 
 from mistral_eqx.nn import stack
 from mistral_eqx.train import adamw, decayed, trained, warmup_cosine, wsd

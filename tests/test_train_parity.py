@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from model_fixtures import relative_error
+from fixtures.model import relative_error
 
 import mistral_eqx as mx
 from mistral_eqx import train

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_fixtures import SMALL, relative_error, small_model
+from fixtures.model import SMALL, relative_error, small_model
 
 from mistral_eqx.nn import stack, unstack
 from mistral_eqx.train import causal, one_a_row, pack, prefix_lm, rematerialised

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from model_fixtures import SMALL, relative_error, small_model
+from fixtures.model import SMALL, relative_error, small_model
 
 import mistral_eqx as mx
 from mistral_eqx import train

@@ -11,8 +11,8 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from generation_fixtures import refused
-from trainer_fixtures import CONFIG, SEQ, At, Losses, batches, keep_programs as keep_programs, model, stop, trainer
+from fixtures.generation import refused
+from fixtures.trainer import CONFIG, SEQ, At, Losses, batches, keep_programs as keep_programs, model, stop, trainer
 
 import mistral_eqx as mx
 from mistral_eqx import train

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generation_fixtures import refused
-from model_fixtures import SMALL, relative_error, small_model
-from sharding_fixtures import exchanges
+from fixtures.generation import refused
+from fixtures.model import SMALL, relative_error, small_model
+from fixtures.sharding import exchanges
 
 import mistral_eqx as mx
 from mistral_eqx import train

@@ -7,9 +7,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
-from generation_fixtures import refused
-from model_fixtures import SMALL, small_model
-from sharding_fixtures import exchanges
+from fixtures.generation import refused
+from fixtures.model import SMALL, small_model
+from fixtures.sharding import exchanges
 
 import mistral_eqx as mx
 from mistral_eqx import train

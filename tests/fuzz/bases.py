@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import gguf
 import jax.random as jr
-from checkpoint_fixtures import TINY, random_model, write_gguf
+from fixtures.checkpoint import TINY, random_model, write_gguf
 from fixtures.text import tiny as vocabularies
 
 import mistral_eqx as mx
