@@ -240,6 +240,8 @@ def test_what_is_wrong_is_one_sentence(recipe, tmp_path, entries, words):
         (["data.objective_options={mask_id='x'}"], ["'data.objective_options.mask_id'", "a whole number"]),
         (["data.objective=causal", "data.objective_options={mask_id=2}"], ["'mask_id'", "none"]),
         (["data.objective=replace_spans", "data.seq=4"], ["4 columns", "replace_spans"]),
+        (["data.objective_options={mask_id=1000000}"], ["'data.objective_options.mask_id'", "1000000", "below"]),
+        (["data.objective=replace_spans", "data.objective_options={sentinels=[3, 9999]}"], [".sentinels'", "9999"]),
         (["training.keep_best=true", "data.objective_options={mask_id=2}"], ["'keep_best'", "'data.held_out'"]),
     ],
 )

@@ -194,7 +194,7 @@ def test_what_is_refused(tmp_path):
         mx.apply_lora(model, targets=("v_proj", "wq"), **options)
     with refused("'head'", "embedding"):
         mx.apply_lora(model, targets=("head",), **options)
-    with refused("no target"):
+    with refused("targets is empty"):
         mx.apply_lora(model, targets=(), **options)
     with refused("rank is 0"):
         mx.apply_lora(model, **{**options, "rank": 0})

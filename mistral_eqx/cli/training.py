@@ -172,6 +172,8 @@ def _objective(
     data: Data, tokenizer: AbstractTokenizer, vocab: int
 ) -> tuple[Callable[[Any, np.random.Generator], mx.train.Example], int]:
     """The objective, and how long a piece may be so that its example has at most `seq` columns."""
+    import numpy as np
+
     import mistral_eqx as mx
 
     from .. import train
@@ -200,6 +202,14 @@ def _objective(
     function = getattr(train, data.objective)
     known = {"vocab": vocab} if "vocab" in inspect.signature(function).parameters else {}
     options = {**known, **_checked(function, options, "data.objective_options", given=tuple(known))}
+    for name in ("mask_id", "sentinels"):
+        if name in options and (largest := max(np.atleast_1d(options[name]).tolist(), default=0)) >= vocab:
+            entry = f"data.objective_options.{name}"
+            raise InputError(
+                f"The recipe's {entry!r} has the token id {largest}, but the vocabulary has {vocab} tokens; give ids "
+                "below that.",
+                key=entry,
+            )
     match data.objective:
         case "causal":
             return lambda ids, random: train.causal(ids), seq

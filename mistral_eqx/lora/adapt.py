@@ -74,8 +74,8 @@ def apply_lora(
     names = dict.fromkeys(_name(path) for path in found)
     unknown = [target for target in targets if target not in names]
     if unknown or not targets:
-        what = f"the target {unknown[0]!r}" if unknown else "no target"
-        raise InputError(f"LoRA was given {what}; give names of layers that the model has: {', '.join(names)}.")
+        what = f"targets has {unknown[0]!r}, which is no layer of the model" if unknown else "targets is empty"
+        raise InputError(f"{what}; give some of {', '.join(names)}.", key="targets")
     if train_embeddings and "embedding" in targets:
         raise InputError(
             "The embedding cannot both have an adapter and be trained as a whole; leave out the target 'embedding' or "

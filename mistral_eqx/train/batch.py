@@ -125,8 +125,9 @@ def _in_rows(rows: Sequence[Sequence[Example]], seq: int) -> Batch:
             stop = start + len(example.inputs)
             if stop > seq:
                 raise InputError(
-                    f"A sequence of {len(example.inputs)} tokens does not fit into a row of {seq}; cut it, or make the "
-                    "rows longer."
+                    f"A sequence of {len(example.inputs)} tokens does not fit into a row of {seq}; cut it, or take a "
+                    "larger seq.",
+                    key="seq",
                 )
             here = row, slice(start, stop)
             for name in ("inputs", "targets", "weights", "positions"):

@@ -113,8 +113,9 @@ def batches(
         raise InputError("The source has no examples; give at least one.")
     if remainder == "drop" and len(source) < rows:
         raise InputError(
-            f"The source has {len(source)} examples, fewer than the {rows} rows of a batch; give more examples, use "
-            "fewer rows, or remainder='pad' with epochs=1."
+            f"rows is {rows}, but the source has only {len(source)} examples; give more examples, use fewer rows, or "
+            "remainder='pad' with epochs=1.",
+            key="rows",
         )
     # Grain takes a second to import, and may not be installed.
     from .pipeline import InOrder, in_rows, packed, stream

@@ -94,8 +94,9 @@ def _example(
     example = _as_example(item) if objective is None else objective(item, random)
     if len(example.inputs) > seq:
         raise InputError(
-            f"An example of {len(example.inputs)} tokens does not fit into a row of {seq}; cut documents "
-            "with data.Pieces, or make the rows longer."
+            f"An example of {len(example.inputs)} tokens does not fit into a row of {seq}; take a larger seq, or cut "
+            "documents with data.Pieces.",
+            key="seq",
         )
     return example
 
