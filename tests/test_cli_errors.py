@@ -1,5 +1,7 @@
+import importlib.util
 import io
 import os
+import runpy
 import subprocess
 import sys
 
@@ -160,6 +162,19 @@ def test_a_variable_that_jax_or_xla_would_end_for_is_named(tiny, name, value, wo
     assert line.startswith("Error: ")
     for word in words:
         assert word in line
+
+
+@pytest.mark.parametrize(("modules", "expected"), [(["libtpu"], "cpu"), (["libtpu", "jax_plugins"], None), ([], None)])
+def test_libtpu_is_not_asked_where_there_is_no_tpu(tmp_path, monkeypatch, modules, expected):
+    monkeypatch.setattr("glob.glob", lambda pattern: [])
+    find = importlib.util.find_spec
+    known = ("libtpu", "jax_plugins")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name in modules or None if name in known else find(name)
+    )
+    monkeypatch.delenv("JAX_PLATFORMS")
+    runpy.run_module("mistral_eqx.environment")
+    assert os.environ.pop("JAX_PLATFORMS", None) == expected
 
 
 def test_a_mesh_is_held_to_the_model_before_its_devices_are_made(tiny, monkeypatch):
