@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+import equinox as eqx
+import jax
 import pytest
 import typer
 from fixtures.cli import run
@@ -46,6 +48,23 @@ def test_the_options_of_a_command_exist(page, words):
             name, *rest = rest
     # Parses and checks each option, and runs nothing.
     command.make_context(name, rest)
+
+
+@pytest.mark.slow
+def test_the_page_on_changing_the_model(capsys):
+    names = {}
+    with jax.numpy_rank_promotion("allow"):
+        for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "docs/changing.md").read_text(), flags=re.DOTALL):
+            exec(compile(snippet, "changing.md", "exec"), names)
+    rounded, split, other = map(float, capsys.readouterr().out.split())
+    # 1 of 254 steps at most for each weight, of which some layers add up; sharding changes only the order of sums.
+    assert 1e-4 < rounded < 0.05
+    assert max(split, other) < 1e-5
+    assert names["out"].tokens.shape == (2, 8)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(eqx.filter(names["tuned"].blocks, eqx.is_array))} == {
+        "int8",
+        "float32",
+    }
 
 
 @pytest.mark.slow

@@ -91,6 +91,12 @@ def _shard_rows(rows: int, shard: tuple[int, int]) -> slice:
 def _example(
     objective: Callable[[Any, np.random.Generator], Example] | None, seq: int, item: Any, random: np.random.Generator
 ) -> Example:
+    if objective is not None and isinstance(item, Example):
+        raise InputError(
+            "The source's items are examples already, as those of Sort and Adder, and an objective makes examples of "
+            "token ids; leave out the objective.",
+            key="objective",
+        )
     example = _as_example(item) if objective is None else objective(item, random)
     if len(example.inputs) > seq:
         raise InputError(
