@@ -29,7 +29,6 @@ app = typer.Typer(
     help="Language models of the Mistral family, from a checkpoint to text.",
     epilog="Fetched models and compiled programs are kept in a folder that the variable MISTRAL_EQX_CACHE moves.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,

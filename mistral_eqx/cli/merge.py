@@ -29,9 +29,9 @@ def merge(
     ] = False,
     debug: options.Debug = False,
 ):
-    """Add adapters to the weights of their model, and write the sum as a checkpoint.
+    """Write a model with its adapters added.
 
-    The merged model runs as fast as without adapters, and every program that reads checkpoints can load it. The
+    The sum of weights and adapters is written as a checkpoint. The merged model runs as fast as without adapters, and every program that reads checkpoints can load it. The
     tokenizer is copied. The target appears only when it is complete.
     """
     import mistral_eqx as mx

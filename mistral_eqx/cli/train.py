@@ -32,8 +32,9 @@ def train(
     devices: options.ProcessOptions,
     debug: options.Debug = False,
 ):
-    """Train a model by a recipe: from random weights or a checkpoint, all of it or adapters.
+    """Train a model, or adapters, by a recipe.
 
+    It begins with random weights or with a checkpoint.
     If the folder holds a run, the command resumes it, with the same numbers as an uninterrupted run. Ctrl-C and SIGTERM
     end it after the step, with a checkpoint. At the end the folder `model` holds the model, or `adapters` its adapters.
 
