@@ -392,7 +392,10 @@ def test_pictures(tmp_path, report):
 def test_the_example(capsys):
     runpy.run_path(str(Path(__file__).parents[1] / "examples" / "plan.py"))["main"]()
     refused, *_, head_dim, kv_seq = capsys.readouterr().out.splitlines()
-    assert refused == "6 kv_heads cannot be split over 4 devices; use KV_REPLICATED or HEAD_DIM."
+    assert refused == (
+        "6 kv_heads cannot be split over 4 devices; use KV_REPLICATED or HEAD_DIM; strategy='head_dim' with "
+        "mesh='tp=4' fits."
+    )
     layers = mx.PRESETS["gpt-mini"].layers
     assert head_dim.startswith(f"head_dim: each new token takes {3 * layers + 3} all_reduce of ")
     assert kv_seq.startswith("heads_x_kv_seq: each new token takes ")

@@ -229,7 +229,14 @@ def _strategy_and_axes(
         axes = _axes(config, split, count) if mesh is None else parse_axes(mesh)
     if math.prod(axes.values()) != count:
         raise InputError(f"The mesh {show(axes)} takes {math.prod(axes.values())} devices and there are {count}.")
-    split.check(config, AbstractMesh(tuple(axes.values()), tuple(axes)))
+    try:
+        split.check(config, AbstractMesh(tuple(axes.values()), tuple(axes)))
+    except InputError as error:
+        fitting = next(iter(strategies(config, count)), None)
+        if fitting is None:
+            raise
+        example = f"strategy={fitting.strategy.name!r} with mesh={show(fitting.axes)!r} fits"
+        raise InputError(f"{str(error).rstrip('.')}; {example}.") from error
     return label, split, axes
 
 
