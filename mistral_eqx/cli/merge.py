@@ -31,8 +31,8 @@ def merge(
 ):
     """Write a model with its adapters added.
 
-    The sum of weights and adapters is written as a checkpoint. The merged model runs as fast as without adapters, and every program that reads checkpoints can load it. The
-    tokenizer is copied. The target appears only when it is complete.
+    The sum of weights and adapters is written as a checkpoint, with the model's tokenizer. It runs as fast as the model
+    without adapters, and every program that reads checkpoints can load it. The target appears only when it is complete.
     """
     import mistral_eqx as mx
 
