@@ -18,7 +18,7 @@ import mistral_eqx as mx
 from mistral_eqx.generation.caches import empty_cache, slots
 from mistral_eqx.generation.loop import Decoding, decode
 from mistral_eqx.nn import Cache
-from mistral_eqx.parallel import Strategy, by_hand, with_strategy
+from mistral_eqx.parallel import Strategy, with_auto_axes, with_strategy
 from mistral_eqx.parallel.mesh import make_mesh
 
 
@@ -89,7 +89,7 @@ def _wide_model():
 
 def _only_lowered(layout, axes):
     """Enters the mesh, but is not placed there: nothing runs."""
-    return dataclasses.replace(with_strategy(_wide_model(), Strategy(layout)), mesh=by_hand(make_mesh(axes)))
+    return dataclasses.replace(with_strategy(_wide_model(), Strategy(layout)), mesh=with_auto_axes(make_mesh(axes)))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -47,13 +47,13 @@ def model():
 @given(
     # The longest decides on the shapes that are compiled.
     lengths=st.permutations([1, 2, 5, 15, 16, 17, 40, 99]).map(lambda lengths: [*lengths[:2], 100]),
-    piece=st.sampled_from([7, 16, 512]),
+    prefill_chunk=st.sampled_from([7, 16, 512]),
     seed=st.integers(0, 100),
 )
 @pytest.mark.slow
-def test_scores_are_the_log_softmax_of_the_whole_forward_pass(model, lengths, piece, seed):
+def test_scores_are_the_log_softmax_of_the_whole_forward_pass(model, lengths, prefill_chunk, seed):
     rows = random_prompts(*lengths, seed=seed)
-    assert_scored(model, mx.score(model, rows, piece=piece), rows)
+    assert_scored(model, mx.score(model, rows, prefill_chunk=prefill_chunk), rows)
 
 
 def test_the_likeliest_tokens_are_said_to_be(model):
@@ -78,7 +78,7 @@ def test_tied_heads_and_16_bits():
     tied = talking_model(tied=True, windows=(None,))
     assert_scored(tied, mx.score(tied, PROMPTS), PROMPTS)
     half = talking_model(windows=(None,), dtype=jnp.bfloat16)
-    scores = mx.score(half, PROMPTS, piece=8)
+    scores = mx.score(half, PROMPTS, prefill_chunk=8)
     assert scores.log_probs.dtype == jnp.float32
     # Three significant digits ; a wrong token would be off by whole numbers.
     likely, _ = expected(half, PROMPTS[2])
@@ -87,7 +87,7 @@ def test_tied_heads_and_16_bits():
 
 def test_only_the_last_tokens(model):
     rows = random_prompts(100, 30, 90)
-    scores, ends = mx.score(model, rows, piece=16), mx.score(model, rows, piece=16, last=20)
+    scores, ends = mx.score(model, rows, prefill_chunk=16), mx.score(model, rows, prefill_chunk=16, last=20)
     for row, length in enumerate(map(len, rows)):
         np.testing.assert_array_equal(ends.log_probs[row, length - 20 :], scores.log_probs[row, length - 20 :])
         np.testing.assert_array_equal(ends.greedy[row, length - 20 :], scores.greedy[row, length - 20 :])
@@ -100,7 +100,7 @@ def test_only_the_last_tokens(model):
 def divisible():
     model = talking_model(windows=(7,), vocab=60, hidden=48)
     rows = [[token % 60 for token in row] for row in random_prompts(48, 3, 17)]
-    return model, rows, mx.score(model, rows, piece=24)
+    return model, rows, mx.score(model, rows, prefill_chunk=24)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def divisible():
 @pytest.mark.slow
 def test_split_models_score_the_same(divisible, axes, layout):
     model, rows, scores = divisible
-    found = mx.score(mx.shard(model, mx.make_mesh(axes), mx.Strategy(layout)), rows, piece=24)
+    found = mx.score(mx.shard(model, mx.make_mesh(axes), mx.Strategy(layout)), rows, prefill_chunk=24)
     np.testing.assert_allclose(found.log_probs, scores.log_probs, atol=TOLERANCE)
     np.testing.assert_array_equal(found.greedy, scores.greedy)
 
@@ -148,7 +148,7 @@ def test_memory_does_not_hold_logits_of_a_long_row():
         ([[1], []], {}, ["Prompt 1 is empty"]),
         ([[VOCAB]], {}, ["token id 61"]),
         ([[1] * 101], {}, ["row of 101 tokens", "context of 99"]),
-        ([[1, 2]], {"piece": 0}, ["piece is 0"]),
+        ([[1, 2]], {"prefill_chunk": 0}, ["prefill_chunk is 0"]),
     ],
 )
 def test_bad_rows_are_refused(model, rows, options, words):

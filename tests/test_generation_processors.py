@@ -58,7 +58,7 @@ def said(processors, prompts=PROMPTS, new=16, **options):
     return generate(talking_model(windows=(None,)), prompts, max_new_tokens=new, sampler=sampler, **options)
 
 
-def by_hand(change, new=16, prompts=PROMPTS):
+def with_auto_axes(change, new=16, prompts=PROMPTS):
     """Greedy decoding in Python: `change(logits, prompt, tokens)` says what a processor should do to one row."""
     rows = []
     for prompt in prompts:
@@ -112,7 +112,7 @@ def constrained(logits, prompt, tokens):
 )
 def test_the_loop_does_what_the_definition_says(processors, change):
     tokens = said(processors).tokens.tolist()
-    assert tokens == by_hand(change)
+    assert tokens == with_auto_axes(change)
     assert tokens != said([]).tokens.tolist()
 
 
@@ -127,7 +127,7 @@ def test_an_end_token_waits_for_the_least_number_of_tokens():
 
     out = said([mx.MinNewTokens(7)], eos_id=ends)
     assert (np.asarray(out.lengths) > 7).all()
-    for row, length, expected in zip(out.tokens.tolist(), out.lengths.tolist(), by_hand(late), strict=True):
+    for row, length, expected in zip(out.tokens.tolist(), out.lengths.tolist(), with_auto_axes(late), strict=True):
         assert row[:length] == expected[:length]
     # Another number is a value; with none it holds nothing back.
     assert said([mx.MinNewTokens(0)], eos_id=ends).lengths.tolist() == [1, 1, 1]

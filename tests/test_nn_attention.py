@@ -10,8 +10,8 @@ from fixtures.model import SMALL, relative_error, small_model
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mistral_eqx.nn import Cache, Context, visible
-from mistral_eqx.nn.visible import bounds
+from mistral_eqx.nn import Cache, Context, attention_mask
+from mistral_eqx.nn.mask import bounds
 
 
 GROUPED = dataclasses.replace(SMALL, layers=1, windows=(None,), kv_heads=3, q_per_kv=4)
@@ -47,7 +47,7 @@ _positions = st.integers(-1, 12)
     st.none() | st.integers(1, 14),
 )
 def test_visible_is_what_its_words_say(positions, kv_positions, window):
-    found = visible(*bounds(jnp.asarray(positions), window), jnp.asarray(kv_positions))
+    found = attention_mask(*bounds(jnp.asarray(positions), window), jnp.asarray(kv_positions))
     assert found.shape == (2, 3, 5)
     for row, query, key in np.ndindex(2, 3, 5):
         expected = reference.sees(positions[row, query], kv_positions[row, key], window)
@@ -56,7 +56,7 @@ def test_visible_is_what_its_words_say(positions, kv_positions, window):
 
 def test_a_window_is_that_of_transformers():
     positions = jnp.arange(10, dtype=jnp.int32)[None]
-    count = np.sum(visible(*bounds(positions, 4), positions), axis=-1)[0]
+    count = np.sum(attention_mask(*bounds(positions, 4), positions), axis=-1)[0]
     np.testing.assert_array_equal(count, [1, 2, 3, 4, 4, 4, 4, 4, 4, 4])
 
 

@@ -12,9 +12,9 @@ from fixtures.model import SMALL, relative_error, small_model
 from hypothesis import given, settings, strategies as st
 
 from mistral_eqx import PRESETS
-from mistral_eqx.nn import Mistral, Span, attention as layer, flash_attention, visible
+from mistral_eqx.nn import Mistral, Span, attention as layer, attention_mask, flash_attention
 from mistral_eqx.nn.kernels import flash
-from mistral_eqx.nn.visible import bounds
+from mistral_eqx.nn.mask import bounds
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def _inputs(draw, batch, kv_heads, q_per_kv, seq, kv_seq, head_dim=6):
 
 def _whole(q, k, v, first, last, kv_positions, *, scale):
     """With all scores at once, and zeros for a query that sees nothing."""
-    mask = visible(first, last, kv_positions)[:, None, None]
+    mask = attention_mask(first, last, kv_positions)[:, None, None]
     scores = jnp.where(mask, jnp.einsum("bhgqd,bhkd->bhgqk", q, k) * scale, -1e30)
     weights = jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0)
     log_sum = jnp.where(mask.any(axis=-1), jax.nn.logsumexp(scores, axis=-1), jnp.finfo(q.dtype).min)

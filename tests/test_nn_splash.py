@@ -21,7 +21,7 @@ import mistral_eqx as mx
 from mistral_eqx.nn import Span, attention as layer
 from mistral_eqx.nn.kernels import flash
 from mistral_eqx.nn.kernels.splash import in_order, splash_attention, splash_gradients, supports
-from mistral_eqx.nn.visible import bounds
+from mistral_eqx.nn.mask import bounds
 
 
 # More than one block of queries and two of keys, none of them full.

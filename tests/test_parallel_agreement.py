@@ -21,14 +21,14 @@ def gathering(monkeypatch, values):
 
 
 def test_one_process_agrees_with_itself():
-    agreement.agree("strategy", "kv_heads@tp")
+    agreement.check_same("strategy", "kv_heads@tp")
     assert agreement.broadcast("a prompt") == "a prompt"
     assert agreement.broadcast(None) is None
 
 
 def test_equal_values_pass(monkeypatch):
     gathering(monkeypatch, ["kv_heads@tp"] * 4)
-    agreement.agree("strategy", "kv_heads@tp")
+    agreement.check_same("strategy", "kv_heads@tp")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_the_sentence_names_who_differs(monkeypatch, values, who):
     gathering(monkeypatch, list(values))
     for value in "ab":
         with pytest.raises(ValueError, match="is not the same") as error:
-            agreement.agree("strategy", value)
+            agreement.check_same("strategy", value)
         assert str(error.value) == (
             f"The strategy is not the same on all processes: {who} from 0; start all of them with the same arguments "
             "and files."

@@ -10,7 +10,6 @@ from mistral_eqx.parallel import (
     Strategy,
     all_tokens,
     gather,
-    place,
     pmax,
     pmin,
     psum,
@@ -145,13 +144,13 @@ def test_parts_are_gathered_in_their_order(layout):
     assert gather(x, "vocab", SINGLE, axis=1) is x
 
     def number(x):
-        part, parts = place("vocab", strategy)
+        part, parts = shard_index("vocab", strategy)
         return jnp.full((1, x.shape[1]), part * 10 + parts)
 
     found, _ = sharded(number, grid, (x[:1],), (strategy.spec("batch vocab"),), strategy.spec("batch vocab"))
     parts = grid.size if "," in layout else 2
     np.testing.assert_array_equal(found[0], np.repeat(np.arange(parts) * 10 + parts, 8 // parts))
-    assert place("vocab", SINGLE) == (0, 1)
+    assert shard_index("vocab", SINGLE) == (0, 1)
 
 
 def test_a_sum_over_the_devices_among_which_each_part_differs():

@@ -17,7 +17,7 @@ import mistral_eqx as mx
 from mistral_eqx.generation.loop import Decoding, decode
 from mistral_eqx.generation.reading import read_chunk
 from mistral_eqx.nn import Cache
-from mistral_eqx.parallel import NAMED, by_hand, with_strategy
+from mistral_eqx.parallel import NAMED, with_auto_axes, with_strategy
 from mistral_eqx.parallel.mesh import make_mesh
 from mistral_eqx.planning import communication
 
@@ -54,7 +54,7 @@ LAYOUTS = [
 
 def _on(layout, axes, *, config=CONFIG, dtype="float32"):
     """A model that enters this mesh, and nothing placed there: programs are only lowered."""
-    mesh, strategy = by_hand(make_mesh(axes)), mx.Strategy(layout)
+    mesh, strategy = with_auto_axes(make_mesh(axes)), mx.Strategy(layout)
     strategy.check(config, mesh)
     return dataclasses.replace(with_strategy(small_model(config=config, dtype=dtype), strategy), mesh=mesh)
 

@@ -10,7 +10,7 @@ from fixtures.model import SMALL, relative_error, small_model
 from jax.sharding import AxisType
 
 import mistral_eqx as mx
-from mistral_eqx.parallel import NAMED, by_hand, gather_to_host, specs
+from mistral_eqx.parallel import NAMED, gather_to_host, specs, with_auto_axes
 from mistral_eqx.parallel.mesh import make_mesh
 
 
@@ -68,7 +68,7 @@ def test_a_mesh_of_explicit_axes_works():
     """What `jax.make_mesh` gives unless told otherwise."""
     mesh = jax.make_mesh((2, 2), ("kv", "rep"), devices=jax.devices()[:4])
     assert set(mesh.axis_types) == {AxisType.Explicit}
-    assert set(by_hand(mesh).axis_types) == {AxisType.Auto}
+    assert set(with_auto_axes(mesh).axis_types) == {AxisType.Auto}
     model, ids = small_model(config=CONFIG), jnp.asarray([[3, 1, 4]], jnp.int32)
     split = mx.shard(model, mesh, mx.KV_REPLICATED)
     assert relative_error(eqx.filter_jit(split)(ids), model(ids)) < 2e-6

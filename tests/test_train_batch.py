@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from mistral_eqx.nn import visible
-from mistral_eqx.nn.visible import bounds
+from mistral_eqx.nn import attention_mask
+from mistral_eqx.nn.mask import bounds
 from mistral_eqx.train import Batch, causal, cut, one_a_row, pack, prefix_lm
 
 
@@ -14,7 +14,7 @@ def attention(batch):
     """Which column each one sees, as attention computes it."""
     columns = np.where(batch.positions < 0, -1, np.arange(batch.inputs.shape[1], dtype=np.int32)[None])
     columns = jnp.asarray(columns)
-    return np.asarray(visible(*bounds(columns, None, batch.span), columns))
+    return np.asarray(attention_mask(*bounds(columns, None, batch.span), columns))
 
 
 @settings(max_examples=15, deadline=None)

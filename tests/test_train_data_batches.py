@@ -10,8 +10,8 @@ import pytest
 from fixtures.generation import refused
 from hypothesis import given, settings, strategies as st
 
-from mistral_eqx.nn import visible
-from mistral_eqx.nn.visible import bounds
+from mistral_eqx.nn import attention_mask
+from mistral_eqx.nn.mask import bounds
 from mistral_eqx.train import Batch, Example, bert_mask, causal, data, one_a_row, pack, prefix_lm
 
 
@@ -209,7 +209,7 @@ def test_trap_the_first_example_decides_no_types():
 def test_packed_texts_do_not_see_each_other():
     (batch,) = take(data.batches(texts(40), rows=3, seq=16, packing=True), 1)
     columns = jnp.asarray(np.where(batch.positions < 0, -1, np.arange(16, dtype=np.int32)))
-    sees = np.asarray(visible(*bounds(columns, None, batch.span), columns))
+    sees = np.asarray(attention_mask(*bounds(columns, None, batch.span), columns))
     for row, column in zip(*np.nonzero(batch.positions >= 0), strict=True):
         seen = batch.inputs[row][sees[row, column]]
         text, place = divmod(int(batch.inputs[row, column]), 100)

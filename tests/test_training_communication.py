@@ -13,7 +13,7 @@ from fixtures.sharding import exchanges
 
 import mistral_eqx as mx
 from mistral_eqx import train
-from mistral_eqx.parallel import by_hand, with_strategy
+from mistral_eqx.parallel import with_auto_axes, with_strategy
 from mistral_eqx.parallel.mesh import make_mesh
 from mistral_eqx.planning import Training, training_step
 
@@ -38,7 +38,7 @@ NAMED = {
 
 def lowered_step(strategy, axes, training, *, config=CONFIG, batch=BATCH, dtype="float32"):
     """What the program exchanges; nothing is compiled or placed anywhere."""
-    mesh = by_hand(make_mesh(axes))
+    mesh = with_auto_axes(make_mesh(axes))
     strategy.check(config, mesh)
     model = dataclasses.replace(with_strategy(small_model(config=config), strategy), mesh=mesh)
     state = eqx.filter_eval_shape(lambda: train.TrainState.init(model, OPTIMIZER, zero=training.zero))

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from ..errors import InputError
 from ..nn import AbstractWeight, DenseWeight, Mistral
-from ..parallel import SINGLE, Strategy, agree, by_hand
+from ..parallel import SINGLE, Strategy, check_same, with_auto_axes
 from .hub import locate
 from .opening import open_checkpoint
 from .placement import Placement
@@ -68,11 +68,11 @@ def load(
             f"The strategy {strategy.layout!r} splits a model over a mesh, but none is given; make one with its axes, "
             "as in load(path, mesh=jax.make_mesh((8,), ('tp',)), strategy=...)."
         )
-    mesh = None if mesh is None else by_hand(mesh)
+    mesh = None if mesh is None else with_auto_axes(mesh)
     placement = Placement(mesh, strategy)
     if placement.several_processes:
-        agree("strategy", strategy.layout)
-        agree("mesh", placement.devices)
+        check_same("strategy", strategy.layout)
+        check_same("mesh", placement.devices)
 
     def prepare() -> tuple[Checkpoint, np.dtype, list[Source]]:
         checkpoint = open_checkpoint(locate(path))
@@ -86,7 +86,7 @@ def load(
 
     checkpoint, target_dtype, found = run_on_all("checkpoint", prepare, placement.several_processes, summary)
     if placement.several_processes:
-        agree("dtype", target_dtype.name)
+        check_same("dtype", target_dtype.name)
     read = functools.partial(_read, found, target_dtype, placement, check, progress)
     weights = run_on_all("content of the checkpoint", read, placement.several_processes)
     skeleton = eqx.filter_eval_shape(

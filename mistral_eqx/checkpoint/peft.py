@@ -16,8 +16,8 @@ from ..checks import Count, Positive, ShareBelowOne, checked
 from ..config import MistralConfig
 from ..documents import read_json, shown, to_path
 from ..errors import InputError
-from ..lora import LoRAWeight, Site, TrainedWeight, adapt, shapes_of, sites
-from ..lora.sites import at_sites
+from ..lora import AdaptableLayer, LoRAWeight, TrainedWeight, adapt, adaptable_layers, shapes_of
+from ..lora.layers import map_layers
 from ..nn import Mistral
 from ..parallel import gather_to_host
 from . import safetensors
@@ -83,7 +83,9 @@ def save_lora(
     **Raises:** `ValueError` if the model has no adapters, if the format cannot express them, if they have NaN or
     infinity, or if the folder may not or cannot be written.
     """
-    found = {path: site.weight for path, site in sites(model).items() if isinstance(site.weight, LoRAWeight)}
+    found = {
+        path: layer.weight for path, layer in adaptable_layers(model).items() if isinstance(layer.weight, LoRAWeight)
+    }
     if not found:
         raise InputError("The model has no adapters to save; add adapters with apply_lora, or save the whole model.")
     _check_expressible(model, found)
@@ -166,7 +168,7 @@ def load_lora(model: Mistral, folder: str | os.PathLike[str], *, dtype: DTypeLik
     tensors = safetensors.read_header(folder / WEIGHTS)
     _check_pickle(folder, tensors)
     model = _with_tables(model, tensors, settings, target_dtype, folder)
-    layers = sites(model)
+    layers = adaptable_layers(model)
     adapters: dict[str, tuple[jax.Array, jax.Array]] = {}
     for spec in layer_specs(model.config):
         names = _names(spec)
@@ -199,9 +201,9 @@ def load_lora(model: Mistral, folder: str | os.PathLike[str], *, dtype: DTypeLik
 
 def _check_expressible(model: Mistral, found: dict[str, LoRAWeight]):
     """Refuses adapters that the format cannot express."""
-    for path, site in sites(model).items():
-        weight = site.weight.base if isinstance(site.weight, LoRAWeight) else site.weight
-        if isinstance(weight, TrainedWeight) or (path == "embedding" and isinstance(site.weight, LoRAWeight)):
+    for path, layer in adaptable_layers(model).items():
+        weight = layer.weight.base if isinstance(layer.weight, LoRAWeight) else layer.weight
+        if isinstance(weight, TrainedWeight) or (path == "embedding" and isinstance(layer.weight, LoRAWeight)):
             raise InputError(
                 f"The {path} has an adapter or was trained as a whole, which save_lora does not support; "
                 "merge the adapters and save the model."
@@ -328,7 +330,7 @@ def _with_tables(
     model: Mistral, tensors: dict[str, LazyTensor], settings: _Settings, dtype: np.dtype, folder: Path
 ) -> Mistral:
     """The model with the embedding table and the head of the folder. Their tensors are removed from `tensors`."""
-    layers = sites(model)
+    layers = adaptable_layers(model)
     changed: dict[str, TrainedWeight] = {}
     for module, spec in _TABLES.items():
         stem = f"base_model.model.{spec.hf}"
@@ -360,10 +362,10 @@ def _with_tables(
             stored = table if name.endswith(".base_layer.weight") else read_rows(tensor, dtype)
             changed[path] = TrainedWeight(jnp.asarray(stored), np.dtype(model.dtype))
 
-    def replaced(path: str, site: Site) -> Site:
-        return dataclasses.replace(site, weight=changed[path]) if path in changed else site
+    def replaced(path: str, layer: AdaptableLayer) -> AdaptableLayer:
+        return dataclasses.replace(layer, weight=changed[path]) if path in changed else layer
 
-    return at_sites(replaced, model) if changed else model
+    return map_layers(replaced, model) if changed else model
 
 
 def _expected(tensor: LazyTensor | None, name: str, shape: tuple[int, ...], folder: Path) -> LazyTensor:

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Callable
 from typing import TypeVar
 
-from ..parallel import agree
+from ..parallel import check_same
 from .reader import Checkpoint
 
 
@@ -35,10 +35,10 @@ def run_on_all(
     except Exception as error:
         if several:
             with contextlib.suppress(ValueError):
-                agree(name, f"failed: {error}")
+                check_same(name, f"failed: {error}")
         raise
     if several:
-        agree(name, text)
+        check_same(name, text)
     return result
 
 

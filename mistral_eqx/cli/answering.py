@@ -1,4 +1,4 @@
-"""Answers prompts: decodes, writes, and tells the figures at the end."""
+"""Answers prompts: decodes, writes, and tells the metrics at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .background import Background
 from .continuing import continue_batch, options_of
 from .progress import progress_bar, waiting
 from .prompts import Prompt
-from .report import Figures, Stopwatch, Tally, show
+from .report import Metrics, Stopwatch, Tally, show
 from .texts import Write
 from .wanted import Wanted
 
@@ -28,7 +28,7 @@ def answer_one(
     tokenizer: AbstractTokenizer,
     prompt: Prompt,
     wanted: Wanted,
-    figures: Figures | None,
+    metrics: Metrics | None,
     *,
     templated: bool = False,
 ):
@@ -36,7 +36,7 @@ def answer_one(
 
     **Arguments:**
 
-    - `figures`: about the model; `None` shows no figures at all.
+    - `metrics`: about the model; `None` shows no metrics at all.
     - `templated`: whether the prompt is in the model's chat template.
     """
     import mistral_eqx as mx
@@ -55,8 +55,8 @@ def answer_one(
     except KeyboardInterrupt:
         interrupted = True
     _write(text.flush() + "\n")
-    if figures is not None:
-        show([("prompt", f"{len(prompt.ids)} tokens"), *figures, *stopwatch.figures()])
+    if metrics is not None:
+        show([("prompt", f"{len(prompt.ids)} tokens"), *metrics, *stopwatch.metrics()])
     if interrupted:
         raise typer.Exit(130)
     at_once = tokens == 1 < wanted.max_new_tokens and text.stopped is None
@@ -76,7 +76,7 @@ def answer_all(
     batches: Iterable[list[Prompt]],
     wanted: Wanted,
     size: int,
-    figures: Figures | None,
+    metrics: Metrics | None,
     write: Write,
     total: int | None = None,
     bar: bool = False,
@@ -86,7 +86,7 @@ def answer_all(
     **Arguments:**
 
     - `size`: of a batch; the last one may have fewer prompts.
-    - `figures`: about the model; `None` shows no figures at all.
+    - `metrics`: about the model; `None` shows no metrics at all.
     - `total`: how many prompts there are, if that is known.
     - `bar`: whether a bar tells how many are done.
     """
@@ -111,7 +111,7 @@ def answer_all(
                 report(done, total)
         except KeyboardInterrupt:
             interrupted = True
-    if figures is not None:
-        show(tally.figures(*figures, *score))
+    if metrics is not None:
+        show(tally.metrics(*metrics, *score))
     if interrupted:
         raise typer.Exit(130)

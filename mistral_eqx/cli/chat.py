@@ -46,7 +46,7 @@ def chat(
 
     from ..checkpoint import open_checkpoint
     from ..generation import Conversation
-    from ..parallel.agreement import agree, broadcast
+    from ..parallel.agreement import broadcast, check_same
     from ..text import encode_chat
     from ..text.stops import checked_stops
     from .devices import Devices
@@ -65,7 +65,7 @@ def chat(
     tokenizer = mx.load_tokenizer(path)
     opening = [] if system is None else [{"role": "system", "content": system}]
     first = encode_chat(tokenizer, [*opening, {"role": "user", "content": "?"}])
-    agree("command", repr((first, max_new_tokens, sampling, stops, seed, model.agreed, tokenizer.eos_ids)))
+    check_same("command", repr((first, max_new_tokens, sampling, stops, seed, model.agreed, tokenizer.eos_ids)))
     weights = load(path, model, mesh, strategy)
     interactive = broadcast("terminal" if sys.stdin.isatty() else "pipe") == "terminal"
     interrupting = "leaves as well" if processes.several() else "stops a reply"
@@ -128,7 +128,7 @@ def chat(
         _write(reply[-1] + "\n")
         if interactive:
             if not quiet:
-                processes.say(", ".join(f"{name} {value}" for name, value in stopwatch.figures()))
+                processes.say(", ".join(f"{name} {value}" for name, value in stopwatch.metrics()))
         elif interrupted:
             raise KeyboardInterrupt
         messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(reply)}]

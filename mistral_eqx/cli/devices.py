@@ -69,7 +69,7 @@ class Devices:
         """
         import jax
 
-        from ..parallel import SINGLE, agree
+        from ..parallel import SINGLE, check_same
         from ..parallel.mesh import make_mesh, show
 
         axes = self._axes
@@ -87,10 +87,10 @@ class Devices:
                     "There is one device, and nothing to split a model over; where virtual devices of the CPU will do, "
                     f"add, for example, --mesh {used[0]}=2."
                 )
-        agree("mesh", show(axes))
+        check_same("mesh", show(axes))
         mesh = make_mesh(axes)
         strategy = _first_legal(config, mesh) if self._wanted is None else self._wanted
-        agree("strategy", strategy.layout)
+        check_same("strategy", strategy.layout)
         strategy.check(config, mesh)
         together = f" of {jax.process_count()} processes" if processes.several() else ""
         return mesh, strategy, f"{strategy.name} on {show(axes)}{together}"

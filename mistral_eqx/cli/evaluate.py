@@ -18,7 +18,7 @@ from . import options
 from .background import interruptible
 from .errors import Command
 from .options import within
-from .report import Figures, show
+from .report import Metrics, show
 
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def perplexity(
 
     Windows slide over the text. Each token is scored once, with at least --context less --stride tokens before it where
     the text has these; the first token of all is not. The perplexity, the bits per byte and the number of tokens go to
-    stdout, figures go to stderr. After ctrl-C they are those of the text so far.
+    stdout, metrics go to stderr. After ctrl-C they are those of the text so far.
     """
     import mistral_eqx as mx
 
@@ -92,7 +92,7 @@ def perplexity(
             next(encode_parts(tokenizer, file))
             file.seek(0)
         weights = load(path, model, mesh, strategy)
-        figures = [
+        metrics = [
             ("windows", f"of {context} tokens, one every {stride}"),
             ("loaded", f"in {time.perf_counter() - start:.2f} s as {precision(weights)}"),
             *([("strategy", where)] if where else []),
@@ -114,20 +114,20 @@ def perplexity(
             if found is None:
                 raise
             interrupted = ("interrupted", f"after {found.bytes:,} of {total:,} bytes")
-            _print(found, None if quiet else [*figures, interrupted])
+            _print(found, None if quiet else [*metrics, interrupted])
             raise typer.Exit(130) from None
     assert found is not None  # a text of which nothing can be scored was refused
     seconds = time.perf_counter() - start
     speed = ("speed", f"{found.tokens / seconds:.1f} tokens/s, compiling included")
-    _print(found, None if quiet else [*figures, speed])
+    _print(found, None if quiet else [*metrics, speed])
 
 
-def _print(found: Perplexity, figures: Figures | None):
+def _print(found: Perplexity, metrics: Metrics | None):
     typer.echo(f"perplexity {found.perplexity:.6g}")
     typer.echo(f"bits per byte {found.bits_per_byte:.6g}")
     typer.echo(f"tokens {found.tokens}")
-    if figures is not None:
-        show(figures)
+    if metrics is not None:
+        show(metrics)
 
 
 @contextlib.contextmanager

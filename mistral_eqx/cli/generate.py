@@ -85,7 +85,7 @@ def generate(
 ):
     """Continue a prompt. Or several, or those of a file.
 
-    The continuation goes to stdout as it is decoded, without the prompt; figures go to stderr. The likeliest token is
+    The continuation goes to stdout as it is decoded, without the prompt; metrics go to stderr. The likeliest token is
     taken each time unless --temperature, --top-k, --top-p, --min-p or --typical-p is given, or --num-beams. Several
     texts stand under headings.
 
@@ -96,7 +96,7 @@ def generate(
 
     from ..checkpoint import open_checkpoint
     from ..generation.reading import check_context
-    from ..parallel.agreement import agree, broadcast
+    from ..parallel.agreement import broadcast, check_same
     from ..text import encode_chat
     from .answering import answer_all, answer_one
     from .devices import Devices
@@ -158,7 +158,7 @@ def generate(
     # Of a pipe no more than the first lines can be checked now.
     batches = itertools.chain(list(itertools.islice(batches, 1)), batches)
     ids = [one.ids for one in given]
-    agree("command", repr((ids, files.batch_size, wanted, model.agreed, tokenizer.eos_ids)))
+    check_same("command", repr((ids, files.batch_size, wanted, model.agreed, tokenizer.eos_ids)))
     # The file of the texts is made before the weights are read, so that it is not refused after.
     several = wanted.num_samples is not None
     with contextlib.ExitStack() as writing:
@@ -170,10 +170,10 @@ def generate(
         weights = load(path, model, mesh, strategy)
         seconds = time.perf_counter() - start
         loaded = ("loaded", f"in {seconds:.2f} s as {precision(weights)}")
-        figures = None if quiet else [loaded, *([("strategy", where)] if where else [])]
+        metrics = None if quiet else [loaded, *([("strategy", where)] if where else [])]
         if prompts is None and len(given) == 1 and wanted.plain:
-            answer_one(weights, tokenizer, given[0], wanted, figures, templated=files.chat)
+            answer_one(weights, tokenizer, given[0], wanted, metrics, templated=files.chat)
         else:
             # A bar on the terminal on which lines are written would get between them.
             bar = prompts is not None and (output is not None or not sys.stdout.isatty())
-            answer_all(weights, tokenizer, batches, wanted, files.batch_size, figures, write, total, bar)
+            answer_all(weights, tokenizer, batches, wanted, files.batch_size, metrics, write, total, bar)

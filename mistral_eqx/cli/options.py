@@ -99,7 +99,7 @@ Mesh = Annotated[
     str | None,
     typer.Option(help="Axes of the devices and their sizes, such as 'tp=8' or 'kv=8,rep=2'.", rich_help_panel=DEVICES),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no figures.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no metrics.")]
 # Nothing in a command reads it: `errors.OneSentence` finds it in the context.
 Debug = Annotated[
     bool, typer.Option("--debug", callback=_remember, is_eager=True, help="Show the traceback of an error.")

@@ -89,7 +89,7 @@ class Training:
     - `early_stop`: after how many evaluations without a new best the run ends.
     - `keep_best`: whether the best model so far is kept.
     - `samples`: texts that are continued at each evaluation.
-    - `tensorboard`: whether figures go there; `wandb`: the project that they go to.
+    - `tensorboard`: whether metrics go there; `wandb`: the project that they go to.
     """
 
     steps: Count
@@ -137,7 +137,7 @@ class Devices:
 class Recipe:
     """**Attributes:**
 
-    - `folder`: what the run writes goes there: checkpoints, figures, and at the end the model.
+    - `folder`: what the run writes goes there: checkpoints, metrics, and at the end the model.
     - the others: tables of the file.
     """
 

@@ -7,7 +7,7 @@ import time
 from . import processes
 
 
-Figures = list[tuple[str, str]]
+Metrics = list[tuple[str, str]]
 """Names and values, in the order in which they are shown."""
 
 
@@ -23,24 +23,24 @@ class Stopwatch:
         self._times.append(time.perf_counter())
         self._compiling.append(_compiling().seconds)
 
-    def figures(self) -> Figures:
+    def metrics(self) -> Metrics:
         """The metrics so far.
 
         The time to the first token includes compilation, which is shown beside it. The rate of decoding excludes
         compilation, because it happens once, and hardly at all in the next run.
         """
-        figures = []
+        metrics = []
         if len(self._times) > 1:
             compiling = self._compiling[1] - self._compiling[0]
             note = f" ({compiling:.2f} s of it compiling)" if compiling >= 0.05 else ""
-            figures.append(("first token", f"after {self._times[1] - self._times[0]:.2f} s{note}"))
+            metrics.append(("first token", f"after {self._times[1] - self._times[0]:.2f} s{note}"))
         if len(self._times) > 2:
             decoded = len(self._times) - 2
             compiling = self._compiling[-1] - self._compiling[1]
             note = f" (after {compiling:.2f} s of compiling)" if compiling >= 0.05 else ""
             seconds = self._times[-1] - self._times[1] - compiling
-            figures.append(("decoded", f"{decoded} more at {decoded / max(seconds, 1e-9):.1f} tokens/s{note}"))
-        return figures
+            metrics.append(("decoded", f"{decoded} more at {decoded / max(seconds, 1e-9):.1f} tokens/s{note}"))
+        return metrics
 
 
 class Tally:
@@ -55,7 +55,7 @@ class Tally:
         self._prompts, self._read = self._prompts + prompts, self._read + read
         self._texts, self._tokens = self._texts + texts, self._tokens + tokens
 
-    def figures(self, *more: tuple[str, str]) -> Figures:
+    def metrics(self, *more: tuple[str, str]) -> Metrics:
         """The metrics so far. Compilation is shown, and excluded from the rate.
 
         **Arguments:**
@@ -73,16 +73,16 @@ class Tally:
         ]
 
 
-def show(figures: Figures):
+def show(metrics: Metrics):
     """Writes metrics to stderr: a small table on a terminal, otherwise one line."""
     memory = peak_memory()
     if memory is not None:
-        figures = [*figures, ("peak memory", f"{memory / 1e6:,.0f} MB")]
+        metrics = [*metrics, ("peak memory", f"{memory / 1e6:,.0f} MB")]
     if not sys.stderr.isatty():
-        processes.say(" | ".join(f"{name} {value}" for name, value in figures))
+        processes.say(" | ".join(f"{name} {value}" for name, value in metrics))
         return
-    width = max(len(name) for name, _ in figures)
-    processes.say("\n".join(f"{name:{width}}  {value}" for name, value in figures))
+    width = max(len(name) for name, _ in metrics)
+    processes.say("\n".join(f"{name:{width}}  {value}" for name, value in metrics))
 
 
 def _counted(number: int, thing: str) -> str:

@@ -67,14 +67,14 @@ def _run(
     import mistral_eqx as mx
 
     from ..checkpoint import open_checkpoint
-    from ..parallel import agree
+    from ..parallel import check_same
     from .announce import Announce
     from .devices import Devices
     from .loading import locate
     from .training import continuations, count_solved, make_trainer, open_sets, share_of_rows
 
     devices = Devices(wanted)
-    agree("recipe", repr(recipe))
+    check_same("recipe", repr(recipe))
     recipe.check()
     path = locate(recipe.model.name) if recipe.model.weights else None
     config = _config(recipe) if path is None else open_checkpoint(path).config
@@ -208,10 +208,10 @@ def _tell(folder: Path):
                 with path.open(newline="", encoding="utf-8") as file:
                     lines = list(csv.DictReader(file))
                 for last in lines[-1:]:
-                    figures = ", ".join(f"{what} {float(last[what]):.4g}" for what in ("loss", "accuracy"))
-                    processes.say(f"{name}: step {last['step']}, {figures}")
+                    values = ", ".join(f"{what} {float(last[what]):.4g}" for what in ("loss", "accuracy"))
+                    processes.say(f"{name}: step {last['step']}, {values}")
             except (OSError, ValueError, KeyError, TypeError, csv.Error):
-                processes.say(f"{path} is no file of figures; the model is not concerned.")
+                processes.say(f"{path} holds no metrics; the model is not affected.")
 
 
 def _save(recipe: "Recipe", model: "Mistral", tokenizer: Any) -> Path:

@@ -132,7 +132,7 @@ def _entries(
                 usable = sets.Usable(
                     rows, functools.partial(_fits, objective, data.seq), on_bad_row=data.on_bad_row, progress=bar
                 )
-            _tell_skipped(usable.skipped)
+            _say_skipped(usable.skipped)
             return usable
         case "json_lines":
             texts = sets.JSONLines(paths, field=data.field or "text")
@@ -151,7 +151,7 @@ def _entries(
             on_bad_row=data.on_bad_row,
             progress=bar,
         )
-    _tell_skipped(encoded.skipped)
+    _say_skipped(encoded.skipped)
     return sets.Pieces(encoded, piece)
 
 
@@ -161,11 +161,11 @@ def _fits(objective: Callable[[Any, Any], mx.train.Example], seq: int, messages:
         raise InputError(f"it has {length} tokens, which do not fit into a row of {seq}; make 'data.seq' larger.")
 
 
-def _tell_skipped(skipped: list[str]):
+def _say_skipped(skipped: list[str]):
     if skipped:
-        from ..train.data.usable import told
+        from ..train.data.usable import describe_skipped
 
-        processes.say(told(skipped))
+        processes.say(describe_skipped(skipped))
 
 
 def _objective(

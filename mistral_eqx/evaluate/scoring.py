@@ -34,7 +34,7 @@ class Scores(NamedTuple):
     lengths: Int[Array, " batch"]
 
 
-def score(model: Mistral, rows: Prompts, *, piece: int = CHUNK, last: int | None = None) -> Scores:
+def score(model: Mistral, rows: Prompts, *, prefill_chunk: int = CHUNK, last: int | None = None) -> Scores:
     """The log-likelihood of each token given those before it.
 
     ```python
@@ -52,7 +52,7 @@ def score(model: Mistral, rows: Prompts, *, piece: int = CHUNK, last: int | None
     - `rows`: lists of token ids, of any lengths, or an array of shape `(batch, seq)`, in which -1 on either side is
         padding. A row has the same scores as it has alone. The last token of a row is never an input, so that a row may
         have one token more than the context.
-    - `piece`: the most tokens per row in one chunk; smaller chunks take less memory.
+    - `prefill_chunk`: the most tokens per row in one chunk; smaller chunks take less memory.
     - `last`: the number of tokens at the end of each row to score; all unless given. Earlier chunks skip the output
         head, and their `log_probs` are 0.
 
@@ -62,7 +62,7 @@ def score(model: Mistral, rows: Prompts, *, piece: int = CHUNK, last: int | None
     if a logit is not finite.
     """
     sequences = checked_prompts(rows, checked(model, Mistral, "model").config.vocab)
-    piece = check_chunk(piece, "piece")
+    prefill_chunk = check_chunk(prefill_chunk, "prefill_chunk")
     last = checked(last, CountOrZero | None, "last")
     lengths, context = [len(sequence) for sequence in sequences], model.config.max_positions
     longest = max(lengths)
@@ -76,10 +76,10 @@ def score(model: Mistral, rows: Prompts, *, piece: int = CHUNK, last: int | None
     width = prompt_width(longest - 1)
     ids, positions = pad_left([sequence[:-1] for sequence in sequences], width)
     targets, _ = pad_left([sequence[1:] for sequence in sequences], width)
-    cache = empty_cache(model, len(sequences), slots(model, width), min(piece, width))
+    cache = empty_cache(model, len(sequences), slots(model, width), min(prefill_chunk, width))
     scored = []
-    for start in range(0, width, piece):
-        chunk = slice(start, min(start + piece, width))
+    for start in range(0, width, prefill_chunk):
+        chunk = slice(start, min(start + prefill_chunk, width))
         chunk_ids, chunk_positions, chunk_targets = (place_rows(model, x[:, chunk]) for x in (ids, positions, targets))
         if last is not None and chunk.stop <= width - last:
             _, cache = read_chunk((model, chunk_ids, chunk_positions), cache)

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..nn import Cache, Mistral
 from ..nn.precision import at_least_float32
 from ..nn.slots import own_slot, own_slots
-from ..parallel import Strategy, gather, gather_to_host, place, pmax, psum, specs, spmd
+from ..parallel import Strategy, gather, gather_to_host, pmax, psum, shard_index, specs, spmd
 from .caches import capacity, empty_cache, holds, parts, slots
 from .finite import lost, marked, not_finite, proceeds
 from .prompt import Prompts, checked_prompts, pad_left
@@ -227,7 +227,7 @@ def _likeliest(
     largest = pmax(jnp.max(logits, axis=1, keepdims=True), "vocab", strategy)
     total = psum(jnp.sum(jnp.exp(logits - largest), axis=1, keepdims=True), "vocab", strategy)
     best, ids = lax.top_k(logits, min(count, size))
-    part, several = place("vocab", strategy)
+    part, several = shard_index("vocab", strategy)
     if several > 1:
         best = gather(best, "vocab", strategy, axis=1)
         ids = gather(ids + part * size, "vocab", strategy, axis=1)
@@ -312,7 +312,7 @@ def live_slots(model: Mistral, search: Search, cache: Cache) -> Int[Array, ""]:
 
     def count(search: Search, cache: Cache) -> Array:
         most = jnp.max(jnp.sum(_live(model, search, cache), axis=1, dtype=jnp.int32))
-        return pmax(most, "batch kv_seq", strategy) * place("kv_seq", strategy)[1]
+        return pmax(most, "batch kv_seq", strategy) * shard_index("kv_seq", strategy)[1]
 
     in_specs = specs(search, strategy), specs(cache, strategy)
     return spmd(count, model.mesh, in_specs, strategy.spec(""))(search, cache)

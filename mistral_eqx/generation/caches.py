@@ -16,13 +16,13 @@ from ..parallel import Strategy, specs, spmd
 from .prompt import bucket
 
 
-def empty_cache(model: Mistral, batch: int, kv_seq: int, piece: int | None = None) -> Cache:
+def empty_cache(model: Mistral, batch: int, kv_seq: int, chunk: int | None = None) -> Cache:
     """An empty cache, sharded as the model is.
 
     **Arguments:** as for [`mistral_eqx.nn.Cache`][].
     """
-    shares = parts(model, "kv_seq")
-    return _init_cache(model.config, batch, kv_seq, model.dtype, piece, shares, model.mesh, model.strategy)()
+    num_shards = parts(model, "kv_seq")
+    return _init_cache(model.config, batch, kv_seq, model.dtype, chunk, num_shards, model.mesh, model.strategy)()
 
 
 @functools.lru_cache
@@ -31,13 +31,15 @@ def _init_cache(
     batch: int,
     kv_seq: int,
     dtype: jnp.dtype,
-    piece: int | None,
-    shares: int,
+    chunk: int | None,
+    num_shards: int,
     mesh: Mesh | None,
     strategy: Strategy,
 ) -> Callable[[], Cache]:
     platform = None if mesh is None else mesh.devices.flat[0].platform
-    init = functools.partial(Cache.init, config, batch, kv_seq, dtype, platform=platform, piece=piece, shares=shares)
+    init = functools.partial(
+        Cache.init, config, batch, kv_seq, dtype, platform=platform, chunk=chunk, num_shards=num_shards
+    )
     if mesh is None:
         return init
     split = specs(eqx.filter_eval_shape(init), strategy)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ..parallel import Strategy, gather, place, pmax, psum
+from ..parallel import Strategy, gather, pmax, psum, shard_index
 
 
 class LogProbs(eqx.Module):
@@ -38,7 +38,7 @@ class LogProbs(eqx.Module):
         largest = pmax(jnp.max(logits, axis=1, keepdims=True), "vocab", strategy)
         logits = logits - largest
         normalizer = jnp.log(psum(jnp.sum(jnp.exp(logits), axis=1, keepdims=True), "vocab", strategy))
-        part, _ = place("vocab", strategy)
+        part, _ = shard_index("vocab", strategy)
         own = token[:, None] - part * size
         chosen = jnp.take_along_axis(logits, jnp.clip(own, 0, size - 1), axis=1)
         chosen = psum(jnp.where((own >= 0) & (own < size), chosen, 0), "vocab", strategy) - normalizer

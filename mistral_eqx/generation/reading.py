@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 from ..checks import Count, checked
 from ..errors import InputError
 from ..nn import Cache, Mistral
-from ..parallel import place_on, specs, spmd
+from ..parallel import put_on_mesh, specs, spmd
 from .prompt import bucket
 
 
@@ -54,7 +54,7 @@ def read_chunks(
 def place_rows(model: Mistral, x: np.ndarray | Array) -> Array:
     """Shards an array with one entry a row as the model's rows are."""
     mesh = model.mesh
-    return jnp.asarray(x) if mesh is None else place_on(np.asarray(x), mesh, model.strategy.spec("batch"))
+    return jnp.asarray(x) if mesh is None else put_on_mesh(np.asarray(x), mesh, model.strategy.spec("batch"))
 
 
 def check_chunk(chunk: int, name: str = "prefill_chunk") -> int:

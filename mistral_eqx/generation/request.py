@@ -17,7 +17,7 @@ from ..checks import Count, checked
 from ..documents import shown
 from ..errors import InputError
 from ..nn import Cache, Mistral
-from ..parallel import gather_to_host, place_on, specs
+from ..parallel import gather_to_host, put_on_mesh, specs
 from .caches import capacity, empty_cache, first_room, grow, holds, parts, slots
 from .finite import not_finite
 from .loop import Decoding, decode, first_tokens, grow_state
@@ -141,8 +141,8 @@ class Request:
         # Attention reads the whole cache, so during prefill it has no more slots than the prompt.
         if prefix is None:
             ids, positions = pad_left(rows, width)
-            piece = min(self.chunk, width) if forgets else None
-            cache = empty_cache(self.model, len(rows) + self.idle, slots(self.model, width), piece)
+            chunk = min(self.chunk, width) if forgets else None
+            cache = empty_cache(self.model, len(rows) + self.idle, slots(self.model, width), chunk)
         else:
             ids, positions = pad_left(rows, width, starts=[len(prefix.ids)] * len(rows))
             room = slots(self.model, int(prefix.cache.used) + width)
@@ -224,7 +224,7 @@ class Request:
         return dataclasses.replace(
             decoding,
             ended=place_rows(self.model, ended),
-            unfinished=jnp.asarray(unfinished) if mesh is None else place_on(unfinished, mesh, PartitionSpec()),
+            unfinished=jnp.asarray(unfinished) if mesh is None else put_on_mesh(unfinished, mesh, PartitionSpec()),
         )
 
     def _check(self, decoding: Decoding):
@@ -266,5 +266,5 @@ def _placed(model: Mistral, tree: PyTree) -> PyTree:
     if mesh is None:
         return tree
     arrays, others = eqx.partition(tree, eqx.is_array)
-    placed = jax.tree.map(lambda x, spec: place_on(np.asarray(x), mesh, spec), arrays, specs(arrays, model.strategy))
+    placed = jax.tree.map(lambda x, spec: put_on_mesh(np.asarray(x), mesh, spec), arrays, specs(arrays, model.strategy))
     return eqx.combine(placed, others)

@@ -14,7 +14,7 @@ from ..checks import Count, NotNegative, PositiveShare, Share, checked
 from ..documents import shown
 from ..errors import InputError
 from ..nn.precision import at_least_float32
-from ..parallel import SINGLE, Strategy, gather, place, pmax, pmin, psum
+from ..parallel import SINGLE, Strategy, gather, pmax, pmin, psum, shard_index
 from .processors import AbstractProcessor
 
 
@@ -113,7 +113,7 @@ class Sampler(eqx.Module):
         if self.temperature is None:
             return _argmax(logits, strategy)
         largest = _largest(logits, strategy)
-        part, parts = place("vocab", strategy)
+        part, parts = shard_index("vocab", strategy)
         size = logits.shape[-1]
         # This device's shard of the noise of the whole vocabulary; each entry depends only on the key and its index.
         noise = gumbel(jax.vmap(lambda key: jr.bits(key, (parts * size,), jnp.uint32))(keys))
@@ -201,7 +201,7 @@ def gumbel(bits: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def column_ids(logits: Float[Array, "*batch vocab"], strategy: Strategy) -> Int[Array, " vocab"]:
     """The token id of each column of these logits, which are this device's shard if `strategy` splits `vocab`."""
-    part, _ = place("vocab", strategy)
+    part, _ = shard_index("vocab", strategy)
     size = logits.shape[-1]
     return part * size + jnp.arange(size, dtype=jnp.int32)
 
@@ -222,7 +222,7 @@ def _argmax(
     logit = jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]
     if not strategy.axes("vocab"):
         return best, logit
-    part, _ = place("vocab", strategy)
+    part, _ = shard_index("vocab", strategy)
     largest = pmax(logit, "vocab", strategy)
     first = jnp.where(logit == largest, best + part * logits.shape[-1], jnp.iinfo(jnp.int32).max)
     return pmin(first, "vocab", strategy), largest

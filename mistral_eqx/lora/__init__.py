@@ -7,5 +7,5 @@ from .adapt import (
     shapes_of as shapes_of,
 )
 from .dropout import with_keys as with_keys
-from .sites import Site as Site, dims_of as dims_of, sites as sites
+from .layers import AdaptableLayer as AdaptableLayer, adaptable_layers as adaptable_layers, dims_of as dims_of
 from .weight import LoRAWeight as LoRAWeight, TrainedWeight as TrainedWeight

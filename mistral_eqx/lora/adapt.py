@@ -18,7 +18,7 @@ from ..checks import Count, Positive, ShareBelowOne, checked
 from ..errors import InputError
 from ..nn import DenseWeight, Embedding, Mistral
 from ..parallel import shard, specs, spmd
-from .sites import Site, at_sites, dims_of, sites
+from .layers import AdaptableLayer, adaptable_layers, dims_of, map_layers
 from .weight import LoRAWeight, TrainedWeight
 
 
@@ -70,7 +70,7 @@ def apply_lora(
     dtype = float_dtype(dtype)
     check_key(key)
     alpha, dropout, use_rslora = _strength(alpha, dropout, use_rslora)
-    found = sites(model)
+    found = adaptable_layers(model)
     names = dict.fromkeys(_name(path) for path in found)
     unknown = [target for target in targets if target not in names]
     if unknown or not targets:
@@ -122,16 +122,16 @@ def adapt(
     """
     alpha, dropout, use_rslora = _strength(alpha, dropout, use_rslora)
 
-    def wrapped(path: str, site: Site) -> Site:
+    def wrapped(path: str, layer: AdaptableLayer) -> AdaptableLayer:
         if path not in adapters:
-            return site
+            return layer
         a, b = adapters[path]
         # A lookup has no input to drop. With tied embeddings the head has the same adapter, so it drops nothing either.
-        rate = 0.0 if isinstance(site, Embedding) else dropout
-        weight = LoRAWeight(site.weight, DenseWeight(a), DenseWeight(b), alpha, use_rslora, rate, site.strategy)
-        return dataclasses.replace(site, weight=weight)
+        rate = 0.0 if isinstance(layer, Embedding) else dropout
+        weight = LoRAWeight(layer.weight, DenseWeight(a), DenseWeight(b), alpha, use_rslora, rate, layer.strategy)
+        return dataclasses.replace(layer, weight=weight)
 
-    model = at_sites(wrapped, model)
+    model = map_layers(wrapped, model)
     return model if model.mesh is None else shard(model, model.mesh, model.strategy)
 
 
@@ -156,12 +156,12 @@ def merge_lora(model: Mistral) -> Mistral:
 
     checked(model, Mistral, "model")
 
-    def merged(path: str, site: Site) -> Site:
-        if not isinstance(site.weight, LoRAWeight | TrainedWeight):
-            return site
-        return dataclasses.replace(site, weight=DenseWeight(_dense(site, model.mesh)))
+    def merged(path: str, layer: AdaptableLayer) -> AdaptableLayer:
+        if not isinstance(layer.weight, LoRAWeight | TrainedWeight):
+            return layer
+        return dataclasses.replace(layer, weight=DenseWeight(_dense(layer, model.mesh)))
 
-    return at_sites(merged, model)
+    return map_layers(merged, model)
 
 
 def has_adapters(tree: PyTree) -> bool:
@@ -181,21 +181,21 @@ def is_adapter(tree: PyTree) -> PyTree[bool]:
     return jax.tree.map(of, tree, is_leaf=_is_partly_trained)
 
 
-def shapes_of(site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def shapes_of(layer: AdaptableLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of a layer's input and output for one token."""
-    shape = eqx.filter_eval_shape(lambda weight: weight.dense(), site.weight).shape
-    inner = len(dims_of(site)[0].split())
+    shape = eqx.filter_eval_shape(lambda weight: weight.dense(), layer.weight).shape
+    inner = len(dims_of(layer)[0].split())
     return shape[len(shape) - inner :], shape[: len(shape) - inner]
 
 
 @eqx.filter_jit
-def _dense(site: Site, mesh: Mesh | None) -> Float[Array, "..."]:
-    in_dims, out_dims = dims_of(site)
+def _dense(layer: AdaptableLayer, mesh: Mesh | None) -> Float[Array, "..."]:
+    in_dims, out_dims = dims_of(layer)
 
-    def whole(site: Site) -> Array:
-        return site.weight.dense()
+    def whole(layer: AdaptableLayer) -> Array:
+        return layer.weight.dense()
 
-    return spmd(whole, mesh, (specs(site, site.strategy),), site.strategy.spec(f"{out_dims} {in_dims}"))(site)
+    return spmd(whole, mesh, (specs(layer, layer.strategy),), layer.strategy.spec(f"{out_dims} {in_dims}"))(layer)
 
 
 def _is_partly_trained(node: Any) -> bool:

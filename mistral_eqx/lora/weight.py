@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from ..nn import AbstractWeight, DenseWeight
 from ..nn.precision import at_least_float32
-from ..parallel import SINGLE, Strategy, place
+from ..parallel import SINGLE, Strategy, shard_index
 
 
 class LoRAWeight(AbstractWeight):
@@ -98,7 +98,7 @@ def _kept(
     seq, sizes = shape[1], shape[2:]
     index = jnp.zeros(1, jnp.uint32)
     for dim, size in zip(in_dims.split(), sizes, strict=True):
-        shard, shards = place(dim, strategy)
+        shard, shards = shard_index(dim, strategy)
         own = jnp.uint32(shard * size) + jnp.arange(size, dtype=jnp.uint32)
         index = (index[:, None] * (size * shards) + own[None, :]).reshape(-1)
     token = jnp.repeat(jnp.arange(seq, dtype=jnp.uint32), index.size)

@@ -12,9 +12,9 @@ from .embedding import Embedding as Embedding, Unembedding as Unembedding
 from .feed_forward import FeedForward as FeedForward
 from .kernels import flash_attention as flash_attention
 from .linear import Linear as Linear
+from .mask import Span as Span, attention_mask as attention_mask
 from .model import Mistral as Mistral
 from .norm import RMSNorm as RMSNorm
 from .rotary import Rotation as Rotation
 from .stack import Gathering as Gathering, Stacked as Stacked, stack as stack, unstack as unstack
-from .visible import Span as Span, visible as visible
 from .weight import AbstractWeight as AbstractWeight, DenseWeight as DenseWeight

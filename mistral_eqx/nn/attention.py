@@ -10,7 +10,7 @@ from .cache import AbstractLayerCache
 from .context import Context
 from .kernels import contract_head_dim, contract_kv_seq, flash_attention
 from .linear import Linear
-from .visible import visible
+from .mask import attention_mask
 
 
 # Above this many scores per head (4 MB of float32), attention runs in tiles.
@@ -79,7 +79,7 @@ class Attention(eqx.Module):
         self, q: Array, k: Array, v: Array, first: Array, last: Array, key_index: Array, mask: Array | None
     ) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
         """The softmax-weighted sums of values, and the logarithms of the sums of exponentiated scores."""
-        span = visible(first, last, key_index)
+        span = attention_mask(first, last, key_index)
         mask = span if mask is None else span & mask
         scores = psum(contract_head_dim(q, k), "head_dim", self.strategy) * self.scale
         # A finite number: a padding query attends to no key, and minus infinity would make its weights NaN.

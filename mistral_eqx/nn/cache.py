@@ -167,8 +167,8 @@ class Cache(eqx.Module):
         dtype: DTypeLike = jnp.float32,
         *,
         platform: str | None = None,
-        piece: int | None = None,
-        shares: int = 1,
+        chunk: int | None = None,
+        num_shards: int = 1,
     ) -> "Cache":
         """An empty cache.
 
@@ -180,17 +180,17 @@ class Cache(eqx.Module):
         - `dtype`: the precision of keys and values, that of the model.
         - `platform`: the platform of the cache, such as `"cpu"` or `"tpu"`; JAX's default backend unless given. On
             CPU, 16-bit floats are stored as their bits.
-        - `piece`: the largest number of tokens in one forward pass. If given, each layer with a window gets a
+        - `chunk`: the largest number of tokens in one forward pass. If given, each layer with a window gets a
             [`mistral_eqx.nn.WindowCache`][], and rows may have padding only before their sequence.
-        - `shares`: the number of devices over which `kv_seq` is going to be split.
+        - `num_shards`: the number of devices over which `kv_seq` is going to be split.
         """
         dtype = jnp.dtype(dtype)
         bits = dtype.itemsize == 2 and (platform or jax.default_backend()) == "cpu"
         stored = jnp.uint16 if bits else dtype
 
         def layer(window: int | None) -> AbstractLayerCache:
-            limit = None if window is None or piece is None else window_slots(window, piece, shares)
-            slots = kv_seq if limit is None else min(kv_seq, limit * shares)
+            limit = None if window is None or chunk is None else window_slots(window, chunk, num_shards)
+            slots = kv_seq if limit is None else min(kv_seq, limit * num_shards)
             shape = batch, config.kv_heads, slots, config.head_dim
             # Two arrays, not one twice: both are donated to the loop that updates them.
             k, v = jnp.zeros(shape, stored), jnp.zeros(shape, stored)

@@ -8,9 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..config import Rope
 from ..parallel import SINGLE, Strategy
+from .mask import Span, bounds
 from .rotary import Rotation
 from .slots import own_slot, own_slots
-from .visible import Span, bounds
 
 
 class Context(eqx.Module):

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..parallel import Strategy, place, pmax, psum, psum_together, specs, vary_alike
+from ..parallel import Strategy, pmax, psum, psum_together, shard_index, specs, vary_alike
 from .embedding import Unembedding
 
 
@@ -63,7 +63,7 @@ def log_likelihood(
     **Returns:** a [`mistral_eqx.nn.Likelihood`][]; gradients flow to `hidden` and to the head's arrays of floats.
     """
     strategy, rows = head.strategy, head.weight.row_count
-    shard, shards = place("vocab", strategy)
+    shard, shards = shard_index("vocab", strategy)
     arrays, static = eqx.partition(head, eqx.is_array)
     leaves, tree = jax.tree.flatten((hidden, arrays))
     hidden, arrays = jax.tree.unflatten(tree, vary_alike(*leaves))

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..parallel import SINGLE, AbstractNamed, Strategy, place, psum, psum_tokens
+from ..parallel import SINGLE, AbstractNamed, Strategy, psum, psum_tokens, shard_index
 from .weight import AbstractWeight
 
 
@@ -25,7 +25,7 @@ class Embedding(AbstractNamed):
     def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch tokens embed"]:
         if not self.strategy.axes("vocab"):
             return self.weight.rows(ids)
-        shard, _ = place("vocab", self.strategy)
+        shard, _ = shard_index("vocab", self.strategy)
         size = self.weight.row_count
         row = ids - shard * size
         own = (row >= 0) & (row < size)

@@ -22,8 +22,8 @@ from .context import Context
 from .embedding import Embedding, Unembedding
 from .feed_forward import FeedForward
 from .linear import Linear
+from .mask import Span
 from .norm import RMSNorm
-from .visible import Span
 from .weight import DenseWeight
 
 

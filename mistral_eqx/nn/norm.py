@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ..parallel import SINGLE, Strategy, place, psum
+from ..parallel import SINGLE, Strategy, psum, shard_index
 from .precision import at_least_float32
 
 
@@ -28,7 +28,7 @@ class RMSNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         wide = x.astype(at_least_float32(x.dtype))
-        _, shards = place("embed", self.strategy)
+        _, shards = shard_index("embed", self.strategy)
         mean = psum(jnp.mean(wide * wide, axis=-1, keepdims=True) / shards, "embed", self.strategy)
         scale = lax.rsqrt(mean + self.eps)
         return (wide * scale).astype(x.dtype) * self.weight.reshape(1, 1, -1)

@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ..config import Rope
-from ..parallel import SINGLE, Strategy, own_part
+from ..parallel import SINGLE, Strategy, own_shard
 from .precision import at_least_float32
 
 
@@ -34,7 +34,7 @@ class Rotation(eqx.Module):
         - `dtype`: the precision of the activations. Angles are float32 or wider.
         """
         dtype = at_least_float32(jnp.dtype(dtype))
-        inv_freq = own_part(jnp.asarray(rope.inv_freq, dtype), strategy.axes("head_dim"), axis=0)
+        inv_freq = own_shard(jnp.asarray(rope.inv_freq, dtype), strategy.axes("head_dim"), axis=0)
         angles = positions.astype(dtype)[:, :, None] * inv_freq[None, None, :]
         return cls(jnp.cos(angles), jnp.sin(angles))
 

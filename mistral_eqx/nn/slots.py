@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from ..parallel import Strategy, place
+from ..parallel import Strategy, shard_index
 
 
 def own_slots(x: Array, slot: Int[Array, ""], strategy: Strategy, *, axis: int, fill: int = 0) -> Array:
@@ -24,7 +24,7 @@ def own_slots(x: Array, slot: Int[Array, ""], strategy: Strategy, *, axis: int, 
     - `x`: an array with one entry for each token along `axis`.
     - `slot`: the slot of the first token.
     """
-    shard, shards = place("kv_seq", strategy)
+    shard, shards = shard_index("kv_seq", strategy)
     if shards == 1:
         return x
     tokens = x.shape[axis]
@@ -36,7 +36,7 @@ def own_slots(x: Array, slot: Int[Array, ""], strategy: Strategy, *, axis: int, 
 
 def own_slot(slot: Int[Array, ""], strategy: Strategy) -> Int[Array, ""]:
     """The slot, in this device's shard of the cache, of the first token that `own_slots` gives it."""
-    shard, shards = place("kv_seq", strategy)
+    shard, shards = shard_index("kv_seq", strategy)
     return slot if shards == 1 else (slot + (shard - slot) % shards) // shards
 
 

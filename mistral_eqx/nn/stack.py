@@ -16,8 +16,8 @@ from ..parallel import Strategy, all_tokens, specs
 from .block import Block
 from .context import Context
 from .embedding import Unembedding
+from .mask import Span
 from .model import Mistral
-from .visible import Span
 
 
 class Gathering(NamedTuple):

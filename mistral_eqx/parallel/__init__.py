@@ -1,4 +1,4 @@
-from .agreement import agree as agree, broadcast as broadcast
+from .agreement import broadcast as broadcast, check_same as check_same
 from .choices import (
     Choice as Choice,
     read_strategy as read_strategy,
@@ -7,9 +7,8 @@ from .choices import (
 from .collectives import (
     all_tokens as all_tokens,
     gather as gather,
-    gather_parts as gather_parts,
-    own_part as own_part,
-    place as place,
+    gather_shards as gather_shards,
+    own_shard as own_shard,
     pmax as pmax,
     pmin as pmin,
     psum as psum,
@@ -17,16 +16,17 @@ from .collectives import (
     psum_tokens as psum_tokens,
     psum_varying as psum_varying,
     scatter_sum as scatter_sum,
+    shard_index as shard_index,
     vary as vary,
     vary_alike as vary_alike,
 )
 from .mesh import initialize as initialize, make_mesh as make_mesh
 from .sharding import (
-    by_hand as by_hand,
     einshard as einshard,
     gather_to_host as gather_to_host,
-    place_on as place_on,
+    put_on_mesh as put_on_mesh,
     shard as shard,
+    with_auto_axes as with_auto_axes,
     with_strategy as with_strategy,
 )
 from .spmd import AbstractNamed as AbstractNamed, entered as entered, kernel as kernel, specs as specs, spmd as spmd

@@ -11,7 +11,7 @@ from ..errors import InputError
 from .watch import running
 
 
-def agree(what: str, value: str) -> None:
+def check_same(what: str, value: str) -> None:
     """Checks that all processes hold the same value.
 
     With one process it returns at once. With several, all of them must call it, in the same order: they exchange

@@ -110,7 +110,7 @@ def vary(x: Array, axes: Sequence[str]) -> Array:
     return lax.pcast(x, tuple(axes), to="varying")
 
 
-def own_part(x: Array, axes: Sequence[str], *, axis: int) -> Array:
+def own_shard(x: Array, axes: Sequence[str], *, axis: int) -> Array:
     """This device's shard of an array that is replicated along mesh axes; devices exchange nothing."""
     axes = tuple(axes)
     if not axes:
@@ -119,8 +119,8 @@ def own_part(x: Array, axes: Sequence[str], *, axis: int) -> Array:
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * size, size, axis)
 
 
-def gather_parts(x: Array, axes: Sequence[str], *, axis: int, to: str) -> Array:
-    """Gathers the shards that `own_part` made.
+def gather_shards(x: Array, axes: Sequence[str], *, axis: int, to: str) -> Array:
+    """Gathers the shards that `own_shard` made.
 
     **Arguments:**
 
@@ -137,7 +137,7 @@ def scatter_sum(x: Array, axes: Sequence[str], *, axis: int) -> Array:
     return lax.psum_scatter(x, tuple(axes), scatter_dimension=axis, tiled=True)
 
 
-def place(dims: str, strategy: Strategy) -> tuple[Array | int, int]:
+def shard_index(dims: str, strategy: Strategy) -> tuple[Array | int, int]:
     """The shard index of this device along `dims`, and the number of shards."""
     axes = strategy.axes(dims)
     return (lax.axis_index(axes), lax.axis_size(axes)) if axes else (0, 1)

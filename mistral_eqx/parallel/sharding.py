@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 from ..checks import checked
 from ..documents import shown
 from ..errors import InputError
-from .agreement import agree
+from .agreement import check_same
 from .spmd import specs
 from .strategy import Strategy
 
@@ -46,10 +46,10 @@ def shard(model: Model, mesh: Mesh, strategy: Strategy) -> Model:
     """
     checked(strategy, Strategy, "strategy", remedy="such as mistral_eqx.HEADS or mistral_eqx.Strategy('hidden@tp')")
     strategy.check(model, mesh)
-    agree("strategy", strategy.layout)
-    mesh = by_hand(mesh)
+    check_same("strategy", strategy.layout)
+    mesh = with_auto_axes(mesh)
     arrays, static = eqx.partition(with_strategy(model, strategy), eqx.is_array)
-    placed = jax.tree.map(lambda x, spec: place_on(x, mesh, spec), arrays, specs(arrays, strategy))
+    placed = jax.tree.map(lambda x, spec: put_on_mesh(x, mesh, spec), arrays, specs(arrays, strategy))
     return dataclasses.replace(eqx.combine(placed, static), mesh=mesh)
 
 
@@ -62,7 +62,7 @@ def with_strategy(model: PyTree, strategy: Strategy) -> PyTree:
     )
 
 
-def by_hand(mesh: Mesh) -> Mesh:
+def with_auto_axes(mesh: Mesh) -> Mesh:
     """The same mesh with axes of type `Auto`.
 
     Functions in `shard_map` write out every collective; their arguments may be split in any way.
@@ -70,7 +70,7 @@ def by_hand(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
-def place_on(x: Array | np.ndarray, mesh: Mesh, spec: PartitionSpec) -> Array:
+def put_on_mesh(x: Array | np.ndarray, mesh: Mesh, spec: PartitionSpec) -> Array:
     """Puts the shards of an array on a mesh, from this process or from all of them.
 
     **Arguments:**
@@ -146,5 +146,5 @@ def einshard(x: Array | np.ndarray, expression: str, mesh: Mesh) -> Array:
             taken.add(axis)
         if size % (devices := layout.parts(name, mesh)):
             raise InputError(f"{size} {name} cannot be split over {devices} devices; change the mesh or the array.")
-    agree("expression", expression)
-    return place_on(x, mesh, layout.spec(" ".join(names)))
+    check_same("expression", expression)
+    return put_on_mesh(x, mesh, layout.spec(" ".join(names)))

@@ -18,7 +18,7 @@ from ..generation import Sampler, caches
 from ..generation.loop import Decoding, decode
 from ..generation.reading import CHUNK, prompt_width, read_chunk
 from ..nn import Cache, Mistral
-from ..parallel import Strategy, by_hand, specs
+from ..parallel import Strategy, specs, with_auto_axes
 from ..parallel.mesh import make_mesh
 from ..train import HOST, Batch, TrainState, adamw, is_offloaded, make_step, trained
 from .report import Memory
@@ -91,7 +91,7 @@ def programs(job: Job, devices: Sequence[Any]) -> Iterator[Uncompiled]:
     - `job`: what to compile.
     - `devices`: the devices of a topology, or virtual ones.
     """
-    mesh = by_hand(make_mesh(job.axes, devices))
+    mesh = with_auto_axes(make_mesh(job.axes, devices))
     if job.training is None:
         yield from _generation(job, mesh, devices[0].platform)
     else:
@@ -118,7 +118,7 @@ def _generation(job: Job, mesh: Mesh, platform: str) -> Iterator[Uncompiled]:
     def cache_of(kv_seq: int) -> Cache:
         num_shards = caches.parts(model, "kv_seq")
         init = functools.partial(
-            Cache.init, job.config, job.batch, kv_seq, dtype, platform=platform, piece=chunk, shares=num_shards
+            Cache.init, job.config, job.batch, kv_seq, dtype, platform=platform, chunk=chunk, num_shards=num_shards
         )
         return sharded(eqx.filter_eval_shape(init))
 

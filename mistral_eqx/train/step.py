@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from ..checks import Count, NotNegative, Positive, Seed, ShareBelowOne, check_arguments
 from ..errors import InputError
 from ..nn import Gathering, Mistral, Stacked, stack, unstack
-from ..parallel import Strategy, place, psum, psum_varying, specs, spmd, vary_alike
+from ..parallel import Strategy, psum, psum_varying, shard_index, specs, spmd, vary_alike
 from .batch import Batch
 from .dropout import with_dropout
 from .loss import Sums, loss_sums
@@ -314,7 +314,7 @@ def _gradient(
         return jax.tree.map(jnp.add, so_far, (gradient, sums)), None
 
     count = batch.inputs.shape[0]
-    rows = place("batch", strategy)[0] * count + jnp.arange(count, dtype=jnp.int32)
+    rows = shard_index("batch", strategy)[0] * count + jnp.arange(count, dtype=jnp.int32)
     micro_batches = jax.tree.map(lambda leaf: leaf.reshape(accumulate, -1, *leaf.shape[1:]), (batch, rows))
     first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
     shapes = jax.eval_shape(mean, light, first)[1]

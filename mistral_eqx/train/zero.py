@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from ..errors import InputError
 from ..nn import Gathering, Stacked
 from ..nn.stack import AS_IT_IS
-from ..parallel import Strategy, gather_parts, own_part, scatter_sum, vary
+from ..parallel import Strategy, gather_shards, own_shard, scatter_sum, vary
 from .trained import is_array, trained
 
 
@@ -95,7 +95,7 @@ class Zero:
     def own_shards(self, whole: PyTree[Array], shard_dims: PyTree[int]) -> PyTree[Array]:
         """This device's shards of arrays that all devices have; nothing is exchanged."""
         return jax.tree.map(
-            lambda leaf, dim: leaf if dim < 0 else own_part(leaf, self.axes, axis=dim), whole, shard_dims
+            lambda leaf, dim: leaf if dim < 0 else own_shard(leaf, self.axes, axis=dim), whole, shard_dims
         )
 
     def scatter(self, partial: PyTree[Array], shard_dims: PyTree[int]) -> PyTree[Array]:
@@ -111,7 +111,7 @@ class Zero:
             gradient, that of its rows, and the backward pass reduce-scatters these gradients.
         """
         return jax.tree.map(
-            lambda leaf, dim: leaf if dim < 0 else gather_parts(leaf, self.axes, axis=dim, to=to), shards, shard_dims
+            lambda leaf, dim: leaf if dim < 0 else gather_shards(leaf, self.axes, axis=dim, to=to), shards, shard_dims
         )
 
     def vary(self, whole: PyTree[Array]) -> PyTree[Array]:

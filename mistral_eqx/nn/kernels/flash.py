@@ -10,8 +10,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ...parallel import vary_alike
+from ..mask import attention_mask
 from ..precision import at_least_float32
-from ..visible import visible
 from .splash import in_order, splash_attention, splash_gradients, supports
 
 
@@ -171,7 +171,7 @@ def _gradients_of_tiles(
             def attend() -> tuple[Array, Array, Array]:
                 d_q, d_k, d_v = carry
                 scores = _scores(q, k, first, last, kv_positions, scale)
-                mask = visible(first, last, kv_positions)[:, None, None]
+                mask = attention_mask(first, last, kv_positions)[:, None, None]
                 weights = jnp.where(mask, jnp.exp(scores - _slice(log_sum, index, queries, 3)[..., None]), 0)
                 d_weights = _product("bhgqd,bhkd->bhgqk", d_out.astype(v.dtype), v)
                 d_scores = weights * (d_weights + _slice(of_sum, index, queries, 3)[..., None]) * scale
@@ -242,7 +242,7 @@ def _scores(
     q: Array, k: Array, first: Array, last: Array, kv_positions: Array, scale: float
 ) -> Float[Array, "batch kv_heads q_per_kv seq kv_seq"]:
     scores = _product("bhgqd,bhkd->bhgqk", q, k) * scale
-    return jnp.where(visible(first, last, kv_positions)[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    return jnp.where(attention_mask(first, last, kv_positions)[:, None, None], scores, jnp.finfo(scores.dtype).min)
 
 
 def _product(dims: str, x: Array, y: Array) -> Array:

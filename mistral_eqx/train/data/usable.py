@@ -80,6 +80,6 @@ def apply_to_row(texts: AbstractTexts | Sequence[Any], number: int, fn: Callable
         raise InputError(f"{where} cannot be used: {error}", file=error.file, key=error.key) from error
 
 
-def told(skipped: Sequence[str]) -> str:
+def describe_skipped(skipped: Sequence[str]) -> str:
     """A sentence with the number of skipped rows, and the error of the first one."""
     return f"{len(skipped)} row{'s' if len(skipped) != 1 else ''} skipped; the error of the first: {skipped[0]}"

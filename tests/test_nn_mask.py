@@ -9,8 +9,8 @@ import pytest
 from fixtures.model import SMALL, relative_error, small_model
 
 import mistral_eqx as mx
-from mistral_eqx.nn import Cache, Span, attention as layer, visible
-from mistral_eqx.nn.visible import bounds
+from mistral_eqx.nn import Cache, Span, attention as layer, attention_mask
+from mistral_eqx.nn.mask import bounds
 
 
 CONFIG = dataclasses.replace(SMALL, windows=(None, 5), layers=2)
@@ -70,7 +70,7 @@ def test_both_sides_without_rotary_angles_do_not_know_an_order():
 def test_a_window_reaches_to_both_sides_and_no_further_than_the_span():
     positions = jnp.arange(8, dtype=jnp.int32)[None]
     span = Span(first=jnp.where(positions < 4, 0, 4), last=jnp.where(positions < 4, 3, 7))
-    seen = np.asarray(visible(*bounds(positions, 2, span), positions))[0]
+    seen = np.asarray(attention_mask(*bounds(positions, 2, span), positions))[0]
     expected = [[abs(a - b) < 2 and a // 4 == b // 4 for b in range(8)] for a in range(8)]
     np.testing.assert_array_equal(seen, expected)
 

@@ -9,29 +9,29 @@ from jaxtyping import PyTree
 from ..nn import Embedding, Linear, Unembedding
 
 
-Site = Linear | Embedding | Unembedding
+AdaptableLayer = Linear | Embedding | Unembedding
 Tree = TypeVar("Tree")
 
 
-def sites(model: PyTree) -> dict[str, Site]:
+def adaptable_layers(model: PyTree) -> dict[str, AdaptableLayer]:
     """The adaptable layers by their path, such as `"blocks.0.attention.q_proj"`."""
-    nodes = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_site)[0]
-    return {_path(keys): node for keys, node in nodes if _is_site(node)}
+    nodes = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_adaptable)[0]
+    return {_path(keys): node for keys, node in nodes if _is_adaptable(node)}
 
 
-def at_sites(change: Callable[[str, Site], Site], model: Tree) -> Tree:
+def map_layers(change: Callable[[str, AdaptableLayer], AdaptableLayer], model: Tree) -> Tree:
     """The model with each adaptable layer replaced by `change` of its path and itself."""
     return jax.tree_util.tree_map_with_path(
-        lambda keys, node: change(_path(keys), node) if _is_site(node) else node, model, is_leaf=_is_site
+        lambda keys, node: change(_path(keys), node) if _is_adaptable(node) else node, model, is_leaf=_is_adaptable
     )
 
 
-def dims_of(site: Site) -> tuple[str, str]:
+def dims_of(layer: AdaptableLayer) -> tuple[str, str]:
     """The names of the input and output dimensions of a layer's weight."""
-    return (site.in_dims, site.out_dims) if isinstance(site, Linear) else ("embed", "vocab")
+    return (layer.in_dims, layer.out_dims) if isinstance(layer, Linear) else ("embed", "vocab")
 
 
-def _is_site(node: PyTree) -> bool:
+def _is_adaptable(node: PyTree) -> bool:
     return isinstance(node, Linear | Embedding | Unembedding)
 
 

@@ -43,7 +43,7 @@ def bounds(
     return first, jnp.where(positions < 0, -1, last)
 
 
-def visible(
+def attention_mask(
     first: Int[Array, "batch seq"], last: Int[Array, "batch seq"], kv_positions: Int[Array, "batch kv_seq"]
 ) -> Bool[Array, "batch seq kv_seq"]:
     """The mask: which keys each query attends to.
