@@ -15,16 +15,17 @@ from .tables import label, title
 _MEMORY = {
     "weights": ("weights", "#35618f"),
     "cache": ("keys and values", "#e0862f"),
-    "optimizer": ("optimizer's state", "#e0862f"),
+    "optimizer": ("optimizer state", "#d4b13f"),
     "gradients": ("gradients", "#4f9a5b"),
     "other": ("other arguments", "#9a9a9a"),
     "temporary": ("temporary", "#c8443c"),
     "code": ("code", "#7a5c99"),
 }
+# Colours that no kind of memory has.
 _TIMES = {
-    "compute": ("compute", "#35618f"),
-    "memory": ("memory", "#e0862f"),
-    "interconnect": ("links", "#4f9a5b"),
+    "compute": ("compute", "#1f9e9e"),
+    "memory": ("memory", "#8c564b"),
+    "interconnect": ("links", "#d873b5"),
 }
 
 _TITLES = {
@@ -126,8 +127,8 @@ def _draw_times(axes: Any, reports: Sequence[Report], name: str):
         longest = max(longest, *values)
         axes.barh(heights, values, 0.92 * _BAR, color=colour, label=text)
         for height, value, phase in zip(heights, values, phases, strict=True):
-            text = "does not fit" if phase.refused is not None and index == 1 else f"{value:.2f}"
-            axes.annotate(text, (value, height), **_BESIDE)
+            beside = f"{value:.2f}" if phase.refused is None else "does not fit" if index == 1 else ""
+            axes.annotate(beside, (value, height), **_BESIDE)
     axes.set_xlim(0, 1.2 * longest or 1)
     axes.set_title(_TITLES[name], fontsize=10)
     _finish(axes)
