@@ -71,7 +71,7 @@ CASES = [
     (lambda prefix: mx.prefill(MODEL, prefix), "prefix", ()),
     (mx.Conversation, "model", ()),
     (lambda rows: mx.score(MODEL, rows), "rows", ()),
-    (lambda chunk: mx.score(MODEL, PROMPTS, prefill_chunk=chunk), "prefill_chunk", ()),
+    (lambda prefill_chunk: mx.score(MODEL, PROMPTS, prefill_chunk=prefill_chunk), "prefill_chunk", ()),
     (lambda last: mx.score(MODEL, PROMPTS, last=last), "last", (None,)),
     # Without one, what is wrong is the empty text.
     *((_perplexity, name, ()) for name in ("model", "context", "stride", "batch")),

@@ -173,7 +173,7 @@ def test_libtpu_is_not_asked_where_there_is_no_tpu(tmp_path, monkeypatch, module
         importlib.util, "find_spec", lambda name: name in modules or None if name in known else find(name)
     )
     monkeypatch.delenv("JAX_PLATFORMS")
-    runpy.run_module("mistral_eqx.environment")
+    runpy.run_path(mx.__path__[0] + "/environment.py")
     assert os.environ.pop("JAX_PLATFORMS", None) == expected
 
 

@@ -404,7 +404,7 @@ def test_ctrl_c_keeps_the_texts_of_a_batch(tiny, file, tmp_path, monkeypatch):
     assert result.exit_code == 130
     decode = mx.load_tokenizer(tiny).decode
     assert result.stdout == f"==> Call <==\n{decode([10])}\n\n==> me <==\n{decode([11, 12])}\n"
-    assert result.stderr.startswith("2 prompts of ")
+    assert result.stderr.startswith("prompts 2 of ")
     # Of the lines only complete ones.
     result = run("generate", "--prompts", file, "--model", tiny, "--batch-size", 2, "--output", tmp_path / "out")
     assert result.exit_code == 130

@@ -16,6 +16,7 @@ from mistral_eqx.parallel import (
     psum_together,
     psum_tokens,
     psum_varying,
+    shard_index,
 )
 from mistral_eqx.parallel.mesh import make_mesh
 

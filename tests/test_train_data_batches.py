@@ -223,7 +223,7 @@ def test_what_makes_no_batch_is_refused():
     source = texts(8)
     with refused("no examples"):
         data.batches([], rows=1, seq=4)
-    with refused("8 examples", "9 rows"):
+    with refused("rows is 9", "8 examples"):
         data.batches(source, rows=9, seq=SEQ)
     with refused("3 processes", "4 rows"):
         data.batches(source, rows=4, seq=SEQ, shard=(0, 3))

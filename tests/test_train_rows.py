@@ -58,7 +58,7 @@ steps = 3
         ("optimizer.b1", "1.0"),
         ("training.z_loss", "inf"),
         ("training.label_smoothing", "-0.1"),
-        ("training.clip", "0"),
+        ("training.clip", "-1"),
         ("training.save_every", "0"),
         ("training.zero", "4"),
         ("model.seed", str(2**80)),
