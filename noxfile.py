@@ -12,6 +12,8 @@ PARALLEL = ("-n", "logical", "--maxprocesses", "8", "--dist", "loadfile")
 # Thousands of programs are compiled, each for a few numbers; a quarter to a third of the time went to optimizing them.
 # XLA's own passes stay as they are. The sessions `tests_plain` and `parity` run what users run.
 COMPILE_QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+# Without the import hook that checks shapes, a fifth of the time of a test that compiles.
+PLAIN = ("-o", "addopts=--strict-markers --strict-config -ra")
 # These compute for longer than they compile: the real model, and millions of draws.
 COMPUTE_LONG = ("tests/test_generation_sampler.py", "tests/test_invariance.py", "tests/test_readme.py")
 
@@ -34,7 +36,7 @@ def newest(session: nox.Session):
 def tests_slow(session: nox.Session):
     """What takes too long for the default suite: many steps under every strategy, the real model."""
     session.install("-e", ".[test]")
-    options = ["-m", "slow and not parity", "--durations=10", *PARALLEL, *session.posargs]
+    options = ["-m", "slow and not parity", "--durations=10", *PLAIN, *PARALLEL, *session.posargs]
     others = [f"--ignore={file}" for file in COMPUTE_LONG]
     session.run("pytest", *options, *others, env=COMPILE_QUICKLY)
     session.run("pytest", *options, *COMPUTE_LONG)
@@ -45,8 +47,7 @@ def tests_plain(session: nox.Session):
     """The core of the suite without the import hook, as users run the package."""
     session.install("-e", ".[test]")
     core = ["tests/test_nn_model.py", "tests/test_generation_loop.py", "tests/test_checkpoint_loading.py"]
-    options = ["-m", "not parity and not slow", "-o", "addopts=--strict-markers --strict-config -ra"]
-    session.run("pytest", *options, *PARALLEL, *core)
+    session.run("pytest", "-m", "not parity and not slow", *PLAIN, *PARALLEL, *core)
 
 
 @nox.session
@@ -103,8 +104,8 @@ def types(session: nox.Session):
 
 @nox.session
 def checks(session: nox.Session):
-    """Types, then all suites without torch, in one environment that is built once; `.ci/run` has them so."""
-    for part in (types, tests_plain, tests, tests_slow):
+    """Types, then all suites, those with torch last, in one environment that is built once; `.ci/run` has them so."""
+    for part in (types, tests_plain, tests, tests_slow, parity):
         part(session)
 
 

@@ -307,13 +307,13 @@ def test_noise_is_as_likely_as_it_should_be_to_its_far_end():
 @pytest.mark.slow
 def test_a_long_tail_is_drawn_as_often_as_it_is_likely(number_drawn, getkey):
     """131,071 tokens have 1 % together, each a thirteen millionth."""
-    share, rows, batches = 0.01, 100, 80
+    share, rows, batches = 0.01, 100, 50
     logits, others = jnp.log(jnp.full(131_072, share / 131_071)).at[0].set(jnp.log(1 - share)), 0
     for key in jr.split(getkey(), batches):
         others += int((np.asarray(number_drawn(Sampler(1.0), logits, jr.split(key, rows))) > 0).sum())
-    # 80 are right; 33 come of noise that ends near 15.9.
+    # 50 are right; 21 come of noise that ends near 15.9.
     expected = share * rows * batches
-    assert abs(others - expected) < 3.5 * np.sqrt(expected)
+    assert abs(others - expected) < 3 * np.sqrt(expected)
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-20])

@@ -83,11 +83,10 @@ def expected():
 @pytest.mark.parametrize(
     ("axes", "strategy", "zero"),
     [
-        ({"tp": 2}, mx.HEADS, 0),
         ({"dp": 2}, mx.Strategy("batch@dp"), 3),
         ({"dp": 2, "kv": 2, "rep": 2}, mx.HEADS_X_HEAD_DIM + "batch@dp", 2),
     ],
-    ids=["HEADS", "ZeRO 3", "HEADS_X_HEAD_DIM, ZeRO 2"],
+    ids=["ZeRO 3", "HEADS_X_HEAD_DIM, ZeRO 2"],
 )
 @pytest.mark.slow
 def test_the_steps_are_those_of_one_device(expected, axes, strategy, zero):

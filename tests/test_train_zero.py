@@ -67,24 +67,10 @@ def held(state):
     return [sum(leaf.addressable_shards[0].data.nbytes for leaf in arrays(tree)) for tree in (state.model, state)]
 
 
-@pytest.fixture(scope="module")
-def expected():
+def test_the_steps_are_those_of_one_device():
     with jax.enable_x64(True):
-        return trained(model64(), 3)
-
-
-@pytest.mark.parametrize(
-    ("axes", "strategy", "zero"),
-    [
-        pytest.param({"dp": 4}, mx.Strategy("batch@dp"), 1, marks=pytest.mark.slow),
-        pytest.param({"dp": 4}, mx.Strategy("batch@dp"), 3, marks=pytest.mark.slow),
-        pytest.param({"dp": 2, "tp": 2}, mx.HEADS + "batch@dp", 2, marks=pytest.mark.slow),
-        ({"dp": 2, "tp": 2}, mx.HEADS + "batch@dp", 3),
-    ],
-)
-def test_the_steps_are_those_of_one_device(expected, axes, strategy, zero):
-    with jax.enable_x64(True):
-        assert_equal(trained(placed(axes, strategy), 3, zero=zero), expected)
+        model = placed({"dp": 2, "tp": 2}, mx.HEADS + "batch@dp")
+        assert_equal(trained(model, 3, zero=3), trained(model64(), 3))
 
 
 STRATEGIES = {
@@ -139,7 +125,7 @@ def test_twenty_steps_in_float32(name):
     rate = 1e-2
     each = 2 * rate * math.sqrt(CONFIG.parameters) * OPERATIONS * EPSILON32
     bound = OPERATIONS * EPSILON32 * np.array(expected) + each * np.arange(20)
-    for zero in range(4) if ALL else (0, 3):
+    for zero in range(4) if ALL else (3,):
         model = mx.shard(small_model(config=CONFIG), mx.make_mesh(axes), strategy)
         losses, _, _ = trained(model, 20, zero=zero, accumulate=2, dtype=jnp.float32)
         off = np.abs(np.subtract(losses, expected))
