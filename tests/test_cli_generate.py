@@ -333,7 +333,7 @@ def test_a_model_on_a_mesh_says_the_same_and_where_it_is(tiny, options, where):
     result = run("generate", "Call me", "--model", tiny, "-n", 6, *options)
     assert result.exit_code == 0, result.stderr
     assert result.stdout == continuation(tiny, "Call me", max_new_tokens=6, eos_id=1) + "\n"
-    assert f" | {where} | " in result.stderr
+    assert f" | strategy {where} | " in result.stderr
 
 
 def test_a_strategy_of_one_axis_takes_all_devices(tiny, monkeypatch):
