@@ -62,6 +62,11 @@ class QuantisedTensor(LazyTensor):
         values = self._dequantised(start * inner, stop * inner)
         return values.reshape(stop - start, *self.shape[1:])
 
+    def as_bytes(self) -> PlainTensor:
+        """The bytes of the blocks, a row of blocks in each row."""
+        shape = math.prod(self.shape[:-1]), self._row_bytes
+        return PlainTensor(self.name, shape, np.dtype(np.uint8), self.stored, self._path, self._offset)
+
     def _dequantised(self, start: int, stop: int, blocks: np.ndarray | None = None) -> np.ndarray:
         count, offset = stop - start, self._offset + start * self._row_bytes
         block, block_bytes = gguf.GGML_QUANT_SIZES[self._kind]

@@ -20,6 +20,7 @@ from ..nn import AbstractWeight, DenseWeight, Mistral
 from ..parallel import SINGLE, Strategy, check_same, with_auto_axes
 from .hub import locate
 from .opening import open_checkpoint
+from .packed import read_blocks
 from .placement import Placement
 from .processes import fingerprint, run_on_all
 from .reader import DTYPES, Checkpoint
@@ -70,13 +71,14 @@ def load(
         )
     mesh = None if mesh is None else with_auto_axes(mesh)
     placement = Placement(mesh, strategy)
+    keep = isinstance(dtype, str) and dtype == "stored"
     if placement.several_processes:
         check_same("strategy", strategy.layout)
         check_same("mesh", placement.devices)
 
     def prepare() -> tuple[Checkpoint, np.dtype, list[Source]]:
         checkpoint = open_checkpoint(locate(path))
-        target_dtype = checkpoint.dtype if dtype is None else supported_dtype(dtype)
+        target_dtype = checkpoint.dtype if dtype is None or keep else supported_dtype(dtype)
         if mesh is not None:
             strategy.check(checkpoint.config, mesh)
         return checkpoint, target_dtype, sources(checkpoint, placement)
@@ -87,7 +89,7 @@ def load(
     checkpoint, target_dtype, found = run_on_all("checkpoint", prepare, placement.several_processes, summary)
     if placement.several_processes:
         check_same("dtype", target_dtype.name)
-    read = functools.partial(_read, found, target_dtype, placement, check, progress)
+    read = functools.partial(_read, found, target_dtype, placement, check, progress, keep)
     weights = run_on_all("content of the checkpoint", read, placement.several_processes)
     skeleton = eqx.filter_eval_shape(
         Mistral.init, checkpoint.config, key=jr.key(0), dtype=target_dtype, strategy=strategy
@@ -96,21 +98,25 @@ def load(
 
 
 def _read(
-    found: list[Source], dtype: np.dtype, placement: Placement, check: bool, progress: Progress | None
-) -> dict[str, DenseWeight | jax.Array]:
+    found: list[Source], dtype: np.dtype, placement: Placement, check: bool, progress: Progress | None, keep: bool
+) -> dict[str, AbstractWeight | jax.Array]:
     """Reads the shards of this process's devices, and returns the weight of each layer by the layer's path."""
     sizes = [_bytes_here(source, placement) for source in found]
-    weights: dict[str, DenseWeight | jax.Array] = {}
+    weights: dict[str, AbstractWeight | jax.Array] = {}
     done = 0
     for source, size in zip(found, sizes, strict=True):
-        spec, shape = source.spec, source.spec.shape(source.config)
-        read = functools.partial(source.read, dtype, check=check)
-        array = placement.put(spec.dims, shape, dtype, read)
-        weights[spec.path] = DenseWeight(array) if spec.in_dims else array
+        blocks = read_blocks(source, placement) if keep else None
+        weights[source.spec.path] = _read_dense(source, dtype, placement, check) if blocks is None else blocks
         done += size
         if progress is not None:
             progress(done, sum(sizes))
     return weights
+
+
+def _read_dense(source: Source, dtype: np.dtype, placement: Placement, check: bool) -> DenseWeight | jax.Array:
+    spec, read = source.spec, functools.partial(source.read, dtype, check=check)
+    array = placement.put(spec.dims, source.shape, dtype, read)
+    return DenseWeight(array) if spec.in_dims else array
 
 
 def _bytes_here(source: Source, placement: Placement) -> int:
@@ -148,7 +154,7 @@ def is_weight(node: Any) -> bool:
     return isinstance(node, AbstractWeight | jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
-def _filled(skeleton: Mistral, weights: dict[str, DenseWeight | jax.Array]) -> Mistral:
+def _filled(skeleton: Mistral, weights: dict[str, AbstractWeight | jax.Array]) -> Mistral:
     """Replaces the weight of each layer in the skeleton; other leaves stay."""
     return jax.tree_util.tree_map_with_path(
         lambda keys, node: weights[layer_path(keys)] if is_weight(node) else node, skeleton, is_leaf=is_weight

@@ -48,12 +48,20 @@ class Source:
     - `tensor`: the tensor in the file.
     - `config`: the sizes of the whole model.
     - `format`: the format of the file.
+    - `stored_shape`: the shape of the array in the model if it is not that of the weight, because it holds the bytes of
+        blocks.
     """
 
     spec: LayerSpec
     tensor: LazyTensor
     config: MistralConfig
     format: str
+    stored_shape: tuple[int, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array in the model."""
+        return self.spec.shape(self.config) if self.stored_shape is None else self.stored_shape
 
     def locate(self, index: Index) -> tuple[np.ndarray, np.ndarray | None, tuple[int, ...]]:
         """Finds the rows and columns of a shard in the file.
@@ -65,7 +73,7 @@ class Source:
         **Returns:** the file's rows in the order of the shard, its columns in the order of the shard (`None` for all
         columns), and the shape of the shard.
         """
-        shape = self.spec.shape(self.config)
+        shape = self.shape
         out_axes = len(self.spec.out_dims.split())
         order = file_order(self.spec, self.config, self.format).reshape(shape[:out_axes])[tuple(index[:out_axes])]
         if out_axes == len(shape):
@@ -88,7 +96,7 @@ class Source:
         **Returns:** an array for each shard, in the model's order and shape.
         """
         if shards is None:
-            shards = [(slice(None),) * len(self.spec.dims.split())]
+            shards = [(slice(None),) * len(self.shape)]
         located = [self.locate(shard) for shard in shards]
         same_rows: dict[bytes, list[int]] = {}
         for number, (order, _, _) in enumerate(located):
