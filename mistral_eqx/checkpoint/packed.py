@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from ..quant import FORMATS, BlockWeight, merged_sizes
+from ..quant import FORMATS, BlockWeight, block_dims, merged_sizes
 from .placement import Placement
 from .reader import LazyTensor
 from .source import Source
@@ -35,7 +35,6 @@ def read_blocks(source: Source, placement: Placement) -> BlockWeight | None:
     shape = (*out_shape, *whole, blocks, format.nbytes)
     raw: LazyTensor = as_bytes()
     stored = dataclasses.replace(source, tensor=raw, stored_shape=shape)
-    weight = BlockWeight(np.empty(0, np.uint8), format.name, merged)  # pyright: ignore[reportArgumentType]
-    dims = weight.dims(spec.in_dims, spec.out_dims)["blocks"]
+    dims = block_dims(spec.in_dims, spec.out_dims, merged)
     array = placement.put(dims, shape, np.dtype(np.uint8), lambda shards: stored.read(np.dtype(np.uint8), shards))
-    return dataclasses.replace(weight, blocks=array)
+    return BlockWeight(array, format.name, merged)

@@ -1,2 +1,2 @@
-from .blocks import BlockWeight as BlockWeight, merged_sizes as merged_sizes
+from .blocks import BlockWeight as BlockWeight, block_dims as block_dims, merged_sizes as merged_sizes
 from .ggml import FORMATS as FORMATS, BlockFormat as BlockFormat

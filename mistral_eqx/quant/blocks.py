@@ -29,11 +29,11 @@ class BlockWeight(AbstractWeight):
         """The format."""
         return FORMATS[self.format]
 
-    def contract(self, x: Float[Array, "batch seq *in"], in_dims: str, out_dims: str) -> Float[Array, "batch seq *out"]:
+    def contract(self, x: Float[Array, "batch seq ..."], in_dims: str, out_dims: str) -> Float[Array, "batch seq ..."]:
         if self.merged:
             x = x.reshape(*x.shape[: x.ndim - len(self.merged)], -1)
             in_dims = " ".join([*in_dims.split()[: -len(self.merged)], "_"])
-        return DenseWeight(self._numbers(self.blocks).astype(x.dtype)).contract(x, in_dims, out_dims)
+        return DenseWeight(self._matrices(self.blocks).astype(x.dtype)).contract(x, in_dims, out_dims)
 
     def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
         return self._numbers(self.blocks[ids])
@@ -43,18 +43,27 @@ class BlockWeight(AbstractWeight):
         return self.blocks.shape[0]
 
     def dense(self) -> Float[Array, "..."]:
-        numbers = self._numbers(self.blocks)
-        return numbers.reshape(*numbers.shape[:-1], *self.merged) if self.merged else numbers
+        return self._numbers(self.blocks)
 
     def dims(self, in_dims: str, out_dims: str) -> dict[str, str]:
-        names = in_dims.split()
-        if self.merged:
-            names = [*names[: -len(self.merged)], "_"]
-        return {"blocks": " ".join([out_dims, *names, "_"])}
+        return {"blocks": block_dims(in_dims, out_dims, self.merged)}
 
     def _numbers(self, blocks: UInt8[Array, "..."]) -> Float[Array, "..."]:
+        numbers = self._matrices(blocks)
+        return numbers.reshape(*numbers.shape[:-1], *self.merged) if self.merged else numbers
+
+    def _matrices(self, blocks: UInt8[Array, "..."]) -> Float[Array, "..."]:
+        """The numbers with merged dimensions as one."""
         numbers = self.kind.dequantize(blocks)
         return numbers.reshape(*numbers.shape[:-2], -1)
+
+
+def block_dims(in_dims: str, out_dims: str, merged: tuple[int, ...]) -> str:
+    """The dimensions of an array of blocks; `_` is one that has no name."""
+    names = in_dims.split()
+    if merged:
+        names = [*names[: -len(merged)], "_"]
+    return " ".join([out_dims, *names, "_"])
 
 
 def merged_sizes(in_shape: tuple[int, ...], size: int) -> tuple[int, ...] | None:

@@ -14,8 +14,8 @@ from jax import lax
 from jaxtyping import Array, Float, UInt8
 
 
-Blocks = UInt8[Array, "*blocks bytes"]
-Numbers = Float[Array, "*blocks size"]
+Blocks = UInt8[Array, "..."]
+Numbers = Float[Array, "..."]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class BlockFormat:
     - `name`: its name in GGUF.
     - `size`: how many numbers a block has.
     - `nbytes`: how many bytes a block has.
-    - `dequantize`: from the bytes of blocks to their numbers in float32.
+    - `dequantize`: from the bytes of blocks, shape `(..., nbytes)`, to their numbers in float32, shape `(..., size)`.
     """
 
     name: str
@@ -144,12 +144,12 @@ def _split(blocks: Blocks, *sizes: int) -> list[Blocks]:
     return jnp.split(blocks, np.cumsum(sizes)[:-1].tolist(), axis=-1)
 
 
-def _float(x: Array) -> Float[Array, "..."]:
+def _float(x: Array) -> Numbers:
     return x.astype(jnp.float32)
 
 
-def _half(pair: Blocks) -> Float[Array, "*blocks 1"]:
-    """A number in float16."""
+def _half(pair: Blocks) -> Numbers:
+    """A number in float16, on an axis of 1."""
     return _float(lax.bitcast_convert_type(pair, jnp.float16))[..., None]
 
 
