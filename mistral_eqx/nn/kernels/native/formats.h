@@ -1,0 +1,195 @@
+// The block formats of GGUF, for 16 rows at a time; mistral_eqx/quant/ggml.py has the same formats in JAX.
+//
+// A panel holds the blocks of 16 rows, field by field: of each field first the leading 4 bytes of all rows, then the
+// next 4, and so on; of fields of 2 bytes, the 2 of all rows. So 4 codes of a row are one lane of a vector.
+#pragma once
+#include "lanes.h"
+
+namespace {
+
+constexpr int ROWS = 16;
+
+// The lanes of a panel that one vector holds, counted in vectors: `strip` of ROWS / LANES.
+struct Panel {
+  const uint8_t* block;
+  int strip;
+
+  // The `index`-th 4 bytes of the field that begins at byte `field` of a row's block.
+  Words four(int field, int index) const {
+    return load<Words>(block + ROWS * (field + 4 * index) + 4 * LANES * strip);
+  }
+  Halves two(int field) const { return load<Halves>(block + ROWS * field + 2 * LANES * strip); }
+  Floats half(int field) const { return from_float16(two(field)); }
+  // One byte of each row, as numbers.
+  Words byte(int field, int index) const { return (four(field, index / 4) >> (8 * (index % 4))) & 0xffu; }
+};
+
+inline Words low4(Words x) { return x & 0x0f0f0f0fu; }
+inline Words high4(Words x) { return (x >> 4) & 0x0f0f0f0fu; }
+// Four bits, each in the lowest bit of a byte.
+inline Words spread(Words bits) { return ((bits & 0xfu) * 0x00204081u) & 0x01010101u; }
+
+// Each format has
+// - size, bytes: numbers and bytes of a block; group: how many numbers share a scale, 16 or 32;
+// - largest: the largest code, or 0 for signed codes; zero: what is taken off each code;
+// - codes(part): the codes of the `part`-th 32 numbers, four in each lane;
+// - scale(group), offset(group): number = scale * (code - zero) + offset.
+
+struct Q4_0 : Panel {
+  static constexpr int size = 32, bytes = 18, group = 32, largest = 15, zero = 8;
+  void codes(int, Words* out) const {
+    for (int i = 0; i < 4; i++) out[i] = low4(four(2, i)), out[4 + i] = high4(four(2, i));
+  }
+  Floats scale(int) const { return half(0); }
+  static constexpr bool has_offset = false;
+  Floats offset(int) const { return Floats{}; }
+};
+
+struct Q4_1 : Panel {
+  static constexpr int size = 32, bytes = 20, group = 32, largest = 15, zero = 0;
+  void codes(int, Words* out) const {
+    for (int i = 0; i < 4; i++) out[i] = low4(four(4, i)), out[4 + i] = high4(four(4, i));
+  }
+  Floats scale(int) const { return half(0); }
+  static constexpr bool has_offset = true;
+  Floats offset(int) const { return half(2); }
+};
+
+struct Q5_0 : Panel {
+  static constexpr int size = 32, bytes = 22, group = 32, largest = 31, zero = 16;
+  void codes(int, Words* out) const {
+    Words fifth = four(2, 0);
+    for (int i = 0; i < 4; i++) {
+      out[i] = low4(four(6, i)) | spread(fifth >> (4 * i)) << 4;
+      out[4 + i] = high4(four(6, i)) | spread(fifth >> (16 + 4 * i)) << 4;
+    }
+  }
+  Floats scale(int) const { return half(0); }
+  static constexpr bool has_offset = false;
+  Floats offset(int) const { return Floats{}; }
+};
+
+struct Q5_1 : Panel {
+  static constexpr int size = 32, bytes = 24, group = 32, largest = 31, zero = 0;
+  void codes(int, Words* out) const {
+    Words fifth = four(4, 0);
+    for (int i = 0; i < 4; i++) {
+      out[i] = low4(four(8, i)) | spread(fifth >> (4 * i)) << 4;
+      out[4 + i] = high4(four(8, i)) | spread(fifth >> (16 + 4 * i)) << 4;
+    }
+  }
+  Floats scale(int) const { return half(0); }
+  static constexpr bool has_offset = true;
+  Floats offset(int) const { return half(2); }
+};
+
+struct Q8_0 : Panel {
+  static constexpr int size = 32, bytes = 34, group = 32, largest = 0, zero = 0;
+  void codes(int, Words* out) const {
+    for (int i = 0; i < 8; i++) out[i] = four(2, i);
+  }
+  Floats scale(int) const { return half(0); }
+  static constexpr bool has_offset = false;
+  Floats offset(int) const { return Floats{}; }
+};
+
+struct Q2_K : Panel {
+  static constexpr int size = 256, bytes = 84, group = 16, largest = 3, zero = 0;
+  void codes(int part, Words* out) const {
+    for (int i = 0; i < 8; i++) out[i] = (four(16, part / 4 * 8 + i) >> (part % 4 * 2)) & 0x03030303u;
+  }
+  Floats scale(int group) const { return half(80) * floats(byte(0, group) & 15u); }
+  static constexpr bool has_offset = true;
+  Floats offset(int group) const { return -(half(82) * floats(byte(0, group) >> 4)); }
+};
+
+struct Q3_K : Panel {
+  static constexpr int size = 256, bytes = 110, group = 16, largest = 7, zero = 4;
+  void codes(int part, Words* out) const {
+    for (int i = 0; i < 8; i++) {
+      Words low = (four(32, part / 4 * 8 + i) >> (part % 4 * 2)) & 0x03030303u;
+      out[i] = low | ((four(0, i) >> part) & 0x01010101u) << 2;
+    }
+  }
+  Floats scale(int group) const {
+    Words low = (byte(96, group % 8) >> (group / 8 * 4)) & 15u, high = (byte(96, 8 + group % 4) >> (group / 4 * 2)) & 3u;
+    return half(108) * floats(Ints(low | high << 4) - 32);
+  }
+  static constexpr bool has_offset = false;
+  Floats offset(int) const { return Floats{}; }
+};
+
+// Eight scales and eight minima of 6 bits in 12 bytes.
+struct ScalesOf6Bits : Panel {
+  Floats scale(int group) const {
+    Words six = group < 4 ? byte(4, group) & 63u : (byte(4, group + 4) & 15u) | (byte(4, group - 4) >> 6) << 4;
+    return half(0) * floats(six);
+  }
+  static constexpr bool has_offset = true;
+  Floats offset(int group) const {
+    Words six = group < 4 ? byte(4, group + 4) & 63u : byte(4, group + 4) >> 4 | (byte(4, group) >> 6) << 4;
+    return -(half(2) * floats(six));
+  }
+};
+
+struct Q4_K : ScalesOf6Bits {
+  static constexpr int size = 256, bytes = 144, group = 32, largest = 15, zero = 0;
+  void codes(int part, Words* out) const {
+    for (int i = 0; i < 8; i++) out[i] = (four(16, part / 2 * 8 + i) >> (part % 2 * 4)) & 0x0f0f0f0fu;
+  }
+};
+
+struct Q5_K : ScalesOf6Bits {
+  static constexpr int size = 256, bytes = 176, group = 32, largest = 31, zero = 0;
+  void codes(int part, Words* out) const {
+    for (int i = 0; i < 8; i++) {
+      Words low = (four(48, part / 2 * 8 + i) >> (part % 2 * 4)) & 0x0f0f0f0fu;
+      out[i] = low | ((four(16, i) >> part) & 0x01010101u) << 4;
+    }
+  }
+};
+
+struct Q6_K : Panel {
+  static constexpr int size = 256, bytes = 210, group = 16, largest = 63, zero = 32;
+  void codes(int part, Words* out) const {
+    int half = part / 4, quarter = part % 4;
+    for (int i = 0; i < 8; i++) {
+      Words low = (four(0, half * 16 + quarter % 2 * 8 + i) >> (quarter / 2 * 4)) & 0x0f0f0f0fu;
+      out[i] = low | ((four(128, half * 8 + i) >> (quarter * 2)) & 0x03030303u) << 4;
+    }
+  }
+  Floats scale(int group) const { return half(208) * floats(Ints(byte(192, group) << 24) >> 24); }
+  static constexpr bool has_offset = false;
+  Floats offset(int) const { return Floats{}; }
+};
+
+constexpr int8_t IQ4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+struct IQ4_NL : Panel {
+  static constexpr int size = 32, bytes = 18, group = 32, largest = 0, zero = 0;
+  void codes(int, Words* out) const {
+    for (int i = 0; i < 4; i++)
+      out[i] = looked_up(low4(four(2, i)), IQ4), out[4 + i] = looked_up(high4(four(2, i)), IQ4);
+  }
+  Floats scale(int) const { return half(0); }
+  static constexpr bool has_offset = false;
+  Floats offset(int) const { return Floats{}; }
+};
+
+struct IQ4_XS : Panel {
+  static constexpr int size = 256, bytes = 136, group = 32, largest = 0, zero = 0;
+  void codes(int part, Words* out) const {
+    for (int i = 0; i < 4; i++) {
+      Words both = four(8, part * 4 + i);
+      out[i] = looked_up(low4(both), IQ4), out[4 + i] = looked_up(high4(both), IQ4);
+    }
+  }
+  Floats scale(int group) const {
+    Words low = (byte(4, group / 2) >> (group % 2 * 4)) & 15u, high = (widened(two(2)) >> (group * 2)) & 3u;
+    return half(0) * floats(Ints(low | high << 4) - 32);
+  }
+  static constexpr bool has_offset = false;
+  Floats offset(int) const { return Floats{}; }
+};
+
+}  // namespace

@@ -1,0 +1,130 @@
+// The vectors of one instruction set: as many 32-bit lanes as a register has, each lane a row of a weight.
+//
+// Everything but the functions at the end is plain arithmetic on vectors, which GCC and Clang compile for any set.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512VNNI__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define LANES 4
+#else
+#error "No instructions for products of 8-bit numbers; this file is compiled once for each set that has them."
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#else
+#include <arm_neon.h>
+#endif
+
+namespace {
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+template <class T>
+inline T load(const void* at) {
+  T value;
+  std::memcpy(&value, at, sizeof value);
+  return value;
+}
+
+inline Floats floats(Ints x) { return __builtin_convertvector(x, Floats); }
+inline Floats floats(Words x) { return floats(Ints(x)); }  // For numbers below 2^31.
+inline Words widened(Halves x) { return __builtin_convertvector(x, Words); }
+inline Floats from_bfloat16(Halves x) { return (Floats)(widened(x) << 16); }
+
+// ---- what differs between the sets ----
+
+#if defined(__AVX512VNNI__)
+
+inline Floats from_float16(Halves x) { return _mm512_cvtph_ps((__m256i)x); }
+
+// Products of four unsigned codes of each lane and four signed numbers of 8 bits, added up.
+template <int largest, int count>
+inline Ints dot(const Words* codes, const int32_t* x) {
+  __m512i sum = _mm512_setzero_si512();
+  for (int i = 0; i < count; i++) sum = _mm512_dpbusd_epi32(sum, (__m512i)codes[i], _mm512_set1_epi32(x[i]));
+  return (Ints)sum;
+}
+
+// These instructions have no signed codes: 128 is added to them, and later taken off.
+constexpr int SIGNED_ZERO = 128;
+template <int count>
+inline Ints dot_signed(const Words* codes, const int32_t* x) {
+  __m512i sum = _mm512_setzero_si512();
+  for (int i = 0; i < count; i++)
+    sum = _mm512_dpbusd_epi32(sum, (__m512i)(codes[i] ^ 0x80808080u), _mm512_set1_epi32(x[i]));
+  return (Ints)sum;
+}
+
+// For each byte the entry of a table at its value, which is below 16.
+inline Words looked_up(Words codes, const int8_t* table) {
+  return (Words)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), (__m512i)codes);
+}
+
+#elif defined(__AVX2__)
+
+inline Floats from_float16(Halves x) { return (Floats)_mm256_cvtph_ps((__m128i)x); }
+
+// Sums of two products have 16 bits; `largest` says how many of these can be added before they are widened.
+template <int largest, int count>
+inline Ints dot(const Words* codes, const int32_t* x) {
+  constexpr int fit = 32767 / (largest * 127 * 2), step = fit < count ? fit : count;
+  static_assert(fit >= 1 && count % step == 0);
+  __m256i sum = _mm256_setzero_si256();
+  for (int i = 0; i < count; i += step) {
+    __m256i part = _mm256_maddubs_epi16((__m256i)codes[i], _mm256_set1_epi32(x[i]));
+    for (int j = i + 1; j < i + step; j++)
+      part = _mm256_add_epi16(part, _mm256_maddubs_epi16((__m256i)codes[j], _mm256_set1_epi32(x[j])));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));
+  }
+  return (Ints)sum;
+}
+
+constexpr int SIGNED_ZERO = 0;
+template <int count>
+inline Ints dot_signed(const Words* codes, const int32_t* x) {
+  __m256i sum = _mm256_setzero_si256();
+  for (int i = 0; i < count; i++) {
+    // 128 * 127 * 2 still fits 16 bits, as no x is -128.
+    __m256i w = (__m256i)codes[i], signs = _mm256_sign_epi8(_mm256_set1_epi32(x[i]), w);
+    sum = _mm256_add_epi32(
+        sum, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), signs), _mm256_set1_epi16(1)));
+  }
+  return (Ints)sum;
+}
+
+inline Words looked_up(Words codes, const int8_t* table) {
+  return (Words)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)),
+                                    (__m256i)codes);
+}
+
+#else
+
+inline Floats from_float16(Halves x) { return (Floats)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)x)); }
+
+template <int largest, int count>
+inline Ints dot(const Words* codes, const int32_t* x) {
+  int32x4_t sum = vdupq_n_s32(0);
+  for (int i = 0; i < count; i++)
+    sum = vdotq_s32(sum, vreinterpretq_s8_u32((uint32x4_t)codes[i]), vreinterpretq_s8_s32(vdupq_n_s32(x[i])));
+  return (Ints)sum;
+}
+
+constexpr int SIGNED_ZERO = 0;
+template <int count>
+inline Ints dot_signed(const Words* codes, const int32_t* x) { return dot<127, count>(codes, x); }
+
+inline Words looked_up(Words codes, const int8_t* table) {
+  return (Words)vqtbl1q_s8(vld1q_s8(table), vreinterpretq_u8_u32((uint32x4_t)codes));
+}
+
+#endif
+
+}  // namespace

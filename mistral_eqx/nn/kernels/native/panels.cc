@@ -1,0 +1,167 @@
+// Products of panels; compiled once for each instruction set.
+#include "panels.h"
+
+#include <algorithm>
+
+#include "formats.h"
+
+namespace {
+
+// So many rows of activations at a time, as many as there are registers for their sums.
+constexpr int AT_ONCE = LANES == 16 ? 8 : 4;
+constexpr int STRIPS = ROWS / LANES;
+// Bytes ahead of the ones in use, that are fetched from memory.
+constexpr int AHEAD = 2048;
+
+inline void fetch(const uint8_t* block, int bytes) {
+  for (int at = 0; at < bytes; at += 64) __builtin_prefetch(block + AHEAD + at);
+}
+
+template <class F>
+constexpr int zero_of() { return F::largest ? F::zero : SIGNED_ZERO; }
+
+template <class F, int count>
+inline Ints dot_of(const Words* codes, const int32_t* x) {
+  if constexpr (F::largest) return dot<F::largest, count>(codes, x);
+  else return dot_signed<count>(codes, x);
+}
+
+template <class F, int rows>
+void product_of(const uint8_t* panel, const Activations& x, int64_t row, float* y, int64_t stride) {
+  const int64_t blocks = x.inputs / F::size;
+  const int8_t* codes = x.codes + row * x.inputs;
+  const float *scales = x.scales + row * (x.inputs / 32), *sums = x.sums + row * (x.inputs / 16);
+  Floats total[STRIPS][rows] = {};
+  for (int64_t block = 0; block < blocks; block++, panel += ROWS * F::bytes) {
+    fetch(panel, ROWS * F::bytes);
+    for (int strip = 0; strip < STRIPS; strip++) {
+      F f;
+      f.block = panel, f.strip = strip;
+      for (int part = 0; part < F::size / 32; part++) {
+        const int64_t at = block * (F::size / 32) + part;
+        Words w[8];
+        f.codes(part, w);
+        constexpr int groups = 32 / F::group, count = 8 / groups;
+        for (int g = 0; g < groups; g++) {
+          const Floats scale = f.scale(part * groups + g);
+          const Floats offset = f.offset(part * groups + g) - scale * float(zero_of<F>());
+          for (int m = 0; m < rows; m++) {
+            int32_t four[count];
+            std::memcpy(four, codes + m * x.inputs + at * 32 + g * F::group, sizeof four);
+            const float* sum = sums + m * (x.inputs / 16) + at * 2 + g;
+            const float all = groups == 2 ? sum[0] : sum[0] + sum[1];
+            const float factor = scales[m * (x.inputs / 32) + at];
+            total[strip][m] += floats(dot_of<F, count>(w + g * count, four)) * (scale * factor);
+            if constexpr (zero_of<F>() != 0 || F::has_offset) total[strip][m] += offset * all;
+          }
+        }
+      }
+    }
+  }
+  for (int m = 0; m < rows; m++)
+    for (int strip = 0; strip < STRIPS; strip++)
+      std::memcpy(y + (row + m) * stride + strip * LANES, &total[strip][m], sizeof(Floats));
+}
+
+// Weights in 16 bits and activations in 32: no code, and no error but that of the sum.
+template <Floats (*convert)(Halves), int rows>
+void product_of_floats(const uint8_t* panel, const Activations& x, int64_t row, float* y, int64_t stride) {
+  const float* numbers = x.numbers + row * x.inputs;
+  Floats total[STRIPS][rows][2] = {};
+  for (int64_t k = 0; k < x.inputs; k += 2) {
+    __builtin_prefetch(panel + k * 2 * ROWS + AHEAD);
+    for (int odd = 0; odd < 2; odd++)
+      for (int strip = 0; strip < STRIPS; strip++) {
+        const Floats w = convert(load<Halves>(panel + ((k + odd) * ROWS + strip * LANES) * 2));
+        for (int m = 0; m < rows; m++) total[strip][m][odd] += w * numbers[m * x.inputs + k + odd];
+      }
+  }
+  for (int m = 0; m < rows; m++)
+    for (int strip = 0; strip < STRIPS; strip++) {
+      const Floats sum = total[strip][m][0] + total[strip][m][1];
+      std::memcpy(y + (row + m) * stride + strip * LANES, &sum, sizeof(Floats));
+    }
+}
+
+template <class F>
+struct Quantized {
+  template <int rows>
+  static void of(const uint8_t* panel, const Activations& x, int64_t row, float* y, int64_t stride) {
+    product_of<F, rows>(panel, x, row, y, stride);
+  }
+};
+
+template <Floats (*convert)(Halves)>
+struct InFloats {
+  template <int rows>
+  static void of(const uint8_t* panel, const Activations& x, int64_t row, float* y, int64_t stride) {
+    product_of_floats<convert, rows>(panel, x, row, y, stride);
+  }
+};
+
+template <class P>
+void product(const uint8_t* panel, const Activations& x, int64_t from, int64_t to, float* y, int64_t stride) {
+  for (int64_t row = from; row < to;) {
+    switch (std::min<int64_t>(to - row, AT_ONCE)) {
+      case 1: P::template of<1>(panel, x, row, y, stride), row += 1; break;
+      case 2: P::template of<2>(panel, x, row, y, stride), row += 2; break;
+      case 3: P::template of<3>(panel, x, row, y, stride), row += 3; break;
+      case 4: case 5: case 6: case 7: P::template of<4>(panel, x, row, y, stride), row += 4; break;
+      default: P::template of<AT_ONCE>(panel, x, row, y, stride), row += AT_ONCE;
+    }
+  }
+}
+
+inline float largest_of(Floats x) {
+  float lanes[LANES], largest = 0;
+  std::memcpy(lanes, &x, sizeof x);
+  for (float lane : lanes) largest = lane > largest ? lane : largest;
+  return largest;
+}
+
+void quantize(const Activations& x, int64_t row) {
+  const float* numbers = x.numbers + row * x.inputs;
+  for (int64_t part = 0; part < x.inputs / 32; part++, numbers += 32) {
+    Floats largest_lanes = {};
+    for (int i = 0; i < 32; i += LANES) {
+      const Floats size = (Floats)(load<Words>(numbers + i) & 0x7fffffffu);
+      largest_lanes = size > largest_lanes ? size : largest_lanes;
+    }
+    const float largest = largest_of(largest_lanes);
+    const float scale = largest / 127, inverse = largest > 1e-30f ? 127 / largest : 0;
+    int8_t* codes = x.codes + row * x.inputs + part * 32;
+    for (int half = 0; half < 2; half++) {
+      int32_t rounded[16], sum = 0;
+      for (int i = 0; i < 16; i += LANES) {
+        // A number of this size has no fraction: the sum is rounded to the nearest integer, in its lowest bits.
+        const Floats shifted = load<Floats>(numbers + 16 * half + i) * inverse + 12582912.0f;
+        const Ints code = (Ints)shifted - 0x4b400000;
+        std::memcpy(rounded + i, &code, sizeof code);
+      }
+      for (int i = 0; i < 16; i++) codes[16 * half + i] = int8_t(rounded[i]), sum += rounded[i];
+      x.sums[(row * (x.inputs / 32) + part) * 2 + half] = scale * float(sum);
+    }
+    x.scales[row * (x.inputs / 32) + part] = scale;
+  }
+}
+
+#define BLOCKS(F) {#F, F::size, F::bytes, false, product<Quantized<F>>}
+constexpr Format FORMATS[] = {
+    BLOCKS(Q4_0), BLOCKS(Q4_1), BLOCKS(Q5_0), BLOCKS(Q5_1), BLOCKS(Q8_0),   BLOCKS(Q2_K),
+    BLOCKS(Q3_K), BLOCKS(Q4_K), BLOCKS(Q5_K), BLOCKS(Q6_K), BLOCKS(IQ4_NL), BLOCKS(IQ4_XS),
+    {"BF16", 1, 2, true, product<InFloats<from_bfloat16>>},
+    {"F16", 1, 2, true, product<InFloats<from_float16>>},
+};
+
+}  // namespace
+
+#if LANES == 16
+#define SET avx512
+#elif LANES == 8
+#define SET avx2
+#else
+#define SET neon
+#endif
+#define TEXT(x) #x
+#define NAME(x) TEXT(x)
+const Instructions SET = {NAME(SET), FORMATS, int(sizeof FORMATS / sizeof *FORMATS), quantize};
