@@ -50,7 +50,7 @@ def test_a_product_is_that_of_the_dequantized_weight(name, out, inputs, getkey):
     whole = inputs[: len(inputs) - max(len(merged), 1)]
     needed = math.prod(out) * math.prod(inputs) // format.size
     raw = random_blocks(format, 4 * needed)[:needed]
-    weight = BlockWeight(jnp.asarray(raw.reshape(*out, *whole, -1, format.nbytes)), name, merged)
+    weight = BlockWeight(jnp.asarray(raw.reshape(*out, *whole, -1, format.nbytes)), name, len(out), merged)
     dense = weight.dense()
     assert dense.shape == (*out, *inputs)
     expected = gguf.quants.dequantize(raw, Kind[name]).reshape(dense.shape)

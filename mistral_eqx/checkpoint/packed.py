@@ -5,8 +5,9 @@ import math
 
 import numpy as np
 
-from ..quant import FORMATS, BlockWeight, block_dims, merged_sizes
-from .placement import Placement
+from ..nn.kernels import native
+from ..quant import FORMATS, BlockWeight, block_dims, merged_sizes, to_panels
+from .placement import Index, Placement
 from .reader import LazyTensor
 from .source import Source
 
@@ -31,10 +32,30 @@ def read_blocks(source: Source, placement: Placement) -> BlockWeight | None:
     if merged is None:
         return None
     whole = in_shape[: len(in_shape) - max(len(merged), 1)]
-    blocks = math.prod(in_shape) // math.prod(whole) // format.size
-    shape = (*out_shape, *whole, blocks, format.nbytes)
+    count = math.prod(in_shape) // math.prod(whole) // format.size
+    shape = (*out_shape, *whole, count, format.nbytes)
+    dims, last = block_dims(spec.in_dims, spec.out_dims, merged), len(out_shape) - 1
+    rows = {len(range(*shard[last].indices(shape[last]))) for shard in placement.shards(dims, shape)}
+    panel = native.PANEL if native.instructions() and all(number % native.PANEL == 0 for number in rows) else 1
     raw: LazyTensor = as_bytes()
     stored = dataclasses.replace(source, tensor=raw, stored_shape=shape)
-    dims = block_dims(spec.in_dims, spec.out_dims, merged)
-    array = placement.put(dims, shape, np.dtype(np.uint8), lambda shards: stored.read(np.dtype(np.uint8), shards))
-    return BlockWeight(array, format.name, merged)
+
+    def in_rows(index: Index) -> Index:
+        begin, end, _ = index[last].indices(shape[last] // panel)
+        # A panel has its rows' bytes side by side, so that no shard has a part of that axis.
+        return *index[:last], slice(begin * panel, end * panel), *index[last + 1 : -1], slice(None)
+
+    def read(shards: list[Index]) -> list[np.ndarray]:
+        arrays = stored.read(np.dtype(np.uint8), [in_rows(shard) for shard in shards])
+        if panel == 1:
+            return arrays
+        # One axis of rows and one of blocks, whatever others are between them.
+        flat = (array.reshape(*array.shape[: last + 1], -1, format.nbytes) for array in arrays)
+        return [
+            to_panels(one, format).reshape(*array.shape[:last], array.shape[last] // panel, *array.shape[last + 1 : -1], -1)
+            for one, array in zip(flat, arrays, strict=True)
+        ]
+
+    panels = (*shape[:last], shape[last] // panel, *shape[last + 1 : -1], panel * format.nbytes)
+    array = placement.put(dims, panels, np.dtype(np.uint8), read)
+    return BlockWeight(array, format.name, last + 1, merged, panel)

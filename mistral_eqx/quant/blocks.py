@@ -1,12 +1,14 @@
-"""Weights in the blocks of a GGUF file, as they are in the file."""
+"""Weights in the blocks of a GGUF file."""
 
 import math
 
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from ..nn import AbstractWeight, DenseWeight
-from .ggml import FORMATS, BlockFormat
+from ..nn import AbstractWeight
+from .ggml import FORMATS
+from .product import matrix, product
 
 
 class BlockWeight(AbstractWeight):
@@ -14,48 +16,57 @@ class BlockWeight(AbstractWeight):
 
     **Attributes:**
 
-    - `blocks`: shape `(*out, *in, bytes)`, where the last axis of the inputs counts blocks and not numbers.
+    - `blocks`: shape `(*out, *in, bytes)`, where the last axis of the inputs counts blocks and not numbers, and the last
+        axis of the outputs counts panels of rows.
     - `format`: the name of a format in `mistral_eqx.quant.FORMATS`, such as `"Q4_K"`.
+    - `out_axes`: how many axes are of outputs.
     - `merged`: the sizes of the last input dimensions if their product is one axis of `blocks`, because a block does
         not fit into the last dimension alone. No strategy can split these.
+    - `panel`: how many rows stand side by side for the kernels ([`mistral_eqx.quant.to_panels`][]); 1 for the blocks as
+        they are in the file.
     """
 
     blocks: UInt8[Array, "..."]
     format: str = eqx.field(static=True)
+    out_axes: int = eqx.field(static=True)
     merged: tuple[int, ...] = eqx.field(static=True, default=())
-
-    @property
-    def kind(self) -> BlockFormat:
-        """The format."""
-        return FORMATS[self.format]
+    panel: int = eqx.field(static=True, default=1)
 
     def contract(self, x: Float[Array, "batch seq ..."], in_dims: str, out_dims: str) -> Float[Array, "batch seq ..."]:
-        if self.merged:
-            x = x.reshape(*x.shape[: x.ndim - len(self.merged)], -1)
-            in_dims = " ".join([*in_dims.split()[: -len(self.merged)], "_"])
-        return DenseWeight(self._matrices(self.blocks).astype(x.dtype)).contract(x, in_dims, out_dims)
+        batch, seq = x.shape[:2]
+        y = product(x.reshape(batch * seq, -1), self._flat(self.blocks, self.out_axes), self.format, self.panel)
+        return y.reshape(batch, seq, *self._out_shape)
 
     def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
-        return self._numbers(self.blocks[ids])
+        panels = self._flat(self.blocks[ids // self.panel], 2)
+        rows = matrix(panels, self.format, self.panel).reshape(*ids.shape, self.panel, *self._in_shape)
+        index = (ids % self.panel).reshape(*ids.shape, *[1] * (rows.ndim - 2))
+        return jnp.take_along_axis(rows, index, axis=2)[:, :, 0]
 
     @property
     def row_count(self) -> int:
-        return self.blocks.shape[0]
+        return self._out_shape[0]
 
     def dense(self) -> Float[Array, "..."]:
-        return self._numbers(self.blocks)
+        flat = self._flat(self.blocks, self.out_axes)
+        return matrix(flat, self.format, self.panel).reshape(*self._out_shape, *self._in_shape)
 
     def dims(self, in_dims: str, out_dims: str) -> dict[str, str]:
         return {"blocks": block_dims(in_dims, out_dims, self.merged)}
 
-    def _numbers(self, blocks: UInt8[Array, "..."]) -> Float[Array, "..."]:
-        numbers = self._matrices(blocks)
-        return numbers.reshape(*numbers.shape[:-1], *self.merged) if self.merged else numbers
+    @property
+    def _out_shape(self) -> tuple[int, ...]:
+        *outer, panels = self.blocks.shape[: self.out_axes]
+        return *outer, panels * self.panel
 
-    def _matrices(self, blocks: UInt8[Array, "..."]) -> Float[Array, "..."]:
-        """The numbers with merged dimensions as one."""
-        numbers = self.kind.dequantize(blocks)
-        return numbers.reshape(*numbers.shape[:-2], -1)
+    @property
+    def _in_shape(self) -> tuple[int, ...]:
+        *outer, blocks = self.blocks.shape[self.out_axes : -1]
+        return *outer, *(self.merged or (blocks * FORMATS[self.format].size,))
+
+    def _flat(self, blocks: UInt8[Array, "..."], axes: int) -> UInt8[Array, "panels blocks bytes"]:
+        """All panels on one axis, and all blocks of a row on another."""
+        return blocks.reshape(math.prod(blocks.shape[:axes]), -1, blocks.shape[-1])
 
 
 def block_dims(in_dims: str, out_dims: str, merged: tuple[int, ...]) -> str:

@@ -26,70 +26,69 @@ class BlockFormat:
 
     - `name`: its name in GGUF.
     - `size`: how many numbers a block has.
-    - `nbytes`: how many bytes a block has.
-    - `dequantize`: from the bytes of blocks, shape `(..., nbytes)`, to their numbers in float32, shape `(..., size)`.
+    - `fields`: how many bytes each field of a block has.
+    - `numbers`: from the fields of blocks to their numbers.
     """
 
     name: str
     size: int
-    nbytes: int
-    dequantize: Callable[[Blocks], Numbers]
+    fields: tuple[int, ...]
+    numbers: Callable[..., Numbers]
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes a block has."""
+        return sum(self.fields)
+
+    def dequantize(self, blocks: UInt8[Array, "*axes nbytes"]) -> Float[Array, "*axes size"]:
+        """The numbers of blocks, in float32."""
+        return self.numbers(*_split(blocks, *self.fields))
 
 
-def _q4_0(blocks: Blocks) -> Numbers:
-    d, q = _split(blocks, 2, 16)
+def _q4_0(d: Blocks, q: Blocks) -> Numbers:
     return _half(d) * (_codes(q, 4, 16) - 8)
 
 
-def _q4_1(blocks: Blocks) -> Numbers:
-    d, m, q = _split(blocks, 2, 2, 16)
+def _q4_1(d: Blocks, m: Blocks, q: Blocks) -> Numbers:
     return _half(d) * _codes(q, 4, 16) + _half(m)
 
 
-def _q5_0(blocks: Blocks) -> Numbers:
-    d, high, q = _split(blocks, 2, 4, 16)
+def _q5_0(d: Blocks, high: Blocks, q: Blocks) -> Numbers:
     return _half(d) * (_codes(q, 4, 16) + 16 * _bits(high) - 16)
 
 
-def _q5_1(blocks: Blocks) -> Numbers:
-    d, m, high, q = _split(blocks, 2, 2, 4, 16)
+def _q5_1(d: Blocks, m: Blocks, high: Blocks, q: Blocks) -> Numbers:
     return _half(d) * (_codes(q, 4, 16) + 16 * _bits(high)) + _half(m)
 
 
-def _q8_0(blocks: Blocks) -> Numbers:
-    d, q = _split(blocks, 2, 32)
+def _q8_0(d: Blocks, q: Blocks) -> Numbers:
     return _half(d) * _signed(q)
 
 
-def _q2_k(blocks: Blocks) -> Numbers:
-    scales, q, d, least = _split(blocks, 16, 64, 2, 2)
+def _q2_k(scales: Blocks, q: Blocks, d: Blocks, least: Blocks) -> Numbers:
     scale, minimum = _half(d) * _float(scales & 15), _half(least) * _float(scales >> 4)
     return _grouped(scale, _codes(q, 2, 32)) - _grouped(minimum)
 
 
-def _q3_k(blocks: Blocks) -> Numbers:
-    mask, q, scales, d = _split(blocks, 32, 64, 12, 2)
+def _q3_k(mask: Blocks, q: Blocks, scales: Blocks, d: Blocks) -> Numbers:
     # 16 scales of 6 bits: the low 4 in the first 8 bytes, the high 2 in the last 4.
     scale = _codes(scales[..., :8], 4, 8) + 16 * _codes(scales[..., 8:], 2, 4) - 32
     # The third bit of a code is set where nothing is taken off.
     return _grouped(_half(d) * scale, _codes(q, 2, 32) - 4 * (1 - _codes(mask, 1, 32)))
 
 
-def _q4_k(blocks: Blocks) -> Numbers:
-    d, least, scales, q = _split(blocks, 2, 2, 12, 128)
+def _q4_k(d: Blocks, least: Blocks, scales: Blocks, q: Blocks) -> Numbers:
     scale, minimum = _scales_of_6_bits(scales)
     return _grouped(_half(d) * scale, _codes(q, 4, 32)) - _grouped(_half(least) * minimum, size=32)
 
 
-def _q5_k(blocks: Blocks) -> Numbers:
-    d, least, scales, high, q = _split(blocks, 2, 2, 12, 32, 128)
+def _q5_k(d: Blocks, least: Blocks, scales: Blocks, high: Blocks, q: Blocks) -> Numbers:
     scale, minimum = _scales_of_6_bits(scales)
     codes = _codes(q, 4, 32) + 16 * _codes(high, 1, 32)
     return _grouped(_half(d) * scale, codes) - _grouped(_half(least) * minimum, size=32)
 
 
-def _q6_k(blocks: Blocks) -> Numbers:
-    low, high, scales, d = _split(blocks, 128, 64, 16, 2)
+def _q6_k(low: Blocks, high: Blocks, scales: Blocks, d: Blocks) -> Numbers:
     return _grouped(_half(d) * _signed(scales), _codes(low, 4, 64) + 16 * _codes(high, 2, 32) - 32)
 
 
@@ -97,44 +96,42 @@ def _q6_k(blocks: Blocks) -> Numbers:
 _IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 
 
-def _iq4_nl(blocks: Blocks) -> Numbers:
-    d, q = _split(blocks, 2, 16)
+def _iq4_nl(d: Blocks, q: Blocks) -> Numbers:
     return _half(d) * _looked_up(q)
 
 
-def _iq4_xs(blocks: Blocks) -> Numbers:
-    d, high, low, q = _split(blocks, 2, 2, 4, 128)
+def _iq4_xs(d: Blocks, high: Blocks, low: Blocks, q: Blocks) -> Numbers:
     # Here two scales lie side by side in a byte.
     fours = _pairs(low, 4)
     twos = _pairs(high, 2)
     return _grouped(_half(d) * (fours + 16 * twos - 32), _looked_up(q))
 
 
-def _bf16(blocks: Blocks) -> Numbers:
-    return _float(lax.bitcast_convert_type(blocks, jnp.bfloat16))[..., None]
+def _bf16(number: Blocks) -> Numbers:
+    return _float(lax.bitcast_convert_type(number, jnp.bfloat16))[..., None]
 
 
-def _f16(blocks: Blocks) -> Numbers:
-    return _half(blocks)
+def _f16(number: Blocks) -> Numbers:
+    return _half(number)
 
 
 FORMATS = {
     kind.name: kind
     for kind in (
-        BlockFormat("Q4_0", 32, 18, _q4_0),
-        BlockFormat("Q4_1", 32, 20, _q4_1),
-        BlockFormat("Q5_0", 32, 22, _q5_0),
-        BlockFormat("Q5_1", 32, 24, _q5_1),
-        BlockFormat("Q8_0", 32, 34, _q8_0),
-        BlockFormat("Q2_K", 256, 84, _q2_k),
-        BlockFormat("Q3_K", 256, 110, _q3_k),
-        BlockFormat("Q4_K", 256, 144, _q4_k),
-        BlockFormat("Q5_K", 256, 176, _q5_k),
-        BlockFormat("Q6_K", 256, 210, _q6_k),
-        BlockFormat("IQ4_NL", 32, 18, _iq4_nl),
-        BlockFormat("IQ4_XS", 256, 136, _iq4_xs),
-        BlockFormat("BF16", 1, 2, _bf16),
-        BlockFormat("F16", 1, 2, _f16),
+        BlockFormat("Q4_0", 32, (2, 16), _q4_0),
+        BlockFormat("Q4_1", 32, (2, 2, 16), _q4_1),
+        BlockFormat("Q5_0", 32, (2, 4, 16), _q5_0),
+        BlockFormat("Q5_1", 32, (2, 2, 4, 16), _q5_1),
+        BlockFormat("Q8_0", 32, (2, 32), _q8_0),
+        BlockFormat("Q2_K", 256, (16, 64, 2, 2), _q2_k),
+        BlockFormat("Q3_K", 256, (32, 64, 12, 2), _q3_k),
+        BlockFormat("Q4_K", 256, (2, 2, 12, 128), _q4_k),
+        BlockFormat("Q5_K", 256, (2, 2, 12, 32, 128), _q5_k),
+        BlockFormat("Q6_K", 256, (128, 64, 16, 2), _q6_k),
+        BlockFormat("IQ4_NL", 32, (2, 16), _iq4_nl),
+        BlockFormat("IQ4_XS", 256, (2, 2, 4, 128), _iq4_xs),
+        BlockFormat("BF16", 1, (2,), _bf16),
+        BlockFormat("F16", 1, (2,), _f16),
     )
 }
 
