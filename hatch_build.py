@@ -1,0 +1,74 @@
+"""Builds the C++ kernels when the package is built, if a compiler is there; the package works without them."""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+FOLDER = Path("mistral_eqx/nn/kernels/native")
+OPTIONS = ["-O3", "-std=c++17", "-fPIC", "-Wno-psabi"]
+# The products are compiled for each instruction set; which one is used is decided when the library runs.
+SETS = {
+    "x86_64": {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": ["-march=x86-64-v4", "-mavx512vnni"]},
+    "aarch64": {"neon": ["-march=armv8.2-a+dotprod+fp16"]},
+}
+SETS |= {"AMD64": SETS["x86_64"], "arm64": SETS["aarch64"]}
+
+
+class Kernels(BuildHookInterface):
+    """The hook of hatchling."""
+
+    def initialize(self, version: str, build_data: dict):
+        """Compiles the library into the package; a failure is reported and leaves it out."""
+        library = Path(self.root) / FOLDER / "_kernels.so"
+        # One of an earlier build may be of other sources.
+        library.unlink(missing_ok=True)
+        if os.environ.get("MISTRAL_EQX_KERNELS", "").lower() == "off":
+            return
+        compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+        sets = SETS.get(platform.machine())
+        if compiler is None or sets is None:
+            self.app.display_warning("Without the C++ kernels, because there is no compiler or no kernel for this CPU.")
+            return
+        try:
+            _build(shlex.split(compiler), sets, library)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", "") or ""
+            self.app.display_warning(f"Without the C++ kernels, because they could not be compiled: {error}\n{said}")
+            return
+        build_data["artifacts"].append(str(FOLDER / library.name))
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+
+
+def _build(compiler: list[str], sets: dict[str, list[str]], library: Path):
+    import jaxlib
+
+    include = Path(jaxlib.__file__).with_name("include")
+    sources = library.parent
+    with tempfile.TemporaryDirectory() as temporary:
+        objects = [Path(temporary) / f"{name}.o" for name in (*sets, "calls")]
+        commands = [
+            [*compiler, *OPTIONS, *flags, "-c", str(sources / "panels.cc"), "-o", str(target)]
+            for flags, target in zip(sets.values(), objects, strict=False)
+        ]
+        commands.append(
+            [*compiler, *OPTIONS, "-isystem", str(include), "-c", str(sources / "calls.cc"), "-o", str(objects[-1])]
+        )
+        running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+        for command, process in zip(commands, running, strict=True):
+            _, said = process.communicate()
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, command, stderr=said)
+        linked = Path(temporary) / library.name
+        static = [] if platform.system() == "Darwin" else ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
+        link = [*compiler, "-shared", *static, "-s", "-o", str(linked), *map(str, objects)]
+        subprocess.run(link, check=True, capture_output=True, text=True)
+        shutil.copyfile(linked, library)
