@@ -14,7 +14,8 @@ from fixtures.model import relative_error
 
 import mistral_eqx as mx
 from mistral_eqx.nn import DenseWeight
-from mistral_eqx.quant import FORMATS, BlockWeight, merged_sizes
+from mistral_eqx.nn.kernels import native
+from mistral_eqx.quant import FORMATS, BlockWeight, merged_sizes, to_panels
 
 
 Kind = gguf.GGMLQuantizationType
@@ -73,8 +74,78 @@ def test_blocks_that_fit_no_axes():
     assert merged_sizes((2, 4, 4), 32) == (2, 4, 4)
 
 
+@pytest.fixture
+def without_kernels(monkeypatch):
+    monkeypatch.setattr(native, "instructions", lambda: None)
+
+
+needs_kernels = pytest.mark.skipif(native.instructions() is None, reason="The C++ kernels were not built.")
+
+
+def weight_in_panels(name, rows, inputs):
+    """A weight as the kernels read it, and its numbers."""
+    format = FORMATS[name]
+    needed = rows * inputs // format.size
+    raw = random_blocks(format, 8 * needed)[:needed]
+    panels = to_panels(raw.reshape(rows, -1, format.nbytes), format)
+    expected = gguf.quants.dequantize(raw, Kind[name]).reshape(rows, inputs)
+    return BlockWeight(jnp.asarray(panels), name, 1, panel=native.PANEL), expected
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_panels_hold_the_same_numbers(name):
+    weight, expected = weight_in_panels(name, 48, 512)
+    np.testing.assert_array_equal(weight.dense(), expected.astype(np.float32))
+    ids = jnp.asarray([[0, 17, 47]])
+    np.testing.assert_array_equal(weight.rows(ids), weight.dense()[ids])
+    assert weight.row_count == 48
+
+
+def rounded(x):
+    """Activations as the kernels round them: each 32 of a row to 8 bits."""
+    parts = x.reshape(*x.shape[:-1], -1, 32)
+    largest = np.abs(parts).max(axis=-1, keepdims=True)
+    return (np.rint(parts * (np.float32(127) / largest)) * (largest / 127)).reshape(x.shape)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", FORMATS)
+def test_kernels_multiply_rounded_activations_exactly(name):
+    weight, numbers = weight_in_panels(name, 48, 512)
+    numbers = numbers.astype(np.float64)
+    # Numbers of rows that the kernel takes at once, and those that are left.
+    for rows in (1, 2, 3, 4, 7, 8, 21):
+        x = np.random.default_rng(rows).normal(size=(1, rows, 512)).astype(np.float32)
+        found = np.asarray(jax.jit(lambda x: weight.contract(x, "a", "b"))(jnp.asarray(x)))
+        exact = name in ("BF16", "F16")
+        expected = (x if exact else rounded(x)) @ numbers.T
+        # Float32 sums of 512 terms in blocks; an activation that is rounded the other way would be 1e-4.
+        assert relative_error(found, expected) < 1e-6
+        # Half a step of 1/127 of the largest of 32, of random signs.
+        assert relative_error(found, x @ numbers.T) < (1e-6 if exact else 0.02)
+
+
+@needs_kernels
+def test_gradients_are_those_of_the_dequantized_weight(getkey):
+    weight, numbers = weight_in_panels("Q4_K", 48, 512)
+    x = jr.normal(getkey(), (2, 3, 512))
+    found = jax.grad(lambda x: jnp.sum(weight.contract(x, "a", "b")))(x)
+    np.testing.assert_allclose(found, jnp.broadcast_to(numbers.sum(axis=0), x.shape), rtol=1e-4, atol=1e-3)
+
+
+@needs_kernels
+def test_shapes_that_do_not_fit_are_refused_by_the_library():
+    x, panels = jnp.zeros((2, 64)), jnp.zeros((3, 2, 16 * 20), jnp.uint8)
+    assert native.linear(x, panels, "Q4_1").shape == (2, 48)
+    for bad, weight, format in ((x[:, :32], panels, "Q4_1"), (x, panels, "Q8_0"), (x, panels[..., :-1], "Q4_1")):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
+            native.linear(bad, weight, format).block_until_ready()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no such format"):
+        native.linear(x, panels, "Q9_9").block_until_ready()
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
-def test_a_file_is_loaded_as_it_is(kind, getkey, tmp_path):
+def test_a_file_is_loaded_as_it_is(kind, getkey, tmp_path, without_kernels):
     model = random_model(tiny(head_dim=32), getkey())
     path = write_gguf(tmp_path / "model.gguf", model, Kind[kind])
     packed, dense = mx.load(path, dtype="stored"), mx.load(path)
@@ -91,3 +162,20 @@ def test_a_file_is_loaded_as_it_is(kind, getkey, tmp_path):
     mesh = mx.make_mesh("tp=2")
     for split in (mx.load(path, dtype="stored", mesh=mesh, strategy=mx.HEADS), mx.shard(packed, mesh, mx.HEADS)):
         assert relative_error(eqx.filter_jit(split)(ids), logits) < 1e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("strategy", [mx.HEADS, mx.HEAD_DIM, mx.SEQUENCE_PARALLEL])
+def test_a_mesh_gives_what_one_device_gives_with_kernels(strategy, getkey, tmp_path):
+    model = random_model(tiny(head_dim=32, embed=64, hidden=128), getkey())
+    path = write_gguf(tmp_path / "model.gguf", model, Kind.Q8_0)
+    ids = jnp.arange(12).reshape(2, 6)
+    one = mx.load(path, dtype="stored")
+    assert one.blocks[0].attention.q_proj.weight.panel == native.PANEL
+    split = mx.load(path, dtype="stored", mesh=mx.make_mesh("tp=2"), strategy=strategy)
+    logits = eqx.filter_jit(one)(ids)
+    # Activations of row-parallel layers are rounded on each device with the same scales, as blocks are not cut.
+    assert relative_error(eqx.filter_jit(split)(ids), logits) < 1e-5
+    prompts = [[1, 2, 3], [4]]
+    found, expected = (mx.generate(m, prompts, max_new_tokens=8, eos_id=()).tokens for m in (split, one))
+    np.testing.assert_array_equal(found, expected)

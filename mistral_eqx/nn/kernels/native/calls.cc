@@ -75,7 +75,7 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
   std::vector<int8_t> codes;
   std::vector<float> scales, sums;
   if (!kind->exact) {
-    codes.resize(rows * inputs), scales.resize(rows * (inputs / 32)), sums.resize(rows * (inputs / 16));
+    codes.resize(rows * inputs * 2), scales.resize(rows * (inputs / 32)), sums.resize(rows * (inputs / 16));
   }
   const Activations activations{x.typed_data(), codes.data(), scales.data(), sums.data(), rows, inputs};
   if (!kind->exact) {

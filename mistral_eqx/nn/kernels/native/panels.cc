@@ -29,7 +29,7 @@ inline Ints dot_of(const Words* codes, const int32_t* x) {
 template <class F, int rows>
 void product_of(const uint8_t* panel, const Activations& x, int64_t row, float* y, int64_t stride) {
   const int64_t blocks = x.inputs / F::size;
-  const int8_t* codes = x.codes + row * x.inputs;
+  const int8_t* codes = x.codes + row * x.inputs * 2;
   const float *scales = x.scales + row * (x.inputs / 32), *sums = x.sums + row * (x.inputs / 16);
   Floats total[STRIPS][rows] = {};
   for (int64_t block = 0; block < blocks; block++, panel += ROWS * F::bytes) {
@@ -46,12 +46,15 @@ void product_of(const uint8_t* panel, const Activations& x, int64_t row, float* 
           const Floats scale = f.scale(part * groups + g);
           const Floats offset = f.offset(part * groups + g) - scale * float(zero_of<F>());
           for (int m = 0; m < rows; m++) {
-            int32_t four[count];
-            std::memcpy(four, codes + m * x.inputs + at * 32 + g * F::group, sizeof four);
+            int32_t first[count], second[count];
+            const int8_t* both = codes + (m * x.inputs + at * 32) * 2 + g * F::group;
+            std::memcpy(first, both, sizeof first), std::memcpy(second, both + 32, sizeof second);
             const float* sum = sums + m * (x.inputs / 16) + at * 2 + g;
             const float all = groups == 2 ? sum[0] : sum[0] + sum[1];
             const float factor = scales[m * (x.inputs / 32) + at];
-            total[strip][m] += floats(dot_of<F, count>(w + g * count, four)) * (scale * factor);
+            const Floats products = floats(dot_of<F, count>(w + g * count, first)) +
+                                    floats(dot_of<F, count>(w + g * count, second)) * (1 / FINER);
+            total[strip][m] += products * (scale * factor);
             if constexpr (zero_of<F>() != 0 || F::has_offset) total[strip][m] += offset * all;
           }
         }
@@ -112,6 +115,9 @@ void product(const uint8_t* panel, const Activations& x, int64_t from, int64_t t
   }
 }
 
+// A number of this size has no fraction: a sum with it is rounded to the nearest integer, in its lowest bits.
+inline Ints rounded(Floats x) { return (Ints)(x + 12582912.0f) - 0x4b400000; }
+
 inline float largest_of(Floats x) {
   float lanes[LANES], largest = 0;
   std::memcpy(lanes, &x, sizeof x);
@@ -129,17 +135,19 @@ void quantize(const Activations& x, int64_t row) {
     }
     const float largest = largest_of(largest_lanes);
     const float scale = largest / 127, inverse = largest > 1e-30f ? 127 / largest : 0;
-    int8_t* codes = x.codes + row * x.inputs + part * 32;
+    int8_t* codes = x.codes + (row * x.inputs + part * 32) * 2;
     for (int half = 0; half < 2; half++) {
-      int32_t rounded[16], sum = 0;
+      int32_t first[16], second[16], sum_first = 0, sum_second = 0;
       for (int i = 0; i < 16; i += LANES) {
-        // A number of this size has no fraction: the sum is rounded to the nearest integer, in its lowest bits.
-        const Floats shifted = load<Floats>(numbers + 16 * half + i) * inverse + 12582912.0f;
-        const Ints code = (Ints)shifted - 0x4b400000;
-        std::memcpy(rounded + i, &code, sizeof code);
+        const Floats steps = load<Floats>(numbers + 16 * half + i) * inverse;
+        const Ints code = rounded(steps), finer = rounded((steps - floats(code)) * FINER);
+        std::memcpy(first + i, &code, sizeof code), std::memcpy(second + i, &finer, sizeof finer);
       }
-      for (int i = 0; i < 16; i++) codes[16 * half + i] = int8_t(rounded[i]), sum += rounded[i];
-      x.sums[(row * (x.inputs / 32) + part) * 2 + half] = scale * float(sum);
+      for (int i = 0; i < 16; i++) {
+        codes[16 * half + i] = int8_t(first[i]), codes[32 + 16 * half + i] = int8_t(second[i]);
+        sum_first += first[i], sum_second += second[i];
+      }
+      x.sums[(row * (x.inputs / 32) + part) * 2 + half] = scale * (float(sum_first) + float(sum_second) * (1 / FINER));
     }
     x.scales[row * (x.inputs / 32) + part] = scale;
   }
