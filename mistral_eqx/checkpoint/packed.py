@@ -35,6 +35,8 @@ def read_blocks(source: Source, placement: Placement) -> BlockWeight | None:
     count = math.prod(in_shape) // math.prod(whole) // format.size
     shape = (*out_shape, *whole, count, format.nbytes)
     dims, last = block_dims(spec.in_dims, spec.out_dims, merged), len(out_shape) - 1
+    if placement.mesh is not None:
+        placement.strategy.check_shape(spec.path.removesuffix(".weight"), dims, shape, placement.mesh)
     rows = {len(range(*shard[last].indices(shape[last]))) for shard in placement.shards(dims, shape)}
     panel = native.PANEL if native.instructions() and all(number % native.PANEL == 0 for number in rows) else 1
     raw: LazyTensor = as_bytes()

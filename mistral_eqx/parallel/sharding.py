@@ -14,7 +14,7 @@ from ..checks import checked
 from ..documents import shown
 from ..errors import InputError
 from .agreement import check_same
-from .spmd import specs
+from .spmd import dims_of, specs
 from .strategy import Strategy
 
 
@@ -49,6 +49,9 @@ def shard(model: Model, mesh: Mesh, strategy: Strategy) -> Model:
     check_same("strategy", strategy.layout)
     mesh = with_auto_axes(mesh)
     arrays, static = eqx.partition(with_strategy(model, strategy), eqx.is_array)
+    for path, array in jax.tree_util.tree_leaves_with_path(arrays):
+        layer = jax.tree_util.keystr(path[:-1], simple=True, separator=".").removesuffix(".weight")
+        strategy.check_shape(layer, dims_of(arrays, path), array.shape, mesh)
     placed = jax.tree.map(lambda x, spec: put_on_mesh(x, mesh, spec), arrays, specs(arrays, strategy))
     return dataclasses.replace(eqx.combine(placed, static), mesh=mesh)
 

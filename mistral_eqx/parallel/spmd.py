@@ -39,7 +39,7 @@ def specs(tree: PyTree, strategy: Strategy) -> PyTree[PartitionSpec]:
     **Returns:** a PyTree like `tree` with a `PartitionSpec` for each array, and `None` for everything else.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: strategy.spec(_dims(tree, path)) if _is_array(leaf) else None, tree
+        lambda path, leaf: strategy.spec(dims_of(tree, path)) if _is_array(leaf) else None, tree
     )
 
 
@@ -99,7 +99,8 @@ def _is_array(leaf: Any) -> bool:
     return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
-def _dims(root: PyTree, path: KeyPath) -> str:
+def dims_of(root: PyTree, path: KeyPath) -> str:
+    """The names of the dimensions of an array of a module."""
     node, annotation = root, ""
     for depth, key in enumerate(path):
         if isinstance(node, AbstractNamed):

@@ -120,6 +120,27 @@ class Strategy:
         name = max(begin, key=lambda name: len(NAMED[name].layout))
         return f"{name} {self.layout.removeprefix(NAMED[name].layout).strip()}".strip()
 
+    def check_shape(self, name: str, dims: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh):
+        """Checks that the devices divide each axis of an array that they split.
+
+        A dimension that they divide may still be stored in units that they do not, such as blocks of quantized numbers.
+
+        **Arguments:**
+
+        - `name`: what the array is called in a message.
+        - `dims`, `shape`: its dimensions and their sizes.
+        - `mesh`: the mesh over which it is split.
+
+        **Raises:** `ValueError`.
+        """
+        for dim, size in zip(dims.split(), shape, strict=True):
+            devices = self.parts(dim, mesh)
+            if size % devices:
+                raise InputError(
+                    f"{name} is stored in {size} {'unit' if size == 1 else 'units'} along {dim}, which cannot be split "
+                    f"over {devices} devices; split another dimension, or load the model with dtype='float32'."
+                )
+
     def check(self, model: MistralConfig | _HasConfig, mesh: Mesh | AbstractMesh):
         """Checks, before anything is traced, that this strategy can split a model over a mesh.
 
