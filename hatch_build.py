@@ -68,7 +68,9 @@ def _build(compiler: list[str], sets: dict[str, list[str]], library: Path):
             if process.returncode:
                 raise subprocess.CalledProcessError(process.returncode, command, stderr=said)
         linked = Path(temporary) / library.name
-        static = [] if platform.system() == "Darwin" else ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
+        static = (
+            [] if platform.system() == "Darwin" else ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
+        )
         link = [*compiler, "-shared", *static, "-s", "-o", str(linked), *map(str, objects)]
         subprocess.run(link, check=True, capture_output=True, text=True)
         shutil.copyfile(linked, library)

@@ -21,7 +21,7 @@ EMBED, BATCH, SEQ = 12, 2, 5
 @pytest.fixture(autouse=True)
 def chunks_of_five_rows(monkeypatch):
     monkeypatch.setattr(cross_entropy, "_LOGITS", 0)
-    monkeypatch.setattr(cross_entropy, "_LEAST_ROWS", 5)
+    monkeypatch.setattr(cross_entropy, "_ROWS_OF_CHUNK", 5)
 
 
 def _inputs(vocab, dtype=jnp.float64, seed=0):

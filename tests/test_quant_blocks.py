@@ -14,9 +14,10 @@ from fixtures.generation import refused
 from fixtures.model import relative_error
 
 import mistral_eqx as mx
+from mistral_eqx import train
 from mistral_eqx.nn import DenseWeight
 from mistral_eqx.nn.kernels import native
-from mistral_eqx.quant import FORMATS, BlockWeight, merged_sizes, to_panels
+from mistral_eqx.quant import FORMATS, BlockWeight, formats, merged_sizes, to_panels
 
 
 Kind = gguf.GGMLQuantizationType
@@ -182,3 +183,39 @@ def test_blocks_are_not_cut(getkey, tmp_path):
         mx.load(path, dtype="stored", mesh=mesh, strategy=mx.HEAD_DIM)
     with refused("o_proj", "1 unit along head_dim"):
         mx.shard(mx.load(path, dtype="stored"), mesh, mx.HEAD_DIM)
+
+
+@needs_kernels
+def test_scores_and_steps_are_those_of_the_expanded_model(getkey, tmp_path):
+    """The head's rows are taken in chunks of whole panels."""
+    model = random_model(tiny(vocab=2080), getkey())
+    path = write_gguf(tmp_path / "model.gguf", model, Kind.Q8_0)
+    packed, dense = mx.load(path, dtype="stored"), mx.load(path)
+    assert packed.embedding.weight.panel == native.PANEL
+    texts = [list(range(5, 25)), [3, 2000, 4]]
+    found, expected = (mx.score(m, texts).log_probs for m in (packed, dense))
+    # A path has 14 products, each within 4e-5, and logits of about 50.
+    np.testing.assert_allclose(found, expected, atol=14 * 4e-5 * 50)
+    batch = train.one_a_row([train.causal(text) for text in texts], 20)
+    optimizer = train.adamw(1e-2)
+    losses = []
+    for base in (packed, dense):
+        tuned = mx.apply_lora(base, rank=2, alpha=4.0, key=jr.key(3))
+        state, step = train.TrainState.init(tuned, optimizer), train.make_step(optimizer, compute_dtype=None)
+        for _ in range(3):
+            state, metrics = step(state, batch)
+        losses.append(float(metrics.loss))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+@needs_kernels
+@pytest.mark.slow
+def test_smollm2_says_what_it_says_in_float32(smollm2_path):
+    packed, dense = (mx.load(smollm2_path, dtype=dtype) for dtype in ("stored", "float32"))
+    assert formats(packed) == ["Q4_1", "Q8_0"]
+    ids = mx.load_tokenizer(smollm2_path).encode("The capital of France is a city that")
+    logits = eqx.filter_jit(dense)(jnp.asarray([ids]))
+    # 210 products after each other, each within 4e-5, whose errors are of random signs.
+    assert relative_error(eqx.filter_jit(packed)(jnp.asarray([ids])), logits) < 4e-5 * 210**0.5
+    found, expected = (mx.generate(model, [ids], max_new_tokens=48).tokens for model in (packed, dense))
+    np.testing.assert_array_equal(found, expected)

@@ -5,7 +5,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 def load(
     path: str | os.PathLike[str],
     *,
-    dtype: DTypeLike | None = None,
+    dtype: DTypeLike | Literal["stored"] | None = None,
     check: bool = False,
     progress: Progress | None = None,
     mesh: Mesh | None = None,
@@ -53,7 +53,8 @@ def load(
     - `path`: a Hugging Face folder, a Mistral release folder, a `.gguf` file, or a name that
         [`mistral_eqx.checkpoint.locate`][] finds.
     - `dtype`: the dtype of all weights: `"float32"`, `"bfloat16"` or `"float16"`; by default the main dtype of the
-        files, and float32 for quantised files.
+        files, and float32 for quantised files. `"stored"` is the default but for the quantized blocks of a GGUF file,
+        which stay as they are ([`mistral_eqx.quant.BlockWeight`][]).
     - `check`: whether to check every weight, and refuse NaN and infinity.
     - `progress`: called after each tensor with the bytes read so far and the total bytes that this process reads.
     - `mesh`: the devices of the model; the default device unless given.
@@ -134,7 +135,9 @@ def supported_dtype(dtype: DTypeLike) -> np.dtype:
     except TypeError:
         name = repr(dtype)
     if name not in DTYPES:
-        raise InputError(f"Weights cannot be loaded as {name!r}; the supported dtypes are {', '.join(DTYPES)}.")
+        raise InputError(
+            f"Weights cannot be loaded as {name!r}; the supported dtypes are {', '.join(DTYPES)} and 'stored'."
+        )
     return DTYPES[name]
 
 

@@ -54,7 +54,9 @@ def read_blocks(source: Source, placement: Placement) -> BlockWeight | None:
         # One axis of rows and one of blocks, whatever others are between them.
         flat = (array.reshape(*array.shape[: last + 1], -1, format.nbytes) for array in arrays)
         return [
-            to_panels(one, format).reshape(*array.shape[:last], array.shape[last] // panel, *array.shape[last + 1 : -1], -1)
+            to_panels(one, format).reshape(
+                *array.shape[:last], array.shape[last] // panel, *array.shape[last + 1 : -1], -1
+            )
             for one, array in zip(flat, arrays, strict=True)
         ]
 

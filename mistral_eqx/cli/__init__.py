@@ -40,7 +40,11 @@ app.add_typer(evaluate, name="evaluate")
 
 def _show_version(wanted: bool) -> bool:
     if wanted:
-        typer.echo(f"mistral-eqx {importlib.metadata.version('mistral-eqx')}")
+        from ..nn.kernels import native
+
+        kernels = native.instructions()
+        with_kernels = "without C++ kernels" if kernels is None else f"C++ kernels for {kernels}"
+        typer.echo(f"mistral-eqx {importlib.metadata.version('mistral-eqx')}, {with_kernels}")
         raise typer.Exit
     return wanted
 

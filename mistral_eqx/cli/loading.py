@@ -56,9 +56,14 @@ def load(path: Path, wanted: ModelOptions, mesh: Mesh | None, strategy: Strategy
 
 
 def precision(model: Mistral) -> str:
-    """How the model's matrices are multiplied, in words."""
+    """How the model's matrices are stored and multiplied, in words."""
     import jax
 
+    from ..quant import formats
+
+    found = formats(model)
+    if found:
+        return f"{' and '.join(found)} blocks, activations {model.dtype.name}"
     chosen = jax.config.values["jax_default_matmul_precision"]
     return model.dtype.name if chosen is None else f"{model.dtype.name}, matmul precision {chosen}"
 

@@ -41,7 +41,7 @@ def merge(
     from .loading import load, locate
 
     to_path(target, "The target", "give the folder to write")
-    wanted = options.ModelOptions(source, adapter, dtype)
+    wanted = options.ModelOptions(source, adapter, None if dtype is None else options.LoadDType(dtype))
     wanted.check_adapter()
     path = locate(source)
     expect_free(target, overwrite)

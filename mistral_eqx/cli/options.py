@@ -25,11 +25,20 @@ DEBUG = "mistral_eqx.debug"
 
 
 class DType(enum.StrEnum):
-    """Precisions a model can be loaded in or written in."""
+    """Precisions a model can be written in."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class LoadDType(enum.StrEnum):
+    """Precisions a model can be loaded in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    STORED = "stored"
 
 
 def _remember(context: Any, wanted: bool) -> bool:
@@ -129,15 +138,19 @@ class ModelOptions:
         ),
     ] = None
     dtype: Annotated[
-        DType | None,
-        typer.Option(help="Precision of the weights; by default the checkpoint's own.", rich_help_panel=MODEL),
+        LoadDType | None,
+        typer.Option(
+            help="Precision of the weights; by default the checkpoint's own. 'stored' keeps the quantized blocks of a "
+            ".gguf file, which takes least memory and time a token.",
+            rich_help_panel=MODEL,
+        ),
     ] = None
     check: Annotated[
         bool, typer.Option("--check", help="Refuse weights that are not finite numbers.", rich_help_panel=MODEL)
     ] = False
 
     @property
-    def agreed(self) -> tuple[DType | None, bool]:
+    def agreed(self) -> tuple[LoadDType | None, bool]:
         """What all processes must have alike; the paths of the same files may differ."""
         return self.dtype, self.adapter is not None
 

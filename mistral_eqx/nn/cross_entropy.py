@@ -15,9 +15,10 @@ from ..parallel import Strategy, pmax, psum, psum_together, shard_index, specs, 
 from .embedding import Unembedding
 
 
-# A chunk has at most this many logits (32 MB of float32), but at least this many rows of the head.
+# A chunk has at most this many logits (32 MB of float32), and a multiple of this many rows of the head, so that it has
+# whole panels of a weight that is stored in them.
 _LOGITS = 8 * 1024 * 1024
-_LEAST_ROWS = 1024
+_ROWS_OF_CHUNK = 1024
 
 _ROWS = Strategy("vocab@rows")
 
@@ -104,11 +105,13 @@ class _Sums(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _shard_sums(inputs: _Inputs, static: PyTree) -> _Sums:
-    def chunk_sums(start: Array | int, size: int) -> _Sums:
-        head = eqx.combine(_take(inputs.floats, start, size), _take(inputs.others, start, size), static)
-        return _sums(head(inputs.hidden), inputs.rows - start, start)
+    count = _row_count(inputs, static)
 
-    first, size, starts = _chunks(inputs, static)
+    def chunk_sums(start: Array | int, size: int) -> _Sums:
+        floats, others = (_take(part, count, start, size) for part in (inputs.floats, inputs.others))
+        return _sums(eqx.combine(floats, others, static)(inputs.hidden), inputs.rows - start, start)
+
+    first, size, starts = _chunks(count, inputs.rows.size)
     return _over(starts, lambda sums, start: _merged(sums, chunk_sums(start, size)), chunk_sums(0, first))
 
 
@@ -119,21 +122,22 @@ def _forward(inputs: _Inputs, static: PyTree):
 
 def _backward(static: PyTree, saved: tuple[_Inputs, Array], gradient: _Sums):
     inputs, log_sum = saved
+    count = _row_count(inputs, static)
 
     def add(carry: tuple[PyTree, Array], start: Array | int, size: int) -> tuple[PyTree, Array]:
-        others = _take(inputs.others, start, size)
+        others = _take(inputs.others, count, start, size)
         logits, pull = jax.vjp(
             lambda floats, hidden: eqx.combine(floats, others, static)(hidden),
-            _take(inputs.floats, start, size),
+            _take(inputs.floats, count, start, size),
             inputs.hidden,
         )
         target = (inputs.rows - start)[..., None]
         rows = jnp.arange(size, dtype=inputs.rows.dtype)[None, None, :]
         d_logits = jnp.exp(logits - log_sum[..., None]) * gradient.log_sum[..., None] + gradient.sum[..., None]
         d_floats, d_hidden = pull(d_logits + jnp.where(rows == target, gradient.chosen[..., None], 0))
-        return _added(carry[0], d_floats, start), carry[1] + d_hidden.astype(log_sum.dtype)
+        return _added(carry[0], d_floats, count, start), carry[1] + d_hidden.astype(log_sum.dtype)
 
-    first, size, starts = _chunks(inputs, static)
+    first, size, starts = _chunks(count, inputs.rows.size)
     none = jax.tree.map(jnp.zeros_like, inputs.floats), jnp.zeros_like(inputs.hidden, dtype=log_sum.dtype)
     d_floats, d_hidden = _over(starts, lambda carry, start: add(carry, start, size), add(none, 0, first))
     return (_Inputs(d_floats, d_hidden.astype(inputs.hidden.dtype), None, None),)
@@ -142,10 +146,14 @@ def _backward(static: PyTree, saved: tuple[_Inputs, Array], gradient: _Sums):
 _shard_sums.defvjp(_forward, _backward)
 
 
-def _chunks(inputs: _Inputs, static: PyTree) -> tuple[int, int, range]:
+def _row_count(inputs: _Inputs, static: PyTree) -> int:
+    return eqx.combine(inputs.floats, inputs.others, static).weight.row_count
+
+
+def _chunks(rows: int, tokens: int) -> tuple[int, int, range]:
     """The number of rows of the first chunk and of every other chunk, and where the others start."""
-    rows = eqx.combine(inputs.floats, inputs.others, static).weight.row_count
-    size = min(rows, max(_LEAST_ROWS, _LOGITS // max(1, inputs.rows.size)))
+    chunks = max(1, _LOGITS // max(1, tokens) // _ROWS_OF_CHUNK)
+    size = min(rows, chunks * _ROWS_OF_CHUNK)
     first = rows % size or size
     return first, size, range(first, rows, size)
 
@@ -157,22 +165,27 @@ def _over(starts: range, add: Callable[[Carry, Array], Carry], carry: Carry) -> 
     return lax.scan(lambda carry, start: (add(carry, start), None), carry, numbers)[0]
 
 
-def _take(head: PyTree, start: Array | int, size: int) -> PyTree:
-    """The head with only `size` rows from `start` on, as if `vocab` were split."""
+def _take(head: PyTree, rows: int, start: Array | int, size: int) -> PyTree:
+    """The head with only `size` of its `rows` from `start` on, as if `vocab` were split."""
 
     def take(x: Array, spec: PartitionSpec) -> Array:
-        return lax.dynamic_slice_in_dim(x, start, size, spec.index("rows")) if "rows" in spec else x
+        if "rows" not in spec:
+            return x
+        axis = spec.index("rows")
+        panel = rows // x.shape[axis]
+        return lax.dynamic_slice_in_dim(x, start // panel, size // panel, axis)
 
     return jax.tree.map(take, head, specs(head, _ROWS))
 
 
-def _added(whole: PyTree, chunk: PyTree, start: Array | int) -> PyTree:
+def _added(whole: PyTree, chunk: PyTree, rows: int, start: Array | int) -> PyTree:
     """The gradient of the head, with the gradient of a chunk of rows added."""
 
     def add(whole: Array, chunk: Array, spec: PartitionSpec) -> Array:
         if "rows" not in spec:
             return whole + chunk
-        return lax.dynamic_update_slice_in_dim(whole, chunk, start, spec.index("rows"))
+        axis = spec.index("rows")
+        return lax.dynamic_update_slice_in_dim(whole, chunk, start // (rows // whole.shape[axis]), axis)
 
     return jax.tree.map(add, whole, chunk, specs(whole, _ROWS))
 

@@ -1,10 +1,12 @@
 """Weights in the blocks of a GGUF file."""
 
+import collections
 import math
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from ..nn import AbstractWeight
 from .ggml import FORMATS
@@ -67,6 +69,13 @@ class BlockWeight(AbstractWeight):
     def _flat(self, blocks: UInt8[Array, "..."], axes: int) -> UInt8[Array, "panels blocks bytes"]:
         """All panels on one axis, and all blocks of a row on another."""
         return blocks.reshape(math.prod(blocks.shape[:axes]), -1, blocks.shape[-1])
+
+
+def formats(model: PyTree) -> list[str]:
+    """The names of the block formats that the weights of a model have, the most common one first."""
+    leaves = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, BlockWeight))
+    counts = collections.Counter(leaf.format for leaf in leaves if isinstance(leaf, BlockWeight))
+    return [name for name, _ in counts.most_common()]
 
 
 def block_dims(in_dims: str, out_dims: str, merged: tuple[int, ...]) -> str:
