@@ -14,6 +14,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path("mistral_eqx/nn/kernels/native")
 OPTIONS = ["-O3", "-std=c++17", "-fPIC", "-Wno-psabi"]
+# The library brings its C++ runtime along, and shows none of it.
+STATIC = ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
 # The products are compiled for each instruction set; which one is used is decided when the library runs.
 SETS = {
     "x86_64": {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": ["-march=x86-64-v4", "-mavx512vnni"]},
@@ -68,9 +70,14 @@ def _build(compiler: list[str], sets: dict[str, list[str]], library: Path):
             if process.returncode:
                 raise subprocess.CalledProcessError(process.returncode, command, stderr=said)
         linked = Path(temporary) / library.name
-        static = (
-            [] if platform.system() == "Darwin" else ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
-        )
-        link = [*compiler, "-shared", *static, "-s", "-o", str(linked), *map(str, objects)]
+        link = [
+            *compiler,
+            "-shared",
+            *([] if platform.system() == "Darwin" else STATIC),
+            "-s",
+            "-o",
+            str(linked),
+            *map(str, objects),
+        ]
         subprocess.run(link, check=True, capture_output=True, text=True)
         shutil.copyfile(linked, library)

@@ -49,16 +49,13 @@ def read_blocks(source: Source, placement: Placement) -> BlockWeight | None:
 
     def read(shards: list[Index]) -> list[np.ndarray]:
         arrays = stored.read(np.dtype(np.uint8), [in_rows(shard) for shard in shards])
-        if panel == 1:
-            return arrays
+        return arrays if panel == 1 else [arranged(array) for array in arrays]
+
+    def arranged(array: np.ndarray) -> np.ndarray:
         # One axis of rows and one of blocks, whatever others are between them.
-        flat = (array.reshape(*array.shape[: last + 1], -1, format.nbytes) for array in arrays)
-        return [
-            to_panels(one, format).reshape(
-                *array.shape[:last], array.shape[last] // panel, *array.shape[last + 1 : -1], -1
-            )
-            for one, array in zip(flat, arrays, strict=True)
-        ]
+        flat = array.reshape(*array.shape[: last + 1], -1, format.nbytes)
+        *outer, rows = array.shape[: last + 1]
+        return to_panels(flat, format).reshape(*outer, rows // panel, *array.shape[last + 1 : -1], -1)
 
     panels = (*shape[:last], shape[last] // panel, *shape[last + 1 : -1], panel * format.nbytes)
     array = placement.put(dims, panels, np.dtype(np.uint8), read)

@@ -92,8 +92,8 @@ def save(
         found = weight.value if isinstance(weight, DenseWeight) else weight
         if not isinstance(found, jax.Array | np.ndarray):
             raise InputError(
-                f"The model has no dense weight {spec.path!r}, which its config requires; merge its adapters and "
-                "dequantise it before you save it."
+                f"The model has no dense weight {spec.path!r}, which its config requires; merge its "
+                "adapters, and load it with dtype='float32' if it is quantized."
             )
         if found.shape != spec.shape(config) or found.dtype not in DTYPES.values():
             raise InputError(
@@ -103,8 +103,8 @@ def save(
         unwritten[spec.path] = found
     if weights:
         raise InputError(
-            f"The model has a weight {min(weights)!r}, which a checkpoint cannot store; merge its adapters and "
-            "dequantise it before you save it."
+            f"The model has a weight {min(weights)!r}, which a checkpoint cannot store; merge its "
+            "adapters, and load it with dtype='float32' if it is quantized."
         )
     several = not all(isinstance(array, np.ndarray) or array.is_fully_addressable for array in unwritten.values())
     tensors = [_from_array(spec, unwritten, config, format, allow_nonfinite) for spec in specs]

@@ -18,8 +18,8 @@ class BlockWeight(AbstractWeight):
 
     **Attributes:**
 
-    - `blocks`: shape `(*out, *in, bytes)`, where the last axis of the inputs counts blocks and not numbers, and the last
-        axis of the outputs counts panels of rows.
+    - `blocks`: shape `(*out, *in, bytes)`, where the last axis of the inputs counts blocks and not numbers, and the
+        last axis of the outputs counts panels of rows.
     - `format`: the name of a format in `mistral_eqx.quant.FORMATS`, such as `"Q4_K"`.
     - `out_axes`: how many axes are of outputs.
     - `merged`: the sizes of the last input dimensions if their product is one axis of `blocks`, because a block does
