@@ -1,7 +1,7 @@
 """How fast does one stream decode, and how long until its first token, here and with transformers and llama.cpp?
 
-All read the same weights, those of the preset `smollm2-135m`: llama.cpp the quantised file as it is, the others its
-weights in float32 or rounded to bfloat16. They get the same token ids, decode greedily and never stop early.
+All read the same weights, those of the preset `smollm2-135m`: the quantised file as it is, or its weights in float32 or
+rounded to bfloat16. They get the same token ids, decode greedily and never stop early.
 
     python benchmarks/peers.py --json peers.json
     python benchmarks/peers.py --write
@@ -150,11 +150,11 @@ CONTENDERS = (
     Contender("llama.cpp, Q4_1 as it is", ("llama_cpp",), start_llama_cpp),
     *(
         Contender(
-            f"mistral_eqx {dtype}, {'stream' if streamed else 'generate'}",
+            f"mistral_eqx {weights}, {'stream' if streamed else 'generate'}",
             (),
             functools.partial(start_mistral_eqx, dtype=dtype, streamed=streamed),
         )
-        for dtype in ("float32", "bfloat16")
+        for dtype, weights in (("float32", "float32"), ("bfloat16", "bfloat16"), ("stored", "Q4_1 as it is"))
         for streamed in (False, True)
     ),
 )
