@@ -15,6 +15,7 @@ from fixtures.cli import assert_refused, run, save_tiny_model
 import mistral_eqx as mx
 from mistral_eqx import cli
 from mistral_eqx.cli import report
+from mistral_eqx.nn.kernels import native
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +255,9 @@ def test_a_closed_stream_is_quiet(tiny, tmp_path, arguments, closed, code):
 def test_version():
     result = run("--version")
     assert result.exit_code == 0
-    assert re.fullmatch(r"mistral-eqx \d+\.\d+\.\d+\S*\n", result.stdout)
+    kernels = native.instructions()
+    ending = "without C++ kernels" if kernels is None else f"C++ kernels for {kernels}"
+    assert re.fullmatch(rf"mistral-eqx \d+\.\d+\.\d+\S*, {re.escape(ending)}\n", result.stdout)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from ..errors import InputError
 from ..nn import AbstractWeight, DenseWeight, Mistral
+from ..nn.kernels import native
 from ..parallel import SINGLE, Strategy, check_same, with_auto_axes
 from .hub import locate
 from .opening import open_checkpoint
@@ -89,7 +90,9 @@ def load(
 
     checkpoint, target_dtype, found = run_on_all("checkpoint", prepare, placement.several_processes, summary)
     if placement.several_processes:
-        check_same("dtype", target_dtype.name)
+        check_same("dtype", "stored" if keep else target_dtype.name)
+        # A weight has one layout on all processes.
+        check_same("C++ kernels", str(keep and native.instructions()))
     read = functools.partial(_read, found, target_dtype, placement, check, progress, keep)
     weights = run_on_all("content of the checkpoint", read, placement.several_processes)
     skeleton = eqx.filter_eval_shape(

@@ -38,7 +38,8 @@ def read_blocks(source: Source, placement: Placement) -> BlockWeight | None:
     if placement.mesh is not None:
         placement.strategy.check_shape(spec.path.removesuffix(".weight"), dims, shape, placement.mesh)
     rows = {len(range(*shard[last].indices(shape[last]))) for shard in placement.shards(dims, shape)}
-    panel = native.PANEL if native.instructions() and all(number % native.PANEL == 0 for number in rows) else 1
+    kernels = placement.platform == "cpu" and native.instructions() is not None
+    panel = native.PANEL if kernels and all(number % native.PANEL == 0 for number in rows) else 1
     raw: LazyTensor = as_bytes()
     stored = dataclasses.replace(source, tensor=raw, stored_shape=shape)
 

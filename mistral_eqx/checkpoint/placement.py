@@ -40,6 +40,12 @@ class Placement:
             return "the default device"
         return f"{dict(self.mesh.shape)} {[device.id for device in self.mesh.devices.flat]}"
 
+    @property
+    def platform(self) -> str:
+        """The kind of the devices: `"cpu"`, `"gpu"` or `"tpu"`."""
+        device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+        return device.platform
+
     def shards(self, dims: str, shape: tuple[int, ...]) -> list[Index]:
         """The shards of a tensor on this process's devices. Replicas of a shard are listed once."""
         sharding = self._sharding(dims)
