@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def read_blocks(source: Source, placement: Placement) -> BlockWeight | None:
         # A panel has its rows' bytes side by side, so that no shard has a part of that axis.
         return *index[:last], slice(begin * panel, end * panel), *index[last + 1 : -1], slice(None)
 
-    def read(shards: list[Index]) -> list[np.ndarray]:
+    def read(shards: Sequence[Index]) -> list[np.ndarray]:
         arrays = stored.read(np.dtype(np.uint8), [in_rows(shard) for shard in shards])
         return arrays if panel == 1 else [arranged(array) for array in arrays]
 
