@@ -120,6 +120,18 @@ def test_products_of_kernels_are_those_of_the_dequantized_weight(name):
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_stays_so_in_its_row(name, bad):
+    weight, _ = weight_in_panels(name, 16, 512)
+    x = np.ones((1, 3, 512), np.float32)
+    x[0, 1, 77] = bad
+    found = np.asarray(weight.contract(jnp.asarray(x), "a", "b"))[0]
+    assert np.isfinite(found[[0, 2]]).all()
+    assert not np.isfinite(found[1]).any()
+
+
+@needs_kernels
 def test_gradients_are_those_of_the_dequantized_weight(getkey):
     weight, numbers = weight_in_panels("Q4_K", 48, 512)
     x = jr.normal(getkey(), (2, 3, 512))

@@ -118,22 +118,24 @@ void product(const uint8_t* panel, const Activations& x, int64_t from, int64_t t
 // A number of this size has no fraction: a sum with it is rounded to the nearest integer, in its lowest bits.
 inline Ints rounded(Floats x) { return (Ints)(x + 12582912.0f) - 0x4b400000; }
 
-inline float largest_of(Floats x) {
-  float lanes[LANES], largest = 0;
+inline uint32_t largest_of(Words x) {
+  uint32_t lanes[LANES], largest = 0;
   std::memcpy(lanes, &x, sizeof x);
-  for (float lane : lanes) largest = lane > largest ? lane : largest;
+  for (uint32_t lane : lanes) largest = std::max(largest, lane);
   return largest;
 }
 
 void quantize(const Activations& x, int64_t row) {
   const float* numbers = x.numbers + row * x.inputs;
   for (int64_t part = 0; part < x.inputs / 32; part++, numbers += 32) {
-    Floats largest_lanes = {};
+    // Without their signs, floats have the order of their bits, and NaN is above all: it becomes the scale.
+    Words sizes = {};
     for (int i = 0; i < 32; i += LANES) {
-      const Floats size = (Floats)(load<Words>(numbers + i) & 0x7fffffffu);
-      largest_lanes = size > largest_lanes ? size : largest_lanes;
+      const Words size = load<Words>(numbers + i) & 0x7fffffffu;
+      sizes = size > sizes ? size : sizes;
     }
-    const float largest = largest_of(largest_lanes);
+    const uint32_t bits = largest_of(sizes);
+    const float largest = load<float>(&bits);
     const float scale = largest / 127, inverse = largest > 1e-30f ? 127 / largest : 0;
     int8_t* codes = x.codes + (row * x.inputs + part * 32) * 2;
     for (int half = 0; half < 2; half++) {
