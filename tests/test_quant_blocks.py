@@ -43,7 +43,7 @@ def test_numbers_are_those_of_gguf_bit_for_bit(name):
         np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("name", ["Q4_1", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "F16"])
+@pytest.mark.parametrize("name", ["Q4_1", "Q4_K", "F16"])
 @pytest.mark.parametrize(
     ("out", "inputs"), [((6,), (2, 3, 256)), ((4,), (4, 2, 128)), ((2, 3, 4), (512,)), ((3,), (4, 4, 16))]
 )
@@ -150,7 +150,7 @@ def test_shapes_that_do_not_fit_are_refused_by_the_library():
         native.linear(x, panels, "Q9_9").block_until_ready()
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("kind", [pytest.param("Q4_0", marks=pytest.mark.slow), "Q8_0"])
 def test_a_file_is_loaded_as_it_is(kind, getkey, tmp_path, without_kernels):
     model = random_model(tiny(head_dim=32), getkey())
     path = write_gguf(tmp_path / "model.gguf", model, Kind[kind])
@@ -171,7 +171,7 @@ def test_a_file_is_loaded_as_it_is(kind, getkey, tmp_path, without_kernels):
 
 
 @needs_kernels
-@pytest.mark.parametrize("strategy", [mx.HEADS, mx.SEQUENCE_PARALLEL])
+@pytest.mark.parametrize("strategy", [pytest.param(mx.HEADS, marks=pytest.mark.slow), mx.SEQUENCE_PARALLEL])
 def test_a_mesh_gives_what_one_device_gives_with_kernels(strategy, getkey, tmp_path):
     model = random_model(tiny(head_dim=32, hidden=128), getkey())
     path = write_gguf(tmp_path / "model.gguf", model, Kind.Q8_0)
@@ -198,6 +198,7 @@ def test_blocks_are_not_cut(getkey, tmp_path):
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_scores_and_steps_are_those_of_the_expanded_model(getkey, tmp_path):
     """The head's rows are taken in chunks of whole panels."""
     model = random_model(tiny(vocab=2080), getkey())
