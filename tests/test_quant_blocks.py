@@ -120,6 +120,14 @@ def test_products_of_kernels_are_those_of_the_dequantized_weight(name):
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", ["BF16", "F16"])
+def test_an_odd_number_of_inputs(name):
+    weight, numbers = weight_in_panels(name, 16, 33)
+    x = np.random.default_rng(0).normal(size=(1, 3, 33)).astype(np.float32)
+    assert relative_error(weight.contract(jnp.asarray(x), "a", "b"), x @ numbers.astype(np.float64).T) < 1e-6
+
+
+@needs_kernels
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_stays_so_in_its_row(name, bad):

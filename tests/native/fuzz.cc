@@ -24,7 +24,7 @@ int main(int, char** arguments) {
   long products = 0;
   while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) {
     const Format& format = SET.formats[below(SET.count)];
-    const int blocks = format.size == 1 ? 32 * (1 + below(8)) : 1 + below(5);
+    const int blocks = format.size == 1 ? 1 + below(300) : 1 + below(5);
     const int64_t inputs = int64_t(blocks) * format.size, rows = 1 + below(19), bytes = 16 * int64_t(format.bytes) * blocks;
     const std::unique_ptr<uint8_t[]> panel(new uint8_t[bytes]);
     for (int64_t i = 0; i < bytes; i++) panel[i] = uint8_t(draw());
@@ -34,7 +34,7 @@ int main(int, char** arguments) {
     const std::unique_ptr<int8_t[]> codes(new int8_t[rows * inputs * 2]);
     const std::unique_ptr<float[]> scales(new float[rows * (inputs / 32)]), sums(new float[rows * (inputs / 16)]);
     const Activations activations{x.get(), codes.get(), scales.get(), sums.get(), rows, inputs};
-    for (int64_t row = 0; row < rows; row++) SET.quantize(activations, row);
+    for (int64_t row = 0; row < rows && !format.exact; row++) SET.quantize(activations, row);
     format.product(panel.get(), activations, 0, rows, y.get(), 16);
     products++;
   }

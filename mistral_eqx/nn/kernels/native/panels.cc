@@ -71,14 +71,17 @@ template <Floats (*convert)(Halves), int rows>
 void product_of_floats(const uint8_t* panel, const Activations& x, int64_t row, float* y, int64_t stride) {
   const float* numbers = x.numbers + row * x.inputs;
   Floats total[STRIPS][rows][2] = {};
-  for (int64_t k = 0; k < x.inputs; k += 2) {
+  const auto add = [&](int64_t k, int odd) __attribute__((always_inline)) {
+    for (int strip = 0; strip < STRIPS; strip++) {
+      const Floats w = convert(load<Halves>(panel + (k * ROWS + strip * LANES) * 2));
+      for (int m = 0; m < rows; m++) total[strip][m][odd] += w * numbers[m * x.inputs + k];
+    }
+  };
+  for (int64_t k = 0; k + 1 < x.inputs; k += 2) {
     __builtin_prefetch(panel + k * 2 * ROWS + AHEAD);
-    for (int odd = 0; odd < 2; odd++)
-      for (int strip = 0; strip < STRIPS; strip++) {
-        const Floats w = convert(load<Halves>(panel + ((k + odd) * ROWS + strip * LANES) * 2));
-        for (int m = 0; m < rows; m++) total[strip][m][odd] += w * numbers[m * x.inputs + k + odd];
-      }
+    add(k, 0), add(k + 1, 1);
   }
+  if (x.inputs % 2) add(x.inputs - 1, 0);
   for (int m = 0; m < rows; m++)
     for (int strip = 0; strip < STRIPS; strip++) {
       const Floats sum = total[strip][m][0] + total[strip][m][1];
