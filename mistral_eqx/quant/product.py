@@ -62,6 +62,8 @@ def _by_kernel(x: Array, blocks: Array, format: str) -> Array:
     return native.linear(x.astype(jnp.float32), blocks, format)
 
 
+# Traced once for all layers that are alike.
+@functools.partial(jax.jit, static_argnames=("format", "panel"), inline=True)
 def _dequantized(x: Array, blocks: Array, format: str, panel: int) -> Array:
     weight = matrix(blocks, format, panel).astype(x.dtype)
     return contract(weight, x[:, None], 1)[:, 0].astype(jnp.float32)
