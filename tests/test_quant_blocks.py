@@ -62,7 +62,8 @@ def test_a_product_is_that_of_the_dequantized_weight(name, out, inputs, getkey):
     assert len(weight.dims(in_dims, out_dims)["blocks"].split()) == weight.blocks.ndim
     x = jr.normal(getkey(), (2, 5, *inputs))
     found = weight.contract(x, in_dims, out_dims)
-    assert relative_error(found, DenseWeight(dense).contract(x, in_dims, out_dims)) < 1e-6
+    # Float32 sums of at most 1536 terms in another order: 6e-8 times the root of their number.
+    assert relative_error(found, DenseWeight(dense).contract(x, in_dims, out_dims)) < 2.4e-6
     if len(out) == 1:
         ids = jnp.asarray([[0, 2], [1, 0]])
         np.testing.assert_array_equal(weight.rows(ids), dense[ids])
