@@ -12,7 +12,7 @@ PARALLEL = ("-n", "logical", "--maxprocesses", "8", "--dist", "loadfile")
 # Thousands of programs are compiled, each for a few numbers; a quarter to a third of the time went to optimizing them.
 # XLA's own passes stay as they are. The sessions `tests_plain` and `parity` run what users run.
 COMPILE_QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
-# Without the import hook that checks shapes, a fifth of the time of a test that compiles.
+# Without the import hook that checks shapes, which takes a fifth of the time of a test that compiles.
 PLAIN = ("-o", "addopts=--strict-markers --strict-config -ra")
 # These compute for longer than they compile: the real model, and millions of draws.
 COMPUTE_LONG = ("tests/test_generation_sampler.py", "tests/test_invariance.py", "tests/test_readme.py")
@@ -36,10 +36,10 @@ def newest(session: nox.Session):
 def tests_slow(session: nox.Session):
     """What takes too long for the default suite: many steps under every strategy, the real model."""
     session.install("-e", ".[test]")
-    options = ["-m", "slow and not parity", "--durations=10", *PLAIN, *PARALLEL, *session.posargs]
+    options = ["-m", "slow and not parity", "--durations=10", *PARALLEL, *session.posargs]
     others = [f"--ignore={file}" for file in COMPUTE_LONG]
     session.run("pytest", *options, *others, env=COMPILE_QUICKLY)
-    session.run("pytest", *options, *COMPUTE_LONG)
+    session.run("pytest", *options, *PLAIN, *COMPUTE_LONG)
 
 
 @nox.session
