@@ -1,6 +1,9 @@
 """Weights in the blocks of GGUF, compared with the package gguf and with the dequantized model."""
 
 import math
+import re
+import runpy
+from pathlib import Path
 
 import equinox as eqx
 import gguf
@@ -196,6 +199,19 @@ def test_a_mesh_gives_what_one_device_gives_with_kernels(strategy, getkey, tmp_p
     np.testing.assert_array_equal(found, expected)
 
 
+def test_blocks_are_checked_on_request(getkey, tmp_path):
+    model = random_model(tiny(head_dim=32), getkey())
+    path = write_gguf(tmp_path / "model.gguf", model, Kind.Q8_0)
+    mx.load(path, dtype="stored", check=True)
+    (tensor,) = (one for one in gguf.GGUFReader(path).tensors if one.name == "blk.1.ffn_up.weight")
+    with open(path, "r+b") as file:
+        file.seek(tensor.data_offset)
+        # The scale of the first block, in float16.
+        file.write(np.float16(np.nan).tobytes())
+    with refused("blk.1.ffn_up.weight"):
+        mx.load(path, dtype="stored", check=True)
+
+
 def test_blocks_are_not_cut(getkey, tmp_path):
     model = random_model(tiny(head_dim=32, vocab=64), getkey())
     path = write_gguf(tmp_path / "model.gguf", model, Kind.Q8_0)
@@ -241,3 +257,11 @@ def test_smollm2_says_what_it_says_in_float32(smollm2_path):
     assert relative_error(eqx.filter_jit(packed)(jnp.asarray([ids])), logits) < 4e-5 * 210**0.5
     found, expected = (mx.generate(model, [ids], max_new_tokens=48).tokens for model in (packed, dense))
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.slow
+def test_the_example(smollm2_path, capsys):
+    runpy.run_path(str(Path(__file__).parents[1] / "examples/quantized.py"))["main"](str(smollm2_path))
+    floats, blocks = capsys.readouterr().out.splitlines()
+    assert floats.startswith("float32, 538 MB: ' Paris")
+    assert re.match(r"Q4_1 and Q8_0, \d\d MB: ' Paris", blocks)
