@@ -14,7 +14,7 @@ from .source import Source
 
 
 def read_blocks(source: Source, placement: Placement) -> BlockWeight | None:
-    """Reads a weight in the blocks of its file; `None` if the file has it in another form.
+    """Reads a weight in the blocks of its file; `None` if the file has it as floats, or in blocks that fit no layer.
 
     **Arguments:**
 
