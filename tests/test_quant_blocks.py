@@ -124,6 +124,18 @@ def test_products_of_kernels_are_those_of_the_dequantized_weight(name):
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_row_gives_what_it_gives_alone(name):
+    weight, _ = weight_in_panels(name, 48, 512)
+    x = np.random.default_rng(0).normal(size=(1, 21, 512)).astype(np.float32)
+    together = weight.contract(jnp.asarray(x), "a", "b")
+    for row in (0, 3, 20):
+        np.testing.assert_array_equal(
+            weight.contract(jnp.asarray(x[:, row : row + 1]), "a", "b")[0, 0], together[0, row]
+        )
+
+
+@needs_kernels
 @pytest.mark.parametrize("name", ["BF16", "F16"])
 def test_an_odd_number_of_inputs(name):
     weight, numbers = weight_in_panels(name, 16, 33)
