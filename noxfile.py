@@ -56,6 +56,7 @@ def parity(session: nox.Session):
     # pip, and this release: other resolvers and releases take a build for GPUs, of several gigabytes.
     session.install("torch==2.13.0")
     session.install("-e", ".[test,eval]", "transformers>=5.23,<6", "protobuf", "accelerate", "peft>=0.17")
+    session.install("bitsandbytes>=0.46", "compressed-tensors>=0.10")
     session.run("pytest", "-m", "parity", "--durations=10", *PARALLEL, *session.posargs)
 
 

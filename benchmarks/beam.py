@@ -102,8 +102,8 @@ def start_gathered(task: Task, dtype: str) -> Search:
             positions = jnp.repeat(search.position, beams)[:, None]
             hidden, cache = model.hidden(search.token.reshape(-1, 1), positions, cache)
             logits = model.logits(hidden).reshape(batch, beams, -1)
-            # A search reorders `seen` by beam: here that tells which row each beam came from.
-            search = dataclasses.replace(search, seen=itself).advance(logits, rules, model.strategy)
+            # A search reorders `mask` by beam: here that tells which row each beam came from.
+            search = dataclasses.replace(search, mask=itself).advance(logits, rules, model.strategy)
             parent = jnp.argmax(search.mask, axis=2) + beams * jnp.arange(batch)[:, None]
             layers, known = jax.tree.map(lambda x: x[parent.reshape(-1)], (cache.layers, cache.positions))
             return search, Cache(layers, known, cache.used)
@@ -114,9 +114,9 @@ def start_gathered(task: Task, dtype: str) -> Search:
     def first(model, logits, position, rules):
         batch, vocab = logits.shape
         search = beam.Search.init(position, position < 0, BEAMS, rules.divisors.shape[0], BEAMS)
-        seen = jnp.broadcast_to(jnp.eye(BEAMS, dtype=bool)[None], (batch, BEAMS, BEAMS))
+        mask = jnp.broadcast_to(jnp.eye(BEAMS, dtype=bool)[None], (batch, BEAMS, BEAMS))
         logits = jnp.broadcast_to(logits[:, None], (batch, BEAMS, vocab))
-        return dataclasses.replace(search, seen=seen).advance(logits, rules, model.strategy)
+        return dataclasses.replace(search, mask=mask).advance(logits, rules, model.strategy)
 
     def search(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         rules = beam.Rules.init(np.zeros(0, np.int32), capacity(new_tokens), new_tokens, 1.0, False)

@@ -22,7 +22,10 @@ def answers(model, tokenizer):
 
 
 def main(path="smollm2-135m", folder="adapters", steps=60, rows=8):
-    model, tokenizer = mx.load(path, dtype="float32"), mx.load_tokenizer(path)
+    tune(mx.load(path, dtype="float32"), mx.load_tokenizer(path), folder, steps, rows)
+
+
+def tune(model, tokenizer, folder, steps, rows):
     encode = functools.partial(mx.encode_chat, tokenizer)
     lines = CONVERSATIONS.read_text(encoding="utf-8").splitlines()
     examples = [mx.train.chat(json.loads(line)["messages"], encode) for line in lines]

@@ -1,6 +1,7 @@
 """A model and its tokenizer, from one name."""
 
 import os
+from typing import Literal
 
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -9,6 +10,7 @@ from .checkpoint import load
 from .checkpoint.loading import Progress
 from .nn import Mistral
 from .parallel import SINGLE, Strategy
+from .quant import Recipe
 from .text import load_tokenizer
 from .text.tokenizer import AbstractTokenizer
 
@@ -16,11 +18,12 @@ from .text.tokenizer import AbstractTokenizer
 def from_pretrained(
     path: str | os.PathLike[str],
     *,
-    dtype: DTypeLike | None = None,
+    dtype: DTypeLike | Literal["stored"] | None = None,
     check: bool = False,
     progress: Progress | None = None,
     mesh: Mesh | None = None,
     strategy: Strategy = SINGLE,
+    quantize: Recipe | None = None,
 ) -> tuple[Mistral, AbstractTokenizer]:
     """Loads a model and its tokenizer.
 
@@ -35,4 +38,5 @@ def from_pretrained(
     **Raises:** `ValueError` as these two do.
     """
     tokenizer = load_tokenizer(path)
-    return load(path, dtype=dtype, check=check, progress=progress, mesh=mesh, strategy=strategy), tokenizer
+    model = load(path, dtype=dtype, check=check, progress=progress, mesh=mesh, strategy=strategy, quantize=quantize)
+    return model, tokenizer

@@ -8,6 +8,7 @@ from . import (
     nn as nn,
     parallel as parallel,
     planning as planning,
+    quant as quant,
     train as train,
 )
 from .checkpoint import load as load, load_lora as load_lora, save as save, save_lora as save_lora
@@ -58,6 +59,15 @@ from .parallel import (
 from .planning import plan as plan
 from .presets import PRESETS as PRESETS
 from .pretrained import from_pretrained as from_pretrained
+from .quant import (
+    FP8 as FP8,
+    GGUF as GGUF,
+    NF4 as NF4,
+    Int4 as Int4,
+    Int8 as Int8,
+    dequantize as dequantize,
+    quantize as quantize,
+)
 from .text import (
     Detokenizer as Detokenizer,
     StopText as StopText,

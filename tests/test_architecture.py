@@ -32,7 +32,7 @@ SEES = {
     "text": {"config", "presets", "checkpoint"},
     # From one checkpoint to another, its tokenizer included.
     "conversion": {"checkpoint", "text"},
-    "pretrained": {"parallel", "nn", "checkpoint", "text"},
+    "pretrained": {"parallel", "nn", "quant", "checkpoint", "text"},
     "generation": {"config", "parallel", "nn"},
     "train": {"config", "parallel", "nn", "lora"},
     "evaluate": {"config", "parallel", "nn", "generation"},
@@ -287,8 +287,10 @@ def test_modules_do_not_ask_where_they_run_or_what_they_have():
         if _room(file) == "nn" and isinstance(node, ast.Call)
     }
     asked = {(file, name) for file, name in asked if name in ("hasattr", "isinstance", "jax.default_backend")}
-    # A cache is made before there is an array that could tell its device; a tangent that is zero is told by its type.
-    assert asked == {("nn/cache.py", "jax.default_backend"), ("nn/kernels/dense.py", "isinstance")}
+    # A cache is made before there is an array that could tell its device; a tangent that is zero is told by its type,
+    # and so are the layers of a model that have a weight.
+    found = {("nn/layers.py", "isinstance"), ("nn/kernels/dense.py", "isinstance")}
+    assert asked == {("nn/cache.py", "jax.default_backend"), *found}
 
 
 def test_importing_the_package_starts_no_device():

@@ -35,7 +35,8 @@ COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
 
 def test_the_pages_have_commands_of_every_kind():
     assert len(COMMANDS) > 25
-    assert {words[0] for _, words in COMMANDS} == {"generate", "chat", "convert", "merge", "plan", "train", "evaluate"}
+    kinds = {"generate", "chat", "convert", "merge", "plan", "quantize", "train", "evaluate"}
+    assert {words[0] for _, words in COMMANDS} == kinds
 
 
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else None)

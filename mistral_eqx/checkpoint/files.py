@@ -44,12 +44,13 @@ def read_index(index: Path) -> dict[str, str]:
     return placed
 
 
-def read_shards(index: Path) -> dict[str, LazyTensor]:
+def read_shards(index: Path, *, packed: bool = False) -> dict[str, LazyTensor]:
     """Reads the headers of the safetensors files that an index names.
 
     **Arguments:**
 
     - `index`: the JSON file that names the file of each tensor.
+    - `packed`: as for `read_header`.
 
     **Returns:** all tensors by name.
 
@@ -64,7 +65,7 @@ def read_shards(index: Path) -> dict[str, LazyTensor]:
                 file=index,
                 key=name,
             )
-    headers = {name: read_header(index.parent / name) for name in files}
+    headers = {name: read_header(index.parent / name, packed=packed) for name in files}
     for tensor, name in placed.items():
         if tensor not in headers[name]:
             raise InputError(
@@ -76,9 +77,9 @@ def read_shards(index: Path) -> dict[str, LazyTensor]:
     return _merge({index.parent / name: header for name, header in headers.items()})
 
 
-def merge_files(files: Iterable[Path]) -> dict[str, LazyTensor]:
-    """Merges the tensors of several safetensors files; no name may occur twice."""
-    return _merge({file: read_header(file) for file in files})
+def merge_files(files: Iterable[Path], *, packed: bool = False) -> dict[str, LazyTensor]:
+    """Merges the tensors of several safetensors files; no name may occur twice. `packed` is as for `read_header`."""
+    return _merge({file: read_header(file, packed=packed) for file in files})
 
 
 def _merge(headers: dict[Path, dict[str, LazyTensor]]) -> dict[str, LazyTensor]:

@@ -15,10 +15,11 @@ from ..checks import Count, CountOrZero
 from ..config import Base, Epsilon, Layers, MistralConfig, Size
 from ..documents import expect_regular, shown
 from ..errors import InputError
+from ..quant import FORMATS
 from .gguf_header import TensorInfo, read_header
 from .names import HEAD
 from .ranges import of_columns, read_ranges
-from .reader import DTYPES, Checkpoint, LazyTensor, main_dtype
+from .reader import DTYPES, Checkpoint, LazyTensor, Packed, main_dtype
 from .safetensors import PlainTensor
 from .settings import REQUIRED, Settings, per_kv
 from .weight_files import WeightFiles
@@ -47,6 +48,10 @@ class QuantisedTensor(LazyTensor):
         self._row_bytes = row_bytes
         self._path = path
         self._offset = offset
+        if kind.name in FORMATS:
+            rows = math.prod(shape[:-1]), row_bytes
+            blocks = PlainTensor(name, rows, np.dtype(np.uint8), kind.name, path, offset)
+            self.packed = Packed(kind.name, blocks)
 
     def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
         if len(self.shape) == 1:
@@ -61,11 +66,6 @@ class QuantisedTensor(LazyTensor):
         inner = math.prod(self.shape[1:-1])
         values = self._dequantised(start * inner, stop * inner)
         return values.reshape(stop - start, *self.shape[1:])
-
-    def as_bytes(self) -> PlainTensor:
-        """The bytes of the blocks, a row of blocks in each row."""
-        shape = math.prod(self.shape[:-1]), self._row_bytes
-        return PlainTensor(self.name, shape, np.dtype(np.uint8), self.stored, self._path, self._offset)
 
     def _dequantised(self, start: int, stop: int, blocks: np.ndarray | None = None) -> np.ndarray:
         count, offset = stop - start, self._offset + start * self._row_bytes

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from ..config import Base, Epsilon, Layers, MistralConfig, Size
 from ..documents import read_json, shown
 from ..errors import InputError
 from .files import merge_files, read_index, read_shards
-from .reader import Checkpoint, main_dtype
+from .hf_quantized import read_quantization
+from .reader import Checkpoint, LazyTensor, main_dtype
 from .safetensors import read_header
 from .settings import Settings, consistent_value, is_off, listed, per_head, per_kv
 from .weight_files import WeightFiles, read_consistent
@@ -57,19 +58,31 @@ def open_hf(folder: Path, own: Sequence[WeightFiles], others: Sequence[WeightFil
 
 def find_weights(folder: Path) -> list[WeightFiles]:
     """The weights of a folder that have Hugging Face names: by an index, in a single file, or in loose shards."""
+    settings = read_json(folder / CONFIG).get("quantization_config") if (folder / CONFIG).exists() else None
     found: list[WeightFiles] = []
     placed: set[str] = set()
+
+    def whole(
+        read: Callable[..., dict[str, LazyTensor]], source: Any
+    ) -> Callable[[MistralConfig], dict[str, LazyTensor]]:
+        def tensors(_: MistralConfig) -> dict[str, LazyTensor]:
+            if (quantization := read_quantization(settings, file=folder / CONFIG)) is None:
+                return read(source)
+            return quantization.combined(read(source, packed=True))
+
+        return tensors
+
     single = (folder / WEIGHTS).exists()
     if (folder / INDEX).exists():
         placed = set(read_index(folder / INDEX).values())
         # If none of its files exists, the index is stale: a single file has replaced the shards.
         if not single or any((folder / name).exists() for name in placed):
-            found.append(WeightFiles(INDEX, "hf", lambda _: read_shards(folder / INDEX)))
+            found.append(WeightFiles(INDEX, "hf", whole(read_shards, folder / INDEX)))
     if single and WEIGHTS not in placed:
-        found.append(WeightFiles(WEIGHTS, "hf", lambda _: read_header(folder / WEIGHTS)))
+        found.append(WeightFiles(WEIGHTS, "hf", whole(read_header, folder / WEIGHTS)))
     loose = _loose(folder, placed)
     if found and loose:
-        found.append(WeightFiles(loose[0].name, "hf", lambda _: merge_files(loose)))
+        found.append(WeightFiles(loose[0].name, "hf", whole(merge_files, loose)))
     return found
 
 
@@ -155,6 +168,7 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
     for key in ("torch_dtype", "dtype"):  # each tensor stores its own dtype
         document.take(key, str | None, None)
     document.expect("is_causal", (True, None), None)
+    read_quantization(document.take("quantization_config", dict[str, Any] | None, None), file=file)
     config = document.make(
         vocab=document.take("vocab_size", Size, 32000),
         embed=embed,

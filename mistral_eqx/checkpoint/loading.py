@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import equinox as eqx
@@ -18,10 +18,11 @@ from jax.typing import DTypeLike
 from ..errors import InputError
 from ..nn import AbstractWeight, DenseWeight, Mistral
 from ..nn.kernels import native
-from ..parallel import SINGLE, Strategy, check_same, with_auto_axes
+from ..parallel import SINGLE, Strategy, check_same, put_named, with_auto_axes
+from ..quant import AbstractScheme, Layer, Recipe, chosen_schemes
 from .hub import locate
 from .opening import open_checkpoint
-from .packed import read_blocks
+from .packed import read_packed
 from .placement import Placement
 from .processes import fingerprint, run_on_all
 from .reader import DTYPES, Checkpoint
@@ -39,6 +40,7 @@ def load(
     progress: Progress | None = None,
     mesh: Mesh | None = None,
     strategy: Strategy = SINGLE,
+    quantize: Recipe | None = None,
 ) -> Mistral:
     """Loads a model, one tensor at a time: each is read, cast and put on its devices before the next.
 
@@ -60,6 +62,8 @@ def load(
     - `progress`: called after each tensor with the bytes read so far and the total bytes that this process reads.
     - `mesh`: the devices of the model; the default device unless given.
     - `strategy`: which dimensions are split over which axes of the mesh. By default each device holds the whole model.
+    - `quantize`: a scheme or a recipe, as for [`mistral_eqx.quantize`][]. Each weight is quantized when it is read, so
+        that memory holds the result and one weight in float32.
 
     **Returns:** the model, sharded as by [`mistral_eqx.shard`][].
 
@@ -93,7 +97,9 @@ def load(
         check_same("dtype", "stored" if keep else target_dtype.name)
         # A weight has one layout on all processes.
         check_same("C++ kernels", str(keep and native.instructions()))
-    read = functools.partial(_read, found, target_dtype, placement, check, progress, keep)
+    paths = [source.spec.path for source in found if source.spec.in_dims]
+    schemes = {} if quantize is None else chosen_schemes(quantize, paths)
+    read = functools.partial(_read, found, target_dtype, placement, check, progress, keep, schemes)
     weights = run_on_all("content of the checkpoint", read, placement.several_processes)
     skeleton = eqx.filter_eval_shape(
         Mistral.init, checkpoint.config, key=jr.key(0), dtype=target_dtype, strategy=strategy
@@ -102,18 +108,28 @@ def load(
 
 
 def _read(
-    found: list[Source], dtype: np.dtype, placement: Placement, check: bool, progress: Progress | None, keep: bool
+    found: list[Source],
+    dtype: np.dtype,
+    placement: Placement,
+    check: bool,
+    progress: Progress | None,
+    keep: bool,
+    schemes: Mapping[str, AbstractScheme],
 ) -> dict[str, AbstractWeight | jax.Array]:
     """Reads the shards of this process's devices, and returns the weight of each layer by the layer's path."""
     sizes = [_bytes_here(source, placement) for source in found]
     weights: dict[str, AbstractWeight | jax.Array] = {}
     done = 0
     for source, size in zip(found, sizes, strict=True):
-        blocks = read_blocks(source, placement) if keep else None
-        if blocks is not None and check:
-            # The numbers are looked at and not kept.
-            source.read(dtype, placement.shards(source.spec.dims, source.shape), check=True)
-        weights[source.spec.path] = _read_dense(source, dtype, placement, check) if blocks is None else blocks
+        path = source.spec.path
+        if path in schemes:
+            weights[path] = _quantized(source, placement, check, schemes[path])
+        else:
+            kept = read_packed(source, placement) if keep else None
+            if kept is not None and check:
+                # The numbers are looked at and not kept.
+                source.read(dtype, placement.shards(source.spec.dims, source.shape), check=True)
+            weights[path] = _read_dense(source, dtype, placement, check) if kept is None else kept
         done += size
         if progress is not None:
             progress(done, sum(sizes))
@@ -124,6 +140,18 @@ def _read_dense(source: Source, dtype: np.dtype, placement: Placement, check: bo
     spec, read = source.spec, functools.partial(source.read, dtype, check=check)
     array = placement.put(spec.dims, source.shape, dtype, read)
     return DenseWeight(array) if spec.in_dims else array
+
+
+def _quantized(source: Source, placement: Placement, check: bool, scheme: AbstractScheme) -> AbstractWeight:
+    """Reads a whole weight and quantizes it; its shards then go to the devices."""
+    spec, mesh, strategy = source.spec, placement.mesh, placement.strategy
+    [numbers] = source.read(np.dtype(np.float32), check=check)
+    names = spec.out_dims.split()
+    layer = Layer(spec.path, len(names), strategy.parts(names[-1], mesh), strategy, placement.platform == "cpu")
+    weight = scheme.weight(numbers, layer)
+    if mesh is None:
+        return weight
+    return put_named(weight, spec.path, weight.dims(spec.in_dims, spec.out_dims), mesh, strategy)
 
 
 def _bytes_here(source: Source, placement: Placement) -> int:

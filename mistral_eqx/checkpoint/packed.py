@@ -1,19 +1,23 @@
 """Reads quantized weights as they are in the file."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
+from ..nn import AbstractWeight
 from ..nn.kernels import native
-from ..quant import FORMATS, BlockWeight, block_dims, merged_sizes, to_panels
+from ..parallel import whole
+from ..quant import BlockWeight, OrderedWeight, ScaledWeight, block_dims, block_format, merged_sizes, to_panels
 from .placement import Index, Placement
 from .reader import LazyTensor
 from .source import Source
 
 
-def read_blocks(source: Source, placement: Placement) -> BlockWeight | None:
+def read_packed(source: Source, placement: Placement) -> AbstractWeight | None:
     """Reads a weight in the blocks of its file; `None` if the file has it as floats, or in blocks that fit no layer.
 
     **Arguments:**
@@ -21,28 +25,60 @@ def read_blocks(source: Source, placement: Placement) -> BlockWeight | None:
     - `source`: the layer.
     - `placement`: the devices.
     """
-    spec, config, tensor = source.spec, source.config, source.tensor
-    as_bytes = getattr(tensor, "as_bytes", None)
-    format = FORMATS.get(tensor.stored)
-    if as_bytes is None or format is None or not spec.in_dims:
+    spec, packed = source.spec, source.tensor.packed
+    if packed is None or not spec.in_dims:
         return None
+    in_shape, out_shape = (
+        tuple(getattr(source.config, dim) for dim in dims.split()) for dims in (spec.in_dims, spec.out_dims)
+    )
+    merged = merged_sizes(in_shape, block_format(packed.format).size)
+    if merged is None:
+        return None
+    if packed.order is not None and len(in_shape) > 1:
+        # Sorted by groups, inputs have none of their dimensions left.
+        merged = in_shape
+    path = spec.path.removesuffix(".weight")
+
+    def small(array: np.ndarray, dims: str) -> jax.Array:
+        if placement.mesh is not None:
+            placement.strategy.check_shape(path, dims, array.shape, placement.mesh)
+        return placement.put(
+            dims, array.shape, array.dtype, lambda shards: [np.asarray(array[shard]) for shard in shards]
+        )
+
+    if packed.order is not None:
+        orders = [order.astype(np.int32) for order in (packed.order, np.argsort(packed.order))]
+        order, inverse = (small(each, whole(spec.in_dims)) for each in orders)
+        return OrderedWeight(_read_blocks(source, placement, merged), order, inverse)
+    base = _read_blocks(source, placement, merged)
+    if isinstance(packed.scale, LazyTensor):
+        rows = dataclasses.replace(source, tensor=packed.scale, stored_shape=out_shape)
+        scale = placement.put(
+            spec.out_dims, out_shape, np.dtype(np.float32), functools.partial(rows.read, np.dtype(np.float32))
+        )
+        return ScaledWeight(base, scale, "row")
+    if packed.scale is not None:
+        return ScaledWeight(base, small(np.asarray(packed.scale, np.float32), ""), "tensor")
+    return base
+
+
+def _read_blocks(source: Source, placement: Placement, merged: tuple[int, ...]) -> BlockWeight:
+    spec, config, packed = source.spec, source.config, source.tensor.packed
+    assert packed is not None
+    format = block_format(packed.format)
     in_shape, out_shape = (
         tuple(getattr(config, dim) for dim in dims.split()) for dims in (spec.in_dims, spec.out_dims)
     )
-    merged = merged_sizes(in_shape, format.size)
-    if merged is None:
-        return None
-    whole = in_shape[: len(in_shape) - max(len(merged), 1)]
-    count = math.prod(in_shape) // math.prod(whole) // format.size
-    shape = (*out_shape, *whole, count, format.nbytes)
+    outer = in_shape[: len(in_shape) - max(len(merged), 1)]
+    count = math.prod(in_shape) // math.prod(outer) // format.size
+    shape = (*out_shape, *outer, count, format.nbytes)
     dims, last = block_dims(spec.in_dims, spec.out_dims, merged), len(out_shape) - 1
     if placement.mesh is not None:
         placement.strategy.check_shape(spec.path.removesuffix(".weight"), dims, shape, placement.mesh)
     rows = {len(range(*shard[last].indices(shape[last]))) for shard in placement.shards(dims, shape)}
-    kernels = placement.platform == "cpu" and native.instructions() is not None
+    kernels = placement.platform == "cpu" and native.supports(format.name)
     panel = native.PANEL if kernels and all(number % native.PANEL == 0 for number in rows) else 1
-    raw: LazyTensor = as_bytes()
-    stored = dataclasses.replace(source, tensor=raw, stored_shape=shape)
+    stored = dataclasses.replace(source, tensor=packed.blocks, stored_shape=shape)
 
     def in_rows(index: Index) -> Index:
         begin, end, _ = index[last].indices(shape[last] // panel)
@@ -51,13 +87,7 @@ def read_blocks(source: Source, placement: Placement) -> BlockWeight | None:
 
     def read(shards: Sequence[Index]) -> list[np.ndarray]:
         arrays = stored.read(np.dtype(np.uint8), [in_rows(shard) for shard in shards])
-        return arrays if panel == 1 else [arranged(array) for array in arrays]
-
-    def arranged(array: np.ndarray) -> np.ndarray:
-        # One axis of rows and one of blocks, whatever others are between them.
-        flat = array.reshape(*array.shape[: last + 1], -1, format.nbytes)
-        *outer, rows = array.shape[: last + 1]
-        return to_panels(flat, format).reshape(*outer, rows // panel, *array.shape[last + 1 : -1], -1)
+        return arrays if panel == 1 else [to_panels(array, format, last) for array in arrays]
 
     panels = (*shape[:last], shape[last] // panel, *shape[last + 1 : -1], panel * format.nbytes)
     array = placement.put(dims, panels, np.dtype(np.uint8), read)

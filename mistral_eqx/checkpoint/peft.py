@@ -17,8 +17,8 @@ from ..config import MistralConfig
 from ..documents import read_json, shown, to_path
 from ..errors import InputError
 from ..lora import AdaptableLayer, LoRAWeight, TrainedWeight, adapt, adaptable_layers, shapes_of
-from ..lora.layers import map_layers
 from ..nn import Mistral
+from ..nn.layers import map_layers
 from ..parallel import gather_to_host
 from . import safetensors
 from .finite import all_finite

@@ -40,6 +40,7 @@ class LazyTensor(abc.ABC):
     - `dtype`: the dtype of the arrays that `rows` returns.
     - `stored`: the name of its element type in the file, such as `"BF16"` or `"Q4_K"`.
     - `nbytes`: its size in the file.
+    - `packed`: how it can be kept as it is, if it is quantized.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: np.dtype, stored: str, nbytes: int):
@@ -48,6 +49,7 @@ class LazyTensor(abc.ABC):
         self.dtype = dtype
         self.stored = stored
         self.nbytes = nbytes
+        self.packed: Packed | None = None
 
     @abc.abstractmethod
     def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
@@ -85,6 +87,24 @@ class LazyTensor(abc.ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, shape={self.shape}, stored={self.stored!r})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """How a tensor can be kept as it is.
+
+    **Attributes:**
+
+    - `format`: the name of a block format ([`mistral_eqx.quant.block_format`][]).
+    - `blocks`: the bytes, a row of blocks in each row.
+    - `scale`: a factor of all numbers, or a tensor with one for each row; `None` without.
+    - `order`: for each column of the blocks, its column in the weight; `None` if these are the same.
+    """
+
+    format: str
+    blocks: LazyTensor
+    scale: LazyTensor | float | None = None
+    order: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

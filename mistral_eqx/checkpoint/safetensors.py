@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import ml_dtypes
 import numpy as np
 from annotated_types import Ge
 
@@ -18,7 +19,15 @@ from .reader import DTYPES, LazyTensor
 
 
 _STORED = {"F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}
-_NAMES = {dtype: stored for stored, dtype in _STORED.items()}
+# What weights that are quantized are made of.
+_PACKED = {
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+_NAMES = {dtype: stored for stored, dtype in (*_STORED.items(), *_PACKED.items())}
 
 # The limit of the safetensors library. It protects against a huge length in a damaged file.
 _LONGEST_HEADER = 100_000_000
@@ -37,7 +46,7 @@ class PlainTensor(LazyTensor):
         self._offset = offset
 
     def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
-        count, row_bytes = stop - start, self.nbytes // max(self.shape[0], 1)
+        count, row_bytes = stop - start, self.nbytes // max(self.shape[0] if self.shape else 1, 1)
         offset = self._offset + start * row_bytes
         if columns is None:
             result = np.empty((count, *self.shape[1:]), self.dtype)
@@ -49,12 +58,13 @@ class PlainTensor(LazyTensor):
         return result
 
 
-def read_header(path: Path) -> dict[str, LazyTensor]:
+def read_header(path: Path, *, packed: bool = False) -> dict[str, LazyTensor]:
     """Reads the header of a safetensors file.
 
     **Arguments:**
 
     - `path`: the file.
+    - `packed`: whether integers and 8-bit floats are allowed, of which quantized weights are made.
 
     **Returns:** its tensors by name.
 
@@ -83,17 +93,18 @@ def read_header(path: Path) -> dict[str, LazyTensor]:
             key=error.key,
         ) from error
     tensors: dict[str, LazyTensor] = {}
+    known = {**_STORED, **(_PACKED if packed else {})}
     end = 0
     # The format allows neither gaps nor overlaps: each tensor begins at the end of the previous one.
     for name, entry in sorted(described.items(), key=lambda item: item[1].data_offsets):
-        if entry.dtype not in _STORED:
+        if entry.dtype not in known:
             raise InputError(
                 f"The tensor {shown(name)} of {str(path)!r} has the dtype {shown(entry.dtype)[1:-1]}, which is not "
                 f"supported; the supported ones are {', '.join(_STORED)}: use an unquantised checkpoint.",
                 file=path,
                 key=name,
             )
-        dtype = _STORED[entry.dtype]
+        dtype = known[entry.dtype]
         start, stop = entry.data_offsets
         if start != end or stop - start != math.prod(entry.shape) * dtype.itemsize:
             raise InputError(

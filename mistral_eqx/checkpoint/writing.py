@@ -18,11 +18,13 @@ from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
 from ..nn import DenseWeight, Mistral
+from ..quant import QUANTIZED
 from . import hf, mistral, safetensors
 from .finite import all_finite
+from .hf_packed import Packing, packing, whole_config
 from .hub import locate
 from .loading import Progress, is_weight, layer_path, supported_dtype
-from .names import LayerSpec, layer_specs
+from .names import EMBEDDING, LayerSpec, layer_specs
 from .opening import open_checkpoint
 from .processes import run_on_all
 from .reader import CHUNK_BYTES, DTYPES, read_rows
@@ -67,7 +69,8 @@ def save(
 
     **Arguments:**
 
-    - `model`: a model with dense weights.
+    - `model`: a model. In the format `"hf"` its linear layers may be quantized, all in one way: NF4 is written as
+        bitsandbytes does, integers and FP8 as compressed-tensors does, so that transformers reads both.
     - `path`: the folder. It appears when all of its files are complete.
     - `format`: `"hf"` for `config.json` and `model.safetensors`, which transformers loads; `"mistral"` for
         `params.json` and `consolidated.safetensors`.
@@ -87,13 +90,17 @@ def save(
     weights = {layer_path(keys): node for keys, node in nodes if is_weight(node)}
     specs = list(layer_specs(config))
     unwritten: dict[str, jax.Array | np.ndarray] = {}
+    packings: dict[str, Packing] = {}
     for spec in specs:
         weight = weights.pop(spec.path, None)
+        if isinstance(weight, QUANTIZED) and format == "hf":
+            packings[spec.path] = packing(spec, weight, config)
+            continue
         found = weight.value if isinstance(weight, DenseWeight) else weight
         if not isinstance(found, jax.Array | np.ndarray):
             raise InputError(
-                f"The model has no dense weight {spec.path!r}, which its config requires; merge its "
-                "adapters, and load it with dtype='float32' if it is quantized."
+                f"The model has no dense weight {spec.path!r}, which the format {format!r} requires; merge its "
+                "adapters, or expand it with mistral_eqx.dequantize if it is quantized."
             )
         if found.shape != spec.shape(config) or found.dtype not in DTYPES.values():
             raise InputError(
@@ -103,15 +110,28 @@ def save(
         unwritten[spec.path] = found
     if weights:
         raise InputError(
-            f"The model has a weight {min(weights)!r}, which a checkpoint cannot store; merge its "
-            "adapters, and load it with dtype='float32' if it is quantized."
+            f"The model has a weight {min(weights)!r}, which a checkpoint cannot store; merge its adapters."
         )
     several = not all(isinstance(array, np.ndarray) or array.is_fully_addressable for array in unwritten.values())
-    tensors = [_from_array(spec, unwritten, config, format, allow_nonfinite) for spec in specs]
+    if several and packings:
+        raise InputError(
+            "The model is quantized and split over several processes, which cannot be saved; load and save it in one "
+            "process."
+        )
+    tensors: list[_Tensor] = []
+    for spec in specs:
+        if spec.path in packings:
+            tensors += _from_packing(spec, packings[spec.path])
+        else:
+            tensors.append(_from_array(spec, unwritten, config, format, allow_nonfinite))
+    quantization = None
+    if packings:
+        linear = (spec for spec in specs if spec.in_dims and spec is not EMBEDDING and spec.path not in packings)
+        quantization = whole_config(packings, [spec.hf for spec in linear])
 
     def write():
         with staged(path, overwrite=overwrite) as folder:
-            _write(folder, config, tensors, format, max_shard_size)
+            _write(folder, config, tensors, format, max_shard_size, quantization)
             if finish is not None:
                 finish(folder)
 
@@ -199,6 +219,16 @@ def _from_array(
     return _Tensor(spec.name(format), shape, np.dtype(unwritten[spec.path].dtype), chunks)
 
 
+def _from_packing(spec: LayerSpec, packing: Packing) -> list[_Tensor]:
+    """The tensors of a quantized weight."""
+
+    def of(end: str) -> Callable[[], Iterator[np.ndarray]]:
+        return lambda: iter([packing.arrays()[end]])
+
+    stem = spec.hf
+    return [_Tensor(f"{stem}.{end}", shape, dtype, of(end)) for end, (shape, dtype) in packing.shapes.items()]
+
+
 def _from_source(
     source: Source,
     dtype: np.dtype,
@@ -263,12 +293,22 @@ def _copy_to_host(array: jax.Array) -> np.ndarray:
         return np.asarray(array)
 
 
-def _write(folder: Path, config: MistralConfig, tensors: list[_Tensor], format: Format, max_shard_size: int | str):
+def _write(
+    folder: Path,
+    config: MistralConfig,
+    tensors: list[_Tensor],
+    format: Format,
+    max_shard_size: int | str,
+    quantization: dict[str, Any] | None = None,
+):
     """Writes the config and the weights, in files of at most the given size."""
     shards = _shards(tensors, _bytes(max_shard_size))
-    dtype = max({tensor.dtype for tensor in tensors}, key=lambda kind: _total(tensors, kind))
+    floats = {tensor.dtype for tensor in tensors if tensor.dtype in DTYPES.values()}
+    dtype = max(floats, key=lambda kind: _total(tensors, kind))
     if format == "hf":
         settings_file, settings = "config.json", {**hf.write_config(config), "torch_dtype": dtype.name}
+        if quantization is not None:
+            settings["quantization_config"] = quantization
         single, index = hf.WEIGHTS, hf.INDEX
     elif format == "mistral":
         settings_file, settings = "params.json", mistral.write_config(config)

@@ -21,6 +21,7 @@ from .merge import merge
 from .options import Debug
 from .plan import plan
 from .processes import drop
+from .quantize import quantize
 from .train import train
 
 
@@ -33,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (generate, chat, inspect, convert, merge, plan, train):
+for command in (generate, chat, inspect, convert, quantize, merge, plan, train):
     app.command(cls=Command)(command)
 app.add_typer(evaluate, name="evaluate")
 

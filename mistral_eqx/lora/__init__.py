@@ -1,3 +1,4 @@
+from ..nn.layers import AdaptableLayer as AdaptableLayer, adaptable_layers as adaptable_layers, dims_of as dims_of
 from .adapt import (
     adapt as adapt,
     apply_lora as apply_lora,
@@ -7,5 +8,4 @@ from .adapt import (
     shapes_of as shapes_of,
 )
 from .dropout import with_keys as with_keys
-from .layers import AdaptableLayer as AdaptableLayer, adaptable_layers as adaptable_layers, dims_of as dims_of
 from .weight import LoRAWeight as LoRAWeight, TrainedWeight as TrainedWeight

@@ -17,8 +17,8 @@ from ..arguments import check_key, float_dtype
 from ..checks import Count, Positive, ShareBelowOne, checked
 from ..errors import InputError
 from ..nn import DenseWeight, Embedding, Mistral
+from ..nn.layers import AdaptableLayer, adaptable_layers, dims_of, map_layers
 from ..parallel import shard, specs, spmd
-from .layers import AdaptableLayer, adaptable_layers, dims_of, map_layers
 from .weight import LoRAWeight, TrainedWeight
 
 
@@ -151,14 +151,20 @@ def merge_lora(model: Mistral) -> Mistral:
     - `model`: a model on one device or on a mesh.
 
     **Returns:** the model, with a dense weight in place of each weight with an adapter: the sum of the base and the
-    adapter. A quantised base is dequantised, and the sum has that precision. Other weights do not change.
-    """
+    adapter. Other weights do not change.
 
+    **Raises:** `ValueError` that names a layer whose base is quantized: the sum would be as large as floats are.
+    """
     checked(model, Mistral, "model")
 
     def merged(path: str, layer: AdaptableLayer) -> AdaptableLayer:
         if not isinstance(layer.weight, LoRAWeight | TrainedWeight):
             return layer
+        if isinstance(layer.weight, LoRAWeight) and not isinstance(layer.weight.base, DenseWeight):
+            raise InputError(
+                f"{path} is quantized, and its sum with the adapter would not be; expand the model first with "
+                "mistral_eqx.dequantize, or leave the adapters beside it."
+            )
         return dataclasses.replace(layer, weight=DenseWeight(_dense(layer, model.mesh)))
 
     return map_layers(merged, model)

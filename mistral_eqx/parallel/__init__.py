@@ -24,6 +24,7 @@ from .mesh import initialize as initialize, make_mesh as make_mesh
 from .sharding import (
     einshard as einshard,
     gather_to_host as gather_to_host,
+    put_named as put_named,
     put_on_mesh as put_on_mesh,
     shard as shard,
     with_auto_axes as with_auto_axes,
@@ -40,4 +41,5 @@ from .strategy import (
     SEQUENCE_PARALLEL as SEQUENCE_PARALLEL,
     SINGLE as SINGLE,
     Strategy as Strategy,
+    whole as whole,
 )

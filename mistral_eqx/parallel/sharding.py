@@ -1,6 +1,7 @@
 """Arrays and whole models on a mesh."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
 from jaxtyping import Array, PyTree
 
 from ..checks import checked
@@ -54,6 +56,26 @@ def shard(model: Model, mesh: Mesh, strategy: Strategy) -> Model:
         strategy.check_shape(layer, dims_of(arrays, path), array.shape, mesh)
     placed = jax.tree.map(lambda x, spec: put_on_mesh(x, mesh, spec), arrays, specs(arrays, strategy))
     return dataclasses.replace(eqx.combine(placed, static), mesh=mesh)
+
+
+def put_named(module: Model, name: str, dims: Mapping[str, str], mesh: Mesh, strategy: Strategy) -> Model:
+    """Splits the arrays of a module over the devices of a mesh.
+
+    **Arguments:**
+
+    - `module`: a module whose arrays are on one device or on the host.
+    - `name`: what it is called in a message.
+    - `dims`: the dimensions of each array, by its path in the module.
+    - `mesh`, `strategy`: the devices, and which dimensions are split over which axes.
+    """
+
+    def placed(path: KeyPath, array: Array) -> Array:
+        own = dims[jax.tree_util.keystr(path, simple=True, separator=".")]
+        strategy.check_shape(name, own, array.shape, mesh)
+        return put_on_mesh(array, mesh, strategy.spec(own))
+
+    arrays, static = eqx.partition(module, eqx.is_array)
+    return eqx.combine(jax.tree_util.tree_map_with_path(placed, arrays), static)
 
 
 def with_strategy(model: PyTree, strategy: Strategy) -> PyTree:

@@ -134,6 +134,12 @@ class Strategy:
         **Raises:** `ValueError`.
         """
         for dim, size in zip(dims.split(), shape, strict=True):
+            names = dim.split("*")
+            if len(names) > 1 and self.parts(" ".join(names), mesh) > 1:
+                raise InputError(
+                    f"{name} is stored in units across {' and '.join(filter(None, names))}, which the strategy "
+                    f"{self.layout!r} would cut; split another dimension, or load the model with dtype='float32'."
+                )
             devices = self.parts(dim, mesh)
             if size % devices:
                 raise InputError(
@@ -200,6 +206,11 @@ class Strategy:
             raise InputError(
                 f"The strategy {self.layout!r} splits the residual stream by 'tokens' and by 'embed'; keep one of them."
             )
+
+
+def whole(dims: str) -> str:
+    """The name of one axis that has all of `dims`, which no strategy can split."""
+    return "*".join(dims.split()) + "*"
 
 
 def _remedy(dim: str, devices: int) -> str:

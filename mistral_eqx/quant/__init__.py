@@ -1,8 +1,31 @@
+from .activations import RoundedActivations as RoundedActivations
 from .blocks import (
     BlockWeight as BlockWeight,
     block_dims as block_dims,
     formats as formats,
     merged_sizes as merged_sizes,
 )
-from .ggml import FORMATS as FORMATS, BlockFormat as BlockFormat
-from .panels import to_panels as to_panels
+from .floats import NF4_CODES as NF4_CODES, nf4_blocks as nf4_blocks
+from .ggml import FORMATS as FORMATS
+from .integers import integer_blocks as integer_blocks
+from .layout import BlockFormat as BlockFormat
+from .ordered import OrderedWeight as OrderedWeight
+from .panels import from_panels as from_panels, to_panels as to_panels
+from .recipe import (
+    QUANTIZED as QUANTIZED,
+    Recipe as Recipe,
+    chosen_schemes as chosen_schemes,
+    dequantize as dequantize,
+    quantize as quantize,
+)
+from .scaled import ScaledWeight as ScaledWeight
+from .schemes import (
+    FP8 as FP8,
+    GGUF as GGUF,
+    NF4 as NF4,
+    AbstractScheme as AbstractScheme,
+    Int4 as Int4,
+    Int8 as Int8,
+    Layer as Layer,
+)
+from .table import block_format as block_format

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from ..nn import AbstractWeight
-from .ggml import FORMATS
+from ..parallel import whole
 from .product import matrix, product
+from .table import block_format
 
 
 class BlockWeight(AbstractWeight):
@@ -20,7 +21,7 @@ class BlockWeight(AbstractWeight):
 
     - `blocks`: shape `(*out, *in, bytes)`, where the last axis of the inputs counts blocks and not numbers, and the
         last axis of the outputs counts panels of rows.
-    - `format`: the name of a format in `mistral_eqx.quant.FORMATS`, such as `"Q4_K"`.
+    - `format`: the name of a format, such as `"Q4_K"` ([`mistral_eqx.quant.block_format`][]).
     - `out_axes`: how many axes are of outputs.
     - `merged`: the sizes of the last input dimensions if their product is one axis of `blocks`, because a block does
         not fit into the last dimension alone. No strategy can split these.
@@ -64,7 +65,7 @@ class BlockWeight(AbstractWeight):
     @property
     def _in_shape(self) -> tuple[int, ...]:
         *outer, blocks = self.blocks.shape[self.out_axes : -1]
-        return *outer, *(self.merged or (blocks * FORMATS[self.format].size,))
+        return *outer, *(self.merged or (blocks * block_format(self.format).size,))
 
     def _flat(self, blocks: UInt8[Array, "..."], axes: int) -> UInt8[Array, "panels blocks bytes"]:
         """All panels on one axis, and all blocks of a row on another."""
@@ -82,7 +83,7 @@ def block_dims(in_dims: str, out_dims: str, merged: tuple[int, ...]) -> str:
     """The dimensions of an array of blocks; `_` is one that has no name."""
     names = in_dims.split()
     if merged:
-        names = [*names[: -len(merged)], "_"]
+        names = [*names[: -len(merged)], whole(" ".join(names[-len(merged) :]))]
     return " ".join([out_dims, *names, "_"])
 
 

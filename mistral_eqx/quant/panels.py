@@ -4,25 +4,29 @@ Of each field of a block a panel has first the leading 4 bytes of all rows, then
 register has the same codes of all rows. Fields of 2 bytes keep these together.
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
 from ..nn.kernels import native
-from .ggml import BlockFormat
+from .layout import BlockFormat
 
 
-def to_panels(blocks: UInt8[np.ndarray, "... rows blocks bytes"], format: BlockFormat) -> np.ndarray:
+def to_panels(blocks: UInt8[np.ndarray, "... bytes"], format: BlockFormat, rows_axis: int = -3) -> np.ndarray:
     """Arranges blocks in panels.
 
     **Arguments:**
 
-    - `blocks`: the blocks of rows; the number of rows is a multiple of `native.PANEL`.
+    - `blocks`: the blocks of rows, shape `(..., rows, ..., bytes)`; the number of rows is a multiple of `native.PANEL`.
     - `format`: their format.
+    - `rows_axis`: the axis of the rows; all between it and the last are of blocks.
 
-    **Returns:** shape `(..., rows / PANEL, blocks, PANEL * bytes)`.
+    **Returns:** shape `(..., rows / PANEL, ..., PANEL * bytes)`.
     """
-    *outer, rows, count, nbytes = blocks.shape
+    (*outer, rows), inner = blocks.shape[: rows_axis % blocks.ndim + 1], blocks.shape[rows_axis % blocks.ndim + 1 : -1]
+    nbytes, count = blocks.shape[-1], math.prod(inner)
     panels = np.empty((*outer, rows // native.PANEL, count, native.PANEL * nbytes), np.uint8)
     blocks = blocks.reshape(*outer, rows // native.PANEL, native.PANEL, count, nbytes)
     at = 0
@@ -32,7 +36,7 @@ def to_panels(blocks: UInt8[np.ndarray, "... rows blocks bytes"], format: BlockF
         panel = panels[..., native.PANEL * at : native.PANEL * (at + size)]
         panel.reshape(*panel.shape[:-1], size // unit, native.PANEL, unit)[...] = np.moveaxis(field, -4, -2)
         at += size
-    return panels
+    return panels.reshape(*outer, rows // native.PANEL, *inner, native.PANEL * nbytes)
 
 
 def from_panels(

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, UInt8
 
 from ..nn.kernels import contract, native
 from ..parallel import kernel, vary_alike
-from .ggml import FORMATS
 from .panels import from_panels
+from .table import block_format
 
 
 def product(
@@ -71,6 +71,6 @@ def _dequantized(x: Array, blocks: Array, format: str, panel: int) -> Array:
 
 def matrix(blocks: UInt8[Array, "panels blocks bytes"], format: str, panel: int) -> Float[Array, "outputs inputs"]:
     """The numbers of blocks, a row of the weight in each row."""
-    kind = FORMATS[format]
+    kind = block_format(format)
     rows = blocks[:, None] if panel == 1 else from_panels(blocks, kind)
     return kind.dequantize(rows).reshape(blocks.shape[0] * panel, -1)

@@ -38,6 +38,16 @@ def instructions() -> str | None:
     return name.decode()
 
 
+def supports(format: str) -> bool:
+    """Whether the kernels are there and multiply by blocks of this format."""
+    return instructions() is not None and _has(format)
+
+
+@functools.cache
+def _has(format: str) -> bool:
+    return bool(ctypes.CDLL(str(LIBRARY)).mistral_eqx_has_format(format.encode()))
+
+
 def linear(
     x: Float[Array, "rows inputs"], panels: UInt8[Array, "panels blocks bytes"], format: str
 ) -> Float[Array, "rows outputs"]:

@@ -31,6 +31,12 @@ const Instructions* chosen() {
   return found;
 }
 
+const Format* found(const Instructions& set, std::string_view name) {
+  for (int i = 0; i < set.count; i++)
+    if (name == set.formats[i].name) return &set.formats[i];
+  return nullptr;
+}
+
 // Runs f(0) to f(count - 1) on this thread and those of XLA, in any order. Parts are claimed, so a thread that comes
 // late delays nobody, and the shared counters outlive the call.
 template <class F>
@@ -60,9 +66,7 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
                   ffi::ResultBuffer<ffi::F32> y, std::string_view format) {
   const Instructions* set = chosen();
   if (!set) return ffi::Error(ffi::ErrorCode::kUnimplemented, "This processor has none of the kernels' instructions.");
-  const Format* kind = nullptr;
-  for (int i = 0; i < set->count; i++)
-    if (format == set->formats[i].name) kind = &set->formats[i];
+  const Format* kind = found(*set, format);
   if (!kind) return ffi::Error::InvalidArgument("The kernels have no such format.");
   const auto xs = x.dimensions(), ws = panels.dimensions(), ys = y->dimensions();
   if (xs.size() != 2 || ws.size() != 3 || ys.size() != 2)
@@ -111,3 +115,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mistral_eqx_linear, linear,
 
 // The name of the instruction set in use; null without one.
 extern "C" const char* mistral_eqx_instructions() { return chosen() ? chosen()->name : nullptr; }
+
+// Whether there are products for a format.
+extern "C" int mistral_eqx_has_format(const char* name) { return chosen() && found(*chosen(), name); }

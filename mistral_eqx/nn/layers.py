@@ -1,4 +1,4 @@
-"""The adaptable layers of a model, by their path."""
+"""The layers of a model that have a weight, by their path."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -6,7 +6,8 @@ from typing import TypeVar
 import jax
 from jaxtyping import PyTree
 
-from ..nn import Embedding, Linear, Unembedding
+from .embedding import Embedding, Unembedding
+from .linear import Linear
 
 
 AdaptableLayer = Linear | Embedding | Unembedding

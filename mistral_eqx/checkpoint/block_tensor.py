@@ -1,0 +1,66 @@
+"""A quantized weight that a checkpoint stores in tensors of its own kind, in the blocks of this package."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..quant import block_format
+from .reader import DTYPES, LazyTensor, Packed
+
+
+class _Bytes(LazyTensor):
+    """The bytes of blocks, made when they are read."""
+
+    def __init__(self, name: str, shape: tuple[int, int], stored: str, read: Callable[[int, int], np.ndarray]):
+        super().__init__(name, shape, np.dtype(np.uint8), stored, math.prod(shape))
+        self._read = read
+
+    def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
+        found = self._read(start, stop).reshape(stop - start, -1)
+        return found if columns is None else found[:, columns]
+
+
+class BlockTensor(LazyTensor):
+    """A weight in blocks, dequantized to float32 when it is read."""
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        format: str,
+        read: Callable[[int, int], np.ndarray],
+        nbytes: int,
+        scale: LazyTensor | float | None = None,
+        order: np.ndarray | None = None,
+    ):
+        """**Arguments:**
+
+        - `name`, `shape`: of the weight, rows and columns.
+        - `format`: the name of the format of its blocks.
+        - `read`: the blocks of rows `start` to `stop - 1`, shape `(rows, blocks, bytes)`.
+        - `nbytes`: its size in the files.
+        - `scale`, `order`: as in `Packed`.
+        """
+        super().__init__(name, shape, DTYPES["float32"], format, nbytes)
+        kind = block_format(format)
+        count = shape[1] // kind.size * kind.nbytes
+        self._packed = self.packed = Packed(format, _Bytes(name, (shape[0], count), format, read), scale, order)
+
+    def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
+        packed, kind = self._packed, block_format(self._packed.format)
+        raw = packed.blocks.rows(start, stop).reshape(stop - start, -1, kind.nbytes)
+        # On the CPU, whatever device the model is for.
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            numbers = np.array(kind.dequantize(jnp.asarray(raw))).reshape(stop - start, -1)
+        if isinstance(packed.scale, LazyTensor):
+            numbers *= packed.scale.rows(start, stop).astype(np.float32).reshape(-1, 1)
+        elif packed.scale is not None:
+            numbers *= np.float32(packed.scale)
+        if packed.order is not None:
+            ordered = np.empty_like(numbers)
+            ordered[:, packed.order] = numbers
+            numbers = ordered
+        return numbers if columns is None else numbers[:, columns]

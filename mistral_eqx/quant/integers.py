@@ -1,0 +1,106 @@
+"""Whole numbers of 2 to 8 bits: absmax and zero-point quantization.
+
+A number is `scale * (code - zero)`. Codes have no sign: they begin at 0. Rounding to the nearest code with a scale from
+the largest number is absmax quantization if the zero lies in the middle of all codes, and zero-point quantization if it
+lies where the numbers' own zero does.
+"""
+
+import numpy as np
+
+from .layout import BlockFormat, Blocks, Numbers, as_float, in_order, signed, single
+
+
+def integer_format(bits: int, size: int) -> BlockFormat:
+    """Blocks of `size` codes of so many bits, with a scale in float32 and a zero of one byte."""
+
+    def numbers(scale: Blocks, zero: Blocks, q: Blocks) -> Numbers:
+        return single(scale) * (in_order(q, bits) - as_float(zero))
+
+    return BlockFormat(f"INT{bits}/{size}", size, (4, 1, size * bits // 8), numbers)
+
+
+INT8 = BlockFormat("INT8", 1, (1,), signed)
+"""Codes from -128 to 127 without a scale, which belongs to a whole row or column."""
+
+# How many smaller scales are tried: the largest number, and down to half of it.
+_TRIED = np.linspace(1.0, 0.5, 51)
+
+
+def round_to_codes(
+    numbers: np.ndarray, bits: int, *, zero_point: bool = False, search: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rounds numbers to the nearest codes, where the numbers of the last axis share a scale.
+
+    **Arguments:**
+
+    - `numbers`: shape `(..., size)`.
+    - `bits`: of a code, 2 to 8.
+    - `zero_point`: whether codes span the numbers from the least to the largest, and not from minus the largest size to
+        the largest size.
+    - `search`: whether smaller ranges are tried, and the one with the least squared error is taken: the largest numbers
+        are then cut off, and the others rounded more finely.
+
+    **Returns:** codes from 0, scales in float32 and zeros, the last two with an axis of 1.
+    """
+    numbers = numbers.astype(np.float32)
+    low, high = numbers.min(axis=-1, keepdims=True), numbers.max(axis=-1, keepdims=True)
+    if not zero_point:
+        high = np.maximum(-low, high)
+        low = -high
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    best, least = None, None
+    for shrunk in _TRIED if search else _TRIED[:1]:
+        found = _rounded(
+            numbers, bits, (low * shrunk).astype(np.float32), (high * shrunk).astype(np.float32), zero_point
+        )
+        if not search:
+            return found
+        error = np.sum((from_codes(*found) - numbers) ** 2, axis=-1, keepdims=True)
+        if best is None or least is None:
+            best, least = found, error
+            continue
+        better = error < least
+        best = tuple(np.where(better, new, old) for new, old in zip(found, best, strict=True))
+        least = np.where(better, error, least)
+    assert best is not None
+    return best[0], best[1], best[2]
+
+
+def _rounded(
+    numbers: np.ndarray, bits: int, low: np.ndarray, high: np.ndarray, zero_point: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    middle, last = 2 ** (bits - 1), 2**bits - 1
+    # Without a zero point the codes lie evenly on both sides, so that the least code is not used.
+    steps = last if zero_point else 2 * (middle - 1)
+    scale = ((high - low) / np.float32(steps)).astype(np.float32)
+    # A block of zeros, or of numbers so small that their scale would be none.
+    scale[scale < np.finfo(np.float32).tiny] = 1
+    zero = np.clip(np.rint(-low / scale), 0, last) if zero_point else np.full_like(scale, middle)
+    least = 0 if zero_point else 1
+    codes = np.clip(np.rint(numbers / scale) + zero, least, last)
+    return codes.astype(np.uint8), scale, zero.astype(np.uint8)
+
+
+def from_codes(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    """The numbers of codes."""
+    return scale * (codes.astype(np.float32) - zero.astype(np.float32))
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes of the last axis one after the other, the lowest bit first, in bytes."""
+    if bits == 8:
+        return codes.astype(np.uint8)
+    single_bits = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+    return np.packbits(single_bits.astype(np.uint8).reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
+
+
+def integer_blocks(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
+    """The bytes of blocks.
+
+    **Arguments:**
+
+    - `codes`: shape `(..., size)`.
+    - `scale`, `zero`: shape `(..., 1)`.
+    """
+    as_bytes = np.ascontiguousarray(scale, np.float32).view(np.uint8)
+    return np.concatenate([as_bytes, zero.astype(np.uint8), pack(codes, bits)], axis=-1)

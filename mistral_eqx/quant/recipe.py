@@ -1,0 +1,145 @@
+"""Quantizes the weights of a model, and expands them again."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from ..arguments import float_dtype
+from ..checks import checked
+from ..errors import InputError
+from ..nn import AbstractWeight, DenseWeight, Mistral
+from ..nn.layers import AdaptableLayer, adaptable_layers, dims_of, map_layers
+from ..parallel import gather_to_host, shard
+from .activations import RoundedActivations
+from .blocks import BlockWeight
+from .ordered import OrderedWeight
+from .scaled import ScaledWeight
+from .schemes import AbstractScheme, Layer
+
+
+QUANTIZED = BlockWeight | ScaledWeight | OrderedWeight | RoundedActivations
+Recipe = AbstractScheme | Mapping[str, AbstractScheme | None]
+
+
+def quantize(model: Mistral, scheme: Recipe, *, progress: Callable[[int, int], None] | None = None) -> Mistral:
+    """Quantizes the weights of a model, one layer at a time.
+
+    ```python
+    small = mx.quantize(model, mx.NF4(block_size=64))
+    mixed = mx.quantize(model, {"*.down_proj": mx.Int8(by=64), "blocks.*": mx.NF4(), "head": mx.GGUF("Q8_0")})
+    ```
+
+    **Arguments:**
+
+    - `model`: a model on one device or on a mesh. A weight that is quantized already is expanded first.
+    - `scheme`: a scheme for all linear layers of the blocks. Embedding and head are then left as they are. Or a scheme
+        for each pattern of layers' paths, as in `fnmatch`, of which the first that fits is taken; `None` leaves a layer
+        as it is.
+    - `progress`: called after each layer with the number of layers done so far, and of those there are.
+
+    **Returns:** the model. Norms stay as they are.
+
+    **Raises:** `ValueError` that names the layer, if a scheme does not fit it or it has an adapter; and the pattern, if
+    no layer fits it.
+    """
+    checked(model, Mistral, "model")
+    chosen = chosen_schemes(scheme, list(adaptable_layers(model)))
+    done = 0
+
+    def quantized(path: str, layer: AdaptableLayer) -> AdaptableLayer:
+        nonlocal done
+        if path not in chosen:
+            return layer
+        _, out_dims = dims_of(layer)
+        if not isinstance(layer.weight, DenseWeight | QUANTIZED):
+            raise InputError(
+                f"{path} is a {type(layer.weight).__name__}, whose numbers are not its own alone; merge adapters "
+                "first, or quantize the model before it gets them."
+            )
+        numbers = _numbers(layer.weight)
+        *_, last = out_dims.split()
+        described = Layer(
+            path,
+            len(out_dims.split()),
+            model.strategy.parts(last, model.mesh),
+            model.strategy,
+            panels=_platform(model) == "cpu",
+        )
+        weight = chosen[path].weight(numbers, described)
+        done += 1
+        if progress is not None:
+            progress(done, len(chosen))
+        return dataclasses.replace(layer, weight=weight)
+
+    model = map_layers(quantized, model)
+    return model if model.mesh is None else shard(model, model.mesh, model.strategy)
+
+
+def dequantize(model: Mistral, dtype: DTypeLike | None = None) -> Mistral:
+    """Expands all quantized weights to floats, those below adapters too.
+
+    **Arguments:**
+
+    - `model`: a model on one device or on a mesh.
+    - `dtype`: the precision of these weights; that of the norms unless given.
+    """
+    checked(model, Mistral, "model")
+    dtype = model.dtype if dtype is None else float_dtype(dtype)
+
+    def expanded(node: Any) -> Any:
+        return DenseWeight(jnp.asarray(_numbers(node), dtype)) if isinstance(node, QUANTIZED) else node
+
+    model = jax.tree.map(expanded, model, is_leaf=lambda node: isinstance(node, QUANTIZED))
+    return model if model.mesh is None else shard(model, model.mesh, model.strategy)
+
+
+def chosen_schemes(recipe: Recipe, paths: Sequence[str]) -> dict[str, AbstractScheme]:
+    """The scheme of each layer that is quantized.
+
+    **Arguments:**
+
+    - `recipe`: as for [`mistral_eqx.quantize`][].
+    - `paths`: the paths of all layers.
+
+    **Raises:** `ValueError` that names the pattern, if no layer fits it or its scheme is none.
+    """
+    if isinstance(recipe, AbstractScheme):
+        recipe = {"blocks.*": recipe}
+    remedy = "such as {'blocks.*': mx.NF4()}"
+    patterns: dict[str, Any] = checked(recipe, dict[str, Any], "The recipe", key="scheme", remedy=remedy)
+    for pattern, scheme in patterns.items():
+        if not (scheme is None or isinstance(scheme, AbstractScheme)):
+            raise InputError(
+                f"The scheme for {pattern!r} is {scheme!r}; give a scheme such as mx.NF4(), or None to leave these "
+                "layers as they are.",
+                key="scheme",
+            )
+        if not fnmatch.filter(paths, pattern):
+            raise InputError(
+                f"No layer of the model fits {pattern!r}; a layer is called 'blocks.0.attention.q_proj', 'embedding' "
+                "or 'head', and '*' stands for any letters.",
+                key="scheme",
+            )
+    chosen: dict[str, AbstractScheme] = {}
+    for path in paths:
+        scheme = next((one for pattern, one in patterns.items() if fnmatch.fnmatchcase(path, pattern)), None)
+        if scheme is not None:
+            chosen[path] = scheme
+    return chosen
+
+
+def _numbers(weight: AbstractWeight) -> np.ndarray:
+    """The numbers of a weight, in float32 on the host."""
+    dense = weight.value if isinstance(weight, DenseWeight) else jax.jit(lambda weight: weight.dense())(weight)
+    return gather_to_host(dense).astype(np.float32)
+
+
+def _platform(model: Mistral) -> str:
+    devices = jax.devices() if model.mesh is None else list(model.mesh.devices.flat)
+    return devices[0].platform

@@ -1,0 +1,76 @@
+"""Weights with one scale for each row, for each column, or for all."""
+
+from typing import Literal
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..nn import AbstractWeight
+
+
+By = Literal["row", "column", "tensor"]
+
+
+class ScaledWeight(AbstractWeight):
+    """A weight of which each number is `scale * (base - zero)`.
+
+    **Attributes:**
+
+    - `base`: a weight of codes.
+    - `scale`: of each row, of each column, or of all numbers: shape `(*out)`, `(*in)` or `()`.
+    - `by`: which of these.
+    - `zero`: the code of 0, shape as `scale`; 0 unless given.
+    """
+
+    base: AbstractWeight
+    scale: Float[Array, "..."]
+    by: By = eqx.field(static=True)
+    zero: Float[Array, "..."] | None = None
+
+    def contract(self, x: Float[Array, "batch seq ..."], in_dims: str, out_dims: str) -> Float[Array, "batch seq ..."]:
+        zero = self.zero
+        if self.by == "column":
+            x = x * _at_end(self.scale, x.ndim).astype(x.dtype)
+        y = self.base.contract(x, in_dims, out_dims)
+        if zero is not None:
+            # Of the sum over (code - zero) * x, what belongs to the zeros.
+            weighted = x * _at_end(zero, x.ndim) if self.by == "column" else x
+            taken = jnp.sum(weighted, axis=tuple(range(2, x.ndim)), dtype=y.dtype)
+            taken = taken.reshape(*taken.shape, *[1] * (y.ndim - 2))
+            y = y - (taken if self.by == "column" else taken * _at_end(zero, y.ndim))
+        return y if self.by == "column" else y * _at_end(self.scale, y.ndim)
+
+    def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
+        rows = self.base.rows(ids)
+
+        def of(factor: Array) -> Array:
+            if self.by == "row":
+                return factor[ids].reshape(*ids.shape, *[1] * (rows.ndim - 2))
+            return _at_end(factor, rows.ndim)
+
+        return (rows if self.zero is None else rows - of(self.zero)) * of(self.scale)
+
+    @property
+    def row_count(self) -> int:
+        return self.base.row_count
+
+    def dense(self) -> Float[Array, "..."]:
+        base = self.base.dense()
+
+        def of(factor: Array) -> Array:
+            if self.by == "row":
+                return factor.reshape(*factor.shape, *[1] * (base.ndim - factor.ndim))
+            return _at_end(factor, base.ndim)
+
+        return (base if self.zero is None else base - of(self.zero)) * of(self.scale)
+
+    def dims(self, in_dims: str, out_dims: str) -> dict[str, str]:
+        base = {f"base.{field}": dims for field, dims in self.base.dims(in_dims, out_dims).items()}
+        own = {"row": out_dims, "column": in_dims, "tensor": ""}[self.by]
+        return {**base, "scale": own, "zero": own}
+
+
+def _at_end(factor: Array, ndim: int) -> Array:
+    """A factor of the last axes, with as many axes as the array that it multiplies."""
+    return factor.reshape(*[1] * (ndim - factor.ndim), *factor.shape)

@@ -1,0 +1,320 @@
+"""Quantization schemes: how the numbers of a weight become codes."""
+
+import abc
+import dataclasses
+import math
+from typing import Literal
+
+import gguf
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from ..errors import InputError
+from ..nn import AbstractWeight
+from ..nn.kernels import native
+from ..parallel import SINGLE, Strategy
+from .activations import RoundedActivations
+from .blocks import BlockWeight, merged_sizes
+from .floats import LARGEST_FP8, nf4_blocks, nf4_codes
+from .integers import integer_blocks, round_to_codes
+from .panels import to_panels
+from .scaled import By, ScaledWeight
+from .table import block_format
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What a scheme must know of a layer.
+
+    **Attributes:**
+
+    - `path`: its path in the model, for messages.
+    - `out_axes`: how many axes of its weight are of outputs.
+    - `rows_divide_by`: among how many devices the last of these is split.
+    - `strategy`: the model's strategy.
+    - `panels`: whether the weight is for a CPU, whose kernels read panels of rows.
+    """
+
+    path: str
+    out_axes: int
+    rows_divide_by: int = 1
+    strategy: Strategy = SINGLE
+    panels: bool = False
+
+
+class AbstractScheme(abc.ABC):
+    """A way to quantize a weight. To add one, subclass this and define the method."""
+
+    @abc.abstractmethod
+    def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
+        """The weight of these numbers.
+
+        **Arguments:**
+
+        - `numbers`: float32, shape `(*out, *in)`.
+        - `layer`: the layer.
+
+        **Raises:** `ValueError` that names the layer, if the numbers do not fit the scheme.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8(AbstractScheme):
+    """Whole numbers of 8 bits: absmax, zero-point, W8A8 and LLM.int8() quantization.
+
+    **Attributes:**
+
+    - `by`: which numbers share a scale: those of a `"row"` (all inputs of an output), of a `"column"`, or of a block of
+        so many inputs, as in `by=64`.
+    - `zero_point`: whether codes span the numbers from the least to the largest, with a code for 0 between, and not
+        evenly on both sides of 0.
+    - `activations`: `"int8"` to round activations too, each token with a scale of its own (W8A8).
+    - `threshold`: activations of at least this size stay as they are
+        ([LLM.int8()](https://arxiv.org/abs/2208.07339) has 6.0), so `activations` must be `"int8"`.
+    - `search`: whether smaller ranges are tried for the least squared error.
+    """
+
+    by: Literal["row", "column"] | int = "row"
+    zero_point: bool = False
+    activations: Literal["int8"] | None = None
+    threshold: float | None = None
+    search: bool = False
+
+    def __post_init__(self):
+        if not (self.by in ("row", "column") or (isinstance(self.by, int) and self.by > 0)):
+            raise InputError(f"Int8(by={self.by!r}) is unknown; give 'row', 'column' or the size of a block.", key="by")
+        if self.activations not in (None, "int8"):
+            raise InputError(
+                f"Int8(activations={self.activations!r}) is unknown; give 'int8', or leave it out.", key="activations"
+            )
+        if self.threshold is not None and self.activations is None:
+            raise InputError(
+                "Int8 has a threshold, above which activations are not rounded, but does not round activations; give "
+                "activations='int8' too.",
+                key="threshold",
+            )
+
+    def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
+        found = _in_blocks(self, numbers, layer) if isinstance(self.by, int) else self._scaled(numbers, layer)
+        if self.activations is None:
+            return found
+        return RoundedActivations(found, self.activations, threshold=self.threshold, strategy=layer.strategy)
+
+    def blocks(self, numbers: np.ndarray) -> np.ndarray:
+        """The bytes of blocks, from numbers of shape `(..., size)`."""
+        found = round_to_codes(numbers, 8, zero_point=self.zero_point, search=self.search)
+        return integer_blocks(*found, bits=8)
+
+    @property
+    def block(self) -> str:
+        """The format of these blocks."""
+        return f"INT8/{self.by}"
+
+    def _scaled(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
+        out_shape, in_shape = numbers.shape[: layer.out_axes], numbers.shape[layer.out_axes :]
+        flat = numbers.reshape(math.prod(out_shape), -1)
+        shared = flat if self.by == "row" else flat.T
+        codes, scale, zero = round_to_codes(shared, 8, zero_point=self.zero_point, search=self.search)
+        codes = codes if self.by == "row" else codes.T
+        # Signed codes: 0 is the middle of all.
+        signed = (codes.astype(np.int16) - 128).astype(np.int8).reshape(numbers.shape)
+        base = in_format("INT8", signed.view(np.uint8)[..., None], layer)
+        shape = out_shape if self.by == "row" else in_shape
+        by: By = "row" if self.by == "row" else "column"
+        zeros = jnp.asarray(zero.astype(np.float32).reshape(shape) - 128) if self.zero_point else None
+        return ScaledWeight(base, jnp.asarray(scale.reshape(shape)), by, zeros)
+
+
+@dataclasses.dataclass(frozen=True)
+class Int4(AbstractScheme):
+    """Whole numbers of few bits, each rounded to the nearest one, with a scale and a zero for each group of inputs.
+
+    **Attributes:**
+
+    - `bits`: of a number, 2 to 8.
+    - `group_size`: how many inputs share a scale.
+    - `zero_point`: whether codes span the numbers from the least to the largest.
+    - `search`: whether smaller ranges are tried for the least squared error.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    zero_point: bool = True
+    search: bool = False
+
+    def __post_init__(self):
+        if self.bits not in range(2, 9):
+            raise InputError(f"Int4(bits={self.bits!r}) must be from 2 to 8; give one of these.", key="bits")
+        if self.group_size < 8 or self.group_size % 8:
+            raise InputError(
+                f"Int4(group_size={self.group_size!r}) must be a multiple of 8; give one such as 64 or 128.",
+                key="group_size",
+            )
+
+    def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
+        return _in_blocks(self, numbers, layer)
+
+    def blocks(self, numbers: np.ndarray) -> np.ndarray:
+        """The bytes of blocks, from numbers of shape `(..., size)`."""
+        found = round_to_codes(numbers, self.bits, zero_point=self.zero_point, search=self.search)
+        return integer_blocks(*found, bits=self.bits)
+
+    @property
+    def block(self) -> str:
+        """The format of these blocks."""
+        return f"INT{self.bits}/{self.group_size}"
+
+
+@dataclasses.dataclass(frozen=True)
+class NF4(AbstractScheme):
+    """Four bits with codes at the quantiles of a normal distribution ([QLoRA](https://arxiv.org/abs/2305.14314)).
+
+    **Attributes:**
+
+    - `block_size`: how many numbers share a scale.
+    """
+
+    block_size: int = 64
+
+    def __post_init__(self):
+        if self.block_size < 2 or self.block_size % 2:
+            raise InputError(
+                f"NF4(block_size={self.block_size!r}) must be an even number; give one such as 64.", key="block_size"
+            )
+
+    def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
+        return _in_blocks(self, numbers, layer)
+
+    def blocks(self, numbers: np.ndarray) -> np.ndarray:
+        """The bytes of blocks, from numbers of shape `(..., size)`."""
+        return nf4_blocks(*nf4_codes(numbers))
+
+    @property
+    def block(self) -> str:
+        """The format of these blocks."""
+        return f"NF4/{self.block_size}"
+
+
+@dataclasses.dataclass(frozen=True)
+class FP8(AbstractScheme):
+    """Floats of 8 bits (e4m3), with a scale that makes the largest number 448, the largest float of this kind.
+
+    **Attributes:**
+
+    - `by`: which numbers share a scale: `"tensor"` (all), `"row"`, or a block of so many inputs, as in `by=128`.
+    - `activations`: `"float8_e4m3"` to round activations too, each token with a scale of its own.
+    """
+
+    by: Literal["tensor", "row"] | int = "row"
+    activations: Literal["float8_e4m3"] | None = None
+
+    def __post_init__(self):
+        if not (self.by in ("tensor", "row") or (isinstance(self.by, int) and self.by > 0)):
+            raise InputError(f"FP8(by={self.by!r}) is unknown; give 'tensor', 'row' or the size of a block.", key="by")
+        if self.activations not in (None, "float8_e4m3"):
+            raise InputError(
+                f"FP8(activations={self.activations!r}) is unknown; give 'float8_e4m3', or leave it out.",
+                key="activations",
+            )
+
+    def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
+        found = _in_blocks(self, numbers, layer) if isinstance(self.by, int) else self._scaled(numbers, layer)
+        if self.activations is None:
+            return found
+        return RoundedActivations(found, self.activations, strategy=layer.strategy)
+
+    def blocks(self, numbers: np.ndarray) -> np.ndarray:
+        """The bytes of blocks, from numbers of shape `(..., size)`."""
+        codes, scale = _float8(numbers, axis=-1)
+        return np.concatenate([np.ascontiguousarray(scale).view(np.uint8), codes], axis=-1)
+
+    @property
+    def block(self) -> str:
+        """The format of these blocks."""
+        return f"FP8/{self.by}"
+
+    def _scaled(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
+        out_shape = numbers.shape[: layer.out_axes]
+        flat = numbers.reshape(math.prod(out_shape), -1)
+        codes, scale = _float8(flat, axis=-1 if self.by == "row" else None)
+        base = in_format("FP8", codes.reshape(numbers.shape)[..., None], layer)
+        by: By = "row" if self.by == "row" else "tensor"
+        return ScaledWeight(base, jnp.asarray(scale.reshape(out_shape if by == "row" else ())), by)
+
+
+# The types that the package gguf quantizes. It has no list of them.
+_QUANTIZED_BY_GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "BF16", "F16")
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUF(AbstractScheme):
+    """A format of GGUF files, as llama.cpp quantizes it without an importance matrix.
+
+    **Attributes:**
+
+    - `type`: one of `"Q4_0"`, `"Q4_1"`, `"Q5_0"`, `"Q5_1"`, `"Q8_0"`, `"MXFP4"`, `"BF16"` and `"F16"`.
+    """
+
+    type: str = "Q8_0"
+
+    def __post_init__(self):
+        if self.type not in _QUANTIZED_BY_GGUF:
+            raise InputError(
+                f"GGUF(type={self.type!r}) cannot be quantized; give one of {', '.join(_QUANTIZED_BY_GGUF)}.",
+                key="type",
+            )
+
+    def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
+        return _in_blocks(self, numbers, layer)
+
+    def blocks(self, numbers: np.ndarray) -> np.ndarray:
+        """The bytes of blocks, from numbers of shape `(..., size)`."""
+        kind = gguf.GGMLQuantizationType[self.type]
+        raw = gguf.quants.quantize(np.ascontiguousarray(numbers, np.float32), kind)
+        return raw.view(np.uint8).reshape(*numbers.shape[:-1], block_format(self.type).nbytes)
+
+    @property
+    def block(self) -> str:
+        """The format of these blocks."""
+        return self.type
+
+
+def _float8(numbers: np.ndarray, axis: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of float8 e4m3 as bytes, and the scales."""
+    largest = np.abs(numbers).max(axis=axis, keepdims=True)
+    scale = (np.where(largest > 0, largest, LARGEST_FP8) / np.float32(LARGEST_FP8)).astype(np.float32)
+    return (numbers / scale).astype(ml_dtypes.float8_e4m3fn).view(np.uint8), scale
+
+
+def _in_blocks(scheme: Int8 | Int4 | NF4 | FP8 | GGUF, numbers: np.ndarray, layer: Layer) -> BlockWeight:
+    format = block_format(scheme.block)
+    out_shape, in_shape = numbers.shape[: layer.out_axes], numbers.shape[layer.out_axes :]
+    merged = merged_sizes(in_shape, format.size)
+    if merged is None:
+        inputs = math.prod(in_shape)
+        raise InputError(
+            f"{layer.path} has {inputs} inputs, which blocks of {format.size} ({format.name}) do not divide; take "
+            f"smaller blocks, such as {math.gcd(inputs, format.size)}, or leave this layer out."
+        )
+    whole = in_shape[: len(in_shape) - max(len(merged), 1)]
+    blocks = scheme.blocks(numbers.reshape(*out_shape, *whole, -1, format.size))
+    return in_format(scheme.block, blocks, layer, merged)
+
+
+def in_format(name: str, blocks: np.ndarray, layer: Layer, merged: tuple[int, ...] = ()) -> BlockWeight:
+    """The weight that has these blocks.
+
+    **Arguments:**
+
+    - `name`: their format.
+    - `blocks`: shape `(*out, *in, bytes)`.
+    - `layer`: the layer.
+    - `merged`: as in [`mistral_eqx.quant.BlockWeight`][].
+    """
+    last = layer.out_axes - 1
+    own = blocks.shape[last] // layer.rows_divide_by
+    if not (layer.panels and native.supports(name) and own % native.PANEL == 0):
+        return BlockWeight(jnp.asarray(blocks), name, layer.out_axes, merged)
+    panels = to_panels(blocks, block_format(name), last)
+    return BlockWeight(jnp.asarray(panels), name, layer.out_axes, merged, native.PANEL)
