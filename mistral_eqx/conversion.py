@@ -28,6 +28,7 @@ def convert(
     tokenizer: bool = True,
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
+    type: str | None = None,
 ):
     """Writes a checkpoint in another format or dtype. The model is never in memory, only a few rows of it.
 
@@ -41,11 +42,14 @@ def convert(
     - `dtype`: of all weights; the source's main dtype unless given, and float32 for quantised files.
     - `tokenizer`: whether the tokenizer goes along, if the source has one.
     - `allow_nonfinite`: whether weights that are NaN or infinite, in the file or as `dtype`, are written too.
+    - `type`: of the weights in a GGUF file, as for [`mistral_eqx.save`][].
     - `progress`: called after each tensor with the bytes read so far and those there are in all.
 
     **Raises:** `ValueError` that names what is wrong with the source, or if the target may not be written.
     """
     path = locate(source)
+    if type is not None and format != "gguf":
+        raise InputError(f"The type {type!r} is for GGUF files, and the format is {format!r}; leave one of them out.")
     convert_weights(
         path,
         target,
@@ -55,7 +59,9 @@ def convert(
         overwrite=overwrite,
         allow_nonfinite=allow_nonfinite,
         progress=progress,
-        finish=tokenizer_writer(path) if tokenizer else None,
+        finish=tokenizer_writer(path) if tokenizer and format != "gguf" else None,
+        type=type,
+        tokenizer=load_tokenizer(path) if format == "gguf" else None,
     )
 
 

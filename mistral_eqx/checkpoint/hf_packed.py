@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,11 +70,17 @@ def _refused(spec: LayerSpec, reason: str) -> InputError:
 
 def _fields(weight: BlockWeight, order: np.ndarray) -> list[np.ndarray]:
     """The fields of all blocks in the file's order of rows, each of shape `(rows, blocks, bytes)`."""
+    return np.split(rows_of_blocks(weight)[order], np.cumsum(block_format(weight.format).fields)[:-1], axis=-1)
+
+
+def rows_of_blocks(weight: BlockWeight) -> np.ndarray:
+    """The blocks of a weight on the host, in the model's order of rows, shape `(rows, blocks, bytes)`."""
     format = block_format(weight.format)
-    flat = np.asarray(jax.device_get(weight.blocks)).reshape(len(order) // weight.panel, -1, weight.blocks.shape[-1])
+    rows = math.prod(weight.blocks.shape[: weight.out_axes])
+    flat = np.asarray(jax.device_get(weight.blocks)).reshape(rows, -1, weight.blocks.shape[-1])
     if weight.panel > 1:
-        flat = np.asarray(from_panels(jnp.asarray(flat), format)).reshape(len(order), -1, format.nbytes)
-    return np.split(flat[order], np.cumsum(format.fields)[:-1], axis=-1)
+        flat = np.asarray(from_panels(jnp.asarray(flat), format))
+    return flat.reshape(rows * weight.panel, -1, format.nbytes)
 
 
 def _single(field: np.ndarray) -> np.ndarray:

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +19,11 @@ from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
 from ..nn import DenseWeight, Mistral
-from ..quant import QUANTIZED
+from ..quant import FORMATS, GGUF, QUANTIZED, BlockWeight
 from . import hf, mistral, safetensors
 from .finite import all_finite
-from .hf_packed import Packing, packing, whole_config
+from .gguf_writing import AbstractWeights, Vocabulary, chosen_types, write_gguf
+from .hf_packed import Packing, packing, rows_of_blocks, whole_config
 from .hub import locate
 from .loading import Progress, is_weight, layer_path, supported_dtype
 from .names import EMBEDDING, LayerSpec, layer_specs
@@ -32,7 +34,7 @@ from .source import Source, file_order, sources
 from .staging import expect_free, naming, staged
 
 
-Format = Literal["hf", "mistral"]
+Format = Literal["hf", "mistral", "gguf"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +60,10 @@ def save(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     finish: Callable[[Path], None] | None = None,
+    type: str | None = None,
+    tokenizer: Vocabulary | None = None,
 ):
-    """Writes a model to a folder in the format of Hugging Face or of Mistral.
+    """Writes a model to a folder in the format of Hugging Face or of Mistral, or to a GGUF file.
 
     [`mistral_eqx.load`][] restores every weight bit for bit. The tokenizer is not part of the model:
     `finish=tokenizer.save` writes it into the same folder ([`mistral_eqx.text.AbstractTokenizer.save`][]).
@@ -73,7 +77,7 @@ def save(
         bitsandbytes does, integers and FP8 as compressed-tensors does, so that transformers reads both.
     - `path`: the folder. It appears when all of its files are complete.
     - `format`: `"hf"` for `config.json` and `model.safetensors`, which transformers loads; `"mistral"` for
-        `params.json` and `consolidated.safetensors`.
+        `params.json` and `consolidated.safetensors`; `"gguf"` for a file that llama.cpp runs.
     - `max_shard_size`: the largest size of a weight file, in bytes or as text such as `"500MB"` or `"2GiB"`. A model
         with several weight files also gets an index. A tensor is never split, even if it is larger.
     - `overwrite`: whether to replace an existing checkpoint, with all its files. The exchange is atomic: until the new
@@ -81,6 +85,9 @@ def save(
     - `allow_nonfinite`: whether to write weights with NaN or infinity. By default they are refused, because they are
         most likely the result of a training run that diverged or of a cast that overflowed.
     - `finish`: called with the temporary folder before it becomes `path`, to add more files.
+    - `type`: of the weights in a GGUF file, such as `"Q8_0"` ([`mistral_eqx.GGUF`][] has them). Unless given, weights
+        in a type of GGUF keep it, and floats keep their precision. The embedding and the head have at least 8 bits.
+    - `tokenizer`: for a GGUF file, which holds it.
 
     **Raises:** `ValueError` if the format cannot store one of the weights, if a weight has NaN or infinity, or if the
     folder may not or cannot be written.
@@ -91,8 +98,12 @@ def save(
     specs = list(layer_specs(config))
     unwritten: dict[str, jax.Array | np.ndarray] = {}
     packings: dict[str, Packing] = {}
+    in_blocks: dict[str, BlockWeight] = {}
     for spec in specs:
         weight = weights.pop(spec.path, None)
+        if format == "gguf" and isinstance(weight, BlockWeight) and weight.format in FORMATS:
+            in_blocks[spec.path] = weight
+            continue
         if isinstance(weight, QUANTIZED) and format == "hf":
             packings[spec.path] = packing(spec, weight, config)
             continue
@@ -113,11 +124,17 @@ def save(
             f"The model has a weight {min(weights)!r}, which a checkpoint cannot store; merge its adapters."
         )
     several = not all(isinstance(array, np.ndarray) or array.is_fully_addressable for array in unwritten.values())
-    if several and packings:
+    if several and (packings or format == "gguf"):
         raise InputError(
-            "The model is quantized and split over several processes, which cannot be saved; load and save it in one "
-            "process."
+            "The model is split over several processes, from which quantized weights and GGUF files are not written; "
+            "load and save it in one process."
         )
+    if format == "gguf":
+        own = _ModelWeights(config, unwritten, in_blocks, allow_nonfinite)
+        kept = {key: weight.format for key, weight in in_blocks.items()}
+        main = max(unwritten.values(), key=lambda array: array.size).dtype.name
+        _save_gguf(path, config, own, kept, main, type, tokenizer, overwrite)
+        return
     tensors: list[_Tensor] = []
     for spec in specs:
         if spec.path in packings:
@@ -151,6 +168,76 @@ def save(
     run_on_all("saved checkpoint", write_or_gather, several)
 
 
+@dataclasses.dataclass(frozen=True)
+class _ModelWeights(AbstractWeights):
+    """The weights of a model, for a GGUF file."""
+
+    config: MistralConfig
+    arrays: Mapping[str, jax.Array | np.ndarray]
+    in_blocks: Mapping[str, BlockWeight]
+    allow_nonfinite: bool
+
+    def blocks(self, spec: LayerSpec) -> tuple[str, np.ndarray] | None:
+        if (weight := self.in_blocks.get(spec.path)) is None:
+            return None
+        return weight.format, rows_of_blocks(weight)
+
+    def numbers(self, spec: LayerSpec) -> Iterator[np.ndarray]:
+        if (weight := self.in_blocks.get(spec.path)) is not None:
+            yield np.asarray(weight.dense(), np.float32).reshape(spec.file_shape(self.config))
+            return
+        yield from _from_array(spec, dict(self.arrays), self.config, "gguf", self.allow_nonfinite).chunks()
+
+
+@dataclasses.dataclass(frozen=True)
+class _FileWeights(AbstractWeights):
+    """The weights of a checkpoint, for a GGUF file."""
+
+    sources: Mapping[str, Source]
+    path: Path
+    allow_nonfinite: bool
+    report: Callable[[int], None]
+
+    def blocks(self, spec: LayerSpec) -> tuple[str, np.ndarray] | None:
+        source = self.sources[spec.path]
+        packed = source.tensor.packed
+        if packed is None or packed.format not in FORMATS:
+            return None
+        raw = packed.blocks.rows(0, packed.blocks.shape[0])
+        return packed.format, raw[file_order(spec, source.config, source.format)]
+
+    def numbers(self, spec: LayerSpec) -> Iterator[np.ndarray]:
+        source = self.sources[spec.path]
+        dtype = np.dtype(np.float32)
+        yield from _from_source(source, dtype, "gguf", self.report, self.path, self.allow_nonfinite).chunks()
+
+
+def _save_gguf(
+    path: str | os.PathLike[str],
+    config: MistralConfig,
+    weights: AbstractWeights,
+    kept: Mapping[str, str],
+    main: str,
+    type: str | None,
+    tokenizer: Vocabulary | None,
+    overwrite: bool,
+):
+    """Writes a GGUF file. `kept` has the types of weights that are quantized already, `main` is the main dtype."""
+    if tokenizer is None:
+        raise InputError(
+            "A GGUF file holds its tokenizer, and none is given; give the model's, as in "
+            "tokenizer=load_tokenizer(path).",
+            key="tokenizer",
+        )
+    if type is not None:
+        # Refuses a type that numbers are not quantized to.
+        GGUF(type)
+    floats = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    types = chosen_types(config, type or floats[main], kept if type is None else {})
+    most = Counter(types.values()).most_common(1)[0][0] if type is None else type
+    write_gguf(path, config, weights, types, tokenizer, type=most, overwrite=overwrite)
+
+
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -162,6 +249,8 @@ def convert(
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
     finish: Callable[[Path], None] | None = None,
+    type: str | None = None,
+    tokenizer: Vocabulary | None = None,
 ):
     """Writes the config and the weights of a checkpoint in another format or dtype; see [`mistral_eqx.convert`][].
 
@@ -173,6 +262,7 @@ def convert(
     - `allow_nonfinite`: whether to write weights that are NaN or infinite, in the source or after the cast to `dtype`.
     - `progress`: called after each tensor with the bytes read so far and the total bytes.
     - `finish`: called with the temporary folder before it becomes `target`, to add more files.
+    - `type`, `tokenizer`: for a GGUF file, as for [`mistral_eqx.save`][].
 
     **Raises:** `ValueError` that names the error in the source, or if the target may not or cannot be written.
     """
@@ -187,6 +277,13 @@ def convert(
         if progress is not None:
             progress(done, total)
 
+    if format == "gguf":
+        by_path = {each.spec.path: each for each in found}
+        packed = {path: each.tensor.packed for path, each in by_path.items()}
+        kept = {path: one.format for path, one in packed.items() if one is not None and one.format in FORMATS}
+        weights = _FileWeights(by_path, checkpoint.path, allow_nonfinite, report)
+        _save_gguf(target, checkpoint.config, weights, kept, target_dtype.name, type, tokenizer, overwrite)
+        return
     tensors = [_from_source(each, target_dtype, format, report, checkpoint.path, allow_nonfinite) for each in found]
     with staged(target, overwrite=overwrite) as folder:
         _write(folder, checkpoint.config, tensors, format, max_shard_size)
@@ -314,7 +411,7 @@ def _write(
         settings_file, settings = "params.json", mistral.write_config(config)
         single, index = mistral.WEIGHTS, mistral.INDEX
     else:
-        raise InputError(f"The format {format!r} cannot be written; give 'hf' or 'mistral'.")
+        raise InputError(f"The format {format!r} cannot be written; give 'hf', 'mistral' or 'gguf'.")
     _write_json(folder / settings_file, settings)
     stem = single.removesuffix(".safetensors")
     placed: dict[str, str] = {}

@@ -17,6 +17,14 @@ class Format(enum.StrEnum):
     MISTRAL = "mistral"
 
 
+class AnyFormat(enum.StrEnum):
+    """Formats that `convert` can write."""
+
+    HF = "hf"
+    MISTRAL = "mistral"
+    GGUF = "gguf"
+
+
 def convert(
     source: Annotated[
         str,
@@ -24,10 +32,16 @@ def convert(
             metavar="SOURCE", help="A checkpoint's folder, a .gguf file, a preset or a hub id such as 'owner/name'."
         ),
     ],
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="The folder to write.")],
-    format: Annotated[Format, typer.Option("--format", help="Hugging Face's layout, or Mistral's.")] = Format.HF,
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The folder to write, or the .gguf file.")],
+    format: Annotated[
+        AnyFormat, typer.Option("--format", help="Hugging Face's layout, Mistral's, or a file for llama.cpp.")
+    ] = AnyFormat.HF,
     dtype: Annotated[
         options.DType | None, typer.Option("--dtype", help="Precision to write; the source's own unless given.")
+    ] = None,
+    type: Annotated[
+        str | None,
+        typer.Option("--type", help="For gguf: the type of the weights, such as Q8_0; by default as they are."),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="The most a file of weights may have, such as 5GB.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
@@ -60,6 +74,8 @@ def convert(
             tokenizer=not no_tokenizer,
             allow_nonfinite=allow_nonfinite,
             progress=bar,
+            type=type,
         )
-    size = sum(file.stat().st_size for file in Path(target).expanduser().iterdir())
+    written = Path(target).expanduser()
+    size = sum(file.stat().st_size for file in (written.iterdir() if written.is_dir() else [written]))
     processes.say(f"Wrote {target} ({size / 1e6:,.0f} MB).")

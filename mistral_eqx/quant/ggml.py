@@ -19,6 +19,7 @@ from .layout import (
     looked_up,
     power_of_two,
     signed,
+    single,
     split,
     unpacked,
 )
@@ -102,6 +103,10 @@ def _f16(number: Blocks) -> Numbers:
     return half(number)
 
 
+def _f32(number: Blocks) -> Numbers:
+    return single(number)
+
+
 FORMATS = {
     kind.name: kind
     for kind in (
@@ -120,6 +125,7 @@ FORMATS = {
         BlockFormat("MXFP4", 32, (1, 16), _mxfp4),
         BlockFormat("BF16", 1, (2,), _bf16),
         BlockFormat("F16", 1, (2,), _f16),
+        BlockFormat("F32", 1, (4,), _f32),
     )
 }
 

@@ -244,7 +244,7 @@ class FP8(AbstractScheme):
 
 
 # The types that the package gguf quantizes. It has no list of them.
-_QUANTIZED_BY_GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "BF16", "F16")
+_QUANTIZED_BY_GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "BF16", "F16", "F32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +253,8 @@ class GGUF(AbstractScheme):
 
     **Attributes:**
 
-    - `type`: one of `"Q4_0"`, `"Q4_1"`, `"Q5_0"`, `"Q5_1"`, `"Q8_0"`, `"MXFP4"`, `"BF16"` and `"F16"`.
+    - `type`: one of `"Q4_0"`, `"Q4_1"`, `"Q5_0"`, `"Q5_1"`, `"Q8_0"`, `"MXFP4"`, `"BF16"`, `"F16"` and
+        `"F32"`.
     """
 
     type: str = "Q8_0"

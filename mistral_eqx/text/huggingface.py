@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
 from ..documents import read_json, read_text, shown
 from ..errors import InputError
+from .gguf_metadata import byte_level_metadata
 from .libraries import LARGEST, as_input_error
 from .settings import Settings, read_settings
 from .tokenizer import AbstractTokenizer, control_pattern, encode_as_text
@@ -103,6 +104,12 @@ class HuggingFaceTokenizer(AbstractTokenizer):
         if first and self._strips:
             token = token.removeprefix(_SPACE)
         return token.replace(_SPACE, " ").encode()
+
+    def vocabulary_metadata(self) -> dict[str, Any]:
+        if not self._byte_level:
+            return super().vocabulary_metadata()
+        plain = self._tokenizer_without_prefix
+        return byte_level_metadata(plain, self.vocab, self.name, space_prefix=plain is not self._tokenizer)
 
     def write_vocabulary(self, folder: Path) -> Mapping[str, Any]:
         start = [self.bos_id] if self.adds_bos and self.bos_id is not None else []

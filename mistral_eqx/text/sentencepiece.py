@@ -8,6 +8,7 @@ from sentencepiece import SentencePieceProcessor
 
 from ..documents import read_bytes, shown
 from ..errors import InputError
+from .gguf_metadata import sentencepiece_metadata
 from .huggingface import HuggingFaceTokenizer
 from .libraries import LARGEST, as_input_error
 from .sentencepiece_merges import with_merges
@@ -111,13 +112,27 @@ class SentencePieceTokenizer(AbstractTokenizer):
             piece = piece.removeprefix(_SPACE)
         return piece.replace(_SPACE, " ").encode()
 
+    def vocabulary_metadata(self) -> dict[str, Any]:
+        if not self._keeps_text():
+            raise InputError(
+                f"{self.name} changes texts before it splits them (NFKC, for example), which is not written to GGUF "
+                "files; use another tokenizer.",
+                file=self.name,
+            )
+        pieces = self._pieces or read_chunks(self._processor.serialized_model_proto(), self.name)
+        return sentencepiece_metadata(pieces, space_prefix=self._strips)
+
+    def _keeps_text(self) -> bool:
+        """Whether nothing but spaces is changed in a text before it is split."""
+        normalized = ((" " if self._strips else "") + _PROBE).replace(" ", _SPACE)
+        return self._processor.normalize(_PROBE) == normalized
+
     def write_vocabulary(self, folder: Path) -> Mapping[str, Any]:
         # The version at the end of a release file's name is that of its chat format.
         version = self.release_file.name.rpartition(".model")[2] if self.release_file is not None else ""
         (folder / f"tokenizer.model{version}").write_bytes(self._processor.serialized_model_proto())
-        normalized = ((" " if self._strips else "") + _PROBE).replace(" ", _SPACE)
         all_bytes = sum(self._processor.is_byte(id) for id in range(self.vocab)) == 256
-        if self._pieces is None or not all_bytes or self._processor.normalize(_PROBE) != normalized:
+        if self._pieces is None or not all_bytes or not self._keeps_text():
             return {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": self._strips}
         # For the model type mistral, transformers would load the other file without the leading space.
         return HuggingFaceTokenizer(

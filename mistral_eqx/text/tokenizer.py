@@ -82,6 +82,30 @@ class AbstractTokenizer(abc.ABC):
         **Returns:** more keys for `tokenizer_config.json`, such as the `tokenizer_class` for transformers.
         """
 
+    def vocabulary_metadata(self) -> dict[str, Any]:
+        """The keys of a GGUF file that hold the vocabulary, without those that `gguf_metadata` adds.
+
+        **Raises:** `InputError` if this kind of vocabulary is not written to GGUF files.
+        """
+        raise InputError(
+            f"{self.name} is a {type(self).__name__}, which is not written to GGUF files; use a tokenizer with "
+            "byte-level BPE, or a tokenizer.model.",
+            file=self.name,
+        )
+
+    def gguf_metadata(self) -> dict[str, Any]:
+        """The keys of a GGUF file that hold the tokenizer, chat template and all.
+
+        **Raises:** `InputError` if this kind of vocabulary is not written to GGUF files.
+        """
+        found = self.vocabulary_metadata()
+        ids = {"bos": self.bos_id, "eos": next(iter(self.eos_ids), None)}
+        found |= {f"tokenizer.ggml.{name}_token_id": id for name, id in ids.items() if id is not None}
+        found["tokenizer.ggml.add_bos_token"] = self.adds_bos
+        if self.chat_template is not None:
+            found["tokenizer.chat_template"] = self.chat_template
+        return found
+
     @functools.cached_property
     def template_tokens(self) -> Mapping[str, str]:
         """The text of each token that a chat template can use as a variable, such as `bos_token`.

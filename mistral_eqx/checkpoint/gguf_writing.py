@@ -1,0 +1,200 @@
+"""Writes a GGUF file that llama.cpp runs."""
+
+import abc
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import gguf
+import numpy as np
+from gguf import GGUFValueType
+
+from ..config import MistralConfig
+from ..errors import InputError
+from ..quant import GGUF, block_format
+from .names import LayerSpec, layer_specs
+from .staging import hidden_beside, naming
+
+
+@runtime_checkable
+class Vocabulary(Protocol):
+    """What is written of a tokenizer."""
+
+    def gguf_metadata(self) -> dict[str, Any]:
+        """The keys and values."""
+        ...
+
+
+class AbstractWeights(abc.ABC):
+    """The weights of a model, which are asked for once each, in the order of the file."""
+
+    @abc.abstractmethod
+    def blocks(self, spec: LayerSpec) -> tuple[str, np.ndarray] | None:
+        """The type and the bytes of a weight that is in a type of GGUF, a row in each row; `None` if it is not."""
+
+    @abc.abstractmethod
+    def numbers(self, spec: LayerSpec) -> Iterator[np.ndarray]:
+        """The rows of a weight in floats, a chunk at a time."""
+
+
+# The codes for `general.file_type`, by the type of most weights.
+_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11}
+_FILE_TYPES |= {"Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "MXFP4": 38}
+
+
+def write_gguf(
+    path: str | os.PathLike[str],
+    config: MistralConfig,
+    weights: AbstractWeights,
+    types: Mapping[str, str],
+    tokenizer: Vocabulary,
+    *,
+    type: str,
+    overwrite: bool,
+):
+    """Writes a model and its tokenizer.
+
+    **Arguments:**
+
+    - `path`: the file. It appears when it is complete.
+    - `config`: the model's sizes.
+    - `weights`: the weights.
+    - `types`: the type of each weight, by its path.
+    - `tokenizer`: the tokenizer.
+    - `type`: the type of most of them.
+    - `overwrite`: whether to replace an existing GGUF file.
+
+    **Raises:** `InputError` if the file may not or cannot be written.
+    """
+    path = Path(path).expanduser().resolve()
+    expect_free_file(path, overwrite)
+    metadata = {**_config_metadata(config, type), **tokenizer.gguf_metadata()}
+    if (tokens := len(metadata["tokenizer.ggml.tokens"])) != config.vocab:
+        # A vocabulary may be padded: the rest of the table has names that are no text.
+        metadata = _padded(metadata, tokens, config.vocab)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with hidden_beside(path, path) as folder:
+        file = folder / path.name
+        with naming(file), contextlib.closing(gguf.GGUFWriter(file, "llama")) as writer:
+            for key, value in metadata.items():
+                _add(writer, key, value)
+            specs = list(layer_specs(config))
+            for spec in specs:
+                shape, kind = spec.file_shape(config), types[spec.path]
+                format = block_format(kind)
+                stored = (*shape[:-1], shape[-1] // format.size * format.nbytes)
+                number = gguf.GGMLQuantizationType[kind]
+                writer.add_tensor_info(spec.name("gguf"), stored, np.dtype(np.uint8), math.prod(stored), number)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for spec in specs:
+                writer.write_tensor_data(_bytes(weights, spec, types[spec.path]))
+        os.replace(file, path)
+
+
+def expect_free_file(path: Path, overwrite: bool):
+    """Raises an `InputError` if a file exists and may not be replaced."""
+    if path.is_dir():
+        raise InputError(
+            f"{str(path)!r} is a folder, but a GGUF model is one file; give the path of a file.", file=path
+        )
+    if not path.exists():
+        return
+    if not overwrite:
+        raise InputError(f"{str(path)!r} exists; give another path, or allow it to be replaced (overwrite).", file=path)
+    with open(path, "rb") as file:
+        if file.read(4) not in (b"GGUF", b""):
+            raise InputError(f"{str(path)!r} is not a GGUF file and would be lost; give another path.", file=path)
+
+
+def chosen_types(config: MistralConfig, type: str, kept: Mapping[str, str]) -> dict[str, str]:
+    """The type of each weight.
+
+    Norms are `F32`. The embedding and the head have at least 8 bits. A weight whose rows blocks do not divide is `F16`.
+
+    **Arguments:**
+
+    - `type`: the type that the file is named after.
+    - `kept`: the types of weights that are quantized already, by their paths.
+    """
+    found: dict[str, str] = {}
+    for spec in layer_specs(config):
+        wanted = kept.get(spec.path, type)
+        if spec.path not in kept and spec.path in ("embedding", "head") and type not in ("F32", "F16", "BF16"):
+            wanted = "Q8_0"
+        if not spec.in_dims:
+            wanted = "F32"
+        elif wanted != "F32" and spec.file_shape(config)[1] % block_format(wanted).size:
+            wanted = "F16"
+        found[spec.path] = wanted
+    return found
+
+
+def _bytes(weights: AbstractWeights, spec: LayerSpec, kind: str) -> np.ndarray:
+    kept = weights.blocks(spec)
+    if kept is not None and kept[0] == kind:
+        return kept[1]
+    size = block_format(kind).size
+    chunks = weights.numbers(spec)
+    return np.concatenate(
+        [GGUF(kind).blocks(chunk.astype(np.float32).reshape(len(chunk), -1, size)) for chunk in chunks]
+    )
+
+
+def _config_metadata(config: MistralConfig, type: str) -> dict[str, Any]:
+    windows = set(config.windows)
+    if len(windows) > 1:
+        raise InputError(
+            "Some layers have windows and others have none, or another size, which a GGUF file of this architecture "
+            "cannot say; write another format."
+        )
+    (window,) = windows
+    metadata: dict[str, Any] = {
+        "general.type": "model",
+        "general.file_type": _FILE_TYPES[type],
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+        "llama.block_count": config.layers,
+        "llama.context_length": config.max_positions,
+        "llama.embedding_length": config.embed,
+        "llama.feed_forward_length": config.hidden,
+        "llama.attention.head_count": config.q_heads,
+        "llama.attention.head_count_kv": config.kv_heads,
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.value_length": config.head_dim,
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": float(config.rope_theta),
+        "llama.attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "llama.vocab_size": config.vocab,
+    }
+    if window is not None:
+        metadata["llama.attention.sliding_window"] = window
+    return metadata
+
+
+def _padded(metadata: dict[str, Any], tokens: int, vocab: int) -> dict[str, Any]:
+    if tokens > vocab:
+        raise InputError(
+            f"The tokenizer has {tokens} tokens, but the model's table {vocab} rows; give the model's own tokenizer."
+        )
+    more: dict[str, list[Any]] = {"tokens": [f"[PAD{id}]" for id in range(tokens, vocab)]}
+    more |= {"scores": [0.0] * (vocab - tokens), "token_type": [int(gguf.TokenType.UNUSED)] * (vocab - tokens)}
+    extended = {f"tokenizer.ggml.{key}": values for key, values in more.items()}
+    return {key: [*value, *extended[key]] if key in extended else value for key, value in metadata.items()}
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any):
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        kind = GGUFValueType.get_type(value[0]) if value else GGUFValueType.STRING
+        writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=kind)

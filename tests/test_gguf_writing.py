@@ -1,0 +1,139 @@
+"""GGUF files that this package writes: read by the package gguf, by this package, and by llama.cpp where it is."""
+
+import dataclasses
+
+import equinox as eqx
+import gguf
+import jax
+import numpy as np
+import pytest
+from fixtures.checkpoint import assert_same_weights, random_model, tiny, write_gguf
+from fixtures.cli import assert_refused, run
+from fixtures.generation import refused
+from fixtures.text import tiny as vocabularies
+
+import mistral_eqx as mx
+from mistral_eqx.text.gguf_metadata import byte_level_metadata
+from mistral_eqx.text.pre_tokenizers import PRE_TOKENIZERS
+
+
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4")
+TEXTS = ("a b  c", "Hello wOrld, 12345!", "caf\u00e9\n\n \u5929<think>", "")
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return mx.load_tokenizer(vocabularies.write_gguf(tmp_path / "words.gguf", **vocabularies.byte_level_metadata()))
+
+
+@pytest.fixture
+def model(tokenizer, getkey):
+    return random_model(tiny(embed=64, hidden=128, head_dim=32, vocab=tokenizer.vocab + 3), getkey())
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_a_model_is_written_in_a_type_and_read_again(type, model, tokenizer, tmp_path):
+    path = tmp_path / "model.gguf"
+    mx.save(model, path, format="gguf", type=type, tokenizer=tokenizer)
+    again = mx.load(path, dtype="float32")
+    assert again.config == dataclasses.replace(model.config, eos_ids=again.config.eos_ids, bos_id=tokenizer.bos_id)
+    least = type if type in ("F32", "F16", "BF16") else "Q8_0"
+    recipe = {"blocks.*": mx.GGUF(type), "embedding": mx.GGUF(least), "head": mx.GGUF(least)}
+    assert_same_weights(again, mx.dequantize(mx.quantize(model, recipe)))
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert tensors["blk.1.ffn_up.weight"].tensor_type.name == type
+    assert tensors["token_embd.weight"].tensor_type.name == least
+    assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
+def test_blocks_are_written_as_they_are(kind, model, tokenizer, tmp_path):
+    source = write_gguf(tmp_path / "first.gguf", model, gguf.GGMLQuantizationType[kind])
+    kept = mx.load(source, dtype="stored")
+    mx.save(kept, tmp_path / "second.gguf", format="gguf", tokenizer=tokenizer)
+    again = mx.load(tmp_path / "second.gguf", dtype="stored")
+    for one, other in zip(
+        jax.tree.leaves(eqx.filter(again, eqx.is_array)), jax.tree.leaves(eqx.filter(kept, eqx.is_array)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_folder_is_converted_with_its_tokenizer(model, tokenizer, tmp_path):
+    mx.save(model, tmp_path / "folder", finish=tokenizer.save)
+    result = run("convert", tmp_path / "folder", tmp_path / "model.gguf", "--format", "gguf", "--type", "Q8_0")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.startswith(f"Wrote {tmp_path / 'model.gguf'} (")
+    mx.save(model, tmp_path / "other.gguf", format="gguf", type="Q8_0", tokenizer=tokenizer)
+    assert_same_weights(mx.load(tmp_path / "model.gguf"), mx.load(tmp_path / "other.gguf"))
+    assert not list(tmp_path.glob(".*"))
+    again = mx.load_tokenizer(tmp_path / "model.gguf")
+    assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+    assert again.chat_template == tokenizer.chat_template
+    assert (again.bos_id, again.adds_bos) == (tokenizer.bos_id, tokenizer.adds_bos)
+    assert set(tokenizer.eos_ids) <= set(again.eos_ids)
+    assert_refused(run("convert", tmp_path / "folder", tmp_path / "model.gguf", "--format", "gguf"), "overwrite")
+    assert_refused(run("convert", tmp_path / "folder", tmp_path / "hf", "--type", "Q8_0"), "Q8_0", "'hf'")
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_vocabulary_is_written(prefix, tmp_path, getkey):
+    (tmp_path / "tokenizer.model").write_bytes(vocabularies.sentencepiece_model(prefix))
+    tokenizer = mx.load_tokenizer(tmp_path / "tokenizer.model")
+    model = random_model(tiny(vocab=tokenizer.vocab), getkey())
+    mx.save(model, tmp_path / "model.gguf", format="gguf", tokenizer=tokenizer)
+    again = mx.load_tokenizer(tmp_path / "model.gguf")
+    assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+    ids = tokenizer.encode("a b  c")
+    assert again.decode(ids) == tokenizer.decode(ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_pre_tokenizers_are_told_apart(pre, smollm2_path):
+    """With the merges of a real vocabulary, each name is found again, or another one for the same."""
+    base = mx.load_tokenizer(smollm2_path)._tokenizer
+    wanted = PRE_TOKENIZERS[pre]
+    base.pre_tokenizer = wanted.build()
+    base.normalizer = None
+    if wanted.normalizers():
+        (base.normalizer,) = wanted.normalizers()
+    base.model.ignore_merges = wanted.ignores_merges
+    found = byte_level_metadata(base, base.get_vocab_size(), "vocabulary", space_prefix=False)["tokenizer.ggml.pre"]
+    assert found == pre or PRE_TOKENIZERS[found] == wanted
+
+
+def test_what_cannot_be_written_is_refused(model, tokenizer, tmp_path, getkey):
+    path = tmp_path / "model.gguf"
+    with refused("tokenizer", "load_tokenizer"):
+        mx.save(model, path, format="gguf")
+    with refused("IQ1_S", "Q8_0"):
+        mx.save(model, path, format="gguf", type="IQ1_S", tokenizer=tokenizer)
+    with refused("dense", "dequantize"):
+        mx.save(mx.quantize(model, mx.NF4(32)), path, format="gguf", tokenizer=tokenizer)
+    with refused("windows"):
+        windows = random_model(dataclasses.replace(model.config, windows=(None, 8)), getkey())
+        mx.save(windows, path, format="gguf", tokenizer=tokenizer)
+    with refused("tokens", "rows"):
+        mx.save(random_model(tiny(vocab=64), getkey()), path, format="gguf", tokenizer=tokenizer)
+    path.write_bytes(b"mine")
+    for overwrite in (False, True):
+        with refused("model.gguf"):
+            mx.save(model, path, format="gguf", tokenizer=tokenizer, overwrite=overwrite)
+    assert path.read_bytes() == b"mine"
+    (tmp_path / "folder").mkdir()
+    with refused("folder", "one file"):
+        mx.save(model, tmp_path / "folder", format="gguf", tokenizer=tokenizer)
+
+
+@pytest.mark.slow
+def test_llama_cpp_runs_what_is_written(smollm2_path, tmp_path):
+    """In 16 bits, which it multiplies without rounding activations: the same tokens."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    tokenizer, prompt = mx.load_tokenizer(smollm2_path), "The capital of France is"
+    mx.save(mx.load(smollm2_path, dtype="float16"), tmp_path / "f16.gguf", format="gguf", tokenizer=tokenizer)
+    theirs = llama_cpp.Llama(str(tmp_path / "f16.gguf"), n_ctx=128, verbose=False)
+    text = "I'm 12345 years old;  caf\u00e9 \n\n\tdef f(x)"
+    assert theirs.tokenize(text.encode(), add_bos=False) == tokenizer.encode(text)
+    found = theirs.create_completion(tokenizer.encode(prompt), max_tokens=24, temperature=0)["choices"][0]["text"]
+    model = mx.load(tmp_path / "f16.gguf", dtype="float32")
+    assert found == mx.generate(model, [prompt], max_new_tokens=24, tokenizer=tokenizer).texts[0]
