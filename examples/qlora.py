@@ -7,8 +7,8 @@ from finetune_lora import tune
 import mistral_eqx as mx
 
 
-def main(path="smollm2-135m", folder="adapters-nf4", steps=60, rows=8):
-    model = mx.load(path, dtype="float32", quantize=mx.NF4(block_size=64))
+def main(path="smollm2-135m", folder="adapters-nf4", steps=60, rows=8, block_size=64):
+    model = mx.load(path, dtype="float32", quantize=mx.NF4(block_size=block_size))
     tune(model, mx.load_tokenizer(path), folder, steps, rows)
 
 

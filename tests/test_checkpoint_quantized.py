@@ -31,7 +31,7 @@ FORMS = {
 
 @pytest.fixture
 def config():
-    return tiny(embed=32, hidden=64, head_dim=32, vocab=64)
+    return tiny(embed=32, hidden=64, head_dim=32, vocab=64, layers=1, windows=(None,))
 
 
 @pytest.mark.parametrize("form", FORMS)

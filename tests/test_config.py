@@ -226,7 +226,7 @@ def test_windows_that_alternate():
         ({"hidden_act": "gelu"}, r"has hidden_act 'gelu', which is not supported; supported is 'silu' and 'swish'"),
         ({"attention_bias": True}, r"sets attention_bias to True, which this package does not compute"),
         ({"mlp_bias": True}, r"sets mlp_bias to True"),
-        ({"quantization_config": {"quant_method": "awq"}}, r"sets quantization_config to"),
+        ({"quantization_config": {"quant_method": "eetq"}}, r"has the quantization method 'eetq'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"asks for the rope type 'linear' in rope_scaling"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"asks for the rope type 'llama3'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, r"the rope type 'yarn' in rope_parameters"),

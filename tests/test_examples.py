@@ -179,6 +179,29 @@ def test_adapters_are_tuned_saved_and_loaded(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_adapters_are_tuned_beside_quantized_weights(run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    printed = run("qlora.py", tmp_path / "adapters", 10, 8, 16)
+    first, *_, last = map(float, re.findall(r"loss ([\d.]+)", printed))
+    assert last < first
+    assert printed.endswith("the adapters say the same\n")
+
+
+@pytest.mark.slow
+def test_schemes_are_compared(run):
+    lines = run("quantize.py", 400, 16).splitlines()
+    sizes = [float(re.search(r"([\d.]+) MB", line)[1]) for line in lines]
+    assert len(lines) == 7
+    assert max(sizes[1:]) < sizes[0]
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_written_and_run(smollm2_path, tmp_path, capsys):
+    runpy.run_path(str(ROOT / "examples/to_gguf.py"))["main"](smollm2_path, tmp_path / "model.gguf")
+    assert re.search(r"model.gguf, 144.8 MB: ' Paris", capsys.readouterr().out)
+
+
+@pytest.mark.slow
 def test_the_page_on_tensor_parallelism(tiny):
     page = (ROOT / "docs/parallelism.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)

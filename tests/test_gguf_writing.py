@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from fixtures.checkpoint import assert_same_weights, random_model, tiny, write_gguf
-from fixtures.cli import assert_refused, run
+from fixtures.cli import assert_refused, run, save_tiny_model
 from fixtures.generation import refused
 from fixtures.text import tiny as vocabularies
 
@@ -115,6 +115,9 @@ def test_what_cannot_be_written_is_refused(model, tokenizer, tmp_path, getkey):
         mx.save(windows, path, format="gguf", tokenizer=tokenizer)
     with refused("tokens", "rows"):
         mx.save(random_model(tiny(vocab=64), getkey()), path, format="gguf", tokenizer=tokenizer)
+    with refused("no merges"):
+        bare = save_tiny_model(tmp_path / "bare")
+        mx.convert(bare, path, format="gguf")
     path.write_bytes(b"mine")
     for overwrite in (False, True):
         with refused("model.gguf"):

@@ -129,7 +129,7 @@ def test_activations_above_the_threshold_are_not_rounded(weight, getkey):
 
 
 WHOLE = {
-    **{name: scheme for name, scheme in SCHEMES.items() if name in ("int8 rows, zero", "int8 columns, zero", "nf4")},
+    **{name: scheme for name, scheme in SCHEMES.items() if name in ("int8 rows, zero", "int8 columns, zero")},
     "w8a8": mx.Int8(activations="int8", threshold=1.0),
     "fp8 with activations": mx.FP8(activations="float8_e4m3"),
     "mixed": {"*.down_proj": mx.Int4(group_size=16), "blocks.*": mx.NF4(16), "embedding": mx.GGUF("Q8_0")},
@@ -138,11 +138,11 @@ WHOLE = {
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_model_is_quantized_and_everything_works_on_it(name, getkey):
-    model = random_model(tiny(embed=32, hidden=64, vocab=64), getkey())
+    model = random_model(tiny(embed=32, hidden=64, vocab=64, layers=1, windows=(None,)), getkey())
     done = []
     small = mx.quantize(model, WHOLE[name], progress=lambda *counts: done.append(counts))
     assert done == [(at, len(done)) for at in range(1, len(done) + 1)]
-    assert len(done) == 14 + (name == "mixed")
+    assert len(done) == 7 + (name == "mixed")
     ids = jnp.arange(12).reshape(2, 6)
     logits = eqx.filter_jit(small)(ids)
     if "w8a8" not in name and "activations" not in name:
@@ -154,8 +154,8 @@ def test_a_model_is_quantized_and_everything_works_on_it(name, getkey):
     assert relative_error(eqx.filter_jit(split)(ids), logits) < bound
     again = mx.quantize(mx.shard(model, mesh, mx.HEADS), WHOLE[name])
     assert_same_weights(again, split)
-    options = {"max_new_tokens": 6, "eos_id": ()}
-    if bound == 1e-5:
+    if name == "mixed":
+        options = {"max_new_tokens": 6, "eos_id": ()}
         found, expected = (mx.generate(one, [[1, 2, 3], [4]], **options).tokens for one in (split, small))
         np.testing.assert_array_equal(found, expected)
     tuned = mx.apply_lora(small, rank=2, alpha=4.0, key=getkey())

@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..nn import DenseWeight, Embedding, Mistral
 from ..nn.layers import AdaptableLayer, adaptable_layers, dims_of, map_layers
 from ..parallel import shard, specs, spmd
+from ..quant import QUANTIZED
 from .weight import LoRAWeight, TrainedWeight
 
 
@@ -160,7 +161,10 @@ def merge_lora(model: Mistral) -> Mistral:
     def merged(path: str, layer: AdaptableLayer) -> AdaptableLayer:
         if not isinstance(layer.weight, LoRAWeight | TrainedWeight):
             return layer
-        if isinstance(layer.weight, LoRAWeight) and not isinstance(layer.weight.base, DenseWeight):
+        base = layer.weight
+        while isinstance(base, LoRAWeight):
+            base = base.base
+        if isinstance(base, QUANTIZED):
             raise InputError(
                 f"{path} is quantized, and its sum with the adapter would not be; expand the model first with "
                 "mistral_eqx.dequantize, or leave the adapters beside it."

@@ -45,6 +45,8 @@ def byte_level_metadata(tokenizer: Tokenizer, vocab: int, name: str, *, space_pr
     for added in content["added_tokens"]:
         tokens[added["id"]] = added["content"]
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    if not model["merges"]:
+        raise InputError(f"{name} has no merges, without which llama.cpp reads no vocabulary; write another format.")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return {
         "tokenizer.ggml.model": "gpt2",
