@@ -11,12 +11,13 @@ from typing import Any
 import gguf
 import numpy as np
 
-from ..checks import Count, CountOrZero
+from ..checks import Count, CountOrZero, checked
 from ..config import Base, Epsilon, Layers, MistralConfig, Size
 from ..documents import expect_regular, shown
 from ..errors import InputError
 from ..quant import FORMATS
 from .gguf_header import TensorInfo, read_header
+from .gguf_shards import first_shard, shard_count, shard_path
 from .names import HEAD
 from .ranges import of_columns, read_ranges
 from .reader import DTYPES, Checkpoint, LazyTensor, Packed, main_dtype
@@ -83,21 +84,64 @@ class QuantisedTensor(LazyTensor):
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Opens a GGUF file.
+    """Opens a GGUF file, or all files of a model that is split.
 
     **Arguments:**
 
-    - `path`: the file, of architecture `llama`.
+    - `path`: the file, of architecture `llama`; any of them, if the model is split.
 
     **Returns:** the checkpoint.
 
     **Raises:** `InputError` if the file is not a GGUF file, is truncated, or holds something that is not supported.
     """
+    path = first_shard(path)
     metadata, tensors = read_gguf(path)
+    if metadata.get("split.count", 0) not in (0, 1):
+        metadata, tensors = _with_other_shards(path, metadata, tensors)
     if not tensors:
         raise InputError(f"{str(path)!r} holds no tensors; give a file with a model's weights.", file=path)
     config = read_config(metadata, tied=HEAD.name("gguf") not in tensors, file=path)
     return Checkpoint(path, "gguf", config, main_dtype(tensors), tensors, metadata)
+
+
+def _with_other_shards(
+    path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, LazyTensor]
+) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+    """The keys of the first file of a split model without those about the split, and the tensors of all files."""
+    count = checked(metadata["split.count"], Count, f"The key split.count of {str(path)!r}", file=path)
+    if shard_count(path) != count:
+        raise InputError(
+            f"{str(path)!r} is one of {count} files of a model, but its name does not end in "
+            f"-00001-of-{count:05}.gguf; give the files their names, or merge them with llama.cpp's llama-gguf-split --merge.",
+            file=path,
+            key="split.count",
+        )
+    found = dict(tensors)
+    for number in range(2, count + 1):
+        shard = shard_path(path, number)
+        assert shard is not None
+        if not shard.is_file():
+            raise InputError(
+                f"{str(path)!r} is one of {count} files of a model, and {shard.name!r} is not beside it; fetch it too.",
+                file=shard,
+            )
+        own, more = read_gguf(shard)
+        twice = found.keys() & more.keys()
+        if own.get("split.no") != number - 1 or own.get("split.count") != count or twice:
+            raise InputError(
+                f"{str(shard)!r} does not belong to the model of {path.name!r}: its number or its tensors do not fit; "
+                "fetch both again.",
+                file=shard,
+            )
+        found |= more
+    if len(found) != metadata.get("split.tensors.count", len(found)):
+        raise InputError(
+            f"{str(path)!r} says that its model has {shown(metadata['split.tensors.count'])} tensors, but its {count} "
+            f"files have {len(found)}; fetch them again.",
+            file=path,
+            key="split.tensors.count",
+        )
+    return {key: value for key, value in metadata.items() if not key.startswith("split.")}, found
 
 
 def find_weights(files: Sequence[Path]) -> list[WeightFiles]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from ..documents import to_path
 from ..errors import InputError
 from . import hf, mistral
+from .gguf_shards import gguf_models
 from .reader import Checkpoint
 from .weight_files import WeightFiles
 
@@ -42,7 +43,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 def _open_folder(folder: Path) -> Checkpoint:
     is_hf, is_mistral = (folder / hf.CONFIG).exists(), (folder / mistral.CONFIG).exists()
-    files = sorted(folder.glob("*.gguf"))
+    files = gguf_models(sorted(folder.glob("*.gguf")))
     if (folder / ADAPTER).exists():
         beside = "beside a model" if is_hf or is_mistral or files else "and no model"
         raise InputError(

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from ..checkpoint.gguf_shards import first_shard, gguf_models
 from ..checkpoint.hub import locate
 from ..errors import InputError
 from .huggingface import read_tokenizer_json
@@ -35,7 +36,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> AbstractTokenizer:
         # Its library takes a second to import.
         from .gguf_vocabulary import read_gguf_tokenizer
 
-        return read_gguf_tokenizer(path)
+        return read_gguf_tokenizer(first_shard(path))
     if path.suffix == ".json":
         return TekkenTokenizer(path) if "tekken" in path.name else read_tokenizer_json(path)
     if _SENTENCEPIECE.search(path.name):
@@ -57,7 +58,7 @@ def tokenizer_file(path: Path) -> Path:
     # Mistral may ship one vocabulary under several names. The version in the name is that of the chat format.
     files = [file for file in sorted(folder.iterdir()) if file.is_file()]
     models = {file: match for file in files if (match := _SENTENCEPIECE.search(file.name))}
-    ggufs = [file for file in files if file.suffix.lower() == ".gguf"]
+    ggufs = gguf_models([file for file in files if file.suffix.lower() == ".gguf"])
     if not models and len(ggufs) == 1:
         return ggufs[0]
     if not models:
