@@ -11,8 +11,10 @@ from fixtures import quantized
 from fixtures.checkpoint import assert_same_weights, random_model, tiny
 from fixtures.generation import refused
 from fixtures.model import relative_error
+from safetensors.numpy import save_file
 
 import mistral_eqx as mx
+from mistral_eqx.checkpoint.safetensors import read_header
 from mistral_eqx.quant import formats
 
 
@@ -173,3 +175,38 @@ def test_a_checkpoint_is_quantized_while_it_is_read(recipe, config, getkey, tmp_
     for one, other in zip(*arrays, strict=True):
         np.testing.assert_array_equal(one, other)
         assert one.sharding == other.sharding
+
+
+def damaged(tensor):
+    """A tensor in other shapes and of other kinds."""
+    yield "none", None
+    yield "flat", tensor.reshape(-1)
+    yield "an axis more", tensor[None]
+    yield "turned", tensor.T
+    if tensor.size > 1:
+        yield "a row less", tensor[:-1]
+        yield "empty", tensor[:0]
+    yield "in another type", tensor.astype(np.int32 if tensor.dtype != np.int32 else np.float32)
+    yield "zeros", np.zeros_like(tensor)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_a_damaged_folder_is_refused_or_read(form, config, getkey, tmp_path):
+    """Whatever a tensor of a quantized weight has become: one sentence, or a model."""
+    (pack, settings), _ = FORMS[form]
+    folder, _ = quantized.publish(tmp_path / "model", random_model(config, getkey()), pack, settings)
+    header = read_header(folder / "model.safetensors", packed=True)
+    tensors = {name: one.rows(0, one.shape[0] if one.shape else 1).reshape(one.shape) for name, one in header.items()}
+    refusals = []
+    for name in (name for name in tensors if "up_proj" in name):
+        for _, changed in damaged(tensors[name]):
+            kept = {**tensors, name: changed}
+            kept = {key: np.ascontiguousarray(value) for key, value in kept.items() if value is not None}
+            save_file(kept, folder / "model.safetensors")
+            try:
+                mx.load(folder, dtype="stored")
+            except mx.InputError as error:
+                refusals.append(str(error))
+    assert len(refusals) > 5
+    assert not any("\n" in sentence for sentence in refusals)

@@ -112,7 +112,8 @@ def _with_other_shards(
     if shard_count(path) != count:
         raise InputError(
             f"{str(path)!r} is one of {count} files of a model, but its name does not end in "
-            f"-00001-of-{count:05}.gguf; give the files their names, or merge them with llama.cpp's llama-gguf-split --merge.",
+            f"-00001-of-{count:05}.gguf; give the files their names, or merge them with llama.cpp's llama-gguf-split "
+            "--merge.",
             file=path,
             key="split.count",
         )

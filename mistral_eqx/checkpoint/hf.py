@@ -68,7 +68,11 @@ def find_weights(folder: Path) -> list[WeightFiles]:
         def tensors(_: MistralConfig) -> dict[str, LazyTensor]:
             if (quantization := read_quantization(settings, file=folder / CONFIG)) is None:
                 return read(source)
-            return quantization.combined(read(source, packed=True))
+            tensors = read(source, packed=True)
+            try:
+                return quantization.combined(tensors)
+            except InputError as error:
+                raise InputError(f"{str(folder)!r} cannot be read: {error}", file=folder, key=error.key) from error
 
         return tensors
 

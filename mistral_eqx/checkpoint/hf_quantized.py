@@ -7,7 +7,6 @@ and scales: nothing is quantized anew. Activations are not rounded, even where a
 import abc
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import numpy as np
 from annotated_types import Ge
 
 from ..checks import checked
-from ..documents import shown
+from ..documents import parse_json, shown
 from ..errors import InputError
 from ..quant import NF4_CODES, integer_blocks, nf4_blocks
 from .block_tensor import BlockTensor
@@ -180,8 +179,9 @@ class BitsAndBytes4(Quantization):
                 key=name,
             )
         count = inputs // size
-        parts.expect(math.prod(codes.shape) * 2 == rows * inputs, f"the weight has shape {(rows, inputs)}")
-        parts.expect(math.prod(absmax.shape) == rows * count, f"there are {rows * count} blocks")
+        fits = codes.shape in ((rows * inputs // 2, 1), (rows * inputs // 2,)) and rows * inputs % 2 == 0
+        parts.expect(fits, f"the weight has shape {(rows, inputs)}")
+        parts.expect(absmax.shape == (rows * count,), f"there are {rows * count} blocks")
         table = _all(parts.take("weight.quant_map", "float")).astype(np.float32).reshape(-1)
         parts.expect(np.array_equal(table, NF4_CODES), "quant_map is not that of nf4")
         largest = self._largest(parts, absmax, state)
@@ -197,8 +197,8 @@ class BitsAndBytes4(Quantization):
         raw = _all(parts.take("weight.quant_state.bitsandbytes__nf4", "uint8")).tobytes()
         what = f"The tensor {f'{parts.stem}.weight.quant_state.bitsandbytes__nf4'!r}"
         try:
-            state = json.loads(raw)
-        except ValueError as error:
+            state = parse_json(raw.decode(), "its content")
+        except (InputError, UnicodeDecodeError) as error:
             raise InputError(f"{what} is not JSON; fetch the checkpoint again.", key=parts.stem) from error
 
         def of(key: str, kind: Any) -> Any:
@@ -263,6 +263,8 @@ class GPTQ(Quantization):
     def weight(self, name: str, parts: Parts) -> LazyTensor:
         words, scales, zeros = (parts.take(end, kind, 2) for end, kind in _GPTQ)
         inputs, rows = words.shape[0] * 32 // self.bits, words.shape[1]
+        whole = words.shape[0] * 32 % self.bits == 0 and rows * self.bits % 32 == 0
+        parts.expect(whole, f"words hold codes of {self.bits} bits")
         size = inputs if self.group_size == -1 else self.group_size
         parts.expect(inputs % size == 0 and size % 8 == 0, f"groups of {size} must divide {inputs} inputs")
         groups = inputs // size
@@ -408,7 +410,8 @@ class CompressedTensors(Quantization):
         if scale.shape in ((rows,), (rows, 1)):
             return _scaled(name, format, kind, _Scaled(scale, 1.0), parts)
         parts.expect(
-            len(scale.shape) == 2 and scale.shape[0] == rows and inputs % scale.shape[1] == 0, "one scale a group"
+            len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] > 0 and inputs % scale.shape[1] == 0,
+            "one scale a group",
         )
         size = inputs // scale.shape[1]
 
@@ -423,10 +426,13 @@ class CompressedTensors(Quantization):
 
     def _packed(self, name: str, parts: Parts) -> LazyTensor:
         words, scale = parts.take("weight_packed", "int32", 2), parts.take("weight_scale", "float", 2)
-        rows, inputs = (int(size) for size in _all(parts.take("weight_shape", "int64", 1)))
+        shape = parts.take("weight_shape", "int64", 1)
+        parts.expect(shape.shape == (2,), "weight_shape has two sizes")
+        rows, inputs = (int(size) for size in _all(shape))
         per_word = 32 // self.bits
         parts.expect(words.shape == (rows, -(-inputs // per_word)), f"weight_packed holds {per_word} numbers a word")
-        parts.expect(scale.shape[0] == rows and inputs % scale.shape[1] == 0, "one scale a group")
+        whole = scale.shape[0] == rows and scale.shape[1] > 0 and inputs % scale.shape[1] == 0
+        parts.expect(whole, "weight_scale has one scale a group")
         groups, size = scale.shape[1], inputs // scale.shape[1]
         order = _order(parts, "weight_g_idx", inputs, size)
         zeros = parts.take("weight_zero_point", "int32", 2) if parts.has("weight_zero_point") else None
@@ -470,7 +476,10 @@ class CompressedTensors(Quantization):
             raw = codes.rows(start, stop).reshape(stop - start, -1, 8)
             return np.concatenate([scale.rows(start, stop).view(np.uint8)[..., None], raw], axis=-1)
 
-        factor = 1 / float(_scalar(parts.take("weight_global_scale", "float")))
+        overall = parts.take("weight_global_scale", "float")
+        parts.expect(math.prod(overall.shape) == 1, "weight_global_scale must have one entry")
+        with np.errstate(divide="ignore"):
+            factor = float(np.float32(1) / _scalar(overall))
         return BlockTensor(name, (rows, inputs), "NVFP4", read, parts.nbytes, factor)
 
 
