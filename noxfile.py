@@ -34,12 +34,12 @@ def newest(session: nox.Session):
 
 @nox.session
 def tests_slow(session: nox.Session):
-    """What takes too long for the default suite: many steps under every strategy, the real model."""
+    """What takes too long for the default suite: many steps under every strategy, the real model; as users run it."""
     session.install("-e", ".[test]")
-    options = ["-m", "slow and not parity", "--durations=10", *PARALLEL, *session.posargs]
+    options = ["-m", "slow and not parity", "--durations=10", *PLAIN, *PARALLEL, *session.posargs]
     others = [f"--ignore={file}" for file in COMPUTE_LONG]
     session.run("pytest", *options, *others, env=COMPILE_QUICKLY)
-    session.run("pytest", *options, *PLAIN, *COMPUTE_LONG)
+    session.run("pytest", *options, *COMPUTE_LONG)
 
 
 @nox.session
