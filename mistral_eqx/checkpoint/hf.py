@@ -11,7 +11,7 @@ from ..config import Base, Epsilon, Layers, MistralConfig, Size
 from ..documents import read_json, shown
 from ..errors import InputError
 from .files import merge_files, read_index, read_shards
-from .hf_quantized import read_quantization
+from .quantized import read_quantization
 from .reader import Checkpoint, LazyTensor, main_dtype
 from .safetensors import read_header
 from .settings import Settings, consistent_value, is_off, listed, per_head, per_kv
