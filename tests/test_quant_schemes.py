@@ -162,6 +162,17 @@ def test_a_model_is_quantized_and_everything_works_on_it(name, getkey):
     np.testing.assert_array_equal(eqx.filter_jit(tuned)(ids), logits)
 
 
+def test_blocks_across_dimensions_are_not_cut(getkey):
+    model = random_model(tiny(embed=64, head_dim=32, q_per_kv=2, layers=1, windows=(None,)), getkey())
+    small = mx.quantize(model, {"*.o_proj": mx.Int4(group_size=64)})
+    mesh = mx.make_mesh("tp=2")
+    with refused("o_proj", "across q_per_kv and head_dim", "head_dim@tp"):
+        mx.shard(small, mesh, mx.HEAD_DIM)
+    ids = jnp.arange(12).reshape(2, 6)
+    split = mx.shard(small, mesh, mx.Strategy("kv_heads@tp hidden@tp"))
+    assert relative_error(eqx.filter_jit(split)(ids), eqx.filter_jit(small)(ids)) < 1e-5
+
+
 def test_formats_are_listed(getkey):
     model = random_model(tiny(embed=32, hidden=64), getkey())
     assert formats(model) == []
