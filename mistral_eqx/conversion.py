@@ -40,7 +40,7 @@ def convert(
     - `source`: what [`mistral_eqx.load`][] takes.
     - `target`, `format`, `max_shard_size`, `overwrite`: as for [`mistral_eqx.save`][].
     - `dtype`: of all weights; the source's main dtype unless given, and float32 for quantised files.
-    - `tokenizer`: whether the tokenizer goes along, if the source has one.
+    - `tokenizer`: whether the tokenizer goes along, if the source has one. A GGUF file needs it.
     - `allow_nonfinite`: whether weights that are NaN or infinite, in the file or as `dtype`, are written too.
     - `type`: of the weights in a GGUF file, as for [`mistral_eqx.save`][].
     - `progress`: called after each tensor with the bytes read so far and those there are in all.
@@ -50,6 +50,10 @@ def convert(
     path = locate(source)
     if type is not None and format != "gguf":
         raise InputError(f"The type {type!r} is for GGUF files, and the format is {format!r}; leave one of them out.")
+    if format == "gguf" and not tokenizer:
+        raise InputError(
+            "A GGUF file holds its tokenizer, which cannot be left out (tokenizer=False).", key="tokenizer"
+        )
     convert_weights(
         path,
         target,

@@ -58,6 +58,22 @@ def test_blocks_are_written_as_they_are(kind, model, tokenizer, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_dtype_expands_what_is_quantized(model, tokenizer, tmp_path):
+    first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
+    mx.save(model, first, format="gguf", type="Q8_0", tokenizer=tokenizer)
+    done = []
+    mx.convert(first, second, format="gguf", dtype="float32", progress=lambda *counts: done.append(counts))
+    assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(second).tensors} == {"F32"}
+    assert_same_weights(mx.load(second), mx.load(first))
+    mx.convert(first, second, format="gguf", overwrite=True, progress=lambda *counts: done.append(counts))
+    kept, same = (
+        {t.name: (t.tensor_type, bytes(t.data)) for t in gguf.GGUFReader(one).tensors} for one in (first, second)
+    )
+    assert kept == same
+    # Kept or expanded, all bytes are counted.
+    assert [read for read, total in done].count(done[-1][1]) == 2
+
+
 def test_a_folder_is_converted_with_its_tokenizer(model, tokenizer, tmp_path):
     mx.save(model, tmp_path / "folder", finish=tokenizer.save)
     result = run("convert", tmp_path / "folder", tmp_path / "model.gguf", "--format", "gguf", "--type", "Q8_0")
@@ -115,6 +131,15 @@ def test_what_cannot_be_written_is_refused(model, tokenizer, tmp_path, getkey):
         mx.save(windows, path, format="gguf", tokenizer=tokenizer)
     with refused("tokens", "rows"):
         mx.save(random_model(tiny(vocab=64), getkey()), path, format="gguf", tokenizer=tokenizer)
+    with refused("finish"):
+        mx.save(model, path, format="gguf", tokenizer=tokenizer, finish=tokenizer.save)
+    with refused("type", "'hf'"):
+        mx.save(model, tmp_path / "hf", type="Q8_0")
+    with refused("tokenizer", "'hf'", "finish"):
+        mx.save(model, tmp_path / "hf", tokenizer=tokenizer)
+    mx.save(model, tmp_path / "source", finish=tokenizer.save)
+    with refused("tokenizer=False"):
+        mx.convert(tmp_path / "source", path, format="gguf", tokenizer=False)
     with refused("no merges"):
         bare = save_tiny_model(tmp_path / "bare")
         mx.convert(bare, path, format="gguf")

@@ -15,8 +15,8 @@ from gguf import GGUFValueType
 from ..config import MistralConfig
 from ..errors import InputError
 from ..quant import GGUF, block_format
-from .names import LayerSpec, layer_specs
-from .staging import hidden_beside, naming
+from .names import EMBEDDING, HEAD, LayerSpec, layer_specs
+from .staging import hidden_beside, make_folder, naming, restore
 
 
 @runtime_checkable
@@ -32,8 +32,8 @@ class AbstractWeights(abc.ABC):
     """The weights of a model, which are asked for once each, in the order of the file."""
 
     @abc.abstractmethod
-    def blocks(self, spec: LayerSpec) -> tuple[str, np.ndarray] | None:
-        """The type and the bytes of a weight that is in a type of GGUF, a row in each row; `None` if it is not."""
+    def blocks(self, spec: LayerSpec, type: str) -> np.ndarray | None:
+        """The bytes of a weight that is in this type already, a row in each row; `None` if it is in another."""
 
     @abc.abstractmethod
     def numbers(self, spec: LayerSpec) -> Iterator[np.ndarray]:
@@ -75,7 +75,8 @@ def write_gguf(
     if (tokens := len(metadata["tokenizer.ggml.tokens"])) != config.vocab:
         # A vocabulary may be padded: the rest of the table has names that are no text.
         metadata = _padded(metadata, tokens, config.vocab)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
+    restore(path)
     with hidden_beside(path, path) as folder:
         file = folder / path.name
         with naming(file), contextlib.closing(gguf.GGUFWriter(file, "llama")) as writer:
@@ -124,7 +125,7 @@ def chosen_types(config: MistralConfig, type: str, kept: Mapping[str, str]) -> d
     found: dict[str, str] = {}
     for spec in layer_specs(config):
         wanted = kept.get(spec.path, type)
-        if spec.path not in kept and spec.path in ("embedding", "head") and type not in ("F32", "F16", "BF16"):
+        if spec.path not in kept and spec in (EMBEDDING, HEAD) and type not in ("F32", "F16", "BF16"):
             wanted = "Q8_0"
         if not spec.in_dims:
             wanted = "F32"
@@ -135,9 +136,8 @@ def chosen_types(config: MistralConfig, type: str, kept: Mapping[str, str]) -> d
 
 
 def _bytes(weights: AbstractWeights, spec: LayerSpec, kind: str) -> np.ndarray:
-    kept = weights.blocks(spec)
-    if kept is not None and kept[0] == kind:
-        return kept[1]
+    if (kept := weights.blocks(spec, kind)) is not None:
+        return kept
     size = block_format(kind).size
     chunks = weights.numbers(spec)
     return np.concatenate(

@@ -56,8 +56,8 @@ def load(
     - `path`: a Hugging Face folder, a Mistral release folder, a `.gguf` file, or a name that
         [`mistral_eqx.checkpoint.locate`][] finds.
     - `dtype`: the dtype of all weights: `"float32"`, `"bfloat16"` or `"float16"`; by default the main dtype of the
-        files, and float32 for quantised files. `"stored"` is the default but for the quantized blocks of a GGUF file,
-        which stay as they are ([`mistral_eqx.quant.BlockWeight`][]).
+        files, and float32 for quantised files. `"stored"` is the default but for quantized weights, which stay as
+        they are ([`mistral_eqx.quant.BlockWeight`][]).
     - `check`: whether to check every weight, and refuse NaN and infinity.
     - `progress`: called after each tensor with the bytes read so far and the total bytes that this process reads.
     - `mesh`: the devices of the model; the default device unless given.
@@ -96,7 +96,8 @@ def load(
     if placement.several_processes:
         check_same("dtype", "stored" if keep else target_dtype.name)
         # A weight has one layout on all processes.
-        check_same("C++ kernels", str(keep and native.instructions()))
+        check_same("C++ kernels", str((keep or quantize is not None) and native.instructions()))
+        check_same("quantize", repr(quantize))
     paths = [source.spec.path for source in found if source.spec.in_dims]
     schemes = {} if quantize is None else chosen_schemes(quantize, paths)
     read = functools.partial(_read, found, target_dtype, placement, check, progress, keep, schemes)

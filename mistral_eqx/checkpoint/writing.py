@@ -79,7 +79,7 @@ def save(
     - `format`: `"hf"` for `config.json` and `model.safetensors`, which transformers loads; `"mistral"` for
         `params.json` and `consolidated.safetensors`; `"gguf"` for a file that llama.cpp runs.
     - `max_shard_size`: the largest size of a weight file, in bytes or as text such as `"500MB"` or `"2GiB"`. A model
-        with several weight files also gets an index. A tensor is never split, even if it is larger.
+        with several weight files also gets an index. A tensor is never split, even if it is larger, nor is a GGUF file.
     - `overwrite`: whether to replace an existing checkpoint, with all its files. The exchange is atomic: until the new
         checkpoint is complete, and after an error or a kill, the old one is there.
     - `allow_nonfinite`: whether to write weights with NaN or infinity. By default they are refused, because they are
@@ -92,6 +92,14 @@ def save(
     **Raises:** `ValueError` if the format cannot store one of the weights, if a weight has NaN or infinity, or if the
     folder may not or cannot be written.
     """
+    if format == "gguf" and finish is not None:
+        raise InputError("A GGUF file is one file, to which nothing is added; leave finish out.", key="finish")
+    if format != "gguf" and not (type is None and tokenizer is None):
+        raise InputError(
+            f"A type and a tokenizer are for GGUF files, and the format is {format!r}; leave them out, or write the "
+            "tokenizer with finish=tokenizer.save.",
+            key="type" if type is not None else "tokenizer",
+        )
     config = model.config
     nodes = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_weight)[0]
     weights = {layer_path(keys): node for keys, node in nodes if is_weight(node)}
@@ -177,10 +185,9 @@ class _ModelWeights(AbstractWeights):
     in_blocks: Mapping[str, BlockWeight]
     allow_nonfinite: bool
 
-    def blocks(self, spec: LayerSpec) -> tuple[str, np.ndarray] | None:
-        if (weight := self.in_blocks.get(spec.path)) is None:
-            return None
-        return weight.format, rows_of_blocks(weight)
+    def blocks(self, spec: LayerSpec, type: str) -> np.ndarray | None:
+        weight = self.in_blocks.get(spec.path)
+        return rows_of_blocks(weight) if weight is not None and weight.format == type else None
 
     def numbers(self, spec: LayerSpec) -> Iterator[np.ndarray]:
         if (weight := self.in_blocks.get(spec.path)) is not None:
@@ -198,13 +205,14 @@ class _FileWeights(AbstractWeights):
     allow_nonfinite: bool
     report: Callable[[int], None]
 
-    def blocks(self, spec: LayerSpec) -> tuple[str, np.ndarray] | None:
+    def blocks(self, spec: LayerSpec, type: str) -> np.ndarray | None:
         source = self.sources[spec.path]
         packed = source.tensor.packed
-        if packed is None or packed.format not in FORMATS:
+        if packed is None or packed.format != type:
             return None
         raw = packed.blocks.rows(0, packed.blocks.shape[0])
-        return packed.format, raw[file_order(spec, source.config, source.format)]
+        self.report(source.tensor.nbytes)
+        return raw[file_order(spec, source.config, source.format)]
 
     def numbers(self, spec: LayerSpec) -> Iterator[np.ndarray]:
         source = self.sources[spec.path]
@@ -281,6 +289,7 @@ def convert(
         by_path = {each.spec.path: each for each in found}
         packed = {path: each.tensor.packed for path, each in by_path.items()}
         kept = {path: one.format for path, one in packed.items() if one is not None and one.format in FORMATS}
+        kept = kept if dtype is None else {}
         weights = _FileWeights(by_path, checkpoint.path, allow_nonfinite, report)
         _save_gguf(target, checkpoint.config, weights, kept, target_dtype.name, type, tokenizer, overwrite)
         return

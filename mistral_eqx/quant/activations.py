@@ -18,8 +18,8 @@ Kind = Literal["int8", "float8_e4m3"]
 class RoundedActivations(AbstractWeight):
     """A weight that is multiplied by activations of 8 bits.
 
-    Each token has a scale of its own, from its largest activation, unless one scale for all was found beforehand. Where
-    devices split the inputs, the scale is that of all inputs: a `pmax` over these devices.
+    Each token has a scale of its own, from its largest activation. Where devices split the inputs, it is that of all
+    inputs: a `pmax` over these devices.
 
     With a threshold this is [LLM.int8()](https://arxiv.org/abs/2208.07339): activations at or above it are multiplied
     as they are, and only the others are rounded.
@@ -28,14 +28,12 @@ class RoundedActivations(AbstractWeight):
 
     - `base`: any weight.
     - `kind`: what activations are rounded to: whole numbers from -127 to 127, or float8 e4m3.
-    - `scale`: the scale of all activations, shape `()`; `None` for a scale for each token.
     - `threshold`: the size from which activations are not rounded; `None` to round all.
     - `strategy`: the strategy of the layer.
     """
 
     base: AbstractWeight
     kind: Kind = eqx.field(static=True)
-    scale: Float[Array, ""] | None = None
     threshold: float | None = eqx.field(static=True, default=None)
     strategy: Strategy = SINGLE
 
@@ -51,11 +49,8 @@ class RoundedActivations(AbstractWeight):
     def _rounded(self, x: Array, in_dims: str) -> Array:
         """The nearest codes as numbers; gradients pass as if nothing were rounded."""
         limit = 127.0 if self.kind == "int8" else LARGEST_FP8
-        if self.scale is None:
-            largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=tuple(range(2, x.ndim)), keepdims=True)
-            scale = pmax(largest, in_dims, self.strategy) / limit
-        else:
-            scale = self.scale
+        largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=tuple(range(2, x.ndim)), keepdims=True)
+        scale = pmax(largest, in_dims, self.strategy) / limit
         codes = jnp.where(scale > 0, x.astype(jnp.float32) / scale, 0)
         codes = jnp.clip(codes, -limit, limit)
         codes = jnp.round(codes) if self.kind == "int8" else codes.astype(jnp.float8_e4m3fn).astype(jnp.float32)
@@ -72,5 +67,4 @@ class RoundedActivations(AbstractWeight):
         return self.base.dense()
 
     def dims(self, in_dims: str, out_dims: str) -> dict[str, str]:
-        base = {f"base.{field}": dims for field, dims in self.base.dims(in_dims, out_dims).items()}
-        return {**base, "scale": ""}
+        return {f"base.{field}": dims for field, dims in self.base.dims(in_dims, out_dims).items()}

@@ -59,8 +59,8 @@ def quantize(model: Mistral, scheme: Recipe, *, progress: Callable[[int, int], N
         _, out_dims = dims_of(layer)
         if not isinstance(layer.weight, DenseWeight | QUANTIZED):
             raise InputError(
-                f"{path} is a {type(layer.weight).__name__}, whose numbers are not its own alone; merge adapters "
-                "first, or quantize the model before it gets them."
+                f"{path} has a {type(layer.weight).__name__}, which is not quantized; merge adapters first, or quantize "
+                "the model before it gets them."
             )
         numbers = _numbers(layer.weight)
         *_, last = out_dims.split()
