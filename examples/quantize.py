@@ -13,8 +13,8 @@ def schemes(size):
         "float32": {},
         "int8, a scale a row": mx.Int8(),
         "int8, activations too": mx.Int8(activations="int8", threshold=6.0),
-        f"4 bits, groups of {size}": mx.Int4(group_size=size),
-        "the same, searched": mx.Int4(group_size=size, search=True),
+        f"4 bits, groups of {size}": mx.RTN(group_size=size),
+        "the same, searched": mx.RTN(group_size=size, search=True),
         "NF4": mx.NF4(block_size=size),
         "FP8": mx.FP8(),
     }

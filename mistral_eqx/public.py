@@ -63,7 +63,7 @@ from .quant import (
     FP8 as FP8,
     GGUF as GGUF,
     NF4 as NF4,
-    Int4 as Int4,
+    RTN as RTN,
     Int8 as Int8,
     dequantize as dequantize,
     quantize as quantize,

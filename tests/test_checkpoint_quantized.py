@@ -113,7 +113,7 @@ def test_only_a_shard_of_a_file_is_read_by_rows(config, getkey, tmp_path):
 
 SAVED = {
     "nf4": mx.NF4(16),
-    "int4": mx.Int4(group_size=16),
+    "int4": mx.RTN(group_size=16),
     "int4, sorted": None,
     "int8 blocks": mx.Int8(by=16),
     "int8 rows": mx.Int8(),

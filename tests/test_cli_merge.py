@@ -49,6 +49,15 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tiny, adapter, tmp_path):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
+def test_what_a_gguf_file_needs_is_asked_for(tiny, adapter, tmp_path):
+    to_gguf = ("merge", tiny, adapter, tmp_path / "out.gguf", "--format", "gguf")
+    assert_refused(run(*to_gguf, "--no-tokenizer"), "--no-tokenizer")
+    assert_refused(run(*to_gguf), "no merges")
+    assert_refused(run("merge", tiny, adapter, tmp_path / "out", "--type", "Q8_0"), "type", "hf")
+    (tmp_path / "out.gguf").write_bytes(b"GGUF")
+    assert_refused(run(*to_gguf), "overwrite")
+
+
 def test_dtype_and_overwrite_are_kept(tiny, adapter, tmp_path):
     assert run("merge", tiny, adapter, tmp_path / "out", "--no-tokenizer").exit_code == 0
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]

@@ -79,7 +79,7 @@ def test_what_transformers_quantizes_with_bitsandbytes_is_loaded(double, model, 
 
 SCHEMES = {
     "nf4": (mx.NF4(64), "bitsandbytes"),
-    "int4": (mx.Int4(group_size=32, zero_point=False), "compressed_tensors"),
+    "int4": (mx.RTN(group_size=32, zero_point=False), "compressed_tensors"),
     "int8 in blocks": (mx.Int8(by=32), "compressed_tensors"),
     "int8": (mx.Int8(), "compressed_tensors"),
     "fp8": (mx.FP8(), "compressed_tensors"),
@@ -105,7 +105,7 @@ def test_zero_points_are_those_of_compressed_tensors(model, tmp_path):
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
     from safetensors.torch import load_file
 
-    small = mx.quantize(model, mx.Int4(group_size=32))
+    small = mx.quantize(model, mx.RTN(group_size=32))
     mx.save(small, tmp_path / "small")
     stem = "model.layers.1.mlp.up_proj."
     tensors = load_file(tmp_path / "small/model.safetensors")

@@ -22,8 +22,8 @@ SCHEMES = {
     "int8 columns, zero": mx.Int8(by="column", zero_point=True),
     "int8 blocks": mx.Int8(by=16),
     "int8 searched": mx.Int8(by=16, search=True),
-    "int4": mx.Int4(group_size=16),
-    "int3": mx.Int4(bits=3, group_size=16, zero_point=False),
+    "int4": mx.RTN(group_size=16),
+    "int3": mx.RTN(bits=3, group_size=16, zero_point=False),
     "nf4": mx.NF4(block_size=16),
     "fp8 tensor": mx.FP8(by="tensor"),
     "fp8 rows": mx.FP8(),
@@ -89,7 +89,7 @@ def test_a_searched_range_has_less_error(getkey):
     numbers = np.asarray(jr.normal(getkey(), (16, 64)) ** 3, np.float32)
     errors = []
     for search in (False, True):
-        found = mx.Int4(bits=3, group_size=64, search=search).weight(numbers, Layer("layer", 1))
+        found = mx.RTN(bits=3, group_size=64, search=search).weight(numbers, Layer("layer", 1))
         errors.append(np.square(found.dense() - numbers).sum(axis=1))
     assert (errors[1] <= errors[0]).all()
     assert errors[1].sum() < 0.95 * errors[0].sum()
@@ -132,7 +132,7 @@ WHOLE = {
     **{name: scheme for name, scheme in SCHEMES.items() if name in ("int8 rows, zero", "int8 columns, zero")},
     "w8a8": mx.Int8(activations="int8", threshold=1.0),
     "fp8 with activations": mx.FP8(activations="float8_e4m3"),
-    "mixed": {"*.down_proj": mx.Int4(group_size=16), "blocks.*": mx.NF4(16), "embedding": mx.GGUF("Q8_0")},
+    "mixed": {"*.down_proj": mx.RTN(group_size=16), "blocks.*": mx.NF4(16), "embedding": mx.GGUF("Q8_0")},
 }
 
 
@@ -164,7 +164,7 @@ def test_a_model_is_quantized_and_everything_works_on_it(name, getkey):
 
 def test_blocks_across_dimensions_are_not_cut(getkey):
     model = random_model(tiny(embed=64, head_dim=32, q_per_kv=2, layers=1, windows=(None,)), getkey())
-    small = mx.quantize(model, {"*.o_proj": mx.Int4(group_size=64)})
+    small = mx.quantize(model, {"*.o_proj": mx.RTN(group_size=64)})
     mesh = mx.make_mesh("tp=2")
     with refused("o_proj", "across q_per_kv and head_dim", "head_dim@tp"):
         mx.shard(small, mesh, mx.HEAD_DIM)
@@ -194,8 +194,8 @@ def test_recipes_that_do_not_fit_are_refused(getkey):
         (lambda: mx.Int8(by="rows"), ("by", "'rows'")),
         (lambda: mx.Int8(threshold=6.0), ("threshold", "activations")),
         (lambda: mx.Int8(activations="int4"), ("activations", "int4")),
-        (lambda: mx.Int4(bits=9), ("bits",)),
-        (lambda: mx.Int4(group_size=12), ("group_size",)),
+        (lambda: mx.RTN(bits=9), ("bits",)),
+        (lambda: mx.RTN(group_size=12), ("group_size",)),
         (lambda: mx.NF4(block_size=7), ("block_size",)),
         (lambda: mx.FP8(by="column"), ("column",)),
         (lambda: mx.GGUF("IQ9"), ("IQ9", "Q8_0")),

@@ -13,7 +13,7 @@ import numpy as np
 from ..config import MistralConfig
 from ..errors import InputError
 from ..nn import AbstractWeight
-from ..quant import NF4_CODES, BlockWeight, OrderedWeight, ScaledWeight, block_format, from_panels
+from ..quant import NF4_CODES, BlockWeight, OrderedWeight, ScaledWeight, block_format, from_panels, pack, unpack
 from .names import LayerSpec
 from .source import file_order
 
@@ -119,11 +119,9 @@ def _nf4(weight: BlockWeight, rows: int, inputs: int, size: int, order: np.ndarr
 
 
 def _words(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes of the last axis in words, the first one lowest; the last word may have room."""
+    """Codes of the last axis in 32-bit words, the first one lowest; the last word may have room."""
     room = -codes.shape[-1] % (32 // bits)
-    codes = np.pad(codes, [*[(0, 0)] * (codes.ndim - 1), (0, room)]).reshape(*codes.shape[:-1], -1, 32 // bits)
-    shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
-    return np.bitwise_or.reduce(codes.astype(np.uint32) << shifts, axis=-1).view(np.int32)
+    return pack(np.pad(codes, [*[(0, 0)] * (codes.ndim - 1), (0, room)]), bits).view("<i4")
 
 
 def _integers(
@@ -140,8 +138,7 @@ def _integers(
 
     def arrays() -> Arrays:
         scale, zero, packed = _fields(weight, order)
-        single = np.unpackbits(packed.reshape(rows, -1), axis=-1, bitorder="little").reshape(rows, inputs, bits)
-        codes = (single << np.arange(bits, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
+        codes = unpack(packed.reshape(rows, -1), bits)
         found: dict[str, np.ndarray] = {
             "weight_scale": _single(scale),
             "weight_shape": np.array([rows, inputs], np.int64),

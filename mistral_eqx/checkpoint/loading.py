@@ -147,9 +147,7 @@ def _quantized(source: Source, placement: Placement, check: bool, scheme: Abstra
     """Reads a whole weight and quantizes it; its shards then go to the devices."""
     spec, mesh, strategy = source.spec, placement.mesh, placement.strategy
     [numbers] = source.read(np.dtype(np.float32), check=check)
-    names = spec.out_dims.split()
-    layer = Layer(spec.path, len(names), strategy.parts(names[-1], mesh), strategy, placement.platform == "cpu")
-    weight = scheme.weight(numbers, layer)
+    weight = scheme.weight(numbers, Layer.of(spec.path, spec.out_dims, mesh, strategy))
     if mesh is None:
         return weight
     return put_named(weight, spec.path, weight.dims(spec.in_dims, spec.out_dims), mesh, strategy)

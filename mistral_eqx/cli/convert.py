@@ -15,14 +15,23 @@ class Format(enum.StrEnum):
 
     HF = "hf"
     MISTRAL = "mistral"
-
-
-class AnyFormat(enum.StrEnum):
-    """Formats that `convert` can write."""
-
-    HF = "hf"
-    MISTRAL = "mistral"
     GGUF = "gguf"
+
+
+FormatOption = Annotated[
+    Format, typer.Option("--format", help="Hugging Face's layout, Mistral's, or one file for llama.cpp.")
+]
+TypeOption = Annotated[
+    str | None,
+    typer.Option("--type", help="For gguf: the type of the weights, such as Q8_0; by default as they are."),
+]
+
+
+def say_written(target: str):
+    """Says where a checkpoint was written, and how large it is."""
+    path = Path(target).expanduser()
+    size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+    processes.say(f"Wrote {target} ({size / 1e6:,.0f} MB).")
 
 
 def convert(
@@ -33,16 +42,11 @@ def convert(
         ),
     ],
     target: Annotated[str, typer.Argument(metavar="TARGET", help="The folder to write, or the .gguf file.")],
-    format: Annotated[
-        AnyFormat, typer.Option("--format", help="Hugging Face's layout, Mistral's, or a file for llama.cpp.")
-    ] = AnyFormat.HF,
+    format: FormatOption = Format.HF,
     dtype: Annotated[
         options.DType | None, typer.Option("--dtype", help="Precision to write; the source's own unless given.")
     ] = None,
-    type: Annotated[
-        str | None,
-        typer.Option("--type", help="For gguf: the type of the weights, such as Q8_0; by default as they are."),
-    ] = None,
+    type: TypeOption = None,
     max_shard_size: Annotated[str, typer.Option(help="The most a file of weights may have, such as 5GB.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Write config and weights alone.")] = False,
@@ -76,6 +80,4 @@ def convert(
             progress=bar,
             type=type,
         )
-    written = Path(target).expanduser()
-    size = sum(file.stat().st_size for file in (written.iterdir() if written.is_dir() else [written]))
-    processes.say(f"Wrote {target} ({size / 1e6:,.0f} MB).")
+    say_written(target)

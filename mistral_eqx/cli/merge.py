@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from ..documents import to_path
-from . import options, processes
-from .convert import Format
+from ..errors import InputError
+from . import options
+from .convert import Format, FormatOption, TypeOption, say_written
 
 
 def merge(
@@ -16,11 +17,12 @@ def merge(
         typer.Argument(metavar="SOURCE", help="The model: a checkpoint's folder, a .gguf file, a preset or a hub id."),
     ],
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The folder of adapters, as PEFT writes it.")],
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="The folder to write.")],
-    format: Annotated[Format, typer.Option("--format", help="Hugging Face's layout, or Mistral's.")] = Format.HF,
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The folder to write, or the .gguf file.")],
+    format: FormatOption = Format.HF,
     dtype: Annotated[
         options.DType | None, typer.Option("--dtype", help="Precision to write; by default the model's own.")
     ] = None,
+    type: TypeOption = None,
     max_shard_size: Annotated[str, typer.Option(help="The largest size of a weight file, such as 5GB.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Write config and weights alone.")] = False,
@@ -44,8 +46,16 @@ def merge(
     wanted = options.ModelOptions(source, adapter, None if dtype is None else options.LoadDType(dtype))
     wanted.check_adapter()
     path = locate(source)
-    expect_free(target, overwrite)
-    finish = None if no_tokenizer else tokenizer_writer(path)
+    to_gguf = format is Format.GGUF
+    if to_gguf and no_tokenizer:
+        raise InputError("A GGUF file holds its tokenizer; leave --no-tokenizer out.")
+    if to_gguf:
+        from ..checkpoint.gguf_writing import expect_free_file
+
+        expect_free_file(Path(target).expanduser(), overwrite)
+    else:
+        expect_free(target, overwrite)
+    finish = None if no_tokenizer or to_gguf else tokenizer_writer(path)
     mx.save(
         mx.merge_lora(load(path, wanted, None, mx.SINGLE)),
         target,
@@ -54,6 +64,7 @@ def merge(
         overwrite=overwrite,
         allow_nonfinite=allow_nonfinite,
         finish=finish,
+        type=type,
+        tokenizer=mx.load_tokenizer(path) if to_gguf else None,
     )
-    size = sum(file.stat().st_size for file in Path(target).expanduser().iterdir())
-    processes.say(f"Wrote {target} ({size / 1e6:,.0f} MB).")
+    say_written(target)

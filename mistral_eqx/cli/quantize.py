@@ -1,14 +1,14 @@
 """`mistral-eqx quantize`: a checkpoint with weights of fewer bits."""
 
 import enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..documents import to_path
 from ..errors import InputError
-from . import options, processes
+from . import options
+from .convert import say_written
 
 
 if TYPE_CHECKING:
@@ -78,12 +78,11 @@ def quantize(
     with progress_bar("Quantizing") as bar:
         model = mx.load(path, dtype=dtype, quantize=recipe, progress=bar)
     mx.save(model, target, max_shard_size=max_shard_size, overwrite=overwrite, finish=finish)
-    size = sum(file.stat().st_size for file in Path(target).expanduser().iterdir())
-    processes.say(f"Wrote {target} ({size / 1e6:,.0f} MB).")
+    say_written(target)
 
 
 def _recipe(scheme: Scheme, size: int | None, search: bool) -> "AbstractScheme":
-    from ..quant import FP8, NF4, Int4, Int8
+    from ..quant import FP8, NF4, RTN, Int8
 
     if search and scheme not in (Scheme.INT4, Scheme.INT8):
         raise InputError(f"--search tries ranges of whole numbers, which {scheme} has none of; leave it out.")
@@ -91,7 +90,7 @@ def _recipe(scheme: Scheme, size: int | None, search: bool) -> "AbstractScheme":
         case Scheme.NF4:
             return NF4(size or 64)
         case Scheme.INT4:
-            return Int4(group_size=size or 64, search=search)
+            return RTN(group_size=size or 64, search=search)
         case Scheme.INT8:
             return Int8(by=size or "row", search=search)
         case Scheme.FP8 if size is None:

@@ -166,8 +166,8 @@ def merge_lora(model: Mistral) -> Mistral:
             base = base.base
         if isinstance(base, QUANTIZED):
             raise InputError(
-                f"{path} is quantized, and the sum with its adapter would have to be stored as floats; expand the model "
-                "first with mistral_eqx.dequantize, or keep the adapters beside it."
+                f"{path} is quantized, and the sum with its adapter would have to be stored as floats; expand the "
+                "model first with mistral_eqx.dequantize, or keep the adapters beside it."
             )
         return dataclasses.replace(layer, weight=DenseWeight(_dense(layer, model.mesh)))
 

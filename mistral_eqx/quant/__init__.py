@@ -7,7 +7,7 @@ from .blocks import (
 )
 from .floats import NF4_CODES as NF4_CODES, nf4_blocks as nf4_blocks
 from .ggml import FORMATS as FORMATS
-from .integers import integer_blocks as integer_blocks
+from .integers import integer_blocks as integer_blocks, pack as pack, unpack as unpack
 from .layout import BlockFormat as BlockFormat
 from .ordered import OrderedWeight as OrderedWeight
 from .panels import from_panels as from_panels, to_panels as to_panels
@@ -23,8 +23,8 @@ from .schemes import (
     FP8 as FP8,
     GGUF as GGUF,
     NF4 as NF4,
+    RTN as RTN,
     AbstractScheme as AbstractScheme,
-    Int4 as Int4,
     Int8 as Int8,
     Layer as Layer,
 )

@@ -94,6 +94,12 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     return np.packbits(single_bits.astype(np.uint8).reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
 
 
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """The codes in bytes of the last axis, as `pack` stores them."""
+    single_bits = np.unpackbits(packed, axis=-1, bitorder="little").reshape(*packed.shape[:-1], -1, bits)
+    return (single_bits << np.arange(bits, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
+
+
 def integer_blocks(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
     """The bytes of blocks.
 

@@ -59,19 +59,11 @@ def quantize(model: Mistral, scheme: Recipe, *, progress: Callable[[int, int], N
         _, out_dims = dims_of(layer)
         if not isinstance(layer.weight, DenseWeight | QUANTIZED):
             raise InputError(
-                f"{path} has a {type(layer.weight).__name__}, which is not quantized; merge adapters first, or quantize "
-                "the model before it gets them."
+                f"{path} has a {type(layer.weight).__name__}, which cannot be quantized; merge adapters first, or "
+                "quantize the model before it gets them."
             )
-        numbers = _numbers(layer.weight)
-        *_, last = out_dims.split()
-        described = Layer(
-            path,
-            len(out_dims.split()),
-            model.strategy.parts(last, model.mesh),
-            model.strategy,
-            panels=_platform(model) == "cpu",
-        )
-        weight = chosen[path].weight(numbers, described)
+        described = Layer.of(path, out_dims, model.mesh, model.strategy)
+        weight = chosen[path].weight(_numbers(layer.weight), described)
         done += 1
         if progress is not None:
             progress(done, len(chosen))
@@ -138,8 +130,3 @@ def _numbers(weight: AbstractWeight) -> np.ndarray:
     """The numbers of a weight, in float32 on the host."""
     dense = weight.value if isinstance(weight, DenseWeight) else jax.jit(lambda weight: weight.dense())(weight)
     return gather_to_host(dense).astype(np.float32)
-
-
-def _platform(model: Mistral) -> str:
-    devices = jax.devices() if model.mesh is None else list(model.mesh.devices.flat)
-    return devices[0].platform

@@ -6,9 +6,11 @@ import math
 from typing import Literal
 
 import gguf
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 
 from ..errors import InputError
 from ..nn import AbstractWeight
@@ -42,6 +44,13 @@ class Layer:
     strategy: Strategy = SINGLE
     panels: bool = False
 
+    @classmethod
+    def of(cls, path: str, out_dims: str, mesh: Mesh | None, strategy: Strategy) -> "Layer":
+        """A layer of a model that is split over a mesh, or on the default device."""
+        names = out_dims.split()
+        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        return cls(path, len(names), strategy.parts(names[-1], mesh), strategy, device.platform == "cpu")
+
 
 class AbstractScheme(abc.ABC):
     """A way to quantize a weight. To add one, subclass this and define the method."""
@@ -59,8 +68,35 @@ class AbstractScheme(abc.ABC):
         """
 
 
+class AbstractBlockScheme(AbstractScheme):
+    """A scheme whose scales belong to blocks of consecutive inputs."""
+
+    @property
+    @abc.abstractmethod
+    def block(self) -> str:
+        """The name of the blocks' format."""
+
+    @abc.abstractmethod
+    def blocks(self, numbers: np.ndarray) -> np.ndarray:
+        """The bytes of blocks, from numbers of shape `(..., size)`."""
+
+    def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
+        format = block_format(self.block)
+        out_shape, in_shape = numbers.shape[: layer.out_axes], numbers.shape[layer.out_axes :]
+        merged = merged_sizes(in_shape, format.size)
+        if merged is None:
+            inputs = math.prod(in_shape)
+            raise InputError(
+                f"{layer.path} has {inputs} inputs, which blocks of {format.size} ({format.name}) do not divide; take "
+                f"smaller blocks, such as {math.gcd(inputs, format.size)}, or leave this layer out."
+            )
+        outer = in_shape[: len(in_shape) - max(len(merged), 1)]
+        blocks = self.blocks(numbers.reshape(*out_shape, *outer, -1, format.size))
+        return in_format(self.block, blocks, layer, merged)
+
+
 @dataclasses.dataclass(frozen=True)
-class Int8(AbstractScheme):
+class Int8(AbstractBlockScheme):
     """Whole numbers of 8 bits: absmax, zero-point, W8A8 and LLM.int8() quantization.
 
     **Attributes:**
@@ -96,19 +132,17 @@ class Int8(AbstractScheme):
             )
 
     def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
-        found = _in_blocks(self, numbers, layer) if isinstance(self.by, int) else self._scaled(numbers, layer)
+        found = super().weight(numbers, layer) if isinstance(self.by, int) else self._scaled(numbers, layer)
         if self.activations is None:
             return found
         return RoundedActivations(found, self.activations, threshold=self.threshold, strategy=layer.strategy)
 
     def blocks(self, numbers: np.ndarray) -> np.ndarray:
-        """The bytes of blocks, from numbers of shape `(..., size)`."""
         found = round_to_codes(numbers, 8, zero_point=self.zero_point, search=self.search)
         return integer_blocks(*found, bits=8)
 
     @property
     def block(self) -> str:
-        """The format of these blocks."""
         return f"INT8/{self.by}"
 
     def _scaled(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
@@ -127,8 +161,8 @@ class Int8(AbstractScheme):
 
 
 @dataclasses.dataclass(frozen=True)
-class Int4(AbstractScheme):
-    """Whole numbers of few bits, each rounded to the nearest one, with a scale and a zero for each group of inputs.
+class RTN(AbstractBlockScheme):
+    """Round to nearest: whole numbers of few bits, with a scale and a zero for each group of inputs.
 
     **Attributes:**
 
@@ -145,29 +179,24 @@ class Int4(AbstractScheme):
 
     def __post_init__(self):
         if self.bits not in range(2, 9):
-            raise InputError(f"Int4(bits={self.bits!r}) must be from 2 to 8; give one of these.", key="bits")
+            raise InputError(f"RTN(bits={self.bits!r}) must be from 2 to 8; give one of these.", key="bits")
         if self.group_size < 8 or self.group_size % 8:
             raise InputError(
-                f"Int4(group_size={self.group_size!r}) must be a multiple of 8; give one such as 64 or 128.",
+                f"RTN(group_size={self.group_size!r}) must be a multiple of 8; give one such as 64 or 128.",
                 key="group_size",
             )
 
-    def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
-        return _in_blocks(self, numbers, layer)
-
     def blocks(self, numbers: np.ndarray) -> np.ndarray:
-        """The bytes of blocks, from numbers of shape `(..., size)`."""
         found = round_to_codes(numbers, self.bits, zero_point=self.zero_point, search=self.search)
         return integer_blocks(*found, bits=self.bits)
 
     @property
     def block(self) -> str:
-        """The format of these blocks."""
         return f"INT{self.bits}/{self.group_size}"
 
 
 @dataclasses.dataclass(frozen=True)
-class NF4(AbstractScheme):
+class NF4(AbstractBlockScheme):
     """Four bits with codes at the quantiles of a normal distribution ([QLoRA](https://arxiv.org/abs/2305.14314)).
 
     **Attributes:**
@@ -183,21 +212,16 @@ class NF4(AbstractScheme):
                 f"NF4(block_size={self.block_size!r}) must be an even number; give one such as 64.", key="block_size"
             )
 
-    def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
-        return _in_blocks(self, numbers, layer)
-
     def blocks(self, numbers: np.ndarray) -> np.ndarray:
-        """The bytes of blocks, from numbers of shape `(..., size)`."""
         return nf4_blocks(*nf4_codes(numbers))
 
     @property
     def block(self) -> str:
-        """The format of these blocks."""
         return f"NF4/{self.block_size}"
 
 
 @dataclasses.dataclass(frozen=True)
-class FP8(AbstractScheme):
+class FP8(AbstractBlockScheme):
     """Floats of 8 bits (e4m3), with a scale that makes the largest number 448, the largest float of this kind.
 
     **Attributes:**
@@ -219,19 +243,17 @@ class FP8(AbstractScheme):
             )
 
     def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
-        found = _in_blocks(self, numbers, layer) if isinstance(self.by, int) else self._scaled(numbers, layer)
+        found = super().weight(numbers, layer) if isinstance(self.by, int) else self._scaled(numbers, layer)
         if self.activations is None:
             return found
         return RoundedActivations(found, self.activations, strategy=layer.strategy)
 
     def blocks(self, numbers: np.ndarray) -> np.ndarray:
-        """The bytes of blocks, from numbers of shape `(..., size)`."""
         codes, scale = _float8(numbers, axis=-1)
         return np.concatenate([np.ascontiguousarray(scale).view(np.uint8), codes], axis=-1)
 
     @property
     def block(self) -> str:
-        """The format of these blocks."""
         return f"FP8/{self.by}"
 
     def _scaled(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
@@ -248,7 +270,7 @@ _QUANTIZED_BY_GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "BF16", "
 
 
 @dataclasses.dataclass(frozen=True)
-class GGUF(AbstractScheme):
+class GGUF(AbstractBlockScheme):
     """A format of GGUF files, as llama.cpp quantizes it without an importance matrix.
 
     **Attributes:**
@@ -266,18 +288,13 @@ class GGUF(AbstractScheme):
                 key="type",
             )
 
-    def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
-        return _in_blocks(self, numbers, layer)
-
     def blocks(self, numbers: np.ndarray) -> np.ndarray:
-        """The bytes of blocks, from numbers of shape `(..., size)`."""
         kind = gguf.GGMLQuantizationType[self.type]
         raw = gguf.quants.quantize(np.ascontiguousarray(numbers, np.float32), kind)
         return raw.view(np.uint8).reshape(*numbers.shape[:-1], block_format(self.type).nbytes)
 
     @property
     def block(self) -> str:
-        """The format of these blocks."""
         return self.type
 
 
@@ -286,21 +303,6 @@ def _float8(numbers: np.ndarray, axis: int | None) -> tuple[np.ndarray, np.ndarr
     largest = np.abs(numbers).max(axis=axis, keepdims=True)
     scale = (np.where(largest > 0, largest, LARGEST_FP8) / np.float32(LARGEST_FP8)).astype(np.float32)
     return (numbers / scale).astype(ml_dtypes.float8_e4m3fn).view(np.uint8), scale
-
-
-def _in_blocks(scheme: Int8 | Int4 | NF4 | FP8 | GGUF, numbers: np.ndarray, layer: Layer) -> BlockWeight:
-    format = block_format(scheme.block)
-    out_shape, in_shape = numbers.shape[: layer.out_axes], numbers.shape[layer.out_axes :]
-    merged = merged_sizes(in_shape, format.size)
-    if merged is None:
-        inputs = math.prod(in_shape)
-        raise InputError(
-            f"{layer.path} has {inputs} inputs, which blocks of {format.size} ({format.name}) do not divide; take "
-            f"smaller blocks, such as {math.gcd(inputs, format.size)}, or leave this layer out."
-        )
-    whole = in_shape[: len(in_shape) - max(len(merged), 1)]
-    blocks = scheme.blocks(numbers.reshape(*out_shape, *whole, -1, format.size))
-    return in_format(scheme.block, blocks, layer, merged)
 
 
 def in_format(name: str, blocks: np.ndarray, layer: Layer, merged: tuple[int, ...] = ()) -> BlockWeight:

@@ -10,7 +10,17 @@ from ...errors import InputError
 from ...quant import integer_blocks
 from ..block_tensor import BlockTensor
 from ..reader import LazyTensor
-from .parts import Parts, Quantization, RowScales, as_float32, everything, scalar, scaled_tensor, sorted_inputs
+from .parts import (
+    Parts,
+    Quantization,
+    RowScales,
+    as_float32,
+    codes_of,
+    everything,
+    scalar,
+    scaled_tensor,
+    sorted_inputs,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,24 +101,17 @@ class CompressedTensors(Quantization):
         if zeros is not None:
             parts.expect(zeros.shape == (-(-rows // per_word), groups), "weight_zero_point holds a word of each group")
 
-        def unpacked(words: np.ndarray) -> np.ndarray:
-            shifts = np.arange(per_word, dtype=np.uint32) * self.bits
-            codes = (words.view(np.uint32)[..., None] >> shifts) & (2**self.bits - 1)
-            return codes.astype(np.uint8).reshape(*words.shape[:-1], -1)
-
-        every_zero = functools.cache(
-            lambda: None if zeros is None else unpacked(np.ascontiguousarray(everything(zeros).T))
-        )
+        every_zero = functools.cache(lambda: None if zeros is None else codes_of(everything(zeros).T, self.bits))
 
         if groups == 1 and self.bits == 8 and zeros is None and order is None:
             # A row's scale stands beside the codes, so that devices can split the row.
             def signed(start: int, stop: int) -> np.ndarray:
-                return (unpacked(words.rows(start, stop))[:, :inputs] ^ 0x80)[..., None]
+                return (codes_of(words.rows(start, stop), self.bits)[:, :inputs] ^ 0x80)[..., None]
 
             return BlockTensor(name, (rows, inputs), "INT8", signed, parts.nbytes, RowScales(scale, 1.0))
 
         def read(start: int, stop: int) -> np.ndarray:
-            codes = unpacked(words.rows(start, stop))[:, :inputs]
+            codes = codes_of(words.rows(start, stop), self.bits)[:, :inputs]
             codes = codes if order is None else codes[:, order]
             found = every_zero()
             zero = (

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ...errors import InputError
+from ...quant import unpack
 from ..block_tensor import BlockTensor
 from ..reader import LazyTensor
 
@@ -122,9 +123,7 @@ def as_float32(tensor: LazyTensor, start: int, stop: int) -> np.ndarray:
 
 def codes_of(words: np.ndarray, bits: int) -> np.ndarray:
     """The codes in 32-bit words of the last axis, one after the other, the lowest bit first."""
-    single = np.unpackbits(np.ascontiguousarray(words, "<i4").view(np.uint8), axis=-1, bitorder="little")
-    single = single.reshape(*words.shape[:-1], -1, bits)
-    return (single << np.arange(bits, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
+    return unpack(np.ascontiguousarray(words, "<i4").view(np.uint8), bits)
 
 
 def sorted_inputs(parts: Parts, end: str, inputs: int, size: int) -> np.ndarray | None:
