@@ -1,4 +1,4 @@
-// What a library for one instruction set offers: products of panels and rows of activations.
+// What the library for one instruction set offers: products of panels and rows of activations.
 #pragma once
 #include <cstdint>
 
@@ -22,7 +22,14 @@ struct Format {
   // The products of one panel, `inputs / size` blocks of 16 * bytes, with rows `from` to `to` of the activations, into
   // y[row * stride + 0 ... 15].
   void (*product)(const uint8_t* panel, const Activations& x, int64_t from, int64_t to, float* y, int64_t stride);
+  // The same for many rows, with the numbers of activations: a stretch of the panel is dequantized at a time, which pays
+  // if enough rows use it. `weights` has room for STRETCH * 16 numbers.
+  void (*product_of_many)(const uint8_t* panel, const Activations& x, int64_t from, int64_t to, float* y, int64_t stride,
+                          float* weights);
 };
+
+// So many inputs of a panel are dequantized at a time; a multiple of each block's size.
+constexpr int64_t STRETCH = 256;
 
 struct Instructions {
   const char* name;
@@ -31,4 +38,6 @@ struct Instructions {
   void (*quantize)(const Activations& x, int64_t row);
 };
 
-extern const Instructions avx512, avx2, neon;
+namespace avx512 { extern const Instructions instructions; }
+namespace avx2 { extern const Instructions instructions; }
+namespace neon { extern const Instructions instructions; }
