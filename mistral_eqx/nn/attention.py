@@ -84,9 +84,7 @@ class Attention(eqx.Module):
         span = attention_mask(first, last, key_index)
         mask = span if mask is None else span & mask
         total = functools.partial(psum, dims="head_dim", strategy=self.strategy)
-        return attention(
-            q, k, v, mask, scale=self.scale, total=total if self.strategy.axes("head_dim") else None
-        )
+        return attention(q, k, v, mask, scale=self.scale, total=total if self.strategy.axes("head_dim") else None)
 
     def _in_tiles(
         self, q: Array, k: Array, v: Array, first: Array, last: Array, key_index: Array

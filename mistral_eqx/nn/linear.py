@@ -47,7 +47,7 @@ class Linear(AbstractNamed):
 
 
 def project(x: Float[Array, "batch seq *in"], layers: Sequence[Linear]) -> list[Float[Array, "batch tokens ..."]]:
-    """Applies layers to the same activations: in one call if their weights have one format, and this has such a kernel."""
+    """Applies layers to the same activations, in one call if all weights are of one class that has such a kernel."""
     weights = [layer.weight for layer in layers]
     if len({type(weight) for weight in weights}) > 1:
         return [layer(x) for layer in layers]

@@ -29,8 +29,8 @@ class Flat(NamedTuple):
 
 
 def products(
-    x: Float[Array, "rows inputs"], weights: Sequence[UInt8[Array, "panels blocks bytes"]], kinds: Sequence[Flat]
-) -> list[Float[Array, "rows outputs"]]:
+    x: Float[Array, "rows inputs"], weights: Sequence[UInt8[Array, "_ _ _"]], kinds: Sequence[Flat]
+) -> list[Float[Array, "rows _"]]:
     """Multiplies activations by each of some weights in blocks.
 
     In a program for the CPU one call of a kernel reads all that are in panels; elsewhere XLA dequantizes a weight and
@@ -39,7 +39,7 @@ def products(
     **Arguments:**
 
     - `x`: activations.
-    - `weights`: the blocks of a row, or of a panel of rows.
+    - `weights`: of each, the blocks of a row or of a panel of rows, shape `(panels, blocks, bytes)`.
     - `kinds`: what these are.
 
     **Returns:** sums in float32, for each weight.

@@ -47,11 +47,14 @@ int main(int, char** arguments) {
     for (int64_t i = 0; i < rows * inputs; i++) x[i] = below(20) ? scale * (float(draw()) / 2e9f - 1) : 0;
     const std::unique_ptr<int8_t[]> codes(new int8_t[rows * inputs * 2]);
     const std::unique_ptr<float[]> scales(new float[rows * (inputs / 32)]), sums(new float[rows * (inputs / 16)]);
-    const Activations activations{x.get(), codes.get(), scales.get(), sums.get(), rows, inputs};
+    const int64_t tile = SET::instructions.tile, count = (rows + tile - 1) / tile;
+    const std::unique_ptr<float[]> tiles(new float[count * tile * inputs]);
+    const Activations activations{x.get(), codes.get(), scales.get(), sums.get(), tiles.get(), rows, inputs};
+    for (int64_t i = 0; i < count; i++) SET::instructions.arrange(activations, i);
     for (int64_t row = 0; row < rows && !format.exact; row++) SET::instructions.quantize(activations, row);
     format.product(panel.get(), activations, 0, rows, y.get(), 16);
     alignas(64) float numbers[STRETCH * 16];
-    format.product_of_many(panel.get(), activations, 0, rows, y.get(), 16, numbers);
+    format.product_of_many(panel.get(), activations, y.get(), 16, numbers);
     products++;
     attend(draw);
   }

@@ -52,8 +52,8 @@ def _has(format: str) -> bool:
 
 
 def linear(
-    x: Float[Array, "rows inputs"], panels: Sequence[UInt8[Array, "panels blocks bytes"]], formats: Sequence[str]
-) -> list[Float[Array, "rows outputs"]]:
+    x: Float[Array, "rows inputs"], panels: Sequence[UInt8[Array, "_ _ _"]], formats: Sequence[str]
+) -> list[Float[Array, "rows _"]]:
     """Multiplies activations by weights in panels of quantized blocks, for a program on the CPU.
 
     For few rows, activations are rounded to two codes of 8 bits, each 32 of a row with a scale of their own, unless the
@@ -63,7 +63,7 @@ def linear(
 
     - `x`: activations in float32.
     - `panels`: of each weight, a block of each of `PANEL` rows side by side, as [`mistral_eqx.quant.to_panels`][]
-        arranges them.
+        arranges them, shape `(panels, blocks, bytes)`.
     - `formats`: the names of the blocks' formats.
 
     **Returns:** the products with each weight.

@@ -73,8 +73,6 @@ void in_parallel(ffi::ThreadPool& pool, int64_t count, const F& f) {
 constexpr int64_t SMALL = 48 * 1024;
 // From so many rows on, it is faster to dequantize weights once than to read their codes for each few rows.
 constexpr int64_t MANY = 16;
-// So many rows at a time.
-constexpr int64_t AT_ONCE = 512;
 
 // One weight of a call, and its results.
 struct Weight {
@@ -120,10 +118,15 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     all_exact &= format->exact;
     weights.push_back(weight);
   }
-  Activations activations{x.typed_data(), nullptr, nullptr, nullptr, rows, inputs};
+  Activations activations{x.typed_data(), nullptr, nullptr, nullptr, nullptr, rows, inputs};
   std::unique_ptr<int8_t[]> codes;
-  std::unique_ptr<float[]> scales;
-  if (!all_exact && rows < MANY) {
+  std::unique_ptr<float[]> scales, tiles;
+  if (rows >= MANY) {
+    const int64_t count = (rows + set->tile - 1) / set->tile;
+    tiles.reset(new float[count * set->tile * inputs]);
+    activations.tiles = tiles.get();
+    in_parallel(pool, count, [&](int64_t tile) { set->arrange(activations, tile); });
+  } else if (!all_exact) {
     codes.reset(new int8_t[rows * inputs * 2]), scales.reset(new float[rows * (inputs / 32) * 3]);
     activations.codes = codes.get(), activations.scales = scales.get();
     activations.sums = scales.get() + rows * (inputs / 32);
@@ -136,14 +139,12 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     const int64_t begin = (part - weight->first_of_all) * weight->part;
     const int64_t end = std::min(weight->count, begin + weight->part), stride = 16 * weight->count;
     alignas(64) float numbers[STRETCH * 16];
-    // Rows in the outer loop: their activations stay in a near cache while panels stream by.
-    for (int64_t from = 0; from < rows; from += AT_ONCE)
-      for (int64_t at = begin; at < end; at++) {
-        const uint8_t* panel = weight->panels + at * weight->bytes;
-        const int64_t to = std::min(rows, from + AT_ONCE);
-        if (rows < MANY) weight->format->product(panel, activations, from, to, weight->y + 16 * at, stride);
-        else weight->format->product_of_many(panel, activations, from, to, weight->y + 16 * at, stride, numbers);
-      }
+    for (int64_t at = begin; at < end; at++) {
+      const uint8_t* panel = weight->panels + at * weight->bytes;
+      float* y = weight->y + 16 * at;
+      if (rows < MANY) weight->format->product(panel, activations, 0, rows, y, stride);
+      else weight->format->product_of_many(panel, activations, y, stride, numbers);
+    }
   });
   return ffi::Error::Success();
 }

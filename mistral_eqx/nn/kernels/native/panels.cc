@@ -119,40 +119,37 @@ void widen(const uint8_t* panel, int64_t from, int64_t to, float* out) {
   }
 }
 
-// As many rows as there are registers for their sums, when one register holds weights and none activations, or few do.
-constexpr int TILE = LANES == 16 ? 24 : LANES == 8 ? 6 : 5;
+// So many rows that their sums stay in registers.
+constexpr int TILE = LANES == 16 ? 16 : LANES == 8 ? 6 : 5;
 
-// Adds products of `count` inputs to sums of 16 outputs for each of some rows.
-template <int rows>
-void add_tile(const float* weights, const float* x, int64_t inputs, int64_t count, float* y, int64_t stride, bool first) {
-  Floats total[STRIPS][rows];
-  for (int m = 0; m < rows; m++)
-    for (int strip = 0; strip < STRIPS; strip++)
-      total[strip][m] = first ? Floats{} : load<Floats>(y + m * stride + strip * LANES);
-  for (int64_t k = 0; k < count; k++)
-    for (int strip = 0; strip < STRIPS; strip++) {
-      const Floats w = load<Floats>(weights + k * ROWS + strip * LANES);
-#pragma GCC unroll 24
-      for (int m = 0; m < rows; m++) total[strip][m] += w * x[m * inputs + k];
-    }
-  for (int m = 0; m < rows; m++)
-    for (int strip = 0; strip < STRIPS; strip++) std::memcpy(y + m * stride + strip * LANES, &total[strip][m], sizeof(Floats));
+void arrange(const Activations& x, int64_t tile) {
+  const int64_t from = tile * TILE, rows = std::min<int64_t>(TILE, x.rows - from);
+  float* out = x.tiles + from * x.inputs;
+  for (int64_t k = 0; k < x.inputs; k++)
+    for (int m = 0; m < TILE; m++) out[k * TILE + m] = m < rows ? x.numbers[(from + m) * x.inputs + k] : 0;
 }
 
 template <void (*dequantize)(const uint8_t*, int64_t, int64_t, float*)>
-void product_of_many(const uint8_t* panel, const Activations& x, int64_t from, int64_t to, float* y, int64_t stride,
-                     float* weights) {
-  for (int64_t k = 0; k < x.inputs; k += STRETCH) {
-    const int64_t count = std::min(STRETCH, x.inputs - k);
-    dequantize(panel, k, k + count, weights);
-    int64_t row = from;
-    const auto add = [&](auto tile, int64_t rows) {
-      for (; row + rows <= to; row += rows)
-        tile(weights, x.numbers + row * x.inputs + k, x.inputs, count, y + row * stride, stride, k == 0);
-    };
-    add(add_tile<TILE>, TILE);
-    if constexpr (TILE > 8) add(add_tile<8>, 8);
-    add(add_tile<2>, 2), add(add_tile<1>, 1);
+void product_of_many(const uint8_t* panel, const Activations& x, float* y, int64_t stride, float* weights) {
+  for (int64_t from = 0; from < x.inputs; from += STRETCH) {
+    const int64_t count = std::min(STRETCH, x.inputs - from);
+    dequantize(panel, from, from + count, weights);
+    for (int64_t row = 0; row < x.rows; row += TILE) {
+      const float* tile = x.tiles + row * x.inputs + from * TILE;
+      Floats total[STRIPS][TILE] = {};
+      for (int64_t k = 0; k < count; k++)
+        for (int strip = 0; strip < STRIPS; strip++) {
+          const Floats w = load<Floats>(weights + k * ROWS + strip * LANES);
+#pragma GCC unroll 16
+          for (int m = 0; m < TILE; m++) total[strip][m] += w * tile[k * TILE + m];
+        }
+      for (int64_t m = 0; m < std::min<int64_t>(TILE, x.rows - row); m++)
+        for (int strip = 0; strip < STRIPS; strip++) {
+          float* at = y + (row + m) * stride + strip * LANES;
+          const Floats sum = from == 0 ? total[strip][m] : load<Floats>(at) + total[strip][m];
+          std::memcpy(at, &sum, sizeof sum);
+        }
+    }
   }
 }
 
@@ -235,5 +232,5 @@ constexpr Format FORMATS[] = {
 #define TEXT(x) #x
 #define NAME(x) TEXT(x)
 namespace SET {
-const Instructions instructions = {NAME(SET), FORMATS, int(sizeof FORMATS / sizeof *FORMATS), quantize};
+const Instructions instructions = {NAME(SET), FORMATS, int(sizeof FORMATS / sizeof *FORMATS), quantize, TILE, arrange};
 }
