@@ -2,12 +2,15 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from fixtures.checkpoint import tiny
 
+import mistral_eqx as mx
 from mistral_eqx.nn.kernels import attention, native
 
 
@@ -94,3 +97,16 @@ def test_gradients_are_those_of_plain_jax():
     found = jax.grad(functools.partial(loss, attention), argnums=(0, 1, 2))(q, k, v)
     for ours, theirs in zip(found, jax.grad(functools.partial(loss, plain), argnums=(0, 1, 2))(q, k, v), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_kernel_reads_a_16_bit_cache_where_it_is(getkey):
+    config = tiny(head_dim=16)
+    model = mx.Mistral.init(config, key=getkey(), dtype=jnp.bfloat16)
+    cache = mx.nn.Cache.init(config, 1, 512, jnp.bfloat16)
+    arrays, static = eqx.partition(model, eqx.is_array)
+    step = jax.jit(lambda arrays, cache, ids: eqx.combine(arrays, static).hidden(ids, None, cache), donate_argnums=1)
+    program = step.lower(arrays, cache, jnp.zeros((1, 1), jnp.int32)).compile().as_text()
+    assert "mistral_eqx_attend" in program
+    # Its bits are updated in place, and nothing of its size is written as floats.
+    assert "u16[1,2,512,16]" in program
+    assert "bf16[1,2,512,16]" not in program

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
+from ...precision import to_bits
+
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
 """Where the build puts the library."""
@@ -70,7 +72,7 @@ def linear(
     """
     results = [jax.ShapeDtypeStruct((x.shape[0], PANEL * one.shape[0]), jnp.float32) for one in panels]
     call = jax.ffi.ffi_call("mistral_eqx_linear", results, vmap_method="sequential")
-    return call(x, *panels, formats=" ".join(formats))
+    return list(call(x, *panels, formats=" ".join(formats)))
 
 
 def attends(dtype: jnp.dtype, head_dim: int) -> bool:
@@ -98,4 +100,7 @@ def attend(
     """
     results = jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct((*q.shape[:-1], 1), jnp.float32)
     call = jax.ffi.ffi_call("mistral_eqx_attend", results, vmap_method="sequential")
-    return call(q, k, v, mask, scale=np.float32(scale))
+    # The bits of a cache that is stored as bits are the cache itself; XLA would write it anew as floats.
+    stored = (to_bits(k), to_bits(v)) if k.dtype.itemsize == 2 else (k, v)
+    mixed, log_sum = call(q, *stored, mask, scale=np.float32(scale), precision=k.dtype.name)
+    return mixed, log_sum

@@ -178,7 +178,7 @@ constexpr int64_t FEW = 16 * 1024;
 
 ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                   ffi::Buffer<ffi::PRED> mask, ffi::ResultBuffer<ffi::F32> mixed, ffi::ResultBuffer<ffi::F32> log_sum,
-                  float scale) {
+                  float scale, std::string_view precision) {
   const Attending* set = chosen().attending;
   if (!set) return ffi::Error(ffi::ErrorCode::kUnimplemented, "This processor has none of the kernels' instructions.");
   const auto qs = q.dimensions(), ks = k.dimensions(), vs = v.dimensions(), ms = mask.dimensions();
@@ -191,10 +191,11 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer 
       ms[2] != a.slots || a.head_dim % set->lanes || !std::equal(qs.begin(), qs.end(), mixed->dimensions().begin()) ||
       int64_t(log_sum->element_count()) != a.batch * a.seq * a.kv_heads * a.group)
     return ffi::Error::InvalidArgument("The shapes of q, k, v, the mask and the results do not fit each other.");
-  const auto part = k.element_type() == ffi::F32    ? set->float32
-                    : k.element_type() == ffi::BF16 ? set->bfloat16
-                    : k.element_type() == ffi::F16  ? set->float16
-                                                    : nullptr;
+  const bool bits = k.element_type() == ffi::U16;
+  const auto part = k.element_type() == ffi::F32 && precision == "float32" ? set->float32
+                    : bits && precision == "bfloat16"                      ? set->bfloat16
+                    : bits && precision == "float16"                       ? set->float16
+                                                                           : nullptr;
   if (!part) return ffi::Error::InvalidArgument("The kernels have no attention for the precision of k and v.");
   const std::unique_ptr<float[]> parts(new float[a.parts_size()]);
   const int64_t units = a.batch * a.kv_heads * a.ranges();
@@ -227,7 +228,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mistral_eqx_attend, attend,
                                   .Arg<ffi::Buffer<ffi::PRED>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<float>("scale"));
+                                  .Attr<float>("scale")
+                                  .Attr<std::string_view>("precision"));
 
 // The name of the instruction set in use; null without one.
 extern "C" const char* mistral_eqx_instructions() { return chosen().instructions ? chosen().instructions->name : nullptr; }
