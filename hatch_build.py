@@ -56,14 +56,16 @@ def _build(compiler: list[str], sets: dict[str, list[str]], library: Path):
     include = Path(jaxlib.__file__).with_name("include")
     sources = library.parent
     with tempfile.TemporaryDirectory() as temporary:
-        objects = [Path(temporary) / f"{name}.o" for name in (*sets, "calls")]
-        commands = [
-            [*compiler, *OPTIONS, *flags, "-c", str(sources / "panels.cc"), "-o", str(target)]
-            for flags, target in zip(sets.values(), objects, strict=False)
-        ]
-        commands.append(
-            [*compiler, *OPTIONS, "-isystem", str(include), "-c", str(sources / "calls.cc"), "-o", str(objects[-1])]
-        )
+        commands, objects = [], []
+
+        def compiled(source: str, name: str, *flags: str):
+            objects.append(str(Path(temporary) / f"{name}.o"))
+            commands.append([*compiler, *OPTIONS, *flags, "-c", str(sources / source), "-o", objects[-1]])
+
+        for name, flags in sets.items():
+            for kernel in ("panels", "attend"):
+                compiled(f"{kernel}.cc", f"{kernel}-{name}", *flags)
+        compiled("calls.cc", "calls", "-isystem", str(include))
         running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
         for command, process in zip(commands, running, strict=True):
             _, said = process.communicate()
@@ -77,7 +79,7 @@ def _build(compiler: list[str], sets: dict[str, list[str]], library: Path):
             "-s",
             "-o",
             str(linked),
-            *map(str, objects),
+            *objects,
         ]
         subprocess.run(link, check=True, capture_output=True, text=True)
         shutil.copyfile(linked, library)

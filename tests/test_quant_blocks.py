@@ -116,8 +116,8 @@ def test_panels_hold_the_same_numbers(name):
 def test_products_of_kernels_are_those_of_the_dequantized_weight(name):
     weight, numbers = weight_in_panels(name, 48, 512)
     numbers = numbers.astype(np.float64)
-    # Numbers of rows that the kernel takes at once, and those that are left.
-    for rows in (1, 2, 3, 4, 7, 8, 21):
+    # Numbers of rows that the kernel takes at once, and those that are left; from 16 on it dequantizes weights.
+    for rows in (1, 2, 3, 4, 7, 8, 13, 16, 21):
         x = np.random.default_rng(rows).normal(size=(1, rows, 512)).astype(np.float32)
         found = np.asarray(jax.jit(lambda x: weight.contract(x, "a", "b"))(jnp.asarray(x)))
         # Each activation is rounded by at most half of 1/127 of 1/254 of the largest of its 32; then sums in float32.
@@ -131,12 +131,24 @@ def test_products_of_kernels_are_those_of_the_dequantized_weight(name):
 @pytest.mark.parametrize("name", WITH_KERNELS)
 def test_a_row_gives_what_it_gives_alone(name):
     weight, _ = weight_in_panels(name, 48, 512)
-    x = np.random.default_rng(0).normal(size=(1, 21, 512)).astype(np.float32)
-    together = weight.contract(jnp.asarray(x), "a", "b")
-    for row in (0, 3, 20):
-        np.testing.assert_array_equal(
-            weight.contract(jnp.asarray(x[:, row : row + 1]), "a", "b")[0, 0], together[0, row]
-        )
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 40, 512)).astype(np.float32))
+    few = weight.contract(x[:, :15], "a", "b")
+    for row in (0, 3, 14):
+        np.testing.assert_array_equal(weight.contract(x[:, row : row + 1], "a", "b")[0, 0], few[0, row])
+    # From 16 rows on, weights are dequantized.
+    many = weight.contract(x, "a", "b")
+    np.testing.assert_array_equal(weight.contract(x[:, 3:22], "a", "b"), many[:, 3:22])
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [3, 20])
+def test_several_weights_in_one_call_give_what_each_gives_alone(rows):
+    weights = [weight_in_panels(name, outputs, 512)[0] for name, outputs in (("Q4_1", 48), ("Q6_K", 16), ("BF16", 32))]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, rows, 512)).astype(np.float32))
+    together = jax.jit(lambda x: BlockWeight.contract_together(weights, x, "a", ["b", "b", "b"]))
+    assert together.lower(x).as_text().count("stablehlo.custom_call @mistral_eqx_linear") == 1
+    for weight, found in zip(weights, together(x), strict=True):
+        np.testing.assert_array_equal(found, weight.contract(x, "a", "b"))
 
 
 @needs_kernels
@@ -170,12 +182,13 @@ def test_gradients_are_those_of_the_dequantized_weight(getkey):
 @needs_kernels
 def test_shapes_that_do_not_fit_are_refused_by_the_library():
     x, panels = jnp.zeros((2, 64)), jnp.zeros((3, 2, 16 * 20), jnp.uint8)
-    assert native.linear(x, panels, "Q4_1").shape == (2, 48)
+    (y,) = native.linear(x, [panels], ["Q4_1"])
+    assert y.shape == (2, 48)
     for bad, weight, format in ((x[:, :32], panels, "Q4_1"), (x, panels, "Q8_0"), (x, panels[..., :-1], "Q4_1")):
         with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
-            native.linear(bad, weight, format).block_until_ready()
+            jax.block_until_ready(native.linear(bad, [weight], [format]))
     with pytest.raises(jax.errors.JaxRuntimeError, match="no such format"):
-        native.linear(x, panels, "Q9_9").block_until_ready()
+        jax.block_until_ready(native.linear(x, [panels], ["Q9_9"]))
 
 
 @pytest.mark.parametrize("kind", [pytest.param("Q4_0", marks=pytest.mark.slow), "Q8_0"])

@@ -1,15 +1,16 @@
 """Grouped-query attention."""
 
+import functools
+
 import equinox as eqx
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from ..parallel import SINGLE, Strategy, pmax, psum, psum_together
 from .cache import AbstractLayerCache
 from .context import Context
-from .kernels import contract_head_dim, contract_kv_seq, flash_attention
-from .linear import Linear
+from .kernels import attention, flash_attention
+from .linear import Linear, project
 from .mask import attention_mask
 
 
@@ -59,9 +60,10 @@ class Attention(eqx.Module):
 
         **Returns:** an array like `x`, and the cache with the new keys and values.
         """
-        q = context.rotation(self.q_proj(x))
-        k = context.own(jnp.swapaxes(context.rotation(self.k_proj(x)), 1, 2))
-        v = context.own(jnp.swapaxes(self.v_proj(x), 1, 2))
+        q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj))
+        q = context.rotation(q)
+        k = context.own(jnp.swapaxes(context.rotation(k), 1, 2))
+        v = context.own(jnp.swapaxes(v, 1, 2))
         key_index = context.key_index
         if cache is not None:
             cache, k, v, key_index = cache.extend(k, v, context)
@@ -81,14 +83,8 @@ class Attention(eqx.Module):
         """The softmax-weighted sums of values, and the logarithms of the sums of exponentiated scores."""
         span = attention_mask(first, last, key_index)
         mask = span if mask is None else span & mask
-        scores = psum(contract_head_dim(q, k), "head_dim", self.strategy) * self.scale
-        # A finite number: a padding query attends to no key, and minus infinity would make its weights NaN.
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
-        largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-        weights = jnp.exp(scores - largest)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        total, log_sum = (jnp.transpose(x, (0, 3, 1, 2, 4)) for x in (total, largest + jnp.log(total)))
-        return contract_kv_seq(weights, v) / total, log_sum
+        total = functools.partial(psum, dims="head_dim", strategy=self.strategy)
+        return attention(q, k, v, mask, scale=self.scale, total=total if self.strategy.axes("head_dim") else None)
 
     def _in_tiles(
         self, q: Array, k: Array, v: Array, first: Array, last: Array, key_index: Array

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float
 
-from .linear import Linear
+from .linear import Linear, project
 
 
 class FeedForward(eqx.Module):
@@ -21,4 +21,5 @@ class FeedForward(eqx.Module):
     down_proj: Linear
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch tokens embed"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, (self.gate_proj, self.up_proj))
+        return self.down_proj(jax.nn.silu(gate) * up)

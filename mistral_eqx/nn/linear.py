@@ -1,5 +1,7 @@
 """A linear layer over named dimensions; its strategy makes it column- or row-parallel."""
 
+from collections.abc import Sequence
+
 import equinox as eqx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -35,8 +37,20 @@ class Linear(AbstractNamed):
     strategy: Strategy = SINGLE
 
     def __call__(self, x: Float[Array, "batch seq *in"]) -> Float[Array, "batch tokens *out"]:
-        y = self.weight.contract(x, self.in_dims, self.out_dims).astype(x.dtype)
-        return checkpoint_name(psum_tokens(y, self.in_dims, self.strategy), LINEAR)
+        return self._summed(self.weight.contract(x, self.in_dims, self.out_dims), x)
+
+    def _summed(self, y: Array, x: Array) -> Array:
+        return checkpoint_name(psum_tokens(y.astype(x.dtype), self.in_dims, self.strategy), LINEAR)
 
     def array_dims(self) -> dict[str, str]:
         return {f"weight.{field}": dims for field, dims in self.weight.dims(self.in_dims, self.out_dims).items()}
+
+
+def project(x: Float[Array, "batch seq *in"], layers: Sequence[Linear]) -> list[Float[Array, "batch tokens ..."]]:
+    """Applies layers to the same activations, in one call if all weights are of one class that has such a kernel."""
+    weights = [layer.weight for layer in layers]
+    if len({type(weight) for weight in weights}) > 1:
+        return [layer(x) for layer in layers]
+    together = type(weights[0]).contract_together
+    ys = together(weights, x, layers[0].in_dims, [layer.out_dims for layer in layers])
+    return [layer._summed(y, x) for layer, y in zip(layers, ys, strict=True)]

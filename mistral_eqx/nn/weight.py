@@ -1,6 +1,8 @@
 """How a weight is stored and contracted."""
 
 import abc
+from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -30,6 +32,20 @@ class AbstractWeight(eqx.Module):
         **Returns:** an array of shape `(batch, seq, *out)`, in the precision of the sum: float32 for 16-bit
         activations.
         """
+
+    @classmethod
+    def contract_together(
+        cls, weights: Sequence[Any], x: Float[Array, "batch seq ..."], in_dims: str, out_dims: Sequence[str]
+    ) -> list[Float[Array, "batch seq ..."]]:
+        """Applies several maps of this format to the same activations, in one call where the format has such a kernel.
+
+        **Arguments:**
+
+        - `weights`: the maps.
+        - `x`, `in_dims`: as for `contract`.
+        - `out_dims`: the names of each map's resulting dimensions.
+        """
+        return [weight.contract(x, in_dims, dims) for weight, dims in zip(weights, out_dims, strict=True)]
 
     @abc.abstractmethod
     def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:

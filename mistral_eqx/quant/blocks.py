@@ -2,6 +2,8 @@
 
 import collections
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,7 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from ..nn import AbstractWeight
 from ..parallel import whole
-from .product import matrix, product
+from .product import Flat, matrix, products
 from .table import block_format
 
 
@@ -36,9 +38,16 @@ class BlockWeight(AbstractWeight):
     panel: int = eqx.field(static=True, default=1)
 
     def contract(self, x: Float[Array, "batch seq ..."], in_dims: str, out_dims: str) -> Float[Array, "batch seq ..."]:
+        return self.contract_together([self], x, in_dims, [out_dims])[0]
+
+    @classmethod
+    def contract_together(
+        cls, weights: Sequence[Any], x: Float[Array, "batch seq ..."], in_dims: str, out_dims: Sequence[str]
+    ) -> list[Float[Array, "batch seq ..."]]:
         batch, seq = x.shape[:2]
-        y = product(x.reshape(batch * seq, -1), self._flat(self.blocks, self.out_axes), self.format, self.panel)
-        return y.reshape(batch, seq, *self._out_shape)
+        flat = [one._flat(one.blocks, one.out_axes) for one in weights]
+        ys = products(x.reshape(batch * seq, -1), flat, [Flat(one.format, one.panel) for one in weights])
+        return [y.reshape(batch, seq, *one._out_shape) for y, one in zip(ys, weights, strict=True)]
 
     def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
         panels = self._flat(self.blocks[ids // self.panel], 2)

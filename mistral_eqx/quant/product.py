@@ -1,7 +1,8 @@
-"""The product of activations and a weight in blocks."""
+"""Products of activations and weights in blocks."""
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,58 +15,75 @@ from .panels import from_panels
 from .table import block_format
 
 
-def product(
-    x: Float[Array, "rows inputs"], blocks: UInt8[Array, "panels blocks bytes"], format: str, panel: int
-) -> Float[Array, "rows outputs"]:
-    """Multiplies activations by a weight in blocks.
+class Flat(NamedTuple):
+    """A weight in blocks as a matrix.
 
-    In a program for the CPU a kernel reads the blocks, if the weight is in panels; elsewhere XLA dequantizes the weight
-    and multiplies. The backward pass dequantizes it too, and keeps nothing but the blocks.
+    **Attributes:**
+
+    - `format`: the name of the blocks' format.
+    - `panel`: how many rows stand side by side; 1 for blocks as they are in a file.
+    """
+
+    format: str
+    panel: int
+
+
+def products(
+    x: Float[Array, "rows inputs"], weights: Sequence[UInt8[Array, "_ _ _"]], kinds: Sequence[Flat]
+) -> list[Float[Array, "rows _"]]:
+    """Multiplies activations by each of some weights in blocks.
+
+    In a program for the CPU one call of a kernel reads all that are in panels; elsewhere XLA dequantizes a weight and
+    multiplies. The backward pass dequantizes it too, and keeps nothing but the blocks.
 
     **Arguments:**
 
     - `x`: activations.
-    - `blocks`: the blocks of a row, or of a panel of rows.
-    - `format`: the name of their format.
-    - `panel`: how many rows stand side by side; 1 for blocks as they are in a file.
+    - `weights`: of each, the blocks of a row or of a panel of rows, shape `(panels, blocks, bytes)`.
+    - `kinds`: what these are.
 
-    **Returns:** sums in float32.
+    **Returns:** sums in float32, for each weight.
     """
-    x, blocks = vary_alike(x, blocks)
-    return _product(x, blocks, format, panel)
+    x, *weights = vary_alike(x, *weights)
+    return _products(x, tuple(weights), tuple(kinds))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x: Array, blocks: Array, format: str, panel: int) -> Array:
-    dequantized = functools.partial(_dequantized, format=format, panel=panel)
-    if panel == 1 or native.instructions() is None:
-        return dequantized(x, blocks)
-    by_kernel = functools.partial(_by_kernel, format=format)
-    return kernel(lambda *inputs: lax.platform_dependent(*inputs, cpu=by_kernel, default=dequantized))(x, blocks)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _products(x: Array, weights: tuple[Array, ...], kinds: tuple[Flat, ...]) -> list[Array]:
+    def by_xla(x: Array, *weights: Array) -> list[Array]:
+        return [_dequantized(x, blocks, kind) for blocks, kind in zip(weights, kinds, strict=True)]
+
+    def by_kernel(x: Array, *weights: Array) -> list[Array]:
+        return native.linear(x.astype(jnp.float32), weights, [kind.format for kind in kinds])
+
+    if native.instructions() is None or any(kind.panel == 1 for kind in kinds):
+        return by_xla(x, *weights)
+    return kernel(lambda *inputs: lax.platform_dependent(*inputs, cpu=by_kernel, default=by_xla))(x, *weights)
 
 
-def _forward(x: Array, blocks: Array, format: str, panel: int) -> tuple[Any, Any]:
+def _forward(x: Array, weights: tuple[Array, ...], kinds: tuple[Flat, ...]) -> tuple[Any, Any]:
     # Of `x` only the precision matters to the backward pass.
-    return _product(x, blocks, format, panel), (x[:0], blocks)
+    return _products(x, weights, kinds), (x[:0], weights)
 
 
-def _backward(format: str, panel: int, saved: tuple[Array, Array], d_y: Array) -> tuple[Array, None]:
-    x, blocks = saved
-    weight = matrix(blocks, format, panel)
-    return jnp.einsum("ro,oi->ri", d_y, weight.astype(d_y.dtype)).astype(x.dtype), None
+def _backward(
+    kinds: tuple[Flat, ...], saved: tuple[Array, tuple[Array, ...]], gradients: list[Array]
+) -> tuple[Array, None]:
+    x, weights = saved
+    terms = [
+        jnp.einsum("ro,oi->ri", d_y, matrix(blocks, *kind).astype(d_y.dtype))
+        for d_y, blocks, kind in zip(gradients, weights, kinds, strict=True)
+    ]
+    return sum(terms[1:], start=terms[0]).astype(x.dtype), None
 
 
-_product.defvjp(_forward, _backward)
-
-
-def _by_kernel(x: Array, blocks: Array, format: str) -> Array:
-    return native.linear(x.astype(jnp.float32), blocks, format)
+_products.defvjp(_forward, _backward)
 
 
 # Traced once for all layers that are alike.
-@functools.partial(jax.jit, static_argnames=("format", "panel"), inline=True)
-def _dequantized(x: Array, blocks: Array, format: str, panel: int) -> Array:
-    weight = matrix(blocks, format, panel).astype(x.dtype)
+@functools.partial(jax.jit, static_argnames="kind", inline=True)
+def _dequantized(x: Array, blocks: Array, kind: Flat) -> Array:
+    weight = matrix(blocks, *kind).astype(x.dtype)
     return contract(weight, x[:, None], 1)[:, 0].astype(jnp.float32)
 
 

@@ -1,4 +1,4 @@
-// Random bytes as panels, of random shapes, each in a buffer of exactly its size: AddressSanitizer reports any read or
+// Random bytes as panels, keys and values, of random shapes, each in a buffer of exactly its size: AddressSanitizer reports any read or
 // write beyond it, and UndefinedBehaviorSanitizer what the language does not define.
 #include <cstdio>
 #include <cstdlib>
@@ -6,15 +6,29 @@
 #include <memory>
 #include <random>
 
+#include "attend.h"
+#include "lanes.h"
 #include "panels.h"
 
-#if defined(__AVX512VNNI__)
-#define SET avx512
-#elif defined(__AVX2__)
-#define SET avx2
-#else
-#define SET neon
-#endif
+// Random queries, keys and values in each precision.
+void attend(std::mt19937& draw) {
+  const auto below = [&](int limit) { return int64_t(draw() % unsigned(limit)); };
+  Attention a{};
+  a.batch = 1 + below(2), a.seq = 1 + below(3), a.kv_heads = 1 + below(3), a.group = 1 + below(6);
+  a.slots = 1 + below(600), a.head_dim = 16 * (1 + below(9)), a.scale = 0.1f;
+  const int64_t numbers = a.batch * a.kv_heads * a.slots * a.head_dim, queries = a.batch * a.seq * a.kv_heads * a.group;
+  const std::unique_ptr<float[]> q(new float[queries * a.head_dim]), parts(new float[a.parts_size()]);
+  const std::unique_ptr<uint8_t[]> mask(new uint8_t[a.batch * a.seq * a.slots]);
+  for (int64_t i = 0; i < queries * a.head_dim; i++) q[i] = float(draw()) / 2e9f - 1;
+  for (int64_t i = 0; i < a.batch * a.seq * a.slots; i++) mask[i] = below(4) != 0;
+  const auto with = [&](int bytes, auto part) {
+    const std::unique_ptr<uint8_t[]> k(new uint8_t[numbers * bytes]), v(new uint8_t[numbers * bytes]);
+    for (int64_t i = 0; i < numbers * bytes; i++) k[i] = uint8_t(draw()), v[i] = uint8_t(draw());
+    a.q = q.get(), a.k = k.get(), a.v = v.get(), a.mask = mask.get();
+    for (int64_t unit = 0; unit < a.batch * a.kv_heads * a.ranges(); unit++) part(a, unit, parts.get());
+  };
+  with(4, SET::attending.float32), with(2, SET::attending.bfloat16), with(2, SET::attending.float16);
+}
 
 int main(int, char** arguments) {
   const double seconds = std::atof(arguments[1]);
@@ -23,7 +37,7 @@ int main(int, char** arguments) {
   const auto start = std::chrono::steady_clock::now();
   long products = 0;
   while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) {
-    const Format& format = SET.formats[below(SET.count)];
+    const Format& format = SET::instructions.formats[below(SET::instructions.count)];
     const int blocks = format.size == 1 ? 1 + below(300) : 1 + below(5);
     const int64_t inputs = int64_t(blocks) * format.size, rows = 1 + below(19), bytes = 16 * int64_t(format.bytes) * blocks;
     const std::unique_ptr<uint8_t[]> panel(new uint8_t[bytes]);
@@ -33,10 +47,16 @@ int main(int, char** arguments) {
     for (int64_t i = 0; i < rows * inputs; i++) x[i] = below(20) ? scale * (float(draw()) / 2e9f - 1) : 0;
     const std::unique_ptr<int8_t[]> codes(new int8_t[rows * inputs * 2]);
     const std::unique_ptr<float[]> scales(new float[rows * (inputs / 32)]), sums(new float[rows * (inputs / 16)]);
-    const Activations activations{x.get(), codes.get(), scales.get(), sums.get(), rows, inputs};
-    for (int64_t row = 0; row < rows && !format.exact; row++) SET.quantize(activations, row);
+    const int64_t tile = SET::instructions.tile, count = (rows + tile - 1) / tile;
+    const std::unique_ptr<float[]> tiles(new float[count * tile * inputs]);
+    const Activations activations{x.get(), codes.get(), scales.get(), sums.get(), tiles.get(), rows, inputs};
+    for (int64_t i = 0; i < count; i++) SET::instructions.arrange(activations, i);
+    for (int64_t row = 0; row < rows && !format.exact; row++) SET::instructions.quantize(activations, row);
     format.product(panel.get(), activations, 0, rows, y.get(), 16);
+    alignas(64) float numbers[STRETCH * 16];
+    format.product_of_many(panel.get(), activations, y.get(), 16, numbers);
     products++;
+    attend(draw);
   }
   std::printf("%ld products\n", products);
 }

@@ -1,10 +1,78 @@
 """Attention as two products, which holds the scores of all queries and keys."""
 
+import functools
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from ...parallel import kernel, vary_alike
 from ..precision import at_least_float32
+from . import native
+
+
+# More queries of a row than these are faster as matrix products.
+_FEW = 8
+
+
+def attention(
+    q: Float[Array, "batch seq kv_heads q_per_kv head_dim"],
+    k: Float[Array, "batch kv_heads kv_seq head_dim"],
+    v: Float[Array, "batch kv_heads kv_seq head_dim"],
+    mask: Bool[Array, "batch seq kv_seq"],
+    *,
+    scale: float,
+    total: Callable[[Array], Array] | None = None,
+) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
+    """Softmax-weighted sums of values.
+
+    On CPU, a C++ kernel does this for few queries.
+
+    **Arguments:**
+
+    - `q`, `k`, `v`: queries, keys and values.
+    - `mask`: which keys each query attends to.
+    - `scale`: the factor of the scores.
+    - `total`: adds up partial scores over devices, where `head_dim` is split.
+
+    **Returns:** one weighted sum for each query, and the logarithm of the sum of its exponentiated scores. For a query
+    that attends to no key, these are finite numbers without meaning.
+    """
+    by_xla = functools.partial(_by_xla, scale=scale, total=total)
+    if total is not None or q.shape[1] > _FEW or q.dtype == jnp.float64 or not native.attends(k.dtype, k.shape[3]):
+        return by_xla(q, k, v, mask)
+    return _of_few(*vary_alike(q, k, v, mask), scale)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _of_few(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Array, Array]:
+    def by_kernel(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
+        return native.attend(q.astype(jnp.float32), k, v, mask, scale)
+
+    by_xla = functools.partial(_by_xla, scale=scale)
+    return kernel(lambda *inputs: lax.platform_dependent(*inputs, cpu=by_kernel, default=by_xla))(q, k, v, mask)
+
+
+@_of_few.defjvp
+def _of_few_jvp(scale: float, primals, tangents):
+    *inputs, mask = primals
+    return jax.jvp(lambda q, k, v: _by_xla(q, k, v, mask, scale), tuple(inputs), tuple(tangents[:3]))
+
+
+def _by_xla(
+    q: Array, k: Array, v: Array, mask: Array, scale: float, total: Callable[[Array], Array] | None = None
+) -> tuple[Array, Array]:
+    scores = contract_head_dim(q, k)
+    scores = (scores if total is None else total(scores)) * scale
+    # A finite number: a padding query attends to no key, and minus infinity would make its weights NaN.
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - largest)
+    summed = jnp.sum(weights, axis=-1, keepdims=True)
+    summed, log_sum = (jnp.transpose(x, (0, 3, 1, 2, 4)) for x in (summed, largest + jnp.log(summed)))
+    return contract_kv_seq(weights, v) / summed, log_sum
 
 
 def contract_head_dim(

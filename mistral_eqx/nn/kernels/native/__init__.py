@@ -3,11 +3,15 @@
 import ctypes
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt8
+
+from ...precision import to_bits
 
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
@@ -34,7 +38,8 @@ def instructions() -> str | None:
     name = library.mistral_eqx_instructions()
     if name is None:
         return None
-    jax.ffi.register_ffi_target("mistral_eqx_linear", jax.ffi.pycapsule(library.mistral_eqx_linear), platform="cpu")
+    for call in ("mistral_eqx_linear", "mistral_eqx_attend"):
+        jax.ffi.register_ffi_target(call, jax.ffi.pycapsule(getattr(library, call)), platform="cpu")
     return name.decode()
 
 
@@ -49,18 +54,53 @@ def _has(format: str) -> bool:
 
 
 def linear(
-    x: Float[Array, "rows inputs"], panels: UInt8[Array, "panels blocks bytes"], format: str
-) -> Float[Array, "rows outputs"]:
-    """Multiplies activations by a weight in panels of quantized blocks, for a program on the CPU.
+    x: Float[Array, "rows inputs"], panels: Sequence[UInt8[Array, "_ _ _"]], formats: Sequence[str]
+) -> list[Float[Array, "rows _"]]:
+    """Multiplies activations by weights in panels of quantized blocks, for a program on the CPU.
 
-    Activations are rounded to 8 bits, each 32 of a row with a scale of their own, unless the format is `BF16` or `F16`.
-    Sums are float32.
+    For few rows, activations are rounded to two codes of 8 bits, each 32 of a row with a scale of their own, unless the
+    format is `BF16` or `F16`. For many rows, weights are dequantized piece by piece. Sums are float32.
 
     **Arguments:**
 
     - `x`: activations in float32.
-    - `panels`: a block of each of `PANEL` rows side by side, as [`mistral_eqx.quant.to_panels`][] arranges them.
-    - `format`: the name of the blocks' format.
+    - `panels`: of each weight, a block of each of `PANEL` rows side by side, as [`mistral_eqx.quant.to_panels`][]
+        arranges them, shape `(panels, blocks, bytes)`.
+    - `formats`: the names of the blocks' formats.
+
+    **Returns:** the products with each weight.
     """
-    result = jax.ShapeDtypeStruct((x.shape[0], PANEL * panels.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call("mistral_eqx_linear", result, vmap_method="sequential")(x, panels, format=format)
+    results = [jax.ShapeDtypeStruct((x.shape[0], PANEL * one.shape[0]), jnp.float32) for one in panels]
+    call = jax.ffi.ffi_call("mistral_eqx_linear", results, vmap_method="sequential")
+    return list(call(x, *panels, formats=" ".join(formats)))
+
+
+def attends(dtype: jnp.dtype, head_dim: int) -> bool:
+    """Whether the kernels are there and have attention for keys and values of this precision and size."""
+    return instructions() is not None and dtype in (jnp.float32, jnp.bfloat16, jnp.float16) and head_dim % 16 == 0
+
+
+def attend(
+    q: Float[Array, "batch seq kv_heads q_per_kv head_dim"],
+    k: Float[Array, "batch kv_heads kv_seq head_dim"],
+    v: Float[Array, "batch kv_heads kv_seq head_dim"],
+    mask: Bool[Array, "batch seq kv_seq"],
+    scale: float,
+) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
+    """Attention of few queries, for a program on the CPU; keys and values are read once, where they are.
+
+    **Arguments:**
+
+    - `q`: queries in float32.
+    - `k`, `v`: keys and values in a precision that `attends` has.
+    - `mask`: which keys each query attends to.
+    - `scale`: the factor of the scores.
+
+    **Returns:** as [`mistral_eqx.nn.flash_attention`][] does, in float32.
+    """
+    results = jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct((*q.shape[:-1], 1), jnp.float32)
+    call = jax.ffi.ffi_call("mistral_eqx_attend", results, vmap_method="sequential")
+    # The bits of a cache that is stored as bits are the cache itself; XLA would write it anew as floats.
+    stored = (to_bits(k), to_bits(v)) if k.dtype.itemsize == 2 else (k, v)
+    mixed, log_sum = call(q, *stored, mask, scale=np.float32(scale), precision=k.dtype.name)
+    return mixed, log_sum

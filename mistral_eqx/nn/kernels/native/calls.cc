@@ -1,13 +1,16 @@
 // What XLA calls: checks sizes, divides the work among threads, chooses the instructions.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <string_view>
 #include <thread>
 #include <vector>
 
+#include "attend.h"
 #include "panels.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -15,17 +18,24 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-const Instructions* chosen() {
-  static const Instructions* const found = []() -> const Instructions* {
+struct Set {
+  const Instructions* instructions = nullptr;
+  const Attending* attending = nullptr;
+};
+
+const Set& chosen() {
+  static const Set found = []() -> Set {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")) return &avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return &avx2;
-    return nullptr;
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw"))
+      return {&avx512::instructions, &avx512::attending};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+      return {&avx2::instructions, &avx2::attending};
+    return {};
 #elif defined(__aarch64__)
-    return &neon;
+    return {&neon::instructions, &neon::attending};
 #else
-    return nullptr;
+    return {};
 #endif
   }();
   return found;
@@ -61,45 +71,141 @@ void in_parallel(ffi::ThreadPool& pool, int64_t count, const F& f) {
 
 // Below this many bytes of weights, one thread is done before a second one has begun.
 constexpr int64_t SMALL = 48 * 1024;
+// From so many rows on, it is faster to dequantize weights once than to read their codes for each few rows.
+constexpr int64_t MANY = 16;
 
-ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> panels,
-                  ffi::ResultBuffer<ffi::F32> y, std::string_view format) {
-  const Instructions* set = chosen();
+// One weight of a call, and its results.
+struct Weight {
+  const Format* format;
+  const uint8_t* panels;
+  float* y;
+  int64_t count, bytes;        // How many panels, and bytes of each.
+  int64_t part, first_of_all;  // How many panels make a part, and the number of its first part.
+
+  int64_t parts() const { return (count + part - 1) / part; }
+};
+
+ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs panels, ffi::RemainingRets ys,
+                  std::string_view formats) {
+  const Instructions* set = chosen().instructions;
   if (!set) return ffi::Error(ffi::ErrorCode::kUnimplemented, "This processor has none of the kernels' instructions.");
-  const Format* kind = found(*set, format);
-  if (!kind) return ffi::Error::InvalidArgument("The kernels have no such format.");
-  const auto xs = x.dimensions(), ws = panels.dimensions(), ys = y->dimensions();
-  if (xs.size() != 2 || ws.size() != 3 || ys.size() != 2)
-    return ffi::Error::InvalidArgument("x and y must have 2 dimensions, panels 3.");
-  const int64_t rows = xs[0], inputs = xs[1], count = ws[0], bytes = 16 * int64_t(kind->bytes);
-  if (ws[2] != bytes || ws[1] > INT64_MAX / kind->size || ws[1] * kind->size != inputs || ys[0] != rows ||
-      count > INT64_MAX / 16 || ys[1] != 16 * count || (!kind->exact && inputs % 32))
-    return ffi::Error::InvalidArgument("The shapes of x, panels and y do not fit each other.");
-  if (rows == 0 || count == 0) return ffi::Error::Success();
-  std::vector<int8_t> codes;
-  std::vector<float> scales, sums;
-  if (!kind->exact) {
-    codes.resize(rows * inputs * 2), scales.resize(rows * (inputs / 32)), sums.resize(rows * (inputs / 16));
+  const auto xs = x.dimensions();
+  if (xs.size() != 2 || panels.size() != ys.size())
+    return ffi::Error::InvalidArgument("x must have 2 dimensions, and each weight one result.");
+  const int64_t rows = xs[0], inputs = xs[1];
+  std::vector<Weight> weights;
+  int64_t parts = 0;
+  bool all_exact = true;
+  for (size_t i = 0; i < panels.size(); i++) {
+    const auto blocks = panels.get<ffi::Buffer<ffi::U8>>(i);
+    auto result = ys.get<ffi::Buffer<ffi::F32>>(i);
+    if (!blocks || !result) return ffi::Error::InvalidArgument("Panels must be bytes, and results float32.");
+    const auto name = formats.substr(0, formats.find(' '));
+    formats.remove_prefix(std::min(formats.size(), name.size() + 1));
+    const Format* format = found(*set, name);
+    if (!format) return ffi::Error::InvalidArgument("The kernels have no such format.");
+    const auto ws = blocks->dimensions(), rs = (*result)->dimensions();
+    if (ws.size() != 3 || rs.size() != 2 || ws[2] != 16 * int64_t(format->bytes) || ws[1] > INT64_MAX / format->size ||
+        ws[1] * format->size != inputs || rs[0] != rows || ws[0] > INT64_MAX / 16 || rs[1] != 16 * ws[0] ||
+        (!format->exact && inputs % 32))
+      return ffi::Error::InvalidArgument("The shapes of x, panels and y do not fit each other.");
+    if (rows == 0 || ws[0] == 0 || ws[1] == 0) continue;
+    Weight weight{format, blocks->typed_data(), (*result)->typed_data(), ws[0], ws[1] * ws[2], 0, parts};
+    // Parts of 128 KB, and not fewer than eight, so that threads end together.
+    weight.part = std::max<int64_t>(1, std::min(weight.count / 8, (128 * 1024) / weight.bytes));
+    if (weight.count * weight.bytes * rows < SMALL) weight.part = weight.count;
+    parts += weight.parts();
+    all_exact &= format->exact;
+    weights.push_back(weight);
   }
-  const Activations activations{x.typed_data(), codes.data(), scales.data(), sums.data(), rows, inputs};
-  if (!kind->exact) {
-    if (rows < 16)
-      for (int64_t row = 0; row < rows; row++) set->quantize(activations, row);
-    else
-      in_parallel(pool, rows, [&](int64_t row) { set->quantize(activations, row); });
+  Activations activations{x.typed_data(), nullptr, nullptr, nullptr, nullptr, rows, inputs};
+  std::unique_ptr<int8_t[]> codes;
+  std::unique_ptr<float[]> scales, tiles;
+  if (rows >= MANY) {
+    const int64_t count = (rows + set->tile - 1) / set->tile;
+    tiles.reset(new float[count * set->tile * inputs]);
+    activations.tiles = tiles.get();
+    in_parallel(pool, count, [&](int64_t tile) { set->arrange(activations, tile); });
+  } else if (!all_exact) {
+    codes.reset(new int8_t[rows * inputs * 2]), scales.reset(new float[rows * (inputs / 32) * 3]);
+    activations.codes = codes.get(), activations.scales = scales.get();
+    activations.sums = scales.get() + rows * (inputs / 32);
+    for (int64_t row = 0; row < rows; row++) set->quantize(activations, row);
   }
-  const int64_t panel = ws[1] * bytes;
-  // Parts of 128 KB, and not fewer than eight, so that threads end together.
-  int64_t part = std::max<int64_t>(1, std::min(count / 8, (128 * 1024) / panel));
-  if (count * panel * rows < SMALL) part = count;
-  const int64_t parts = (count + part - 1) / part;
-  in_parallel(pool, parts, [&](int64_t i) {
-    // Rows in the middle loop: activations of a few rows stay in the nearest cache while panels stream by.
-    for (int64_t from = 0; from < rows; from += 64)
-      for (int64_t at = i * part; at < std::min(count, (i + 1) * part); at++)
-        kind->product(panels.typed_data() + at * panel, activations, from, std::min(rows, from + 64),
-                      y->typed_data() + 16 * at, 16 * count);
+  in_parallel(pool, parts, [&](int64_t part) {
+    auto weight = weights.end();
+    while ((--weight)->first_of_all > part) {
+    }
+    const int64_t begin = (part - weight->first_of_all) * weight->part;
+    const int64_t end = std::min(weight->count, begin + weight->part), stride = 16 * weight->count;
+    alignas(64) float numbers[STRETCH * 16];
+    for (int64_t at = begin; at < end; at++) {
+      const uint8_t* panel = weight->panels + at * weight->bytes;
+      float* y = weight->y + 16 * at;
+      if (rows < MANY) weight->format->product(panel, activations, 0, rows, y, stride);
+      else weight->format->product_of_many(panel, activations, y, stride, numbers);
+    }
   });
+  return ffi::Error::Success();
+}
+
+// Adds up the parts of all ranges for the queries of one row and head.
+void combine(const Attention& a, int64_t row, int64_t kv_head, const float* parts, float* mixed, float* log_sum) {
+  const int64_t ranges = a.ranges(), size = a.part_size(), queries = a.seq * a.group;
+  const float* first = parts + (row * a.kv_heads + kv_head) * ranges * queries * size;
+  for (int64_t query = 0; query < queries; query++) {
+    float largest = std::numeric_limits<float>::lowest(), total = 0;
+    for (int64_t range = 0; range < ranges; range++)
+      largest = std::max(largest, first[(range * queries + query) * size]);
+    const int64_t at = ((row * a.seq + query / a.group) * a.kv_heads + kv_head) * a.group + query % a.group;
+    float* out = mixed + at * a.head_dim;
+    std::fill_n(out, a.head_dim, 0.0f);
+    for (int64_t range = 0; range < ranges; range++) {
+      const float* part = first + (range * queries + query) * size;
+      const float weight = std::exp(part[0] - largest);
+      total += weight * part[1];
+      for (int64_t d = 0; d < a.head_dim; d++) out[d] += weight * part[2 + d];
+    }
+    // A query that attends to nothing gets zeros. NaN stays NaN.
+    const float inverse = total == 0 ? 0 : 1 / total;
+    for (int64_t d = 0; d < a.head_dim; d++) out[d] *= inverse;
+    log_sum[at] = total == 0 ? std::numeric_limits<float>::lowest() : largest + std::log(total);
+  }
+}
+
+// Below this many numbers of keys, one thread is done before a second one has begun.
+constexpr int64_t FEW = 16 * 1024;
+
+ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                  ffi::Buffer<ffi::PRED> mask, ffi::ResultBuffer<ffi::F32> mixed, ffi::ResultBuffer<ffi::F32> log_sum,
+                  float scale, std::string_view precision) {
+  const Attending* set = chosen().attending;
+  if (!set) return ffi::Error(ffi::ErrorCode::kUnimplemented, "This processor has none of the kernels' instructions.");
+  const auto qs = q.dimensions(), ks = k.dimensions(), vs = v.dimensions(), ms = mask.dimensions();
+  if (qs.size() != 5 || ks.size() != 4 || ms.size() != 3)
+    return ffi::Error::InvalidArgument("q must have 5 dimensions, k and v 4, the mask 3.");
+  const Attention a{q.typed_data(), k.untyped_data(), v.untyped_data(), reinterpret_cast<const uint8_t*>(mask.typed_data()),
+                    scale, qs[0], qs[1], qs[2], qs[3], ks[2], qs[4]};
+  if (!std::equal(ks.begin(), ks.end(), vs.begin(), vs.end()) || k.element_type() != v.element_type() ||
+      ks[0] != a.batch || ks[1] != a.kv_heads || ks[3] != a.head_dim || ms[0] != a.batch || ms[1] != a.seq ||
+      ms[2] != a.slots || a.head_dim % set->lanes || !std::equal(qs.begin(), qs.end(), mixed->dimensions().begin()) ||
+      int64_t(log_sum->element_count()) != a.batch * a.seq * a.kv_heads * a.group)
+    return ffi::Error::InvalidArgument("The shapes of q, k, v, the mask and the results do not fit each other.");
+  const bool bits = k.element_type() == ffi::U16;
+  const auto part = k.element_type() == ffi::F32 && precision == "float32" ? set->float32
+                    : bits && precision == "bfloat16"                      ? set->bfloat16
+                    : bits && precision == "float16"                       ? set->float16
+                                                                           : nullptr;
+  if (!part) return ffi::Error::InvalidArgument("The kernels have no attention for the precision of k and v.");
+  const std::unique_ptr<float[]> parts(new float[a.parts_size()]);
+  const int64_t units = a.batch * a.kv_heads * a.ranges();
+  if (a.batch * a.kv_heads * a.slots * a.head_dim < FEW)
+    for (int64_t unit = 0; unit < units; unit++) part(a, unit, parts.get());
+  else
+    in_parallel(pool, units, [&](int64_t unit) { part(a, unit, parts.get()); });
+  for (int64_t row = 0; row < a.batch; row++)
+    for (int64_t kv_head = 0; kv_head < a.kv_heads; kv_head++)
+      combine(a, row, kv_head, parts.get(), mixed->typed_data(), log_sum->typed_data());
   return ffi::Error::Success();
 }
 
@@ -109,12 +215,24 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mistral_eqx_linear, linear,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<std::string_view>("formats"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mistral_eqx_attend, attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<std::string_view>("format"));
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("scale")
+                                  .Attr<std::string_view>("precision"));
 
 // The name of the instruction set in use; null without one.
-extern "C" const char* mistral_eqx_instructions() { return chosen() ? chosen()->name : nullptr; }
+extern "C" const char* mistral_eqx_instructions() { return chosen().instructions ? chosen().instructions->name : nullptr; }
 
 // Whether there are products for a format.
-extern "C" int mistral_eqx_has_format(const char* name) { return chosen() && found(*chosen(), name); }
+extern "C" int mistral_eqx_has_format(const char* name) { return chosen().instructions && found(*chosen().instructions, name); }

@@ -7,10 +7,13 @@
 
 #if defined(__AVX512VNNI__)
 #define LANES 16
+#define SET avx512
 #elif defined(__AVX2__)
 #define LANES 8
+#define SET avx2
 #elif defined(__ARM_FEATURE_DOTPROD)
 #define LANES 4
+#define SET neon
 #else
 #error "No instructions for products of 8-bit numbers; this file is compiled once for each set that has them."
 #endif
@@ -39,9 +42,14 @@ inline Floats floats(Words x) { return floats(Ints(x)); }  // For numbers below 
 inline Words widened(Halves x) { return __builtin_convertvector(x, Words); }
 inline Floats from_bfloat16(Halves x) { return (Floats)(widened(x) << 16); }
 
+// A number of this size has no fraction: a sum with it is rounded to the nearest integer, in its lowest bits.
+inline Ints rounded(Floats x) { return (Ints)(x + 12582912.0f) - 0x4b400000; }
+
 // ---- what differs between the sets ----
 
 #if defined(__AVX512VNNI__)
+
+inline float sum_of(Floats x) { return _mm512_reduce_add_ps((__m512)x); }
 
 inline Floats from_float16(Halves x) { return _mm512_cvtph_ps((__m256i)x); }
 
@@ -69,6 +77,12 @@ inline Words looked_up(Words codes, const int8_t* table) {
 }
 
 #elif defined(__AVX2__)
+
+inline float sum_of(Floats x) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
 
 inline Floats from_float16(Halves x) { return (Floats)_mm256_cvtph_ps((__m128i)x); }
 
@@ -106,6 +120,8 @@ inline Words looked_up(Words codes, const int8_t* table) {
 }
 
 #else
+
+inline float sum_of(Floats x) { return vaddvq_f32((float32x4_t)x); }
 
 inline Floats from_float16(Halves x) { return (Floats)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)x)); }
 

@@ -89,6 +89,70 @@ void product_of_floats(const uint8_t* panel, const Activations& x, int64_t row, 
     }
 }
 
+// The numbers of inputs `from` to `to`, into out[input][row].
+template <class F>
+void dequantize(const uint8_t* panel, int64_t from, int64_t to, float* out) {
+  for (int64_t at = from; at < to; at += 32, out += 32 * ROWS)
+    for (int strip = 0; strip < STRIPS; strip++) {
+      F f;
+      f.block = panel + at / F::size * ROWS * F::bytes, f.strip = strip;
+      const int part = int(at % F::size / 32);
+      Words w[8];
+      f.codes(part, w);
+      for (int i = 0; i < 8; i++) {
+        const int group = (32 * part + 4 * i) / F::group;
+        const Floats scale = f.scale(group), offset = f.offset(group) - scale * float(F::largest ? F::zero : 0);
+        for (int byte = 0; byte < 4; byte++) {
+          const Words code = w[i] << (24 - 8 * byte);
+          const Floats number = (F::largest ? floats(code >> 24) : floats((Ints)code >> 24)) * scale + offset;
+          std::memcpy(out + (4 * i + byte) * ROWS + strip * LANES, &number, sizeof number);
+        }
+      }
+    }
+}
+
+template <Floats (*convert)(Halves)>
+void widen(const uint8_t* panel, int64_t from, int64_t to, float* out) {
+  for (int64_t at = from * ROWS; at < to * ROWS; at += LANES, out += LANES) {
+    const Floats number = convert(load<Halves>(panel + at * 2));
+    std::memcpy(out, &number, sizeof number);
+  }
+}
+
+// So many rows that their sums stay in registers.
+constexpr int TILE = LANES == 16 ? 16 : LANES == 8 ? 6 : 5;
+
+void arrange(const Activations& x, int64_t tile) {
+  const int64_t from = tile * TILE, rows = std::min<int64_t>(TILE, x.rows - from);
+  float* out = x.tiles + from * x.inputs;
+  for (int64_t k = 0; k < x.inputs; k++)
+    for (int m = 0; m < TILE; m++) out[k * TILE + m] = m < rows ? x.numbers[(from + m) * x.inputs + k] : 0;
+}
+
+template <void (*dequantize)(const uint8_t*, int64_t, int64_t, float*)>
+void product_of_many(const uint8_t* panel, const Activations& x, float* y, int64_t stride, float* weights) {
+  for (int64_t from = 0; from < x.inputs; from += STRETCH) {
+    const int64_t count = std::min(STRETCH, x.inputs - from);
+    dequantize(panel, from, from + count, weights);
+    for (int64_t row = 0; row < x.rows; row += TILE) {
+      const float* tile = x.tiles + row * x.inputs + from * TILE;
+      Floats total[STRIPS][TILE] = {};
+      for (int64_t k = 0; k < count; k++)
+        for (int strip = 0; strip < STRIPS; strip++) {
+          const Floats w = load<Floats>(weights + k * ROWS + strip * LANES);
+#pragma GCC unroll 16
+          for (int m = 0; m < TILE; m++) total[strip][m] += w * tile[k * TILE + m];
+        }
+      for (int64_t m = 0; m < std::min<int64_t>(TILE, x.rows - row); m++)
+        for (int strip = 0; strip < STRIPS; strip++) {
+          float* at = y + (row + m) * stride + strip * LANES;
+          const Floats sum = from == 0 ? total[strip][m] : load<Floats>(at) + total[strip][m];
+          std::memcpy(at, &sum, sizeof sum);
+        }
+    }
+  }
+}
+
 template <class F>
 struct Quantized {
   template <int rows>
@@ -117,9 +181,6 @@ void product(const uint8_t* panel, const Activations& x, int64_t from, int64_t t
     }
   }
 }
-
-// A number of this size has no fraction: a sum with it is rounded to the nearest integer, in its lowest bits.
-inline Ints rounded(Floats x) { return (Ints)(x + 12582912.0f) - 0x4b400000; }
 
 inline uint32_t largest_of(Words x) {
   uint32_t lanes[LANES], largest = 0;
@@ -158,23 +219,18 @@ void quantize(const Activations& x, int64_t row) {
   }
 }
 
-#define BLOCKS(F) {#F, F::size, F::bytes, false, product<Quantized<F>>}
+#define BLOCKS(F) {#F, F::size, F::bytes, false, product<Quantized<F>>, product_of_many<dequantize<F>>}
 constexpr Format FORMATS[] = {
     BLOCKS(Q4_0), BLOCKS(Q4_1), BLOCKS(Q5_0), BLOCKS(Q5_1), BLOCKS(Q8_0),   BLOCKS(Q2_K),
     BLOCKS(Q3_K), BLOCKS(Q4_K), BLOCKS(Q5_K), BLOCKS(Q6_K), BLOCKS(IQ4_NL), BLOCKS(IQ4_XS),
-    {"BF16", 1, 2, true, product<InFloats<from_bfloat16>>},
-    {"F16", 1, 2, true, product<InFloats<from_float16>>},
+    {"BF16", 1, 2, true, product<InFloats<from_bfloat16>>, product_of_many<widen<from_bfloat16>>},
+    {"F16", 1, 2, true, product<InFloats<from_float16>>, product_of_many<widen<from_float16>>},
 };
 
 }  // namespace
 
-#if LANES == 16
-#define SET avx512
-#elif LANES == 8
-#define SET avx2
-#else
-#define SET neon
-#endif
 #define TEXT(x) #x
 #define NAME(x) TEXT(x)
-const Instructions SET = {NAME(SET), FORMATS, int(sizeof FORMATS / sizeof *FORMATS), quantize};
+namespace SET {
+const Instructions instructions = {NAME(SET), FORMATS, int(sizeof FORMATS / sizeof *FORMATS), quantize, TILE, arrange};
+}

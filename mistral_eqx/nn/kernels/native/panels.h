@@ -1,4 +1,4 @@
-// What a library for one instruction set offers: products of panels and rows of activations.
+// What the library for one instruction set offers: products of panels and rows of activations.
 #pragma once
 #include <cstdint>
 
@@ -12,6 +12,7 @@ struct Activations {
   int8_t* codes;         // (rows, inputs / 32, 2, 32): the first codes of 32 numbers, then their second ones
   float* scales;         // (rows, inputs / 32)
   float* sums;           // (rows, inputs / 16): of each 16 numbers, scale * codes added up
+  float* tiles;          // (rows / tile, inputs, tile): the numbers of some rows side by side, 0 where there is no row
   int64_t rows, inputs;
 };
 
@@ -22,13 +23,24 @@ struct Format {
   // The products of one panel, `inputs / size` blocks of 16 * bytes, with rows `from` to `to` of the activations, into
   // y[row * stride + 0 ... 15].
   void (*product)(const uint8_t* panel, const Activations& x, int64_t from, int64_t to, float* y, int64_t stride);
+  // The same for many rows, from the tiles of activations. A stretch of the panel is dequantized at a time, which pays if
+  // enough rows use it; `weights` has room for STRETCH * 16 numbers.
+  void (*product_of_many)(const uint8_t* panel, const Activations& x, float* y, int64_t stride, float* weights);
 };
+
+// So many inputs of a panel are dequantized at a time; a multiple of each block's size.
+constexpr int64_t STRETCH = 256;
 
 struct Instructions {
   const char* name;
   const Format* formats;
   int count;
   void (*quantize)(const Activations& x, int64_t row);
+  // How many rows a tile has; and makes a tile.
+  int64_t tile;
+  void (*arrange)(const Activations& x, int64_t tile);
 };
 
-extern const Instructions avx512, avx2, neon;
+namespace avx512 { extern const Instructions instructions; }
+namespace avx2 { extern const Instructions instructions; }
+namespace neon { extern const Instructions instructions; }
