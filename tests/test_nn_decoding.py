@@ -39,9 +39,9 @@ def _nbytes(tree):
 
 
 @functools.lru_cache
-def _compiled_loop(dtype, batch, config=CONFIG):
+def _compiled_loop(dtype, batch, config=CONFIG, cache_dtype=None):
     """The loop as XLA compiled it, and the bytes of the keys and values that it was compiled for."""
-    cache = Cache.init(config, batch, KV_SEQ, dtype)
+    cache = Cache.init(config, batch, KV_SEQ, dtype, cache_dtype)
     none = jnp.zeros(batch, jnp.int32)
     decoding = Decoding.init(none, jnp.zeros(batch, bool), jr.split(jr.key(0), batch), KV_SEQ)
     model = small_model(config=config, dtype=dtype)
@@ -72,6 +72,15 @@ def test_the_loop_holds_no_second_copy_of_the_cache(dtype, batch):
     assert memory.temp_size_in_bytes < _scratch(CONFIG, batch, dtype)
     assert _scratch(CONFIG, batch, dtype) < 0.5 * size
     _assert_updated_in_place(compiled.as_text(), batch, dtype)
+
+
+@pytest.mark.parametrize("cache_dtype", [pytest.param("int8", marks=pytest.mark.slow), "float8_e4m3"])
+def test_the_loop_updates_the_codes_of_a_cache_in_place(cache_dtype):
+    compiled, size = _compiled_loop("float32", 1, cache_dtype=cache_dtype)
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < _scratch(CONFIG, 1, "float32")
+    _assert_updated_in_place(compiled.as_text(), 1, "float32")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
