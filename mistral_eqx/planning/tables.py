@@ -143,6 +143,6 @@ def title(report: Report) -> str:
         lengths = f"{training.seq} tokens a row{micro_batches}, remat {training.remat}"
     codes = "" if report.cache_dtype is None else f", cache {report.cache_dtype}"
     return (
-        f"{report.model} ({report.parameters / size:.1f} {unit} weights, {report.dtype}{codes}) on {report.place}, batch "
-        f"{report.batch}, {lengths}"
+        f"{report.model} ({report.parameters / size:.1f} {unit} weights, {report.dtype}{codes}) on {report.place}, "
+        f"batch {report.batch}, {lengths}"
     )
