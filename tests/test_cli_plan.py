@@ -43,9 +43,8 @@ def test_all_takes_what_is_legal(tiny, monkeypatch):
 
     monkeypatch.setattr(planning, "_compiled", compiled)
     # 2 key/value heads, 2 queries each, and 4 entries, of which no pair can be torn apart.
-    result = run(
-        "plan", tiny, "--devices", 4, *SMALL, "--strategy", "all", "--mesh", "kv=2,rep=2", "--cache-dtype", "int8"
-    )
+    options = ("--strategy", "all", "--mesh", "kv=2,rep=2", "--cache-dtype", "int8")
+    result = run("plan", tiny, "--devices", 4, *SMALL, *options)
     assert result.exit_code == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines()]
     planned = [row[0] for row in rows if row[1:3] == ["(kv=2,rep=2)", "decode"]]

@@ -1,13 +1,14 @@
 """Keys and values that are rounded to 8 bits, against numpy and ml_dtypes."""
 
 import dataclasses
-import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from fixtures.generation import refused
 from fixtures.model import SMALL
 from fixtures.sharding import mesh, sharded
 from jax.sharding import PartitionSpec as P
@@ -79,7 +80,7 @@ def test_fp8_codes_are_those_of_ml_dtypes():
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
 def test_what_is_not_finite_stays_so(cache_dtype, wrong):
     new = drawn().at[1, 2, 3, 4].set(wrong)
-    floats = np.asarray(stored(new, cache_dtype).floats)
+    floats = np.array(stored(new, cache_dtype).floats)
     assert not np.isfinite(floats[1, 2, 3]).all()
     floats[1, 2, 3] = 0
     assert np.isfinite(floats).all()
@@ -99,25 +100,34 @@ def test_a_scale_is_that_of_the_whole_vector_where_head_dim_is_split(cache_dtype
     jax.tree.map(np.testing.assert_array_equal, found, (expected.numbers, expected.scales))
 
 
+@eqx.filter_jit
+def extend(layers, k, v, start):
+    """Adds keys and values to each layer."""
+    slots, new = jnp.arange(12, dtype=jnp.int32), jnp.arange(k.shape[2], dtype=jnp.int32)
+    before = jnp.where(slots < start, slots, -1)
+    positions = jnp.broadcast_to(start + new, (k.shape[0], k.shape[2]))
+    context = Context.init(SMALL.rope, positions, cached=(jnp.broadcast_to(before, (k.shape[0], 12)), start))
+    return [layer.extend(k, v, context) for layer in layers]
+
+
 @pytest.mark.parametrize("cache_dtype", CODES)
-@pytest.mark.parametrize("windows", [(None, None), (3, 3)])
-def test_a_layer_with_numbers_that_codes_can_hold_is_one_of_floats(cache_dtype, windows):
-    """As long as the window and longer, in one pass and token by token, and grown in between."""
+def test_a_layer_with_numbers_that_codes_can_hold_is_one_of_floats(cache_dtype):
+    """With and without a window: longer than it, in one pass and token by token, and grown in between."""
     shape = 2, SMALL.kv_heads, 9, SMALL.head_dim
-    k, v = (jnp.asarray(x) for x in (exact(cache_dtype, shape), exact(cache_dtype, shape)[:, ::-1].copy()))
-    config = functools.partial(Cache.init, dataclasses.replace(SMALL, windows=windows), 2, 6, chunk=2)
-    layers = config().layers[0], config(cache_dtype=cache_dtype).layers[0]
-    start = 0
+    k = exact(cache_dtype, shape)
+    k, v = (jnp.asarray(x) for x in (k, k[:, ::-1].copy()))
+    config = dataclasses.replace(SMALL, windows=(None, 3))
+    caches = [Cache.init(config, 2, 6, cache_dtype=one, chunk=2) for one in (None, cache_dtype)]
+    layers, start = [layer for cache in caches for layer in cache.layers], 0
     for count in (2, 1, 1, 2, 1, 2):
         if start == 4:
-            layers = tuple(layer.grow(12) for layer in layers)
-        positions = jnp.arange(start, start + count, dtype=jnp.int32)[None].repeat(2, axis=0)
-        before = jnp.where(jnp.arange(12) < start, jnp.arange(12, dtype=jnp.int32), -1)[None].repeat(2, axis=0)
-        context = Context.init(SMALL.rope, positions, cached=(before, jnp.asarray(start, jnp.int32)))
-        new = k[:, :, start : start + count], v[:, :, start : start + count]
-        (floats, *expected), (codes, *found) = (layer.extend(*new, context) for layer in layers)
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
-        layers, start = (floats, codes), start + count
+            layers = [layer.grow(12) for layer in layers]
+        stop = start + count
+        results = extend(layers, k[:, :, start:stop], v[:, :, start:stop], jnp.asarray(start, jnp.int32))
+        layers = [layer for layer, *_ in results]
+        for (_, *expected), (_, *found) in zip(results[:2], results[2:], strict=True):
+            jax.tree.map(np.testing.assert_array_equal, found, expected)
+        start = stop
 
 
 @pytest.mark.parametrize("cache_dtype", CODES)
@@ -128,5 +138,5 @@ def test_the_size_is_a_quarter_of_float32_and_the_scales(cache_dtype):
 
 
 def test_a_wrong_cache_dtype_is_refused():
-    with pytest.raises(ValueError, match="cache_dtype is 'int4'; it must be one of 'int8', 'float8_e4m3'."):
+    with refused("cache_dtype is 'int4'; it must be one of 'int8', 'float8_e4m3'."):
         Cache.init(SMALL, 1, 4, cache_dtype="int4")

@@ -68,7 +68,8 @@ class Attention(eqx.Module):
         inputs = q, k, v, *context.bounds(self.window), key_index
         # Where `head_dim` is split, scores are partial sums; a tile has no psum.
         tiled = q.shape[1] * k.shape[2] > _WHOLE and context.mask is None and not self.strategy.axes("head_dim")
-        mixed, log_sum = self._in_tiles(*inputs) if tiled else self._whole(*inputs, context.mask)
+        stored = cache is None or cache.k_buffer.scales is None
+        mixed, log_sum = self._in_tiles(*inputs) if tiled else self._whole(*inputs, context.mask, stored)
         if self.strategy.axes("kv_seq"):
             weight = jnp.exp(log_sum - pmax(log_sum, "kv_seq", self.strategy))
             mixed, total = psum_together(mixed * weight, weight, "kv_seq", self.strategy)
@@ -76,19 +77,27 @@ class Attention(eqx.Module):
         return self.o_proj(mixed.astype(x.dtype)), cache
 
     def _whole(
-        self, q: Array, k: Array, v: Array, first: Array, last: Array, key_index: Array, mask: Array | None
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        first: Array,
+        last: Array,
+        key_index: Array,
+        mask: Array | None,
+        stored: bool,
     ) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
         """The softmax-weighted sums of values, and the logarithms of the sums of exponentiated scores."""
         span = attention_mask(first, last, key_index)
         mask = span if mask is None else span & mask
-        scores = psum(contract_head_dim(q, k), "head_dim", self.strategy) * self.scale
+        scores = psum(contract_head_dim(q, k, stored=stored), "head_dim", self.strategy) * self.scale
         # A finite number: a padding query attends to no key, and minus infinity would make its weights NaN.
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
         largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         total, log_sum = (jnp.transpose(x, (0, 3, 1, 2, 4)) for x in (total, largest + jnp.log(total)))
-        return contract_kv_seq(weights, v) / total, log_sum
+        return contract_kv_seq(weights, v, stored=stored) / total, log_sum
 
     def _in_tiles(
         self, q: Array, k: Array, v: Array, first: Array, last: Array, key_index: Array

@@ -8,13 +8,21 @@ from ..precision import at_least_float32
 
 
 def contract_head_dim(
-    q: Float[Array, "batch seq kv_heads q_per_kv head_dim"], k: Float[Array, "batch kv_heads kv_seq head_dim"]
+    q: Float[Array, "batch seq kv_heads q_per_kv head_dim"],
+    k: Float[Array, "batch kv_heads kv_seq head_dim"],
+    *,
+    stored: bool = True,
 ) -> Float[Array, "batch kv_heads q_per_kv seq kv_seq"]:
-    """The score of each query and key."""
+    """The score of each query and key.
+
+    **Arguments:**
+
+    - `stored`: whether the keys are in memory as they are; dequantized ones are not.
+    """
     batch, seq, kv_heads, q_per_kv, head_dim = q.shape
     queries = jnp.transpose(q, (0, 2, 3, 1, 4)).reshape(batch * kv_heads, q_per_kv * seq, head_dim)
     keys = k.reshape(batch * kv_heads, -1, head_dim)
-    if seq == 1 and q.dtype == jnp.float32:
+    if stored and seq == 1 and q.dtype == jnp.float32:
         scores = lax.platform_dependent(queries, keys, cpu=_scores_elementwise, default=_scores_matmul)
     else:
         scores = _scores_matmul(queries, keys)
@@ -22,13 +30,16 @@ def contract_head_dim(
 
 
 def contract_kv_seq(
-    weights: Float[Array, "batch kv_heads q_per_kv seq kv_seq"], v: Float[Array, "batch kv_heads kv_seq head_dim"]
+    weights: Float[Array, "batch kv_heads q_per_kv seq kv_seq"],
+    v: Float[Array, "batch kv_heads kv_seq head_dim"],
+    *,
+    stored: bool = True,
 ) -> Float[Array, "batch seq kv_heads q_per_kv head_dim"]:
-    """Sums of values, weighted for each query and key."""
+    """Sums of values, weighted for each query and key; `stored` as for `contract_head_dim`."""
     batch, kv_heads, q_per_kv, seq, kv_seq = weights.shape
     rows = weights.reshape(batch * kv_heads, q_per_kv * seq, kv_seq).astype(v.dtype)
     values = v.reshape(batch * kv_heads, kv_seq, -1)
-    if seq == 1 and v.dtype == jnp.float32:
+    if stored and seq == 1 and v.dtype == jnp.float32:
         context = lax.platform_dependent(rows, values, cpu=_context_elementwise, default=_context_matmul)
     else:
         context = _context_matmul(rows, values)
@@ -36,7 +47,8 @@ def contract_kv_seq(
 
 
 # Batch and heads are one dimension: over two, XLA on CPU compiles the bfloat16 product with values but cannot run it.
-# For one float32 query, its matmul copies all keys and values; elementwise products read them in place.
+# For one float32 query, its matmul copies all keys and values; elementwise products read them in place. Dequantized ones
+# are a copy already, of which the matmul is faster.
 
 
 def _scores_matmul(queries: Array, keys: Array) -> Array:
