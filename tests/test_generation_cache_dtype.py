@@ -26,7 +26,8 @@ NEW, WIDTH = 6, 48
 PROMPTS = random_prompts(3, 13, 20)
 # Float64 sums in another order, of log-probabilities of about 10.
 TOLERANCE = 1e-11
-# Reported log-probabilities are computed in float32: logits below 8 and three operations with them round by half of eps each.
+# Reported log-probabilities are computed in float32: logits below 8, and three operations with them, round by half of
+# eps each.
 REPORTED = {"rtol": 0, "atol": 4 * 8 * 2**-24}
 
 

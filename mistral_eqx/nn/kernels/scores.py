@@ -47,8 +47,8 @@ def contract_kv_seq(
 
 
 # Batch and heads are one dimension: over two, XLA on CPU compiles the bfloat16 product with values but cannot run it.
-# For one float32 query, its matmul copies all keys and values; elementwise products read them in place. Dequantized keys
-# and values are a copy already, and the matmul of a copy is faster.
+# For one float32 query, its matmul copies all keys and values; elementwise products read them in place.
+# Dequantized keys and values are a copy already, and the matmul of a copy is faster.
 
 
 def _scores_matmul(queries: Array, keys: Array) -> Array:
