@@ -28,6 +28,8 @@ NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 PositiveShare = Annotated[float, Gt(0), Le(1)]
 ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
+# The codes of a quantized KV cache.
+CacheDType = Literal["int8", "float8_e4m3"]
 
 _BOUNDS: dict[Any, tuple[str, Callable[[Any, Any], bool]]] = {
     Gt: ("greater than", lambda value, bound: value > bound.gt),

@@ -290,7 +290,7 @@ def test_modules_do_not_ask_where_they_run_or_what_they_have():
     # A cache is made before there is an array that could tell its device; a tangent that is zero is told by its type,
     # and so are the layers of a model that have a weight.
     found = {("nn/layers.py", "isinstance"), ("nn/kernels/dense.py", "isinstance")}
-    assert asked == {("nn/cache.py", "jax.default_backend"), *found}
+    assert asked == {("nn/buffer.py", "jax.default_backend"), *found}
 
 
 def test_importing_the_package_starts_no_device():

@@ -61,7 +61,7 @@ CASES = [
     (mx.BannedTokens, "ids", ({},)),
     (mx.MinNewTokens, "count", ()),
     *((_generate, name, ()) for name in ("model", "prompts", "num_samples", "prefill_chunk")),
-    *((_generate, name, (None,)) for name in ("max_new_tokens", "sampler", "key", "logprobs", "prefix")),
+    *((_generate, name, (None,)) for name in ("max_new_tokens", "sampler", "key", "logprobs", "prefix", "cache_dtype")),
     (_generate, "eos_id", (None, {})),
     *((_beams, name, ()) for name in ("model", "prompts", "num_beams", "num_return_sequences")),
     (_beams, "max_new_tokens", (None,)),

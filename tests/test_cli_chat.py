@@ -55,6 +55,20 @@ def test_reset_forgets_and_exit_leaves(tiny):
 
 
 @pytest.mark.slow
+def test_the_cache_can_be_quantized(tiny, monkeypatch):
+    made, init = [], Conversation.__init__
+
+    def spied(conversation, model, **options):
+        made.append(options)
+        init(conversation, model, **options)
+
+    monkeypatch.setattr(Conversation, "__init__", spied)
+    result = run("chat", "--model", tiny, "-n", 2, "--cache-dtype", "int8", input="Hello\n/reset\nHello\n")
+    assert result.exit_code == 0, result.stderr
+    assert made == 2 * [{"cache_dtype": "int8"}]
+
+
+@pytest.mark.slow
 def test_a_full_context_is_one_sentence(tmp_path):
     small = save_tiny_model(tmp_path / "small", max_positions=64)
     result = run("chat", "--model", small, "-n", 5, input="x" * 100)

@@ -39,10 +39,11 @@ def lines(found):
 
 @pytest.mark.slow
 def test_results_are_on_stdout_and_figures_on_stderr(tiny, text):
-    result = run("evaluate", "perplexity", "--text", text, "--model", tiny, "--context", 64, "--stride", 32)
+    options = ("--context", 64, "--stride", 32, "--cache-dtype", "int8")
+    result = run("evaluate", "perplexity", "--text", text, "--model", tiny, *options)
     assert result.exit_code == 0, result.stderr
     # The ends of lines are the file's, two bytes each.
-    found = mx.perplexity(mx.load(tiny), mx.load_tokenizer(tiny), TEXT, context=64, stride=32)
+    found = mx.perplexity(mx.load(tiny), mx.load_tokenizer(tiny), TEXT, context=64, stride=32, cache_dtype="int8")
     assert found.tokens == found.bytes == len(TEXT.encode())
     assert result.stdout.splitlines() == lines(found)
     (line,) = result.stderr.splitlines()

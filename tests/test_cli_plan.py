@@ -43,13 +43,14 @@ def test_all_takes_what_is_legal(tiny, monkeypatch):
 
     monkeypatch.setattr(planning, "_compiled", compiled)
     # 2 key/value heads, 2 queries each, and 4 entries, of which no pair can be torn apart.
-    result = run("plan", tiny, "--devices", 4, *SMALL, "--strategy", "all", "--mesh", "kv=2,rep=2")
+    options = ("--strategy", "all", "--mesh", "kv=2,rep=2", "--cache-dtype", "int8")
+    result = run("plan", tiny, "--devices", 4, *SMALL, *options)
     assert result.exit_code == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines()]
     planned = [row[0] for row in rows if row[1:3] == ["(kv=2,rep=2)", "decode"]]
     assert planned == 2 * ["kv_replicated", "heads_x_head_dim", "heads_x_kv_seq"]
-    assert "bfloat16) on 4 virtual devices, batch 2, prompt 16, kv_seq 64" in result.stdout
-    assert [job.axes for job in jobs] == 3 * [{"kv": 2, "rep": 2}]
+    assert "bfloat16, cache int8) on 4 virtual devices, batch 2, prompt 16, kv_seq 64" in result.stdout
+    assert [(job.axes, job.cache_dtype) for job in jobs] == 3 * [({"kv": 2, "rep": 2}, "int8")]
     refused = [line.split(" is not planned: ")[0] for line in result.stderr.splitlines()]
     assert refused == ["heads", "sequence_parallel", "head_dim"]
 
@@ -67,7 +68,10 @@ def test_all_takes_what_is_legal(tiny, monkeypatch):
         (("--topology", "v4:0x0x0"), ["'v4:0x0x0' has 0 chips"]),
         (("--topology", "v4:99999x99999x99999"), ["'v4:99999x99999x99999'", "16384 at most"]),
         (("--devices", 1, "--train", "--zero", 9), ["--zero is [9]", "one of 0, 1, 2, 3"]),
-        (("--devices", 1, "--train", "--prompt", 3), ["--prompt and --kv-seq are of generation", "--seq"]),
+        (
+            ("--devices", 1, "--train", "--prompt", 3),
+            ["--prompt, --kv-seq and --cache-dtype are of generation", "--seq"],
+        ),
         (("--devices", 1, "--picture", "x.zzz"), ["'x.zzz' must end in one of", ".png"]),
         (("--devices", 1, "--picture", "absent/x.png"), ["'absent/x.png'", "folder that is not there"]),
     ],

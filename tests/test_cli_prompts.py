@@ -189,9 +189,23 @@ def test_all_sampling_options_reach_the_sampler(tiny):
     assert result.stdout == out.texts[0] + "\n"
 
 
+@pytest.mark.slow
+def test_the_cache_can_be_quantized(tiny):
+    tokenizer, model = mx.load_tokenizer(tiny), mx.load(tiny)
+    ids, options = [tokenizer.encode("Call me")], ("--model", tiny, "--cache-dtype", "int8", "-n", 8)
+    out = mx.generate(model, ids, max_new_tokens=8, logprobs=0, eos_id=1, cache_dtype="int8")
+    (line,) = lines(run("generate", *options, "--logprobs", 0, "--prompts", "-", input='"Call me"').stdout)
+    found = [token["logprob"] for token in line["logprobs"]]
+    assert (np.float32(found) == out.log_probs[0, : len(found)]).all()
+    best = mx.beam_search(model, ids, num_beams=2, max_new_tokens=8, eos_id=1, cache_dtype="int8")
+    (line,) = lines(run("generate", *options, "--num-beams", 2, "--prompts", "-", input='"Call me"').stdout)
+    assert np.float32(line["score"]) == best.scores[0, 0]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (("--cache-dtype", "int4"), ["int4", "int8", "float8_e4m3"]),
         (("--num-beams", 2, "--temperature", 1), ["--temperature does not combine with --num-beams"]),
         (("--num-beams", 2, "--presence-penalty", 1), ["--presence-penalty does not combine with --num-beams"]),
         (("--num-beams", 2, "--min-new-tokens", 1), ["--min-new-tokens does not combine with --num-beams"]),

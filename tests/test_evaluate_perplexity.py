@@ -82,6 +82,19 @@ def test_progress_tells_what_was_measured_so_far(model):
     assert seen[0] == first
 
 
+@pytest.mark.slow
+def test_a_quantized_cache_costs_smollm2_little(smollm2_path):
+    """The text and the windows of `examples/quantize.py`."""
+    smollm2, tokenizer = mx.load(smollm2_path, dtype="float32"), mx.load_tokenizer(smollm2_path)
+    text = BOOK.read_text(encoding="utf-8")[:1500]
+    found = {
+        cache_dtype: mx.perplexity(smollm2, tokenizer, text, context=512, cache_dtype=cache_dtype).perplexity
+        for cache_dtype in (None, "int8", "float8_e4m3")
+    }
+    assert found["int8"] == pytest.approx(found[None], rel=0.01)
+    assert found["float8_e4m3"] == pytest.approx(found[None], rel=0.05)
+
+
 def whole_and_parts(tokenizer, text):
     tokens = [token for part in module.encode_parts(tokenizer, io.StringIO(text)) for token in part]
     assert sum(token.bytes for token in tokens) == len(text.encode())

@@ -342,7 +342,7 @@ def _loop(dtype, batch=2, beams=3):
 @pytest.mark.slow
 def test_a_step_does_nothing_with_a_whole_cache_but_update_and_contract_it(dtype):
     kept, cache = _loop(dtype)
-    shape = cache.layers[0].k_buffer.shape
+    shape = cache.layers[0].k_buffer.numbers.shape
     compiled = beam.extend.lower(kept, cache).compile().compiled
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))

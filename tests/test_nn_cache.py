@@ -31,7 +31,7 @@ def test_trap_one_stacked_array_made_everything_slow(dtype):
     assert len(cache.layers) == SMALL.layers
     for layer in cache.layers:
         assert type(layer) is FullCache
-        assert layer.k_buffer.shape == layer.v_buffer.shape == (3, SMALL.kv_heads, 10, SMALL.head_dim)
+        assert layer.k_buffer.numbers.shape == layer.v_buffer.numbers.shape == (3, SMALL.kv_heads, 10, SMALL.head_dim)
         assert layer.k.shape == layer.v.shape == (3, SMALL.kv_heads, 10, SMALL.head_dim)
         assert layer.k.dtype == layer.v.dtype == dtype
     assert cache.positions.shape == (3, 10)
@@ -44,7 +44,7 @@ def test_trap_one_stacked_array_made_everything_slow(dtype):
 def test_16_bit_buffers_hold_bits_on_a_cpu_only():
     for platform, stored in (("cpu", jnp.uint16), ("tpu", jnp.bfloat16), (None, jnp.uint16)):
         layer = Cache.init(SMALL, 1, 4, jnp.bfloat16, platform=platform).layers[0]
-        assert layer.k_buffer.dtype == layer.v_buffer.dtype == stored
+        assert layer.k_buffer.numbers.dtype == layer.v_buffer.numbers.dtype == stored
         assert layer.k.dtype == jnp.bfloat16
         new = jnp.asarray(
             np.random.default_rng(0).standard_normal((1, SMALL.kv_heads, 2, SMALL.head_dim)), jnp.bfloat16
@@ -52,7 +52,7 @@ def test_16_bit_buffers_hold_bits_on_a_cpu_only():
         cached = jnp.asarray([[0, -1, -1, -1]], jnp.int32), jnp.asarray(1, jnp.int32)
         context = Context.init(SMALL.rope, jnp.asarray([[1, 2]], jnp.int32), cached=cached)
         updated, k, v, index = layer.extend(new, -new, context)
-        assert updated.k_buffer.dtype == stored
+        assert updated.k_buffer.numbers.dtype == stored
         np.testing.assert_array_equal(index, [[0, 1, 2, -1]])
         np.testing.assert_array_equal((k, v), (updated.k, updated.v))
         np.testing.assert_array_equal(updated.k[:, :, 1:3], new)
@@ -71,7 +71,7 @@ def test_trap_list_of_caches_aliased_between_beams():
     second_logits, copies[1] = run(model, second_token, None, copies[1])
     _assert_equal(cache, before)
     _assert_equal(copies[0], first)
-    assert np.any(np.asarray(copies[1].layers[0].k_buffer) != first.layers[0].k_buffer)
+    assert np.any(np.asarray(copies[1].layers[0].k) != first.layers[0].k_buffer.numbers)
     # In the other order the tokens give the same.
     np.testing.assert_array_equal(run(model, second_token, None, cache)[0], second_logits)
     np.testing.assert_array_equal(run(model, first_token, None, cache)[0], first_logits)

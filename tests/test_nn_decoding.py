@@ -39,9 +39,9 @@ def _nbytes(tree):
 
 
 @functools.lru_cache
-def _compiled_loop(dtype, batch, config=CONFIG):
+def _compiled_loop(dtype, batch, config=CONFIG, cache_dtype=None):
     """The loop as XLA compiled it, and the bytes of the keys and values that it was compiled for."""
-    cache = Cache.init(config, batch, KV_SEQ, dtype)
+    cache = Cache.init(config, batch, KV_SEQ, dtype, cache_dtype)
     none = jnp.zeros(batch, jnp.int32)
     decoding = Decoding.init(none, jnp.zeros(batch, bool), jr.split(jr.key(0), batch), KV_SEQ)
     model = small_model(config=config, dtype=dtype)
@@ -49,16 +49,17 @@ def _compiled_loop(dtype, batch, config=CONFIG):
     return decode.lower(kept, cache).compile().compiled, _nbytes(cache.layers)
 
 
-def _scratch(config, batch, dtype):
+def _scratch(config, batch, dtype, cache_dtype=None):
     """The most that a step may need besides weights, cache and state.
 
     Scores and their softmax for one layer in float32, twice over, masks, and the logits. For 16-bit floats on a CPU
-    also one layer's keys and values, as floats in place of bits.
+    also one layer's keys and values, as floats in place of bits; for codes of 8 bits the same, dequantized.
     """
     scores = 4 * batch * config.q_heads * KV_SEQ * 4
     masks = 8 * batch * KV_SEQ
     logits = 4 * batch * config.vocab * 4
-    layer = 2 * batch * config.kv_heads * KV_SEQ * config.head_dim * 2 if jnp.dtype(dtype).itemsize == 2 else 0
+    size = jnp.dtype(dtype).itemsize
+    layer = 2 * batch * config.kv_heads * KV_SEQ * config.head_dim * size if size == 2 or cache_dtype else 0
     return scores + masks + logits + layer + 64 * 1024
 
 
@@ -74,12 +75,26 @@ def test_the_loop_holds_no_second_copy_of_the_cache(dtype, batch):
     _assert_updated_in_place(compiled.as_text(), batch, dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cache_dtype", [pytest.param("int8", marks=pytest.mark.slow), "float8_e4m3"])
+def test_the_loop_updates_the_codes_of_a_cache_in_place(cache_dtype):
+    compiled, size = _compiled_loop("float32", 1, cache_dtype=cache_dtype)
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < _scratch(CONFIG, 1, "float32", cache_dtype)
+    _assert_updated_in_place(compiled.as_text(), 1, "float32", cache_dtype)
+    # A quarter of float32's, and a scale for each token and head.
+    entries = CONFIG.layers * 2 * CONFIG.kv_heads * KV_SEQ
+    assert size == entries * (CONFIG.head_dim + 4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype"), [("float32", None), ("bfloat16", None), ("float32", "int8"), ("bfloat16", "float8_e4m3")]
+)
 @pytest.mark.slow
-def test_scratch_memory_does_not_grow_with_the_layers(dtype):
+def test_scratch_memory_does_not_grow_with_the_layers(dtype, cache_dtype):
     more = dataclasses.replace(CONFIG, layers=6, windows=(None,) * 6)
-    small, _ = _compiled_loop(dtype, 1)
-    large, _ = _compiled_loop(dtype, 1, more)
+    small, _ = _compiled_loop(dtype, 1, cache_dtype=cache_dtype)
+    large, _ = _compiled_loop(dtype, 1, more, cache_dtype)
     assert large.memory_analysis().temp_size_in_bytes < small.memory_analysis().temp_size_in_bytes + 4096
 
 
@@ -147,7 +162,7 @@ def _instructions(text):
                 yield match[2], match[1], line
 
 
-def _assert_updated_in_place(text, batch, dtype):
+def _assert_updated_in_place(text, batch, dtype, cache_dtype=None):
     """Everything that is as large as one layer's keys is the buffer itself, or one slot of it being replaced."""
     computations = _computations(text)
     entries = batch * CONFIG.kv_heads * KV_SEQ * CONFIG.head_dim
@@ -166,7 +181,8 @@ def _assert_updated_in_place(text, batch, dtype):
         if root == "dynamic-update-slice":
             updates += 1
             continue
-        # The bits of one layer's 16-bit keys or values, as floats.
-        assert (dtype, shape.split("[")[0], size) == ("bfloat16", "bf16", entries), line
+        # The bits of one layer's 16-bit keys or values, as floats, or its codes, dequantized.
+        assert dtype == "bfloat16" or cache_dtype, line
+        assert (shape.split("[")[0], size) == ("bf16" if dtype == "bfloat16" else "f32", entries), line
         assert root in ("bitcast", "bitcast-convert"), line
     assert updates == 2 * CONFIG.layers

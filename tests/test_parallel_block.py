@@ -9,7 +9,7 @@ from fixtures.model import SMALL, relative_error, small_model
 from fixtures.sharding import mesh, sharded
 from jax.sharding import PartitionSpec as P
 
-from mistral_eqx.nn import Context, FullCache
+from mistral_eqx.nn import Buffer, Context, FullCache
 from mistral_eqx.parallel import SINGLE, Strategy, specs, with_strategy
 
 
@@ -51,8 +51,8 @@ def test_a_block_on_several_devices_is_the_one_on_one(layout, all_reduces, devic
     model = small_model(config=CONFIG, dtype=dtype)
     block = model.blocks[0]
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 7, CONFIG.embed)), dtype)
-    buffer = jnp.zeros((1, CONFIG.kv_heads, KV_SEQ, CONFIG.head_dim), dtype)
-    layer = FullCache(buffer, buffer, jnp.dtype(dtype))
+    buffer = Buffer.init((1, CONFIG.kv_heads, KV_SEQ, CONFIG.head_dim), dtype)
+    layer = FullCache(buffer, buffer)
     expected, expected_layer = eqx.filter_jit(_apply)(with_strategy(block, SINGLE), x, layer)
 
     split = strategy.spec("batch kv_heads kv_seq head_dim")
@@ -64,5 +64,5 @@ def test_a_block_on_several_devices_is_the_one_on_one(layout, all_reduces, devic
     bound = 2e-6 if dtype == "float32" else 2**-6
     assert relative_error(found, expected) < bound
     assert relative_error(found_layer.k, expected_layer.k) < bound
-    assert found_layer.k.addressable_shards[0].data.size == buffer.size // devices
+    assert found_layer.k.addressable_shards[0].data.size == buffer.numbers.size // devices
     assert block.attention.scale == pytest.approx(CONFIG.head_dim**-0.5)

@@ -70,16 +70,17 @@ def _forward(model, batch, seq):
     return exchanges(eqx.filter_jit(lambda model, ids: model(ids)).lower(model, jnp.zeros((batch, seq), jnp.int32)))
 
 
-def _prefill(model, batch, seq, kv_seq):
+def _prefill(model, batch, seq, kv_seq, cache_dtype=None):
     ids = jnp.zeros((batch, seq), jnp.int32)
-    return exchanges(read_chunk.lower((model, ids, ids), Cache.init(model.config, batch, kv_seq, model.dtype)))
+    cache = Cache.init(model.config, batch, kv_seq, model.dtype, cache_dtype)
+    return exchanges(read_chunk.lower((model, ids, ids), cache))
 
 
-def _step(model, batch, kv_seq, sampler):
+def _step(model, batch, kv_seq, sampler, cache_dtype=None):
     none = jnp.zeros(batch, jnp.int32)
     decoding = Decoding.init(none, none > 0, jr.split(jr.key(0), batch), 8)
     kept = (model, decoding, sampler, jnp.zeros(2, jnp.int32), jnp.zeros((), jnp.int32))
-    return exchanges(decode.lower(kept, Cache.init(model.config, batch, kv_seq, model.dtype)))
+    return exchanges(decode.lower(kept, Cache.init(model.config, batch, kv_seq, model.dtype, cache_dtype)))
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,23 @@ def test_the_closed_form_is_what_the_programs_exchange(layout, axes):
         assert _step(model, BATCH, KV_SEQ, sampler) == _counted(
             communication.decoding_step(*form, kv_seq=KV_SEQ, sampler=sampler, **sizes)
         )
+
+
+@pytest.mark.parametrize(
+    ("layout", "axes"),
+    [
+        (mx.HEAD_DIM.layout, "tp=4"),
+        pytest.param(mx.HEADS_X_KV_SEQ.layout, "kv=4,rep=2", marks=pytest.mark.slow),
+        pytest.param("head_dim@a kv_seq@b batch@c", "a=2,b=2,c=2", marks=pytest.mark.slow),
+    ],
+)
+def test_the_scales_of_a_cache_are_exchanged_where_head_dim_is_split(layout, axes):
+    model = _on(layout, axes)
+    form = CONFIG, model.strategy, model.mesh.shape
+    sizes = {"batch": BATCH, "kv_seq": KV_SEQ, "cache_dtype": "int8"}
+    found = _prefill(model, BATCH, 5, KV_SEQ, "int8"), _step(model, BATCH, KV_SEQ, mx.Sampler(), "int8")
+    assert found[0] == _counted(communication.prefill(*form, seq=5, dtype="float32", **sizes))
+    assert found[1] == _counted(communication.decoding_step(*form, dtype="float32", **sizes))
 
 
 @pytest.mark.parametrize("layout", ["kv_heads@a kv_seq@b hidden@a vocab@a tokens@a", "embed@a head_dim@b", "vocab@a,b"])

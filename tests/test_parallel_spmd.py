@@ -57,7 +57,7 @@ def test_specs_of_a_model_and_of_its_cache():
     assert found.blocks[0].attention_norm.weight == P("e")
     assert found.embedding.weight.value == found.head.weight.value == P("v", "e")
     cache = specs(Cache.init(SMALL, 2, 8), ALL)
-    assert cache.layers[0].k_buffer == P("dp", "kv", "s", "d")
+    assert cache.layers[0].k_buffer.numbers == P("dp", "kv", "s", "d")
     assert (cache.positions, cache.used) == (P("dp", "s"), P())
     # Shapes do as well as arrays, so a plan needs no weights.
     shapes = eqx.filter_eval_shape(Mistral.init, SMALL, key=jax.random.key(0))

@@ -93,6 +93,16 @@ def test_each_device_has_its_part_of_weights_and_cache(strategy, axes, parts, ca
     assert found["grow"].memory.cache == found["prefill"].memory.cache + found["decode"].memory.cache
 
 
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3"])
+def test_a_quantized_cache_has_a_byte_a_number_and_scales(cache_dtype):
+    layout, axes = mx.HEADS_X_HEAD_DIM.layout, {"kv": 4, "rep": 2}
+    job = Job(CONFIG, None, 8, layout, axes, BATCH, PROMPT, KV_SEQ, "bfloat16", cache_dtype)
+    *_, decode = programs(job, jax.devices())
+    # The devices that split `head_dim` have the same scales.
+    scales = cache_bytes(CONFIG, KV_SEQ, 4) // CONFIG.head_dim
+    assert decode.memory.cache == cache_bytes(CONFIG, KV_SEQ, 8, 1) + scales
+
+
 def test_split_slots_are_the_same_number_on_each_device():
     job = Job(CONFIG, None, 8, mx.HEADS_X_KV_SEQ.layout, {"kv": 4, "rep": 2}, BATCH, PROMPT, KV_SEQ, "float32")
     *_, decode = programs(job, jax.devices())
@@ -245,6 +255,7 @@ def test_a_plan_allocates_no_weights():
         ({"devices": 8, "prompt": 5000}, ["5000 tokens", "4096 slots"]),
         ({"devices": 8, "kv_seq": 10**6}, ["1000000", "32768"]),
         ({"devices": 8, "dtype": "int8"}, ["'int8'", "bfloat16"]),
+        ({"devices": 8, "train": True, "cache_dtype": "int8"}, ["no cache", "cache_dtype"]),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_sentence(options, words):

@@ -26,6 +26,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="Instructions to the model before the conversation.")] = None,
     max_new_tokens: options.MaxNewTokens = 512,
     stop: options.Stop = None,
+    cache_dtype: options.CacheDType = None,
     sampling: options.SamplingOptions,
     seed: options.Seed = 0,
     split: options.ProcessOptions,
@@ -65,7 +66,8 @@ def chat(
     tokenizer = mx.load_tokenizer(path)
     opening = [] if system is None else [{"role": "system", "content": system}]
     first = encode_chat(tokenizer, [*opening, {"role": "user", "content": "?"}])
-    check_same("command", repr((first, max_new_tokens, sampling, stops, seed, model.agreed, tokenizer.eos_ids)))
+    asked = first, max_new_tokens, sampling, stops, cache_dtype, seed, model.agreed, tokenizer.eos_ids
+    check_same("command", repr(asked))
     weights = load(path, model, mesh, strategy)
     interactive = broadcast("terminal" if sys.stdin.isatty() else "pipe") == "terminal"
     interrupting = "leaves as well" if processes.several() else "stops a reply"
@@ -75,10 +77,10 @@ def chat(
             processes.say(f"The model is split over devices: {where}.")
         processes.say(commands)
 
-    conversation, messages, turn = Conversation(weights), list(opening), 0
+    conversation, messages, turn = Conversation(weights, cache_dtype=cache_dtype), list(opening), 0
     for text in _shared_turns(interactive):
         if text == "/reset":
-            conversation, messages = Conversation(weights), list(opening)
+            conversation, messages = Conversation(weights, cache_dtype=cache_dtype), list(opening)
             if interactive:
                 processes.say("The conversation starts anew.")
             continue

@@ -98,6 +98,7 @@ def options_of(wanted: Wanted, tokenizer: AbstractTokenizer, prompts: Sequence[P
     options: dict[str, Any] = {
         "max_new_tokens": wanted.max_new_tokens,
         "eos_id": () if wanted.ignore_eos else tokenizer.eos_ids,
+        "cache_dtype": wanted.cache_dtype,
     }
     if wanted.num_beams is not None:
         options |= {"num_beams": wanted.num_beams, "num_return_sequences": wanted.samples}

@@ -60,6 +60,7 @@ def perplexity(
         ),
     ] = None,
     batch: Annotated[int, typer.Option(callback=within(Count), help="How many windows are read together.")] = 1,
+    cache_dtype: options.CacheDType = None,
     split: options.DeviceOptions,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -108,8 +109,8 @@ def perplexity(
                     found = so_far
                     bar(so_far.bytes, total or None, title=f"Perplexity {so_far.perplexity:.4g}")
 
-                sizes = {"context": context, "stride": stride, "batch": batch}
-                interruptible(lambda: mx.perplexity(weights, tokenizer, file, progress=progress, **sizes))
+                asked = {"context": context, "stride": stride, "batch": batch, "cache_dtype": cache_dtype}
+                interruptible(lambda: mx.perplexity(weights, tokenizer, file, progress=progress, **asked))
         except KeyboardInterrupt:
             if found is None:
                 raise

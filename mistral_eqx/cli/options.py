@@ -101,6 +101,13 @@ Stop = Annotated[
     list[str] | None,
     typer.Option(metavar="TEXT", help="End a text before this string; may be given several times."),
 ]
+CacheDType = Annotated[
+    checks.CacheDType | None,
+    typer.Option(
+        help="Round keys and values to 8 bits: a KV cache of about a quarter of float32's size. By default it has the "
+        "model's precision."
+    ),
+]
 Seed = Annotated[
     int, typer.Option(callback=within(checks.Seed), help="Seed of the random numbers.", rich_help_panel=SAMPLING)
 ]

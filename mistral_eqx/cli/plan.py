@@ -62,6 +62,7 @@ def plan(
             "the forward and the backward pass."
         ),
     ] = options.DType.BFLOAT16,
+    cache_dtype: options.CacheDType = None,
     train: Annotated[bool, typer.Option("--train", help="Plan a step of training in place of generation.")] = False,
     seq: Annotated[
         int | None, typer.Option(callback=within(Count), help="With --train: tokens of each row; 4096 by default.")
@@ -109,8 +110,10 @@ def plan(
     asked = {"seq": seq, "accumulate": accumulate, "remat": remat, "offload": offload or None}
     trainings = _trainings(train, zero, {name: value for name, value in asked.items() if value is not None})
     reports, refused = [], []
-    if train and (prompt, kv_seq) != (None, None):
-        raise InputError("--prompt and --kv-seq are of generation; leave them out beside --train, and give --seq.")
+    if train and (prompt, kv_seq, cache_dtype) != (None, None, None):
+        raise InputError(
+            "--prompt, --kv-seq and --cache-dtype are of generation; leave them out beside --train, and give --seq."
+        )
     strategies = _wanted(config, strategy or [], mesh, count_devices(topology, devices))
     for wanted, training in itertools.product(strategies, trainings):
         name = wanted if isinstance(wanted, str) else wanted.name
@@ -126,6 +129,7 @@ def plan(
                     prompt=prompt,
                     kv_seq=kv_seq,
                     dtype=dtype.value,
+                    cache_dtype=cache_dtype,
                     train=training,
                 )
         except InputError as error:

@@ -7,7 +7,7 @@ import typer
 
 from .. import checks
 from ..errors import InputError
-from .options import BEAMS, MaxNewTokens, SamplingOptions, Seed, Stop, within
+from .options import BEAMS, CacheDType, MaxNewTokens, SamplingOptions, Seed, Stop, within
 
 
 _NOT_WITH_BEAMS = (
@@ -57,6 +57,7 @@ class Wanted(SamplingOptions):
             callback=within(checks.Count), help="Read a prompt so many tokens at a time; fewer take less memory."
         ),
     ] = None
+    cache_dtype: CacheDType = None
     seed: Seed = 0
     num_beams: Annotated[
         int | None,

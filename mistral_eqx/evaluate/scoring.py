@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ..checks import CountOrZero, checked
+from ..checks import CacheDType, CountOrZero, checked
 from ..errors import InputError
 from ..generation.caches import empty_cache, parts, slots
 from ..generation.finite import not_finite
@@ -34,7 +34,14 @@ class Scores(NamedTuple):
     lengths: Int[Array, " batch"]
 
 
-def score(model: Mistral, rows: Prompts, *, prefill_chunk: int = CHUNK, last: int | None = None) -> Scores:
+def score(
+    model: Mistral,
+    rows: Prompts,
+    *,
+    prefill_chunk: int = CHUNK,
+    last: int | None = None,
+    cache_dtype: CacheDType | None = None,
+) -> Scores:
     """The log-likelihood of each token given those before it.
 
     ```python
@@ -55,6 +62,7 @@ def score(model: Mistral, rows: Prompts, *, prefill_chunk: int = CHUNK, last: in
     - `prefill_chunk`: the most tokens per row in one chunk; smaller chunks take less memory.
     - `last`: the number of tokens at the end of each row to score; all unless given. Earlier chunks skip the output
         head, and their `log_probs` are 0.
+    - `cache_dtype`: as in [`mistral_eqx.generate`][].
 
     **Returns:** [`mistral_eqx.evaluate.Scores`][], as wide as the longest row.
 
@@ -64,6 +72,7 @@ def score(model: Mistral, rows: Prompts, *, prefill_chunk: int = CHUNK, last: in
     sequences = checked_prompts(rows, checked(model, Mistral, "model").config.vocab)
     prefill_chunk = check_chunk(prefill_chunk, "prefill_chunk")
     last = checked(last, CountOrZero | None, "last")
+    checked(cache_dtype, CacheDType | None, "cache_dtype")
     lengths, context = [len(sequence) for sequence in sequences], model.config.max_positions
     longest = max(lengths)
     if longest > context + 1:
@@ -76,7 +85,7 @@ def score(model: Mistral, rows: Prompts, *, prefill_chunk: int = CHUNK, last: in
     width = prompt_width(longest - 1)
     ids, positions = pad_left([sequence[:-1] for sequence in sequences], width)
     targets, _ = pad_left([sequence[1:] for sequence in sequences], width)
-    cache = empty_cache(model, len(sequences), slots(model, width), min(prefill_chunk, width))
+    cache = empty_cache(model, len(sequences), slots(model, width), min(prefill_chunk, width), cache_dtype)
     scored = []
     for start in range(0, width, prefill_chunk):
         chunk = slice(start, min(start + prefill_chunk, width))

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from ..checks import Count, checked
+from ..checks import CacheDType, Count, checked
 from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
@@ -85,6 +85,7 @@ def perplexity(
     context: int | None = None,
     stride: int | None = None,
     batch: int = 1,
+    cache_dtype: CacheDType | None = None,
     progress: Callable[[Perplexity], None] | None = None,
 ) -> Perplexity:
     """The perplexity of a model on a text of any length.
@@ -112,6 +113,7 @@ def perplexity(
     - `stride`: the distance between the starts of two windows; half of `context` unless given. A smaller stride gives
         each token more context, and takes more time.
     - `batch`: the number of windows in a batch.
+    - `cache_dtype`: as in [`mistral_eqx.generate`][]; each window is read through a KV cache.
     - `progress`: called with the result so far, after each batch.
 
     **Returns:** a [`mistral_eqx.Perplexity`][].
@@ -127,7 +129,8 @@ def perplexity(
     found = Perplexity(0.0, 0, 0)
     windows = _windows(tokens, context, stride)
     while together := list(itertools.islice(windows, batch)):
-        scores = score(model, [window.ids for window in together], last=max(window.scored for window in together))
+        last = max(window.scored for window in together)
+        scores = score(model, [window.ids for window in together], last=last, cache_dtype=cache_dtype)
         for window, row in zip(together, np.asarray(scores.log_probs, np.float64), strict=True):
             length = len(window.ids)
             found = Perplexity(

@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from ..checks import Count, checked
+from ..checks import CacheDType, Count, checked
 from ..errors import InputError
 from ..nn import Cache, Mistral
 from ..nn.precision import at_least_float32
@@ -376,6 +376,7 @@ def beam_search(
     early_stopping: bool | Literal["never"] = False,
     eos_id: int | Sequence[int] | None = None,
     sampler: None = None,
+    cache_dtype: CacheDType | None = None,
 ) -> Beams:
     """Continues each prompt with the most probable texts that a beam search finds.
 
@@ -402,6 +403,7 @@ def beam_search(
         score better at any length.
     - `eos_id`: the token, or the tokens, that end a text; by default those of the model's config, `()` for none.
     - `sampler`: refused, because a search draws nothing and has no processors.
+    - `cache_dtype`: as in [`mistral_eqx.generate`][].
 
     **Returns:** [`mistral_eqx.Beams`][], with `tokens` of shape `(batch, num_return_sequences, max_new_tokens)`, and
     `lengths` and `scores` of shape `(batch, num_return_sequences)`.
@@ -414,13 +416,13 @@ def beam_search(
         raise InputError("A beam search draws nothing and takes no sampler; leave it out, or use mistral_eqx.generate.")
     num_beams, num_return_sequences = _check_beams(num_beams, num_return_sequences, model.config.vocab)
     rows = checked_prompts(prompts, model.config.vocab)
-    request = Request.init(model, rows, max_new_tokens, Sampler(), eos_id, None)
+    request = Request.init(model, rows, max_new_tokens, Sampler(), eos_id, None, cache_dtype=cache_dtype)
     max_new_tokens = request.max_new_tokens
     rules = Rules.init(request.ends, capacity(max_new_tokens), max_new_tokens, length_penalty, early_stopping)
     ids, positions = pad_left(rows, prompt_width(max(map(len, rows))))
     done = np.arange(len(rows) + request.idle) >= len(rows)
     ids, positions = (np.concatenate([x, *[x[:1]] * request.idle]) for x in (ids, positions))
-    cache = empty_cache(model, len(ids), slots(model, ids.shape[1]))
+    cache = empty_cache(model, len(ids), slots(model, ids.shape[1]), cache_dtype=cache_dtype)
     logits, cache = read_chunks(model, ids, positions, cache, request.chunk)
     # The last column holds each row's last token.
     search = _first(model, logits, positions[:, -1], done, rules, num_beams, cache.kv_seq)

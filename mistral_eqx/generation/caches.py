@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
+from ..checks import CacheDType
 from ..config import MistralConfig
 from ..nn import Cache, Mistral
 from ..nn.slots import slots_for, tokens_in
@@ -16,13 +17,18 @@ from ..parallel import Strategy, specs, spmd
 from .prompt import bucket
 
 
-def empty_cache(model: Mistral, batch: int, kv_seq: int, chunk: int | None = None) -> Cache:
+def empty_cache(
+    model: Mistral, batch: int, kv_seq: int, chunk: int | None = None, cache_dtype: CacheDType | None = None
+) -> Cache:
     """An empty cache, sharded as the model is.
 
     **Arguments:** as for [`mistral_eqx.nn.Cache`][].
     """
     num_shards = parts(model, "kv_seq")
-    return _init_cache(model.config, batch, kv_seq, model.dtype, chunk, num_shards, model.mesh, model.strategy)()
+    init = _init_cache(
+        model.config, batch, kv_seq, model.dtype, cache_dtype, chunk, num_shards, model.mesh, model.strategy
+    )
+    return init()
 
 
 @functools.lru_cache
@@ -31,6 +37,7 @@ def _init_cache(
     batch: int,
     kv_seq: int,
     dtype: jnp.dtype,
+    cache_dtype: CacheDType | None,
     chunk: int | None,
     num_shards: int,
     mesh: Mesh | None,
@@ -38,7 +45,7 @@ def _init_cache(
 ) -> Callable[[], Cache]:
     platform = None if mesh is None else mesh.devices.flat[0].platform
     init = functools.partial(
-        Cache.init, config, batch, kv_seq, dtype, platform=platform, chunk=chunk, num_shards=num_shards
+        Cache.init, config, batch, kv_seq, dtype, cache_dtype, platform=platform, chunk=chunk, num_shards=num_shards
     )
     if mesh is None:
         return init

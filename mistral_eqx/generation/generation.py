@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ..checks import checked
+from ..checks import CacheDType, checked
 from ..nn import Mistral
 from ..parallel import gather_to_host
 from .prefix import Prefix
@@ -58,6 +58,7 @@ def generate(
     logprobs: int | None = None,
     prefix: Prefix | None = None,
     prefill_chunk: int = CHUNK,
+    cache_dtype: CacheDType | None = None,
 ) -> Generated:
     """Continues each prompt, in one compiled loop.
 
@@ -87,6 +88,8 @@ def generate(
         chosen tokens'. They are the model's own, before processors and sampler.
     - `prefix`: from [`mistral_eqx.prefill`][]; the prompts continue it.
     - `prefill_chunk`: the size of prefill chunks in tokens; smaller chunks take less memory.
+    - `cache_dtype`: `"int8"` or `"float8_e4m3"` for a KV cache that is rounded to 8 bits; by default it has the model's
+        precision, or that of `prefix`.
 
     **Returns:** [`mistral_eqx.Generated`][], with `tokens` of shape `(batch * num_samples, max_new_tokens)` and
     `lengths` of shape `(batch * num_samples,)`.
@@ -94,7 +97,8 @@ def generate(
     **Raises:** `ValueError` if a prompt is empty, has an id outside the vocabulary, or does not fit into the context
     with its new tokens; if an end token is outside the vocabulary; if a sampler draws and there is no key; if a stop
     string is empty; if there is no tokenizer for a text or a stop string; if a processor does not fit the vocabulary or
-    forbids every token; if a logit of a row that has not ended is not finite.
+    forbids every token; if `cache_dtype` is not one of these, or not that of `prefix`; if a logit of a row that has not
+    ended is not finite.
     """
     vocab = checked(model, Mistral, "model").config.vocab
     # A prefix has the beginning of sequence, which a tokenizer would write again.
@@ -110,6 +114,7 @@ def generate(
         logprobs=logprobs,
         prefix=prefix,
         prefill_chunk=prefill_chunk,
+        cache_dtype=cache_dtype,
     )
     before = [row for row in rows for _ in range(num_samples)]
     count = len(before)

@@ -13,7 +13,7 @@ from annotated_types import Ge, Le
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int, Key, PyTree
 
-from ..checks import Count, checked
+from ..checks import CacheDType, Count, checked
 from ..documents import shown
 from ..errors import InputError
 from ..nn import Cache, Mistral
@@ -47,6 +47,7 @@ class Request:
     - `alternatives`: how many likeliest tokens to record at each step; `None` for no log-probabilities.
     - `prefix`: the beginning of all prompts.
     - `chunk`: the size of prefill chunks.
+    - `cache_dtype`: the codes of keys and values; `None` for floats.
     """
 
     model: Mistral
@@ -60,6 +61,7 @@ class Request:
     alternatives: int | None = None
     prefix: Prefix | None = None
     chunk: int = CHUNK
+    cache_dtype: CacheDType | None = None
 
     @classmethod
     def init(
@@ -75,6 +77,7 @@ class Request:
         logprobs: int | None = None,
         prefix: Prefix | None = None,
         prefill_chunk: int = CHUNK,
+        cache_dtype: CacheDType | None = None,
     ) -> "Request":
         """Checks the arguments of `generate`.
 
@@ -83,8 +86,9 @@ class Request:
         checked(model, Mistral, "model")
         checked(sampler, Sampler, "sampler")
         checked(prefix, Prefix | None, "prefix", remedy="mistral_eqx.prefill makes one")
+        checked(cache_dtype, CacheDType | None, "cache_dtype")
         vocab = model.config.vocab
-        before = [] if prefix is None else checked_prefix(prefix, model)
+        before = [] if prefix is None else checked_prefix(prefix, model, cache_dtype)
         longest, context = len(before) + max(map(len, rows)), model.config.max_positions
         room = max(1, min(_NEW_TOKENS, context - longest))
         new_tokens = checked(room if max_new_tokens is None else max_new_tokens, Count, "max_new_tokens")
@@ -127,6 +131,7 @@ class Request:
             alternatives=logprobs,
             prefix=prefix,
             chunk=prefill_chunk,
+            cache_dtype=cache_dtype,
         )
 
     def start(self, rows: list[list[int]], *, forgets: bool = True) -> tuple[Decoding, Cache]:
@@ -142,7 +147,7 @@ class Request:
         if prefix is None:
             ids, positions = pad_left(rows, width)
             chunk = min(self.chunk, width) if forgets else None
-            cache = empty_cache(self.model, len(rows) + self.idle, slots(self.model, width), chunk)
+            cache = empty_cache(self.model, len(rows) + self.idle, slots(self.model, width), chunk, self.cache_dtype)
         else:
             ids, positions = pad_left(rows, width, starts=[len(prefix.ids)] * len(rows))
             room = slots(self.model, int(prefix.cache.used) + width)

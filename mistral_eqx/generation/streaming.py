@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from ..checks import checked
+from ..checks import CacheDType, checked
 from ..nn import Cache, Mistral
 from ..parallel import gather_to_host
 from .caches import capacity, first_room, grow, slots
@@ -32,6 +32,7 @@ def stream(
     num_samples: int = 1,
     prefix: Prefix | None = None,
     prefill_chunk: int = CHUNK,
+    cache_dtype: CacheDType | None = None,
 ) -> Iterator[np.ndarray]:
     """Like [`mistral_eqx.generate`][], but yields each token as soon as it is decoded.
 
@@ -58,6 +59,7 @@ def stream(
         num_samples=num_samples,
         prefix=prefix,
         prefill_chunk=prefill_chunk,
+        cache_dtype=cache_dtype,
     )
     before = [row for row in rows for _ in range(num_samples)]
     count = len(before)
@@ -79,10 +81,16 @@ class Conversation:
     for token in chat.reply(ids, max_new_tokens=200):
         ...
     ```
+
+    **Arguments:**
+
+    - `model`: the model.
+    - `cache_dtype`: as in [`mistral_eqx.generate`][].
     """
 
-    def __init__(self, model: Mistral):
+    def __init__(self, model: Mistral, *, cache_dtype: CacheDType | None = None):
         self._model = checked(model, Mistral, "model")
+        self._cache_dtype = checked(cache_dtype, CacheDType | None, "cache_dtype")
         self._ids: list[int] = []
         self._cache: Cache | None = None
 
@@ -112,7 +120,13 @@ class Conversation:
         """
         (row,) = checked_prompts([ids], self._model.config.vocab)
         request = Request.init(
-            self._model, [row], max_new_tokens, Sampler() if sampler is None else sampler, eos_id, key
+            self._model,
+            [row],
+            max_new_tokens,
+            Sampler() if sampler is None else sampler,
+            eos_id,
+            key,
+            cache_dtype=self._cache_dtype,
         )
         stops = stop_rows(stop, tokenizer, [row])
 

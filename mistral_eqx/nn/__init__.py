@@ -1,5 +1,6 @@
 from .attention import Attention as Attention
 from .block import Block as Block
+from .buffer import Buffer as Buffer
 from .cache import (
     AbstractLayerCache as AbstractLayerCache,
     Cache as Cache,

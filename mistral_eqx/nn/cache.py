@@ -1,29 +1,25 @@
 """The KV cache: keys and values of earlier tokens, in buffers of a fixed size."""
 
 import abc
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt16
+from jaxtyping import Array, Float, Int
 
+from ..checks import CacheDType, checked
 from ..config import MistralConfig
 from ..errors import InputError
+from .buffer import Buffer
 from .context import Context
-from .precision import from_bits, to_bits
 from .slots import window_slots
 
 
 New = Float[Array, "batch kv_heads own head_dim"]
 """New keys or values of the tokens that this device stores in one forward pass."""
-
-Buffer = Float[Array, "batch kv_heads kv_seq head_dim"] | UInt16[Array, "batch kv_heads kv_seq head_dim"]
-"""Keys or values in slots. On CPU, 16-bit floats are stored as their bits: XLA can then update one slot in place.
-
-`kv_seq` comes after `kv_heads`, so that attention reads each head's keys as one block of memory.
-"""
 
 
 class AbstractLayerCache(eqx.Module):
@@ -31,7 +27,6 @@ class AbstractLayerCache(eqx.Module):
 
     k_buffer: eqx.AbstractVar[Buffer]
     v_buffer: eqx.AbstractVar[Buffer]
-    dtype: eqx.AbstractVar[jnp.dtype]
 
     @abc.abstractmethod
     def extend(
@@ -44,27 +39,36 @@ class AbstractLayerCache(eqx.Module):
     ]:
         """Adds the keys and values of a pass, in place where the cache is donated.
 
-        **Returns:** the new cache, and the keys, the values and the mask indices of all its slots.
+        **Returns:** the new cache, and the keys, the values and the mask indices of all its slots. Those of this pass
+        are as they are stored, rounded where the cache is quantized: attention then never depends on chunks.
         """
 
     @abc.abstractmethod
     def grow(self, kv_seq: int) -> "AbstractLayerCache":
         """A copy with room for `kv_seq` tokens."""
 
+    def written(
+        self, k: New, v: New, write: Callable[[Array, Array], Array], context: Context
+    ) -> tuple[Buffer, Buffer]:
+        """The buffers with new keys and values, of which `write(x, new)` puts each array `new` into `x`."""
+        buffers = (self.k_buffer, k), (self.v_buffer, v)
+        k_buffer, v_buffer = (jax.tree.map(write, x, x.like(new, context.strategy)) for x, new in buffers)
+        return k_buffer, v_buffer
+
     @property
     def slots(self) -> int:
         """The number of slots."""
-        return self.k_buffer.shape[2]
+        return self.k_buffer.slots
 
     @property
     def k(self) -> Float[Array, "batch kv_heads kv_seq head_dim"]:
         """The keys, as floats."""
-        return from_bits(self.k_buffer, self.dtype)
+        return self.k_buffer.floats
 
     @property
     def v(self) -> Float[Array, "batch kv_heads kv_seq head_dim"]:
         """The values, as floats."""
-        return from_bits(self.v_buffer, self.dtype)
+        return self.v_buffer.floats
 
 
 class FullCache(AbstractLayerCache):
@@ -73,22 +77,20 @@ class FullCache(AbstractLayerCache):
     **Attributes:**
 
     - `k_buffer`, `v_buffer`: keys and values.
-    - `dtype`: the precision of keys and values.
     """
 
     k_buffer: Buffer
     v_buffer: Buffer
-    dtype: jnp.dtype = eqx.field(static=True)
 
     def extend(self, k: New, v: New, context: Context) -> tuple["FullCache", Array, Array, Array]:
-        def written(buffer: Array, new: Array) -> Array:
-            return lax.dynamic_update_slice_in_dim(buffer, _as_in(buffer, new), context.own_slot, axis=2)
+        def write(x: Array, new: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(x, new, context.own_slot, axis=2)
 
-        cache = FullCache(written(self.k_buffer, k), written(self.v_buffer, v), self.dtype)
+        cache = FullCache(*self.written(k, v, write, context))
         return cache, cache.k, cache.v, context.key_index
 
     def grow(self, kv_seq: int) -> "FullCache":
-        return FullCache(_padded(self.k_buffer, kv_seq), _padded(self.v_buffer, kv_seq), self.dtype)
+        return FullCache(self.k_buffer.grow(kv_seq), self.v_buffer.grow(kv_seq))
 
 
 class WindowCache(AbstractLayerCache):
@@ -97,32 +99,27 @@ class WindowCache(AbstractLayerCache):
     **Attributes:**
 
     - `k_buffer`, `v_buffer`: keys and values.
-    - `dtype`: the precision of keys and values.
     - `limit`: the largest number of slots on one device.
     """
 
     k_buffer: Buffer
     v_buffer: Buffer
-    dtype: jnp.dtype = eqx.field(static=True)
     limit: int = eqx.field(static=True)
 
     def extend(self, k: New, v: New, context: Context) -> tuple["WindowCache", Array, Array, Array]:
-        k_buffer, v_buffer = (
-            self._write(buffer, _as_in(buffer, new), context.own_slot)
-            for buffer, new in ((self.k_buffer, k), (self.v_buffer, v))
-        )
-        cache = WindowCache(k_buffer, v_buffer, self.dtype, self.limit)
+        def write(x: Array, new: Array) -> Array:
+            slot, count = context.own_slot, new.shape[2]
+            if count == 1:
+                return lax.dynamic_update_slice_in_dim(x, new, slot % self.slots, axis=2)
+            slots = (slot + jnp.arange(count, dtype=slot.dtype)) % self.slots
+            return x.at[:, :, slots].set(new, unique_indices=True)
+
+        cache = WindowCache(*self.written(k, v, write, context), self.limit)
         return cache, cache.k, cache.v, self._newest(context.key_index, context.own_used)
 
     def grow(self, kv_seq: int) -> "WindowCache":
         slots = min(kv_seq, self.limit)
-        return WindowCache(_padded(self.k_buffer, slots), _padded(self.v_buffer, slots), self.dtype, self.limit)
-
-    def _write(self, buffer: Array, new: Array, slot: Array) -> Array:
-        if new.shape[2] == 1:
-            return lax.dynamic_update_slice_in_dim(buffer, new, slot % self.slots, axis=2)
-        slots = (slot + jnp.arange(new.shape[2], dtype=slot.dtype)) % self.slots
-        return buffer.at[:, :, slots].set(new, unique_indices=True)
+        return WindowCache(self.k_buffer.grow(slots), self.v_buffer.grow(slots), self.limit)
 
     def _newest(self, key_index: Int[Array, "batch kv_seq"], used: Int[Array, ""]) -> Int[Array, "batch slots"]:
         """The mask index of the key in each slot; `key_index` has those of all tokens, in order of arrival."""
@@ -131,14 +128,6 @@ class WindowCache(AbstractLayerCache):
         newest = used - 1
         token = newest - (newest - jnp.arange(self.slots, dtype=jnp.int32)) % self.slots
         return jnp.where(token >= 0, jnp.take(key_index, jnp.maximum(token, 0), axis=1), -1)
-
-
-def _as_in(buffer: Array, new: Array) -> Array:
-    return to_bits(new) if buffer.dtype == jnp.uint16 else new
-
-
-def _padded(buffer: Array, slots: int) -> Array:
-    return jnp.pad(buffer, ((0, 0), (0, 0), (0, slots - buffer.shape[2]), (0, 0)))
 
 
 class Cache(eqx.Module):
@@ -165,6 +154,7 @@ class Cache(eqx.Module):
         batch: int,
         kv_seq: int,
         dtype: DTypeLike = jnp.float32,
+        cache_dtype: CacheDType | None = None,
         *,
         platform: str | None = None,
         chunk: int | None = None,
@@ -178,23 +168,23 @@ class Cache(eqx.Module):
         - `batch`: the number of rows.
         - `kv_seq`: the number of slots in each row.
         - `dtype`: the precision of keys and values, that of the model.
+        - `cache_dtype`: `"int8"` or `"float8_e4m3"` for keys and values that are rounded to 8 bits, with a scale for
+            each token and head; by default they are stored in `dtype`.
         - `platform`: the platform of the cache, such as `"cpu"` or `"tpu"`; JAX's default backend unless given. On
             CPU, 16-bit floats are stored as their bits.
         - `chunk`: the largest number of tokens in one forward pass. If given, each layer with a window gets a
             [`mistral_eqx.nn.WindowCache`][], and rows may have padding only before their sequence.
         - `num_shards`: the number of devices over which `kv_seq` is going to be split.
         """
-        dtype = jnp.dtype(dtype)
-        bits = dtype.itemsize == 2 and (platform or jax.default_backend()) == "cpu"
-        stored = jnp.uint16 if bits else dtype
+        checked(cache_dtype, CacheDType | None, "cache_dtype")
 
         def layer(window: int | None) -> AbstractLayerCache:
             limit = None if window is None or chunk is None else window_slots(window, chunk, num_shards)
             slots = kv_seq if limit is None else min(kv_seq, limit * num_shards)
             shape = batch, config.kv_heads, slots, config.head_dim
-            # Two arrays, not one twice: both are donated to the loop that updates them.
-            k, v = jnp.zeros(shape, stored), jnp.zeros(shape, stored)
-            return FullCache(k, v, dtype) if limit is None else WindowCache(k, v, dtype, limit)
+            # Two buffers, not one twice: both are donated to the loop that updates them.
+            k, v = (Buffer.init(shape, dtype, cache_dtype, platform=platform) for _ in range(2))
+            return FullCache(k, v) if limit is None else WindowCache(k, v, limit)
 
         return cls(
             tuple(layer(window) for window in config.windows),
@@ -206,6 +196,11 @@ class Cache(eqx.Module):
     def kv_seq(self) -> int:
         """The number of slots in each row."""
         return self.positions.shape[1]
+
+    @property
+    def cache_dtype(self) -> CacheDType | None:
+        """The codes of keys and values; `None` for floats."""
+        return self.layers[0].k_buffer.cache_dtype
 
     @property
     def next_positions(self) -> Int[Array, " batch"]:

@@ -1,8 +1,8 @@
-"""The precision of sums, and the bits of 16-bit floats."""
+"""The precision of sums, and the bits of short floats."""
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, UInt16
+from jaxtyping import Array, Float, Num, UInt
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
@@ -10,15 +10,15 @@ def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
 
 
-def to_bits(x: Float[Array, "*shape"]) -> UInt16[Array, "*shape"]:
-    """The bits of a 16-bit float as an integer.
+def to_bits(x: Float[Array, "*shape"]) -> UInt[Array, "*shape"]:
+    """The bits of a float of 8 or 16 bits as an integer.
 
-    XLA on CPU has no 16-bit float operations: even to read or replace one row, it converts the whole array to float32.
-    It does not convert integers.
+    XLA on CPU has no operations on such floats: even to read or replace one row, it converts the whole array to
+    float32. It does not convert integers.
     """
-    return lax.bitcast_convert_type(x, jnp.uint16)
+    return lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
 
 
-def from_bits(x: Float[Array, "*shape"] | UInt16[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
-    """The float of precision `dtype` whose bits `x` holds; `x` itself if it is a float."""
-    return lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
+def from_bits(x: Num[Array, "*shape"], dtype: jnp.dtype) -> Num[Array, "*shape"]:
+    """The numbers of precision `dtype` whose bits `x` holds; `x` itself if it holds such numbers."""
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)

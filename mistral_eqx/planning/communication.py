@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 
+from ..checks import CacheDType
 from ..config import MistralConfig
 from ..errors import InputError
 from ..generation import Sampler
@@ -83,17 +84,19 @@ def prefill(
     seq: int,
     kv_seq: int,
     dtype: DTypeLike = jnp.bfloat16,
+    cache_dtype: CacheDType | None = None,
 ) -> list[Collective]:
     """The exchanges of a prefill of `seq` tokens into a cache, with logits of the last token alone.
 
     **Arguments:** those of [`mistral_eqx.planning.forward_pass`][], and
 
     - `kv_seq`: the slots of the cache, over all devices.
+    - `cache_dtype`: the codes of the cache, as in [`mistral_eqx.generate`][].
 
     **Raises:** `ValueError` as for `forward_pass`, and if `kv_seq` cannot be split.
     """
     ledger = Ledger(config, strategy, axes, batch, dtype)
-    ledger.model(seq, ledger.shard_size("kv_seq", kv_seq), logits=1)
+    ledger.model(seq, ledger.shard_size("kv_seq", kv_seq), logits=1, cache_dtype=cache_dtype)
     return ledger.entries
 
 
@@ -105,6 +108,7 @@ def decoding_step(
     batch: int,
     kv_seq: int,
     dtype: DTypeLike = jnp.bfloat16,
+    cache_dtype: CacheDType | None = None,
     sampler: Sampler | None = None,
 ) -> list[Collective]:
     """The exchanges of one decoding step: the forward pass of one token per row, and the choice of the next token.
@@ -114,7 +118,7 @@ def decoding_step(
     - `sampler`: the sampler; greedy unless given.
     """
     ledger = Ledger(config, strategy, axes, batch, dtype)
-    ledger.model(1, ledger.shard_size("kv_seq", kv_seq), logits=1)
+    ledger.model(1, ledger.shard_size("kv_seq", kv_seq), logits=1, cache_dtype=cache_dtype)
     ledger.choice(sampler or Sampler())
     return ledger.entries
 
@@ -173,7 +177,7 @@ class Ledger:
         size = self.rows * (seq // devices) * self.local("embed") * self.narrow
         self.write("all_gather", what, devices, (count, size))
 
-    def model(self, seq: int, kv_seq: int, *, logits: int):
+    def model(self, seq: int, kv_seq: int, *, logits: int, cache_dtype: CacheDType | None = None):
         """Adds the exchanges of the model, for `seq` tokens that attend to `kv_seq` keys on each device."""
         layers, tokens, heads = self.config.layers, self.rows * seq, self.local("kv_heads q_per_kv")
         self.sum_tokens("embedding", "vocab", 1, seq)
@@ -182,6 +186,9 @@ class Ledger:
         self.all_tokens("attention input", layers, seq)
         self.sum("queries", "embed", layers, tokens, self.local("kv_heads q_per_kv head_dim"), self.narrow)
         self.sum("keys and values", "embed", 2 * layers, tokens, self.local("kv_heads head_dim"), self.narrow)
+        if cache_dtype is not None:
+            own = self.rows * -(-seq // self.num_shards("kv_seq"))
+            self.sum("cache scales", "head_dim", 2 * layers, own, self.local("kv_heads"), 4)
         self.sum("attention scores", "head_dim", layers, tokens, heads, kv_seq, self.wide)
         self.sum("softmax maximum", "kv_seq", layers, tokens, heads, self.wide)
         self.sum("softmax sum and values", "kv_seq", layers, tokens, heads, self.local("head_dim") + 1, self.wide)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le
 from jax.sharding import AbstractMesh
 
-from ..checks import Count, checked
+from ..checks import CacheDType, Count, checked
 from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
@@ -49,6 +49,7 @@ def plan(
     prompt: int | None = None,
     kv_seq: int | None = None,
     dtype: str = "bfloat16",
+    cache_dtype: CacheDType | None = None,
     train: Training | bool = False,
 ) -> Report:
     """Compiles a model for devices that are not here, and reports the memory and the work of each of them.
@@ -76,6 +77,7 @@ def plan(
     - `kv_seq`: the number of slots of each row in the cache, which bounds prompt and new tokens together; unless given,
         4096, or the model's context if that is less.
     - `dtype`: the precision of weights, activations and cache; in training, of the forward and the backward pass.
+    - `cache_dtype`: the codes of the cache, as in [`mistral_eqx.generate`][]; by default it has floats.
     - `train`: plans a training step in place of generation: [`mistral_eqx.planning.Training`][], or `True` for its
         defaults.
 
@@ -86,6 +88,7 @@ def plan(
     """
     config, name = (model, "config") if isinstance(model, MistralConfig) else (_preset(model), model)
     batch, dtype = checked(batch, Count, "batch"), checked(dtype, DTypes, "dtype")
+    checked(cache_dtype, CacheDType | None, "cache_dtype")
     count, chip = count_devices(topology, devices), _chip(topology)
     label, split, axes = _strategy_and_axes(config, strategy, mesh, count)
     training = Training() if train is True else train or None
@@ -95,8 +98,10 @@ def plan(
     if training is None:
         prompt, kv_seq = _generation(config, prompt, kv_seq)
     else:
-        if (prompt, kv_seq) != (None, None):
-            raise InputError("Training has no prompt and no cache; leave out prompt and kv_seq, and set train's seq.")
+        if (prompt, kv_seq, cache_dtype) != (None, None, None):
+            raise InputError(
+                "Training has no prompt and no cache; leave out prompt, kv_seq and cache_dtype, and set train's seq."
+            )
         _check_training(config, training, split, axes, batch, rows)
         prompt = kv_seq = 0
     if chip is not None and importlib.util.find_spec("libtpu") is None:
@@ -104,7 +109,8 @@ def plan(
             "Compiling for a TPU needs libtpu, which is not installed; run pip install 'mistral-eqx[tpu]', or plan "
             "for virtual devices."
         )
-    phases = _compiled(Job(config, topology, count, split.layout, axes, batch, prompt, kv_seq, dtype, training))
+    job = Job(config, topology, count, split.layout, axes, batch, prompt, kv_seq, dtype, cache_dtype, training)
+    phases = _compiled(job)
     if chip is not None:
         phases = [
             phase
@@ -126,6 +132,7 @@ def plan(
         kv_seq=kv_seq,
         dtype=dtype,
         phases=tuple(phases),
+        cache_dtype=cache_dtype,
         training=training,
     )
 

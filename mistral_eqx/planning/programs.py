@@ -13,6 +13,7 @@ import jax.random as jr
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
+from ..checks import CacheDType
 from ..config import MistralConfig
 from ..generation import Sampler, caches
 from ..generation.loop import Decoding, decode
@@ -43,6 +44,7 @@ class Job:
     prompt: int
     kv_seq: int
     dtype: str
+    cache_dtype: CacheDType | None = None
     training: Training | None = None
 
 
@@ -118,7 +120,15 @@ def _generation(job: Job, mesh: Mesh, platform: str) -> Iterator[Uncompiled]:
     def cache_of(kv_seq: int) -> Cache:
         num_shards = caches.parts(model, "kv_seq")
         init = functools.partial(
-            Cache.init, job.config, job.batch, kv_seq, dtype, platform=platform, chunk=chunk, num_shards=num_shards
+            Cache.init,
+            job.config,
+            job.batch,
+            kv_seq,
+            dtype,
+            job.cache_dtype,
+            platform=platform,
+            chunk=chunk,
+            num_shards=num_shards,
         )
         return sharded(eqx.filter_eval_shape(init))
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks import CacheDType
 from .chips import Chip
 from .training import Training
 
@@ -146,6 +147,7 @@ class Report:
         training has no prompt and no cache, and both are 0.
     - `dtype`: the precision of weights, activations and cache; in training, of the forward and the backward pass.
     - `phases`: the programs, in the order in which they run.
+    - `cache_dtype`: the codes of the cache; `None` for floats.
     - `training`: the options of training; `None` for generation.
     """
 
@@ -162,6 +164,7 @@ class Report:
     kv_seq: int
     dtype: str
     phases: tuple[Phase, ...]
+    cache_dtype: CacheDType | None = None
     training: Training | None = None
 
     def __getitem__(self, name: str) -> Phase:

@@ -141,7 +141,8 @@ def title(report: Report) -> str:
     else:
         micro_batches = f", in {training.accumulate} micro-batches" if training.accumulate > 1 else ""
         lengths = f"{training.seq} tokens a row{micro_batches}, remat {training.remat}"
+    codes = "" if report.cache_dtype is None else f", cache {report.cache_dtype}"
     return (
-        f"{report.model} ({report.parameters / size:.1f} {unit} weights, {report.dtype}) on {report.place}, batch "
-        f"{report.batch}, {lengths}"
+        f"{report.model} ({report.parameters / size:.1f} {unit} weights, {report.dtype}{codes}) on {report.place}, "
+        f"batch {report.batch}, {lengths}"
     )

@@ -154,7 +154,8 @@ def _template(path: Path) -> str:
 _OPTIONS = (
     *("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--typical-p", "--repetition-penalty"),
     *("--presence-penalty", "--frequency-penalty", "--min-new-tokens", "--num-samples", "--num-beams", "--stop"),
-    *("--length-penalty", "--logprobs", "--seed", "--prefill-chunk", "--dtype", "--mesh", "--strategy", "--model"),
+    *("--length-penalty", "--logprobs", "--seed", "--prefill-chunk", "--cache-dtype", "--dtype", "--mesh"),
+    *("--strategy", "--model"),
 )
 
 
