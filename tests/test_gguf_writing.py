@@ -5,14 +5,17 @@ import dataclasses
 import equinox as eqx
 import gguf
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures import llama_quantize
 from fixtures.checkpoint import assert_same_weights, random_model, tiny, write_gguf
 from fixtures.cli import assert_refused, run, save_tiny_model
 from fixtures.generation import refused
 from fixtures.text import tiny as vocabularies
 
 import mistral_eqx as mx
+from mistral_eqx.quant import MIXTURES, formats
 from mistral_eqx.text.gguf_metadata import byte_level_metadata
 from mistral_eqx.text.pre_tokenizers import PRE_TOKENIZERS
 
@@ -44,6 +47,50 @@ def test_a_model_is_written_in_a_type_and_read_again(type, model, tokenizer, tmp
     assert tensors["blk.1.ffn_up.weight"].tensor_type.name == type
     assert tensors["token_embd.weight"].tensor_type.name == least
     assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
+
+
+def contents(path):
+    """The type of each tensor, and the type of the file."""
+    reader = gguf.GGUFReader(path)
+    return {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}, reader.fields["general.file_type"].parts[-1][0]
+
+
+SIZES = {
+    "rows of 256": {"embed": 256, "hidden": 512, "layers": 17},
+    "rows of 32": {"embed": 96, "hidden": 256, "layers": 8, "q_per_kv": 4, "head_dim": 32},
+    "other rows": {"embed": 48, "hidden": 80, "layers": 2},
+    "tied": {"embed": 256, "hidden": 256, "layers": 3, "tied": True},
+    "tied, rows of 32": {"embed": 32, "hidden": 256, "layers": 3, "tied": True},
+    "80 layers": {"embed": 32, "hidden": 32, "layers": 80, "q_per_kv": 2, "head_dim": 128},
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("sizes", SIZES)
+def test_mixtures_are_those_of_llama_quantize(sizes, tokenizer, tmp_path, getkey):
+    fields = SIZES[sizes]
+    config = tiny(vocab=tokenizer.vocab, windows=(None,) * fields["layers"], **fields)
+    model = random_model(config, getkey(), jnp.float16)
+    mx.save(model, tmp_path / "f16.gguf", format="gguf", tokenizer=tokenizer)
+    for mixture in MIXTURES:
+        path = tmp_path / "model.gguf"
+        mx.save(model, path, format="gguf", type=mixture, tokenizer=tokenizer, overwrite=True)
+        theirs = llama_quantize.quantize_file(tmp_path / "f16.gguf", tmp_path / "theirs.gguf", mixture)
+        assert contents(path) == contents(theirs), mixture
+
+
+def test_a_mixture_in_memory_is_that_of_the_file(tokenizer, tmp_path, getkey):
+    model = random_model(tiny(embed=256, hidden=256, vocab=tokenizer.vocab, layers=3, windows=(None,) * 3), getkey())
+    mx.save(model, tmp_path / "model.gguf", format="gguf", type="Q4_K_M", tokenizer=tokenizer)
+    small = mx.quantize(model, {"*": mx.GGUF("Q4_K_M")})
+    assert {"Q4_K", "Q6_K"} <= set(formats(small))
+    assert_same_weights(mx.load(tmp_path / "model.gguf"), mx.dequantize(small))
+    mx.save(small, tmp_path / "again.gguf", format="gguf", tokenizer=tokenizer)
+    assert contents(tmp_path / "again.gguf")[0] == contents(tmp_path / "model.gguf")[0]
+    blocks_alone = mx.quantize(model, mx.GGUF("Q4_K_M"))
+    assert isinstance(blocks_alone.embedding.weight, mx.nn.DenseWeight)
+    mx.save(model, tmp_path / "folder")
+    assert_same_weights(mx.load(tmp_path / "folder", quantize=mx.GGUF("Q4_K_M")), blocks_alone)
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
@@ -122,7 +169,7 @@ def test_what_cannot_be_written_is_refused(model, tokenizer, tmp_path, getkey):
     path = tmp_path / "model.gguf"
     with refused("tokenizer", "load_tokenizer"):
         mx.save(model, path, format="gguf")
-    with refused("IQ1_S", "Q8_0"):
+    with refused("IQ1_S", "Q8_0", "Q4_K_M"):
         mx.save(model, path, format="gguf", type="IQ1_S", tokenizer=tokenizer)
     with refused("dense", "dequantize"):
         mx.save(mx.quantize(model, mx.NF4(32)), path, format="gguf", tokenizer=tokenizer)
@@ -165,3 +212,24 @@ def test_llama_cpp_runs_what_is_written(smollm2_path, tmp_path):
     found = theirs.create_completion(tokenizer.encode(prompt), max_tokens=24, temperature=0)["choices"][0]["text"]
     model = mx.load(tmp_path / "f16.gguf", dtype="float32")
     assert found == mx.generate(model, [prompt], max_new_tokens=24, tokenizer=tokenizer).texts[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixture", ["Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "IQ4_XS"])
+def test_a_mixture_of_a_model_is_that_of_llama_quantize(mixture, smollm2_path, tmp_path):
+    """Rows of 576 numbers have blocks of 32; 256 divides the rows of one layer in seven."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    tokenizer, prompt = mx.load_tokenizer(smollm2_path), "The capital of France is"
+    mx.convert(smollm2_path, tmp_path / "f16.gguf", format="gguf", type="F16")
+    path = tmp_path / "model.gguf"
+    mx.convert(tmp_path / "f16.gguf", path, format="gguf", type=mixture)
+    theirs = llama_quantize.quantize_file(tmp_path / "f16.gguf", tmp_path / "theirs.gguf", mixture)
+    assert contents(path) == contents(theirs)
+    expected = {tensor.name: tensor.data for tensor in gguf.GGUFReader(theirs).tensors}
+    same = [np.array_equal(tensor.data, expected[tensor.name]) for tensor in gguf.GGUFReader(path).tensors]
+    print(f"{mixture}: {sum(same)} of {len(same)} tensors have the same bits")
+    assert np.mean(same) >= 0.99
+    model = llama_cpp.Llama(str(path), n_ctx=128, verbose=False)
+    found = model.create_completion(tokenizer.encode(prompt), max_tokens=12, temperature=0)["choices"][0]["text"]
+    ours = mx.load(path, dtype="float32")
+    assert found == mx.generate(ours, [prompt], max_new_tokens=12, tokenizer=tokenizer).texts[0]
