@@ -5,7 +5,6 @@ import dataclasses
 import equinox as eqx
 import gguf
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures import llama_quantize
@@ -15,6 +14,8 @@ from fixtures.generation import refused
 from fixtures.text import tiny as vocabularies
 
 import mistral_eqx as mx
+from mistral_eqx.checkpoint.gguf_writing import chosen_types
+from mistral_eqx.checkpoint.names import layer_specs
 from mistral_eqx.quant import MIXTURES, formats
 from mistral_eqx.text.gguf_metadata import byte_level_metadata
 from mistral_eqx.text.pre_tokenizers import PRE_TOKENIZERS
@@ -50,33 +51,33 @@ def test_a_model_is_written_in_a_type_and_read_again(type, model, tokenizer, tmp
 
 
 def contents(path):
-    """The type of each tensor, and the type of the file."""
+    """The type of each tensor, and the name of the file's type."""
     reader = gguf.GGUFReader(path)
-    return {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}, reader.fields["general.file_type"].parts[-1][0]
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    return types, gguf.LlamaFileType(reader.fields["general.file_type"].contents()).name
 
 
 SIZES = {
-    "rows of 256": {"embed": 256, "hidden": 512, "layers": 17},
+    "rows of 256": {"embed": 256, "hidden": 256, "layers": 9},
     "rows of 32": {"embed": 96, "hidden": 256, "layers": 8, "q_per_kv": 4, "head_dim": 32},
     "other rows": {"embed": 48, "hidden": 80, "layers": 2},
     "tied": {"embed": 256, "hidden": 256, "layers": 3, "tied": True},
     "tied, rows of 32": {"embed": 32, "hidden": 256, "layers": 3, "tied": True},
-    "80 layers": {"embed": 32, "hidden": 32, "layers": 80, "q_per_kv": 2, "head_dim": 128},
 }
+MANY = {"17 layers": {"embed": 256, "hidden": 256, "layers": 17}}
+MANY |= {"80 layers": {"embed": 256, "hidden": 32, "layers": 80, "q_per_kv": 2, "head_dim": 2, "kv_heads": 1}}
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("sizes", SIZES)
-def test_mixtures_are_those_of_llama_quantize(sizes, tokenizer, tmp_path, getkey):
-    fields = SIZES[sizes]
-    config = tiny(vocab=tokenizer.vocab, windows=(None,) * fields["layers"], **fields)
-    model = random_model(config, getkey(), jnp.float16)
-    mx.save(model, tmp_path / "f16.gguf", format="gguf", tokenizer=tokenizer)
+@pytest.mark.parametrize("sizes", [*SIZES, *(pytest.param(name, marks=pytest.mark.slow) for name in MANY)])
+def test_mixtures_are_those_of_llama_quantize(sizes, tmp_path, getkey):
+    fields = (SIZES | MANY)[sizes]
+    config = tiny(windows=(None,) * fields["layers"], **fields)
+    source = write_gguf(tmp_path / "f16.gguf", random_model(config, getkey()), gguf.GGMLQuantizationType.F16)
     for mixture in MIXTURES:
-        path = tmp_path / "model.gguf"
-        mx.save(model, path, format="gguf", type=mixture, tokenizer=tokenizer, overwrite=True)
-        theirs = llama_quantize.quantize_file(tmp_path / "f16.gguf", tmp_path / "theirs.gguf", mixture)
-        assert contents(path) == contents(theirs), mixture
+        types = chosen_types(config, mixture, {})
+        theirs, _ = contents(llama_quantize.quantize_file(source, tmp_path / "theirs.gguf", mixture))
+        assert {spec.name("gguf"): types[spec.path] for spec in layer_specs(config)} == theirs, mixture
 
 
 def test_a_mixture_in_memory_is_that_of_the_file(tokenizer, tmp_path, getkey):
@@ -84,6 +85,7 @@ def test_a_mixture_in_memory_is_that_of_the_file(tokenizer, tmp_path, getkey):
     mx.save(model, tmp_path / "model.gguf", format="gguf", type="Q4_K_M", tokenizer=tokenizer)
     small = mx.quantize(model, {"*": mx.GGUF("Q4_K_M")})
     assert {"Q4_K", "Q6_K"} <= set(formats(small))
+    assert contents(tmp_path / "model.gguf")[1] == "MOSTLY_Q4_K_M"
     assert_same_weights(mx.load(tmp_path / "model.gguf"), mx.dequantize(small))
     mx.save(small, tmp_path / "again.gguf", format="gguf", tokenizer=tokenizer)
     assert contents(tmp_path / "again.gguf")[0] == contents(tmp_path / "model.gguf")[0]
@@ -227,8 +229,8 @@ def test_a_mixture_of_a_model_is_that_of_llama_quantize(mixture, smollm2_path, t
     assert contents(path) == contents(theirs)
     expected = {tensor.name: tensor.data for tensor in gguf.GGUFReader(theirs).tensors}
     same = [np.array_equal(tensor.data, expected[tensor.name]) for tensor in gguf.GGUFReader(path).tensors]
-    print(f"{mixture}: {sum(same)} of {len(same)} tensors have the same bits")
-    assert np.mean(same) >= 0.99
+    # A compiler that joins multiplications with additions may round a few blocks otherwise; here it does not.
+    assert np.mean(same) >= 0.99, f"{sum(same)} of {len(same)} tensors have the same bits"
     model = llama_cpp.Llama(str(path), n_ctx=128, verbose=False)
     found = model.create_completion(tokenizer.encode(prompt), max_tokens=12, temperature=0)["choices"][0]["text"]
     ours = mx.load(path, dtype="float32")

@@ -40,10 +40,9 @@ class AbstractWeights(abc.ABC):
         """The rows of a weight in floats, a chunk at a time."""
 
 
-# The codes for `general.file_type`, by the mixture or the type of most weights.
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11}
-_FILE_TYPES |= {"Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "MXFP4": 38}
-_FILE_TYPES |= {"Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17}
+# The package's names of file types that are not `MOSTLY_` and the name of a type or mixture.
+_FILE_TYPES = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}
+_FILE_TYPES |= {f"Q{bits}_K": f"MOSTLY_Q{bits}_K_S" for bits in (3, 4, 5)}
 
 
 def write_gguf(
@@ -158,7 +157,7 @@ def _config_metadata(config: MistralConfig, type: str) -> dict[str, Any]:
     (window,) = windows
     metadata: dict[str, Any] = {
         "general.type": "model",
-        "general.file_type": _FILE_TYPES[type],
+        "general.file_type": int(gguf.LlamaFileType[_FILE_TYPES.get(type, f"MOSTLY_{type}")]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         "llama.block_count": config.layers,
         "llama.context_length": config.max_positions,

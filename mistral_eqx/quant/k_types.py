@@ -262,13 +262,13 @@ def _nearest(
     if isinstance(minimum, np.ndarray):
         x = x + minimum.reshape(-1)
     codes = np.where(scale == 0, searched, _clipped(x / scale, least, last))
-    return codes.astype(np.int8).view(np.uint8).T.reshape(-1, 256)
+    # A group of equal numbers has codes of NaN, which `fmax` leaves out.
+    return np.fmax(codes, least).astype(np.int8).view(np.uint8).T.reshape(-1, 256)
 
 
 def _clipped(numbers: np.ndarray, least: int, last: int) -> np.ndarray:
-    """The nearest whole numbers in a range; the least one for NaN."""
-    rounded = np.rint(numbers, out=numbers)
-    return np.fmin(np.fmax(rounded, least, out=rounded), last, out=rounded)
+    """The nearest whole numbers in a range, in the array that is given."""
+    return np.clip(np.rint(numbers, out=numbers), least, last, out=numbers)
 
 
 def _largest(x: np.ndarray) -> np.ndarray:
