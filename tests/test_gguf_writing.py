@@ -81,14 +81,12 @@ def test_mixtures_are_those_of_llama_quantize(sizes, tmp_path, getkey):
 
 
 def test_a_mixture_in_memory_is_that_of_the_file(tokenizer, tmp_path, getkey):
-    model = random_model(tiny(embed=256, hidden=256, vocab=tokenizer.vocab, layers=3, windows=(None,) * 3), getkey())
+    model = random_model(tiny(embed=256, hidden=256, vocab=tokenizer.vocab), getkey())
     mx.save(model, tmp_path / "model.gguf", format="gguf", type="Q4_K_M", tokenizer=tokenizer)
     small = mx.quantize(model, {"*": mx.GGUF("Q4_K_M")})
     assert {"Q4_K", "Q6_K"} <= set(formats(small))
     assert contents(tmp_path / "model.gguf")[1] == "MOSTLY_Q4_K_M"
-    assert_same_weights(mx.load(tmp_path / "model.gguf"), mx.dequantize(small))
-    mx.save(small, tmp_path / "again.gguf", format="gguf", tokenizer=tokenizer)
-    assert contents(tmp_path / "again.gguf")[0] == contents(tmp_path / "model.gguf")[0]
+    assert_same_weights(mx.load(tmp_path / "model.gguf", dtype="stored"), small)
     blocks_alone = mx.quantize(model, mx.GGUF("Q4_K_M"))
     assert isinstance(blocks_alone.embedding.weight, mx.nn.DenseWeight)
     mx.save(model, tmp_path / "folder")

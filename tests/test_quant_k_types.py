@@ -44,9 +44,9 @@ def test_codes_are_those_of_ggml(kind):
     ours, theirs = blocks(kind, numbers), llama_quantize.blocks(kind, numbers)
     theirs = theirs.reshape(ours.shape)
     different = (ours != theirs).any(axis=1)
-    print(f"{kind}: {different.sum()} of {len(different)} blocks differ")
-    # The order of sums is the same. A compiler that joins multiplications with additions may round them otherwise.
-    assert different.mean() <= 0.01
+    # None differs where the library multiplies and adds in two steps, as for x86. Where a compiler joins both, the sums
+    # are rounded otherwise, and two scales whose errors are nearly the same may change places.
+    assert different.mean() <= 0.01, f"{different.sum()} of {len(different)} blocks differ"
     assert errors(kind, ours, numbers).sum() <= errors(kind, theirs, numbers).sum() * (1 + 1e-4)
 
 
