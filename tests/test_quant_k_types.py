@@ -17,12 +17,8 @@ def numbers_of_all_kinds():
     bfloat16 = normal.astype(ml_dtypes.bfloat16).astype(np.float32)
     rows = [normal, normal**3, bfloat16, np.abs(normal), -np.abs(normal), 1e-8 * normal, normal.round(), 3 + normal]
     rows += [np.where(np.arange(1024) // size % 2, normal, 0) for size in (1, 16, 32, 256)]
-    rows += [
-        np.zeros((1, 1024)),
-        np.full((1, 1024), 0.5),
-        np.full((1, 1024), -0.5),
-        np.sign(normal) * 10.0 ** (4 * normal - 16),
-    ]
+    rows += [np.full((1, 1024), value) for value in (0, 0.5, -0.5)]
+    rows += [np.sign(normal) * 10.0 ** (4 * normal - 16)]
     return np.concatenate(rows).astype(np.float32)
 
 

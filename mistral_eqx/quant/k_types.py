@@ -255,11 +255,11 @@ def _rounded(scale: np.ndarray, last: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nearest(
-    x: np.ndarray, scale: np.ndarray, searched: np.ndarray, least: int, last: int, minimum: np.ndarray | float = 0
+    x: np.ndarray, scale: np.ndarray, searched: np.ndarray, least: int, last: int, minimum: np.ndarray | None = None
 ) -> np.ndarray:
     """The codes of whole blocks, in rows: the nearest ones, or where the scale is 0, those of the search."""
     scale = scale.reshape(-1)
-    if isinstance(minimum, np.ndarray):
+    if minimum is not None:
         x = x + minimum.reshape(-1)
     codes = np.where(scale == 0, searched, _clipped(x / scale, least, last))
     # A group of equal numbers has codes of NaN, which `fmax` leaves out.
