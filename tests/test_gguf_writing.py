@@ -7,12 +7,16 @@ import gguf
 import jax
 import numpy as np
 import pytest
+from fixtures import llama_quantize
 from fixtures.checkpoint import assert_same_weights, random_model, tiny, write_gguf
 from fixtures.cli import assert_refused, run, save_tiny_model
 from fixtures.generation import refused
 from fixtures.text import tiny as vocabularies
 
 import mistral_eqx as mx
+from mistral_eqx.checkpoint.gguf_writing import chosen_types
+from mistral_eqx.checkpoint.names import layer_specs
+from mistral_eqx.quant import MIXTURES, formats
 from mistral_eqx.text.gguf_metadata import byte_level_metadata
 from mistral_eqx.text.pre_tokenizers import PRE_TOKENIZERS
 
@@ -44,6 +48,49 @@ def test_a_model_is_written_in_a_type_and_read_again(type, model, tokenizer, tmp
     assert tensors["blk.1.ffn_up.weight"].tensor_type.name == type
     assert tensors["token_embd.weight"].tensor_type.name == least
     assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
+
+
+def contents(path):
+    """The type of each tensor, and the name of the file's type."""
+    reader = gguf.GGUFReader(path)
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    return types, gguf.LlamaFileType(reader.fields["general.file_type"].contents()).name
+
+
+SIZES = {
+    "rows of 256": {"embed": 256, "hidden": 256, "layers": 9},
+    "rows of 32": {"embed": 96, "hidden": 256, "layers": 8, "q_per_kv": 4, "head_dim": 32},
+    "other rows": {"embed": 48, "hidden": 80, "layers": 2},
+    "tied": {"embed": 256, "hidden": 256, "layers": 3, "tied": True},
+    "tied, rows of 32": {"embed": 32, "hidden": 256, "layers": 3, "tied": True},
+}
+MANY = {"17 layers": {"embed": 256, "hidden": 256, "layers": 17}}
+MANY |= {"80 layers": {"embed": 256, "hidden": 32, "layers": 80, "q_per_kv": 2, "head_dim": 2, "kv_heads": 1}}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("sizes", [*SIZES, *(pytest.param(name, marks=pytest.mark.slow) for name in MANY)])
+def test_mixtures_are_those_of_llama_quantize(sizes, tmp_path, getkey):
+    fields = (SIZES | MANY)[sizes]
+    config = tiny(windows=(None,) * fields["layers"], **fields)
+    source = write_gguf(tmp_path / "f16.gguf", random_model(config, getkey()), gguf.GGMLQuantizationType.F16)
+    for mixture in MIXTURES:
+        types = chosen_types(config, mixture, {})
+        theirs, _ = contents(llama_quantize.quantize_file(source, tmp_path / "theirs.gguf", mixture))
+        assert {spec.name("gguf"): types[spec.path] for spec in layer_specs(config)} == theirs, mixture
+
+
+def test_a_mixture_in_memory_is_that_of_the_file(tokenizer, tmp_path, getkey):
+    model = random_model(tiny(embed=256, hidden=256, vocab=tokenizer.vocab), getkey())
+    mx.save(model, tmp_path / "model.gguf", format="gguf", type="Q4_K_M", tokenizer=tokenizer)
+    small = mx.quantize(model, {"*": mx.GGUF("Q4_K_M")})
+    assert {"Q4_K", "Q6_K"} <= set(formats(small))
+    assert contents(tmp_path / "model.gguf")[1] == "MOSTLY_Q4_K_M"
+    assert_same_weights(mx.load(tmp_path / "model.gguf", dtype="stored"), small)
+    blocks_alone = mx.quantize(model, mx.GGUF("Q4_K_M"))
+    assert isinstance(blocks_alone.embedding.weight, mx.nn.DenseWeight)
+    mx.save(model, tmp_path / "folder")
+    assert_same_weights(mx.load(tmp_path / "folder", quantize=mx.GGUF("Q4_K_M")), blocks_alone)
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
@@ -122,7 +169,7 @@ def test_what_cannot_be_written_is_refused(model, tokenizer, tmp_path, getkey):
     path = tmp_path / "model.gguf"
     with refused("tokenizer", "load_tokenizer"):
         mx.save(model, path, format="gguf")
-    with refused("IQ1_S", "Q8_0"):
+    with refused("IQ1_S", "Q8_0", "Q4_K_M"):
         mx.save(model, path, format="gguf", type="IQ1_S", tokenizer=tokenizer)
     with refused("dense", "dequantize"):
         mx.save(mx.quantize(model, mx.NF4(32)), path, format="gguf", tokenizer=tokenizer)
@@ -165,3 +212,28 @@ def test_llama_cpp_runs_what_is_written(smollm2_path, tmp_path):
     found = theirs.create_completion(tokenizer.encode(prompt), max_tokens=24, temperature=0)["choices"][0]["text"]
     model = mx.load(tmp_path / "f16.gguf", dtype="float32")
     assert found == mx.generate(model, [prompt], max_new_tokens=24, tokenizer=tokenizer).texts[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixture", ["Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_S", "Q6_K", "IQ4_XS"])
+def test_a_mixture_of_a_model_is_that_of_llama_quantize(mixture, smollm2_path, tmp_path, monkeypatch):
+    """SmolLM2: 256 divides the rows of `down_proj` alone."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    source, path = tmp_path / "f16.gguf", tmp_path / "model.gguf"
+    mx.convert(smollm2_path, source, format="gguf", type="F16")
+    mx.convert(source, path, format="gguf", type=mixture)
+    theirs = llama_quantize.quantize_file(source, tmp_path / "theirs.gguf", mixture)
+    ours, expected = ({tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors} for file in (path, theirs))
+    assert {name: one.tensor_type for name, one in ours.items()} == {n: one.tensor_type for n, one in expected.items()}
+    # As in test_quant_k_types: where a compiler joins multiplications with additions, some blocks may differ.
+    same = [np.array_equal(ours[name].data, expected[name].data) for name in ours]
+    assert np.mean(same) >= 0.99, f"{sum(same)} of {len(same)} tensors have the same bits"
+    # Without its instructions for matrices, which some virtual machines announce and do not have.
+    params = llama_cpp.llama_model_default_params()
+    params.use_extra_bufts = False
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", lambda: params)
+    tokenizer, prompt = mx.load_tokenizer(path), "The capital of France is"
+    model = llama_cpp.Llama(str(path), n_ctx=128, verbose=False)
+    found = model.create_completion(tokenizer.encode(prompt), max_tokens=12, temperature=0)["choices"][0]["text"]
+    ours = mx.load(path, dtype="float32")
+    assert found == mx.generate(ours, [prompt], max_new_tokens=12, tokenizer=tokenizer).texts[0]

@@ -14,7 +14,7 @@ from gguf import GGUFValueType
 
 from ..config import MistralConfig
 from ..errors import InputError
-from ..quant import GGUF, block_format
+from ..quant import GGUF, MIXTURES, block_format, fitting_type, mixed_type
 from .names import EMBEDDING, HEAD, LayerSpec, layer_specs
 from .staging import hidden_beside, make_folder, naming, restore
 
@@ -40,9 +40,9 @@ class AbstractWeights(abc.ABC):
         """The rows of a weight in floats, a chunk at a time."""
 
 
-# The codes for `general.file_type`, by the type of most weights.
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11}
-_FILE_TYPES |= {"Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "MXFP4": 38}
+# The package's names of file types that are not `MOSTLY_` and the name of a type or mixture.
+_FILE_TYPES = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}
+_FILE_TYPES |= {f"Q{bits}_K": f"MOSTLY_Q{bits}_K_S" for bits in (3, 4, 5)}
 
 
 def write_gguf(
@@ -64,7 +64,7 @@ def write_gguf(
     - `weights`: the weights.
     - `types`: the type of each weight, by its path.
     - `tokenizer`: the tokenizer.
-    - `type`: the type of most of them.
+    - `type`: the mixture, or the type of most of them.
     - `overwrite`: whether to replace an existing GGUF file.
 
     **Raises:** `InputError` if the file may not or cannot be written.
@@ -115,23 +115,25 @@ def expect_free_file(path: Path, overwrite: bool):
 def chosen_types(config: MistralConfig, type: str, kept: Mapping[str, str]) -> dict[str, str]:
     """The type of each weight.
 
-    Norms are `F32`. The embedding and the head have at least 8 bits. A weight whose rows blocks do not divide is `F16`.
+    Norms are `F32`. Unless the type is a mixture, the embedding and the head have at least 8 bits. A weight whose rows
+    blocks of 256 numbers do not divide has blocks of 32, and `F16` if these do not divide them either.
 
     **Arguments:**
 
-    - `type`: the type that the file is named after.
+    - `type`: the type that the file is named after; mixtures before types.
     - `kept`: the types of weights that are quantized already, by their paths.
     """
     found: dict[str, str] = {}
     for spec in layer_specs(config):
-        wanted = kept.get(spec.path, type)
-        if spec.path not in kept and spec in (EMBEDDING, HEAD) and type not in ("F32", "F16", "BF16"):
-            wanted = "Q8_0"
         if not spec.in_dims:
-            wanted = "F32"
-        elif wanted != "F32" and spec.file_shape(config)[1] % block_format(wanted).size:
-            wanted = "F16"
-        found[spec.path] = wanted
+            found[spec.path] = "F32"
+        elif spec.path in kept:
+            found[spec.path] = kept[spec.path]
+        elif type in MIXTURES:
+            found[spec.path] = mixed_type(type, spec.path, config)
+        else:
+            eight_bits = spec in (EMBEDDING, HEAD) and type not in ("F32", "F16", "BF16")
+            found[spec.path] = fitting_type("Q8_0" if eight_bits else type, spec.file_shape(config)[1])
     return found
 
 
@@ -155,7 +157,7 @@ def _config_metadata(config: MistralConfig, type: str) -> dict[str, Any]:
     (window,) = windows
     metadata: dict[str, Any] = {
         "general.type": "model",
-        "general.file_type": _FILE_TYPES[type],
+        "general.file_type": int(gguf.LlamaFileType[_FILE_TYPES.get(type, f"MOSTLY_{type}")]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         "llama.block_count": config.layers,
         "llama.context_length": config.max_positions,

@@ -85,8 +85,9 @@ def save(
     - `allow_nonfinite`: whether to write weights with NaN or infinity. By default they are refused, because they are
         most likely the result of a training run that diverged or of a cast that overflowed.
     - `finish`: called with the temporary folder before it becomes `path`, to add more files.
-    - `type`: of the weights in a GGUF file, such as `"Q8_0"` ([`mistral_eqx.GGUF`][] has them). Unless given, weights
-        in a type of GGUF keep it, and floats keep their precision. The embedding and the head have at least 8 bits.
+    - `type`: of the weights in a GGUF file, such as `"Q8_0"`, or a mixture such as `"Q4_K_M"`
+        ([`mistral_eqx.GGUF`][] has them). Unless given, weights in a type of GGUF keep it, and floats keep their
+        precision. The embedding and the head have at least 8 bits, except in a mixture.
     - `tokenizer`: for a GGUF file, which holds it.
 
     **Raises:** `ValueError` if the format cannot store one of the weights, if a weight has NaN or infinity, or if the

@@ -23,7 +23,7 @@ FormatOption = Annotated[
 ]
 TypeOption = Annotated[
     str | None,
-    typer.Option("--type", help="For gguf: the type of the weights, such as Q8_0; by default as they are."),
+    typer.Option("--type", help="For gguf: the type of the weights, such as Q8_0 or Q4_K_M; by default as they are."),
 ]
 
 

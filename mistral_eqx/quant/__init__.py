@@ -9,6 +9,7 @@ from .floats import NF4_CODES as NF4_CODES, nf4_blocks as nf4_blocks
 from .ggml import FORMATS as FORMATS
 from .integers import integer_blocks as integer_blocks, pack as pack, unpack as unpack
 from .layout import BlockFormat as BlockFormat
+from .mixtures import MIXTURES as MIXTURES, fitting_type as fitting_type, mixed_type as mixed_type
 from .ordered import OrderedWeight as OrderedWeight
 from .panels import from_panels as from_panels, to_panels as to_panels
 from .recipe import (

@@ -73,18 +73,18 @@ def _q6_k(low: Blocks, high: Blocks, scales: Blocks, d: Blocks) -> Numbers:
 
 
 # The codes of IQ4: not evenly spaced, so that small numbers are closer to theirs.
-_IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 
 
 def _iq4_nl(d: Blocks, q: Blocks) -> Numbers:
-    return half(d) * looked_up(unpacked(q, 4, 16), _IQ4)
+    return half(d) * looked_up(unpacked(q, 4, 16), IQ4)
 
 
 def _iq4_xs(d: Blocks, high: Blocks, low: Blocks, q: Blocks) -> Numbers:
     # Here two scales lie side by side in a byte.
     fours = in_order(low, 4)
     twos = in_order(high, 2)
-    return _grouped(half(d) * (fours + 16 * twos - 32), looked_up(unpacked(q, 4, 16), _IQ4))
+    return _grouped(half(d) * (fours + 16 * twos - 32), looked_up(unpacked(q, 4, 16), IQ4))
 
 
 # Numbers of 4 bits, of which one is the sign, two the exponent and one the fraction (e2m1 of OCP's MX formats).

@@ -12,15 +12,18 @@ from jax.typing import DTypeLike
 
 from ..arguments import float_dtype
 from ..checks import checked
+from ..config import MistralConfig
 from ..errors import InputError
 from ..nn import AbstractWeight, DenseWeight, Mistral
 from ..nn.layers import AdaptableLayer, adaptable_layers, dims_of, map_layers
 from ..parallel import gather_to_host, shard
 from .activations import RoundedActivations
 from .blocks import BlockWeight
+from .ggml import FORMATS
+from .mixtures import mixed_type
 from .ordered import OrderedWeight
 from .scaled import ScaledWeight
-from .schemes import AbstractScheme, Layer
+from .schemes import GGUF, AbstractScheme, Layer
 
 
 QUANTIZED = BlockWeight | ScaledWeight | OrderedWeight | RoundedActivations
@@ -49,7 +52,7 @@ def quantize(model: Mistral, scheme: Recipe, *, progress: Callable[[int, int], N
     no layer fits it.
     """
     checked(model, Mistral, "model")
-    chosen = chosen_schemes(scheme, list(adaptable_layers(model)))
+    chosen = chosen_schemes(scheme, list(adaptable_layers(model)), model.config)
     done = 0
 
     def quantized(path: str, layer: AdaptableLayer) -> AdaptableLayer:
@@ -91,13 +94,14 @@ def dequantize(model: Mistral, dtype: DTypeLike | None = None) -> Mistral:
     return model if model.mesh is None else shard(model, model.mesh, model.strategy)
 
 
-def chosen_schemes(recipe: Recipe, paths: Sequence[str]) -> dict[str, AbstractScheme]:
+def chosen_schemes(recipe: Recipe, paths: Sequence[str], config: MistralConfig) -> dict[str, AbstractScheme]:
     """The scheme of each layer that is quantized.
 
     **Arguments:**
 
     - `recipe`: as for [`mistral_eqx.quantize`][].
     - `paths`: the paths of all layers.
+    - `config`: the model's sizes, by which a mixture chooses.
 
     **Raises:** `ValueError` that names the pattern, if no layer fits it or its scheme is none.
     """
@@ -121,6 +125,8 @@ def chosen_schemes(recipe: Recipe, paths: Sequence[str]) -> dict[str, AbstractSc
     chosen: dict[str, AbstractScheme] = {}
     for path in paths:
         scheme = next((one for pattern, one in patterns.items() if fnmatch.fnmatchcase(path, pattern)), None)
+        if isinstance(scheme, GGUF) and scheme.type not in FORMATS:
+            scheme = GGUF(mixed_type(scheme.type, path, config))
         if scheme is not None:
             chosen[path] = scheme
     return chosen

@@ -1,6 +1,7 @@
 """Quantization schemes: how the numbers of a weight become codes."""
 
 import abc
+import concurrent.futures
 import dataclasses
 import math
 from typing import Literal
@@ -20,6 +21,8 @@ from .activations import RoundedActivations
 from .blocks import BlockWeight, merged_sizes
 from .floats import LARGEST_FP8, nf4_blocks, nf4_codes
 from .integers import integer_blocks, round_to_codes
+from .k_types import K_TYPES, k_blocks
+from .mixtures import MIXTURES
 from .panels import to_panels
 from .scaled import By, ScaledWeight
 from .table import block_format
@@ -267,6 +270,10 @@ class FP8(AbstractBlockScheme):
 
 # The types that the package gguf quantizes. It has no list of them.
 _QUANTIZED_BY_GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "BF16", "F16", "F32")
+_TYPES = tuple(dict.fromkeys((*_QUANTIZED_BY_GGUF, *K_TYPES, *MIXTURES)))
+
+# So many numbers are quantized at once: few enough for the arrays of a search to stay in the cache.
+_CHUNK = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,27 +282,40 @@ class GGUF(AbstractBlockScheme):
 
     **Attributes:**
 
-    - `type`: one of `"Q4_0"`, `"Q4_1"`, `"Q5_0"`, `"Q5_1"`, `"Q8_0"`, `"MXFP4"`, `"BF16"`, `"F16"` and
-        `"F32"`.
+    - `type`: one of `"Q4_0"`, `"Q4_1"`, `"Q5_0"`, `"Q5_1"`, `"Q8_0"`, `"Q2_K"`, `"Q3_K"`, `"Q4_K"`, `"Q5_K"`, `"Q6_K"`,
+        `"IQ4_NL"`, `"IQ4_XS"`, `"MXFP4"`, `"BF16"`, `"F16"` and `"F32"`; or a mixture of these, in which the layer
+        decides: `"Q3_K_S"`, `"Q3_K_M"`, `"Q3_K_L"`, `"Q4_K_S"`, `"Q4_K_M"`, `"Q5_K_S"` and `"Q5_K_M"`.
     """
 
     type: str = "Q8_0"
 
     def __post_init__(self):
-        if self.type not in _QUANTIZED_BY_GGUF:
+        if self.type not in _TYPES:
             raise InputError(
-                f"GGUF(type={self.type!r}) cannot be quantized; give one of {', '.join(_QUANTIZED_BY_GGUF)}.",
-                key="type",
+                f"GGUF(type={self.type!r}) cannot be quantized; give one of {', '.join(_TYPES)}.", key="type"
             )
 
     def blocks(self, numbers: np.ndarray) -> np.ndarray:
-        kind = gguf.GGMLQuantizationType[self.type]
-        raw = gguf.quants.quantize(np.ascontiguousarray(numbers, np.float32), kind)
-        return raw.view(np.uint8).reshape(*numbers.shape[:-1], block_format(self.type).nbytes)
+        format = block_format(self.type)
+        flat = np.ascontiguousarray(numbers, np.float32).reshape(-1, format.size)
+        step = _CHUNK // format.size
+        chunks = (flat[start : start + step] for start in range(0, len(flat), step))
+        # Other threads run while numpy computes.
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            found = np.concatenate(list(pool.map(self._chunk, chunks)))
+        return found.reshape(*numbers.shape[:-1], format.nbytes)
 
     @property
     def block(self) -> str:
         return self.type
+
+    def _chunk(self, numbers: np.ndarray) -> np.ndarray:
+        """The blocks of numbers of shape `(blocks, size)`."""
+        if self.type in K_TYPES:
+            return k_blocks(self.type, numbers)
+        # As one row: the package gguf quantizes 16 rows at a time, however short they are.
+        raw = gguf.quants.quantize(numbers.reshape(1, -1), gguf.GGMLQuantizationType[self.type])
+        return raw.view(np.uint8).reshape(len(numbers), -1)
 
 
 def _float8(numbers: np.ndarray, axis: int | None) -> tuple[np.ndarray, np.ndarray]:
