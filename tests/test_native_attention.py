@@ -110,3 +110,39 @@ def test_kernel_reads_a_16_bit_cache_where_it_is(getkey):
     # Its bits are updated in place, and nothing of its size is written as floats.
     assert "u16[1,2,512,16]" in program
     assert "bf16[1,2,512,16]" not in program
+
+
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3"])
+def test_codes_of_a_quantized_cache_are_read(cache_dtype):
+    q, k, v, mask = inputs(slots=300, group=5, seq=2)
+    scaled = (x * jnp.exp(jnp.arange(300.0) % 7 - 3)[None, None, :, None] for x in (k, v))
+    k, v = (mx.nn.Buffer.init(k.shape, jnp.float32, cache_dtype).like(x, mx.SINGLE) for x in scaled)
+    codes = k.numbers, v.numbers, k.scales, v.scales
+    found = jax.jit(functools.partial(attention, scale=0.01))(q, k.floats, v.floats, mask, codes=codes)
+    for ours, theirs in zip(found, plain(q, k.floats, v.floats, mask, 0.01), strict=True):
+        # Values are up to 20 times as large as those of the other tests.
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=20 * CLOSE["atol"])
+
+
+def test_every_float8_is_read():
+    # Each slot has one code in all entries, and each query attends to one slot.
+    codes = jnp.asarray([code for code in range(256) if code & 0x7F != 0x7F], jnp.uint8)
+    numbers = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
+    slots = len(codes)
+    v = jnp.broadcast_to(codes[:, None, None, None], (slots, 1, 1, 16))
+    k, ones = jnp.zeros_like(v), jnp.ones((slots, 1, 1))
+    mixed, _ = native.attend(
+        jnp.ones((slots, 1, 1, 1, 16)), k, v, jnp.ones((slots, 1, 1), bool), (ones, ones), scale=1.0
+    )
+    np.testing.assert_array_equal(mixed[:, 0, 0, 0], jnp.broadcast_to(numbers[:, None], (slots, 16)))
+
+
+def test_a_program_with_a_quantized_cache_dequantizes_nothing(getkey):
+    config = tiny(head_dim=16)
+    model = mx.Mistral.init(config, key=getkey())
+    cache = mx.nn.Cache.init(config, 1, 512, jnp.float32, cache_dtype="int8")
+    arrays, static = eqx.partition(model, eqx.is_array)
+    step = jax.jit(lambda arrays, cache, ids: eqx.combine(arrays, static).hidden(ids, None, cache), donate_argnums=1)
+    program = step.lower(arrays, cache, jnp.zeros((1, 1), jnp.int32)).compile().as_text()
+    assert "s8[1,2,512,16]" in program
+    assert "f32[1,2,512,16]" not in program

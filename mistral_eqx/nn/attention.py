@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from ..parallel import SINGLE, Strategy, pmax, psum, psum_together
 from .cache import AbstractLayerCache
 from .context import Context
-from .kernels import attention, flash_attention
+from .kernels import Codes, attention, flash_attention
 from .linear import Linear, project
 from .mask import attention_mask
 
@@ -64,13 +64,14 @@ class Attention(eqx.Module):
         q = context.rotation(q)
         k = context.own(jnp.swapaxes(context.rotation(k), 1, 2))
         v = context.own(jnp.swapaxes(v, 1, 2))
-        key_index = context.key_index
+        key_index, codes = context.key_index, None
         if cache is not None:
             cache, k, v, key_index = cache.extend(k, v, context)
+            codes = cache.codes
         inputs = q, k, v, *context.bounds(self.window), key_index
         # Where `head_dim` is split, scores are partial sums; a tile has no psum.
         tiled = q.shape[1] * k.shape[2] > _WHOLE and context.mask is None and not self.strategy.axes("head_dim")
-        mixed, log_sum = self._in_tiles(*inputs) if tiled else self._whole(*inputs, context.mask)
+        mixed, log_sum = self._in_tiles(*inputs) if tiled else self._whole(*inputs, context.mask, codes)
         if self.strategy.axes("kv_seq"):
             weight = jnp.exp(log_sum - pmax(log_sum, "kv_seq", self.strategy))
             mixed, total = psum_together(mixed * weight, weight, "kv_seq", self.strategy)
@@ -78,13 +79,22 @@ class Attention(eqx.Module):
         return self.o_proj(mixed.astype(x.dtype)), cache
 
     def _whole(
-        self, q: Array, k: Array, v: Array, first: Array, last: Array, key_index: Array, mask: Array | None
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        first: Array,
+        last: Array,
+        key_index: Array,
+        mask: Array | None,
+        codes: Codes | None,
     ) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
         """The softmax-weighted sums of values, and the logarithms of the sums of exponentiated scores."""
         span = attention_mask(first, last, key_index)
         mask = span if mask is None else span & mask
         total = functools.partial(psum, dims="head_dim", strategy=self.strategy)
-        return attention(q, k, v, mask, scale=self.scale, total=total if self.strategy.axes("head_dim") else None)
+        total = total if self.strategy.axes("head_dim") else None
+        return attention(q, k, v, mask, scale=self.scale, total=total, codes=codes)
 
     def _in_tiles(
         self, q: Array, k: Array, v: Array, first: Array, last: Array, key_index: Array

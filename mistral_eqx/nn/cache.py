@@ -15,6 +15,7 @@ from ..config import MistralConfig
 from ..errors import InputError
 from .buffer import Buffer
 from .context import Context
+from .kernels import Codes
 from .slots import window_slots
 
 
@@ -69,6 +70,12 @@ class AbstractLayerCache(eqx.Module):
     def v(self) -> Float[Array, "batch kv_heads kv_seq head_dim"]:
         """The values, as floats."""
         return self.v_buffer.floats
+
+    @property
+    def codes(self) -> Codes | None:
+        """The codes of keys and values, and their scales; `None` if the cache has floats."""
+        k, v = self.k_buffer, self.v_buffer
+        return None if k.scales is None or v.scales is None else (k.numbers, v.numbers, k.scales, v.scales)
 
 
 class FullCache(AbstractLayerCache):

@@ -1,5 +1,6 @@
 // Random bytes as panels, keys and values, of random shapes, each in a buffer of exactly its size: AddressSanitizer reports any read or
 // write beyond it, and UndefinedBehaviorSanitizer what the language does not define.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <chrono>
@@ -21,6 +22,9 @@ void attend(std::mt19937& draw) {
   const std::unique_ptr<uint8_t[]> mask(new uint8_t[a.batch * a.seq * a.slots]);
   for (int64_t i = 0; i < queries * a.head_dim; i++) q[i] = float(draw()) / 2e9f - 1;
   for (int64_t i = 0; i < a.batch * a.seq * a.slots; i++) mask[i] = below(4) != 0;
+  const std::unique_ptr<float[]> scales(new float[a.batch * a.kv_heads * a.slots]);
+  std::fill_n(scales.get(), a.batch * a.kv_heads * a.slots, 0.5f);
+  a.k_scales = scales.get(), a.v_scales = scales.get();
   const auto with = [&](int bytes, auto part) {
     const std::unique_ptr<uint8_t[]> k(new uint8_t[numbers * bytes]), v(new uint8_t[numbers * bytes]);
     for (int64_t i = 0; i < numbers * bytes; i++) k[i] = uint8_t(draw()), v[i] = uint8_t(draw());
@@ -28,6 +32,7 @@ void attend(std::mt19937& draw) {
     for (int64_t unit = 0; unit < a.batch * a.kv_heads * a.ranges(); unit++) part(a, unit, parts.get());
   };
   with(4, SET::attending.float32), with(2, SET::attending.bfloat16), with(2, SET::attending.float16);
+  with(1, SET::attending.int8), with(1, SET::attending.float8);
 }
 
 int main(int, char** arguments) {

@@ -16,6 +16,9 @@ from . import native
 # More queries of a row than these are faster as matrix products.
 _FEW = 8
 
+Codes = tuple[Array, Array, Array, Array]
+"""The codes of keys and of values, then the scales of both."""
+
 
 def attention(
     q: Float[Array, "batch seq kv_heads q_per_kv head_dim"],
@@ -25,10 +28,11 @@ def attention(
     *,
     scale: float,
     total: Callable[[Array], Array] | None = None,
+    codes: Codes | None = None,
 ) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
     """Softmax-weighted sums of values.
 
-    On CPU, a C++ kernel does this for few queries.
+    On CPU, a C++ kernel does this for few queries. It reads the codes of a quantized cache, and nothing is dequantized.
 
     **Arguments:**
 
@@ -36,6 +40,7 @@ def attention(
     - `mask`: which keys each query attends to.
     - `scale`: the factor of the scores.
     - `total`: adds up partial scores over devices, where `head_dim` is split.
+    - `codes`: the codes of which `k` and `v` are the numbers, if there are such.
 
     **Returns:** one weighted sum for each query, and the logarithm of the sum of its exponentiated scores. For a query
     that attends to no key, these are finite numbers without meaning.
@@ -43,21 +48,29 @@ def attention(
     by_xla = functools.partial(_by_xla, scale=scale, total=total)
     if total is not None or q.shape[1] > _FEW or q.dtype == jnp.float64 or not native.attends(k.dtype, k.shape[3]):
         return by_xla(q, k, v, mask)
-    return _of_few(*vary_alike(q, k, v, mask), scale)
+    q, k, v, mask, *both = vary_alike(q, k, v, mask, *(codes or ()))
+    return _of_few(q, k, v, mask, tuple(both), scale)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _of_few(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Array, Array]:
-    def by_kernel(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
-        return native.attend(q.astype(jnp.float32), k, v, mask, scale)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _of_few(q: Array, k: Array, v: Array, mask: Array, codes: tuple[Array, ...], scale: float) -> tuple[Array, Array]:
+    def by_kernel(q: Array, k: Array, v: Array, mask: Array, *codes: Array) -> tuple[Array, Array]:
+        q = q.astype(jnp.float32)
+        if codes:
+            k, v, k_scales, v_scales = codes
+            return native.attend(q, k, v, mask, (k_scales, v_scales), scale=scale)
+        return native.attend(q, k, v, mask, scale=scale)
 
-    by_xla = functools.partial(_by_xla, scale=scale)
-    return kernel(lambda *inputs: lax.platform_dependent(*inputs, cpu=by_kernel, default=by_xla))(q, k, v, mask)
+    def by_xla(q: Array, k: Array, v: Array, mask: Array, *codes: Array) -> tuple[Array, Array]:
+        return _by_xla(q, k, v, mask, scale)
+
+    chosen = kernel(lambda *inputs: lax.platform_dependent(*inputs, cpu=by_kernel, default=by_xla))
+    return chosen(q, k, v, mask, *codes)
 
 
 @_of_few.defjvp
 def _of_few_jvp(scale: float, primals, tangents):
-    *inputs, mask = primals
+    *inputs, mask, _ = primals
     return jax.jvp(lambda q, k, v: _by_xla(q, k, v, mask, scale), tuple(inputs), tuple(tangents[:3]))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Num, UInt8
 
 from ...precision import to_bits
 
@@ -82,9 +82,11 @@ def attends(dtype: jnp.dtype, head_dim: int) -> bool:
 
 def attend(
     q: Float[Array, "batch seq kv_heads q_per_kv head_dim"],
-    k: Float[Array, "batch kv_heads kv_seq head_dim"],
-    v: Float[Array, "batch kv_heads kv_seq head_dim"],
+    k: Num[Array, "batch kv_heads kv_seq head_dim"],
+    v: Num[Array, "batch kv_heads kv_seq head_dim"],
     mask: Bool[Array, "batch seq kv_seq"],
+    scales: tuple[Float[Array, "batch kv_heads kv_seq"], Float[Array, "batch kv_heads kv_seq"]] | None = None,
+    *,
     scale: float,
 ) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
     """Attention of few queries, for a program on the CPU; keys and values are read once, where they are.
@@ -92,8 +94,9 @@ def attend(
     **Arguments:**
 
     - `q`: queries in float32.
-    - `k`, `v`: keys and values in a precision that `attends` has.
+    - `k`, `v`: keys and values in a precision that `attends` has; or codes, int8 or the bits of float8 e4m3.
     - `mask`: which keys each query attends to.
+    - `scales`: those of the codes of `k` and `v`.
     - `scale`: the factor of the scores.
 
     **Returns:** as [`mistral_eqx.nn.flash_attention`][] does, in float32.
@@ -102,5 +105,6 @@ def attend(
     call = jax.ffi.ffi_call("mistral_eqx_attend", results, vmap_method="sequential")
     # The bits of a cache that is stored as bits are the cache itself; XLA would write it anew as floats.
     stored = (to_bits(k), to_bits(v)) if k.dtype.itemsize == 2 else (k, v)
-    mixed, log_sum = call(q, *stored, mask, scale=np.float32(scale), precision=k.dtype.name)
+    precision = "float8" if k.dtype == jnp.uint8 else k.dtype.name
+    mixed, log_sum = call(q, *stored, mask, *(scales or ()), scale=np.float32(scale), precision=precision)
     return mixed, log_sum

@@ -14,6 +14,8 @@ constexpr int WIDE = LANES == 8 ? 2 : 4;
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
+struct Int8 { int8_t code; };
+struct Float8 { uint8_t bits; };
 
 template <class T>
 struct Read;
@@ -30,6 +32,23 @@ struct Read<Float16> {
   static Floats at(const Float16* numbers) { return from_float16(load<Halves>(numbers)); }
 };
 
+template <>
+struct Read<Int8> {
+  static Floats at(const Int8* codes) { return floats(__builtin_convertvector(load<Bytes>(codes), Ints)); }
+};
+template <>
+struct Read<Float8> {
+  // e4m3: the exponent of a float begins 120 higher; without an exponent, the number is so many times 2^-9.
+  static Floats at(const Float8* codes) {
+    const Words bits = Words(__builtin_convertvector(load<Bytes>(codes), Ints)), size = bits & 0x7fu;
+    const Words normal = (size << 20) + (120u << 23), small = (Words)(floats(size) * (1.0f / 512));
+    return (Floats)((size < 8 ? small : normal) | (bits & 0x80u) << 24);
+  }
+};
+
+template <class T>
+constexpr bool in_codes = sizeof(T) == 1;
+
 // The exponential function of numbers that are not positive, within 2e-7 of its value; 0 below -87, NaN of NaN.
 inline Floats exponential(Floats x) {
   const Ints power = rounded(x * 1.44269504f);
@@ -42,7 +61,8 @@ inline Floats exponential(Floats x) {
 
 // The scores of `heads` queries and the visible slots, into scores[head * RANGE + i].
 template <class T, int heads>
-void score(const Attention& a, const float* q, const T* k, const int16_t* visible, int count, float* scores) {
+void score(const Attention& a, const float* q, const T* k, const float* scales, const int16_t* visible, int count,
+           float* scores) {
   for (int i = 0; i < count; i++) {
     const T* key = k + visible[i] * a.head_dim;
     Floats sums[heads] = {};
@@ -50,7 +70,8 @@ void score(const Attention& a, const float* q, const T* k, const int16_t* visibl
       const Floats numbers = Read<T>::at(key + d);
       for (int head = 0; head < heads; head++) sums[head] += numbers * load<Floats>(q + head * a.head_dim + d);
     }
-    for (int head = 0; head < heads; head++) scores[head * RANGE + i] = sum_of(sums[head]) * a.scale;
+    const float scale = in_codes<T> ? a.scale * scales[visible[i]] : a.scale;
+    for (int head = 0; head < heads; head++) scores[head * RANGE + i] = sum_of(sums[head]) * scale;
   }
 }
 
@@ -71,10 +92,10 @@ void mix(const Attention& a, const T* v, const int16_t* visible, int count, cons
 }
 
 template <class T, int heads>
-void attend_heads(const Attention& a, const float* q, const T* k, const T* v, const int16_t* visible, int count,
-                  float* part) {
+void attend_heads(const Attention& a, const float* q, const T* k, const T* v, const float* k_scales,
+                  const float* v_scales, const int16_t* visible, int count, float* part) {
   float scores[heads * RANGE + LANES];
-  score<T, heads>(a, q, k, visible, count, scores);
+  score<T, heads>(a, q, k, k_scales, visible, count, scores);
   for (int head = 0; head < heads; head++) {
     float *row = scores + head * RANGE, largest = std::numeric_limits<float>::lowest(), sum = 0;
     for (int i = 0; i < count; i++) largest = std::max(largest, row[i]);
@@ -87,6 +108,8 @@ void attend_heads(const Attention& a, const float* q, const T* k, const T* v, co
       for (int lane = 0; lane < rest; lane++) row[i + lane] = after[lane], sum += after[lane];
     }
     part[head * a.part_size()] = largest, part[head * a.part_size() + 1] = sum;
+    if constexpr (in_codes<T>)
+      for (int i = 0; i < count; i++) row[i] *= v_scales[visible[i]];
   }
   int64_t d = 0;
   for (; d + WIDE * LANES <= a.head_dim; d += WIDE * LANES) mix<T, heads, WIDE>(a, v, visible, count, scores, d, part);
@@ -99,6 +122,8 @@ void attend(const Attention& a, int64_t unit, float* parts) {
   const int64_t row = unit / ranges / a.kv_heads, from = range * RANGE, to = std::min(a.slots, from + RANGE);
   const int64_t at = ((row * a.kv_heads + kv_head) * a.slots + from) * a.head_dim;
   const T *k = static_cast<const T*>(a.k) + at, *v = static_cast<const T*>(a.v) + at;
+  const int64_t slot = (row * a.kv_heads + kv_head) * a.slots + from;
+  const float *k_scales = in_codes<T> ? a.k_scales + slot : nullptr, *v_scales = in_codes<T> ? a.v_scales + slot : nullptr;
   for (int64_t query = 0; query < a.seq; query++) {
     const uint8_t* mask = a.mask + (row * a.seq + query) * a.slots;
     int16_t visible[RANGE];
@@ -113,10 +138,10 @@ void attend(const Attention& a, int64_t unit, float* parts) {
       const float* own = q + head * a.head_dim;
       float* result = part + head * a.part_size();
       switch (std::min<int64_t>(a.group - head, HEADS)) {
-        case 1: attend_heads<T, 1>(a, own, k, v, visible, count, result), head += 1; break;
-        case 2: attend_heads<T, 2>(a, own, k, v, visible, count, result), head += 2; break;
-        case 3: attend_heads<T, 3>(a, own, k, v, visible, count, result), head += 3; break;
-        default: attend_heads<T, 4>(a, own, k, v, visible, count, result), head += 4;
+        case 1: attend_heads<T, 1>(a, own, k, v, k_scales, v_scales, visible, count, result), head += 1; break;
+        case 2: attend_heads<T, 2>(a, own, k, v, k_scales, v_scales, visible, count, result), head += 2; break;
+        case 3: attend_heads<T, 3>(a, own, k, v, k_scales, v_scales, visible, count, result), head += 3; break;
+        default: attend_heads<T, 4>(a, own, k, v, k_scales, v_scales, visible, count, result), head += 4;
       }
     }
   }
@@ -125,5 +150,5 @@ void attend(const Attention& a, int64_t unit, float* parts) {
 }  // namespace
 
 namespace SET {
-const Attending attending = {attend<float>, attend<BFloat16>, attend<Float16>, LANES};
+const Attending attending = {attend<float>, attend<BFloat16>, attend<Float16>, attend<Int8>, attend<Float8>, LANES};
 }

@@ -8,7 +8,8 @@ constexpr int64_t RANGE = 256;
 // Queries, keys and values as the model has them; `seq` is small.
 struct Attention {
   const float* q;       // (batch, seq, kv_heads, group, head_dim)
-  const void *k, *v;    // (batch, kv_heads, slots, head_dim)
+  const void *k, *v;    // (batch, kv_heads, slots, head_dim): floats, or codes of 8 bits
+  const float *k_scales, *v_scales;  // (batch, kv_heads, slots): of the codes; null for floats
   const uint8_t* mask;  // (batch, seq, slots): which slots a query attends to
   float scale;          // of the products of queries and keys
   int64_t batch, seq, kv_heads, group, slots, head_dim;
@@ -25,6 +26,8 @@ struct Attending {
   void (*float32)(const Attention& a, int64_t unit, float* parts);
   void (*bfloat16)(const Attention& a, int64_t unit, float* parts);
   void (*float16)(const Attention& a, int64_t unit, float* parts);
+  void (*int8)(const Attention& a, int64_t unit, float* parts);
+  void (*float8)(const Attention& a, int64_t unit, float* parts);
   int64_t lanes;  // They divide head_dim.
 };
 

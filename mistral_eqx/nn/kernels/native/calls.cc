@@ -177,26 +177,37 @@ void combine(const Attention& a, int64_t row, int64_t kv_head, const float* part
 constexpr int64_t FEW = 16 * 1024;
 
 ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                  ffi::Buffer<ffi::PRED> mask, ffi::ResultBuffer<ffi::F32> mixed, ffi::ResultBuffer<ffi::F32> log_sum,
-                  float scale, std::string_view precision) {
+                  ffi::Buffer<ffi::PRED> mask, ffi::RemainingArgs scales, ffi::ResultBuffer<ffi::F32> mixed,
+                  ffi::ResultBuffer<ffi::F32> log_sum, float scale, std::string_view precision) {
   const Attending* set = chosen().attending;
   if (!set) return ffi::Error(ffi::ErrorCode::kUnimplemented, "This processor has none of the kernels' instructions.");
   const auto qs = q.dimensions(), ks = k.dimensions(), vs = v.dimensions(), ms = mask.dimensions();
   if (qs.size() != 5 || ks.size() != 4 || ms.size() != 3)
     return ffi::Error::InvalidArgument("q must have 5 dimensions, k and v 4, the mask 3.");
-  const Attention a{q.typed_data(), k.untyped_data(), v.untyped_data(), reinterpret_cast<const uint8_t*>(mask.typed_data()),
-                    scale, qs[0], qs[1], qs[2], qs[3], ks[2], qs[4]};
+  Attention a{};
+  a.q = q.typed_data(), a.k = k.untyped_data(), a.v = v.untyped_data();
+  a.mask = reinterpret_cast<const uint8_t*>(mask.typed_data()), a.scale = scale;
+  a.batch = qs[0], a.seq = qs[1], a.kv_heads = qs[2], a.group = qs[3], a.head_dim = qs[4], a.slots = ks[2];
   if (!std::equal(ks.begin(), ks.end(), vs.begin(), vs.end()) || k.element_type() != v.element_type() ||
       ks[0] != a.batch || ks[1] != a.kv_heads || ks[3] != a.head_dim || ms[0] != a.batch || ms[1] != a.seq ||
       ms[2] != a.slots || a.head_dim % set->lanes || !std::equal(qs.begin(), qs.end(), mixed->dimensions().begin()) ||
       int64_t(log_sum->element_count()) != a.batch * a.seq * a.kv_heads * a.group)
     return ffi::Error::InvalidArgument("The shapes of q, k, v, the mask and the results do not fit each other.");
-  const bool bits = k.element_type() == ffi::U16;
-  const auto part = k.element_type() == ffi::F32 && precision == "float32" ? set->float32
-                    : bits && precision == "bfloat16"                      ? set->bfloat16
-                    : bits && precision == "float16"                       ? set->float16
-                                                                           : nullptr;
+  const auto is = [&](const char* name, ffi::DataType stored) { return precision == name && k.element_type() == stored; };
+  const auto part = is("float32", ffi::F32)    ? set->float32
+                    : is("bfloat16", ffi::U16) ? set->bfloat16
+                    : is("float16", ffi::U16)  ? set->float16
+                    : is("int8", ffi::S8)      ? set->int8
+                    : is("float8", ffi::U8)    ? set->float8
+                                               : nullptr;
   if (!part) return ffi::Error::InvalidArgument("The kernels have no attention for the precision of k and v.");
+  if (part == set->int8 || part == set->float8) {
+    const auto of_k = scales.get<ffi::Buffer<ffi::F32>>(0), of_v = scales.get<ffi::Buffer<ffi::F32>>(1);
+    const size_t count = a.batch * a.kv_heads * a.slots;
+    if (!of_k || !of_v || of_k->element_count() != count || of_v->element_count() != count)
+      return ffi::Error::InvalidArgument("Codes must have a scale for each slot.");
+    a.k_scales = of_k->typed_data(), a.v_scales = of_v->typed_data();
+  }
   const std::unique_ptr<float[]> parts(new float[a.parts_size()]);
   const int64_t units = a.batch * a.kv_heads * a.ranges();
   if (a.batch * a.kv_heads * a.slots * a.head_dim < FEW)
@@ -226,6 +237,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mistral_eqx_attend, attend,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .RemainingArgs()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("scale")
