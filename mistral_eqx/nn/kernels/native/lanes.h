@@ -29,7 +29,6 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 template <class T>
 inline T load(const void* at) {
@@ -51,6 +50,9 @@ inline Ints rounded(Floats x) { return (Ints)(x + 12582912.0f) - 0x4b400000; }
 #if defined(__AVX512VNNI__)
 
 inline float sum_of(Floats x) { return _mm512_reduce_add_ps((__m512)x); }
+
+// Signed numbers of 8 bits.
+inline Ints from_bytes(const void* at) { return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at)); }
 
 inline Floats from_float16(Halves x) { return _mm512_cvtph_ps((__m256i)x); }
 
@@ -84,6 +86,8 @@ inline float sum_of(Floats x) {
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
+
+inline Ints from_bytes(const void* at) { return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)at)); }
 
 inline Floats from_float16(Halves x) { return (Floats)_mm256_cvtph_ps((__m128i)x); }
 
@@ -123,6 +127,11 @@ inline Words looked_up(Words codes, const int8_t* table) {
 #else
 
 inline float sum_of(Floats x) { return vaddvq_f32((float32x4_t)x); }
+
+inline Ints from_bytes(const void* at) {
+  const int8x8_t bytes = vreinterpret_s8_s32(vdup_n_s32(load<int32_t>(at)));
+  return (Ints)vmovl_s16(vget_low_s16(vmovl_s8(bytes)));
+}
 
 inline Floats from_float16(Halves x) { return (Floats)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)x)); }
 
