@@ -99,6 +99,23 @@ def test_transformers_reads_what_is_saved(name, model, tmp_path):
     assert relative_error(eqx.filter_jit(again)(jnp.asarray(IDS)), logits) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        mx.GPTQ(group_size=32, zero_point=False),
+        mx.GPTQ(group_size=32, zero_point=False, act_order=True),
+        mx.AWQ(group_size=32, zero_point=False),
+    ],
+)
+def test_transformers_reads_what_was_calibrated(scheme, model, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    calibration = np.random.default_rng(0).integers(0, 64, (4, 32))
+    small = mx.quantize(model, scheme, calibration=calibration)
+    mx.save(small, tmp_path / "small")
+    logits = eqx.filter_jit(small)(jnp.asarray(IDS))
+    assert relative_error(their_logits(tmp_path / "small", device_map="cpu"), logits) < 1e-5
+
+
 def test_zero_points_are_those_of_compressed_tensors(model, tmp_path):
     """transformers cannot load these with this release of compressed-tensors, which expects another shape."""
     torch, package = pytest.importorskip("torch"), pytest.importorskip("compressed_tensors")
