@@ -151,6 +151,7 @@ def test_statistics_are_those_of_the_inputs_of_layers(model):
             assert relative_error(own.magnitude, np.abs(flat).mean(axis=0)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_block_sees_the_quantized_blocks_before_it(model):
     scheme = mx.GPTQ(group_size=16)
     small = mx.quantize(model, scheme, calibration=ids())
@@ -179,7 +180,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [pytest.param("gptq", marks=pytest.mark.slow), "gptq, sorted", "mixed"])
 def test_a_model_is_calibrated_and_everything_works_on_it(name, model, getkey):
     done = []
     small = mx.quantize(model, RECIPES[name], calibration=ids(), progress=lambda *counts: done.append(counts))
@@ -248,7 +249,14 @@ def test_a_scheme_with_calibration_is_refused_where_weights_are_read(model, tmp_
         mx.load(tmp_path / "model", quantize=mx.GPTQ())
 
 
-@pytest.mark.parametrize("scheme", [mx.GPTQ(group_size=16), mx.GPTQ(8, 16, False, True), mx.AWQ(group_size=16)])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        pytest.param(mx.GPTQ(group_size=16), marks=pytest.mark.slow),
+        mx.GPTQ(8, 16, zero_point=False, act_order=True),
+        pytest.param(mx.AWQ(group_size=16), marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_saved_is_loaded(scheme, model, tmp_path):
     small = mx.quantize(model, scheme, calibration=ids())
     mx.save(small, tmp_path / "small")

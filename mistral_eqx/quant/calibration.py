@@ -80,8 +80,8 @@ def checked_calibration(calibration: Any, config: MistralConfig) -> np.ndarray:
     try:
         ids = np.asarray(calibration)
     except ValueError:  # rows of several lengths
-        ids = np.empty(0)
-    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        ids = None
+    if ids is None or ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise InputError(
             f"calibration is {shown(calibration)}; give token ids of shape (rows, seq), whole numbers in rows of one "
             "length.",

@@ -49,21 +49,21 @@ def round_to_codes(
     **Returns:** codes from 0, scales in float32 and zeros, the last two with an axis of 1.
     """
     xp, numbers = _namespace(numbers), numbers.astype(np.float32)
-    best, least = None, None
+    best: Any = None
+    least: Any = None
     for shrunk in _TRIED if search else (1.0,):
         scale, zero = grid(numbers, bits, zero_point=zero_point, shrunk=shrunk)
         found = nearest(numbers, scale, zero, bits, zero_point=zero_point), scale, zero.astype(np.uint8)
         if not search:
             return found
         error = xp.sum((from_codes(*found) - numbers) ** 2, axis=-1, keepdims=True)
-        if best is None or least is None:
+        if best is None:
             best, least = found, error
             continue
         better = error < least
         best = tuple(xp.where(better, new, old) for new, old in zip(found, best, strict=True))
         least = xp.where(better, error, least)
-    assert best is not None
-    return best[0], best[1], best[2]
+    return best
 
 
 def grid(numbers: AnyArray, bits: int, *, zero_point: bool, shrunk: float = 1.0) -> tuple[AnyArray, AnyArray]:
