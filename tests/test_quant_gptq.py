@@ -286,4 +286,3 @@ def test_smollm2_has_less_error_in_every_layer(smollm2_path):
     mx.quantize(model, Compared(), calibration=tokens)
     assert len(shares) == 210
     assert max(shares) < 1
-    print(f"GPTQ's error as a share of round to nearest's: {np.mean(shares):.3f}, at most {max(shares):.3f}")
