@@ -1,4 +1,4 @@
-"""Quantizes a model with GPTQ and AWQ on the begin of a book, and measures them and round to nearest on its end."""
+"""Quantizes a model with GPTQ and AWQ on the beginning of a book, and measures them and round to nearest on its end."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ import numpy as np
 import mistral_eqx as mx
 
 
-def main(name="smollm2-135m", tokens="4096", characters="2000", size="64"):
+def main(name="smollm2-135m", tokens="8192", characters="2000", size="64"):
     model, tokenizer = mx.from_pretrained(name, dtype="float32")
     text = (Path(__file__).parent / "data/moby-dick.txt").read_text(encoding="utf-8")
     seq = min(512, model.config.max_positions)
@@ -18,8 +18,7 @@ def main(name="smollm2-135m", tokens="4096", characters="2000", size="64"):
         "float32": None,
         "round to nearest": mx.RTN(group_size=int(size)),
         "AWQ": mx.AWQ(group_size=int(size)),
-        "GPTQ": mx.GPTQ(group_size=int(size)),
-        "GPTQ, sorted": mx.GPTQ(group_size=int(size), act_order=True),
+        "GPTQ": mx.GPTQ(group_size=int(size), act_order=True),
     }
     for words, scheme in schemes.items():
         start, small = time.perf_counter(), model

@@ -115,7 +115,7 @@ def test_what_cannot_be_scaled_is_refused(model):
 
 @pytest.mark.slow
 def test_smollm2_foretells_a_text_better_than_rounded_to_nearest(smollm2_path):
-    """Calibrated on the begin of a book, and measured on its end."""
+    """Calibrated on the beginning of a book, and measured on its end."""
     model, tokenizer = mx.from_pretrained(smollm2_path, dtype="float32")
     text = (Path(__file__).parents[1] / "examples/data/moby-dick.txt").read_text(encoding="utf-8")
     tokens = np.asarray(tokenizer.encode(text)[:4096]).reshape(8, 512)
