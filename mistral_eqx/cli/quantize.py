@@ -129,8 +129,7 @@ def _tokens(file: Path, model: Path, context: int) -> list[list[int]]:
 
     with open_text(file) as text:
         parts = encode_parts(mx.load_tokenizer(model), text)
-        found = itertools.islice((token.id for part in parts for token in part), _ROWS * _SEQ)
-        ids = list(found)
+        ids = list(itertools.islice((token.id for part in parts for token in part), _ROWS * _SEQ))
     seq = min(_SEQ, context, len(ids))
     return [ids[start : start + seq] for start in range(0, len(ids) - seq + 1, seq)]
 
@@ -139,7 +138,7 @@ def _recipe(scheme: Scheme, size: int | None, search: bool) -> "AnyScheme":
     from ..quant import AWQ, FP8, GPTQ, NF4, RTN, Int8
 
     if search and scheme not in (Scheme.INT4, Scheme.INT8):
-        raise InputError(f"--search tries ranges of whole numbers, which {scheme} has none of; leave it out.")
+        raise InputError(f"--search is for int4 and int8, not for {scheme}; leave it out.")
     match scheme:
         case Scheme.NF4:
             return NF4(size or 64)
