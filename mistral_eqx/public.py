@@ -60,8 +60,10 @@ from .planning import plan as plan
 from .presets import PRESETS as PRESETS
 from .pretrained import from_pretrained as from_pretrained
 from .quant import (
+    AWQ as AWQ,
     FP8 as FP8,
     GGUF as GGUF,
+    GPTQ as GPTQ,
     NF4 as NF4,
     RTN as RTN,
     Int8 as Int8,

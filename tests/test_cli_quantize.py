@@ -1,6 +1,8 @@
 """`mistral-eqx quantize`."""
 
+import numpy as np
 import pytest
+from fixtures.checkpoint import assert_same_weights
 from fixtures.cli import assert_refused, run, save_tiny_model
 
 import mistral_eqx as mx
@@ -32,6 +34,22 @@ def test_a_folder_is_written_that_generates(tiny, tmp_path, options, format):
     assert mx.load_tokenizer(tmp_path / "small").encode("Call me") == mx.load_tokenizer(tiny).encode("Call me")
 
 
+@pytest.mark.parametrize("scheme", ["gptq", "awq"])
+def test_a_text_calibrates(scheme, tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Call me Ishmael. " * 40)
+    arguments = ["--scheme", scheme, "--block-size", "16", "--calibration", text]
+    result = run("quantize", tiny, tmp_path / "small", *arguments)
+    assert result.exit_code == 0, result.stderr
+    model, tokenizer = mx.from_pretrained(tiny)
+    # The context has 256 tokens.
+    ids = np.array(tokenizer.encode(text.read_text())[:512]).reshape(2, 256)
+    expected = mx.quantize(model, {"gptq": mx.GPTQ, "awq": mx.AWQ}[scheme](group_size=16), calibration=ids)
+    small = mx.load(tmp_path / "small", dtype="stored")
+    assert formats(small) == ["INT4/16"]
+    assert_same_weights(mx.dequantize(small), mx.dequantize(expected))
+
+
 def test_bad_options_are_one_sentence_and_write_nothing(tiny, tmp_path):
     target = tmp_path / "small"
     assert_refused(run("quantize", tiny, target, "--scheme", "nf5"), "nf5")
@@ -39,6 +57,14 @@ def test_bad_options_are_one_sentence_and_write_nothing(tiny, tmp_path):
     assert_refused(run("quantize", tiny, target, "--block-size", "48"), "inputs")
     assert_refused(run("quantize", tiny, target, "--search"), "--search", "nf4")
     assert_refused(run("quantize", tiny, target, "--scheme", "fp8", "--block-size", "16"), "--block-size")
+    text = tmp_path / "text.txt"
+    text.write_text("Call me.")
+    assert_refused(run("quantize", tiny, target, "--scheme", "gptq"), "gptq", "--calibration")
+    assert_refused(run("quantize", tiny, target, "--calibration", text), "nf4", "--calibration")
+    assert_refused(run("quantize", tiny, target, "--scheme", "awq", "--calibration", text), "9 tokens", "32 are needed")
+    assert_refused(run("quantize", tiny, target, "--scheme", "awq", "--calibration", tmp_path / "none"), "none")
+    text.write_bytes(b"\xff\xfe")
+    assert_refused(run("quantize", tiny, target, "--scheme", "awq", "--calibration", text), "UTF-8")
     assert not target.exists()
     target.mkdir()
     (target / "mine.txt").touch()

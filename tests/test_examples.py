@@ -196,6 +196,13 @@ def test_schemes_are_compared(run):
 
 
 @pytest.mark.slow
+def test_calibrated_schemes_are_compared(run):
+    lines = run("gptq.py", 1024, 400, 16).splitlines()
+    assert [line[:16].strip() for line in lines] == ["float32", "round to nearest", "AWQ", "GPTQ"]
+    assert all(re.search(r" s  perplexity +\d+\.\d+$", line) for line in lines)
+
+
+@pytest.mark.slow
 def test_a_gguf_file_is_written_and_run(smollm2_path, tmp_path, capsys):
     runpy.run_path(str(ROOT / "examples/to_gguf.py"))["main"](smollm2_path, tmp_path / "model.gguf")
     assert re.search(r"model.gguf, 144.8 MB: ' Paris", capsys.readouterr().out)

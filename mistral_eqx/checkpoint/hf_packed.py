@@ -121,7 +121,7 @@ def _nf4(weight: BlockWeight, rows: int, inputs: int, size: int, order: np.ndarr
 def _words(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes of the last axis in 32-bit words, the first one lowest; the last word may have room."""
     room = -codes.shape[-1] % (32 // bits)
-    return pack(np.pad(codes, [*[(0, 0)] * (codes.ndim - 1), (0, room)]), bits).view("<i4")
+    return np.ascontiguousarray(pack(np.pad(codes, [*[(0, 0)] * (codes.ndim - 1), (0, room)]), bits)).view("<i4")
 
 
 def _integers(

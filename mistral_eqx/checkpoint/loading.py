@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..nn import AbstractWeight, DenseWeight, Mistral
 from ..nn.kernels import native
 from ..parallel import SINGLE, Strategy, check_same, put_named, with_auto_axes
-from ..quant import AbstractScheme, Layer, Recipe, chosen_schemes
+from ..quant import AbstractScheme, Layer, Recipe, chosen_schemes, uncalibrated
 from .hub import locate
 from .opening import open_checkpoint
 from .packed import read_packed
@@ -63,7 +63,7 @@ def load(
     - `mesh`: the devices of the model; the default device unless given.
     - `strategy`: which dimensions are split over which axes of the mesh. By default each device holds the whole model.
     - `quantize`: a scheme or a recipe, as for [`mistral_eqx.quantize`][]. Each weight is quantized when it is read, so
-        that memory holds the result and one weight in float32.
+        that memory holds the result and one weight in float32. Schemes that need a calibration are refused.
 
     **Returns:** the model, sharded as by [`mistral_eqx.shard`][].
 
@@ -99,7 +99,7 @@ def load(
         check_same("C++ kernels", str((keep or quantize is not None) and native.instructions()))
         check_same("quantize", repr(quantize))
     paths = [source.spec.path for source in found if source.spec.in_dims]
-    schemes = {} if quantize is None else chosen_schemes(quantize, paths, checkpoint.config)
+    schemes = {} if quantize is None else uncalibrated(chosen_schemes(quantize, paths, checkpoint.config))
     read = functools.partial(_read, found, target_dtype, placement, check, progress, keep, schemes)
     weights = run_on_all("content of the checkpoint", read, placement.several_processes)
     skeleton = eqx.filter_eval_shape(

@@ -79,7 +79,7 @@ def perplexity(
     from .loading import load, locate, precision
     from .progress import progress_bar
 
-    with _opened(text) as file:
+    with open_text(text) as file:
         devices = Devices(options.ProcessOptions(split.mesh, split.strategy))
         model.check_adapter()
         path = locate(model.model)
@@ -132,7 +132,7 @@ def _print(found: Perplexity, metrics: Metrics | None):
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
+def open_text(path: Path) -> Iterator[TextIO]:
     """A text file, as it is but for a byte order mark: no end of a line is changed."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:

@@ -1,6 +1,8 @@
 """`mistral-eqx quantize`: a checkpoint with weights of fewer bits."""
 
 import enum
+import itertools
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,10 +11,11 @@ from ..documents import to_path
 from ..errors import InputError
 from . import options
 from .convert import say_written
+from .evaluate import open_text
 
 
 if TYPE_CHECKING:
-    from ..quant import AbstractScheme
+    from ..quant import AnyScheme
 
 
 class Scheme(enum.StrEnum):
@@ -22,6 +25,12 @@ class Scheme(enum.StrEnum):
     INT4 = "int4"
     INT8 = "int8"
     FP8 = "fp8"
+    GPTQ = "gptq"
+    AWQ = "awq"
+
+
+# As in GPTQ's own code: at most 128 rows of 2048 tokens.
+_ROWS, _SEQ = 128, 2048
 
 
 def quantize(
@@ -35,7 +44,9 @@ def quantize(
     scheme: Annotated[
         Scheme,
         typer.Option(
-            "--scheme", help="nf4 for 4 bits; int4 and int8 for whole numbers; fp8 for floats of 8 bits, e4m3."
+            "--scheme",
+            help="nf4 for 4 bits; int4 and int8 for whole numbers; fp8 for floats of 8 bits, e4m3; gptq and awq for "
+            "whole numbers of 4 bits by what layers see on a text.",
         ),
     ] = Scheme.NF4,
     block_size: Annotated[
@@ -43,12 +54,22 @@ def quantize(
         typer.Option(
             "--block-size",
             min=1,
-            help="How many inputs share a scale: by default 64 for nf4 and int4, and a whole row for int8 and fp8.",
+            help="How many inputs share a scale: by default 64 for nf4 and int4, 128 for gptq and awq, and a whole row "
+            "for int8 and fp8.",
         ),
     ] = None,
     search: Annotated[
         bool, typer.Option("--search", help="Try smaller ranges for the least squared error; int4 and int8.")
     ] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="The text that gptq and awq need, UTF-8, such as texts of the kind that the model is for; of its "
+            f"tokens the first {_ROWS * _SEQ:,} are used.",
+        ),
+    ] = None,
     dtype: Annotated[
         options.DType | None,
         typer.Option("--dtype", help="Precision of all that is not quantized; the source's own unless given."),
@@ -61,31 +82,63 @@ def quantize(
     """Quantize the linear layers of a model and write it as a folder.
 
     transformers reads the folder too: nf4 with bitsandbytes, the others with compressed-tensors. Norms, embeddings and
-    head stay as they are. Only one weight at a time is in memory as floats.
+    head stay as they are, but for the norms with awq. Only one weight at a time is in memory as floats; with gptq and
+    awq, which need --calibration, the model is.
     """
     import mistral_eqx as mx
 
+    from ..checkpoint import open_checkpoint
     from ..checkpoint.staging import expect_free
     from ..conversion import tokenizer_writer
+    from ..quant import AbstractCalibratedScheme, checked_calibration
     from .loading import locate
     from .progress import progress_bar
 
     to_path(target, "The target", "give the folder to write")
     recipe = _recipe(scheme, block_size, search)
+    calibrated = isinstance(recipe, AbstractCalibratedScheme)
+    if calibrated != (calibration is not None):
+        raise InputError(
+            f"--scheme {scheme} needs a text; add --calibration FILE."
+            if calibrated
+            else f"--calibration is not for {scheme}, which sees no text; leave it out.",
+            key="calibration",
+        )
     path = locate(source)
     expect_free(target, overwrite)
     finish = None if no_tokenizer else tokenizer_writer(path)
-    with progress_bar("Quantizing") as bar:
-        model = mx.load(path, dtype=dtype, quantize=recipe, progress=bar)
+    if calibration is None:
+        with progress_bar("Quantizing") as bar:
+            model = mx.load(path, dtype=dtype, quantize=recipe, progress=bar)
+    else:
+        config = open_checkpoint(path).config
+        ids = checked_calibration(_tokens(calibration, path, config.max_positions), config)
+        with progress_bar("Loading") as bar:
+            model = mx.load(path, dtype=dtype, progress=bar)
+        with progress_bar("Quantizing", counts=True) as bar:
+            model = mx.quantize(model, recipe, calibration=ids, progress=bar)
     mx.save(model, target, max_shard_size=max_shard_size, overwrite=overwrite, finish=finish)
     say_written(target)
 
 
-def _recipe(scheme: Scheme, size: int | None, search: bool) -> "AbstractScheme":
-    from ..quant import FP8, NF4, RTN, Int8
+def _tokens(file: Path, model: Path, context: int) -> list[list[int]]:
+    """The tokens of a text in rows of one length; those that fill no row are left out."""
+    import mistral_eqx as mx
+
+    from ..evaluate.windows import encode_parts
+
+    with open_text(file) as text:
+        parts = encode_parts(mx.load_tokenizer(model), text)
+        ids = list(itertools.islice((token.id for part in parts for token in part), _ROWS * _SEQ))
+    seq = min(_SEQ, context, len(ids))
+    return [ids[start : start + seq] for start in range(0, len(ids) - seq + 1, seq)]
+
+
+def _recipe(scheme: Scheme, size: int | None, search: bool) -> "AnyScheme":
+    from ..quant import AWQ, FP8, GPTQ, NF4, RTN, Int8
 
     if search and scheme not in (Scheme.INT4, Scheme.INT8):
-        raise InputError(f"--search tries ranges of whole numbers, which {scheme} has none of; leave it out.")
+        raise InputError(f"--search is for int4 and int8, not for {scheme}; leave it out.")
     match scheme:
         case Scheme.NF4:
             return NF4(size or 64)
@@ -93,6 +146,10 @@ def _recipe(scheme: Scheme, size: int | None, search: bool) -> "AbstractScheme":
             return RTN(group_size=size or 64, search=search)
         case Scheme.INT8:
             return Int8(by=size or "row", search=search)
+        case Scheme.GPTQ:
+            return GPTQ(group_size=size or 128)
+        case Scheme.AWQ:
+            return AWQ(group_size=size or 128)
         case Scheme.FP8 if size is None:
             return FP8()
     raise InputError("--block-size is not for fp8, of which a folder holds one scale a row; leave it out.")

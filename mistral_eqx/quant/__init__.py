@@ -1,12 +1,20 @@
 from .activations import RoundedActivations as RoundedActivations
+from .awq import AWQ as AWQ
 from .blocks import (
     BlockWeight as BlockWeight,
     block_dims as block_dims,
     formats as formats,
     merged_sizes as merged_sizes,
 )
+from .blockwise import AnyScheme as AnyScheme
+from .calibration import (
+    AbstractCalibratedScheme as AbstractCalibratedScheme,
+    Inputs as Inputs,
+    checked_calibration as checked_calibration,
+)
 from .floats import NF4_CODES as NF4_CODES, nf4_blocks as nf4_blocks
 from .ggml import FORMATS as FORMATS
+from .gptq import GPTQ as GPTQ
 from .integers import integer_blocks as integer_blocks, pack as pack, unpack as unpack
 from .layout import BlockFormat as BlockFormat
 from .mixtures import MIXTURES as MIXTURES, fitting_type as fitting_type, mixed_type as mixed_type
@@ -18,6 +26,7 @@ from .recipe import (
     chosen_schemes as chosen_schemes,
     dequantize as dequantize,
     quantize as quantize,
+    uncalibrated as uncalibrated,
 )
 from .scaled import ScaledWeight as ScaledWeight
 from .schemes import (

@@ -5,6 +5,9 @@ the largest number is absmax quantization if the zero lies in the middle of all 
 lies where the numbers' own zero does.
 """
 
+from typing import Any, TypeVar
+
+import jax
 import numpy as np
 
 from .layout import BlockFormat, Blocks, Numbers, as_float, in_order, signed, single
@@ -25,10 +28,13 @@ INT8 = BlockFormat("INT8", 1, (1,), signed)
 # How many smaller scales are tried: the largest number, and down to half of it.
 _TRIED = np.linspace(1.0, 0.5, 51)
 
+# Rounding is the same on the host and in a program for a device.
+AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
+
 
 def round_to_codes(
-    numbers: np.ndarray, bits: int, *, zero_point: bool = False, search: bool = False
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    numbers: AnyArray, bits: int, *, zero_point: bool = False, search: bool = False
+) -> tuple[AnyArray, AnyArray, AnyArray]:
     """Rounds numbers to the nearest codes, where the numbers of the last axis share a scale.
 
     **Arguments:**
@@ -42,46 +48,62 @@ def round_to_codes(
 
     **Returns:** codes from 0, scales in float32 and zeros, the last two with an axis of 1.
     """
-    numbers = numbers.astype(np.float32)
-    low, high = numbers.min(axis=-1, keepdims=True), numbers.max(axis=-1, keepdims=True)
-    if not zero_point:
-        high = np.maximum(-low, high)
-        low = -high
-    low, high = np.minimum(low, 0), np.maximum(high, 0)
-    best, least = None, None
-    for shrunk in _TRIED if search else _TRIED[:1]:
-        found = _rounded(
-            numbers, bits, (low * shrunk).astype(np.float32), (high * shrunk).astype(np.float32), zero_point
-        )
+    xp, numbers = _namespace(numbers), numbers.astype(np.float32)
+    best: Any = None
+    least: Any = None
+    for shrunk in _TRIED if search else (1.0,):
+        scale, zero = grid(numbers, bits, zero_point=zero_point, shrunk=shrunk)
+        found = nearest(numbers, scale, zero, bits, zero_point=zero_point), scale, zero.astype(np.uint8)
         if not search:
             return found
-        error = np.sum((from_codes(*found) - numbers) ** 2, axis=-1, keepdims=True)
-        if best is None or least is None:
+        error = xp.sum((from_codes(*found) - numbers) ** 2, axis=-1, keepdims=True)
+        if best is None:
             best, least = found, error
             continue
         better = error < least
-        best = tuple(np.where(better, new, old) for new, old in zip(found, best, strict=True))
-        least = np.where(better, error, least)
-    assert best is not None
-    return best[0], best[1], best[2]
+        best = tuple(xp.where(better, new, old) for new, old in zip(found, best, strict=True))
+        least = xp.where(better, error, least)
+    return best
 
 
-def _rounded(
-    numbers: np.ndarray, bits: int, low: np.ndarray, high: np.ndarray, zero_point: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def grid(numbers: AnyArray, bits: int, *, zero_point: bool, shrunk: float = 1.0) -> tuple[AnyArray, AnyArray]:
+    """The scale and the zero of numbers that share them, those of the last axis.
+
+    **Arguments:**
+
+    - `numbers`, `bits`, `zero_point`: as for `round_to_codes`.
+    - `shrunk`: the part of the range that codes span.
+
+    **Returns:** both in float32, with an axis of 1.
+    """
+    xp = _namespace(numbers)
+    low, high = numbers.min(axis=-1, keepdims=True), numbers.max(axis=-1, keepdims=True)
+    if not zero_point:
+        high = xp.maximum(-low, high)
+        low = -high
+    low = (xp.minimum(low, 0) * shrunk).astype(np.float32)
+    high = (xp.maximum(high, 0) * shrunk).astype(np.float32)
     middle, last = 2 ** (bits - 1), 2**bits - 1
     # Without a zero point the codes lie evenly on both sides, so that the least code is not used.
     steps = last if zero_point else 2 * (middle - 1)
     scale = ((high - low) / np.float32(steps)).astype(np.float32)
     # A block of zeros, or of numbers so small that their scale would be none.
-    scale[scale < np.finfo(np.float32).tiny] = 1
-    zero = np.clip(np.rint(-low / scale), 0, last) if zero_point else np.full_like(scale, middle)
-    least = 0 if zero_point else 1
-    codes = np.clip(np.rint(numbers / scale) + zero, least, last)
-    return codes.astype(np.uint8), scale, zero.astype(np.uint8)
+    scale = xp.where(scale < np.finfo(np.float32).tiny, 1, scale)
+    return scale, xp.clip(xp.rint(-low / scale), 0, last) if zero_point else xp.full_like(scale, middle)
 
 
-def from_codes(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+def nearest(numbers: AnyArray, scale: AnyArray, zero: AnyArray, bits: int, *, zero_point: bool) -> AnyArray:
+    """The nearest codes of numbers, given what `grid` returned."""
+    xp, least = _namespace(numbers), 0 if zero_point else 1
+    return xp.clip(xp.rint(numbers / scale) + zero, least, 2**bits - 1).astype(np.uint8)
+
+
+def _namespace(array: Any) -> Any:
+    """numpy for its arrays, and jax.numpy for those of JAX."""
+    return array.__array_namespace__()
+
+
+def from_codes(codes: AnyArray, scale: AnyArray, zero: AnyArray) -> AnyArray:
     """The numbers of codes."""
     return scale * (codes.astype(np.float32) - zero.astype(np.float32))
 

@@ -4,6 +4,7 @@ import abc
 import concurrent.futures
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import gguf
@@ -14,9 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ..errors import InputError
-from ..nn import AbstractWeight
+from ..nn import AbstractWeight, DenseWeight
 from ..nn.kernels import native
-from ..parallel import SINGLE, Strategy
+from ..parallel import SINGLE, Strategy, gather_to_host
 from .activations import RoundedActivations
 from .blocks import BlockWeight, merged_sizes
 from .floats import LARGEST_FP8, nf4_blocks, nf4_codes
@@ -55,6 +56,12 @@ class Layer:
         return cls(path, len(names), strategy.parts(names[-1], mesh), strategy, device.platform == "cpu")
 
 
+def numbers_of(weight: AbstractWeight) -> np.ndarray:
+    """The numbers of a weight, in float32 on the host."""
+    dense = weight.value if isinstance(weight, DenseWeight) else jax.jit(lambda weight: weight.dense())(weight)
+    return gather_to_host(dense).astype(np.float32)
+
+
 class AbstractScheme(abc.ABC):
     """A way to quantize a weight. To add one, subclass this and define the method."""
 
@@ -84,18 +91,7 @@ class AbstractBlockScheme(AbstractScheme):
         """The bytes of blocks, from numbers of shape `(..., size)`."""
 
     def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
-        format = block_format(self.block)
-        out_shape, in_shape = numbers.shape[: layer.out_axes], numbers.shape[layer.out_axes :]
-        merged = merged_sizes(in_shape, format.size)
-        if merged is None:
-            inputs = math.prod(in_shape)
-            raise InputError(
-                f"{layer.path} has {inputs} inputs, which blocks of {format.size} ({format.name}) do not divide; take "
-                f"smaller blocks, such as {math.gcd(inputs, format.size)}, or leave this layer out."
-            )
-        outer = in_shape[: len(in_shape) - max(len(merged), 1)]
-        blocks = self.blocks(numbers.reshape(*out_shape, *outer, -1, format.size))
-        return in_format(self.block, blocks, layer, merged)
+        return in_blocks(self.block, numbers, layer, self.blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,13 +177,7 @@ class RTN(AbstractBlockScheme):
     search: bool = False
 
     def __post_init__(self):
-        if self.bits not in range(2, 9):
-            raise InputError(f"RTN(bits={self.bits!r}) must be from 2 to 8; give one of these.", key="bits")
-        if self.group_size < 8 or self.group_size % 8:
-            raise InputError(
-                f"RTN(group_size={self.group_size!r}) must be a multiple of 8; give one such as 64 or 128.",
-                key="group_size",
-            )
+        expect_groups("RTN", self.bits, self.group_size)
 
     def blocks(self, numbers: np.ndarray) -> np.ndarray:
         found = round_to_codes(numbers, self.bits, zero_point=self.zero_point, search=self.search)
@@ -323,6 +313,67 @@ def _float8(numbers: np.ndarray, axis: int | None) -> tuple[np.ndarray, np.ndarr
     largest = np.abs(numbers).max(axis=axis, keepdims=True)
     scale = (np.where(largest > 0, largest, LARGEST_FP8) / np.float32(LARGEST_FP8)).astype(np.float32)
     return (numbers / scale).astype(ml_dtypes.float8_e4m3fn).view(np.uint8), scale
+
+
+def expect_groups(scheme: str, bits: int, group_size: int):
+    """Refuses groups of whole numbers that no format has.
+
+    **Arguments:**
+
+    - `scheme`: the name of the scheme, for messages.
+    - `bits`, `group_size`: as in [`mistral_eqx.RTN`][].
+    """
+    if bits not in range(2, 9):
+        raise InputError(f"{scheme}(bits={bits!r}) must be from 2 to 8; give one of these.", key="bits")
+    if group_size < 8 or group_size % 8:
+        raise InputError(
+            f"{scheme}(group_size={group_size!r}) must be a multiple of 8; give one such as 64 or 128.",
+            key="group_size",
+        )
+
+
+def expect_whole_blocks(path: str, inputs: int, name: str):
+    """Refuses blocks that do not divide the inputs of a layer.
+
+    **Arguments:**
+
+    - `path`: the layer.
+    - `inputs`: how many it has.
+    - `name`: the blocks' format.
+    """
+    size = block_format(name).size
+    if inputs % size:
+        raise InputError(
+            f"{path} has {inputs} inputs, which blocks of {size} ({name}) do not divide; take smaller blocks, such as "
+            f"{math.gcd(inputs, size)}, or leave this layer out."
+        )
+
+
+def in_blocks(
+    name: str,
+    numbers: np.ndarray,
+    layer: Layer,
+    blocks: Callable[[np.ndarray], np.ndarray],
+    *,
+    one_axis: bool = False,
+) -> BlockWeight:
+    """The weight in blocks of consecutive inputs.
+
+    **Arguments:**
+
+    - `name`: the blocks' format.
+    - `numbers`: shape `(*out, *in)`.
+    - `layer`: the layer.
+    - `blocks`: makes bytes of numbers, from shape `(..., size)` to shape `(..., bytes)`.
+    - `one_axis`: whether the blocks of all inputs stand on one axis.
+    """
+    format = block_format(name)
+    out_shape, in_shape = numbers.shape[: layer.out_axes], numbers.shape[layer.out_axes :]
+    expect_whole_blocks(layer.path, math.prod(in_shape), name)
+    merged = in_shape if one_axis and len(in_shape) > 1 else merged_sizes(in_shape, format.size)
+    assert merged is not None
+    outer = in_shape[: len(in_shape) - max(len(merged), 1)]
+    return in_format(name, blocks(numbers.reshape(*out_shape, *outer, -1, format.size)), layer, merged)
 
 
 def in_format(name: str, blocks: np.ndarray, layer: Layer, merged: tuple[int, ...] = ()) -> BlockWeight:
