@@ -63,6 +63,7 @@ class Task:
     - `long`, `short`: the prompts.
     - `new_tokens`: how many tokens to decode after each.
     - `repetitions`: how often, in one process.
+    - `amx`: whether llama.cpp may use AMX instructions.
     """
 
     weights: Weights
@@ -70,6 +71,7 @@ class Task:
     short: list[int]
     new_tokens: int
     repetitions: int
+    amx: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +123,13 @@ def start_transformers(task: Task, dtype: str) -> Generate:
 
 def start_llama_cpp(task: Task) -> Generate:
     import llama_cpp
+    from llama_cpp import llama_cpp as library
 
+    if not task.amx:
+        # Weights for these instructions are in extra buffers.
+        defaults = library.llama_model_default_params()
+        defaults.use_extra_bufts = False
+        library.llama_model_default_params = lambda: defaults
     model = llama_cpp.Llama(
         str(task.weights.file),
         n_ctx=len(task.long) + task.new_tokens,
@@ -249,6 +257,7 @@ def markdown(report: dict[str, Any]) -> str:
             footnote(
                 report,
                 f"{report['new_tokens']} new tokens; {how_often(report)}",
+                *([] if report["amx"] else ["llama.cpp without AMX instructions."]),
                 *(
                     f"Left out: {name}, because {module} is not installed."
                     for name, module in report["left_out"].items()
@@ -297,6 +306,12 @@ def main():
     parser = options(__doc__)
     parser.add_argument("--new-tokens", type=positive, default=64, help="how many tokens to decode (64)")
     parser.add_argument("--prompt-tokens", type=positive, default=400, help="the length of the long prompt (400)")
+    parser.add_argument(
+        "--no-amx",
+        dest="amx",
+        action="store_false",
+        help="llama.cpp without AMX instructions, which some virtual machines announce and then refuse",
+    )
     parser.add_argument("--markdown", action="store_true", help="print the README's table")
     arguments = parser.parse_args()
     if arguments.new_tokens < 2:
@@ -320,6 +335,7 @@ def main():
             short=ids[:SHORT],
             new_tokens=arguments.new_tokens,
             repetitions=arguments.repetitions,
+            amx=arguments.amx,
         )
         starts = {one.name: (one.start, task) for one in CONTENDERS if one.name not in missing}
         measured, others = in_rounds(measure, starts, arguments.rounds, tell)
@@ -329,6 +345,7 @@ def main():
         others,
         short_prompt_tokens=SHORT,
         left_out=missing,
+        amx=arguments.amx,
         contenders=[summary(name, rounds, measured.get(REFERENCE)) for name, rounds in measured.items()],
     )
     keep(report, markdown(report), "peers", arguments)
