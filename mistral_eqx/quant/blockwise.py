@@ -1,19 +1,19 @@
 """Quantizes a model block by block, with statistics of the activations that a text gives each layer."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ..errors import InputError
-from ..nn import Block, Context, DenseWeight, Mistral
+from ..nn import AbstractWeight, Block, Context, DenseWeight, Mistral
 from ..nn.layers import AdaptableLayer, adaptable_layers, dims_of, map_layers
 from ..parallel import SINGLE
 from .calibration import AbstractCalibratedScheme, Inputs
@@ -107,6 +107,30 @@ def _observed(block: Block, own: _OwnSchemes, activations: list[Array], context:
     return found
 
 
+class _Watched(AbstractWeight):
+    """A weight that tells what it is applied to."""
+
+    base: AbstractWeight
+    tell: Callable[[Array], None] = eqx.field(static=True)
+
+    def contract(self, x: Float[Array, "batch seq ..."], in_dims: str, out_dims: str) -> Float[Array, "batch seq ..."]:
+        self.tell(x)
+        return self.base.contract(x, in_dims, out_dims)
+
+    def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
+        return self.base.rows(ids)
+
+    @property
+    def row_count(self) -> int:
+        return self.base.row_count
+
+    def dense(self) -> Float[Array, "..."]:
+        return self.base.dense()
+
+    def dims(self, in_dims: str, out_dims: str) -> dict[str, str]:
+        return {f"base.{field}": dims for field, dims in self.base.dims(in_dims, out_dims).items()}
+
+
 @eqx.filter_jit
 def _sums(
     block: Block, x: Array, context: Context, wanted: tuple[SharedInput, ...]
@@ -114,16 +138,12 @@ def _sums(
     """The sums of `x xᵀ` and of `|x|` over the tokens of some inputs `x`."""
     seen: dict[str, Array] = {}
 
-    def watched(path: str, layer: Any) -> Any:
-        def call(x: Array) -> Array:
-            seen[path] = x.astype(jnp.float32)
-            return layer(x)
-
-        return call
+    def watched(path: str, layer: AdaptableLayer) -> AdaptableLayer:
+        return dataclasses.replace(layer, weight=_Watched(layer.weight, functools.partial(seen.__setitem__, path)))
 
     map_layers(watched, block)(x, context)
     sums = []
-    for own in (seen[shared.layers[0]] for shared in wanted):
+    for own in (seen[shared.layers[0]].astype(jnp.float32) for shared in wanted):
         flat = own.reshape(math.prod(own.shape[:2]), -1)
         squares = jnp.matmul(flat.T, flat, precision=lax.Precision.HIGHEST)
         sums.append((squares, jnp.sum(jnp.abs(own), axis=(0, 1))))
