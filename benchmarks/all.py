@@ -2,7 +2,7 @@
 
     python benchmarks/all.py
 
-All tables are then of one day and one machine. It takes about an hour and a half, on a machine that runs nothing else.
+All tables are then of one day and one machine. It takes about two hours, on a machine that runs nothing else.
 `--rounds 1` gives a first look.
 """
 
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 
-SCRIPTS = ("peers", "batch", "long_prompt", "perplexity", "beam", "train")
+SCRIPTS = ("peers", "batch", "long_prompt", "perplexity", "beam", "train", "quantization")
 
 
 def main():

@@ -135,7 +135,8 @@ def peak_bytes() -> int:
     status = Path("/proc/self/status")
     if status.exists():
         # getrusage would not do: there a process begins with the peak of the process that started it.
-        return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM"))
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     if sys.platform == "win32":
         import psutil
 
