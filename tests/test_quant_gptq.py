@@ -131,8 +131,9 @@ def test_statistics_are_those_of_the_inputs_of_layers(model):
     """The input of a layer, recomputed from the parts of a block."""
     tokens, block = jnp.asarray(ids(2, 8)), model.blocks[0]
     context = mx.nn.Context.init(CONFIG.rope, jnp.arange(8, dtype=jnp.int32)[None])
+    of_both = mx.nn.Context.init(CONFIG.rope, jnp.tile(jnp.arange(8, dtype=jnp.int32), (2, 1)))
     x = model.embedding(tokens)
-    after = x + block.attention(block.attention_norm(x), context)[0]
+    after = x + block.attention(block.attention_norm(x), of_both)[0]
     y = block.feed_forward_norm(after)
     hidden = jax.nn.silu(block.feed_forward.gate_proj(y)) * block.feed_forward.up_proj(y)
     expected = {
