@@ -105,8 +105,11 @@ def types(session: nox.Session):
 
 @nox.session
 def checks(session: nox.Session):
-    """Types, then all suites, those with torch last, in one environment that is built once; `.ci/run` has them so."""
-    for part in (types, tests_plain, tests, tests_slow, parity):
+    """Types, then all suites, those with torch last, in one environment that is built once; `.ci/run` has them so.
+
+    The slow suite runs without the import hook too, so `tests_plain` is left out.
+    """
+    for part in (types, tests, tests_slow, parity):
         part(session)
 
 
