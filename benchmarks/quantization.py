@@ -101,7 +101,7 @@ def formats() -> dict[str, Format]:
         down = {"*.down_proj": mx.GGUF(kind)}
         return f"{kind} + {other}", Format(down | blocks(mx.GGUF(other)).recipe)
 
-    found = {
+    return {
         "float32": Format(),
         "float32, int8 cache": Format(cache_dtype="int8"),
         "float32, FP8 cache": Format(cache_dtype="float8_e4m3"),
@@ -120,11 +120,9 @@ def formats() -> dict[str, Format]:
         "FP8": blocks(mx.FP8()),
         "RTN, 4 bits": blocks(mx.RTN(bits=4, group_size=64)),
         "NF4": blocks(mx.NF4(block_size=64)),
+        "GPTQ, 4 bits": blocks(mx.GPTQ(bits=4, group_size=64, act_order=True), calibrated=True),
+        "AWQ, 4 bits": blocks(mx.AWQ(bits=4, group_size=64), calibrated=True),
     }
-    if hasattr(mx, "GPTQ"):
-        found["GPTQ, 4 bits"] = blocks(mx.GPTQ(bits=4, group_size=64), calibrated=True)
-        found["AWQ, 4 bits"] = blocks(mx.AWQ(bits=4, group_size=64), calibrated=True)
-    return found
 
 
 def load(format: Format, task: Task) -> Any:
