@@ -41,7 +41,7 @@ from rounds import (
 ROOT = Path(__file__).parents[1]
 BOOK = ROOT / "examples/data/moby-dick.txt"
 # More tokens than a layer of the model has inputs. They are from the end of the text, of which the beginning is scored.
-CALIBRATION_ROWS, CALIBRATION_TOKENS = 8, 256
+CALIBRATION_ROWS, CALIBRATION_TOKENS = 16, 512
 
 
 @dataclasses.dataclass(frozen=True)
