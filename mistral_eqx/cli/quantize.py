@@ -71,17 +71,18 @@ def quantize(
     from .progress import progress_bar
 
     to_path(target, "The target", "give the folder to write")
-    recipe = _recipe(scheme, block_size, search)
+    wanted = scheme_of(scheme, block_size, search)
     path = locate(source)
     expect_free(target, overwrite)
     finish = None if no_tokenizer else tokenizer_writer(path)
     with progress_bar("Quantizing") as bar:
-        model = mx.load(path, dtype=dtype, quantize=recipe, progress=bar)
+        model = mx.load(path, dtype=dtype, quantize=wanted, progress=bar)
     mx.save(model, target, max_shard_size=max_shard_size, overwrite=overwrite, finish=finish)
     say_written(target)
 
 
-def _recipe(scheme: Scheme, size: int | None, search: bool) -> "AbstractScheme":
+def scheme_of(scheme: Scheme, size: int | None = None, search: bool = False) -> "AbstractScheme":
+    """The scheme of the options: its name, `--block-size` and `--search`."""
     from ..quant import FP8, NF4, RTN, Int8
 
     if search and scheme not in (Scheme.INT4, Scheme.INT8):

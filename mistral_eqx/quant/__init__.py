@@ -18,6 +18,7 @@ from .recipe import (
     chosen_schemes as chosen_schemes,
     dequantize as dequantize,
     quantize as quantize,
+    quantized_shapes as quantized_shapes,
 )
 from .scaled import ScaledWeight as ScaledWeight
 from .schemes import (

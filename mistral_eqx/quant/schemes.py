@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from ..errors import InputError
 from ..nn import AbstractWeight
@@ -50,13 +50,20 @@ class Layer:
     @classmethod
     def of(cls, path: str, out_dims: str, mesh: Mesh | None, strategy: Strategy) -> "Layer":
         """A layer of a model that is split over a mesh, or on the default device."""
-        names = out_dims.split()
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-        return cls(path, len(names), strategy.parts(names[-1], mesh), strategy, device.platform == "cpu")
+        return cls.on(device.platform, path, out_dims, mesh, strategy)
+
+    @classmethod
+    def on(
+        cls, platform: str, path: str, out_dims: str, mesh: Mesh | AbstractMesh | None, strategy: Strategy
+    ) -> "Layer":
+        """A layer of a model for a platform, such as `"cpu"`, that need not be present."""
+        names = out_dims.split()
+        return cls(path, len(names), strategy.parts(names[-1], mesh), strategy, platform == "cpu")
 
 
 class AbstractScheme(abc.ABC):
-    """A way to quantize a weight. To add one, subclass this and define the method."""
+    """A way to quantize a weight. To add one, subclass this and define the methods."""
 
     @abc.abstractmethod
     def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
@@ -68,6 +75,16 @@ class AbstractScheme(abc.ABC):
         - `layer`: the layer.
 
         **Raises:** `ValueError` that names the layer, if the numbers do not fit the scheme.
+        """
+
+    @abc.abstractmethod
+    def zeros(self, shape: tuple[int, ...], layer: Layer) -> AbstractWeight:
+        """A weight of zeros, made without quantizing: in `jax.eval_shape`, the arrays of `weight` as shapes.
+
+        **Arguments:**
+
+        - `shape`: `(*out, *in)`.
+        - `layer`, **Raises:** as for `weight`.
         """
 
 
@@ -84,8 +101,17 @@ class AbstractBlockScheme(AbstractScheme):
         """The bytes of blocks, from numbers of shape `(..., size)`."""
 
     def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
+        shape, merged = self._block_shape(numbers.shape, layer)
+        return in_format(self.block, self.blocks(numbers.reshape(*shape, -1)), layer, merged)
+
+    def zeros(self, shape: tuple[int, ...], layer: Layer) -> AbstractWeight:
+        shape, merged = self._block_shape(shape, layer)
+        return _zeros_in_format(self.block, shape, layer, merged)
+
+    def _block_shape(self, shape: tuple[int, ...], layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shape `(*out, *in)` with blocks in place of inputs, and the merged sizes."""
         format = block_format(self.block)
-        out_shape, in_shape = numbers.shape[: layer.out_axes], numbers.shape[layer.out_axes :]
+        out_shape, in_shape = shape[: layer.out_axes], shape[layer.out_axes :]
         merged = merged_sizes(in_shape, format.size)
         if merged is None:
             inputs = math.prod(in_shape)
@@ -93,9 +119,8 @@ class AbstractBlockScheme(AbstractScheme):
                 f"{layer.path} has {inputs} inputs, which blocks of {format.size} ({format.name}) do not divide; take "
                 f"smaller blocks, such as {math.gcd(inputs, format.size)}, or leave this layer out."
             )
-        outer = in_shape[: len(in_shape) - max(len(merged), 1)]
-        blocks = self.blocks(numbers.reshape(*out_shape, *outer, -1, format.size))
-        return in_format(self.block, blocks, layer, merged)
+        outer = len(in_shape) - max(len(merged), 1)
+        return (*out_shape, *in_shape[:outer], math.prod(in_shape[outer:]) // format.size), merged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +161,21 @@ class Int8(AbstractBlockScheme):
 
     def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
         found = super().weight(numbers, layer) if isinstance(self.by, int) else self._scaled(numbers, layer)
+        return self._rounding(found, layer)
+
+    def zeros(self, shape: tuple[int, ...], layer: Layer) -> AbstractWeight:
+        if isinstance(self.by, int):
+            return self._rounding(super().zeros(shape, layer), layer)
+        by: By = "row" if self.by == "row" else "column"
+        shared = shape[: layer.out_axes] if by == "row" else shape[layer.out_axes :]
+        base = _zeros_in_format("INT8", shape, layer)
+        zero = jnp.zeros(shared) if self.zero_point else None
+        return self._rounding(ScaledWeight(base, jnp.zeros(shared), by, zero), layer)
+
+    def _rounding(self, weight: AbstractWeight, layer: Layer) -> AbstractWeight:
         if self.activations is None:
-            return found
-        return RoundedActivations(found, self.activations, threshold=self.threshold, strategy=layer.strategy)
+            return weight
+        return RoundedActivations(weight, self.activations, threshold=self.threshold, strategy=layer.strategy)
 
     def blocks(self, numbers: np.ndarray) -> np.ndarray:
         found = round_to_codes(numbers, 8, zero_point=self.zero_point, search=self.search)
@@ -247,9 +284,19 @@ class FP8(AbstractBlockScheme):
 
     def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
         found = super().weight(numbers, layer) if isinstance(self.by, int) else self._scaled(numbers, layer)
+        return self._rounding(found, layer)
+
+    def zeros(self, shape: tuple[int, ...], layer: Layer) -> AbstractWeight:
+        if isinstance(self.by, int):
+            return self._rounding(super().zeros(shape, layer), layer)
+        by: By = "row" if self.by == "row" else "tensor"
+        base = _zeros_in_format("FP8", shape, layer)
+        return self._rounding(ScaledWeight(base, jnp.zeros(shape[: layer.out_axes] if by == "row" else ()), by), layer)
+
+    def _rounding(self, weight: AbstractWeight, layer: Layer) -> AbstractWeight:
         if self.activations is None:
-            return found
-        return RoundedActivations(found, self.activations, strategy=layer.strategy)
+            return weight
+        return RoundedActivations(weight, self.activations, strategy=layer.strategy)
 
     def blocks(self, numbers: np.ndarray) -> np.ndarray:
         codes, scale = _float8(numbers, axis=-1)
@@ -336,8 +383,21 @@ def in_format(name: str, blocks: np.ndarray, layer: Layer, merged: tuple[int, ..
     - `merged`: as in [`mistral_eqx.quant.BlockWeight`][].
     """
     last = layer.out_axes - 1
-    own = blocks.shape[last] // layer.rows_divide_by
-    if not (layer.panels and native.supports(name) and own % native.PANEL == 0):
-        return BlockWeight(jnp.asarray(blocks), name, layer.out_axes, merged)
-    panels = to_panels(blocks, block_format(name), last)
-    return BlockWeight(jnp.asarray(panels), name, layer.out_axes, merged, native.PANEL)
+    panel = _panel(name, blocks.shape[last], layer)
+    if panel > 1:
+        blocks = to_panels(blocks, block_format(name), last)
+    return BlockWeight(jnp.asarray(blocks), name, layer.out_axes, merged, panel)
+
+
+def _zeros_in_format(name: str, shape: tuple[int, ...], layer: Layer, merged: tuple[int, ...] = ()) -> BlockWeight:
+    """The weight of `in_format` for blocks of zeros; `shape` is without the bytes."""
+    *outer, rows = shape[: layer.out_axes]
+    panel = _panel(name, rows, layer)
+    sizes = (*outer, rows // panel, *shape[layer.out_axes :], panel * block_format(name).nbytes)
+    return BlockWeight(jnp.zeros(sizes, jnp.uint8), name, layer.out_axes, merged, panel)
+
+
+def _panel(name: str, rows: int, layer: Layer) -> int:
+    """How many rows stand side by side."""
+    has_kernel = layer.panels and native.supports(name) and rows // layer.rows_divide_by % native.PANEL == 0
+    return native.PANEL if has_kernel else 1
