@@ -14,16 +14,17 @@ def _mistral(
     embed: int = 4096,
     hidden: int = 14336,
     layers: int = 32,
+    q_per_kv: int = 4,
     pattern: tuple[int | None, ...] = (None,),
 ) -> MistralConfig:
-    """A config of Mistral's models: 8 key/value heads, 4 query heads for each, 128 entries in a head."""
+    """A config of Mistral's models: 8 key/value heads, 128 entries in a head."""
     return MistralConfig(
         vocab=vocab,
         embed=embed,
         hidden=hidden,
         layers=layers,
         kv_heads=8,
-        q_per_kv=4,
+        q_per_kv=q_per_kv,
         head_dim=128,
         rope_theta=rope_theta,
         norm_eps=1e-5,
@@ -76,6 +77,15 @@ PRESETS: Mapping[str, MistralConfig] = MappingProxyType(
         "nemo-12b": _mistral(vocab=131_072, max_positions=128_000, rope_theta=1e6, embed=5120, layers=40),
         "small-3-24b": _mistral(
             vocab=131_072, max_positions=32_768, rope_theta=1e8, embed=5120, hidden=32_768, layers=40
+        ),
+        "large-2-123b": _mistral(
+            vocab=32_768,
+            max_positions=131_072,
+            rope_theta=1e6,
+            embed=12_288,
+            hidden=28_672,
+            layers=88,
+            q_per_kv=12,
         ),
         # One layer in four has no window; the others attend to the last 32768 positions.
         "ministral-8b": _mistral(

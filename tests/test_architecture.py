@@ -36,7 +36,7 @@ SEES = {
     "generation": {"config", "parallel", "nn"},
     "train": {"config", "parallel", "nn", "lora"},
     "evaluate": {"config", "parallel", "nn", "generation"},
-    "planning": {"config", "presets", "parallel", "nn", "generation", "train"},
+    "planning": {"config", "presets", "parallel", "nn", "quant", "generation", "train"},
 }
 # `python -m mistral_eqx`, and what it runs, see everything; the public names come from everywhere but there.
 EVERYTHING = {"cli", "__main__"}

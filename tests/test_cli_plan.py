@@ -55,6 +55,36 @@ def test_all_takes_what_is_legal(tiny, monkeypatch):
     assert refused == ["heads", "sequence_parallel", "head_dim"]
 
 
+def test_each_scheme_is_planned(tiny, monkeypatch):
+    jobs = []
+
+    def compiled(job):
+        jobs.append(job)
+        return [Phase("decode", 1, 1, Memory(10**6), 0.0, 0, 0, (), (), 1.0, None, None)]
+
+    monkeypatch.setattr(planning, "_compiled", compiled)
+    schemes = ("--quantize", "none", "--quantize", "int8", "--quantize", "fp8", "--quantize", "F16")
+    result = run("plan", tiny, "--devices", 2, *SMALL, *schemes, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert [job.quantize for job in jobs] == [None, mx.Int8(), mx.FP8(), mx.GGUF("F16")]
+    found = [list(report["formats"]) for report in json.loads(result.stdout)]
+    assert [set(names) - {"bfloat16"} for names in found] == [set(), {"INT8"}, {"FP8"}, {"F16"}]
+
+
+def test_the_smallest_numbers_of_chips_are_printed():
+    options = ("--chip", "v5e", "--quantize", "none", "--quantize", "nf4", "--batch", 1, "--kv-seq", 512)
+    result = run("plan", "gpt-small", *options)
+    assert result.exit_code == 0, result.stderr
+    *_, plain, small = (line.split() for line in result.stdout.splitlines())
+    assert plain[:3] == ["gpt-small", "bfloat16", "0.2"]
+    assert small[:3] == ["gpt-small", "NF4/64,", "bfloat16"]
+    assert plain[3:7] == small[4:8] == ["1", "v5e", "single", "(tp=1)"]
+    first, second = json.loads(run("plan", "gpt-small", *options, "--json").stdout)
+    assert first["weights"] == first["all_weights"] == 2 * mx.PRESETS["gpt-small"].parameters
+    assert list(second["formats"]) == ["NF4/64", "bfloat16"]
+    assert second["total"] == sum(second["formats"].values()) + second["cache"]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -72,6 +102,11 @@ def test_all_takes_what_is_legal(tiny, monkeypatch):
             ("--devices", 1, "--train", "--prompt", 3),
             ["--prompt, --kv-seq and --cache-dtype are of generation", "--seq"],
         ),
+        (("--devices", 1, "--quantize", "int5"), ["--quantize is 'int5'", "none, nf4, int4, int8, fp8", "Q4_K_M"]),
+        (("--devices", 1, "--train", "--quantize", "int8"), ["float weights", "leave out --quantize"]),
+        (("--chip", "v9"), ["'v9'", "v5p"]),
+        (("--chip", "v5e", "--topology", "v5e:2x2"), ["--chip", "leave out --topology"]),
+        (("--chip", "v5e", "--train"), ["--chip", "leave out --train"]),
         (("--devices", 1, "--picture", "x.zzz"), ["'x.zzz' must end in one of", ".png"]),
         (("--devices", 1, "--picture", "absent/x.png"), ["'absent/x.png'", "folder that is not there"]),
     ],

@@ -163,6 +163,7 @@ def test_published_parameter_counts():
         "mathstral-7b": 7_248_023_552,
         "nemo-12b": 12_247_782_400,
         "small-3-24b": 23_572_403_200,
+        "large-2-123b": 122_610_069_504,
         "ministral-8b": 8_019_808_256,
     }
 

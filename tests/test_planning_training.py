@@ -33,7 +33,7 @@ NORMS = (2 * LAYERS + 1) * CONFIG.embed
 
 def job(training, **changes):
     count = math.prod(AXES.values())
-    return Job(CONFIG, None, count, STRATEGY.layout, AXES, BATCH, 0, 0, "float32", training, **changes)
+    return Job(CONFIG, None, count, STRATEGY.layout, AXES, BATCH, 0, 0, "float32", training=training, **changes)
 
 
 def program(**options):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..config import MistralConfig
     from ..parallel import Choice
     from ..planning import Training
+    from ..quant import AbstractScheme
 
 
 def plan(
@@ -63,6 +64,20 @@ def plan(
         ),
     ] = options.DType.BFLOAT16,
     cache_dtype: options.CacheDType = None,
+    quantize: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Quantize the linear layers of the blocks: nf4, int4, int8 or fp8, as `mistral-eqx quantize` does, or "
+            "a type or mixture of GGUF such as Q4_K_M. May be given several times; none is without."
+        ),
+    ] = None,
+    chip: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="In place of a topology: find the smallest number of these chips, such as v5e, that holds weights and "
+            "cache, without compiling. May be given several times."
+        ),
+    ] = None,
     train: Annotated[bool, typer.Option("--train", help="Plan a step of training in place of generation.")] = False,
     seq: Annotated[
         int | None, typer.Option(callback=within(Count), help="With --train: tokens of each row; 4096 by default.")
@@ -101,21 +116,40 @@ def plan(
     from rich.console import Console
     from rich.text import Text
 
-    from ..planning import count_devices, plan as compile_plan, table
+    from ..planning import count_devices, holdings_table, plan as compile_plan, smallest, table
     from ..planning.pictures import expect_picture, picture as draw
 
+    schemes = [_scheme(name) for name in quantize or ["none"]]
     if picture is not None:
         expect_picture(picture)
     config = _config(model)
     asked = {"seq": seq, "accumulate": accumulate, "remat": remat, "offload": offload or None}
     trainings = _trainings(train, zero, {name: value for name, value in asked.items() if value is not None})
+    if chip is not None:
+        unused = {"topology": topology, "devices": devices, "strategy": strategy, "mesh": mesh, "prompt": prompt}
+        unused |= {"train": train or None, "picture": picture}
+        given = [name for name, value in unused.items() if value is not None]
+        if given:
+            raise InputError(f"--chip finds the number of chips and compiles nothing; leave out --{given[0]}.")
+        sizes = {"batch": batch, "kv_seq": kv_seq, "dtype": dtype.value, "cache_dtype": cache_dtype}
+        found = [
+            dataclasses.replace(smallest(config, one, quantize=scheme, **sizes), model=model)
+            for one, scheme in itertools.product(chip, schemes)
+        ]
+        if as_json:
+            typer.echo(json.dumps([one.to_dict() for one in found], indent=2))
+        else:
+            stdout_console().print(holdings_table(found))
+        return
     reports, refused = [], []
     if train and (prompt, kv_seq, cache_dtype) != (None, None, None):
         raise InputError(
             "--prompt, --kv-seq and --cache-dtype are of generation; leave them out beside --train, and give --seq."
         )
+    if train and quantize:
+        raise InputError("A training step has float weights; leave out --quantize beside --train.")
     strategies = _wanted(config, strategy or [], mesh, count_devices(topology, devices))
-    for wanted, training in itertools.product(strategies, trainings):
+    for wanted, training, scheme in itertools.product(strategies, trainings, schemes):
         name = wanted if isinstance(wanted, str) else wanted.name
         try:
             with Console(stderr=True).status(Text(f"Compiling {name} for {topology or 'virtual devices'}")):
@@ -130,6 +164,7 @@ def plan(
                     kv_seq=kv_seq,
                     dtype=dtype.value,
                     cache_dtype=cache_dtype,
+                    quantize=scheme,
                     train=training,
                 )
         except InputError as error:
@@ -147,6 +182,26 @@ def plan(
         stdout_console().print(table(reports))
     for name, error in refused:
         typer.echo(f"{name} is not planned: {error}", err=True)
+
+
+def _scheme(name: str) -> AbstractScheme | None:
+    """The scheme of a name, with the block size that `mistral-eqx quantize` has by default."""
+    from ..quant import GGUF, AbstractCalibratedScheme
+    from .quantize import Scheme, scheme_of
+
+    if name == "none":
+        return None
+    if name in [*Scheme]:
+        found = scheme_of(Scheme(name))
+        if isinstance(found, AbstractCalibratedScheme):
+            raise InputError(f"--quantize is {name!r}, whose weights are as large as those of int4; give this one.")
+        return found
+    try:
+        return GGUF(name)
+    except InputError as error:
+        raise InputError(
+            f"--quantize is {name!r}; it must be none, nf4, int4, int8, fp8, or a type of GGUF such as Q4_K or Q4_K_M."
+        ) from error
 
 
 def _config(model: str) -> MistralConfig:

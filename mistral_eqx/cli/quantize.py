@@ -95,7 +95,7 @@ def quantize(
     from .progress import progress_bar
 
     to_path(target, "The target", "give the folder to write")
-    recipe = _recipe(scheme, block_size, search)
+    recipe = scheme_of(scheme, block_size, search)
     calibrated = isinstance(recipe, AbstractCalibratedScheme)
     if calibrated != (calibration is not None):
         raise InputError(
@@ -134,7 +134,8 @@ def _tokens(file: Path, model: Path, context: int) -> list[list[int]]:
     return [ids[start : start + seq] for start in range(0, len(ids) - seq + 1, seq)]
 
 
-def _recipe(scheme: Scheme, size: int | None, search: bool) -> "AnyScheme":
+def scheme_of(scheme: Scheme, size: int | None = None, search: bool = False) -> "AnyScheme":
+    """The scheme of the options: its name, `--block-size` and `--search`."""
     from ..quant import AWQ, FP8, GPTQ, NF4, RTN, Int8
 
     if search and scheme not in (Scheme.INT4, Scheme.INT8):

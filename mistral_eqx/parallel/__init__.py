@@ -22,6 +22,7 @@ from .collectives import (
 )
 from .mesh import initialize as initialize, make_mesh as make_mesh
 from .sharding import (
+    check_shapes as check_shapes,
     einshard as einshard,
     gather_to_host as gather_to_host,
     put_named as put_named,

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 from jaxtyping import Array, PyTree
 
@@ -51,11 +51,24 @@ def shard(model: Model, mesh: Mesh, strategy: Strategy) -> Model:
     check_same("strategy", strategy.layout)
     mesh = with_auto_axes(mesh)
     arrays, static = eqx.partition(with_strategy(model, strategy), eqx.is_array)
+    check_shapes(arrays, mesh, strategy)
+    placed = jax.tree.map(lambda x, spec: put_on_mesh(x, mesh, spec), arrays, specs(arrays, strategy))
+    return dataclasses.replace(eqx.combine(placed, static), mesh=mesh)
+
+
+def check_shapes(arrays: PyTree, mesh: Mesh | AbstractMesh, strategy: Strategy):
+    """Checks that the devices divide each array that they split, as `Strategy.check_shape` says.
+
+    **Arguments:**
+
+    - `arrays`: a model with its arrays, or their shapes, and nothing else.
+    - `mesh`, `strategy`: the devices, and which dimensions are split over which axes.
+
+    **Raises:** `ValueError` that names the layer.
+    """
     for path, array in jax.tree_util.tree_leaves_with_path(arrays):
         layer = jax.tree_util.keystr(path[:-1], simple=True, separator=".").removesuffix(".weight")
         strategy.check_shape(layer, dims_of(arrays, path), array.shape, mesh)
-    placed = jax.tree.map(lambda x, spec: put_on_mesh(x, mesh, spec), arrays, specs(arrays, strategy))
-    return dataclasses.replace(eqx.combine(placed, static), mesh=mesh)
 
 
 def put_named(module: Model, name: str, dims: Mapping[str, str], mesh: Mesh, strategy: Strategy) -> Model:

@@ -5,6 +5,7 @@ from .communication import (
     forward_pass as forward_pass,
     prefill as prefill,
 )
+from .fitting import Holding as Holding, smallest as smallest
 from .limits import HOP_SECONDS as HOP_SECONDS, exchange_seconds as exchange_seconds, roofline as roofline
 from .pictures import picture as picture
 from .planning import count_devices as count_devices, plan as plan
@@ -15,6 +16,6 @@ from .report import (
     Report as Report,
     Roofline as Roofline,
 )
-from .tables import table as table
+from .tables import holdings_table as holdings_table, table as table
 from .training import Training as Training
 from .training_communication import training_step as training_step

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -22,11 +23,13 @@ from ..generation.reading import prompt_width
 from ..parallel import Choice, Strategy, read_strategy, strategies
 from ..parallel.mesh import parse_axes, show
 from ..presets import PRESETS
+from ..quant import Recipe
 from ..train import Zero
 from .chips import CHIPS, Chip
 from .limits import roofline
 from .programs import Job
 from .report import Report, read_phase
+from .shapes import bytes_by_format, model_shapes
 from .training import Training
 
 
@@ -50,6 +53,7 @@ def plan(
     kv_seq: int | None = None,
     dtype: str = "bfloat16",
     cache_dtype: CacheDType | None = None,
+    quantize: Recipe | None = None,
     train: Training | bool = False,
 ) -> Report:
     """Compiles a model for devices that are not here, and reports the memory and the work of each of them.
@@ -78,15 +82,18 @@ def plan(
         4096, or the model's context if that is less.
     - `dtype`: the precision of weights, activations and cache; in training, of the forward and the backward pass.
     - `cache_dtype`: the codes of the cache, as in [`mistral_eqx.generate`][]; by default it has floats.
+    - `quantize`: a scheme or a recipe, as for [`mistral_eqx.quantize`][]; by default all weights are floats. A scheme
+        of your own must be in a module that another process can import.
     - `train`: plans a training step in place of generation: [`mistral_eqx.planning.Training`][], or `True` for its
         defaults.
 
     **Returns:** the report.
 
-    **Raises:** `ValueError` if a name or a size is wrong, the strategy does not fit the model or the devices, or libtpu
-    is not installed or does not know the topology; `RuntimeError` if the compiler fails.
+    **Raises:** `ValueError` if a name or a size is wrong, the strategy does not fit the model or the devices or cuts
+    blocks of a quantized weight, or libtpu is not installed or does not know the topology; `RuntimeError` if the
+    compiler fails.
     """
-    config, name = (model, "config") if isinstance(model, MistralConfig) else (_preset(model), model)
+    config, name = named(model)
     batch, dtype = checked(batch, Count, "batch"), checked(dtype, DTypes, "dtype")
     checked(cache_dtype, CacheDType | None, "cache_dtype")
     count, chip = count_devices(topology, devices), _chip(topology)
@@ -102,6 +109,8 @@ def plan(
             raise InputError(
                 "Training has no prompt and no cache; leave out prompt, kv_seq and cache_dtype, and set train's seq."
             )
+        if quantize is not None:
+            raise InputError("A training step has float weights, and quantize is given; leave it out.")
         _check_training(config, training, split, axes, batch, rows)
         prompt = kv_seq = 0
     if chip is not None and importlib.util.find_spec("libtpu") is None:
@@ -109,7 +118,14 @@ def plan(
             "Compiling for a TPU needs libtpu, which is not installed; run pip install 'mistral-eqx[tpu]', or plan "
             "for virtual devices."
         )
-    job = Job(config, topology, count, split.layout, axes, batch, prompt, kv_seq, dtype, cache_dtype, training)
+    formats = {}
+    if quantize is not None:
+        shape = AbstractMesh(tuple(axes.values()), tuple(axes))
+        platform = "cpu" if topology is None else "tpu"
+        formats = bytes_by_format(model_shapes(config, dtype, split, shape, platform, quantize))
+    job = Job(
+        config, topology, count, split.layout, axes, batch, prompt, kv_seq, dtype, cache_dtype, training, quantize
+    )
     phases = _compiled(job)
     if chip is not None:
         phases = [
@@ -134,23 +150,30 @@ def plan(
         phases=tuple(phases),
         cache_dtype=cache_dtype,
         training=training,
+        formats=formats,
     )
 
 
 def _generation(config: MistralConfig, prompt: int | None, kv_seq: int | None) -> tuple[int, int]:
     """The lengths of the prompt and of the cache, checked."""
-    slots: int = checked(min(4096, config.max_positions) if kv_seq is None else kv_seq, Count, "kv_seq")
+    slots = cache_slots(config, kv_seq)
     length: int = checked(min(512, -(-slots // 2)) if prompt is None else prompt, Count, "prompt")
     if slots < prompt_width(length):
         raise InputError(
             f"A prompt of {length} tokens is padded to {prompt_width(length)} and does not fit into a cache of "
             f"{slots} slots; take a longer kv_seq or a shorter prompt."
         )
+    return length, slots
+
+
+def cache_slots(config: MistralConfig, kv_seq: int | None) -> int:
+    """The number of slots of each row in the cache, checked; 4096, or the model's context, unless given."""
+    slots: int = checked(min(4096, config.max_positions) if kv_seq is None else kv_seq, Count, "kv_seq")
     if slots > config.max_positions:
         raise InputError(
             f"kv_seq is {slots} and the model's context is {config.max_positions} tokens; take a shorter kv_seq."
         )
-    return length, slots
+    return slots
 
 
 def _check_training(
@@ -168,10 +191,13 @@ def _check_training(
         )
 
 
-def _preset(name: str) -> MistralConfig:
-    if not isinstance(name, str) or name not in PRESETS:
-        raise InputError(f"There is no preset {shown(name)}; the presets are {', '.join(PRESETS)}.")
-    return PRESETS[name]
+def named(model: MistralConfig | str) -> tuple[MistralConfig, str]:
+    """The config of a preset, or the config itself, and its name in a report."""
+    if isinstance(model, MistralConfig):
+        return model, "config"
+    if not isinstance(model, str) or model not in PRESETS:
+        raise InputError(f"There is no preset {shown(model)}; the presets are {', '.join(PRESETS)}.")
+    return PRESETS[model], model
 
 
 def count_devices(topology: str | None, devices: int | None) -> int:
@@ -274,14 +300,14 @@ def _compiled(job: Job) -> list[Any]:
     }
     done = subprocess.run(
         [sys.executable, "-m", f"{__package__}.worker"],
-        input=json.dumps(dataclasses.asdict(job)),
+        input=pickle.dumps(job),
         capture_output=True,
-        text=True,
         env=environment,
         check=False,
     )
     if done.returncode != 0:
-        raise RuntimeError(f"The compiler failed (exit code {done.returncode}): {done.stderr.strip()[-2000:]}")
+        errors = done.stderr.decode(errors="replace").strip()
+        raise RuntimeError(f"The compiler failed (exit code {done.returncode}): {errors[-2000:]}")
     answer = json.loads(done.stdout)
     if "refused" in answer:
         raise InputError(answer["refused"])

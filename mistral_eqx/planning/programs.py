@@ -1,7 +1,6 @@
 """The programs of a plan: the functions of generation and of training, on shapes in place of arrays."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,18 +20,21 @@ from ..generation.reading import CHUNK, prompt_width, read_chunk
 from ..nn import Cache, Mistral
 from ..parallel import Strategy, specs, with_auto_axes
 from ..parallel.mesh import make_mesh
+from ..quant import Recipe
 from ..train import HOST, Batch, TrainState, adamw, is_offloaded, make_step, trained
 from .report import Memory
+from .shapes import cache_shapes, device_bytes, is_shape, model_shapes, with_shardings
 from .training import Training
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to compile, in values that can be sent to another process.
+    """What to compile. It is pickled for another process.
 
     **Attributes:** those of [`mistral_eqx.planning.Report`][] of the same name, and
 
     - `topology`: a TPU topology, or `None` for virtual CPU devices.
+    - `quantize`: the scheme or recipe of the weights.
     """
 
     config: MistralConfig
@@ -46,6 +48,7 @@ class Job:
     dtype: str
     cache_dtype: CacheDType | None = None
     training: Training | None = None
+    quantize: Recipe | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Uncompiled:
 
     def lower(self, platform: str) -> jax.stages.Lowered:
         """Traces and lowers the function for a platform, which need not be present."""
-        shapes, static = eqx.partition((self.kept, self.given), _is_shape)
+        shapes, static = eqx.partition((self.kept, self.given), is_shape)
 
         def function(kept: PyTree, given: PyTree) -> PyTree:
             return eqx.filter(self.function(*eqx.combine((kept, given), static)), eqx.is_array)
@@ -101,36 +104,23 @@ def programs(job: Job, devices: Sequence[Any]) -> Iterator[Uncompiled]:
 
 
 def _generation(job: Job, mesh: Mesh, platform: str) -> Iterator[Uncompiled]:
-    strategy, dtype = Strategy(job.layout), jnp.dtype(job.dtype)
+    strategy = Strategy(job.layout)
 
     def sharded(tree: PyTree) -> PyTree:
-        return _with_shardings(tree, specs(tree, strategy), mesh)
+        return with_shardings(tree, specs(tree, strategy), mesh)
 
     def array(dims: str, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, strategy.spec(dims)))
 
-    init = functools.partial(Mistral.init, job.config, dtype=dtype, strategy=strategy)
-    model = sharded(eqx.filter_eval_shape(init, key=jr.key(0)))
+    model = model_shapes(job.config, job.dtype, strategy, mesh, platform, job.quantize)
     model = dataclasses.replace(model, mesh=mesh)
-    weights = _bytes(model)
+    weights = device_bytes(model)
 
     width = prompt_width(job.prompt)
     chunk = min(width, CHUNK)
 
     def cache_of(kv_seq: int) -> Cache:
-        num_shards = caches.parts(model, "kv_seq")
-        init = functools.partial(
-            Cache.init,
-            job.config,
-            job.batch,
-            kv_seq,
-            dtype,
-            job.cache_dtype,
-            platform=platform,
-            chunk=chunk,
-            num_shards=num_shards,
-        )
-        return sharded(eqx.filter_eval_shape(init))
+        return cache_shapes(job.config, job.batch, kv_seq, job.dtype, job.cache_dtype, chunk, strategy, mesh, platform)
 
     small = cache_of(caches.slots(model, width))
     yield Uncompiled(
@@ -142,7 +132,7 @@ def _generation(job: Job, mesh: Mesh, platform: str) -> Iterator[Uncompiled]:
         given=small,
         donates=True,
         loops=False,
-        memory=Memory(weights, cache=_bytes(small.layers)),
+        memory=Memory(weights, cache=device_bytes(small.layers)),
     )
 
     large = cache_of(caches.slots(model, job.kv_seq))
@@ -156,7 +146,7 @@ def _generation(job: Job, mesh: Mesh, platform: str) -> Iterator[Uncompiled]:
             given=small,
             donates=False,
             loops=False,
-            memory=Memory(weights, cache=_bytes(small.layers) + _bytes(large.layers)),
+            memory=Memory(weights, cache=device_bytes(small.layers) + device_bytes(large.layers)),
         )
 
     def state() -> Decoding:
@@ -172,7 +162,7 @@ def _generation(job: Job, mesh: Mesh, platform: str) -> Iterator[Uncompiled]:
         given=large,
         donates=True,
         loops=True,
-        memory=Memory(weights, cache=_bytes(large.layers)),
+        memory=Memory(weights, cache=device_bytes(large.layers)),
     )
 
 
@@ -187,19 +177,19 @@ def _training(job: Job, training: Training, mesh: Mesh) -> Uncompiled:
         return TrainState.init(model, optimizer, zero=training.zero, offload=training.offload)
 
     shapes = eqx.filter_eval_shape(init)
-    state = _with_shardings(shapes, shapes.specs(optimizer), mesh)
-    moments = _bytes(state.optimizer_state)
+    state = with_shardings(shapes, shapes.specs(optimizer), mesh)
+    moments = device_bytes(state.optimizer_state)
     if training.offload:
         state = eqx.tree_at(lambda state: state.optimizer_state, state, replace_fn=_on_host)
     # In stage 1 each device accumulates whole gradients, and updates its own shard.
     whole = shapes.model.specs(strategy)
     gradient_specs = state.zero.specs(whole, state.shard_dims()) if training.zero > 1 else whole
     has_gradient = trained(shapes.model)
-    gradients = _bytes(
-        _with_shardings(eqx.filter(shapes.model, has_gradient), eqx.filter(gradient_specs, has_gradient), mesh)
+    gradients = device_bytes(
+        with_shardings(eqx.filter(shapes.model, has_gradient), eqx.filter(gradient_specs, has_gradient), mesh)
     )
     batch = eqx.filter_eval_shape(lambda: _batch(job.batch, training.seq))
-    batch = _with_shardings(batch, jax.tree.map(lambda _: strategy.spec("batch"), batch), mesh)
+    batch = with_shardings(batch, jax.tree.map(lambda _: strategy.spec("batch"), batch), mesh)
     return Uncompiled(
         name="step",
         runs=1,
@@ -210,7 +200,7 @@ def _training(job: Job, training: Training, mesh: Mesh) -> Uncompiled:
         donates=True,
         loops=False,
         memory=Memory(
-            _bytes(state.model),
+            device_bytes(state.model),
             optimizer=0 if training.offload else moments,
             gradients=gradients,
             host=moments if training.offload else 0,
@@ -228,17 +218,6 @@ def _batch(rows: int, seq: int) -> Batch:
     return Batch(ids, ids, jnp.ones(ids.shape, jnp.float32), ids, ids, ids)
 
 
-def _with_shardings(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
-    """The shapes of a tree, with shardings."""
-
-    def with_sharding(leaf: Any, spec: Any) -> Any:
-        if not _is_shape(leaf):
-            return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(with_sharding, tree, specs)
-
-
 def _on_host(tree: PyTree) -> PyTree:
     """The shapes of a tree, with shardings in host memory."""
 
@@ -248,16 +227,3 @@ def _on_host(tree: PyTree) -> PyTree:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(HOST))
 
     return jax.tree.map(moved, tree)
-
-
-def _is_shape(leaf: Any) -> bool:
-    return isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-def _bytes(tree: PyTree) -> int:
-    """The bytes of all arrays on one device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-        if _is_shape(leaf)
-    )

@@ -149,6 +149,8 @@ class Report:
     - `phases`: the programs, in the order in which they run.
     - `cache_dtype`: the codes of the cache; `None` for floats.
     - `training`: the options of training; `None` for generation.
+    - `formats`: for a quantized model, the bytes of one device's weights by format: of blocks, such as `"NF4/64"`, and
+        the precision of all others; empty for a model of floats.
     """
 
     model: str
@@ -166,6 +168,7 @@ class Report:
     phases: tuple[Phase, ...]
     cache_dtype: CacheDType | None = None
     training: Training | None = None
+    formats: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Phase:
         """One of the phases, such as `report["decode"]`."""

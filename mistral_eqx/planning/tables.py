@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ..parallel.mesh import show
+from .fitting import Holding
 from .report import Exchange, Phase, Report
 
 
@@ -83,14 +85,18 @@ def _work(reports: Sequence[Report]) -> Table:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    from rich.table import Table
-
-    rows = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
+    rows = _empty(title)
     rows.add_column("strategy", overflow="fold")
     rows.add_column("phase")
     for column in columns:
         rows.add_column(column, justify="right")
     return rows
+
+
+def _empty(title: str) -> Table:
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
 
 
 def _rows(reports: Sequence[Report]) -> Iterator[tuple[Report, Phase, tuple[Text, str]]]:
@@ -104,24 +110,58 @@ def _rows(reports: Sequence[Report]) -> Iterator[tuple[Report, Phase, tuple[Text
 
 
 def label(report: Report) -> str:
-    """A short name of a report: its strategy and its mesh."""
+    """A short name of a report: its strategy, its mesh, and the format of most quantized weights."""
     axes = ",".join(f"{axis}={size}" for axis, size in report.axes.items())
     words = [axes] if report.training is None else [axes, f"ZeRO {report.training.zero}"]
+    if report.formats:
+        words.append(next(iter(report.formats)))
     if report.training is not None and report.training.offload:
         words.append("offload")
     return f"{report.strategy} ({', '.join(words)})"
 
 
 def _remarks(report: Report) -> list[str]:
+    lines = []
+    if report.formats:
+        sizes = ", ".join(f"{_megabytes(size)} MB in {name}" for name, size in report.formats.items())
+        lines.append(f"{label(report)}: the weights of a device are {sizes}.")
     if report.chip is None or report.free is None:
-        return []
-    peak = report.peak
+        return lines
+    room = f"{report.chip.hbm_bytes / 1e9:.2f} GB"
     if report.fits:
-        return [f"{label(report)}: fits, with {report.free / 1e9:.2f} GB free of {report.chip.hbm_bytes / 1e9:.2f} GB."]
+        return [*lines, f"{label(report)}: fits, with {report.free / 1e9:.2f} GB free of {room}."]
     return [
-        f"{label(report)}: does not fit; {peak.name} takes {-report.free / 1e9:.2f} GB more than the "
-        f"{report.chip.hbm_bytes / 1e9:.2f} GB that a {report.chip.name} has."
+        *lines,
+        f"{label(report)}: does not fit; {report.peak.name} takes {-report.free / 1e9:.2f} GB more than the {room} "
+        f"that a {report.chip.name} has.",
     ]
+
+
+def holdings_table(holdings: Sequence[Holding]) -> Table:
+    """The smallest numbers of chips that hold a model, for one batch and cache; rich can print it."""
+    from rich.text import Text
+
+    first = holdings[0]
+    rows = _empty(f"Batch {first.batch}, kv_seq {first.kv_seq}: memory of each chip, GB")
+    rows.add_column("model", overflow="fold")
+    rows.add_column("formats")
+    for column in ("all weights", "chips"):
+        rows.add_column(column, justify="right")
+    rows.add_column("strategy", overflow="fold")
+    for column in ("weights", "cache", "total", "of the chip's"):
+        rows.add_column(column, justify="right")
+    for one in holdings:
+        sizes = (one.weights, one.cache, one.total)
+        rows.add_row(
+            Text(one.model),
+            ", ".join(one.formats),
+            f"{one.all_weights / 1e9:.1f}",
+            f"{one.devices} {one.chip.name}",
+            Text(f"{one.strategy} ({show(one.axes)})"),
+            *(f"{size / 1e9:.2f}" for size in sizes),
+            f"{one.total / one.chip.hbm_bytes:.1%}",
+        )
+    return rows
 
 
 def _megabytes(count: int) -> str:

@@ -1,12 +1,13 @@
 """Compiles the programs of a plan in a separate process, so that JAX's settings and libtpu do not affect the caller.
 
-The process reads the job as JSON from stdin, and writes the phases as JSON to stdout; output of libraries goes to
+The process reads the pickled job from stdin, and writes the phases as JSON to stdout; output of libraries goes to
 stderr.
 """
 
 import dataclasses
 import json
 import os
+import pickle
 import re
 import sys
 import time
@@ -14,13 +15,11 @@ from typing import Any
 
 import jax
 
-from ..config import MistralConfig
 from ..errors import InputError
 from .hlo import Program
 from .programs import Job, Uncompiled, programs
 from .report import Exchange, Memory
 from .stablehlo import products, written
-from .training import Training
 
 
 _GIB = 2**30
@@ -31,17 +30,7 @@ def main():
     """Reads a job, and writes its phases or an error message."""
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    fields = json.load(sys.stdin)
-    config = fields["config"]
-    config["windows"], config["eos_ids"] = tuple(config["windows"]), tuple(config["eos_ids"])
-    training = fields["training"]
-    job = Job(
-        **{
-            **fields,
-            "config": MistralConfig(**config),
-            "training": None if training is None else Training(**training),
-        }
-    )
+    job: Job = pickle.load(sys.stdin.buffer)
     try:
         devices = jax.devices() if job.topology is None else _topology(job.topology)
         result: dict[str, Any] = {"phases": [_measure(program, job) for program in programs(job, devices)]}

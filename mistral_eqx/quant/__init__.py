@@ -26,6 +26,7 @@ from .recipe import (
     chosen_schemes as chosen_schemes,
     dequantize as dequantize,
     quantize as quantize,
+    quantized_shapes as quantized_shapes,
     uncalibrated as uncalibrated,
 )
 from .scaled import ScaledWeight as ScaledWeight

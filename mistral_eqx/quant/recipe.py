@@ -5,9 +5,11 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
@@ -115,6 +117,33 @@ def _checked_calibration(model: Mistral, calibration: Any, chosen: Mapping[str, 
             key="calibration",
         )
     return checked_calibration(calibration, model.config)
+
+
+def quantized_shapes(model: Mistral, scheme: Recipe, mesh: Mesh | AbstractMesh | None, platform: str) -> Mistral:
+    """What `quantize` makes of a model of which only the shapes are known; nothing is allocated.
+
+    **Arguments:**
+
+    - `model`: a model of floats, with `jax.ShapeDtypeStruct`s in place of arrays.
+    - `scheme`: as for [`mistral_eqx.quantize`][].
+    - `mesh`: the devices over which the model's strategy splits it; they need not be present.
+    - `platform`: of these devices, such as `"tpu"`.
+
+    **Returns:** the model, again of shapes.
+
+    **Raises:** `ValueError` as `quantize` does.
+    """
+    chosen = uncalibrated(chosen_schemes(scheme, list(adaptable_layers(model)), model.config))
+
+    def quantized(path: str, layer: AdaptableLayer) -> AdaptableLayer:
+        if path not in chosen:
+            return layer
+        _, out_dims = dims_of(layer)
+        assert isinstance(layer.weight, DenseWeight)
+        shape, described = layer.weight.value.shape, Layer.on(platform, path, out_dims, mesh, model.strategy)
+        return dataclasses.replace(layer, weight=eqx.filter_eval_shape(lambda: chosen[path].zeros(shape, described)))
+
+    return map_layers(quantized, model)
 
 
 def dequantize(model: Mistral, dtype: DTypeLike | None = None) -> Mistral:

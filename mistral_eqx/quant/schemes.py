@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from ..errors import InputError
 from ..nn import AbstractWeight, DenseWeight
@@ -51,9 +51,16 @@ class Layer:
     @classmethod
     def of(cls, path: str, out_dims: str, mesh: Mesh | None, strategy: Strategy) -> "Layer":
         """A layer of a model that is split over a mesh, or on the default device."""
-        names = out_dims.split()
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-        return cls(path, len(names), strategy.parts(names[-1], mesh), strategy, device.platform == "cpu")
+        return cls.on(device.platform, path, out_dims, mesh, strategy)
+
+    @classmethod
+    def on(
+        cls, platform: str, path: str, out_dims: str, mesh: Mesh | AbstractMesh | None, strategy: Strategy
+    ) -> "Layer":
+        """A layer of a model for a platform, such as `"cpu"`, that need not be present."""
+        names = out_dims.split()
+        return cls(path, len(names), strategy.parts(names[-1], mesh), strategy, platform == "cpu")
 
 
 def numbers_of(weight: AbstractWeight) -> np.ndarray:
@@ -63,7 +70,7 @@ def numbers_of(weight: AbstractWeight) -> np.ndarray:
 
 
 class AbstractScheme(abc.ABC):
-    """A way to quantize a weight. To add one, subclass this and define the method."""
+    """A way to quantize a weight. To add one, subclass this and define the methods."""
 
     @abc.abstractmethod
     def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
@@ -75,6 +82,16 @@ class AbstractScheme(abc.ABC):
         - `layer`: the layer.
 
         **Raises:** `ValueError` that names the layer, if the numbers do not fit the scheme.
+        """
+
+    @abc.abstractmethod
+    def zeros(self, shape: tuple[int, ...], layer: Layer) -> AbstractWeight:
+        """A weight of zeros, made without quantizing: in `jax.eval_shape`, the arrays of `weight` as shapes.
+
+        **Arguments:**
+
+        - `shape`: `(*out, *in)`.
+        - `layer`, **Raises:** as for `weight`.
         """
 
 
@@ -92,6 +109,10 @@ class AbstractBlockScheme(AbstractScheme):
 
     def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
         return in_blocks(self.block, numbers, layer, self.blocks)
+
+    def zeros(self, shape: tuple[int, ...], layer: Layer) -> AbstractWeight:
+        shape, merged = _block_shape(self.block, shape, layer)
+        return _zeros_in_format(self.block, shape, layer, merged)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +153,21 @@ class Int8(AbstractBlockScheme):
 
     def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
         found = super().weight(numbers, layer) if isinstance(self.by, int) else self._scaled(numbers, layer)
+        return self._rounding(found, layer)
+
+    def zeros(self, shape: tuple[int, ...], layer: Layer) -> AbstractWeight:
+        if isinstance(self.by, int):
+            return self._rounding(super().zeros(shape, layer), layer)
+        by: By = "row" if self.by == "row" else "column"
+        shared = shape[: layer.out_axes] if by == "row" else shape[layer.out_axes :]
+        base = _zeros_in_format("INT8", shape, layer)
+        zero = jnp.zeros(shared) if self.zero_point else None
+        return self._rounding(ScaledWeight(base, jnp.zeros(shared), by, zero), layer)
+
+    def _rounding(self, weight: AbstractWeight, layer: Layer) -> AbstractWeight:
         if self.activations is None:
-            return found
-        return RoundedActivations(found, self.activations, threshold=self.threshold, strategy=layer.strategy)
+            return weight
+        return RoundedActivations(weight, self.activations, threshold=self.threshold, strategy=layer.strategy)
 
     def blocks(self, numbers: np.ndarray) -> np.ndarray:
         found = round_to_codes(numbers, 8, zero_point=self.zero_point, search=self.search)
@@ -237,9 +270,19 @@ class FP8(AbstractBlockScheme):
 
     def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
         found = super().weight(numbers, layer) if isinstance(self.by, int) else self._scaled(numbers, layer)
+        return self._rounding(found, layer)
+
+    def zeros(self, shape: tuple[int, ...], layer: Layer) -> AbstractWeight:
+        if isinstance(self.by, int):
+            return self._rounding(super().zeros(shape, layer), layer)
+        by: By = "row" if self.by == "row" else "tensor"
+        base = _zeros_in_format("FP8", shape, layer)
+        return self._rounding(ScaledWeight(base, jnp.zeros(shape[: layer.out_axes] if by == "row" else ()), by), layer)
+
+    def _rounding(self, weight: AbstractWeight, layer: Layer) -> AbstractWeight:
         if self.activations is None:
-            return found
-        return RoundedActivations(found, self.activations, strategy=layer.strategy)
+            return weight
+        return RoundedActivations(weight, self.activations, strategy=layer.strategy)
 
     def blocks(self, numbers: np.ndarray) -> np.ndarray:
         codes, scale = _float8(numbers, axis=-1)
@@ -367,13 +410,21 @@ def in_blocks(
     - `blocks`: makes bytes of numbers, from shape `(..., size)` to shape `(..., bytes)`.
     - `one_axis`: whether the blocks of all inputs stand on one axis.
     """
-    format = block_format(name)
-    out_shape, in_shape = numbers.shape[: layer.out_axes], numbers.shape[layer.out_axes :]
+    shape, merged = _block_shape(name, numbers.shape, layer, one_axis)
+    return in_format(name, blocks(numbers.reshape(*shape, -1)), layer, merged)
+
+
+def _block_shape(
+    name: str, shape: tuple[int, ...], layer: Layer, one_axis: bool = False
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape `(*out, *in)` with blocks in place of inputs, and the merged sizes."""
+    out_shape, in_shape = shape[: layer.out_axes], shape[layer.out_axes :]
+    size = block_format(name).size
     expect_whole_blocks(layer.path, math.prod(in_shape), name)
-    merged = in_shape if one_axis and len(in_shape) > 1 else merged_sizes(in_shape, format.size)
+    merged = in_shape if one_axis and len(in_shape) > 1 else merged_sizes(in_shape, size)
     assert merged is not None
-    outer = in_shape[: len(in_shape) - max(len(merged), 1)]
-    return in_format(name, blocks(numbers.reshape(*out_shape, *outer, -1, format.size)), layer, merged)
+    outer = len(in_shape) - max(len(merged), 1)
+    return (*out_shape, *in_shape[:outer], math.prod(in_shape[outer:]) // size), merged
 
 
 def in_format(name: str, blocks: np.ndarray, layer: Layer, merged: tuple[int, ...] = ()) -> BlockWeight:
@@ -387,8 +438,21 @@ def in_format(name: str, blocks: np.ndarray, layer: Layer, merged: tuple[int, ..
     - `merged`: as in [`mistral_eqx.quant.BlockWeight`][].
     """
     last = layer.out_axes - 1
-    own = blocks.shape[last] // layer.rows_divide_by
-    if not (layer.panels and native.supports(name) and own % native.PANEL == 0):
-        return BlockWeight(jnp.asarray(blocks), name, layer.out_axes, merged)
-    panels = to_panels(blocks, block_format(name), last)
-    return BlockWeight(jnp.asarray(panels), name, layer.out_axes, merged, native.PANEL)
+    panel = _panel(name, blocks.shape[last], layer)
+    if panel > 1:
+        blocks = to_panels(blocks, block_format(name), last)
+    return BlockWeight(jnp.asarray(blocks), name, layer.out_axes, merged, panel)
+
+
+def _zeros_in_format(name: str, shape: tuple[int, ...], layer: Layer, merged: tuple[int, ...] = ()) -> BlockWeight:
+    """The weight of `in_format` for blocks of zeros; `shape` is without the bytes."""
+    *outer, rows = shape[: layer.out_axes]
+    panel = _panel(name, rows, layer)
+    sizes = (*outer, rows // panel, *shape[layer.out_axes :], panel * block_format(name).nbytes)
+    return BlockWeight(jnp.zeros(sizes, jnp.uint8), name, layer.out_axes, merged, panel)
+
+
+def _panel(name: str, rows: int, layer: Layer) -> int:
+    """How many rows stand side by side."""
+    has_kernel = layer.panels and native.supports(name) and rows // layer.rows_divide_by % native.PANEL == 0
+    return native.PANEL if has_kernel else 1
