@@ -84,7 +84,8 @@ def kernel(fn: Callable[..., Any]) -> Callable[..., Any]:
             return fn(*arguments)
         same = PartitionSpec()
         unchecked = jax.shard_map(fn, in_specs=same, out_specs=same, axis_names=set(), check_vma=False)
-        results, structure = jax.tree.flatten(unchecked(*arguments))
+        # Under `jit`, because a shard_map that is not compiled cannot contain another.
+        results, structure = jax.tree.flatten(jax.jit(unchecked)(*arguments))
         return jax.tree.unflatten(structure, vary_alike(*arguments, *results)[len(arguments) :])
 
     return call
