@@ -149,7 +149,7 @@ class Endless:
 
 
 def test_memory_does_not_grow_with_the_text(model, monkeypatch):
-    def nothing(model, rows, *, last):
+    def nothing(model, rows, *, last, cache_dtype):
         return SimpleNamespace(log_probs=np.zeros((len(rows), max(map(len, rows)))))
 
     monkeypatch.setattr(module, "score", nothing)
