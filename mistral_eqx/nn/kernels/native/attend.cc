@@ -55,7 +55,7 @@ inline Floats exponential(Floats x) {
   const Floats n = floats(power), f = x - n * 0.693145752f - n * 1.42860677e-6f;
   Floats p = f * (1.0f / 5040) + 1.0f / 720;
   p = p * f + 1.0f / 120, p = p * f + 1.0f / 24, p = p * f + 1.0f / 6, p = p * f + 0.5f, p = p * f + 1, p = p * f + 1;
-  const Floats whole = (Floats)((power + 127) << 23);
+  const Floats whole = (Floats)(((Words)power + 127u) << 23);
   return (Floats)((Words)(p * whole) & ~(Words)(x < -87.0f));
 }
 

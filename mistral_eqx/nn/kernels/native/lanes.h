@@ -43,7 +43,7 @@ inline Words widened(Halves x) { return __builtin_convertvector(x, Words); }
 inline Floats from_bfloat16(Halves x) { return (Floats)(widened(x) << 16); }
 
 // A number of this size has no fraction: a sum with it is rounded to the nearest integer, in its lowest bits.
-inline Ints rounded(Floats x) { return (Ints)(x + 12582912.0f) - 0x4b400000; }
+inline Ints rounded(Floats x) { return (Ints)((Words)(x + 12582912.0f) - 0x4b400000u); }
 
 // ---- what differs between the sets ----
 
