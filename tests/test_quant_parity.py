@@ -54,8 +54,15 @@ def test_int8_codes_are_those_of_bitsandbytes(getkey):
     assert differs.mean() < 1e-3
 
 
+@pytest.fixture
+def products_in_float32(monkeypatch):
+    """On a CPU with instructions for bfloat16, bitsandbytes multiplies in bfloat16, whatever precision is asked for."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False, raising=False)
+
+
 @pytest.mark.parametrize("double", [False, True])
-def test_what_transformers_quantizes_with_bitsandbytes_is_loaded(double, model, tmp_path):
+def test_what_transformers_quantizes_with_bitsandbytes_is_loaded(double, model, tmp_path, products_in_float32):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     pytest.importorskip("bitsandbytes")
     mx.save(model, tmp_path / "floats")
@@ -88,9 +95,11 @@ SCHEMES = {
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_transformers_reads_what_is_saved(name, model, tmp_path):
+def test_transformers_reads_what_is_saved(name, model, tmp_path, request):
     scheme, needed = SCHEMES[name]
     pytest.importorskip(needed)
+    if needed == "bitsandbytes":
+        request.getfixturevalue("products_in_float32")
     small = mx.quantize(model, scheme)
     mx.save(small, tmp_path / "small")
     logits = eqx.filter_jit(small)(jnp.asarray(IDS))
