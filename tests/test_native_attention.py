@@ -1,6 +1,7 @@
 """Attention by the C++ kernel, compared with the same in plain JAX."""
 
 import functools
+import inspect
 
 import equinox as eqx
 import jax
@@ -122,6 +123,28 @@ def test_codes_of_a_quantized_cache_are_read(cache_dtype):
     for ours, theirs in zip(found, plain(q, k.floats, v.floats, mask, 0.01), strict=True):
         # Values are up to 20 times as large as those of the other tests.
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=20 * CLOSE["atol"])
+
+
+def test_shapes_that_do_not_fit_are_refused_by_the_library():
+    q, k, v, mask = inputs()
+    codes = k.astype(jnp.int8), v.astype(jnp.int8)
+    scales = jnp.ones(k.shape[:3]), jnp.ones(k.shape[:3])
+    # Without the annotations, which refuse such shapes first.
+    call = inspect.unwrap(native.attend)
+    for bad in (
+        (q[:1], k, v, mask),
+        (q, k[:, :1], v, mask),
+        (q, k, v[:, :, :-1], mask),
+        (q, k, v, mask[..., :-1]),
+        (q[..., :8], k[..., :8], v[..., :8], mask),
+    ):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
+            jax.block_until_ready(call(*bad, scale=1.0))
+    for some in (None, (scales[0][..., :-1], scales[1])):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="a scale for each slot"):
+            jax.block_until_ready(call(q, *codes, mask, some, scale=1.0))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no attention for the precision"):
+        jax.block_until_ready(call(q, k.astype(jnp.int32), v.astype(jnp.int32), mask, scale=1.0))
 
 
 def test_every_float8_is_read():

@@ -5,17 +5,18 @@ from typing import Literal
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ..nn import AbstractWeight
 from ..parallel import SINGLE, Strategy, pmax
 from .floats import LARGEST_FP8
+from .wrapped import AbstractWrapped
 
 
 Kind = Literal["int8", "float8_e4m3"]
 
 
-class RoundedActivations(AbstractWeight):
+class RoundedActivations(AbstractWrapped):
     """A weight that is multiplied by activations of 8 bits.
 
     Each token has a scale of its own, from its largest activation. Where devices split the inputs, it is that of all
@@ -55,16 +56,3 @@ class RoundedActivations(AbstractWeight):
         codes = jnp.clip(codes, -limit, limit)
         codes = jnp.round(codes) if self.kind == "int8" else codes.astype(jnp.float8_e4m3fn).astype(jnp.float32)
         return x + lax.stop_gradient((codes * scale).astype(x.dtype) - x)
-
-    def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
-        return self.base.rows(ids)
-
-    @property
-    def row_count(self) -> int:
-        return self.base.row_count
-
-    def dense(self) -> Float[Array, "..."]:
-        return self.base.dense()
-
-    def dims(self, in_dims: str, out_dims: str) -> dict[str, str]:
-        return {f"base.{field}": dims for field, dims in self.base.dims(in_dims, out_dims).items()}

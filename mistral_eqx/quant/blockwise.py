@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ..errors import InputError
 from ..nn import AbstractWeight, Block, Context, DenseWeight, Mistral
@@ -19,6 +19,7 @@ from ..parallel import SINGLE
 from .calibration import AbstractCalibratedScheme, Inputs
 from .scaling import SHARED, SharedInput
 from .schemes import AbstractScheme, Layer, numbers_of
+from .wrapped import AbstractWrapped
 
 
 AnyScheme = AbstractScheme | AbstractCalibratedScheme
@@ -107,7 +108,7 @@ def _observed(block: Block, own: _OwnSchemes, activations: list[Array], context:
     return found
 
 
-class _Watched(AbstractWeight):
+class _Watched(AbstractWrapped):
     """A weight that tells what it is applied to."""
 
     base: AbstractWeight
@@ -116,19 +117,6 @@ class _Watched(AbstractWeight):
     def contract(self, x: Float[Array, "batch seq ..."], in_dims: str, out_dims: str) -> Float[Array, "batch seq ..."]:
         self.tell(x)
         return self.base.contract(x, in_dims, out_dims)
-
-    def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
-        return self.base.rows(ids)
-
-    @property
-    def row_count(self) -> int:
-        return self.base.row_count
-
-    def dense(self) -> Float[Array, "..."]:
-        return self.base.dense()
-
-    def dims(self, in_dims: str, out_dims: str) -> dict[str, str]:
-        return {f"base.{field}": dims for field, dims in self.base.dims(in_dims, out_dims).items()}
 
 
 @eqx.filter_jit

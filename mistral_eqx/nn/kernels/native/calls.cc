@@ -182,6 +182,7 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer 
   const Attending* set = chosen().attending;
   if (!set) return ffi::Error(ffi::ErrorCode::kUnimplemented, "This processor has none of the kernels' instructions.");
   const auto qs = q.dimensions(), ks = k.dimensions(), vs = v.dimensions(), ms = mask.dimensions();
+  const auto results = mixed->dimensions();
   if (qs.size() != 5 || ks.size() != 4 || ms.size() != 3)
     return ffi::Error::InvalidArgument("q must have 5 dimensions, k and v 4, the mask 3.");
   Attention a{};
@@ -190,7 +191,7 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer 
   a.batch = qs[0], a.seq = qs[1], a.kv_heads = qs[2], a.group = qs[3], a.head_dim = qs[4], a.slots = ks[2];
   if (!std::equal(ks.begin(), ks.end(), vs.begin(), vs.end()) || k.element_type() != v.element_type() ||
       ks[0] != a.batch || ks[1] != a.kv_heads || ks[3] != a.head_dim || ms[0] != a.batch || ms[1] != a.seq ||
-      ms[2] != a.slots || a.head_dim % set->lanes || !std::equal(qs.begin(), qs.end(), mixed->dimensions().begin()) ||
+      ms[2] != a.slots || a.head_dim % set->lanes || !std::equal(qs.begin(), qs.end(), results.begin(), results.end()) ||
       int64_t(log_sum->element_count()) != a.batch * a.seq * a.kv_heads * a.group)
     return ffi::Error::InvalidArgument("The shapes of q, k, v, the mask and the results do not fit each other.");
   const auto is = [&](const char* name, ffi::DataType stored) { return precision == name && k.element_type() == stored; };
