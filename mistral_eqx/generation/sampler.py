@@ -218,14 +218,10 @@ def _argmax(
     logits: Float[Array, "batch vocab"], strategy: Strategy
 ) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
     """The first index of the largest logit, and that logit. Devices exchange 8 bytes a row."""
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logit = jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]
-    if not strategy.axes("vocab"):
-        return best, logit
-    part, _ = shard_index("vocab", strategy)
-    largest = pmax(logit, "vocab", strategy)
-    first = jnp.where(logit == largest, best + part * logits.shape[-1], jnp.iinfo(jnp.int32).max)
-    return pmin(first, "vocab", strategy), largest
+    # Two reductions, because XLA on CPU takes 2.5 times as long for one that carries the index along.
+    largest = _largest(logits, strategy)
+    ids = jnp.where(logits < largest, jnp.iinfo(jnp.int32).max, column_ids(logits, strategy))
+    return pmin(jnp.min(ids, axis=-1), "vocab", strategy), largest[:, 0]
 
 
 def _weights(

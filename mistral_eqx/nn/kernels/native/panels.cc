@@ -11,7 +11,7 @@ namespace {
 constexpr int AT_ONCE = LANES == 16 ? 8 : 4;
 constexpr int STRIPS = ROWS / LANES;
 // Bytes ahead of the ones in use, that are fetched from memory.
-constexpr int AHEAD = 2048;
+constexpr int AHEAD = 8192;
 
 inline void fetch(const uint8_t* block, int bytes) {
   for (int at = 0; at < bytes; at += 64) __builtin_prefetch(block + AHEAD + at);
