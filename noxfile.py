@@ -1,5 +1,7 @@
 """Sessions: `nox -l` lists them, `nox -s NAME` runs one in a virtual environment of its own."""
 
+import os
+
 import nox
 
 
@@ -9,6 +11,8 @@ nox.options.error_on_missing_interpreters = False
 
 # Each core runs files of its own. A process takes up to 1.5 GB, so there are never many.
 PARALLEL = ("-n", "logical", "--maxprocesses", "8", "--dist", "loadfile")
+# Many of the slow tests wait for processes that they start: two workers kept 1.2 cores busy.
+ONE_MORE = ("-n", str(min((os.cpu_count() or 1) + 1, 8)), "--dist", "loadfile")
 # Thousands of programs are compiled, each for a few numbers; a quarter to a third of the time went to optimizing them.
 # XLA's own passes stay as they are. The sessions `tests_plain` and `parity` run what users run.
 COMPILE_QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
@@ -36,7 +40,7 @@ def newest(session: nox.Session):
 def tests_slow(session: nox.Session):
     """What takes too long for the default suite: many steps under every strategy, the real model; as users run it."""
     session.install("-e", ".[test]")
-    options = ["-m", "slow and not parity", "--durations=10", *PLAIN, *PARALLEL, *session.posargs]
+    options = ["-m", "slow and not parity", "--durations=10", *PLAIN, *ONE_MORE, *session.posargs]
     others = [f"--ignore={file}" for file in COMPUTE_LONG]
     session.run("pytest", *options, *others, env=COMPILE_QUICKLY)
     session.run("pytest", *options, *COMPUTE_LONG)
