@@ -28,7 +28,7 @@ def test_a_folder_is_written_that_generates(tiny, tmp_path, options, format):
     assert result.exit_code == 0, result.stderr
     assert result.stdout == ""
     assert result.stderr.endswith(" MB).\n")
-    small = mx.load(tmp_path / "small", dtype="stored")
+    small = mx.load(tmp_path / "small")
     assert formats(small) == [format]
     assert small.dtype == ("bfloat16" if "bfloat16" in options else "float32")
     assert mx.load_tokenizer(tmp_path / "small").encode("Call me") == mx.load_tokenizer(tiny).encode("Call me")
@@ -45,7 +45,7 @@ def test_a_text_calibrates(scheme, tiny, tmp_path):
     # The context has 256 tokens.
     ids = np.array(tokenizer.encode(text.read_text())[:512]).reshape(2, 256)
     expected = mx.quantize(model, {"gptq": mx.GPTQ, "awq": mx.AWQ}[scheme](group_size=16), calibration=ids)
-    small = mx.load(tmp_path / "small", dtype="stored")
+    small = mx.load(tmp_path / "small")
     assert formats(small) == ["INT4/16"]
     assert_same_weights(mx.dequantize(small), mx.dequantize(expected))
 

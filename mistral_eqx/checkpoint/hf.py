@@ -11,6 +11,7 @@ from ..config import Base, Epsilon, Layers, MistralConfig, Size
 from ..documents import read_json, shown
 from ..errors import InputError
 from .files import merge_files, read_index, read_shards
+from .mixed import keep_types
 from .quantized import read_quantization
 from .reader import Checkpoint, LazyTensor, main_dtype
 from .safetensors import read_header
@@ -53,7 +54,9 @@ def open_hf(folder: Path, own: Sequence[WeightFiles], others: Sequence[WeightFil
             file=folder,
         )
     tensors = read_consistent(folder, config, [*own, *others])
-    return Checkpoint(folder, "hf", config, main_dtype(tensors), tensors, metadata)
+    quantized = any(tensor.packed is not None for tensor in tensors.values())
+    dtype = keep_types(tensors) if quantized else main_dtype(tensors)
+    return Checkpoint(folder, "hf", config, dtype, tensors, metadata)
 
 
 def find_weights(folder: Path) -> list[WeightFiles]:
