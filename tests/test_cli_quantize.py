@@ -1,8 +1,9 @@
 """`mistral-eqx quantize`."""
 
+import gguf
 import numpy as np
 import pytest
-from fixtures.checkpoint import assert_same_weights
+from fixtures.checkpoint import assert_same_weights, random_model, tiny as tiny_config, write_gguf
 from fixtures.cli import assert_refused, run, save_tiny_model
 
 import mistral_eqx as mx
@@ -32,6 +33,15 @@ def test_a_folder_is_written_that_generates(tiny, tmp_path, options, format):
     assert formats(small) == [format]
     assert small.dtype == ("bfloat16" if "bfloat16" in options else "float32")
     assert mx.load_tokenizer(tmp_path / "small").encode("Call me") == mx.load_tokenizer(tiny).encode("Call me")
+
+
+def test_the_blocks_of_a_file_are_expanded_first(tmp_path, getkey):
+    source = write_gguf(tmp_path / "model.gguf", random_model(tiny_config(), getkey()), gguf.GGMLQuantizationType.Q8_0)
+    result = run("quantize", source, tmp_path / "small", "--block-size", 16, "--no-tokenizer")
+    assert result.exit_code == 0, result.stderr
+    small = mx.load(tmp_path / "small")
+    assert formats(small) == ["NF4/16"]
+    assert_same_weights(small, mx.quantize(mx.load(source, dtype="float32"), mx.NF4(16)))
 
 
 @pytest.mark.parametrize("scheme", ["gptq", "awq"])

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..quant import FORMATS
 from .gguf_header import TensorInfo, read_header
 from .gguf_shards import first_shard, shard_count, shard_path
-from .mixed import keep_types
+from .mixed import keep_16_bits
 from .names import HEAD
 from .ranges import of_columns, read_ranges
 from .reader import DTYPES, FLOATS, Checkpoint, LazyTensor, Packed
@@ -99,7 +99,11 @@ def open_gguf(path: Path) -> Checkpoint:
     if not tensors:
         raise InputError(f"{str(path)!r} holds no tensors; give a file with a model's weights.", file=path)
     config = read_config(metadata, tied=HEAD.name("gguf") not in tensors, file=path)
-    return Checkpoint(path, "gguf", config, keep_types(tensors), tensors, metadata)
+    dtypes = {tensor.dtype for tensor in tensors.values() if len(tensor.shape) == 2}
+    dtype = dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
+    if dtype == DTYPES["float32"]:
+        keep_16_bits(tensors)
+    return Checkpoint(path, "gguf", config, dtype, tensors, metadata)
 
 
 def _with_other_shards(

@@ -56,9 +56,9 @@ def load(
     - `path`: a Hugging Face folder, a Mistral release folder, a `.gguf` file, or a name that
         [`mistral_eqx.checkpoint.locate`][] finds.
     - `dtype`: the dtype of all weights: `"float32"`, `"bfloat16"` or `"float16"`, to which quantized weights are
-        expanded. By default quantized weights stay as they are ([`mistral_eqx.quant.BlockWeight`][]), with activations
-        in float32, and others have the main dtype of the files. In a GGUF file whose matrices differ in type, each
-        matrix keeps its own.
+        expanded. By default quantized weights stay as they are ([`mistral_eqx.quant.BlockWeight`][]), and others have
+        the main dtype of the files, which counts quantized weights as float32. In a GGUF file whose matrices differ in
+        type, each keeps its own, and activations are float32.
     - `check`: whether to check every weight, and refuse NaN and infinity.
     - `progress`: called after each tensor with the bytes read so far and the total bytes that this process reads.
     - `mesh`: the devices of the model; the default device unless given.
@@ -169,9 +169,7 @@ def supported_dtype(dtype: DTypeLike) -> np.dtype:
     except TypeError:
         name = repr(dtype)
     if name not in DTYPES:
-        raise InputError(
-            f"Weights cannot be loaded as {name!r}; the supported dtypes are {', '.join(DTYPES)}."
-        )
+        raise InputError(f"Weights cannot be loaded as {name!r}; the supported dtypes are {', '.join(DTYPES)}.")
     return DTYPES[name]
 
 

@@ -118,7 +118,8 @@ class Checkpoint:
     - `path`: the folder or file.
     - `format`: `"hf"`, `"mistral"` or `"gguf"`.
     - `config`: the model's sizes.
-    - `dtype`: the files' main dtype; float32 if weights are quantised.
+    - `dtype`: the dtype of a model that keeps the files' types: the main dtype, and float32 for quantised weights. In a
+        GGUF file it is that of the matrices if they have one, and otherwise float32.
     - `tensors`: every tensor by its name in the files.
     - `metadata`: the content of `config.json` or `params.json`, or the keys and values of the GGUF file.
 
