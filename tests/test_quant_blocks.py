@@ -3,6 +3,8 @@
 import math
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import equinox as eqx
@@ -18,6 +20,7 @@ from fixtures.model import relative_error
 
 import mistral_eqx as mx
 from mistral_eqx import train
+from mistral_eqx.checkpoint.reader import CHUNK_BYTES
 from mistral_eqx.nn import DenseWeight
 from mistral_eqx.nn.kernels import native
 from mistral_eqx.quant import FORMATS, BlockWeight, formats, merged_sizes, to_panels
@@ -286,6 +289,35 @@ def test_smollm2_says_what_it_says_in_float32(smollm2_path):
     assert relative_error(eqx.filter_jit(packed)(jnp.asarray([ids])), logits) < 4e-5 * 210**0.5
     found, expected = (mx.generate(model, [ids], max_new_tokens=48).tokens for model in (packed, dense))
     np.testing.assert_array_equal(found, expected)
+
+
+MEMORY = """
+import sys
+
+import jax.numpy as jnp
+
+import mistral_eqx as mx
+
+
+def peak():
+    status = open("/proc/self/status").read()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+load = mx.load  # imports the rest
+jnp.zeros(1).block_until_ready()
+before = peak()
+model = load(sys.argv[1])
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="The peak is that of /proc.")
+def test_loading_takes_little_more_than_the_file(smollm2_path):
+    ran = subprocess.run([sys.executable, "-c", MEMORY, smollm2_path], check=True, capture_output=True, text=True)
+    # Beside the weights, a chunk that is read and its panels.
+    assert int(ran.stdout) < 1.1 * smollm2_path.stat().st_size + 2 * CHUNK_BYTES
 
 
 @pytest.mark.slow
