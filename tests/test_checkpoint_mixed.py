@@ -19,6 +19,7 @@ from mistral_eqx.checkpoint import open_checkpoint
 from mistral_eqx.checkpoint.names import layer_specs
 from mistral_eqx.lora import adaptable_layers
 from mistral_eqx.nn import DenseWeight
+from mistral_eqx.nn.kernels import native
 
 
 Kind = gguf.GGMLQuantizationType
@@ -94,3 +95,17 @@ def test_a_quantized_folder_keeps_16_bits_beside_its_blocks(getkey, tmp_path):
     mx.save(kept, tmp_path / "again")
     assert_same_weights(mx.load(tmp_path / "again"), kept)
     assert json.loads((tmp_path / "again/config.json").read_text())["quantization_config"]["load_in_4bit"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixed", ["quantized"], indirect=True)
+def test_beams_and_streams_are_those_of_the_expanded_model(mixed, monkeypatch):
+    # Products of the kernels round activations.
+    monkeypatch.setattr(native, "instructions", lambda: None)
+    path, _ = mixed
+    kept, expanded = mx.load(path), mx.load(path, dtype="float32")
+    prompts, options = [[1, 2, 3], [4]], {"max_new_tokens": 6, "eos_id": ()}
+    best = [mx.beam_search(model, prompts, num_beams=3, **options).tokens for model in (kept, expanded)]
+    np.testing.assert_array_equal(*best)
+    streamed = [np.stack(list(mx.stream(model, prompts, **options))) for model in (kept, expanded)]
+    np.testing.assert_array_equal(*streamed)
