@@ -90,7 +90,7 @@ class Contender:
     start: Callable[[Task], Generate]
 
 
-def start_mistral_eqx(task: Task, dtype: str, streamed: bool) -> Generate:
+def start_mistral_eqx(task: Task, dtype: str | None, streamed: bool) -> Generate:
     import numpy as np
 
     import mistral_eqx as mx
@@ -162,7 +162,7 @@ CONTENDERS = (
             (),
             functools.partial(start_mistral_eqx, dtype=dtype, streamed=streamed),
         )
-        for dtype, weights in (("float32", "float32"), ("bfloat16", "bfloat16"), ("stored", "Q4_1 as it is"))
+        for dtype, weights in (("float32", "float32"), ("bfloat16", "bfloat16"), (None, "Q4_1 as it is"))
         for streamed in (False, True)
     ),
 )

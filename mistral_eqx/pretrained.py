@@ -1,7 +1,6 @@
 """A model and its tokenizer, from one name."""
 
 import os
-from typing import Literal
 
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -18,7 +17,7 @@ from .text.tokenizer import AbstractTokenizer
 def from_pretrained(
     path: str | os.PathLike[str],
     *,
-    dtype: DTypeLike | Literal["stored"] | None = None,
+    dtype: DTypeLike | None = None,
     check: bool = False,
     progress: Progress | None = None,
     mesh: Mesh | None = None,

@@ -34,7 +34,7 @@ SEES = {
     "conversion": {"checkpoint", "text"},
     "pretrained": {"parallel", "nn", "quant", "checkpoint", "text"},
     "generation": {"config", "parallel", "nn"},
-    "train": {"config", "parallel", "nn", "lora"},
+    "train": {"config", "parallel", "nn", "quant", "lora"},
     "evaluate": {"config", "parallel", "nn", "generation"},
     "planning": {"config", "presets", "parallel", "nn", "quant", "generation", "train"},
 }

@@ -42,7 +42,7 @@ def test_a_published_folder_has_the_numbers_it_stands_for(form, config, getkey, 
     folder, plain = quantized.publish(tmp_path / "model", random_model(config, getkey()), pack, settings)
     expected = mx.load(plain, dtype="float32")
     assert_same_weights(mx.load(folder, dtype="float32"), expected)
-    kept = mx.load(folder, dtype="stored")
+    kept = mx.load(folder)
     assert formats(kept) == [format]
     ids = jnp.arange(12).reshape(2, 6)
     logits = eqx.filter_jit(expected)(ids)
@@ -52,9 +52,9 @@ def test_a_published_folder_has_the_numbers_it_stands_for(form, config, getkey, 
     mesh = mx.make_mesh("tp=2")
     if "sorted" in form:
         with refused("o_proj", "kv_heads and q_per_kv and head_dim", "float32"):
-            mx.load(folder, dtype="stored", mesh=mesh, strategy=mx.HEADS)
+            mx.load(folder, mesh=mesh, strategy=mx.HEADS)
         return
-    for split in (mx.load(folder, dtype="stored", mesh=mesh, strategy=mx.HEADS), mx.shard(kept, mesh, mx.HEADS)):
+    for split in (mx.load(folder, mesh=mesh, strategy=mx.HEADS), mx.shard(kept, mesh, mx.HEADS)):
         assert relative_error(eqx.filter_jit(split)(ids), logits) < 1e-5
 
 
@@ -81,7 +81,7 @@ def test_a_config_that_does_not_fit_is_refused(settings, words, config, getkey, 
     folder, _ = quantized.publish(tmp_path / "model", random_model(config, getkey()), pack, own)
     changed(folder, **settings)
     with refused(*words):
-        mx.load(folder, dtype="stored")
+        mx.load(folder)
 
 
 def test_integers_without_a_quantization_are_refused(config, getkey, tmp_path):
@@ -134,11 +134,11 @@ def test_what_is_saved_is_loaded(name, config, getkey, tmp_path):
     model = random_model(config, getkey())
     if SAVED[name] is None:
         folder, _ = quantized.publish(tmp_path / "model", model, *quantized.gptq(4, 16, act_order=True))
-        small = mx.load(folder, dtype="stored")
+        small = mx.load(folder)
     else:
         small = mx.quantize(model, SAVED[name])
     mx.save(small, tmp_path / "small", max_shard_size="20KB")
-    assert_same(mx.load(tmp_path / "small", dtype="stored"), small)
+    assert_same(mx.load(tmp_path / "small"), small)
     assert_same_weights(mx.load(tmp_path / "small", dtype="float32"), mx.dequantize(small))
 
 
@@ -205,7 +205,7 @@ def test_a_damaged_folder_is_refused_or_read(form, config, getkey, tmp_path):
             kept = {key: np.ascontiguousarray(value) for key, value in kept.items() if value is not None}
             save_file(kept, folder / "model.safetensors")
             try:
-                mx.load(folder, dtype="stored")
+                mx.load(folder)
             except mx.InputError as error:
                 refusals.append(str(error))
     assert len(refusals) > 5

@@ -39,6 +39,15 @@ def test_the_sum_is_written_with_its_tokenizer(tiny, adapter, tmp_path, format):
     assert mx.load_tokenizer(tmp_path / "out").encode("Call me") == mx.load_tokenizer(tiny).encode("Call me")
 
 
+def test_quantized_weights_are_expanded(tiny, adapter, tmp_path):
+    small = tmp_path / "small"
+    assert run("quantize", tiny, small, "--block-size", 16).exit_code == 0
+    result = run("merge", small, adapter, tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    expected = mx.merge_lora(mx.load_lora(mx.load(small, dtype="float32"), adapter))
+    assert_same_weights(mx.load(tmp_path / "out"), expected)
+
+
 def test_bad_input_is_one_sentence_and_writes_nothing(tiny, adapter, tmp_path):
     assert_refused(run("merge", tiny, tiny, tmp_path / "out"), "has no 'adapter_config.json'")
     assert_refused(run("merge", tmp_path / "none", adapter, tmp_path / "out"), "none")

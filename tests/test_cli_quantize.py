@@ -1,8 +1,9 @@
 """`mistral-eqx quantize`."""
 
+import gguf
 import numpy as np
 import pytest
-from fixtures.checkpoint import assert_same_weights
+from fixtures.checkpoint import assert_same_weights, random_model, tiny as tiny_config, write_gguf
 from fixtures.cli import assert_refused, run, save_tiny_model
 
 import mistral_eqx as mx
@@ -28,10 +29,19 @@ def test_a_folder_is_written_that_generates(tiny, tmp_path, options, format):
     assert result.exit_code == 0, result.stderr
     assert result.stdout == ""
     assert result.stderr.endswith(" MB).\n")
-    small = mx.load(tmp_path / "small", dtype="stored")
+    small = mx.load(tmp_path / "small")
     assert formats(small) == [format]
     assert small.dtype == ("bfloat16" if "bfloat16" in options else "float32")
     assert mx.load_tokenizer(tmp_path / "small").encode("Call me") == mx.load_tokenizer(tiny).encode("Call me")
+
+
+def test_the_blocks_of_a_file_are_expanded_first(tmp_path, getkey):
+    source = write_gguf(tmp_path / "model.gguf", random_model(tiny_config(), getkey()), gguf.GGMLQuantizationType.Q8_0)
+    result = run("quantize", source, tmp_path / "small", "--block-size", 16, "--no-tokenizer")
+    assert result.exit_code == 0, result.stderr
+    small = mx.load(tmp_path / "small")
+    assert formats(small) == ["NF4/16"]
+    assert_same_weights(small, mx.quantize(mx.load(source, dtype="float32"), mx.NF4(16)))
 
 
 @pytest.mark.parametrize("scheme", ["gptq", "awq"])
@@ -45,7 +55,7 @@ def test_a_text_calibrates(scheme, tiny, tmp_path):
     # The context has 256 tokens.
     ids = np.array(tokenizer.encode(text.read_text())[:512]).reshape(2, 256)
     expected = mx.quantize(model, {"gptq": mx.GPTQ, "awq": mx.AWQ}[scheme](group_size=16), calibration=ids)
-    small = mx.load(tmp_path / "small", dtype="stored")
+    small = mx.load(tmp_path / "small")
     assert formats(small) == ["INT4/16"]
     assert_same_weights(mx.dequantize(small), mx.dequantize(expected))
 

@@ -128,6 +128,21 @@ def test_texts_with_the_tokenizer_of_a_model(recipe, tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_quantized_weights_are_expanded(recipe, tiny, tmp_path):
+    small = tmp_path / "small"
+    assert run("quantize", tiny, small, "--block-size", 16).exit_code == 0
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n\n" * 8)
+    text = recipe.read_text().replace("config = {layers = 1, embed = 16, hidden = 32}", "weights = true")
+    recipe.write_text(text.replace("options = {length = 3, symbols = 4}", 'path = "text.txt"\nseq = 16'))
+    result = run("train", recipe, *changed(f"model.name={small}", "data.kind=text", "training.steps=2"))
+    assert result.exit_code == 0, result.stderr
+    before, after = mx.load(small, dtype="float32"), mx.load(tmp_path / "run/model")
+    assert not np.array_equal(
+        before.blocks[0].attention.q_proj.weight.value, after.blocks[0].attention.q_proj.weight.value
+    )
+
+
+@pytest.mark.slow
 def test_a_conversation_teaches_adapters(recipe, tiny, tmp_path):
     talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Aye"}]
     (tmp_path / "talks.jsonl").write_text(f"{json.dumps({'messages': talk})}\n" * 8)

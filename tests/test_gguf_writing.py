@@ -86,7 +86,7 @@ def test_a_mixture_in_memory_is_that_of_the_file(tokenizer, tmp_path, getkey):
     small = mx.quantize(model, {"*": mx.GGUF("Q4_K_M")})
     assert {"Q4_K", "Q6_K"} <= set(formats(small))
     assert contents(tmp_path / "model.gguf")[1] == "MOSTLY_Q4_K_M"
-    assert_same_weights(mx.load(tmp_path / "model.gguf", dtype="stored"), small)
+    assert_same_weights(mx.load(tmp_path / "model.gguf"), small)
     blocks_alone = mx.quantize(model, mx.GGUF("Q4_K_M"))
     assert isinstance(blocks_alone.embedding.weight, mx.nn.DenseWeight)
     mx.save(model, tmp_path / "folder")
@@ -96,9 +96,9 @@ def test_a_mixture_in_memory_is_that_of_the_file(tokenizer, tmp_path, getkey):
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
 def test_blocks_are_written_as_they_are(kind, model, tokenizer, tmp_path):
     source = write_gguf(tmp_path / "first.gguf", model, gguf.GGMLQuantizationType[kind])
-    kept = mx.load(source, dtype="stored")
+    kept = mx.load(source)
     mx.save(kept, tmp_path / "second.gguf", format="gguf", tokenizer=tokenizer)
-    again = mx.load(tmp_path / "second.gguf", dtype="stored")
+    again = mx.load(tmp_path / "second.gguf")
     for one, other in zip(
         jax.tree.leaves(eqx.filter(again, eqx.is_array)), jax.tree.leaves(eqx.filter(kept, eqx.is_array)), strict=True
     ):
@@ -111,7 +111,7 @@ def test_a_dtype_expands_what_is_quantized(model, tokenizer, tmp_path):
     done = []
     mx.convert(first, second, format="gguf", dtype="float32", progress=lambda *counts: done.append(counts))
     assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(second).tensors} == {"F32"}
-    assert_same_weights(mx.load(second), mx.load(first))
+    assert_same_weights(mx.load(second), mx.load(first, dtype="float32"))
     mx.convert(first, second, format="gguf", overwrite=True, progress=lambda *counts: done.append(counts))
     kept, same = (
         {t.name: (t.tensor_type, bytes(t.data)) for t in gguf.GGUFReader(one).tensors} for one in (first, second)

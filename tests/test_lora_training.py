@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from fixtures.generation import refused
 from fixtures.lora import CONFIG, LINEAR, Int8Weight, adapted, adapters, arrays, quantized
 from fixtures.model import relative_error, small_model
 
@@ -47,6 +48,16 @@ def frozen(model):
 
 def same(one, other):
     return all(a.dtype == b.dtype and (np.asarray(a) == np.asarray(b)).all() for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("scheme", [mx.NF4(8), mx.Int8(activations="int8")])
+def test_weights_in_blocks_are_not_trained(scheme):
+    """Otherwise their floats alone would be, the norms and the embedding."""
+    model = mx.quantize(small_model(config=CONFIG), {"*.v_proj": scheme})
+    trainer = mx.Trainer(OPTIMIZER, progress=False)
+    with refused("weights in", "blocks", "mx.load(path, dtype='float32')", "mx.apply_lora"):
+        trainer.fit(model, [batch()])
+    train.TrainState.init(mx.apply_lora(model, rank=2, alpha=4.0, key=jr.key(0)), OPTIMIZER)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])

@@ -92,7 +92,7 @@ def test_64_greedy_tokens_of_smollm2(make_models, smollm2_path, tmp_path):
     """Ten prompts in one batch, each token as transformers gives it for the prompt alone, with the same weights."""
     import transformers
 
-    ours = mx.load(smollm2_path)
+    ours = mx.load(smollm2_path, dtype="float32")
     mx.save(ours, tmp_path / "model")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", dtype="float32", attn_implementation="eager"

@@ -3,6 +3,8 @@
 import math
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import equinox as eqx
@@ -18,6 +20,7 @@ from fixtures.model import relative_error
 
 import mistral_eqx as mx
 from mistral_eqx import train
+from mistral_eqx.checkpoint.reader import CHUNK_BYTES
 from mistral_eqx.nn import DenseWeight
 from mistral_eqx.nn.kernels import native
 from mistral_eqx.quant import FORMATS, BlockWeight, formats, merged_sizes, to_panels
@@ -195,7 +198,7 @@ def test_shapes_that_do_not_fit_are_refused_by_the_library():
 def test_a_file_is_loaded_as_it_is(kind, getkey, tmp_path, without_kernels):
     model = random_model(tiny(head_dim=32), getkey())
     path = write_gguf(tmp_path / "model.gguf", model, Kind[kind])
-    packed, dense = mx.load(path, dtype="stored"), mx.load(path)
+    packed, dense = mx.load(path), mx.load(path, dtype="float32")
     for name, layer in mx.lora.adaptable_layers(packed).items():
         assert layer.weight.format == kind, name
     ids = jnp.arange(12).reshape(2, 6)
@@ -207,7 +210,7 @@ def test_a_file_is_loaded_as_it_is(kind, getkey, tmp_path, without_kernels):
     tuned = mx.apply_lora(packed, rank=2, alpha=4.0, key=getkey())
     np.testing.assert_array_equal(eqx.filter_jit(tuned)(ids), logits)
     mesh = mx.make_mesh("tp=2")
-    for split in (mx.load(path, dtype="stored", mesh=mesh, strategy=mx.HEADS), mx.shard(packed, mesh, mx.HEADS)):
+    for split in (mx.load(path, mesh=mesh, strategy=mx.HEADS), mx.shard(packed, mesh, mx.HEADS)):
         assert relative_error(eqx.filter_jit(split)(ids), logits) < 1e-5
 
 
@@ -217,9 +220,9 @@ def test_a_mesh_gives_what_one_device_gives_with_kernels(strategy, getkey, tmp_p
     model = random_model(tiny(head_dim=32, hidden=128), getkey())
     path = write_gguf(tmp_path / "model.gguf", model, Kind.Q8_0)
     ids = jnp.arange(12).reshape(2, 6)
-    one = mx.load(path, dtype="stored")
+    one = mx.load(path)
     assert one.blocks[0].attention.q_proj.weight.panel == native.PANEL
-    split = mx.load(path, dtype="stored", mesh=mx.make_mesh("tp=2"), strategy=strategy)
+    split = mx.load(path, mesh=mx.make_mesh("tp=2"), strategy=strategy)
     logits = eqx.filter_jit(one)(ids)
     # Of 14 products on a path each is within 4e-5, and sums over devices have another order.
     assert relative_error(eqx.filter_jit(split)(ids), logits) < 14 * 4e-5
@@ -231,14 +234,14 @@ def test_a_mesh_gives_what_one_device_gives_with_kernels(strategy, getkey, tmp_p
 def test_blocks_are_checked_on_request(getkey, tmp_path):
     model = random_model(tiny(head_dim=32), getkey())
     path = write_gguf(tmp_path / "model.gguf", model, Kind.Q8_0)
-    mx.load(path, dtype="stored", check=True)
+    mx.load(path, check=True)
     (tensor,) = (one for one in gguf.GGUFReader(path).tensors if one.name == "blk.1.ffn_up.weight")
     with open(path, "r+b") as file:
         file.seek(tensor.data_offset)
         # The scale of the first block, in float16.
         file.write(np.float16(np.nan).tobytes())
     with refused("blk.1.ffn_up.weight"):
-        mx.load(path, dtype="stored", check=True)
+        mx.load(path, check=True)
 
 
 def test_blocks_are_not_cut(getkey, tmp_path):
@@ -246,9 +249,9 @@ def test_blocks_are_not_cut(getkey, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", model, Kind.Q8_0)
     mesh = mx.make_mesh("tp=2")
     with refused("blocks.0.attention.o_proj", "1 unit along head_dim", "2 devices", "float32"):
-        mx.load(path, dtype="stored", mesh=mesh, strategy=mx.HEAD_DIM)
+        mx.load(path, mesh=mesh, strategy=mx.HEAD_DIM)
     with refused("o_proj", "1 unit along head_dim"):
-        mx.shard(mx.load(path, dtype="stored"), mesh, mx.HEAD_DIM)
+        mx.shard(mx.load(path), mesh, mx.HEAD_DIM)
 
 
 @needs_kernels
@@ -257,7 +260,7 @@ def test_scores_and_steps_are_those_of_the_expanded_model(getkey, tmp_path):
     """The head's rows are taken in chunks of whole panels."""
     model = random_model(tiny(vocab=2080), getkey())
     path = write_gguf(tmp_path / "model.gguf", model, Kind.Q8_0)
-    packed, dense = mx.load(path, dtype="stored"), mx.load(path)
+    packed, dense = mx.load(path), mx.load(path, dtype="float32")
     assert packed.embedding.weight.panel == native.PANEL
     texts = [list(range(5, 25)), [3, 2000, 4]]
     found, expected = (mx.score(m, texts).log_probs for m in (packed, dense))
@@ -278,7 +281,7 @@ def test_scores_and_steps_are_those_of_the_expanded_model(getkey, tmp_path):
 @needs_kernels
 @pytest.mark.slow
 def test_smollm2_says_what_it_says_in_float32(smollm2_path):
-    packed, dense = (mx.load(smollm2_path, dtype=dtype) for dtype in ("stored", "float32"))
+    packed, dense = (mx.load(smollm2_path, dtype=dtype) for dtype in (None, "float32"))
     assert formats(packed) == ["Q4_1", "Q8_0"]
     ids = mx.load_tokenizer(smollm2_path).encode("The capital of France is a city that")
     logits = eqx.filter_jit(dense)(jnp.asarray([ids]))
@@ -286,6 +289,35 @@ def test_smollm2_says_what_it_says_in_float32(smollm2_path):
     assert relative_error(eqx.filter_jit(packed)(jnp.asarray([ids])), logits) < 4e-5 * 210**0.5
     found, expected = (mx.generate(model, [ids], max_new_tokens=48).tokens for model in (packed, dense))
     np.testing.assert_array_equal(found, expected)
+
+
+MEMORY = """
+import sys
+
+import jax.numpy as jnp
+
+import mistral_eqx as mx
+
+
+def peak():
+    status = open("/proc/self/status").read()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+load = mx.load  # imports the rest
+jnp.zeros(1).block_until_ready()
+before = peak()
+model = load(sys.argv[1])
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="The peak is that of /proc.")
+def test_loading_takes_little_more_than_the_file(smollm2_path):
+    ran = subprocess.run([sys.executable, "-c", MEMORY, smollm2_path], check=True, capture_output=True, text=True)
+    # Beside the weights, a chunk that is read and its panels.
+    assert int(ran.stdout) < 1.1 * smollm2_path.stat().st_size + 2 * CHUNK_BYTES
 
 
 @pytest.mark.slow

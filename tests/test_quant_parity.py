@@ -78,10 +78,10 @@ def test_what_transformers_quantizes_with_bitsandbytes_is_loaded(double, model, 
     theirs.save_pretrained(tmp_path / "nf4")
     with torch.no_grad():
         expected = theirs(torch.tensor(IDS)).logits.numpy()
-    for dtype in ("stored", "float32"):
+    for dtype in (None, "float32"):
         ours = mx.load(tmp_path / "nf4", dtype=dtype)
         assert relative_error(eqx.filter_jit(ours)(jnp.asarray(IDS)), expected) < 1e-5
-    assert formats(mx.load(tmp_path / "nf4", dtype="stored")) == ["NF4/64"]
+    assert formats(mx.load(tmp_path / "nf4")) == ["NF4/64"]
 
 
 SCHEMES = {
@@ -104,7 +104,7 @@ def test_transformers_reads_what_is_saved(name, model, tmp_path, request):
     mx.save(small, tmp_path / "small")
     logits = eqx.filter_jit(small)(jnp.asarray(IDS))
     assert relative_error(their_logits(tmp_path / "small", device_map="cpu"), logits) < 1e-5
-    again = mx.load(tmp_path / "small", dtype="stored")
+    again = mx.load(tmp_path / "small")
     assert relative_error(eqx.filter_jit(again)(jnp.asarray(IDS)), logits) < 1e-6
 
 
@@ -138,4 +138,4 @@ def test_zero_points_are_those_of_compressed_tensors(model, tmp_path):
     )
     theirs = PackedQuantizationCompressor.decompress(parts, scheme)["weight"].to(torch.float32).numpy()
     np.testing.assert_allclose(theirs, small.blocks[1].feed_forward.up_proj.weight.dense(), rtol=1e-6)
-    assert_same_weights(mx.dequantize(mx.load(tmp_path / "small", dtype="stored")), mx.dequantize(small))
+    assert_same_weights(mx.dequantize(mx.load(tmp_path / "small")), mx.dequantize(small))

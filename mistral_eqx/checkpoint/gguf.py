@@ -18,15 +18,13 @@ from ..errors import InputError
 from ..quant import FORMATS
 from .gguf_header import TensorInfo, read_header
 from .gguf_shards import first_shard, shard_count, shard_path
+from .mixed import keep_16_bits
 from .names import HEAD
 from .ranges import of_columns, read_ranges
-from .reader import DTYPES, Checkpoint, LazyTensor, Packed, main_dtype
+from .reader import DTYPES, FLOATS, Checkpoint, LazyTensor, Packed
 from .safetensors import PlainTensor
 from .settings import REQUIRED, Settings, per_kv
 from .weight_files import WeightFiles
-
-
-_PLAIN = {"F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}
 
 
 class QuantisedTensor(LazyTensor):
@@ -101,7 +99,11 @@ def open_gguf(path: Path) -> Checkpoint:
     if not tensors:
         raise InputError(f"{str(path)!r} holds no tensors; give a file with a model's weights.", file=path)
     config = read_config(metadata, tied=HEAD.name("gguf") not in tensors, file=path)
-    return Checkpoint(path, "gguf", config, main_dtype(tensors), tensors, metadata)
+    dtypes = {tensor.dtype for tensor in tensors.values() if len(tensor.shape) == 2}
+    dtype = dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
+    if dtype == DTYPES["float32"]:
+        keep_16_bits(tensors)
+    return Checkpoint(path, "gguf", config, dtype, tensors, metadata)
 
 
 def _with_other_shards(
@@ -217,7 +219,7 @@ def _kind(path: Path, name: str, info: TensorInfo) -> gguf.GGMLQuantizationType:
         known = gguf.GGMLQuantizationType(info.kind)
     except ValueError:
         known = None
-    if known is None or not (known.name in _PLAIN or _can_dequantise(known)):
+    if known is None or not (known.name in FLOATS or _can_dequantise(known)):
         stored = str(info.kind) if known is None else known.name
         raise InputError(
             f"The tensor {shown(name)} of {str(path)!r} has the element type {stored}, which the gguf package cannot "
@@ -248,8 +250,8 @@ def _nbytes(path: Path, name: str, info: TensorInfo) -> int:
 
 def _tensor(path: Path, name: str, info: TensorInfo, offset: int) -> LazyTensor:
     kind = _kind(path, name, info)
-    if kind.name in _PLAIN:
-        return PlainTensor(name, info.shape, _PLAIN[kind.name], kind.name, path, offset)
+    if kind.name in FLOATS:
+        return PlainTensor(name, info.shape, FLOATS[kind.name], kind.name, path, offset)
     return QuantisedTensor(name, info.shape, kind, _row_bytes(kind, info.shape), path, offset)
 
 

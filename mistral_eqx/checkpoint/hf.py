@@ -11,8 +11,9 @@ from ..config import Base, Epsilon, Layers, MistralConfig, Size
 from ..documents import read_json, shown
 from ..errors import InputError
 from .files import merge_files, read_index, read_shards
+from .mixed import keep_16_bits
 from .quantized import read_quantization
-from .reader import Checkpoint, LazyTensor, main_dtype
+from .reader import DTYPES, Checkpoint, LazyTensor, main_dtype
 from .safetensors import read_header
 from .settings import Settings, consistent_value, is_off, listed, per_head, per_kv
 from .weight_files import WeightFiles, read_consistent
@@ -53,7 +54,10 @@ def open_hf(folder: Path, own: Sequence[WeightFiles], others: Sequence[WeightFil
             file=folder,
         )
     tensors = read_consistent(folder, config, [*own, *others])
-    return Checkpoint(folder, "hf", config, main_dtype(tensors), tensors, metadata)
+    dtype = main_dtype(tensors)
+    if dtype == DTYPES["float32"] and any(tensor.packed is not None for tensor in tensors.values()):
+        keep_16_bits(tensors)
+    return Checkpoint(folder, "hf", config, dtype, tensors, metadata)
 
 
 def find_weights(folder: Path) -> list[WeightFiles]:

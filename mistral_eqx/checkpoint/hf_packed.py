@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..nn import AbstractWeight
 from ..quant import NF4_CODES, BlockWeight, OrderedWeight, ScaledWeight, block_format, from_panels, pack, unpack
 from .names import LayerSpec
+from .reader import FLOATS
 from .source import file_order
 
 
@@ -81,6 +82,11 @@ def rows_of_blocks(weight: BlockWeight) -> np.ndarray:
     if weight.panel > 1:
         flat = np.asarray(from_panels(jnp.asarray(flat), format))
     return flat.reshape(rows * weight.panel, -1, format.nbytes)
+
+
+def float_blocks(weight: BlockWeight) -> np.ndarray:
+    """The numbers of a weight in blocks of one float, on the host, shape `(rows, inputs)`."""
+    return rows_of_blocks(weight).view(FLOATS[weight.format])[..., 0]
 
 
 def _single(field: np.ndarray) -> np.ndarray:

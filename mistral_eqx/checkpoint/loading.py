@@ -5,7 +5,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]
 def load(
     path: str | os.PathLike[str],
     *,
-    dtype: DTypeLike | Literal["stored"] | None = None,
+    dtype: DTypeLike | None = None,
     check: bool = False,
     progress: Progress | None = None,
     mesh: Mesh | None = None,
@@ -55,9 +55,10 @@ def load(
 
     - `path`: a Hugging Face folder, a Mistral release folder, a `.gguf` file, or a name that
         [`mistral_eqx.checkpoint.locate`][] finds.
-    - `dtype`: the dtype of all weights: `"float32"`, `"bfloat16"` or `"float16"`; by default the main dtype of the
-        files, and float32 for quantised files. `"stored"` is the default but for quantized weights, which stay as
-        they are ([`mistral_eqx.quant.BlockWeight`][]).
+    - `dtype`: the dtype of all weights: `"float32"`, `"bfloat16"` or `"float16"`, to which quantized weights are
+        expanded. By default quantized weights stay as they are ([`mistral_eqx.quant.BlockWeight`][]), and others have
+        the main dtype of the files, which counts quantized weights as float32. In a GGUF file whose matrices differ in
+        type, each keeps its own, and activations are float32.
     - `check`: whether to check every weight, and refuse NaN and infinity.
     - `progress`: called after each tensor with the bytes read so far and the total bytes that this process reads.
     - `mesh`: the devices of the model; the default device unless given.
@@ -77,14 +78,13 @@ def load(
         )
     mesh = None if mesh is None else with_auto_axes(mesh)
     placement = Placement(mesh, strategy)
-    keep = isinstance(dtype, str) and dtype == "stored"
     if placement.several_processes:
         check_same("strategy", strategy.layout)
         check_same("mesh", placement.devices)
 
     def prepare() -> tuple[Checkpoint, np.dtype, list[Source]]:
         checkpoint = open_checkpoint(locate(path))
-        target_dtype = checkpoint.dtype if dtype is None or keep else supported_dtype(dtype)
+        target_dtype = checkpoint.dtype if dtype is None else supported_dtype(dtype)
         if mesh is not None:
             strategy.check(checkpoint.config, mesh)
         return checkpoint, target_dtype, sources(checkpoint, placement)
@@ -93,8 +93,9 @@ def load(
         return fingerprint(prepared[0])
 
     checkpoint, target_dtype, found = run_on_all("checkpoint", prepare, placement.several_processes, summary)
+    keep = dtype is None and any(source.tensor.packed is not None for source in found)
     if placement.several_processes:
-        check_same("dtype", "stored" if keep else target_dtype.name)
+        check_same("dtype", "as stored" if keep else target_dtype.name)
         # A weight has one layout on all processes.
         check_same("C++ kernels", str((keep or quantize is not None) and native.instructions()))
         check_same("quantize", repr(quantize))
@@ -168,9 +169,7 @@ def supported_dtype(dtype: DTypeLike) -> np.dtype:
     except TypeError:
         name = repr(dtype)
     if name not in DTYPES:
-        raise InputError(
-            f"Weights cannot be loaded as {name!r}; the supported dtypes are {', '.join(DTYPES)} and 'stored'."
-        )
+        raise InputError(f"Weights cannot be loaded as {name!r}; the supported dtypes are {', '.join(DTYPES)}.")
     return DTYPES[name]
 
 

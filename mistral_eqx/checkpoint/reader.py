@@ -24,6 +24,8 @@ DTYPES: Mapping[str, np.dtype] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+# By their names in files, and as formats of blocks of one number.
+FLOATS: Mapping[str, np.dtype] = {"F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}
 
 
 class LazyTensor(abc.ABC):
@@ -40,7 +42,7 @@ class LazyTensor(abc.ABC):
     - `dtype`: the dtype of the arrays that `rows` returns.
     - `stored`: the name of its element type in the file, such as `"BF16"` or `"Q4_K"`.
     - `nbytes`: its size in the file.
-    - `packed`: how it can be kept as it is, if it is quantized.
+    - `packed`: how it can be kept as it is, if it is quantized or has 16-bit floats in a model of float32.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: np.dtype, stored: str, nbytes: int):
@@ -116,7 +118,8 @@ class Checkpoint:
     - `path`: the folder or file.
     - `format`: `"hf"`, `"mistral"` or `"gguf"`.
     - `config`: the model's sizes.
-    - `dtype`: the files' main dtype; float32 for quantised weights.
+    - `dtype`: the dtype of a model that keeps the files' types: the main dtype, and float32 for quantised weights. In a
+        GGUF file it is that of the matrices if they have one, and otherwise float32.
     - `tensors`: every tensor by its name in the files.
     - `metadata`: the content of `config.json` or `params.json`, or the keys and values of the GGUF file.
 

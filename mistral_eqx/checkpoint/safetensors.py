@@ -15,10 +15,9 @@ from ..checks import checked
 from ..documents import expect_regular, parse_json, shown
 from ..errors import InputError
 from .ranges import of_columns, read_ranges
-from .reader import DTYPES, LazyTensor
+from .reader import FLOATS, LazyTensor
 
 
-_STORED = {"F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}
 # What weights that are quantized are made of.
 _PACKED = {
     "U8": np.dtype(np.uint8),
@@ -27,7 +26,7 @@ _PACKED = {
     "I64": np.dtype(np.int64),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
-_NAMES = {dtype: stored for stored, dtype in (*_STORED.items(), *_PACKED.items())}
+_NAMES = {dtype: stored for stored, dtype in (*FLOATS.items(), *_PACKED.items())}
 
 # The limit of the safetensors library. It protects against a huge length in a damaged file.
 _LONGEST_HEADER = 100_000_000
@@ -56,6 +55,12 @@ class PlainTensor(LazyTensor):
             ranges = of_columns(offset, count, row_bytes, columns, self.dtype.itemsize)
         read_ranges(self._path, ranges, result)
         return result
+
+    def in_bytes(self) -> "PlainTensor":
+        """The bytes of a matrix, a row in each row."""
+        rows, columns = self.shape
+        shape = rows, columns * self.dtype.itemsize
+        return PlainTensor(self.name, shape, np.dtype(np.uint8), self.stored, self._path, self._offset)
 
 
 def read_header(path: Path, *, packed: bool = False) -> dict[str, LazyTensor]:
@@ -93,14 +98,14 @@ def read_header(path: Path, *, packed: bool = False) -> dict[str, LazyTensor]:
             key=error.key,
         ) from error
     tensors: dict[str, LazyTensor] = {}
-    known = {**_STORED, **(_PACKED if packed else {})}
+    known = {**FLOATS, **(_PACKED if packed else {})}
     end = 0
     # The format allows neither gaps nor overlaps: each tensor begins at the end of the previous one.
     for name, entry in sorted(described.items(), key=lambda item: item[1].data_offsets):
         if entry.dtype not in known:
             raise InputError(
                 f"The tensor {shown(name)} of {str(path)!r} has the dtype {shown(entry.dtype)[1:-1]}, which is not "
-                f"supported; the supported ones are {', '.join(_STORED)}: use an unquantised checkpoint.",
+                f"supported; the supported ones are {', '.join(FLOATS)}: use an unquantised checkpoint.",
                 file=path,
                 key=name,
             )

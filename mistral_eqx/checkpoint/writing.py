@@ -23,13 +23,13 @@ from ..quant import FORMATS, GGUF, QUANTIZED, BlockWeight
 from . import hf, mistral, safetensors
 from .finite import all_finite
 from .gguf_writing import AbstractWeights, Vocabulary, chosen_types, write_gguf
-from .hf_packed import Packing, packing, rows_of_blocks, whole_config
+from .hf_packed import Packing, float_blocks, packing, rows_of_blocks, whole_config
 from .hub import locate
 from .loading import Progress, is_weight, layer_path, supported_dtype
 from .names import EMBEDDING, LayerSpec, layer_specs
 from .opening import open_checkpoint
 from .processes import run_on_all
-from .reader import CHUNK_BYTES, DTYPES, read_rows
+from .reader import CHUNK_BYTES, DTYPES, FLOATS, read_rows
 from .source import Source, file_order, sources
 from .staging import expect_free, naming, staged
 
@@ -108,10 +108,14 @@ def save(
     unwritten: dict[str, jax.Array | np.ndarray] = {}
     packings: dict[str, Packing] = {}
     in_blocks: dict[str, BlockWeight] = {}
+    unquantized: dict[str, BlockWeight] = {}
     for spec in specs:
         weight = weights.pop(spec.path, None)
         if format == "gguf" and isinstance(weight, BlockWeight) and weight.format in FORMATS:
             in_blocks[spec.path] = weight
+            continue
+        if isinstance(weight, BlockWeight) and weight.format in FLOATS:
+            unquantized[spec.path] = weight
             continue
         if isinstance(weight, QUANTIZED) and format == "hf":
             packings[spec.path] = packing(spec, weight, config)
@@ -133,11 +137,16 @@ def save(
             f"The model has a weight {min(weights)!r}, which a checkpoint cannot store; merge its adapters."
         )
     several = not all(isinstance(array, np.ndarray) or array.is_fully_addressable for array in unwritten.values())
-    if several and (packings or format == "gguf"):
+    if several and (packings or unquantized or format == "gguf"):
         raise InputError(
             "The model is split over several processes, from which quantized weights and GGUF files are not written; "
             "load and save it in one process."
         )
+    unwritten |= {
+        spec.path: float_blocks(unquantized[spec.path]).reshape(spec.shape(config))
+        for spec in specs
+        if spec.path in unquantized
+    }
     if format == "gguf":
         own = _ModelWeights(config, unwritten, in_blocks, allow_nonfinite)
         kept = {key: weight.format for key, weight in in_blocks.items()}
@@ -241,7 +250,7 @@ def _save_gguf(
     if type is not None:
         # Refuses a type that numbers are not quantized to.
         GGUF(type)
-    floats = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    floats = {dtype.name: name for name, dtype in FLOATS.items()}
     types = chosen_types(config, type or floats[main], kept if type is None else {})
     most = Counter(types.values()).most_common(1)[0][0] if type is None else type
     write_gguf(path, config, weights, types, tokenizer, type=most, overwrite=overwrite)

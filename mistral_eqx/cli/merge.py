@@ -43,7 +43,7 @@ def merge(
     from .loading import load, locate
 
     to_path(target, "The target", "give the folder to write")
-    wanted = options.ModelOptions(source, adapter, None if dtype is None else options.LoadDType(dtype))
+    wanted = options.ModelOptions(source, adapter, dtype)
     wanted.check_adapter()
     path = locate(source)
     to_gguf = format is Format.GGUF
@@ -57,7 +57,7 @@ def merge(
         expect_free(target, overwrite)
     finish = None if no_tokenizer or to_gguf else tokenizer_writer(path)
     mx.save(
-        mx.merge_lora(load(path, wanted, None, mx.SINGLE)),
+        mx.merge_lora(mx.dequantize(load(path, wanted, None, mx.SINGLE))),
         target,
         format=format.value,
         max_shard_size=max_shard_size,

@@ -25,20 +25,11 @@ DEBUG = "mistral_eqx.debug"
 
 
 class DType(enum.StrEnum):
-    """Precisions a model can be written in."""
+    """Precisions a model can be loaded or written in."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
-
-
-class LoadDType(enum.StrEnum):
-    """Precisions a model can be loaded in."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    STORED = "stored"
 
 
 def _remember(context: Any, wanted: bool) -> bool:
@@ -145,10 +136,10 @@ class ModelOptions:
         ),
     ] = None
     dtype: Annotated[
-        LoadDType | None,
+        DType | None,
         typer.Option(
-            help="Precision of the weights; by default the checkpoint's own. 'stored' keeps the quantized blocks of a "
-            ".gguf file, which takes least memory and time a token.",
+            help="Precision of the weights, to which quantized ones are expanded; by default all keep the "
+            "checkpoint's own.",
             rich_help_panel=MODEL,
         ),
     ] = None
@@ -157,7 +148,7 @@ class ModelOptions:
     ] = False
 
     @property
-    def agreed(self) -> tuple[LoadDType | None, bool]:
+    def agreed(self) -> tuple[DType | None, bool]:
         """What all processes must have alike; the paths of the same files may differ."""
         return self.dtype, self.adapter is not None
 

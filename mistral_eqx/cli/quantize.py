@@ -107,11 +107,14 @@ def quantize(
     path = locate(source)
     expect_free(target, overwrite)
     finish = None if no_tokenizer else tokenizer_writer(path)
+    checkpoint = open_checkpoint(path)
+    # A folder cannot hold the blocks of a GGUF file beside its own.
+    dtype = dtype or options.DType(checkpoint.dtype.name)
     if calibration is None:
         with progress_bar("Quantizing") as bar:
             model = mx.load(path, dtype=dtype, quantize=recipe, progress=bar)
     else:
-        config = open_checkpoint(path).config
+        config = checkpoint.config
         ids = checked_calibration(_tokens(calibration, path, config.max_positions), config)
         with progress_bar("Loading") as bar:
             model = mx.load(path, dtype=dtype, progress=bar)

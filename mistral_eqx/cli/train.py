@@ -174,11 +174,11 @@ def _model(recipe: "Recipe", config: Any, path: Path | None, placed: Any, split:
     import mistral_eqx as mx
 
     from .loading import load
-    from .options import LoadDType, ModelOptions
+    from .options import DType, ModelOptions
 
     key, adapters = jr.split(jr.key(recipe.model.seed))
     if path is not None:
-        model = load(path, ModelOptions(dtype=LoadDType.FLOAT32), placed, split)
+        model = load(path, ModelOptions(dtype=DType.FLOAT32), placed, split)
     else:
         model = eqx.filter_jit(mx.Mistral.init)(config, key=key)
         model = model if placed is None else mx.shard(model, placed, split)

@@ -70,8 +70,8 @@ class TrainState(eqx.Module):
         - `offload`: keeps the optimizer state in host memory; a step moves it to the device for the update. The
             results are the same, and each step takes longer by the two transfers.
 
-        **Raises:** `ValueError` if there is no such stage, the strategy does not split the batch, or the devices
-        cannot access host memory.
+        **Raises:** `ValueError` if weights are quantized without adapters beside them, there is no such stage, the
+        strategy does not split the batch, or the devices cannot access host memory.
         """
         stage = Zero.init(zero, model.mesh, model.strategy)
         if offload:

@@ -107,7 +107,8 @@ class Trainer:
 
         **Arguments:**
 
-        - `model`: a model on one device or on a mesh. If it has adapters, only these are trained.
+        - `model`: a model on one device or on a mesh. If it has adapters, only these are trained; otherwise its weights
+            must not be quantized.
         - `batches`: the batches in order; with several processes, each gives its own rows.
         - `steps`: the number of steps of the whole run, those before it continued included; unless given, training ends
             with the batches.
