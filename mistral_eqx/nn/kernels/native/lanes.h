@@ -29,6 +29,7 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 template <class T>
 inline T load(const void* at) {
@@ -44,6 +45,16 @@ inline Floats from_bfloat16(Halves x) { return (Floats)(widened(x) << 16); }
 
 // A number of this size has no fraction: a sum with it is rounded to the nearest integer, in its lowest bits.
 inline Ints rounded(Floats x) { return (Ints)((Words)(x + 12582912.0f) - 0x4b400000u); }
+
+inline Floats from_float16(Halves x);
+
+// Numbers in float8 e4m3 from the low byte of each lane. As float16, which has one bit more in the exponent, they are
+// smaller by 2^8; the code of NaN becomes one of float16's.
+inline Floats from_float8(Halves x) {
+  const Halves size = (x << 7) & (uint16_t)0x3f80;
+  const Halves nan = (size + (uint16_t)0x80) & (uint16_t)0x4000;
+  return from_float16(size | nan | ((x << 8) & (uint16_t)0x8000)) * 256.0f;
+}
 
 // ---- what differs between the sets ----
 
@@ -77,6 +88,11 @@ inline Ints dot_signed(const Words* codes, const int32_t* x) {
 // For each byte the entry of a table at its value, which is below 16.
 inline Words looked_up(Words codes, const int8_t* table) {
   return (Words)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), (__m512i)codes);
+}
+
+// For each lane the entry of a table of 16 at its lowest four bits.
+inline Floats looked_up(Words codes, const float* table) {
+  return (Floats)_mm512_permutexvar_ps((__m512i)codes, _mm512_loadu_ps(table));
 }
 
 #elif defined(__AVX2__)
@@ -124,6 +140,12 @@ inline Words looked_up(Words codes, const int8_t* table) {
                                     (__m256i)codes);
 }
 
+inline Floats looked_up(Words codes, const float* table) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)codes);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)codes);
+  return (Floats)_mm256_blendv_ps(low, high, (__m256)(codes << 28));
+}
+
 #else
 
 inline float sum_of(Floats x) { return vaddvq_f32((float32x4_t)x); }
@@ -149,6 +171,12 @@ inline Ints dot_signed(const Words* codes, const int32_t* x) { return dot<127, c
 
 inline Words looked_up(Words codes, const int8_t* table) {
   return (Words)vqtbl1q_s8(vld1q_s8(table), vreinterpretq_u8_u32((uint32x4_t)codes));
+}
+
+inline Floats looked_up(Words codes, const float* table) {
+  // The four bytes of each entry.
+  const Words bytes = (codes & 15u) * 0x04040404u + 0x03020100u;
+  return (Floats)vqtbl4q_u8(load<uint8x16x4_t>(table), vreinterpretq_u8_u32((uint32x4_t)bytes));
 }
 
 #endif
