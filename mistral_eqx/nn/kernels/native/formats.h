@@ -242,9 +242,9 @@ struct Integers : Panel {
 };
 
 // Each format of floats has
-// - size, bytes: as above, where blocks of 1 number have no scale, and their rows are read as one block;
+// - size, bytes: as above, where a row of blocks of 1 number is read as one block;
 // - bits: of a number, so that 64 bytes of a panel have 32 / bits numbers of a row;
-// - number(line, i): the i-th number in the `line`-th 64 bytes, without the scale;
+// - number(line, i): the i-th number in the `line`-th 64 bytes of a panel's codes, without the scale;
 // - scale().
 // Their products take activations as they are.
 
@@ -255,6 +255,7 @@ struct Float16Bits : Panel {
   Floats number(int64_t line, int i) const {
     return convert(load<Halves>(block + 64 * line + 2 * (ROWS * i + LANES * strip)));
   }
+  Floats scale() const { return Floats{} + 1.0f; }
 };
 
 using BF16 = Float16Bits<from_bfloat16>;
@@ -264,23 +265,25 @@ struct INT8 : Panel {
   static constexpr bool exact = true;
   static constexpr int size = 1, bytes = 1, bits = 8;
   Floats number(int64_t line, int i) const { return floats(from_bytes(block + 64 * line + ROWS * i + LANES * strip)); }
+  Floats scale() const { return Floats{} + 1.0f; }
 };
 
 struct FP8 : Panel {
   static constexpr bool exact = true;
   static constexpr int size = 1, bytes = 1, bits = 8;
   Floats number(int64_t line, int i) const {
-    return from_float8(__builtin_convertvector(load<Bytes>(block + 64 * line + ROWS * i + LANES * strip), Halves));
+    return from_float8(halves_of_bytes(block + 64 * line + ROWS * i + LANES * strip));
   }
+  Floats scale() const { return Floats{} + FLOAT8_UNIT; }
 };
 
 struct FP8InBlocks : Panel {
   static constexpr bool exact = true;
   static constexpr int size = 0, bytes = 4, bits = 8;
   Floats number(int64_t line, int i) const {
-    return from_float8(__builtin_convertvector(four(4, int(line)) >> (8 * i), Halves));
+    return from_float8(__builtin_convertvector(Ints(four(4, int(line)) << (24 - 8 * i)) >> 24, Halves));
   }
-  Floats scale() const { return (Floats)four(0, 0); }
+  Floats scale() const { return (Floats)four(0, 0) * FLOAT8_UNIT; }
 };
 
 constexpr float NORMAL_FLOAT4[16] = {
@@ -304,7 +307,7 @@ struct NVFP4 : Panel {
   static constexpr bool exact = true;
   static constexpr int size = 16, bytes = 9, bits = 4;
   Floats number(int64_t line, int i) const { return looked_up(four(1, int(line)) >> (4 * i), FLOAT4); }
-  Floats scale() const { return from_float8(__builtin_convertvector(load<Bytes>(one(0)), Halves)); }
+  Floats scale() const { return from_float8(halves_of_bytes(one(0))) * FLOAT8_UNIT; }
 };
 
 }  // namespace

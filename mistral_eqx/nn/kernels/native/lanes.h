@@ -29,7 +29,6 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 template <class T>
 inline T load(const void* at) {
@@ -48,12 +47,12 @@ inline Ints rounded(Floats x) { return (Ints)((Words)(x + 12582912.0f) - 0x4b400
 
 inline Floats from_float16(Halves x);
 
-// Numbers in float8 e4m3 from the low byte of each lane. As float16, which has one bit more in the exponent, they are
-// smaller by 2^8; the code of NaN becomes one of float16's.
-inline Floats from_float8(Halves x) {
-  const Halves size = (x << 7) & (uint16_t)0x3f80;
-  const Halves nan = (size + (uint16_t)0x80) & (uint16_t)0x4000;
-  return from_float16(size | nan | ((x << 8) & (uint16_t)0x8000)) * 256.0f;
+// Numbers in float8 e4m3, divided by 256, from their codes with sign extension: float16 has one bit more in the exponent.
+// The code of NaN becomes one of float16's.
+constexpr float FLOAT8_UNIT = 256;
+inline Floats from_float8(Halves codes) {
+  const Halves bits = (codes << 7) & (uint16_t)0xbf80;
+  return from_float16(bits | (((bits & (uint16_t)0x3f80) + (uint16_t)0x80) & (uint16_t)0x4000));
 }
 
 // ---- what differs between the sets ----
@@ -64,6 +63,8 @@ inline float sum_of(Floats x) { return _mm512_reduce_add_ps((__m512)x); }
 
 // Signed numbers of 8 bits.
 inline Ints from_bytes(const void* at) { return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at)); }
+
+inline Halves halves_of_bytes(const void* at) { return (Halves)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)at)); }
 
 inline Floats from_float16(Halves x) { return _mm512_cvtph_ps((__m256i)x); }
 
@@ -104,6 +105,8 @@ inline float sum_of(Floats x) {
 }
 
 inline Ints from_bytes(const void* at) { return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)at)); }
+
+inline Halves halves_of_bytes(const void* at) { return (Halves)_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)at)); }
 
 inline Floats from_float16(Halves x) { return (Floats)_mm256_cvtph_ps((__m128i)x); }
 
@@ -150,10 +153,11 @@ inline Floats looked_up(Words codes, const float* table) {
 
 inline float sum_of(Floats x) { return vaddvq_f32((float32x4_t)x); }
 
-inline Ints from_bytes(const void* at) {
-  const int8x8_t bytes = vreinterpret_s8_s32(vdup_n_s32(load<int32_t>(at)));
-  return (Ints)vmovl_s16(vget_low_s16(vmovl_s8(bytes)));
+inline Halves halves_of_bytes(const void* at) {
+  return (Halves)vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(load<int32_t>(at)))));
 }
+
+inline Ints from_bytes(const void* at) { return (Ints)vmovl_s16((int16x4_t)halves_of_bytes(at)); }
 
 inline Floats from_float16(Halves x) { return (Floats)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)x)); }
 

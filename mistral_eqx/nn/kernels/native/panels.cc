@@ -103,11 +103,8 @@ void product_of_floats(const Format& format, const uint8_t* panel, const Activat
     if (size % LINE<F>) add(size / LINE<F>, int(size % LINE<F>));
     for (int strip = 0; strip < STRIPS; strip++) {
       f.strip = strip;
-      for (int m = 0; m < rows; m++) {
-        const Floats sum = sums[strip][m][0] + sums[strip][m][1];
-        if constexpr (F::size == 1) total[strip][m] = sum;
-        else total[strip][m] += sum * f.scale();
-      }
+      const Floats scale = f.scale();
+      for (int m = 0; m < rows; m++) total[strip][m] += (sums[strip][m][0] + sums[strip][m][1]) * scale;
     }
   }
   for (int m = 0; m < rows; m++)
@@ -146,8 +143,7 @@ void dequantize_floats(const Format& format, const uint8_t* panel, int64_t from,
       F f;
       f.block = panel + at / size * ROWS * bytes, f.strip = strip;
       for (int i = 0; i < std::min<int64_t>(LINE<F>, to - at); i++) {
-        Floats number = f.number(at % size / LINE<F>, i);
-        if constexpr (F::size != 1) number *= f.scale();
+        const Floats number = f.number(at % size / LINE<F>, i) * f.scale();
         std::memcpy(out + (at - from + i) * ROWS + strip * LANES, &number, sizeof number);
       }
     }
