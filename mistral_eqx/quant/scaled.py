@@ -1,6 +1,7 @@
 """Weights with one scale for each row, for each column, or for all."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -29,10 +30,22 @@ class ScaledWeight(AbstractWeight):
     zero: Float[Array, "..."] | None = None
 
     def contract(self, x: Float[Array, "batch seq ..."], in_dims: str, out_dims: str) -> Float[Array, "batch seq ..."]:
+        own = x * _at_end(self.scale, x.ndim).astype(x.dtype) if self.by == "column" else x
+        return self._of_codes(self.base.contract(own, in_dims, out_dims), own)
+
+    @classmethod
+    def contract_together(
+        cls, weights: Sequence[Any], x: Float[Array, "batch seq ..."], in_dims: str, out_dims: Sequence[str]
+    ) -> list[Float[Array, "batch seq ..."]]:
+        if any(one.by == "column" for one in weights) or len({type(one.base) for one in weights}) > 1:
+            return [one.contract(x, in_dims, dims) for one, dims in zip(weights, out_dims, strict=True)]
+        bases = [one.base for one in weights]
+        ys = type(bases[0]).contract_together(bases, x, in_dims, out_dims)
+        return [one._of_codes(y, x) for one, y in zip(weights, ys, strict=True)]
+
+    def _of_codes(self, y: Array, x: Array) -> Array:
+        """The result, given that of the codes and what they were applied to."""
         zero = self.zero
-        if self.by == "column":
-            x = x * _at_end(self.scale, x.ndim).astype(x.dtype)
-        y = self.base.contract(x, in_dims, out_dims)
         if zero is not None:
             # Of the sum over (code - zero) * x, what belongs to the zeros.
             weighted = x * _at_end(zero, x.ndim) if self.by == "column" else x

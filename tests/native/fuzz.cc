@@ -42,7 +42,8 @@ int main(int, char** arguments) {
   const auto start = std::chrono::steady_clock::now();
   long products = 0;
   while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) {
-    const Format& format = SET::instructions.formats[below(SET::instructions.count)];
+    Format format = SET::instructions.formats[below(SET::instructions.count)];
+    if (format.size == 0) format = format.of_size(32 * (1 + below(10)));
     const int blocks = format.size == 1 ? 1 + below(300) : 1 + below(5);
     const int64_t inputs = int64_t(blocks) * format.size, rows = 1 + below(19), bytes = 16 * int64_t(format.bytes) * blocks;
     const std::unique_ptr<uint8_t[]> panel(new uint8_t[bytes]);
@@ -57,9 +58,9 @@ int main(int, char** arguments) {
     const Activations activations{x.get(), codes.get(), scales.get(), sums.get(), tiles.get(), rows, inputs};
     for (int64_t i = 0; i < count; i++) SET::instructions.arrange(activations, i);
     for (int64_t row = 0; row < rows && !format.exact; row++) SET::instructions.quantize(activations, row);
-    format.product(panel.get(), activations, 0, rows, y.get(), 16);
+    format.product(format, panel.get(), activations, 0, rows, y.get(), 16);
     alignas(64) float numbers[STRETCH * 16];
-    format.product_of_many(panel.get(), activations, y.get(), 16, numbers);
+    format.product_of_many(format, panel.get(), activations, y.get(), 16, numbers);
     products++;
     attend(draw);
   }

@@ -59,7 +59,8 @@ def linear(
     """Multiplies activations by weights in panels of quantized blocks, for a program on the CPU.
 
     For few rows, activations are rounded to two codes of 8 bits, each 32 of a row with a scale of their own, unless the
-    format is `BF16` or `F16`. For many rows, weights are dequantized piece by piece. Sums are float32.
+    format's codes stand for floats or have no scale. For many rows, weights are dequantized piece by piece. Sums are
+    float32.
 
     **Arguments:**
 

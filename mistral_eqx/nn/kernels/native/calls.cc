@@ -1,11 +1,13 @@
 // What XLA calls: checks sizes, divides the work among threads, chooses the instructions.
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string_view>
 #include <thread>
 #include <vector>
@@ -41,10 +43,20 @@ const Set& chosen() {
   return found;
 }
 
-const Format* found(const Instructions& set, std::string_view name) {
+// A format by its name: "NF4/64" is the one that the table calls "NF4/", in blocks of 64.
+std::optional<Format> found(const Instructions& set, std::string_view name) {
+  const std::string_view kind = name.substr(0, name.find('/') + 1), size = name.substr(kind.size());
+  if (kind.empty()) {
+    for (int i = 0; i < set.count; i++)
+      if (name == set.formats[i].name) return set.formats[i];
+    return {};
+  }
+  int numbers = 0;
+  const auto [end, error] = std::from_chars(size.data(), size.data() + size.size(), numbers);
+  if (error != std::errc() || end != size.data() + size.size() || numbers <= 0 || numbers % 32 || numbers > LARGEST_BLOCK) return {};
   for (int i = 0; i < set.count; i++)
-    if (name == set.formats[i].name) return &set.formats[i];
-  return nullptr;
+    if (kind == set.formats[i].name) return set.formats[i].of_size(numbers);
+  return {};
 }
 
 // Runs f(0) to f(count - 1) on this thread and those of XLA, in any order. Parts are claimed, so a thread that comes
@@ -76,7 +88,7 @@ constexpr int64_t MANY = 16;
 
 // One weight of a call, and its results.
 struct Weight {
-  const Format* format;
+  Format format;
   const uint8_t* panels;
   float* y;
   int64_t count, bytes;        // How many panels, and bytes of each.
@@ -102,7 +114,7 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     if (!blocks || !result) return ffi::Error::InvalidArgument("Panels must be bytes, and results float32.");
     const auto name = formats.substr(0, formats.find(' '));
     formats.remove_prefix(std::min(formats.size(), name.size() + 1));
-    const Format* format = found(*set, name);
+    const auto format = found(*set, name);
     if (!format) return ffi::Error::InvalidArgument("The kernels have no such format.");
     const auto ws = blocks->dimensions(), rs = (*result)->dimensions();
     if (ws.size() != 3 || rs.size() != 2 || ws[2] != 16 * int64_t(format->bytes) || ws[1] > INT64_MAX / format->size ||
@@ -110,7 +122,7 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
         (!format->exact && inputs % 32))
       return ffi::Error::InvalidArgument("The shapes of x, panels and y do not fit each other.");
     if (rows == 0 || ws[0] == 0 || ws[1] == 0) continue;
-    Weight weight{format, blocks->typed_data(), (*result)->typed_data(), ws[0], ws[1] * ws[2], 0, parts};
+    Weight weight{*format, blocks->typed_data(), (*result)->typed_data(), ws[0], ws[1] * ws[2], 0, parts};
     // Parts of 128 KB, and not fewer than eight, so that threads end together.
     weight.part = std::max<int64_t>(1, std::min(weight.count / 8, (128 * 1024) / weight.bytes));
     if (weight.count * weight.bytes * rows < SMALL) weight.part = weight.count;
@@ -142,8 +154,9 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     for (int64_t at = begin; at < end; at++) {
       const uint8_t* panel = weight->panels + at * weight->bytes;
       float* y = weight->y + 16 * at;
-      if (rows < MANY) weight->format->product(panel, activations, 0, rows, y, stride);
-      else weight->format->product_of_many(panel, activations, y, stride, numbers);
+      const Format& format = weight->format;
+      if (rows < MANY) format.product(format, panel, activations, 0, rows, y, stride);
+      else format.product_of_many(format, panel, activations, y, stride, numbers);
     }
   });
   return ffi::Error::Success();
@@ -248,4 +261,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mistral_eqx_attend, attend,
 extern "C" const char* mistral_eqx_instructions() { return chosen().instructions ? chosen().instructions->name : nullptr; }
 
 // Whether there are products for a format.
-extern "C" int mistral_eqx_has_format(const char* name) { return chosen().instructions && found(*chosen().instructions, name); }
+extern "C" int mistral_eqx_has_format(const char* name) {
+  return chosen().instructions && found(*chosen().instructions, name).has_value();
+}

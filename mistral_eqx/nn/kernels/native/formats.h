@@ -1,7 +1,8 @@
-// The block formats of GGUF, for 16 rows at a time; mistral_eqx/quant/ggml.py has the same formats in JAX.
+// The block formats, for 16 rows at a time; mistral_eqx/quant/ has the same formats in JAX: ggml.py, integers.py and
+// floats.py.
 //
 // A panel holds the blocks of 16 rows, field by field: of each field first the leading 4 bytes of all rows, then the
-// next 4, and so on; of fields of 2 bytes, the 2 of all rows. So 4 codes of a row are one lane of a vector.
+// next 4, and so on; of fields of 1 or 2 bytes, these of all rows. So 4 codes of a row are one lane of a vector.
 #pragma once
 #include "lanes.h"
 
@@ -11,6 +12,8 @@ constexpr int ROWS = 16;
 
 // The lanes of a panel that one vector holds, counted in vectors: `strip` of ROWS / LANES.
 struct Panel {
+  static constexpr bool exact = false;
+  static constexpr int bits = 0;
   const uint8_t* block;
   int strip;
 
@@ -19,6 +22,7 @@ struct Panel {
     return load<Words>(block + ROWS * (field + 4 * index) + 4 * LANES * strip);
   }
   Halves two(int field) const { return load<Halves>(block + ROWS * field + 2 * LANES * strip); }
+  const uint8_t* one(int field) const { return block + ROWS * field + LANES * strip; }
   Floats half(int field) const { return from_float16(two(field)); }
   // One byte of each row, as numbers.
   Words byte(int field, int index) const { return (four(field, index / 4) >> (8 * (index % 4))) & 0xffu; }
@@ -29,8 +33,9 @@ inline Words high4(Words x) { return (x >> 4) & 0x0f0f0f0fu; }
 // Four bits, each in the lowest bit of a byte.
 inline Words spread(Words bits) { return ((bits & 0xfu) * 0x00204081u) & 0x01010101u; }
 
-// Each format has
-// - size, bytes: numbers and bytes of a block; group: how many numbers share a scale, 16 or 32;
+// Each format of whole codes has
+// - size, bytes: numbers and bytes of a block, where 0 is any multiple of 32, with codes of `bits` beside the bytes;
+// - group: how many numbers share a scale at least, 16 or 32;
 // - largest: the largest code, or 0 for signed codes; zero: what is taken off each code;
 // - codes(part): the codes of the `part`-th 32 numbers, four in each lane;
 // - scale(group), offset(group): number = scale * (code - zero) + offset.
@@ -190,6 +195,119 @@ struct IQ4_XS : Panel {
   }
   static constexpr bool has_offset = false;
   Floats offset(int) const { return Floats{}; }
+};
+
+// Numbers of 4 bits (e2m1), twice as large so that they are whole.
+constexpr int8_t TWICE_FLOAT4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+struct MXFP4 : Panel {
+  static constexpr int size = 32, bytes = 17, group = 32, largest = 0, zero = 0;
+  void codes(int, Words* out) const {
+    for (int i = 0; i < 4; i++) {
+      const Words both = four(1, i);
+      out[i] = looked_up(low4(both), TWICE_FLOAT4), out[4 + i] = looked_up(high4(both), TWICE_FLOAT4);
+    }
+  }
+  Floats scale(int) const {
+    // The exponent of a float; without one it is 2^-127, which a float has as a fraction only.
+    const Words exponent = (Words)from_bytes(one(0)) << 24 >> 1;
+    return (Floats)(exponent == 0 ? exponent + 0x00400000u : exponent) * 0.5f;
+  }
+  static constexpr bool has_offset = false;
+  Floats offset(int) const { return Floats{}; }
+};
+
+// Codes of so many bits one after the other, the lowest bit first, after a scale in float32 and a zero of one byte.
+template <int width>
+struct Integers : Panel {
+  // Codes of 8 bits are used with a sign, smaller by 128.
+  static constexpr int bits = width, middle = bits == 8 ? 128 : 0;
+  static constexpr int size = 0, bytes = 5, group = 32, largest = middle ? 0 : (1 << bits) - 1, zero = 0;
+  void codes(int part, Words* out) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+      const int word = i * bits / 8, shift = i * bits % 8 * 4;
+      Words x = four(5, part * bits + word) >> shift;
+      if (shift + 4 * bits > 32) x |= four(5, part * bits + word + 1) << (32 - shift);
+      // Two codes into each half, then one into each byte.
+      constexpr uint32_t pair = (1u << 2 * bits) - 1, code = (1u << bits) - 1;
+      x = (x & pair) | ((x << (16 - 2 * bits)) & pair << 16);
+      x = (x & code * 0x00010001u) | ((x << (8 - bits)) & code * 0x01000100u);
+      out[i] = middle ? x ^ 0x80808080u : x;
+    }
+  }
+  Floats scale(int) const { return (Floats)four(0, 0); }
+  static constexpr bool has_offset = true;
+  Floats offset(int group) const { return scale(group) * floats(middle - (from_bytes(one(4)) & 0xff)); }
+};
+
+// Each format of floats has
+// - size, bytes: as above, where a row of blocks of 1 number is read as one block;
+// - bits: of a number, so that 64 bytes of a panel have 32 / bits numbers of a row;
+// - number(line, i): the i-th number in the `line`-th 64 bytes of a panel's codes, without the scale;
+// - scale().
+// Their products take activations as they are.
+
+template <Floats (*convert)(Halves)>
+struct Float16Bits : Panel {
+  static constexpr bool exact = true;
+  static constexpr int size = 1, bytes = 2, bits = 16;
+  Floats number(int64_t line, int i) const {
+    return convert(load<Halves>(block + 64 * line + 2 * (ROWS * i + LANES * strip)));
+  }
+  Floats scale() const { return Floats{} + 1.0f; }
+};
+
+using BF16 = Float16Bits<from_bfloat16>;
+using F16 = Float16Bits<from_float16>;
+
+struct INT8 : Panel {
+  static constexpr bool exact = true;
+  static constexpr int size = 1, bytes = 1, bits = 8;
+  Floats number(int64_t line, int i) const { return floats(from_bytes(block + 64 * line + ROWS * i + LANES * strip)); }
+  Floats scale() const { return Floats{} + 1.0f; }
+};
+
+struct FP8 : Panel {
+  static constexpr bool exact = true;
+  static constexpr int size = 1, bytes = 1, bits = 8;
+  Floats number(int64_t line, int i) const {
+    return from_float8(halves_of_bytes(block + 64 * line + ROWS * i + LANES * strip));
+  }
+  Floats scale() const { return Floats{} + FLOAT8_UNIT; }
+};
+
+struct FP8InBlocks : Panel {
+  static constexpr bool exact = true;
+  static constexpr int size = 0, bytes = 4, bits = 8;
+  Floats number(int64_t line, int i) const {
+    return from_float8(__builtin_convertvector(Ints(four(4, int(line)) << (24 - 8 * i)) >> 24, Halves));
+  }
+  Floats scale() const { return (Floats)four(0, 0) * FLOAT8_UNIT; }
+};
+
+constexpr float NORMAL_FLOAT4[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+struct NF4 : Panel {
+  static constexpr bool exact = true;
+  static constexpr int size = 0, bytes = 4, bits = 4;
+  // The first number of a byte has its high bits.
+  Floats number(int64_t line, int i) const {
+    return looked_up(four(4, int(line)) >> (4 * (i ^ 1)), NORMAL_FLOAT4);
+  }
+  Floats scale() const { return (Floats)four(0, 0); }
+};
+
+constexpr float FLOAT4[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+
+struct NVFP4 : Panel {
+  static constexpr bool exact = true;
+  static constexpr int size = 16, bytes = 9, bits = 4;
+  Floats number(int64_t line, int i) const { return looked_up(four(1, int(line)) >> (4 * i), FLOAT4); }
+  Floats scale() const { return from_float8(halves_of_bytes(one(0))) * FLOAT8_UNIT; }
 };
 
 }  // namespace

@@ -45,6 +45,16 @@ inline Floats from_bfloat16(Halves x) { return (Floats)(widened(x) << 16); }
 // A number of this size has no fraction: a sum with it is rounded to the nearest integer, in its lowest bits.
 inline Ints rounded(Floats x) { return (Ints)((Words)(x + 12582912.0f) - 0x4b400000u); }
 
+inline Floats from_float16(Halves x);
+
+// Numbers in float8 e4m3, divided by 256, from their codes with sign extension: float16 has one bit more in the exponent.
+// The code of NaN becomes one of float16's.
+constexpr float FLOAT8_UNIT = 256;
+inline Floats from_float8(Halves codes) {
+  const Halves bits = (codes << 7) & (uint16_t)0xbf80;
+  return from_float16(bits | (((bits & (uint16_t)0x3f80) + (uint16_t)0x80) & (uint16_t)0x4000));
+}
+
 // ---- what differs between the sets ----
 
 #if defined(__AVX512VNNI__)
@@ -53,6 +63,8 @@ inline float sum_of(Floats x) { return _mm512_reduce_add_ps((__m512)x); }
 
 // Signed numbers of 8 bits.
 inline Ints from_bytes(const void* at) { return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at)); }
+
+inline Halves halves_of_bytes(const void* at) { return (Halves)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)at)); }
 
 inline Floats from_float16(Halves x) { return _mm512_cvtph_ps((__m256i)x); }
 
@@ -79,6 +91,11 @@ inline Words looked_up(Words codes, const int8_t* table) {
   return (Words)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), (__m512i)codes);
 }
 
+// For each lane the entry of a table of 16 at its lowest four bits.
+inline Floats looked_up(Words codes, const float* table) {
+  return (Floats)_mm512_permutexvar_ps((__m512i)codes, _mm512_loadu_ps(table));
+}
+
 #elif defined(__AVX2__)
 
 inline float sum_of(Floats x) {
@@ -88,6 +105,8 @@ inline float sum_of(Floats x) {
 }
 
 inline Ints from_bytes(const void* at) { return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)at)); }
+
+inline Halves halves_of_bytes(const void* at) { return (Halves)_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)at)); }
 
 inline Floats from_float16(Halves x) { return (Floats)_mm256_cvtph_ps((__m128i)x); }
 
@@ -124,14 +143,21 @@ inline Words looked_up(Words codes, const int8_t* table) {
                                     (__m256i)codes);
 }
 
+inline Floats looked_up(Words codes, const float* table) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)codes);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)codes);
+  return (Floats)_mm256_blendv_ps(low, high, (__m256)(codes << 28));
+}
+
 #else
 
 inline float sum_of(Floats x) { return vaddvq_f32((float32x4_t)x); }
 
-inline Ints from_bytes(const void* at) {
-  const int8x8_t bytes = vreinterpret_s8_s32(vdup_n_s32(load<int32_t>(at)));
-  return (Ints)vmovl_s16(vget_low_s16(vmovl_s8(bytes)));
+inline Halves halves_of_bytes(const void* at) {
+  return (Halves)vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(load<int32_t>(at)))));
 }
+
+inline Ints from_bytes(const void* at) { return (Ints)vmovl_s16((int16x4_t)halves_of_bytes(at)); }
 
 inline Floats from_float16(Halves x) { return (Floats)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)x)); }
 
@@ -149,6 +175,12 @@ inline Ints dot_signed(const Words* codes, const int32_t* x) { return dot<127, c
 
 inline Words looked_up(Words codes, const int8_t* table) {
   return (Words)vqtbl1q_s8(vld1q_s8(table), vreinterpretq_u8_u32((uint32x4_t)codes));
+}
+
+inline Floats looked_up(Words codes, const float* table) {
+  // The four bytes of each entry.
+  const Words bytes = (codes & 15u) * 0x04040404u + 0x03020100u;
+  return (Floats)vqtbl4q_u8(load<uint8x16x4_t>(table), vreinterpretq_u8_u32((uint32x4_t)bytes));
 }
 
 #endif

@@ -26,19 +26,26 @@ inline Ints dot_of(const Words* codes, const int32_t* x) {
   else return dot_signed<count>(codes, x);
 }
 
+// Numbers and bytes of a block.
+template <class F>
+int64_t size_of(const Format& format) { return F::size ? F::size : format.size; }
+template <class F>
+int64_t bytes_of(const Format& format) { return F::size ? F::bytes : format.bytes; }
+
 template <class F, int rows>
-void product_of(const uint8_t* panel, const Activations& x, int64_t row, float* y, int64_t stride) {
-  const int64_t blocks = x.inputs / F::size;
+void product_of_codes(const Format& format, const uint8_t* panel, const Activations& x, int64_t row, float* y,
+                      int64_t stride) {
+  const int64_t parts = size_of<F>(format) / 32, bytes = bytes_of<F>(format), blocks = x.inputs / 32 / parts;
   const int8_t* codes = x.codes + row * x.inputs * 2;
   const float *scales = x.scales + row * (x.inputs / 32), *sums = x.sums + row * (x.inputs / 16);
   Floats total[STRIPS][rows] = {};
-  for (int64_t block = 0; block < blocks; block++, panel += ROWS * F::bytes) {
-    fetch(panel, ROWS * F::bytes);
+  for (int64_t block = 0; block < blocks; block++, panel += ROWS * bytes) {
+    fetch(panel, ROWS * int(bytes));
     for (int strip = 0; strip < STRIPS; strip++) {
       F f;
       f.block = panel, f.strip = strip;
-      for (int part = 0; part < F::size / 32; part++) {
-        const int64_t at = block * (F::size / 32) + part;
+      for (int part = 0; part < parts; part++) {
+        const int64_t at = block * parts + part;
         Words w[8];
         f.codes(part, w);
         constexpr int groups = 32 / F::group, count = 8 / groups;
@@ -66,37 +73,54 @@ void product_of(const uint8_t* panel, const Activations& x, int64_t row, float* 
       std::memcpy(y + (row + m) * stride + strip * LANES, &total[strip][m], sizeof(Floats));
 }
 
-// Weights in 16 bits and activations in 32: no code, and no error but that of the sum.
-template <Floats (*convert)(Halves), int rows>
-void product_of_floats(const uint8_t* panel, const Activations& x, int64_t row, float* y, int64_t stride) {
+// Numbers that 64 bytes of a panel have of each row.
+template <class F>
+constexpr int LINE = 32 / F::bits;
+
+// Weights and activations as floats: no code of activations, and no error but that of the sum.
+template <class F, int rows>
+void product_of_floats(const Format& format, const uint8_t* panel, const Activations& x, int64_t row, float* y,
+                       int64_t stride) {
+  const int64_t size = F::size == 1 ? x.inputs : size_of<F>(format), bytes = bytes_of<F>(format);
   const float* numbers = x.numbers + row * x.inputs;
-  Floats total[STRIPS][rows][2] = {};
-  const auto add = [&](int64_t k, int odd) __attribute__((always_inline)) {
+  Floats total[STRIPS][rows] = {};
+  F f;
+  f.block = panel;
+  for (int64_t from = 0; from < x.inputs; from += size, f.block += ROWS * bytes) {
+    Floats sums[STRIPS][rows][2] = {};
+    const auto add = [&](int64_t line, int count) __attribute__((always_inline)) {
+      __builtin_prefetch(f.block + 64 * line + AHEAD);
+#pragma GCC unroll 8
+      for (int i = 0; i < count; i++)
+        for (int strip = 0; strip < STRIPS; strip++) {
+          f.strip = strip;
+          const Floats w = f.number(line, i);
+          for (int m = 0; m < rows; m++)
+            sums[strip][m][i % 2] += w * numbers[m * x.inputs + from + line * LINE<F> + i];
+        }
+    };
+    for (int64_t line = 0; line < size / LINE<F>; line++) add(line, LINE<F>);
+    if (size % LINE<F>) add(size / LINE<F>, int(size % LINE<F>));
     for (int strip = 0; strip < STRIPS; strip++) {
-      const Floats w = convert(load<Halves>(panel + (k * ROWS + strip * LANES) * 2));
-      for (int m = 0; m < rows; m++) total[strip][m][odd] += w * numbers[m * x.inputs + k];
+      f.strip = strip;
+      const Floats scale = f.scale();
+      for (int m = 0; m < rows; m++) total[strip][m] += (sums[strip][m][0] + sums[strip][m][1]) * scale;
     }
-  };
-  for (int64_t k = 0; k + 1 < x.inputs; k += 2) {
-    __builtin_prefetch(panel + k * 2 * ROWS + AHEAD);
-    add(k, 0), add(k + 1, 1);
   }
-  if (x.inputs % 2) add(x.inputs - 1, 0);
   for (int m = 0; m < rows; m++)
-    for (int strip = 0; strip < STRIPS; strip++) {
-      const Floats sum = total[strip][m][0] + total[strip][m][1];
-      std::memcpy(y + (row + m) * stride + strip * LANES, &sum, sizeof(Floats));
-    }
+    for (int strip = 0; strip < STRIPS; strip++)
+      std::memcpy(y + (row + m) * stride + strip * LANES, &total[strip][m], sizeof(Floats));
 }
 
 // The numbers of inputs `from` to `to`, into out[input][row].
 template <class F>
-void dequantize(const uint8_t* panel, int64_t from, int64_t to, float* out) {
+void dequantize_codes(const Format& format, const uint8_t* panel, int64_t from, int64_t to, float* out) {
+  const int64_t size = size_of<F>(format), bytes = bytes_of<F>(format);
   for (int64_t at = from; at < to; at += 32, out += 32 * ROWS)
     for (int strip = 0; strip < STRIPS; strip++) {
       F f;
-      f.block = panel + at / F::size * ROWS * F::bytes, f.strip = strip;
-      const int part = int(at % F::size / 32);
+      f.block = panel + at / size * ROWS * bytes, f.strip = strip;
+      const int part = int(at % size / 32);
       Words w[8];
       f.codes(part, w);
       for (int i = 0; i < 8; i++) {
@@ -111,12 +135,18 @@ void dequantize(const uint8_t* panel, int64_t from, int64_t to, float* out) {
     }
 }
 
-template <Floats (*convert)(Halves)>
-void widen(const uint8_t* panel, int64_t from, int64_t to, float* out) {
-  for (int64_t at = from * ROWS; at < to * ROWS; at += LANES, out += LANES) {
-    const Floats number = convert(load<Halves>(panel + at * 2));
-    std::memcpy(out, &number, sizeof number);
-  }
+template <class F>
+void dequantize_floats(const Format& format, const uint8_t* panel, int64_t from, int64_t to, float* out) {
+  const int64_t size = F::size == 1 ? to : size_of<F>(format), bytes = bytes_of<F>(format);
+  for (int64_t at = from; at < to; at += LINE<F>)
+    for (int strip = 0; strip < STRIPS; strip++) {
+      F f;
+      f.block = panel + at / size * ROWS * bytes, f.strip = strip;
+      for (int i = 0; i < std::min<int64_t>(LINE<F>, to - at); i++) {
+        const Floats number = f.number(at % size / LINE<F>, i) * f.scale();
+        std::memcpy(out + (at - from + i) * ROWS + strip * LANES, &number, sizeof number);
+      }
+    }
 }
 
 // So many rows that their sums stay in registers.
@@ -129,11 +159,13 @@ void arrange(const Activations& x, int64_t tile) {
     for (int m = 0; m < TILE; m++) out[k * TILE + m] = m < rows ? x.numbers[(from + m) * x.inputs + k] : 0;
 }
 
-template <void (*dequantize)(const uint8_t*, int64_t, int64_t, float*)>
-void product_of_many(const uint8_t* panel, const Activations& x, float* y, int64_t stride, float* weights) {
+template <class F>
+void product_of_many(const Format& format, const uint8_t* panel, const Activations& x, float* y, int64_t stride,
+                     float* weights) {
   for (int64_t from = 0; from < x.inputs; from += STRETCH) {
     const int64_t count = std::min(STRETCH, x.inputs - from);
-    dequantize(panel, from, from + count, weights);
+    if constexpr (F::exact) dequantize_floats<F>(format, panel, from, from + count, weights);
+    else dequantize_codes<F>(format, panel, from, from + count, weights);
     for (int64_t row = 0; row < x.rows; row += TILE) {
       const float* tile = x.tiles + row * x.inputs + from * TILE;
       Floats total[STRIPS][TILE] = {};
@@ -153,31 +185,23 @@ void product_of_many(const uint8_t* panel, const Activations& x, float* y, int64
   }
 }
 
+template <class F, int rows>
+void product_of_rows(const Format& format, const uint8_t* panel, const Activations& x, int64_t row, float* y,
+                     int64_t stride) {
+  if constexpr (F::exact) product_of_floats<F, rows>(format, panel, x, row, y, stride);
+  else product_of_codes<F, rows>(format, panel, x, row, y, stride);
+}
+
 template <class F>
-struct Quantized {
-  template <int rows>
-  static void of(const uint8_t* panel, const Activations& x, int64_t row, float* y, int64_t stride) {
-    product_of<F, rows>(panel, x, row, y, stride);
-  }
-};
-
-template <Floats (*convert)(Halves)>
-struct InFloats {
-  template <int rows>
-  static void of(const uint8_t* panel, const Activations& x, int64_t row, float* y, int64_t stride) {
-    product_of_floats<convert, rows>(panel, x, row, y, stride);
-  }
-};
-
-template <class P>
-void product(const uint8_t* panel, const Activations& x, int64_t from, int64_t to, float* y, int64_t stride) {
+void product(const Format& format, const uint8_t* panel, const Activations& x, int64_t from, int64_t to, float* y,
+             int64_t stride) {
   for (int64_t row = from; row < to;) {
     switch (std::min<int64_t>(to - row, AT_ONCE)) {
-      case 1: P::template of<1>(panel, x, row, y, stride), row += 1; break;
-      case 2: P::template of<2>(panel, x, row, y, stride), row += 2; break;
-      case 3: P::template of<3>(panel, x, row, y, stride), row += 3; break;
-      case 4: case 5: case 6: case 7: P::template of<4>(panel, x, row, y, stride), row += 4; break;
-      default: P::template of<AT_ONCE>(panel, x, row, y, stride), row += AT_ONCE;
+      case 1: product_of_rows<F, 1>(format, panel, x, row, y, stride), row += 1; break;
+      case 2: product_of_rows<F, 2>(format, panel, x, row, y, stride), row += 2; break;
+      case 3: product_of_rows<F, 3>(format, panel, x, row, y, stride), row += 3; break;
+      case 4: case 5: case 6: case 7: product_of_rows<F, 4>(format, panel, x, row, y, stride), row += 4; break;
+      default: product_of_rows<F, AT_ONCE>(format, panel, x, row, y, stride), row += AT_ONCE;
     }
   }
 }
@@ -219,12 +243,14 @@ void quantize(const Activations& x, int64_t row) {
   }
 }
 
-#define BLOCKS(F) {#F, F::size, F::bytes, false, product<Quantized<F>>, product_of_many<dequantize<F>>}
+#define NAMED(name, F) {name, F::size, F::bytes, F::bits, F::exact, product<F>, product_of_many<F>}
+#define BLOCKS(F) NAMED(#F, F)
 constexpr Format FORMATS[] = {
-    BLOCKS(Q4_0), BLOCKS(Q4_1), BLOCKS(Q5_0), BLOCKS(Q5_1), BLOCKS(Q8_0),   BLOCKS(Q2_K),
-    BLOCKS(Q3_K), BLOCKS(Q4_K), BLOCKS(Q5_K), BLOCKS(Q6_K), BLOCKS(IQ4_NL), BLOCKS(IQ4_XS),
-    {"BF16", 1, 2, true, product<InFloats<from_bfloat16>>, product_of_many<widen<from_bfloat16>>},
-    {"F16", 1, 2, true, product<InFloats<from_float16>>, product_of_many<widen<from_float16>>},
+    BLOCKS(Q4_0), BLOCKS(Q4_1), BLOCKS(Q5_0), BLOCKS(Q5_1), BLOCKS(Q8_0), BLOCKS(Q2_K), BLOCKS(Q3_K), BLOCKS(Q4_K),
+    BLOCKS(Q5_K), BLOCKS(Q6_K), BLOCKS(IQ4_NL), BLOCKS(IQ4_XS), BLOCKS(MXFP4), BLOCKS(BF16), BLOCKS(F16),
+    BLOCKS(INT8), BLOCKS(FP8), BLOCKS(NVFP4), NAMED("NF4/", NF4), NAMED("FP8/", FP8InBlocks),
+    NAMED("INT2/", Integers<2>), NAMED("INT3/", Integers<3>), NAMED("INT4/", Integers<4>), NAMED("INT5/", Integers<5>),
+    NAMED("INT6/", Integers<6>), NAMED("INT7/", Integers<7>), NAMED("INT8/", Integers<8>),
 };
 
 }  // namespace

@@ -17,18 +17,31 @@ struct Activations {
 };
 
 struct Format {
-  const char* name;
-  int size, bytes;
-  bool exact;  // Whether it takes the numbers of activations, not their codes.
+  const char* name;  // It ends in a slash if blocks have any size.
+  int size, bytes;   // Of a block; if it has any size, 0 and the bytes without its codes.
+  int bits;          // Of a code, if a block has any size.
+  bool exact;        // Whether it takes the numbers of activations, not their codes.
   // The products of one panel, `inputs / size` blocks of 16 * bytes, with rows `from` to `to` of the activations, into
   // y[row * stride + 0 ... 15].
-  void (*product)(const uint8_t* panel, const Activations& x, int64_t from, int64_t to, float* y, int64_t stride);
+  void (*product)(const Format& format, const uint8_t* panel, const Activations& x, int64_t from, int64_t to, float* y,
+                  int64_t stride);
   // The same for many rows, from the tiles of activations. A stretch of the panel is dequantized at a time, which pays if
   // enough rows use it; `weights` has room for STRETCH * 16 numbers.
-  void (*product_of_many)(const uint8_t* panel, const Activations& x, float* y, int64_t stride, float* weights);
+  void (*product_of_many)(const Format& format, const uint8_t* panel, const Activations& x, float* y, int64_t stride,
+                          float* weights);
+
+  // This format with blocks of so many numbers, a multiple of 32.
+  Format of_size(int numbers) const {
+    Format one = *this;
+    one.size = numbers, one.bytes = bytes + numbers / 8 * bits;
+    return one;
+  }
 };
 
-// So many inputs of a panel are dequantized at a time; a multiple of each block's size.
+// A block has at most so many numbers.
+constexpr int LARGEST_BLOCK = 1 << 20;
+
+// So many inputs of a panel are dequantized at a time; a multiple of 32.
 constexpr int64_t STRETCH = 256;
 
 struct Instructions {
