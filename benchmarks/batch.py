@@ -95,6 +95,11 @@ def measure(name: str, dtype: str, task: Task) -> dict[str, Any]:
     return {"rates": [len(tokens) * task.new_tokens / seconds for seconds, _ in calls], "tokens": tokens}
 
 
+def prompts_of(ids: list[int], count: int) -> list[list[int]]:
+    """Prompts that overlap, from one text."""
+    return [ids[start : start + PROMPT] for start in range(0, 20 * count, 20)]
+
+
 def tell(found: dict[str, Any]) -> str:
     return f"{statistics.median(found['rates']):6.1f} tokens/s"
 
@@ -128,8 +133,7 @@ def main():
     parser.add_argument("--new-tokens", type=positive, default=64, help="how many tokens to decode in each row (64)")
     arguments = parser.parse_args()
     use_cpu()
-    ids = prompt_ids()
-    prompts = [ids[start : start + PROMPT] for start in range(0, 20 * arguments.batch, 20)]
+    prompts = prompts_of(prompt_ids(), arguments.batch)
     with exported_weights() as weights:
         task = Task(weights, prompts, arguments.new_tokens, arguments.repetitions)
         starts = {" ".join(contender): (*contender, task) for contender in CONTENDERS}

@@ -1,0 +1,231 @@
+"""How fast are the types of a GGUF file, here and with llama.cpp?
+
+Both read the same file, SmolLM2-135M in each type, and keep the weights as they are in it. `Q4_1` is the file of the
+preset `smollm2-135m`; the others are written from its weights in float32. Both get the same token ids, decode greedily
+and never stop early. Batches and beams, which llama-cpp-python does not have, are compared with float32 here.
+
+    python benchmarks/packed.py --json packed.json
+    python benchmarks/packed.py --write
+    python benchmarks/packed.py --only Q4_K_M Q8_0
+
+The second puts the table into the README beside this file. llama-cpp-python takes part if it is installed. Each
+measurement is in a process of its own, once a round; run nothing beside it.
+"""
+
+import dataclasses
+import functools
+import operator
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import batch
+import beam
+import peers
+from rounds import (
+    MODEL,
+    STORED,
+    TIMES,
+    Generate,
+    Weights,
+    decode,
+    equal_tokens,
+    find_left_out,
+    footnote,
+    how_often,
+    in_own_process,
+    in_rounds,
+    keep,
+    llama_cpp_notes,
+    make_report,
+    new_tokens_option,
+    options,
+    pooled,
+    positive,
+    prompt_ids,
+    spread,
+    table,
+    use_cpu,
+)
+
+
+OWN = "Q4_1"
+TYPES = (OWN, "Q4_K_M", "Q8_0", "BF16", "F32")
+ROWS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is measured of each file.
+
+    **Attributes:**
+
+    - `stream`: the prompts of one stream.
+    - `context`: the tokens after which decoding is measured too.
+    - `prompts`: of a batch; the first is that of the beams.
+    """
+
+    stream: peers.Task
+    context: list[int]
+    prompts: list[list[int]]
+
+
+def write_files(folder: Path, types: list[str]) -> dict[str, Path]:
+    """The file of each type; that of the preset is there whatever the types."""
+    import mistral_eqx as mx
+    from mistral_eqx.checkpoint import locate
+
+    files = {OWN: locate(MODEL)}
+    model, tokenizer = mx.load(MODEL, dtype="float32"), mx.load_tokenizer(MODEL)
+    for type in types:
+        if type != OWN:
+            files[type] = folder / f"{type}.gguf"
+            mx.save(model, files[type], format="gguf", type=type, tokenizer=tokenizer)
+    return files
+
+
+def start_after_prefill(task: peers.Task, cache_dtype: Any) -> Generate:
+    """The long prompt is in a prefix cache, but for its last token."""
+    import numpy as np
+
+    import mistral_eqx as mx
+
+    model = mx.load(task.weights.file, dtype=STORED)
+    prefix = mx.prefill(model, task.long[:-1], cache_dtype=cache_dtype)
+
+    def generate(ids: list[int], new_tokens: int) -> list[int]:
+        out = mx.generate(model, [ids[-1:]], max_new_tokens=new_tokens, eos_id=(), prefix=prefix)
+        return np.asarray(out.tokens)[0].tolist()
+
+    return generate
+
+
+def measure_context(start: Callable[[peers.Task], Generate], task: peers.Task) -> dict[str, Any]:
+    """The rate after the long prompt, which the first call reads and later ones find in the cache."""
+    generate = start(task)
+    _, *found = [decode(generate, task.long, task.new_tokens) for _ in range(1 + task.repetitions)]
+    return {"decode_after_context": [one.rate for one in found]}
+
+
+def contenders(type: str, file: Path, task: Task, dtype: str, llama_cpp: bool) -> dict[str, tuple[Any, ...]]:
+    """The measurements of one file: a function and its arguments.
+
+    **Arguments:**
+
+    - `type`: the name of the row.
+    - `dtype`: as for `mistral_eqx.load`; only batches and beams are measured unless the weights are as in the file.
+    - `llama_cpp`: whether it takes part.
+    """
+    weights = Weights(file, file.parent)
+    stream = dataclasses.replace(task.stream, weights=weights)
+    context = dataclasses.replace(stream, long=task.context)
+    searches = [(task.prompts[:1], stream.new_tokens)]
+    found: dict[str, tuple[Any, ...]] = {
+        f"{type}, batch": (
+            batch.measure,
+            "mistral_eqx",
+            dtype,
+            batch.Task(weights, task.prompts, stream.new_tokens, stream.repetitions),
+        ),
+        f"{type}, beams": (beam.measure, "mistral_eqx", dtype, beam.Task(weights, searches, stream.repetitions)),
+    }
+    if dtype != STORED:
+        return found
+    start = functools.partial(peers.start_mistral_eqx, dtype=dtype, streamed=False)
+    found[f"{type}, mistral_eqx"] = peers.measure, start, stream
+    for name, cache_dtype in (("context", None), ("context, int8", "int8")):
+        start = functools.partial(start_after_prefill, cache_dtype=cache_dtype)
+        found[f"{type}, mistral_eqx, {name}"] = measure_context, start, context
+    if llama_cpp:
+        found[f"{type}, llama.cpp"] = peers.measure, peers.start_llama_cpp, stream
+        start = functools.partial(peers.start_llama_cpp, reads_again=False)
+        found[f"{type}, llama.cpp, context"] = measure_context, start, context
+    return found
+
+
+def tell(found: dict[str, Any]) -> str:
+    if "decode_after_context" in found:
+        return f"{statistics.median(found['decode_after_context']):6.1f} tokens/s"
+    scripts = {"decode_after_short": peers, "rates": batch, "seconds": beam}
+    return next(script.tell(found) for figure, script in scripts.items() if figure in found)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table and what one must know to read it."""
+    measured, new_tokens, context = report["measured"], report["new_tokens"], report["context_tokens"]
+
+    def beside(mine: list[float], theirs: list[float] | None, digits: int = 1) -> list[str]:
+        ratio = "" if theirs is None else f"{statistics.median(mine) / statistics.median(theirs):.2f}"
+        return [spread(mine, digits), ratio]
+
+    def figures(name: str, figure: str) -> list[float] | None:
+        return pooled(measured[name], figure) if name in measured else None
+
+    def rates(name: str) -> list[float]:
+        """Of a search: new tokens of the best text in a second."""
+        return [new_tokens / seconds for one in measured[name] for seconds in one["seconds"][0]]
+
+    header = ["", f"tokens/s after a prompt of {peers.SHORT}", f"tokens/s after {context}", "the same, int8 cache"]
+    header += [f"first token of {report['prompt_tokens']}, s"]
+    lines = [[header[0], *(cell for name in header[1:] for cell in (name, TIMES))]]
+    lines[0] += [f"batch of {ROWS}, tokens/s", f"{TIMES} float32", f"{beam.BEAMS} beams, tokens/s", f"{TIMES} float32"]
+    lines[0].append("equal tokens")
+    for type in report["only"]:
+        ours, theirs = f"{type}, mistral_eqx", f"{type}, llama.cpp"
+        after = figures(f"{theirs}, context", "decode_after_context")
+        cells = [
+            type,
+            *beside(pooled(measured[ours], "decode_after_short"), figures(theirs, "decode_after_short")),
+            *beside(pooled(measured[f"{ours}, context"], "decode_after_context"), after),
+            *beside(pooled(measured[f"{ours}, context, int8"], "decode_after_context"), after),
+            *beside(pooled(measured[ours], "first_token_seconds"), figures(theirs, "first_token_seconds"), 2),
+            *beside(pooled(measured[f"{type}, batch"], "rates"), pooled(measured["float32, batch"], "rates")),
+            *beside(rates(f"{type}, beams"), rates("float32, beams")),
+        ]
+        if theirs in measured:
+            tokens = measured[ours][0]["tokens"]
+            cells.append(f"{equal_tokens(tokens, measured[theirs][0]['tokens'])} of {len(tokens)}")
+        else:
+            cells.append("")
+        lines.append(cells)
+    how = f"{new_tokens} new tokens; {how_often(report)}"
+    return f"{table(lines)}\n\n{footnote(report, how, *llama_cpp_notes(report))}"
+
+
+def main():
+    parser = options(__doc__)
+    new_tokens_option(parser)
+    parser.add_argument("--only", nargs="+", choices=TYPES, default=list(TYPES), help="of the types")
+    parser.add_argument("--prompt-tokens", type=positive, default=421, help="the prompt of the first token (421)")
+    parser.add_argument("--context-tokens", type=positive, default=3900, help="the length of the context (3900)")
+    arguments = parser.parse_args()
+    use_cpu()
+    ids = prompt_ids()
+    if not peers.SHORT <= arguments.prompt_tokens <= len(ids):
+        parser.error(f"--prompt-tokens must be from {peers.SHORT} to {len(ids)}, as long as the text in prompt.txt is.")
+    context = (ids * (arguments.context_tokens // len(ids) + 1))[: arguments.context_tokens]
+    left_out = find_left_out({"llama.cpp": ("llama_cpp",)})
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
+        files = in_own_process(write_files, Path(folder), arguments.only)
+        stream = peers.Task(
+            Weights(files[OWN], Path(folder)),
+            ids[: arguments.prompt_tokens],
+            ids[: peers.SHORT],
+            arguments.new_tokens,
+            arguments.repetitions,
+            arguments.amx,
+        )
+        task = Task(stream, context, batch.prompts_of(ids, ROWS))
+        found = contenders("float32", files[OWN], task, "float32", False)
+        for type in arguments.only:
+            found |= contenders(type, files[type], task, STORED, not left_out)
+        measured, others = in_rounds(operator.call, found, arguments.rounds, tell)
+    report = make_report(arguments, measured, others, left_out=left_out)
+    keep(report, markdown(report), "packed", arguments)
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()
