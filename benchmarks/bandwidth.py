@@ -23,11 +23,9 @@ from typing import Any
 
 import peers
 from rounds import (
-    STORED,
     TIMES,
     Generate,
     Weights,
-    decode,
     find_left_out,
     footnote,
     how_often,
@@ -79,13 +77,6 @@ def measure_memory(nbytes: int, repetitions: int) -> dict[str, Any]:
     return {"bandwidth": [numbers.nbytes / seconds for seconds, _ in reads[1:]]}
 
 
-def measure_decoding(start: Callable[[peers.Task], Generate], task: peers.Task) -> dict[str, Any]:
-    """The rate of decoding; the first calls are not counted."""
-    generate = start(task)
-    _, *found = [decode(generate, task.short, task.new_tokens) for _ in range(1 + task.repetitions)]
-    return {"decode": [one.rate for one in found]}
-
-
 def tell(found: dict[str, Any]) -> str:
     if "bandwidth" in found:
         return f"{max(found['bandwidth']) / 1e9:.1f} GB/s"
@@ -129,11 +120,9 @@ def main():
     arguments = parser.parse_args()
     use_cpu()
     prompt = prompt_ids()[: peers.SHORT]
-    starts: dict[str, Callable[[peers.Task], Generate]] = {
-        "mistral_eqx": functools.partial(peers.start_mistral_eqx, dtype=STORED, streamed=False)
-    }
+    starts: dict[str, Callable[[peers.Task], Generate]] = {"mistral_eqx": peers.start_after_prefill}
     if not (left_out := find_left_out({"llama.cpp": ("llama_cpp",)})):
-        starts["llama.cpp"] = peers.start_llama_cpp
+        starts["llama.cpp"] = functools.partial(peers.start_llama_cpp, reads_again=False)
     with tempfile.TemporaryDirectory(prefix="benchmarks-", dir=arguments.folder) as folder:
         files = in_own_process(write_files, Path(folder), arguments.only, arguments.layers)
         contenders: dict[str, tuple[Any, ...]] = {MEMORY: (measure_memory, arguments.read_bytes, arguments.repetitions)}
@@ -141,7 +130,9 @@ def main():
             task = peers.Task(
                 Weights(file, Path(folder)), prompt, prompt, arguments.new_tokens, arguments.repetitions, arguments.amx
             )
-            contenders |= {f"{type}, {name}": (measure_decoding, start, task) for name, start in starts.items()}
+            contenders |= {
+                f"{type}, {name}": (peers.measure_after_prefill, start, task) for name, start in starts.items()
+            }
         measured, others = in_rounds(operator.call, contenders, arguments.rounds, tell)
     report = make_report(
         arguments,

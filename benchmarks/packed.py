@@ -17,7 +17,6 @@ import functools
 import operator
 import statistics
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,7 @@ from rounds import (
     MODEL,
     STORED,
     TIMES,
-    Generate,
     Weights,
-    decode,
     equal_tokens,
     find_left_out,
     footnote,
@@ -86,29 +83,6 @@ def write_files(folder: Path, types: list[str]) -> dict[str, Path]:
     return files
 
 
-def start_after_prefill(task: peers.Task, cache_dtype: Any) -> Generate:
-    """The long prompt is in a prefix cache, but for its last token."""
-    import numpy as np
-
-    import mistral_eqx as mx
-
-    model = mx.load(task.weights.file, dtype=STORED)
-    prefix = mx.prefill(model, task.long[:-1], cache_dtype=cache_dtype)
-
-    def generate(ids: list[int], new_tokens: int) -> list[int]:
-        out = mx.generate(model, [ids[-1:]], max_new_tokens=new_tokens, eos_id=(), prefix=prefix)
-        return np.asarray(out.tokens)[0].tolist()
-
-    return generate
-
-
-def measure_context(start: Callable[[peers.Task], Generate], task: peers.Task) -> dict[str, Any]:
-    """The rate after the long prompt, which the first call reads and later ones find in the cache."""
-    generate = start(task)
-    _, *found = [decode(generate, task.long, task.new_tokens) for _ in range(1 + task.repetitions)]
-    return {"decode_after_context": [one.rate for one in found]}
-
-
 def contenders(type: str, file: Path, task: Task, dtype: str, llama_cpp: bool) -> dict[str, tuple[Any, ...]]:
     """The measurements of one file: a function and its arguments.
 
@@ -136,18 +110,18 @@ def contenders(type: str, file: Path, task: Task, dtype: str, llama_cpp: bool) -
     start = functools.partial(peers.start_mistral_eqx, dtype=dtype, streamed=False)
     found[f"{type}, mistral_eqx"] = peers.measure, start, stream
     for name, cache_dtype in (("context", None), ("context, int8", "int8")):
-        start = functools.partial(start_after_prefill, cache_dtype=cache_dtype)
-        found[f"{type}, mistral_eqx, {name}"] = measure_context, start, context
+        start = functools.partial(peers.start_after_prefill, cache_dtype=cache_dtype)
+        found[f"{type}, mistral_eqx, {name}"] = peers.measure_after_prefill, start, context
     if llama_cpp:
         found[f"{type}, llama.cpp"] = peers.measure, peers.start_llama_cpp, stream
         start = functools.partial(peers.start_llama_cpp, reads_again=False)
-        found[f"{type}, llama.cpp, context"] = measure_context, start, context
+        found[f"{type}, llama.cpp, context"] = peers.measure_after_prefill, start, context
     return found
 
 
 def tell(found: dict[str, Any]) -> str:
-    if "decode_after_context" in found:
-        return f"{statistics.median(found['decode_after_context']):6.1f} tokens/s"
+    if "decode" in found:
+        return f"{statistics.median(found['decode']):6.1f} tokens/s"
     scripts = {"decode_after_short": peers, "rates": batch, "seconds": beam}
     return next(script.tell(found) for figure, script in scripts.items() if figure in found)
 
@@ -174,12 +148,12 @@ def markdown(report: dict[str, Any]) -> str:
     lines[0].append("equal tokens")
     for type in report["only"]:
         ours, theirs = f"{type}, mistral_eqx", f"{type}, llama.cpp"
-        after = figures(f"{theirs}, context", "decode_after_context")
+        after = figures(f"{theirs}, context", "decode")
         cells = [
             type,
             *beside(pooled(measured[ours], "decode_after_short"), figures(theirs, "decode_after_short")),
-            *beside(pooled(measured[f"{ours}, context"], "decode_after_context"), after),
-            *beside(pooled(measured[f"{ours}, context, int8"], "decode_after_context"), after),
+            *beside(pooled(measured[f"{ours}, context"], "decode"), after),
+            *beside(pooled(measured[f"{ours}, context, int8"], "decode"), after),
             *beside(pooled(measured[ours], "first_token_seconds"), figures(theirs, "first_token_seconds"), 2),
             *beside(pooled(measured[f"{type}, batch"], "rates"), pooled(measured["float32, batch"], "rates")),
             *beside(rates(f"{type}, beams"), rates("float32, beams")),

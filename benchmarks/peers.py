@@ -20,7 +20,7 @@ import functools
 import statistics
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from rounds import (
     MODEL,
@@ -110,6 +110,22 @@ def start_mistral_eqx(task: Task, dtype: str, streamed: bool) -> Generate:
     return one_by_one if streamed else at_once
 
 
+def start_after_prefill(task: Task, cache_dtype: Literal["int8"] | None = None) -> Generate:
+    """With the weights as they are in the file. The long prompt is in a prefix cache, except for its last token."""
+    import numpy as np
+
+    import mistral_eqx as mx
+
+    model = mx.load(task.weights.file, dtype=STORED)
+    prefix = mx.prefill(model, task.long[:-1], cache_dtype=cache_dtype)
+
+    def generate(ids: list[int], new_tokens: int) -> list[int]:
+        out = mx.generate(model, [ids[-1:]], max_new_tokens=new_tokens, eos_id=(), prefix=prefix)
+        return np.asarray(out.tokens)[0].tolist()
+
+    return generate
+
+
 def start_transformers(task: Task, dtype: str) -> Generate:
     import torch
 
@@ -178,6 +194,16 @@ def measure(start: Callable[[Task], Generate], task: Task) -> dict[str, Any]:
         "load_seconds": loading,
         "tokens": tokens,
     }
+
+
+def measure_after_prefill(start: Callable[[Task], Generate], task: Task) -> dict[str, Any]:
+    """The rate after the long prompt, which the first call may read and later ones find in the cache.
+
+    A prefill takes as long as many steps of decoding: subtracting it would add its own changes to theirs.
+    """
+    generate = start(task)
+    _, *found = [decode(generate, task.long, task.new_tokens) for _ in range(1 + task.repetitions)]
+    return {"decode": [one.rate for one in found]}
 
 
 def tell(found: dict[str, Any]) -> str:
