@@ -126,10 +126,9 @@ def main():
     with tempfile.TemporaryDirectory(prefix="benchmarks-", dir=arguments.folder) as folder:
         files = in_own_process(write_files, Path(folder), arguments.only, arguments.layers)
         contenders: dict[str, tuple[Any, ...]] = {MEMORY: (measure_memory, arguments.read_bytes, arguments.repetitions)}
+        how = (prompt, prompt, arguments.new_tokens, arguments.repetitions, arguments.amx)
         for type, (file, _) in files.items():
-            task = peers.Task(
-                Weights(file, Path(folder)), prompt, prompt, arguments.new_tokens, arguments.repetitions, arguments.amx
-            )
+            task = peers.Task(Weights(file, Path(folder)), *how)
             contenders |= {
                 f"{type}, {name}": (peers.measure_after_prefill, start, task) for name, start in starts.items()
             }

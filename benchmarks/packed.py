@@ -53,22 +53,6 @@ TYPES = (OWN, "Q4_K_M", "Q8_0", "BF16", "F32")
 ROWS = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What is measured of each file.
-
-    **Attributes:**
-
-    - `stream`: the prompts of one stream.
-    - `context`: the tokens after which decoding is measured too.
-    - `prompts`: of a batch; the first is that of the beams.
-    """
-
-    stream: peers.Task
-    context: list[int]
-    prompts: list[list[int]]
-
-
 def write_files(folder: Path, types: list[str]) -> dict[str, Path]:
     """The file of each type; that of the preset is there whatever the types."""
     import mistral_eqx as mx
@@ -83,40 +67,39 @@ def write_files(folder: Path, types: list[str]) -> dict[str, Path]:
     return files
 
 
-def contenders(type: str, file: Path, task: Task, dtype: str, llama_cpp: bool) -> dict[str, tuple[Any, ...]]:
-    """The measurements of one file: a function and its arguments.
+def of_streams(name: str, task: peers.Task, context: list[int], llama_cpp: bool) -> dict[str, tuple[Any, ...]]:
+    """What is measured of one file with one stream: functions and their arguments.
 
     **Arguments:**
 
-    - `type`: the name of the row.
-    - `dtype`: as for `mistral_eqx.load`; only batches and beams are measured unless the weights are as in the file.
+    - `name`: the row.
+    - `task`: the file and the prompts.
+    - `context`: the tokens after which decoding is measured too.
     - `llama_cpp`: whether it takes part.
     """
-    weights = Weights(file, file.parent)
-    stream = dataclasses.replace(task.stream, weights=weights)
-    context = dataclasses.replace(stream, long=task.context)
-    searches = [(task.prompts[:1], stream.new_tokens)]
+    long = dataclasses.replace(task, long=context)
+    start = functools.partial(peers.start_mistral_eqx, dtype=STORED, streamed=False)
+    int8 = functools.partial(peers.start_after_prefill, cache_dtype="int8")
     found: dict[str, tuple[Any, ...]] = {
-        f"{type}, batch": (
-            batch.measure,
-            "mistral_eqx",
-            dtype,
-            batch.Task(weights, task.prompts, stream.new_tokens, stream.repetitions),
-        ),
-        f"{type}, beams": (beam.measure, "mistral_eqx", dtype, beam.Task(weights, searches, stream.repetitions)),
+        f"{name}, mistral_eqx": (peers.measure, start, task),
+        f"{name}, mistral_eqx, context": (peers.measure_after_prefill, peers.start_after_prefill, long),
+        f"{name}, mistral_eqx, context, int8": (peers.measure_after_prefill, int8, long),
     }
-    if dtype != STORED:
-        return found
-    start = functools.partial(peers.start_mistral_eqx, dtype=dtype, streamed=False)
-    found[f"{type}, mistral_eqx"] = peers.measure, start, stream
-    for name, cache_dtype in (("context", None), ("context, int8", "int8")):
-        start = functools.partial(peers.start_after_prefill, cache_dtype=cache_dtype)
-        found[f"{type}, mistral_eqx, {name}"] = peers.measure_after_prefill, start, context
     if llama_cpp:
-        found[f"{type}, llama.cpp"] = peers.measure, peers.start_llama_cpp, stream
-        start = functools.partial(peers.start_llama_cpp, reads_again=False)
-        found[f"{type}, llama.cpp, context"] = peers.measure_after_prefill, start, context
+        kept = functools.partial(peers.start_llama_cpp, reads_again=False)
+        found[f"{name}, llama.cpp"] = peers.measure, peers.start_llama_cpp, task
+        found[f"{name}, llama.cpp, context"] = peers.measure_after_prefill, kept, long
     return found
+
+
+def of_batches(name: str, task: peers.Task, prompts: list[list[int]], dtype: str) -> dict[str, tuple[Any, ...]]:
+    """What is measured of one file with several rows: functions and their arguments. The first prompt has beams."""
+    batches = batch.Task(task.weights, prompts, task.new_tokens, task.repetitions)
+    searches = beam.Task(task.weights, [(prompts[:1], task.new_tokens)], task.repetitions)
+    return {
+        f"{name}, batch": (batch.measure, "mistral_eqx", dtype, batches),
+        f"{name}, beams": (beam.measure, "mistral_eqx", dtype, searches),
+    }
 
 
 def tell(found: dict[str, Any]) -> str:
@@ -180,10 +163,11 @@ def main():
     if not peers.SHORT <= arguments.prompt_tokens <= len(ids):
         parser.error(f"--prompt-tokens must be from {peers.SHORT} to {len(ids)}, as long as the text in prompt.txt is.")
     context = (ids * (arguments.context_tokens // len(ids) + 1))[: arguments.context_tokens]
+    prompts = batch.prompts_of(ids, ROWS)
     left_out = find_left_out({"llama.cpp": ("llama_cpp",)})
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
         files = in_own_process(write_files, Path(folder), arguments.only)
-        stream = peers.Task(
+        task = peers.Task(
             Weights(files[OWN], Path(folder)),
             ids[: arguments.prompt_tokens],
             ids[: peers.SHORT],
@@ -191,10 +175,10 @@ def main():
             arguments.repetitions,
             arguments.amx,
         )
-        task = Task(stream, context, batch.prompts_of(ids, ROWS))
-        found = contenders("float32", files[OWN], task, "float32", False)
+        found = of_batches("float32", task, prompts, "float32")
         for type in arguments.only:
-            found |= contenders(type, files[type], task, STORED, not left_out)
+            task = dataclasses.replace(task, weights=Weights(files[type], Path(folder)))
+            found |= of_streams(type, task, context, not left_out) | of_batches(type, task, prompts, STORED)
         measured, others = in_rounds(operator.call, found, arguments.rounds, tell)
     report = make_report(arguments, measured, others, left_out=left_out)
     keep(report, markdown(report), "packed", arguments)
