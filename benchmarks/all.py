@@ -2,8 +2,8 @@
 
     python benchmarks/all.py
 
-All tables are then of one day and one machine. It takes about two hours, on a machine that runs nothing else.
-`--rounds 1` gives a first look.
+All tables are then of one day and one machine. It takes about three hours, on a machine that runs nothing else.
+`--rounds 1` gives a first look. Options are given to all scripts.
 """
 
 import subprocess
@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 
 
-SCRIPTS = ("peers", "batch", "long_prompt", "perplexity", "beam", "train", "quantization")
+SCRIPTS = (
+    *("peers", "packed", "bandwidth", "first_token", "batch", "long_prompt", "perplexity", "beam", "train"),
+    "quantization",
+)
 
 
 def main():

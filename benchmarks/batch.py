@@ -61,7 +61,7 @@ class Task:
     repetitions: int
 
 
-def start_mistral_eqx(task: Task, dtype: str) -> Generate:
+def start_mistral_eqx(task: Task, dtype: str | None) -> Generate:
     import numpy as np
 
     import mistral_eqx as mx
@@ -87,12 +87,17 @@ STARTS = {"transformers": start_transformers, "mistral_eqx": start_mistral_eqx}
 CONTENDERS = [(name, dtype) for name in STARTS for dtype in ("float32", "bfloat16")]
 
 
-def measure(name: str, dtype: str, task: Task) -> dict[str, Any]:
+def measure(name: str, dtype: str | None, task: Task) -> dict[str, Any]:
     """One contender in one round: its new tokens a second, prefill included, without the first call."""
     generate = STARTS[name](task, dtype)
     tokens = generate(task.new_tokens)
     calls = [timed(generate, task.new_tokens) for _ in range(task.repetitions)]
     return {"rates": [len(tokens) * task.new_tokens / seconds for seconds, _ in calls], "tokens": tokens}
+
+
+def prompts_of(ids: list[int], count: int) -> list[list[int]]:
+    """Prompts that overlap, from one text."""
+    return [ids[start : start + PROMPT] for start in range(0, 20 * count, 20)]
 
 
 def tell(found: dict[str, Any]) -> str:
@@ -128,8 +133,7 @@ def main():
     parser.add_argument("--new-tokens", type=positive, default=64, help="how many tokens to decode in each row (64)")
     arguments = parser.parse_args()
     use_cpu()
-    ids = prompt_ids()
-    prompts = [ids[start : start + PROMPT] for start in range(0, 20 * arguments.batch, 20)]
+    prompts = prompts_of(prompt_ids(), arguments.batch)
     with exported_weights() as weights:
         task = Task(weights, prompts, arguments.new_tokens, arguments.repetitions)
         starts = {" ".join(contender): (*contender, task) for contender in CONTENDERS}

@@ -58,7 +58,7 @@ class Task:
     repetitions: int
 
 
-def start_mistral_eqx(task: Task, dtype: str) -> Search:
+def start_mistral_eqx(task: Task, dtype: str | None) -> Search:
     import numpy as np
 
     import mistral_eqx as mx
@@ -158,7 +158,7 @@ STARTS = {"transformers": start_transformers, "mistral_eqx": start_mistral_eqx, 
 CONTENDERS = [(name, dtype) for dtype in ("float32", "bfloat16") for name in STARTS]
 
 
-def measure(name: str, dtype: str, task: Task) -> dict[str, Any]:
+def measure(name: str, dtype: str | None, task: Task) -> dict[str, Any]:
     """One contender in one round: for each search its seconds, those of the first call, and the texts."""
     search = STARTS[name](task, dtype)
     found: dict[str, Any] = {"seconds": [], "first_call": [], "texts": []}

@@ -17,24 +17,30 @@ machine was not quiet; its figures are then worth nothing.
 
 import dataclasses
 import functools
-import importlib.util
 import statistics
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from rounds import (
     MODEL,
     REFERENCE,
     TIMES,
+    Generate,
     Weights,
+    decode,
+    equal_tokens,
     exported_weights,
+    find_left_out,
     footnote,
     how_often,
     in_rounds,
     keep,
+    llama_cpp_notes,
+    load_llama_cpp,
     load_transformers,
     make_report,
+    new_tokens_option,
     not_quiet,
     options,
     pooled,
@@ -42,15 +48,12 @@ from rounds import (
     prompt_ids,
     table,
     timed,
-    usable_cores,
     use_cpu,
 )
 
 
 # Decoding is also measured after a prompt so short that attention costs next to nothing.
 SHORT = 32
-
-Generate = Callable[[list[int], int], list[int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +109,22 @@ def start_mistral_eqx(task: Task, dtype: str | None, streamed: bool) -> Generate
     return one_by_one if streamed else at_once
 
 
+def start_after_prefill(task: Task, cache_dtype: Literal["int8"] | None = None) -> Generate:
+    """With the weights as they are in the file. The long prompt is in a prefix cache, except for its last token."""
+    import numpy as np
+
+    import mistral_eqx as mx
+
+    model = mx.load(task.weights.file)
+    prefix = mx.prefill(model, task.long[:-1], cache_dtype=cache_dtype)
+
+    def generate(ids: list[int], new_tokens: int) -> list[int]:
+        out = mx.generate(model, [ids[-1:]], max_new_tokens=new_tokens, eos_id=(), prefix=prefix)
+        return np.asarray(out.tokens)[0].tolist()
+
+    return generate
+
+
 def start_transformers(task: Task, dtype: str) -> Generate:
     import torch
 
@@ -121,28 +140,14 @@ def start_transformers(task: Task, dtype: str) -> Generate:
     return generate
 
 
-def start_llama_cpp(task: Task) -> Generate:
-    import llama_cpp
-    from llama_cpp import llama_cpp as library
-
-    if not task.amx:
-        # Weights for these instructions are in extra buffers.
-        defaults = library.llama_model_default_params()
-        defaults.use_extra_bufts = False
-        library.llama_model_default_params = lambda: defaults
-    model = llama_cpp.Llama(
-        str(task.weights.file),
-        n_ctx=len(task.long) + task.new_tokens,
-        n_threads=usable_cores(),
-        n_threads_batch=usable_cores(),
-        n_gpu_layers=0,
-        verbose=False,
-    )
+def start_llama_cpp(task: Task, *, reads_again: bool = True) -> Generate:
+    """With `reads_again=False` it finds the prompt of the call before in its cache, and reads only the last token."""
+    model = load_llama_cpp(task.weights.file, len(task.long) + task.new_tokens, amx=task.amx)
 
     def generate(ids: list[int], new_tokens: int) -> list[int]:
-        # Otherwise it finds the prompt of the last repetition in its cache, and reads nothing.
-        model.reset()
-        tokens = model.generate(ids, temp=0.0, reset=False)
+        if reads_again:
+            model.reset()
+        tokens = model.generate(ids, temp=0.0)
         return [next(tokens) for _ in range(new_tokens)]
 
     return generate
@@ -174,31 +179,30 @@ def measure(start: Callable[[Task], Generate], task: Task) -> dict[str, Any]:
     **Returns:** what was measured: a list with one entry a repetition, or a number.
     """
 
-    def decode(ids: list[int], new_tokens: int) -> tuple[float, list[int]]:
-        seconds, tokens = timed(generate, ids, new_tokens)
-        if len(tokens) != new_tokens:
-            raise RuntimeError(f"{len(tokens)} tokens came where {new_tokens} were asked for.")
-        return seconds, tokens
-
-    def rate(ids: list[int]) -> tuple[float, float, float]:
-        first, _ = decode(ids, 1)
-        whole, _ = decode(ids, task.new_tokens)
-        return first, whole, (task.new_tokens - 1) / (whole - first)
-
     loading, generate = timed(start, task)
-    cold, tokens = decode(task.long, task.new_tokens)
-    rate(task.long)
-    rate(task.short)
-    after_long = [rate(task.long) for _ in range(task.repetitions)]
-    after_short = [rate(task.short) for _ in range(task.repetitions)]
+    cold, tokens = timed(generate, task.long, task.new_tokens)
+    decode(generate, task.long, task.new_tokens)
+    decode(generate, task.short, task.new_tokens)
+    after_long = [decode(generate, task.long, task.new_tokens) for _ in range(task.repetitions)]
+    after_short = [decode(generate, task.short, task.new_tokens) for _ in range(task.repetitions)]
     return {
-        "decode_after_short": [rate for _, _, rate in after_short],
-        "decode_after_long": [rate for _, _, rate in after_long],
-        "first_token_seconds": [first for first, _, _ in after_long],
-        "compile_seconds": cold - statistics.median(whole for _, whole, _ in after_long),
+        "decode_after_short": [one.rate for one in after_short],
+        "decode_after_long": [one.rate for one in after_long],
+        "first_token_seconds": [one.first_seconds for one in after_long],
+        "compile_seconds": cold - statistics.median(one.whole_seconds for one in after_long),
         "load_seconds": loading,
         "tokens": tokens,
     }
+
+
+def measure_after_prefill(start: Callable[[Task], Generate], task: Task) -> dict[str, Any]:
+    """The rate after the long prompt, which the first call may read and later ones find in the cache.
+
+    A prefill takes as long as many steps of decoding: subtracting it would add its own changes to theirs.
+    """
+    generate = start(task)
+    _, *found = [decode(generate, task.long, task.new_tokens) for _ in range(1 + task.repetitions)]
+    return {"decode": [one.rate for one in found]}
 
 
 def tell(found: dict[str, Any]) -> str:
@@ -221,8 +225,7 @@ def summary(name: str, rounds: list[dict[str, Any]], reference: list[dict[str, A
         result[figure] = statistics.median(found[figure] for found in rounds)
     result["tokens"] = rounds[0]["tokens"]
     if reference is not None:
-        pairs = enumerate(zip(result["tokens"], reference[0]["tokens"], strict=True))
-        result["equal_tokens"] = next((at for at, (mine, theirs) in pairs if mine != theirs), len(result["tokens"]))
+        result["equal_tokens"] = equal_tokens(result["tokens"], reference[0]["tokens"])
     return result
 
 
@@ -257,11 +260,7 @@ def markdown(report: dict[str, Any]) -> str:
             footnote(
                 report,
                 f"{report['new_tokens']} new tokens; {how_often(report)}",
-                *([] if report["amx"] else ["llama.cpp without AMX instructions."]),
-                *(
-                    f"Left out: {name}, because {module} is not installed."
-                    for name, module in report["left_out"].items()
-                ),
+                *llama_cpp_notes(report),
             ),
         ]
     )
@@ -304,30 +303,15 @@ def show(report: dict[str, Any]):
 
 def main():
     parser = options(__doc__)
-    parser.add_argument("--new-tokens", type=positive, default=64, help="how many tokens to decode (64)")
+    new_tokens_option(parser)
     parser.add_argument("--prompt-tokens", type=positive, default=400, help="the length of the long prompt (400)")
-    parser.add_argument(
-        "--no-amx",
-        dest="amx",
-        action="store_false",
-        help="llama.cpp without AMX instructions, which some virtual machines announce and then refuse",
-    )
     parser.add_argument("--markdown", action="store_true", help="print the README's table")
     arguments = parser.parse_args()
-    if arguments.new_tokens < 2:
-        parser.error("--new-tokens must be at least 2: the rate is taken over the tokens after the first.")
     use_cpu()
     ids = prompt_ids()
     if not SHORT <= arguments.prompt_tokens <= len(ids):
         parser.error(f"--prompt-tokens must be from {SHORT} to {len(ids)}, as long as the text in prompt.txt is.")
-    missing = {
-        contender.name: module
-        for contender in CONTENDERS
-        for module in contender.needs
-        if importlib.util.find_spec(module) is None
-    }
-    for name, module in missing.items():
-        print(f"Left out: {name}, because {module} is not installed.", file=sys.stderr)
+    missing = find_left_out({one.name: one.needs for one in CONTENDERS})
     with exported_weights() as weights:
         task = Task(
             weights=weights,
@@ -345,7 +329,6 @@ def main():
         others,
         short_prompt_tokens=SHORT,
         left_out=missing,
-        amx=arguments.amx,
         contenders=[summary(name, rounds, measured.get(REFERENCE)) for name, rounds in measured.items()],
     )
     keep(report, markdown(report), "peers", arguments)

@@ -25,6 +25,7 @@ from rounds import (
     footnote,
     in_rounds,
     keep,
+    load_llama_cpp,
     load_transformers,
     make_report,
     options,
@@ -33,7 +34,6 @@ from rounds import (
     spread,
     table,
     timed,
-    usable_cores,
     use_cpu,
 )
 
@@ -53,6 +53,7 @@ class Task:
     - `weights`: the files.
     - `text`, `ids`: what is scored.
     - `context`, `stride`: the windows.
+    - `amx`: whether llama.cpp may use AMX instructions.
     """
 
     weights: Weights
@@ -60,6 +61,7 @@ class Task:
     ids: list[int]
     context: int
     stride: int
+    amx: bool
 
     def windows(self) -> Iterator[tuple[list[int], int]]:
         """Each window, and how many of its last tokens are scored in it."""
@@ -105,18 +107,8 @@ def run_transformers(task: Task, dtype: str) -> Callable[[], tuple[float, int]]:
 
 def run_llama_cpp(task: Task, _: str) -> Callable[[], tuple[float, int]]:
     import numpy as np
-    from llama_cpp import Llama
 
-    threads = usable_cores()
-    model = Llama(
-        str(task.weights.file),
-        n_ctx=task.context,
-        n_batch=task.context,
-        n_threads=threads,
-        n_threads_batch=threads,
-        logits_all=True,
-        verbose=False,
-    )
+    model = load_llama_cpp(task.weights.file, task.context, amx=task.amx, n_batch=task.context, logits_all=True)
 
     def score(ids: list[int], scored: int) -> float:
         model.reset()
@@ -190,7 +182,7 @@ def main():
     text = BOOK.read_text(encoding="utf-8")[: arguments.characters]
     ids = mx.load_tokenizer(MODEL).encode(text)
     with exported_weights() as weights:
-        task = Task(weights, text, ids, arguments.context, arguments.stride)
+        task = Task(weights, text, ids, arguments.context, arguments.stride, arguments.amx)
         starts = {
             f"{name} {dtype}".strip(): (name, dtype, task)
             for name, (_, package, dtypes) in RUNS.items()

@@ -26,6 +26,7 @@ from rounds import (
     in_rounds,
     keep,
     make_report,
+    new_tokens_option,
     options,
     peak_bytes,
     pooled,
@@ -331,10 +332,8 @@ def main():
     parser.add_argument("--only", nargs="+", choices=every, metavar="NAME", help=f"of {'; '.join(every)}")
     parser.add_argument("--characters", type=positive, default=1500, help="of the book, how many are scored (1500)")
     parser.add_argument("--prompt-tokens", type=positive, default=128, help="the length of the prompt (128)")
-    parser.add_argument("--new-tokens", type=positive, default=64, help="how many tokens to decode (64)")
+    new_tokens_option(parser)
     arguments = parser.parse_args()
-    if arguments.new_tokens < 2:
-        parser.error("--new-tokens must be at least 2: the rate is taken over the tokens after the first.")
 
     import mistral_eqx as mx
 

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -29,6 +30,9 @@ README = Path(__file__).with_name("README.md")
 PROMPT = Path(__file__).with_name("prompt.txt")
 TIMES = "\N{MULTIPLICATION SIGN}"
 
+# From a prompt and a number of new tokens to these.
+Generate = Callable[[list[int], int], list[int]]
+
 
 # ---- before the rounds ----
 
@@ -51,7 +55,18 @@ def options(description: str, *, rounds: int = 3, repetitions: int | None = 3) -
         )
     parser.add_argument("--json", type=Path, default=None, help="write all figures to this file")
     parser.add_argument("--write", action="store_true", help="put the table into the README")
+    parser.add_argument(
+        "--no-amx",
+        dest="amx",
+        action="store_false",
+        help="llama.cpp, if it takes part, without AMX instructions, which some virtual machines announce and refuse",
+    )
     return parser
+
+
+def new_tokens_option(parser: argparse.ArgumentParser):
+    """Adds the number of tokens after a prompt, from which a rate of decoding is computed."""
+    parser.add_argument("--new-tokens", type=_two_or_more, default=64, help="how many tokens to decode (64)")
 
 
 def positive(text: str) -> int:
@@ -60,6 +75,27 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
     return number
+
+
+def _two_or_more(text: str) -> int:
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"{number} is too few: the rate is taken over the tokens after the first")
+    return number
+
+
+def find_left_out(needs: dict[str, tuple[str, ...]]) -> dict[str, str]:
+    """The contenders of which a module is not installed, and this module; they are also named on the terminal."""
+    missing = {
+        name: module for name, modules in needs.items() for module in modules if not importlib.util.find_spec(module)
+    }
+    for name, module in missing.items():
+        print(_left_out(name, module), file=sys.stderr)
+    return missing
+
+
+def _left_out(name: str, module: str) -> str:
+    return f"Left out: {name}, because {module} is not installed."
 
 
 def use_cpu():
@@ -121,6 +157,48 @@ def load_transformers(folder: Path, dtype: str, **how: Any) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **how)
     model.generation_config = transformers.GenerationConfig(pad_token_id=0)
     return model
+
+
+def load_llama_cpp(file: Path, context: int, *, amx: bool, **how: Any) -> Any:
+    """The model of llama.cpp on all cores, which says nothing while it loads."""
+    import llama_cpp
+    from llama_cpp import llama_cpp as library
+
+    if not amx:
+        # Weights for these instructions are in extra buffers.
+        defaults = library.llama_model_default_params()
+        defaults.use_extra_bufts = False
+        library.llama_model_default_params = lambda: defaults
+    threads = usable_cores()
+    return llama_cpp.Llama(
+        str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, verbose=False, **how
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """A prompt and its new tokens, decoded once.
+
+    **Attributes:**
+
+    - `first_seconds`, `whole_seconds`: the time until the first new token, and until the last.
+    - `rate`: tokens/s after the first.
+    - `tokens`: the new tokens.
+    """
+
+    first_seconds: float
+    whole_seconds: float
+    rate: float
+    tokens: list[int]
+
+
+def decode(generate: Generate, ids: list[int], new_tokens: int) -> Decoding:
+    """Decodes one token after a prompt, then all."""
+    first, _ = timed(generate, ids, 1)
+    whole, tokens = timed(generate, ids, new_tokens)
+    if len(tokens) != new_tokens:
+        raise RuntimeError(f"{len(tokens)} tokens came where {new_tokens} were asked for.")
+    return Decoding(first, whole, (new_tokens - 1) / (whole - first), tokens)
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
@@ -211,7 +289,8 @@ def make_report(
     arguments: argparse.Namespace, measured: dict[str, list[dict[str, Any]]], others: list[float], **more: Any
 ) -> dict[str, Any]:
     """All that was measured, the options, the machine and the versions."""
-    chosen = {name: value for name, value in vars(arguments).items() if name not in ("json", "write", "markdown")}
+    outputs = ("json", "write", "markdown", "folder")
+    chosen = {name: value for name, value in vars(arguments).items() if name not in outputs}
     return {
         "date": datetime.date.today().isoformat(),
         "machine": _machine(),
@@ -253,6 +332,18 @@ def how_often(report: dict[str, Any]) -> str:
         f"rounds: {report['rounds']}, repetitions in each: {report['repetitions']}; medians of all, with the least "
         "and the most."
     )
+
+
+def equal_tokens(mine: list[int], theirs: list[int]) -> int:
+    """How many tokens are equal before the first that differs."""
+    pairs = enumerate(zip(mine, theirs, strict=True))
+    return next((at for at, (one, other) in pairs if one != other), len(mine))
+
+
+def llama_cpp_notes(report: dict[str, Any]) -> list[str]:
+    """For the footnote: without which instructions llama.cpp ran, and who is left out."""
+    notes = [] if report["amx"] else ["llama.cpp without AMX instructions."]
+    return notes + [_left_out(name, module) for name, module in report["left_out"].items()]
 
 
 def table(lines: Iterable[Iterable[str]]) -> str:
@@ -301,7 +392,8 @@ def _machine() -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.open() if line.startswith("model name")]
+        lines = cpuinfo.read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         name = names[0] if names else name
     return {
         "processor": name,

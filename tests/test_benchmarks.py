@@ -1,10 +1,14 @@
 """The benchmarks' own contenders, on a model that fits in a test."""
 
+import argparse
 import math
+import operator
 from pathlib import Path
 
+import gguf
 import pytest
 from fixtures.checkpoint import random_model, tiny
+from fixtures.text import tiny as vocabularies
 
 import mistral_eqx as mx
 
@@ -47,3 +51,108 @@ def test_a_format_is_measured_by_its_distance_from_float32(getkey, tmp_path, mon
     assert {(one["tokens_in"], one["tokens_out"]) for one in found.values()} == {(3, 4)}
     quantization.draw({"measured": {name: [one] for name, one in found.items()}}, tmp_path)
     assert {file.name for file in tmp_path.glob("*.png")} == {"quantization_kl.png", "quantization_speed.png"}
+
+
+@pytest.fixture
+def random_file(tmp_path, monkeypatch):
+    """A function that writes a small model of random blocks in a type, with the benchmarks' own code."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import random_gguf
+
+    tokenizer = mx.load_tokenizer(
+        vocabularies.write_gguf(tmp_path / "words.gguf", **vocabularies.byte_level_metadata())
+    )
+    config = tiny(embed=256, hidden=256, head_dim=64, q_per_kv=2, vocab=tokenizer.vocab, tied=True)
+
+    def write(type):
+        path = tmp_path / f"{type}.gguf"
+        random_gguf.write_random(path, config, type, tokenizer)
+        return path
+
+    return write
+
+
+IDS = [1, 5, 9, 4, 7, 3, 8, 6]
+
+
+def small_task(file):
+    import peers
+    from rounds import Weights
+
+    return peers.Task(Weights(file, file.parent), IDS, IDS[:3], 4, 1, amx=False)
+
+
+@pytest.mark.parametrize("type", ["Q4_1", "Q4_K", "Q8_0", "BF16"])
+def test_a_random_file_has_its_types_and_no_equal_rows(type, random_file):
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(random_file(type)).tensors}
+    assert "output.weight" not in tensors
+    assert tensors["blk.1.ffn_up.weight"].tensor_type.name == type
+    assert tensors["token_embd.weight"].tensor_type.name == ("BF16" if type == "BF16" else "Q8_0")
+    rows = tensors["blk.1.ffn_up.weight"].data
+    assert len({row.tobytes() for row in rows}) == len(rows)
+
+
+def test_a_large_file_is_measured_from_loading_to_its_first_token(random_file):
+    import first_token
+
+    found = first_token.measure("mistral_eqx", small_task(random_file("Q4_1")))
+    assert 0 < found["load_seconds"] < found["again_seconds"] < found["first_seconds"]
+
+
+def report(measured, **more):
+    from rounds import make_report
+
+    arguments = argparse.Namespace(rounds=1, repetitions=1, new_tokens=4, layers=2, amx=True, **more)
+    return make_report(arguments, measured, [0.0])
+
+
+def test_the_share_of_the_bandwidth_is_of_the_bytes_read(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import bandwidth
+
+    assert min(bandwidth.measure_memory(2**20, 2)["bandwidth"]) > 0
+    measured = {"memory": [{"bandwidth": [16e9, 20e9]}], "Q8_0, mistral_eqx": [{"decode": [5.0]}]}
+    more = {"weight_bytes": {"Q8_0": 2 * 10**9}, "read_bytes": 2**31}
+    shown = bandwidth.markdown(report(measured, **more, left_out={"llama.cpp": "llama_cpp"}))
+    assert "| Q8_0 | 2.00 | 5.00 (5.00 to 5.00) | 10.0 | 50 % |  |  |  |  |" in shown
+    assert "llama_cpp is not installed." in " ".join(shown.split())
+    measured["Q8_0, llama.cpp"] = [{"decode": [4.0]}]
+    assert "| 8.0 | 40 % | 1.25 |" in bandwidth.markdown(report(measured, **more, left_out={}))
+
+
+def test_a_type_is_measured_with_and_without_a_prefill(random_file):
+    import peers
+
+    task = small_task(random_file("Q4_1"))
+    plain = peers.start_mistral_eqx(task, None, False)(IDS, 4)
+    assert peers.start_after_prefill(task)(IDS, 4) == plain
+    assert len(peers.measure_after_prefill(peers.start_after_prefill, task)["decode"]) == task.repetitions
+
+
+@pytest.mark.slow
+def test_all_of_a_type_is_one_row(random_file):
+    import packed
+
+    task, prompts = small_task(random_file("Q8_0")), [IDS[:3], IDS[3:6]]
+    found = packed.of_batches("float32", task, prompts, "float32") | packed.of_batches("Q8_0", task, prompts, None)
+    found |= packed.of_streams("Q8_0", task, IDS * 2, llama_cpp=False)
+    measured = {name: [operator.call(*arguments)] for name, arguments in found.items()}
+    more = {"only": ["Q8_0"], "context_tokens": 16, "prompt_tokens": 8}
+    lines = packed.markdown(report(measured, **more, left_out={})).split("\n")
+    assert lines[2].startswith("| Q8_0 |")
+    assert lines[0].count("|") == lines[2].count("|")
+    measured["Q8_0, llama.cpp"] = measured["Q8_0, mistral_eqx"]
+    measured["Q8_0, llama.cpp, context"] = measured["Q8_0, mistral_eqx, context"]
+    lines = packed.markdown(report(measured, **more, left_out={})).split("\n")
+    assert lines[2].count("| 1.00 |") == 3
+    assert lines[2].endswith("| 4 of 4 |")
+
+
+@pytest.mark.parity
+def test_llama_cpp_continues_what_it_has_read(random_file):
+    pytest.importorskip("llama_cpp")
+    import peers
+
+    task = small_task(random_file("Q8_0"))
+    anew, kept = (peers.start_llama_cpp(task, reads_again=again) for again in (True, False))
+    assert [kept(IDS, 4) for _ in range(3)] == [anew(IDS, 4)] * 3
