@@ -107,7 +107,7 @@ def formats() -> dict[str, Format]:
         "float32, int8 cache": Format(cache_dtype="int8"),
         "float32, FP8 cache": Format(cache_dtype="float8_e4m3"),
         "bfloat16": Format(dtype="bfloat16"),
-        "stored": Format(dtype=None),
+        "as in the file": Format(dtype=None),
         "Q8_0": blocks(mx.GGUF("Q8_0")),
         **dict(k_type(kind) for kind in ("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")),
         "Q4_K_M": Format({"*": mx.GGUF("Q4_K_M")}),
