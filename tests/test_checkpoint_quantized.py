@@ -44,7 +44,8 @@ def test_a_published_folder_has_the_numbers_it_stands_for(form, config, getkey, 
     assert_same_weights(mx.load(folder, dtype="float32"), expected)
     kept = mx.load(folder)
     assert formats(kept) == [format]
-    ids = jnp.arange(12).reshape(2, 6)
+    # So many rows that no kernel rounds their activations.
+    ids = jnp.arange(16).reshape(2, 8)
     logits = eqx.filter_jit(expected)(ids)
     # The same products, scaled before the sum or after it: float32's rounding through two layers.
     assert relative_error(eqx.filter_jit(kept)(ids), logits) < 1e-5
