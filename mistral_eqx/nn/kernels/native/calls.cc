@@ -53,7 +53,8 @@ std::optional<Format> found(const Instructions& set, std::string_view name) {
   }
   int numbers = 0;
   const auto [end, error] = std::from_chars(size.data(), size.data() + size.size(), numbers);
-  if (error != std::errc() || end != size.data() + size.size() || numbers <= 0 || numbers % 32 || numbers > LARGEST_BLOCK) return {};
+  const bool whole = error == std::errc() && end == size.data() + size.size();
+  if (!whole || numbers <= 0 || numbers % 32 || numbers > LARGEST_BLOCK) return {};
   for (int i = 0; i < set.count; i++)
     if (kind == set.formats[i].name) return set.formats[i].of_size(numbers);
   return {};

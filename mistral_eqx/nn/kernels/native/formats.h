@@ -264,7 +264,9 @@ using F16 = Float16Bits<from_float16>;
 struct INT8 : Panel {
   static constexpr bool exact = true;
   static constexpr int size = 1, bytes = 1, bits = 8;
-  Floats number(int64_t line, int i) const { return floats(from_bytes(block + 64 * line + ROWS * i + LANES * strip)); }
+  Floats number(int64_t line, int i) const {
+    return floats(from_bytes(block + 64 * line + ROWS * i + LANES * strip));
+  }
   Floats scale() const { return Floats{} + 1.0f; }
 };
 

@@ -61,10 +61,12 @@ inline Floats from_float8(Halves codes) {
 
 inline float sum_of(Floats x) { return _mm512_reduce_add_ps((__m512)x); }
 
-// Signed numbers of 8 bits.
+// Signed numbers of 8 bits, in 32 and in 16 bits.
 inline Ints from_bytes(const void* at) { return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at)); }
 
-inline Halves halves_of_bytes(const void* at) { return (Halves)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)at)); }
+inline Halves halves_of_bytes(const void* at) {
+  return (Halves)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)at));
+}
 
 inline Floats from_float16(Halves x) { return _mm512_cvtph_ps((__m256i)x); }
 
@@ -106,7 +108,9 @@ inline float sum_of(Floats x) {
 
 inline Ints from_bytes(const void* at) { return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)at)); }
 
-inline Halves halves_of_bytes(const void* at) { return (Halves)_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)at)); }
+inline Halves halves_of_bytes(const void* at) {
+  return (Halves)_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)at));
+}
 
 inline Floats from_float16(Halves x) { return (Floats)_mm256_cvtph_ps((__m128i)x); }
 
