@@ -37,11 +37,3 @@ def smollm2_path():
     from mistral_eqx.checkpoint import locate
 
     return locate("smollm2-135m")
-
-
-@pytest.fixture
-def without_kernels(monkeypatch):
-    """XLA multiplies by quantized weights, with activations as they are."""
-    from mistral_eqx.nn.kernels import native
-
-    monkeypatch.setattr(native, "instructions", lambda: None)

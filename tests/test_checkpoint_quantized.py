@@ -29,8 +29,6 @@ FORMS = {
     "fp8": (quantized.fp8(), "FP8"),
     "fp8 in blocks": (quantized.fp8((16, 32)), "FP8/32"),
 }
-# Kernels round activations for these, which tests/test_native_formats.py bounds.
-ROUNDED = ("gptq 4 bits", "gptq 3 bits")
 
 
 @pytest.fixture
@@ -39,9 +37,7 @@ def config():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_published_folder_has_the_numbers_it_stands_for(form, config, getkey, tmp_path, request):
-    if form in ROUNDED:
-        request.getfixturevalue("without_kernels")
+def test_a_published_folder_has_the_numbers_it_stands_for(form, config, getkey, tmp_path):
     (pack, settings), format = FORMS[form]
     folder, plain = quantized.publish(tmp_path / "model", random_model(config, getkey()), pack, settings)
     expected = mx.load(plain, dtype="float32")

@@ -87,6 +87,11 @@ def test_blocks_that_fit_no_axes():
     assert merged_sizes((2, 4, 4), 32) == (2, 4, 4)
 
 
+@pytest.fixture
+def without_kernels(monkeypatch):
+    monkeypatch.setattr(native, "instructions", lambda: None)
+
+
 needs_kernels = pytest.mark.skipif(native.instructions() is None, reason="The C++ kernels were not built.")
 
 
