@@ -117,7 +117,7 @@ class Weights:
     **Attributes:**
 
     - `file`: the GGUF file, quantized.
-    - `folder`: the same weights in float32, in the format of transformers.
+    - `folder`: the same weights in float32, in the format of transformers; only its contenders read it.
     """
 
     file: Path
@@ -165,7 +165,7 @@ def load_llama_cpp(file: Path, context: int, *, amx: bool, **how: Any) -> Any:
     from llama_cpp import llama_cpp as library
 
     if not amx:
-        # Weights for these instructions are in extra buffers.
+        # Weights for these instructions are in extra buffers, as are those that it repacks for others.
         defaults = library.llama_model_default_params()
         defaults.use_extra_bufts = False
         library.llama_model_default_params = lambda: defaults
@@ -342,8 +342,8 @@ def equal_tokens(mine: list[int], theirs: list[int]) -> int:
 
 def llama_cpp_notes(report: dict[str, Any]) -> list[str]:
     """For the footnote: without which instructions llama.cpp ran, and who is left out."""
-    notes = [] if report["amx"] else ["llama.cpp without AMX instructions."]
-    return notes + [_left_out(name, module) for name, module in report["left_out"].items()]
+    notes = [] if report["amx"] else ["llama.cpp without AMX instructions, and without repacked weights."]
+    return [*notes, *(_left_out(name, module) for name, module in report["left_out"].items())]
 
 
 def table(lines: Iterable[Iterable[str]]) -> str:
