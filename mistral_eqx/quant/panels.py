@@ -5,6 +5,8 @@ register has the same codes of all rows. Fields of 2 bytes keep these together.
 """
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,10 @@ from jaxtyping import Array, UInt8
 
 from ..nn.kernels import native
 from .layout import BlockFormat
+
+
+# Bytes that a thread arranges at a time: they fit into a cache.
+_PART = 2**20
 
 
 def to_panels(blocks: UInt8[np.ndarray, "... bytes"], format: BlockFormat, rows_axis: int = -3) -> np.ndarray:
@@ -27,16 +33,28 @@ def to_panels(blocks: UInt8[np.ndarray, "... bytes"], format: BlockFormat, rows_
     """
     (*outer, rows), inner = blocks.shape[: rows_axis % blocks.ndim + 1], blocks.shape[rows_axis % blocks.ndim + 1 : -1]
     nbytes, count = blocks.shape[-1], math.prod(inner)
-    panels = np.empty((*outer, rows // native.PANEL, count, native.PANEL * nbytes), np.uint8)
-    blocks = blocks.reshape(*outer, rows // native.PANEL, native.PANEL, count, nbytes)
-    at = 0
-    for size in format.fields:
-        unit = min(size, 4)
-        field = blocks[..., at : at + size].reshape(*blocks.shape[:-1], size // unit, unit)
-        panel = panels[..., native.PANEL * at : native.PANEL * (at + size)]
-        panel.reshape(*panel.shape[:-1], size // unit, native.PANEL, unit)[...] = np.moveaxis(field, -4, -2)
-        at += size
+    rows_of_panels = np.ascontiguousarray(blocks).reshape(-1, native.PANEL, count, nbytes)
+    panels = np.empty((len(rows_of_panels), count, native.PANEL * nbytes), np.uint8)
+
+    def arrange(part: slice):
+        at = 0
+        for size in format.fields:
+            unit = min(size, 4)
+            field = _units(rows_of_panels[part], at, (size // unit,), unit)
+            side_by_side = _units(panels[part], native.PANEL * at, (size // unit, native.PANEL), unit)
+            side_by_side[...] = np.moveaxis(field, 1, -1)
+            at += size
+
+    step = max(1, _PART // (native.PANEL * count * nbytes))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(arrange, [slice(at, at + step) for at in range(0, len(panels), step)]))
     return panels.reshape(*outer, rows // native.PANEL, *inner, native.PANEL * nbytes)
+
+
+def _units(x: np.ndarray, at: int, shape: tuple[int, ...], nbytes: int) -> np.ndarray:
+    """Numbers of `nbytes` bytes that begin at byte `at` of the last axis, as an array of the given shape in its place."""
+    inner = [nbytes * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return np.ndarray((*x.shape[:-1], *shape), f"u{nbytes}", x, at, (*x.strides[:-1], *inner))
 
 
 def from_panels(
