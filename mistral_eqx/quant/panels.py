@@ -52,7 +52,7 @@ def to_panels(blocks: UInt8[np.ndarray, "... bytes"], format: BlockFormat, rows_
 
 
 def _units(x: np.ndarray, at: int, shape: tuple[int, ...], nbytes: int) -> np.ndarray:
-    """Numbers of `nbytes` bytes that begin at byte `at` of the last axis, as an array of the given shape in its place."""
+    """Numbers of `nbytes` bytes, from byte `at` of the last axis on, as an array of the given shape in its place."""
     inner = [nbytes * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     return np.ndarray((*x.shape[:-1], *shape), f"u{nbytes}", x, at, (*x.strides[:-1], *inner))
 
