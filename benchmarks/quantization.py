@@ -257,7 +257,7 @@ def draw(report: dict[str, Any], folder: Path):
     measured = report["measured"]
     # The inverse of the bits: most formats have few, and are then far apart.
     points = {name: (-1 / found[0]["bits_a_weight"], max(found[0]["kl"], 0.0)) for name, found in measured.items()}
-    figure = Figure(figsize=(9, 5.5), layout="constrained", dpi=110)
+    figure = Figure(figsize=(10, 7), layout="constrained", dpi=110)
     axes = figure.subplots()
     axes.scatter(*zip(*points.values(), strict=True), s=18, zorder=3)
     # Linear up to 1e-4: float32 is at 0.
@@ -270,7 +270,7 @@ def draw(report: dict[str, Any], folder: Path):
     axes.set_ylim(-5e-5, 3 * max(kl for _, kl in points.values()) + 1e-4)
     bits = [4.5, 5, 5.5, 6, 7, 8, 10, 16, 32]
     axes.set_xticks([-1 / one for one in bits], [str(one) for one in bits])
-    axes.set_xlim(-1 / 4.5, 0)
+    axes.set_xlim(-1 / 4.5, 0.015)
     axes.grid(alpha=0.3)
     _label(axes, points)
     figure.savefig(folder / "quantization_kl.png")
@@ -300,7 +300,7 @@ def _label(axes: Any, points: dict[str, tuple[float, float]]):
     line = {"arrowstyle": "-", "linewidth": 0.5, "color": "grey", "shrinkA": 0, "shrinkB": 2}
     # The nearest first, in points.
     heights = [0, *(sign * height for height in range(8, 160, 8) for sign in (1, -1))]
-    spots = [(x, y) for y in heights for x in (9, -9, 30, -30)]
+    spots = [(x, y) for y in heights for x in (9, -9, 30, -30, 60, -60)]
 
     def write(name: str, spot: tuple[int, int]) -> Any:
         side = "left" if spot[0] > 0 else "right"
