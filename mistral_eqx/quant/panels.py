@@ -1,7 +1,7 @@
 """Panels: the blocks of several rows side by side, in the order in which the kernels read them.
 
 Of each field of a block a panel has first the leading 4 bytes of all rows, then the next 4, and so on, so that a vector
-register has the same codes of all rows. Fields of 2 bytes keep these together.
+register has the same codes of all rows. Fields of 1 or 2 bytes keep these together.
 """
 
 import math
