@@ -19,7 +19,9 @@ COMPILE_QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_d
 # Without the import hook that checks shapes, which takes a fifth of the time of a test that compiles.
 PLAIN = ("-o", "addopts=--strict-markers --strict-config -ra")
 # These compute for longer than they compile: the real model, and millions of draws.
-COMPUTE_LONG = ("tests/test_generation_sampler.py", "tests/test_invariance.py", "tests/test_readme.py")
+COMPUTE_LONG = tuple(
+    f"tests/test_{name}.py" for name in ("generation_sampler", "invariance", "quant_awq", "quant_gptq", "readme")
+)
 
 
 @nox.session

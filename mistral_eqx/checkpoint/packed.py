@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -11,10 +13,25 @@ import numpy as np
 from ..nn import AbstractWeight
 from ..nn.kernels import native
 from ..parallel import whole
-from ..quant import BlockWeight, OrderedWeight, ScaledWeight, block_dims, block_format, merged_sizes, to_panels
+from ..quant import (
+    BlockFormat,
+    BlockWeight,
+    OrderedWeight,
+    ScaledWeight,
+    block_dims,
+    block_format,
+    merged_sizes,
+    to_panels,
+)
 from .placement import Index, Placement
-from .reader import LazyTensor
+from .reader import LazyTensor, aligned
 from .source import Source
+
+
+Bounds = Sequence[tuple[int, int]]
+
+# Bytes that a core reads and arranges at a time, so few that they stay in its cache.
+_PIECE = 2**20
 
 
 def read_packed(source: Source, placement: Placement) -> AbstractWeight | None:
@@ -80,15 +97,50 @@ def _read_blocks(source: Source, placement: Placement, merged: tuple[int, ...]) 
     panel = native.PANEL if kernels and all(number % native.PANEL == 0 for number in rows) else 1
     stored = dataclasses.replace(source, tensor=packed.blocks, stored_shape=shape)
 
-    def in_rows(index: Index) -> Index:
-        begin, end, _ = index[last].indices(shape[last] // panel)
-        # A panel has its rows' bytes side by side, so that no shard has a part of that axis.
-        return *index[:last], slice(begin * panel, end * panel), *index[last + 1 : -1], slice(None)
+    panels = (*shape[:last], shape[last] // panel, *shape[last + 1 : -1], panel * format.nbytes)
 
     def read(shards: Sequence[Index]) -> list[np.ndarray]:
-        arrays = stored.read(np.dtype(np.uint8), [in_rows(shard) for shard in shards])
-        return arrays if panel == 1 else [to_panels(array, format, last) for array in arrays]
+        if panel == 1:
+            return stored.read(np.dtype(np.uint8), [(*shard[:-1], slice(None)) for shard in shards])
+        bounds = [[axis.indices(size)[:2] for axis, size in zip(shard, panels, strict=True)] for shard in shards]
+        return _read_panels(stored, format, last, bounds)
 
-    panels = (*shape[:last], shape[last] // panel, *shape[last + 1 : -1], panel * format.nbytes)
     array = placement.put(dims, panels, np.dtype(np.uint8), read)
     return BlockWeight(array, format.name, last + 1, merged, panel)
+
+
+def _read_panels(stored: Source, format: BlockFormat, last: int, shards: Sequence[Bounds]) -> list[np.ndarray]:
+    """Reads blocks and arranges them in panels; each core reads a piece and arranges it while it is in its cache.
+
+    **Arguments:**
+
+    - `stored`: the blocks in the file.
+    - `format`: their format.
+    - `last`: the axis that counts panels.
+    - `shards`: where each shard begins and ends on each axis of all panels. None splits the last axis, which has the
+        bytes of a panel's rows side by side.
+
+    **Returns:** an array for each shard, aligned so that the CPU backend can use it without a copy.
+    """
+    arrays = [aligned(tuple(end - begin for begin, end in shard), np.dtype(np.uint8)) for shard in shards]
+    same: dict[tuple[int, int], list[int]] = {}
+    for number, shard in enumerate(shards):
+        same.setdefault(shard[0], []).append(number)
+
+    def arrange(numbers: list[int], begin: int, end: int):
+        positions = [[(begin, end), *shards[number][1:-1]] for number in numbers]
+        for position in positions:
+            position[last] = (position[last][0] * native.PANEL, position[last][1] * native.PANEL)
+        indices = [(*(slice(*bounds) for bounds in position), slice(None)) for position in positions]
+        for number, blocks in zip(numbers, stored.read(np.dtype(np.uint8), indices), strict=True):
+            first = shards[number][0][0]
+            to_panels(blocks, format, last, into=arrays[number][begin - first : end - first])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pieces = []
+        for (first, stop), numbers in same.items():
+            step = max(1, _PIECE // sum(arrays[number][0].nbytes for number in numbers))
+            pieces += [pool.submit(arrange, numbers, at, min(at + step, stop)) for at in range(first, stop, step)]
+        for piece in pieces:
+            piece.result()
+    return arrays

@@ -199,7 +199,7 @@ def read_columns(
         union = np.unique(np.concatenate([each for each in columns if each is not None]))
         union = None if len(union) == tensor.shape[1] else union
     indices = [_index_in(union, each) for each in columns]
-    results = [_aligned((count, *(tensor.shape[1:] if each is None else each.shape)), dtype) for each in columns]
+    results = [aligned((count, *(tensor.shape[1:] if each is None else each.shape)), dtype) for each in columns]
     for start, stop in runs(file_rows, tensor.rows_per_chunk):
         first = int(file_rows[start])
         block = tensor.rows(first, first + stop - start, union)
@@ -227,8 +227,8 @@ def _index_in(union: np.ndarray | None, columns: np.ndarray | None) -> tuple[sli
     return (slice(positions[0], positions[-1] + 1) if is_run else positions,)
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    # XLA uses a numpy buffer without a copy if its address is a multiple of 64.
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array whose contents are arbitrary. XLA uses a numpy buffer without a copy if its address is a multiple of 64."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     offset = -raw.ctypes.data % 64

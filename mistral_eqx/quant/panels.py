@@ -5,8 +5,6 @@ register has the same codes of all rows. Fields of 1 or 2 bytes keep these toget
 """
 
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +14,12 @@ from ..nn.kernels import native
 from .layout import BlockFormat
 
 
-# Bytes that a thread arranges at a time: they fit into a cache.
-_PART = 2**20
-
-
-def to_panels(blocks: UInt8[np.ndarray, "... bytes"], format: BlockFormat, rows_axis: int = -3) -> np.ndarray:
+def to_panels(
+    blocks: UInt8[np.ndarray, "... bytes"],
+    format: BlockFormat,
+    rows_axis: int = -3,
+    into: UInt8[np.ndarray, "... _"] | None = None,
+) -> UInt8[np.ndarray, "... _"]:
     """Arranges blocks in panels.
 
     **Arguments:**
@@ -28,27 +27,24 @@ def to_panels(blocks: UInt8[np.ndarray, "... bytes"], format: BlockFormat, rows_
     - `blocks`: the blocks of rows, shape `(..., rows, ..., bytes)`; the number of rows is a multiple of `native.PANEL`.
     - `format`: their format.
     - `rows_axis`: the axis of the rows; all between it and the last are of blocks.
+    - `into`: where to put the panels, contiguous; a new array by default.
 
     **Returns:** shape `(..., rows / PANEL, ..., PANEL * bytes)`.
     """
     (*outer, rows), inner = blocks.shape[: rows_axis % blocks.ndim + 1], blocks.shape[rows_axis % blocks.ndim + 1 : -1]
     nbytes, count = blocks.shape[-1], math.prod(inner)
     rows_of_panels = np.ascontiguousarray(blocks).reshape(-1, native.PANEL, count, nbytes)
-    panels = np.empty((len(rows_of_panels), count, native.PANEL * nbytes), np.uint8)
-
-    def arrange(part: slice):
-        at = 0
-        for size in format.fields:
-            unit = min(size, 4)
-            field = _units(rows_of_panels[part], at, (size // unit,), unit)
-            side_by_side = _units(panels[part], native.PANEL * at, (size // unit, native.PANEL), unit)
-            side_by_side[...] = np.moveaxis(field, 1, -1)
-            at += size
-
-    step = max(1, _PART // (native.PANEL * count * nbytes))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(arrange, [slice(at, at + step) for at in range(0, len(panels), step)]))
-    return panels.reshape(*outer, rows // native.PANEL, *inner, native.PANEL * nbytes)
+    if into is None:
+        into = np.empty((*outer, rows // native.PANEL, *inner, native.PANEL * nbytes), np.uint8)
+    panels = into.reshape(len(rows_of_panels), count, native.PANEL * nbytes)
+    at = 0
+    for size in format.fields:
+        unit = min(size, 4)
+        field = _units(rows_of_panels, at, (size // unit,), unit)
+        side_by_side = _units(panels, native.PANEL * at, (size // unit, native.PANEL), unit)
+        side_by_side[...] = np.moveaxis(field, 1, -1)
+        at += size
+    return into
 
 
 def _units(x: np.ndarray, at: int, shape: tuple[int, ...], nbytes: int) -> np.ndarray:
