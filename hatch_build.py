@@ -63,7 +63,7 @@ def _build(compiler: list[str], sets: dict[str, list[str]], library: Path):
             commands.append([*compiler, *OPTIONS, *flags, "-c", str(sources / source), "-o", objects[-1]])
 
         for name, flags in sets.items():
-            for kernel in ("panels", "attend"):
+            for kernel in ("panels", "attend", "dense"):
                 compiled(f"{kernel}.cc", f"{kernel}-{name}", *flags)
         compiled("calls.cc", "calls", "-isystem", str(include))
         running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]

@@ -24,7 +24,10 @@ FLAGS = {"avx512": ["-march=x86-64-v4", "-mavx512vnni"], "avx2": ["-mavx2", "-mf
 @pytest.mark.skipif(platform.system() != "Linux" or shutil.which("g++") is None, reason="Needs g++ and its sanitizers.")
 def test_random_bytes_stay_in_their_memory(tmp_path):
     program = tmp_path / "fuzz"
-    files = [str(Path(__file__).parent / "native/fuzz.cc"), str(SOURCES / "panels.cc"), str(SOURCES / "attend.cc")]
+    files = [
+        str(Path(__file__).parent / "native/fuzz.cc"),
+        *(str(SOURCES / f"{name}.cc") for name in ("panels", "attend", "dense")),
+    ]
     subprocess.run(
         ["g++", *OPTIONS, *FLAGS[native.instructions()], f"-I{SOURCES}", *files, "-o", str(program)], check=True
     )

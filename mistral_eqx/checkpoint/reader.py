@@ -228,7 +228,7 @@ def _index_in(union: np.ndarray | None, columns: np.ndarray | None) -> tuple[sli
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array whose contents are arbitrary. XLA uses a numpy buffer without a copy if its address is a multiple of 64."""
+    """An array of any contents, at an address that is a multiple of 64: XLA uses it without a copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     offset = -raw.ctypes.data % 64

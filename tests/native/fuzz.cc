@@ -1,4 +1,4 @@
-// Random bytes as panels, keys and values, of random shapes, each in a buffer of exactly its size: AddressSanitizer reports any read or
+// Random bytes as weights, panels, keys and values, of random shapes, each in a buffer of exactly its size: AddressSanitizer reports any read or
 // write beyond it, and UndefinedBehaviorSanitizer what the language does not define.
 #include <algorithm>
 #include <cstdio>
@@ -8,6 +8,7 @@
 #include <random>
 
 #include "attend.h"
+#include "dense.h"
 #include "lanes.h"
 #include "panels.h"
 
@@ -33,6 +34,23 @@ void attend(std::mt19937& draw) {
   };
   with(4, SET::attending.float32), with(2, SET::attending.bfloat16), with(2, SET::attending.float16);
   with(1, SET::attending.int8), with(1, SET::attending.float8);
+}
+
+// A random weight in each precision.
+void multiply(std::mt19937& draw) {
+  const auto below = [&](int limit) { return int64_t(draw() % unsigned(limit)); };
+  Product p{};
+  p.rows = 1 + below(FEW_ROWS), p.inputs = 1 + below(200), p.outputs = 1 + below(40);
+  const std::unique_ptr<float[]> x(new float[p.rows * p.inputs]), y(new float[p.rows * p.outputs]);
+  for (int64_t i = 0; i < p.rows * p.inputs; i++) x[i] = float(draw()) / 2e9f - 1;
+  const auto with = [&](int bytes, auto part) {
+    const std::unique_ptr<uint8_t[]> w(new uint8_t[p.outputs * p.inputs * bytes]);
+    for (int64_t i = 0; i < p.outputs * p.inputs * bytes; i++) w[i] = uint8_t(draw());
+    p.x = x.get(), p.w = w.get(), p.y = y.get();
+    const int64_t middle = below(int(p.outputs));
+    part(p, 0, middle), part(p, middle, p.outputs);
+  };
+  with(4, SET::multiplying.float32), with(2, SET::multiplying.bfloat16), with(2, SET::multiplying.float16);
 }
 
 int main(int, char** arguments) {
@@ -62,7 +80,7 @@ int main(int, char** arguments) {
     alignas(64) float numbers[STRETCH * 16];
     format.product_of_many(format, panel.get(), activations, y.get(), 16, numbers);
     products++;
-    attend(draw);
+    attend(draw), multiply(draw);
   }
   std::printf("%ld products\n", products);
 }

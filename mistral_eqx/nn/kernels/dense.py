@@ -9,7 +9,9 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
+from ...parallel import kernel, vary_alike
 from ..precision import at_least_float32, from_bits, to_bits
+from . import native
 
 
 @jax.custom_jvp
@@ -47,9 +49,13 @@ def contract(
 
     - `inner`: the number of contracted dimensions, the last ones of both arrays.
     """
-    return lax.platform_dependent(
-        weight, x, cpu=partial(_contract_cpu, inner=inner), default=partial(_contract_as_stored, inner=inner)
-    )
+    as_stored = partial(_contract_as_stored, inner=inner)
+    # Some processors multiply numbers in bfloat16, which pays for more rows than these.
+    few = 2 if weight.dtype == jnp.bfloat16 else native.FEW
+    if native.instructions() is None or x.shape[0] * x.shape[1] > few or x.dtype.itemsize == 8:
+        return lax.platform_dependent(weight, x, cpu=partial(_contract_cpu, inner=inner), default=as_stored)
+    by_kernel = partial(_contract_few, inner=inner)
+    return kernel(partial(lax.platform_dependent, cpu=by_kernel, default=as_stored))(*vary_alike(weight, x))
 
 
 def _contract_jvp(inner: int, primals, tangents):
@@ -74,6 +80,12 @@ def _contract_as_stored(weight: Array, x: Array, inner: int) -> Array:
     contracted = tuple(range(outer, weight.ndim)), tuple(range(1, x.ndim))
     y = lax.dot_general(weight, x, (contracted, ((), ())), preferred_element_type=at_least_float32(x.dtype))
     return jnp.moveaxis(y, -1, 0).reshape(batch, seq, *y.shape[:-1])
+
+
+def _contract_few(weight: Array, x: Array, inner: int) -> Array:
+    (batch, seq), outer, columns = x.shape[:2], weight.shape[: weight.ndim - inner], math.prod(x.shape[2:])
+    y = native.dense(x.reshape(-1, columns).astype(jnp.float32), weight.reshape(-1, columns))
+    return y.reshape(batch, seq, *outer)
 
 
 def _contract_cpu(weight: Array, x: Array, inner: int) -> Array:

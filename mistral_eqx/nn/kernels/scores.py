@@ -13,9 +13,6 @@ from ..precision import at_least_float32
 from . import native
 
 
-# More queries of a row than these are faster as matrix products.
-_FEW = 8
-
 Codes = tuple[Array, Array, Array, Array]
 """The codes of keys and of values, then the scales of both."""
 
@@ -46,7 +43,12 @@ def attention(
     that attends to no key, these are finite numbers without meaning.
     """
     by_xla = functools.partial(_by_xla, scale=scale, total=total)
-    if total is not None or q.shape[1] > _FEW or q.dtype == jnp.float64 or not native.attends(k.dtype, k.shape[3]):
+    if (
+        total is not None
+        or q.shape[1] > native.FEW
+        or q.dtype == jnp.float64
+        or not native.attends(k.dtype, k.shape[3])
+    ):
         return by_xla(q, k, v, mask)
     q, k, v, mask, *both = vary_alike(q, k, v, mask, *(codes or ()))
     return _of_few(q, k, v, mask, tuple(both), scale)

@@ -21,6 +21,10 @@ PANEL = 16
 """How many rows of a weight stand side by side in the layout that the kernels read."""
 
 
+FEW = 8
+"""So many rows of activations, or queries, at most are faster here than as products of matrices by XLA."""
+
+
 @functools.cache
 def instructions() -> str | None:
     """The instructions that the kernels use here: `"avx512"`, `"avx2"` or `"neon"`.
@@ -38,7 +42,7 @@ def instructions() -> str | None:
     name = library.mistral_eqx_instructions()
     if name is None:
         return None
-    for call in ("mistral_eqx_linear", "mistral_eqx_attend"):
+    for call in ("mistral_eqx_linear", "mistral_eqx_dense", "mistral_eqx_attend"):
         jax.ffi.register_ffi_target(call, jax.ffi.pycapsule(getattr(library, call)), platform="cpu")
     return name.decode()
 
@@ -74,6 +78,20 @@ def linear(
     results = [jax.ShapeDtypeStruct((x.shape[0], PANEL * one.shape[0]), jnp.float32) for one in panels]
     call = jax.ffi.ffi_call("mistral_eqx_linear", results, vmap_method="sequential")
     return list(call(x, *panels, formats=" ".join(formats)))
+
+
+def dense(x: Float[Array, "rows inputs"], weight: Float[Array, "outputs inputs"]) -> Float[Array, "rows outputs"]:
+    """Multiplies at most `FEW` rows of activations by a weight of floats, for a program on the CPU.
+
+    The weight is read once, where it is, in its own precision; products and sums are float32.
+
+    **Arguments:**
+
+    - `x`: activations in float32.
+    - `weight`: float32, bfloat16 or float16.
+    """
+    result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call("mistral_eqx_dense", result, vmap_method="sequential")(x, weight)
 
 
 def attends(dtype: jnp.dtype, head_dim: int) -> bool:

@@ -12,25 +12,8 @@ namespace {
 constexpr int HEADS = 4;
 constexpr int WIDE = LANES == 8 ? 2 : 4;
 
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
 struct Int8 { int8_t code; };
 struct Float8 { uint8_t bits; };
-
-template <class T>
-struct Read;
-template <>
-struct Read<float> {
-  static Floats at(const float* numbers) { return load<Floats>(numbers); }
-};
-template <>
-struct Read<BFloat16> {
-  static Floats at(const BFloat16* numbers) { return from_bfloat16(load<Halves>(numbers)); }
-};
-template <>
-struct Read<Float16> {
-  static Floats at(const Float16* numbers) { return from_float16(load<Halves>(numbers)); }
-};
 
 template <>
 struct Read<Int8> {

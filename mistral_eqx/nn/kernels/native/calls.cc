@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attend.h"
+#include "dense.h"
 #include "panels.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -23,6 +24,7 @@ namespace {
 struct Set {
   const Instructions* instructions = nullptr;
   const Attending* attending = nullptr;
+  const Multiplying* multiplying = nullptr;
 };
 
 const Set& chosen() {
@@ -30,12 +32,12 @@ const Set& chosen() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw"))
-      return {&avx512::instructions, &avx512::attending};
+      return {&avx512::instructions, &avx512::attending, &avx512::multiplying};
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-      return {&avx2::instructions, &avx2::attending};
+      return {&avx2::instructions, &avx2::attending, &avx2::multiplying};
     return {};
 #elif defined(__aarch64__)
-    return {&neon::instructions, &neon::attending};
+    return {&neon::instructions, &neon::attending, &neon::multiplying};
 #else
     return {};
 #endif
@@ -163,6 +165,30 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
   return ffi::Error::Success();
 }
 
+ffi::Error dense(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> y) {
+  const Multiplying* set = chosen().multiplying;
+  if (!set) return ffi::Error(ffi::ErrorCode::kUnimplemented, "This processor has none of the kernels' instructions.");
+  const auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
+  if (xs.size() != 2 || ws.size() != 2 || ys.size() != 2 || xs[1] != ws[1] || ys[0] != xs[0] || ys[1] != ws[0] ||
+      xs[0] > FEW_ROWS)
+    return ffi::Error::InvalidArgument("The shapes of x, w and y do not fit each other.");
+  const auto type = w.element_type();
+  const auto multiply = type == ffi::F32    ? set->float32
+                        : type == ffi::BF16 ? set->bfloat16
+                        : type == ffi::F16  ? set->float16
+                                            : nullptr;
+  if (!multiply) return ffi::Error::InvalidArgument("The kernels have no products for the precision of w.");
+  const Product product{x.typed_data(), w.untyped_data(), y->typed_data(), xs[0], xs[1], ws[0]};
+  if (product.rows == 0 || product.outputs == 0) return ffi::Error::Success();
+  const int64_t bytes = std::max<int64_t>(1, product.inputs * (type == ffi::F32 ? 4 : 2));
+  int64_t part = std::clamp<int64_t>((128 * 1024) / bytes, 1, std::max<int64_t>(1, product.outputs / 8));
+  if (product.outputs * bytes * product.rows < SMALL) part = product.outputs;
+  in_parallel(pool, (product.outputs + part - 1) / part, [&](int64_t i) {
+    multiply(product, i * part, std::min(product.outputs, (i + 1) * part));
+  });
+  return ffi::Error::Success();
+}
+
 // Adds up the parts of all ranges for the queries of one row and head.
 void combine(const Attention& a, int64_t row, int64_t kv_head, const float* parts, float* mixed, float* log_sum) {
   const int64_t ranges = a.ranges(), size = a.part_size(), queries = a.seq * a.group;
@@ -244,6 +270,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mistral_eqx_linear, linear,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<std::string_view>("formats"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mistral_eqx_dense, dense,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mistral_eqx_attend, attend,
                               ffi::Ffi::Bind()

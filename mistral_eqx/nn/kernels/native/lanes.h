@@ -189,4 +189,24 @@ inline Floats looked_up(Words codes, const float* table) {
 
 #endif
 
+// ---- numbers as they are stored ----
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+template <class T>
+struct Read;
+template <>
+struct Read<float> {
+  static Floats at(const float* numbers) { return load<Floats>(numbers); }
+};
+template <>
+struct Read<BFloat16> {
+  static Floats at(const BFloat16* numbers) { return from_bfloat16(load<Halves>(numbers)); }
+};
+template <>
+struct Read<Float16> {
+  static Floats at(const Float16* numbers) { return from_float16(load<Halves>(numbers)); }
+};
+
 }  // namespace
