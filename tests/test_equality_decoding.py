@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import mistral_eqx as mx
 from mistral_eqx.generation.caches import empty_cache, slots
+from mistral_eqx.generation.flat import Flat
 from mistral_eqx.generation.loop import Decoding, decode
 from mistral_eqx.nn import Cache
 from mistral_eqx.parallel import Strategy, with_auto_axes, with_strategy
@@ -29,7 +30,7 @@ def _on(model, layout, axes):
 def _lowered(model, sampler, *, batch, kv_seq):
     none = jnp.zeros(batch, jnp.int32)
     decoding = Decoding.init(none, none > 0, jr.split(jr.key(0), batch), 8)
-    kept = (model, decoding, sampler, jnp.zeros(2, jnp.int32), jnp.zeros((), jnp.int32))
+    kept = (Flat(model), decoding, sampler, jnp.zeros(2, jnp.int32), jnp.zeros((), jnp.int32))
     return decode.lower(kept, empty_cache(model, batch, kv_seq))
 
 

@@ -11,6 +11,7 @@ import pytest
 from fixtures.generation import random_prompts, refused, talking_model
 
 import mistral_eqx as mx
+from mistral_eqx.generation.flat import Flat
 from mistral_eqx.generation.loop import Decoding, decode
 from mistral_eqx.nn import Cache
 
@@ -148,7 +149,7 @@ def test_the_decoding_loop_reduces_the_vocabulary_no_more_often():
     """One reduction finds the largest logit and one its token; what tells of infinity is part of the first."""
     model, none = sound(), jnp.zeros(2, jnp.int32)
     decoding = Decoding.init(none, none > 0, jr.split(jr.key(0), 2), 8)
-    kept = (model, decoding, mx.Sampler(), np.zeros(1, np.int32), np.zeros((), np.int32))
+    kept = (Flat(model), decoding, mx.Sampler(), np.zeros(1, np.int32), np.zeros((), np.int32))
     text = decode.lower(kept, Cache.init(model.config, 2, 16, model.dtype)).as_text()
     reductions = re.findall(r"stablehlo\.reduce\(.*?across dimensions = \[1\] : \(tensor<2x60x(\w+)>", text)
     assert reductions == ["f32", "i32"]

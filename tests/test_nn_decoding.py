@@ -13,6 +13,7 @@ from fixtures.model import small_model
 
 from mistral_eqx.config import MistralConfig
 from mistral_eqx.generation import Sampler
+from mistral_eqx.generation.flat import Flat
 from mistral_eqx.generation.loop import Decoding, decode
 from mistral_eqx.generation.reading import read_chunk
 from mistral_eqx.nn import Cache
@@ -45,7 +46,7 @@ def _compiled_loop(dtype, batch, config=CONFIG, cache_dtype=None):
     none = jnp.zeros(batch, jnp.int32)
     decoding = Decoding.init(none, jnp.zeros(batch, bool), jr.split(jr.key(0), batch), KV_SEQ)
     model = small_model(config=config, dtype=dtype)
-    kept = (model, decoding, Sampler(), jnp.zeros(2, jnp.int32), jnp.zeros((), jnp.int32))
+    kept = (Flat(model), decoding, Sampler(), jnp.zeros(2, jnp.int32), jnp.zeros((), jnp.int32))
     return decode.lower(kept, cache).compile().compiled, _nbytes(cache.layers)
 
 

@@ -14,6 +14,7 @@ from fixtures.sharding import MESHES, exchanges, free_strategy
 from hypothesis import given, settings, strategies as st
 
 import mistral_eqx as mx
+from mistral_eqx.generation.flat import Flat
 from mistral_eqx.generation.loop import Decoding, decode
 from mistral_eqx.generation.reading import read_chunk
 from mistral_eqx.nn import Cache
@@ -79,7 +80,7 @@ def _prefill(model, batch, seq, kv_seq, cache_dtype=None):
 def _step(model, batch, kv_seq, sampler, cache_dtype=None):
     none = jnp.zeros(batch, jnp.int32)
     decoding = Decoding.init(none, none > 0, jr.split(jr.key(0), batch), 8)
-    kept = (model, decoding, sampler, jnp.zeros(2, jnp.int32), jnp.zeros((), jnp.int32))
+    kept = (Flat(model), decoding, sampler, jnp.zeros(2, jnp.int32), jnp.zeros((), jnp.int32))
     return exchanges(decode.lower(kept, Cache.init(model.config, batch, kv_seq, model.dtype, cache_dtype)))
 
 

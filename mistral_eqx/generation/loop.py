@@ -14,6 +14,7 @@ from ..nn import Cache, Mistral
 from ..parallel import Strategy, specs, spmd
 from .caches import repeated
 from .finite import lost, marked, proceeds
+from .flat import Flat
 from .log_probs import LogProbs
 from .sampler import Sampler
 
@@ -155,7 +156,7 @@ def first_tokens(
 
 @eqx.filter_jit(donate="all-except-first")
 def decode(
-    kept: tuple[Mistral, Decoding, Sampler, Int[Array | np.ndarray, " ends"], Int[Array | np.ndarray, ""]], cache: Cache
+    kept: tuple[Flat, Decoding, Sampler, Int[Array | np.ndarray, " ends"], Int[Array | np.ndarray, ""]], cache: Cache
 ) -> tuple[Decoding, Cache]:
     """Decodes in one loop until there are `until` tokens or all rows have ended.
 
@@ -166,7 +167,8 @@ def decode(
 
     **Returns:** the state and the cache after the last token.
     """
-    model, decoding, sampler, ends, until = kept
+    flat, decoding, sampler, ends, until = kept
+    model: Mistral = flat.tree
     strategy = model.strategy
 
     def loop(

@@ -1,6 +1,7 @@
 """A checked call: everything that a decoding step needs besides its state."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from ..nn import Cache, Mistral
 from ..parallel import gather_to_host, put_on_mesh, specs
 from .caches import capacity, empty_cache, first_room, grow, holds, parts, slots
 from .finite import not_finite
+from .flat import Flat
 from .loop import Decoding, decode, first_tokens, grow_state
 from .prefix import Prefix, checked_prefix
 from .processors import MinNewTokens
@@ -134,6 +136,10 @@ class Request:
             cache_dtype=cache_dtype,
         )
 
+    @functools.cached_property
+    def _flat(self) -> Flat:
+        return Flat(self.model)
+
     def start(self, rows: list[list[int]], *, forgets: bool = True) -> tuple[Decoding, Cache]:
         """Prefills a new cache with room for new tokens, and decodes the first token.
 
@@ -195,7 +201,7 @@ class Request:
                 decoding = grow_state(self.model, decoding, cache.kv_seq)
             # The last token is not in the cache yet, so each slot gives one more.
             target = np.asarray(min(until, step + room - used), np.int32)
-            decoding, cache = decode((self.model, decoding, self.sampler, self.ends, target), cache)
+            decoding, cache = decode((self._flat, decoding, self.sampler, self.ends, target), cache)
             self._check(decoding)
         return decoding, cache
 

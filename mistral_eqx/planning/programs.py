@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from ..checks import CacheDType
 from ..config import MistralConfig
 from ..generation import Sampler, caches
+from ..generation.flat import Flat
 from ..generation.loop import Decoding, decode
 from ..generation.reading import CHUNK, prompt_width, read_chunk
 from ..nn import Cache, Mistral
@@ -158,7 +159,7 @@ def _generation(job: Job, mesh: Mesh, platform: str) -> Iterator[Uncompiled]:
         runs=1,
         tokens=1,
         function=_without_jit(decode),
-        kept=(model, sharded(eqx.filter_eval_shape(state)), Sampler(), array("ends", 1), array("")),
+        kept=(Flat(model), sharded(eqx.filter_eval_shape(state)), Sampler(), array("ends", 1), array("")),
         given=large,
         donates=True,
         loops=True,
