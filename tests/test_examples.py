@@ -152,8 +152,8 @@ def test_tools_are_called_and_answered(tiny, monkeypatch, capsys):
     assert '<tools>[{"type": "function", "function": {"name": "multiply"' in asked[0]
     turns = (
         "<|im_start|>user\nAnd 31 times 29?<|im_end|>\n<|im_start|>assistant\n"
-        '<tool_call>{"name": "multiply", "arguments": {"a": 31}}</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>{"error": "There is only multiply(a, b)."}'
-        "</tool_response><|im_end|>\n<|im_start|>assistant\n"
+        '<tool_call>{"name": "multiply", "arguments": {"a": 31}}</tool_call><|im_end|>\n<|im_start|>user\n'
+        '<tool_response>{"error": "There is only multiply(a, b)."}</tool_response><|im_end|>\n<|im_start|>assistant\n'
     )
     assert asked[-1].endswith(turns)
 
