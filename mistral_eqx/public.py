@@ -72,9 +72,13 @@ from .quant import (
 )
 from .text import (
     Detokenizer as Detokenizer,
+    Reply as Reply,
+    ReplyParser as ReplyParser,
     StopText as StopText,
+    ToolCall as ToolCall,
     encode_chat as encode_chat,
     load_tokenizer as load_tokenizer,
+    parse_reply as parse_reply,
     render_chat as render_chat,
 )
 from .train import Trainer as Trainer

@@ -8,6 +8,7 @@ import pytest
 from fixtures.cli import assert_refused, run, save_tiny_model
 
 import mistral_eqx as mx
+from mistral_eqx.cli.replies import ShownReply
 from mistral_eqx.generation import Conversation
 from mistral_eqx.text import encode_chat
 
@@ -98,6 +99,39 @@ def test_ctrl_c_ends_a_piped_conversation(tiny, monkeypatch):
     result = run("chat", "--model", tiny, input="Hello\nAgain\n")
     assert result.exit_code == 130
     assert result.stdout == mx.load_tokenizer(tiny).decode([10]) + "\n"
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_reasoning_and_calls_are_shown(capsys, monkeypatch, on_terminal):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: on_terminal)
+    shown = ShownReply()
+    call = mx.ToolCall("add", {"a": 1, "b": "é"}, "1")
+    for part in (
+        mx.Reply("", "so "),
+        mx.Reply("", "it is"),
+        mx.Reply("yes"),
+        mx.Reply("!"),
+        mx.Reply("", "", (call, call)),
+    ):
+        shown.add(part)
+    shown.end()
+    dim, plain = ("\033[2m", "\033[22m") if on_terminal else ("", "")
+    assert capsys.readouterr().out == f'{dim}so it is{plain}\nyes!\nadd(a=1, b="é")\nadd(a=1, b="é")\n'
+
+
+def test_a_reply_with_reasoning_is_kept_for_the_next_turn(tiny, monkeypatch):
+    said = '<think>\nhm\n</think>\n\nyes\n<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    tokenizer, asked = mx.load_tokenizer(tiny), []
+
+    def reply(conversation, ids, **options):
+        asked.append(tokenizer.decode(ids, skip_special=False))
+        yield from tokenizer.encode(said, add_bos=False)
+        yield tokenizer.control_tokens["<|im_end|>"]
+
+    monkeypatch.setattr(Conversation, "reply", reply)
+    result = run("chat", "--model", tiny, input="Hello\nAgain\n")
+    assert result.stdout == 2 * "hm\nyes\nf(a=1)\n", result.stderr
+    assert asked[1] == asked[0] + "yes\nf(a=1)<|im_end|>\n<|im_start|>user\nAgain<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.slow

@@ -132,6 +132,40 @@ def test_chat_remembers(run, tiny):
 
 
 @pytest.mark.slow
+def test_tools_are_called_and_answered(tiny, monkeypatch, capsys):
+    """A model that writes the right calls: the random one's would be no JSON."""
+    said = iter([' 123, "b": 457}}</tool_call>', "It is 56211.", " 31}}</tool_call>", "I need two numbers."])
+    tokenizer, asked = mx.load_tokenizer(tiny), []
+
+    def reply(conversation, ids, **options):
+        asked.append(tokenizer.decode(ids, skip_special=False))
+        return iter([*tokenizer.encode(next(said), add_bos=False), tokenizer.control_tokens["<|im_end|>"]])
+
+    monkeypatch.setattr(mx.Conversation, "reply", reply)
+    example = runpy.run_path(str(ROOT / "examples/tools.py"))
+    example["main"](str(tiny))
+    assert capsys.readouterr().out == (
+        '> What is 123 times 457?\nmultiply({"a": 123, "b": 457}) gives {"result": 56211}\nIt is 56211.\n'
+        '> And 31 times 29?\nmultiply({"a": 31}) gives {"error": "There is only multiply(a, b)."}\n'
+        "I need two numbers.\n"
+    )
+    assert '<tools>[{"type": "function", "function": {"name": "multiply"' in asked[0]
+    turns = (
+        "<|im_start|>user\nAnd 31 times 29?<|im_end|>\n<|im_start|>assistant\n"
+        '<tool_call>{"name": "multiply", "arguments": {"a": 31}}</tool_call><|im_end|>\n<|im_start|>user\n'
+        '<tool_response>{"error": "There is only multiply(a, b)."}</tool_response><|im_end|>\n<|im_start|>assistant\n'
+    )
+    assert asked[-1].endswith(turns)
+
+
+@pytest.mark.slow
+def test_tools_bear_a_model_that_writes_no_call(run):
+    lines = run("tools.py").splitlines()
+    assert lines[0] == "> What is 123 times 457?"
+    assert lines[1].startswith('<tool_call>{"name": "multiply", "arguments": {"a":')
+
+
+@pytest.mark.slow
 def test_tensor_parallel_says_the_same_on_all_meshes(run):
     alone, *others = run("tensor_parallel.py", 2).splitlines()
     assert [line.split()[0] for line in others] == [

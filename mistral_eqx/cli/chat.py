@@ -53,6 +53,7 @@ def chat(
     from .devices import Devices
     from .loading import load, locate
     from .progress import waiting
+    from .replies import ShownReply, as_message
     from .report import Stopwatch
 
     sampler, stops = sampling.sampler(), checked_stops(stop or ())
@@ -98,7 +99,8 @@ def chat(
             processes.say(f"{full}; /reset starts anew.")
             continue
         stopwatch, reply, interrupted = Stopwatch(), [], False
-        said = mx.StopText(tokenizer, stops, after=ids)
+        said = mx.StopText(tokenizer, stops, skip_special=False, after=ids)
+        parser, shown = mx.ReplyParser(tokenizer, after=ids), ShownReply()
         reply_to = functools.partial(
             conversation.reply,
             ids,
@@ -115,8 +117,8 @@ def chat(
                 for token in tokens:
                     read()
                     stopwatch.tick()
-                    reply.append(said.push(token))
-                    _write(reply[-1])
+                    reply.append(parser.push(said.push(token)))
+                    shown.add(reply[-1])
         except KeyboardInterrupt:
             # The other processes do not know of the signal, and continue.
             if processes.several():
@@ -126,14 +128,15 @@ def chat(
                 # The model can read the next turn when this token is done.
                 tokens.stop()
                 interrupts.forgive()
-        reply.append(said.flush())
-        _write(reply[-1] + "\n")
+        reply += [parser.push(said.flush()), parser.flush()]
+        shown.add(mx.Reply.join(reply[-2:]))
+        shown.end()
         if interactive:
             if not quiet:
                 processes.say(", ".join(f"{name} {value}" for name, value in stopwatch.metrics()))
         elif interrupted:
             raise KeyboardInterrupt
-        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(reply)}]
+        messages += [{"role": "user", "content": text}, as_message(tokenizer, mx.Reply.join(reply))]
         turn += 1
 
 
@@ -177,9 +180,3 @@ def _asked() -> Iterator[str]:
         except KeyboardInterrupt:
             typer.echo(err=True)
             raise
-
-
-def _write(text: str):
-    if text:
-        sys.stdout.write(text)
-        sys.stdout.flush()

@@ -8,11 +8,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypeVar, overload
 
-from ..documents import DEEPEST, depth, shown
+from ..documents import shown
 from ..errors import InputError
 from .instruct import encode_instruct
+from .json_types import to_json_types
 from .templates import render
 from .tokenizer import AbstractTokenizer
+from .tools import Tools, checked_tools
 
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
@@ -24,29 +26,43 @@ Rendered = TypeVar("Rendered", str, list[int])
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-def render_chat(tokenizer: AbstractTokenizer, messages: Messages, *, add_generation_prompt: bool = True) -> str:
+def render_chat(
+    tokenizer: AbstractTokenizer,
+    messages: Messages,
+    *,
+    tools: Tools | None = None,
+    reasoning_effort: str | None = None,
+    add_generation_prompt: bool = True,
+) -> str:
     """Renders a conversation as text with the tokenizer's chat template.
 
     A template comes with a checkpoint and is not trusted: it runs in a sandbox with limits of time and memory. It gets
-    the same variables as in transformers: `messages`, `add_generation_prompt`, `bos_token` and the other tokens that
-    the tokenizer's files name.
+    the same variables as in transformers: `messages`, `tools`, `add_generation_prompt`, `bos_token` and the other
+    tokens that the tokenizer's files name.
 
     **Arguments:**
 
     - `tokenizer`: the tokenizer with the chat template.
-    - `messages`: in order, each a dict with `"role"` (`"system"`, `"user"` or `"assistant"`) and `"content"`. A key
+    - `messages`: in order, each a dict with `"role"` (`"system"`, `"user"`, `"assistant"` or `"tool"`) and
+        `"content"`. An assistant's message may have `"tool_calls"` and `"reasoning_content"`, as from
+        [`mistral_eqx.Reply.message`][]; a tool's message has the `"tool_call_id"` of the call that it answers. A key
         with the value `None` is treated as absent.
+    - `tools`: the tools that the model may call, each a dict `{"type": "function", "function": {"name": ...,
+        "description": ..., "parameters": ...}}`, where `parameters` is a JSON schema of an object.
+    - `reasoning_effort`: how much the model reasons, such as `"low"`, if the template has this variable.
     - `add_generation_prompt`: whether to end the text with the header of the assistant's next answer.
 
     **Returns:** the text, with the names of control tokens.
 
     **Raises:** `InputError` if the tokenizer has no template, the template is invalid or forbidden, or the template
-    refuses the messages.
+    refuses the messages; also if a tool has another form, or the template has no use for `tools` or `reasoning_effort`.
     """
     if tokenizer.chat_template is None:
         remedy = "encode_chat gives the ids directly" if tokenizer.release_file else _REMEDY
         raise InputError(f"{tokenizer.name} has no chat template; {remedy}.")
-    return _render(tokenizer, _to_json_types(messages), add_generation_prompt)
+    given = _given(messages, tools, reasoning_effort)
+    _check_used(tokenizer, given)
+    return _render(tokenizer, given, add_generation_prompt)
 
 
 @overload
@@ -54,6 +70,8 @@ def encode_chat(
     tokenizer: AbstractTokenizer,
     messages: Messages,
     *,
+    tools: Tools | None = None,
+    reasoning_effort: str | None = None,
     add_generation_prompt: bool = True,
     assistant_mask: Literal[False] = False,
 ) -> list[int]: ...
@@ -64,6 +82,8 @@ def encode_chat(
     tokenizer: AbstractTokenizer,
     messages: Messages,
     *,
+    tools: Tools | None = None,
+    reasoning_effort: str | None = None,
     add_generation_prompt: bool = True,
     assistant_mask: Literal[True],
 ) -> tuple[list[int], list[bool]]: ...
@@ -73,13 +93,15 @@ def encode_chat(
     tokenizer: AbstractTokenizer,
     messages: Messages,
     *,
+    tools: Tools | None = None,
+    reasoning_effort: str | None = None,
     add_generation_prompt: bool = True,
     assistant_mask: bool = False,
 ) -> list[int] | tuple[list[int], list[bool]]:
     """Encodes a conversation as token ids.
 
-    Only the template can produce control tokens: the name of one in a message, such as `<|im_end|>`, is encoded as
-    plain text. Mistral's release files have no template; mistral-common encodes their format.
+    Only the template can produce control tokens: the name of one in a message or a tool, such as `<|im_end|>`, is
+    encoded as plain text. Mistral's release files have no template; mistral-common encodes their format.
 
     **Arguments:** as of [`mistral_eqx.text.render_chat`][], and
 
@@ -91,19 +113,21 @@ def encode_chat(
     **Returns:** the ids. They start with the beginning-of-sequence token only if the template writes it. With
     `assistant_mask`, the ids and a list of booleans of the same length.
 
-    **Raises:** `InputError` as from `render_chat`, but not for Mistral's release files; with `assistant_mask` also if
-    the assistant has no tokens, or if the template changes earlier messages when later ones follow.
+    **Raises:** `InputError` as from `render_chat`, for Mistral's release files if their version has no such message,
+    tool or setting; with `assistant_mask` also if the assistant has no tokens, or if the template changes earlier
+    messages when later ones follow.
     """
-    messages = _to_json_types(messages)
+    given = _given(messages, tools, reasoning_effort)
     if tokenizer.chat_template is None:
-        return _encode_release(tokenizer, messages, assistant_mask)
-    chat = _render_segments(tokenizer, messages, add_generation_prompt)
+        return _encode_release(tokenizer, given, assistant_mask)
+    _check_used(tokenizer, given)
+    chat = _render_segments(tokenizer, given, add_generation_prompt)
     if not assistant_mask:
         return tokenizer.encode_segments(chat.contents)
     if _has_generation(tokenizer):
         ids, mask = _mask_overlap(tokenizer, chat)
     else:
-        turns = _turns(messages, chat.text, lambda some, prompt: _render_segments(tokenizer, some, prompt).text)
+        turns = _turns(given, chat.text, lambda some, prompt: _render_segments(tokenizer, some, prompt).text)
         ids, mask = _mask_spans(tokenizer, chat, turns)
     if not any(mask):
         raise InputError("The assistant's messages have no tokens, so there is nothing to learn; give an answer.")
@@ -113,29 +137,45 @@ def encode_chat(
 _REMEDY = "give a folder or .gguf of an instruction-tuned model, or add a chat_template.jinja to the tokenizer's folder"
 
 
+def _given(messages: Messages, tools: Tools | None, reasoning_effort: str | None) -> dict[str, Any]:
+    """The variables of a template that come from the caller, in JSON types; no `reasoning_effort` if it is `None`."""
+    given = {"messages": _converted(messages), "tools": checked_tools(tools)}
+    return given if reasoning_effort is None else {**given, "reasoning_effort": reasoning_effort}
+
+
+def _check_used(tokenizer: AbstractTokenizer, given: dict[str, Any]):
+    """Refuses tools and settings that the template would silently ignore."""
+    remedies = {"tools": "describe them in a system message instead", "reasoning_effort": "leave it out"}
+    for name, remedy in remedies.items():
+        if given.get(name) and name not in (tokenizer.chat_template or ""):
+            raise InputError(f"The chat template of {tokenizer.name} has no use for {name}; {remedy}.", key=name)
+
+
 def _encode_release(
-    tokenizer: AbstractTokenizer, messages: list[dict[str, Any]], assistant_mask: bool
+    tokenizer: AbstractTokenizer, given: dict[str, Any], assistant_mask: bool
 ) -> list[int] | tuple[list[int], list[bool]]:
     file = tokenizer.release_file
     if file is None:
         raise InputError(f"{tokenizer.name} has no chat template; {_REMEDY}.")
-    ids = encode_instruct(file, messages)
+    ids = encode_instruct(file, **given)
     if not assistant_mask:
         return ids
-    turns = _turns(messages, ids, lambda some, prompt: encode_instruct(file, some))
+    turns = _turns(given, ids, lambda some, prompt: encode_instruct(file, **some))
     return ids, [any(start <= at < stop for start, stop in turns) for at in range(len(ids))]
 
 
 def _turns(
-    messages: list[dict[str, Any]], whole: Rendered, render_some: Callable[[list[dict[str, Any]], bool], Rendered]
+    given: dict[str, Any], whole: Rendered, render_some: Callable[[dict[str, Any], bool], Rendered]
 ) -> list[tuple[int, int]]:
     """The span of each of the assistant's messages in the rendered conversation: what it adds to its prompt."""
+    messages = given["messages"]
     numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant" and number > 0]
     if not numbers:
         raise InputError("No message after the first is the assistant's, so there is nothing to learn; give an answer.")
     turns: list[tuple[int, int]] = []
     for number in numbers:
-        before, after = render_some(messages[:number], True), render_some(messages[: number + 1], False)
+        before = render_some({**given, "messages": messages[:number]}, True)
+        after = render_some({**given, "messages": messages[: number + 1]}, False)
         if after[: len(before)] != before or whole[: len(after)] != after:
             raise InputError(
                 f"The chat template changes the messages up to message {number} when later messages follow, so the "
@@ -250,21 +290,20 @@ class _Name:
     of_message: bool
 
 
-def _render_segments(
-    tokenizer: AbstractTokenizer, messages: list[dict[str, Any]], add_generation_prompt: bool
-) -> _Chat:
-    """Renders the messages, and distinguishes the template's control tokens from their names in messages.
+def _render_segments(tokenizer: AbstractTokenizer, given: dict[str, Any], add_generation_prompt: bool) -> _Chat:
+    """Renders a conversation, and distinguishes the template's control tokens from their names in messages and tools.
 
     For this, the template renders the messages a second time, with marks around the names of control tokens. Marks can
     change the result of stripping or searching in the template. So the text is taken from the first rendering, and
     only the origin of each name from the second, unless the names in both cannot be matched.
     """
-    begin, end, left, right = _unused_characters(messages, tokenizer.chat_template or "", 4)
+    begin, end, left, right = _unused_characters(given, tokenizer.chat_template or "", 4)
     generation = {"generation_start": begin, "generation_end": end} if _has_generation(tokenizer) else {}
-    text, marks = _remove_marks(_render(tokenizer, messages, add_generation_prompt, generation), begin + end)
+    text, marks = _remove_marks(_render(tokenizer, given, add_generation_prompt, generation), begin + end)
     names = list(_names(tokenizer, text, 0, len(text)))
-    marked = _marked(messages, _marker(tuple(tokenizer.control_tokens)), left, right)
-    if marked != messages:
+    mark = _marker(tuple(tokenizer.control_tokens))
+    marked = {name: _marked(value, mark, left, right) for name, value in given.items()}
+    if marked != given:
         raw = _render(tokenizer, marked, add_generation_prompt, generation)
         other_text, other_marks = _remove_marks(raw, begin + end + left + right)
         found = _names_between(tokenizer, other_text, other_marks, left, right)
@@ -370,8 +409,8 @@ def _marked(value: Any, mark: Callable[[str, str, str], str], left: str, right: 
     return mark(value, left, right) if isinstance(value, str) else value
 
 
-def _to_json_types(messages: Messages) -> list[dict[str, Any]]:
-    """Converts messages to JSON types, so that a template cannot call methods of a user's object.
+def _converted(messages: Messages) -> list[dict[str, Any]]:
+    """Converts messages to JSON types.
 
     As in transformers, keys with the value null are dropped, and reasoning is given under each of its usual keys.
     """
@@ -381,13 +420,7 @@ def _to_json_types(messages: Messages) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InputError(f"Each message must be a dict with 'role' and 'content', not {shown(message)}.")
     given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    try:
-        converted = json.loads(json.dumps(given))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"The messages must consist of text, numbers, lists and dicts: {error}.") from error
-    if depth(converted) > DEEPEST:
-        raise InputError(f"The messages nest deeper than {DEEPEST} levels; give messages with less nesting.")
-    return [_with_reasoning(message) for message in converted]
+    return [_with_reasoning(message) for message in to_json_types(given, "The messages")]
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
@@ -395,9 +428,9 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-def _unused_characters(messages: list[dict[str, Any]], template: str, count: int) -> list[str]:
-    """Private-use characters that occur neither in the messages nor in the template."""
-    used = json.dumps(messages, ensure_ascii=False) + template
+def _unused_characters(given: dict[str, Any], template: str, count: int) -> list[str]:
+    """Private-use characters that occur neither in the messages and tools nor in the template."""
+    used = json.dumps(given, ensure_ascii=False) + template
     codes = itertools.chain(range(0xE000, 0xF8FF), range(0xF0000, 0xFFFFE))
     free = (mark for mark in map(chr, codes) if mark not in used and _escaped(mark) not in used)
     found = list(itertools.islice(free, count))
@@ -412,18 +445,17 @@ def _escaped(character: str) -> str:
 
 def _render(
     tokenizer: AbstractTokenizer,
-    messages: list[dict[str, Any]],
+    given: Mapping[str, Any],
     add_generation_prompt: bool,
     variables: Mapping[str, str] | None = None,
 ) -> str:
     return render(
         tokenizer.chat_template or "",
         {
-            "messages": messages,
             "add_generation_prompt": add_generation_prompt,
-            "tools": None,
             "documents": None,
             **tokenizer.template_tokens,
+            **given,
             **(variables or {}),
         },
         f"The chat template of {tokenizer.name}",

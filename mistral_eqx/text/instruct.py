@@ -8,7 +8,12 @@ from typing import Any
 from ..errors import InputError
 
 
-def encode_instruct(release_file: Path, messages: list[dict[str, Any]]) -> list[int]:
+def encode_instruct(
+    release_file: Path,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+    reasoning_effort: str | None = None,
+) -> list[int]:
     """Encodes a conversation as token ids.
 
     **Arguments:**
@@ -16,6 +21,8 @@ def encode_instruct(release_file: Path, messages: list[dict[str, Any]]) -> list[
     - `release_file`: a `tekken.json` or `tokenizer.model.v1`, `.v2`, ...
     - `messages`: each with `"role"` and `"content"`. After a last message of the assistant, the ids end with the
         end-of-sequence token; otherwise they are the prompt of the assistant's answer.
+    - `tools`: the tools that the model may call, as from `checked_tools`.
+    - `reasoning_effort`: a setting of version 15.
 
     **Returns:** the ids. The content of a message cannot become a control token.
 
@@ -29,20 +36,44 @@ def encode_instruct(release_file: Path, messages: list[dict[str, Any]]) -> list[
         )
     from mistral_common.exceptions import MistralCommonException
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.tokens.tokenizers.base import TokenizerVersion
     from pydantic import ValidationError
 
     closed = messages[-1]["role"] == "assistant"
+    tokenizer = _tokenizer(release_file, release_file.stat().st_mtime_ns, closed)
+    if tools and tokenizer.instruct_tokenizer.tokenizer.version == TokenizerVersion.v1:
+        raise InputError(f"{release_file} has version 1 of Mistral's format, which has no tools; leave out tools.")
+    given = {
+        "messages": [_with_thoughts(message) for message in messages],
+        "tools": [_with_all_keys(tool) for tool in tools or []],
+        "reasoning_effort": reasoning_effort,
+    }
     try:
-        request = ChatCompletionRequest.model_validate({"messages": messages})
-        return list(
-            _tokenizer(release_file, release_file.stat().st_mtime_ns, closed).encode_chat_completion(request).tokens
-        )
+        return list(tokenizer.encode_chat_completion(ChatCompletionRequest.model_validate(given)).tokens)
     except ValidationError as error:
         wrong = error.errors()[0]
         location = ".".join(map(str, wrong["loc"]))
         raise InputError(f"Mistral's format refuses the conversation at {location}: {wrong['msg']}.") from error
-    except MistralCommonException as error:
-        raise InputError(f"Mistral's format refuses the conversation: {error}.") from error
+    # Some versions only assert what they cannot write, such as reasoning without tokens for it.
+    except (MistralCommonException, ValueError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"Mistral's format refuses the conversation: {reason}.") from error
+
+
+def _with_thoughts(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its reasoning as mistral-common takes it: a chunk of the content."""
+    if "reasoning_content" not in message:
+        return message
+    reasoning, content = message["reasoning_content"], message.get("content")
+    text = [{"type": "text", "text": content}] if isinstance(content, str) and content else content or []
+    rest = {key: value for key, value in message.items() if key not in ("reasoning_content", "thinking", "reasoning")}
+    return {**rest, "content": [{"type": "thinking", "thinking": reasoning}, *text]}
+
+
+def _with_all_keys(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool with the keys that mistral-common writes even if a user leaves them out."""
+    given = {key: value for key, value in tool["function"].items() if value is not None}
+    return {**tool, "function": {"description": "", "parameters": {}, **given}}
 
 
 @functools.lru_cache(maxsize=2)

@@ -17,7 +17,7 @@ class StopText:
     """Turns tokens into text one by one, until a stop string is complete.
 
     The text ends before the stop string. Text that may be the beginning of a stop string is held back until that is
-    known. Control tokens are not part of the text, but a stop string may contain the name of one.
+    known. By default control tokens are not part of the text, but a stop string may contain the name of one.
 
     ```python
     text = StopText(tokenizer, ["\\n\\n"], after=ids)
@@ -33,11 +33,13 @@ class StopText:
 
     stopped: str | None
 
-    def __init__(self, tokenizer: Tokens, stop: str | Sequence[str], *, after: Ids = ()):
+    def __init__(self, tokenizer: Tokens, stop: str | Sequence[str], *, skip_special: bool = True, after: Ids = ()):
         """**Arguments:**
 
         - `tokenizer`: the tokenizer of the tokens.
         - `stop`: one string or several.
+        - `skip_special`: whether to omit control tokens; otherwise their names appear in the text, such as for a
+            [`mistral_eqx.ReplyParser`][].
         - `after`: the ids before the tokens, as for [`mistral_eqx.Detokenizer`][].
 
         **Raises:** `ValueError` if a stop string is empty.
@@ -45,6 +47,7 @@ class StopText:
         self.stopped = None
         self._stops = checked_stops(stop)
         self._tokenizer = tokenizer
+        self._skip_special = skip_special
         self._detokenizer = Detokenizer(tokenizer, after=after)
         self._held = ""  # text that is held back, with the names of control tokens
         self._text: list[int] = []  # positions in `_held` of the characters that are not in a name
@@ -60,7 +63,7 @@ class StopText:
             return ""
         text = self._detokenizer.push(id)
         if (id := operator.index(id)) in self._tokenizer.special_ids:
-            return self._add(self._tokenizer.token_name(id), is_text=False)
+            return self._add(self._tokenizer.token_name(id), is_text=not self._skip_special)
         return self._add(text)
 
     def flush(self) -> str:
