@@ -163,8 +163,14 @@ def test_published_parameter_counts():
         "mathstral-7b": 7_248_023_552,
         "nemo-12b": 12_247_782_400,
         "small-3-24b": 23_572_403_200,
+        "small-3.1-24b": 23_572_403_200,
         "large-2-123b": 122_610_069_504,
         "ministral-8b": 8_019_808_256,
+        # Published as 3.4, 8.4 and 13.5 billions without the vision encoder.
+        "ministral-3-3b": 3_429_006_336,
+        "ministral-3-8b": 8_489_553_920,
+        "ministral-3-14b": 13_506_073_600,
+        "devstral-2-123b": 125_025_988_608,
     }
 
 
@@ -222,7 +228,9 @@ def test_windows_that_alternate():
     ("change", "sentence"),
     [
         ({"model_type": "mixtral"}, r"model_type 'mixtral', which is not supported"),
-        ({"model_type": None}, r"model_type None, which is not supported"),
+        ({"model_type": None}, r"model_type None, which is not supported; the supported ones are"),
+        ({"model_type": "mamba2"}, r"'mamba2', which is not supported because it has a state in place of attention;"),
+        ({"model_type": "mistral_large4"}, r"'mistral_large4', which is not supported because of its sparse latent"),
         ({"architectures": ["MixtralForCausalLM"]}, r"names the architecture 'MixtralForCausalLM'"),
         ({"hidden_act": "gelu"}, r"has hidden_act 'gelu', which is not supported; supported is 'silu' and 'swish'"),
         ({"attention_bias": True}, r"sets attention_bias to True, which this package does not compute"),
@@ -270,7 +278,7 @@ def test_hf_ignores_what_has_no_effect():
     [
         ({"moe": {"num_experts": 8, "num_experts_per_tok": 2}}, r"sets moe to"),
         ({"lora": {"rank": 64}}, r"sets lora to"),
-        ({"vision_encoder": {"hidden_size": 1024}}, r"sets vision_encoder to"),
+        ({"vision_encoder": 1024}, r"vision_encoder of params\.json is 1024; it must be a table"),
         ({"quantization": {"qformat_weight": "fp8"}}, r"sets quantization to"),
         ({"use_biases": True}, r"sets use_biases to True"),
         ({"model_type": "mamba"}, r"has model_type 'mamba'"),

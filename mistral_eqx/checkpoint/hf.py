@@ -1,5 +1,6 @@
 """Hugging Face folders: `config.json`, and safetensors in one file or in several files with an index."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +14,13 @@ from ..errors import InputError
 from .files import merge_files, read_index, read_shards
 from .hf_rope import read_rope, write_rope
 from .mixed import keep_16_bits
+from .names import HEAD
 from .quantized import read_quantization
 from .reader import DTYPES, Checkpoint, LazyTensor, main_dtype
 from .safetensors import read_header
 from .settings import Settings, listed, per_head, per_kv
 from .weight_files import WeightFiles, read_consistent
+from .wrapped import WRAPPERS, is_wrapper, text_config, text_tensors, warn_of_skipped
 
 
 CONFIG = "config.json"
@@ -55,6 +58,11 @@ def open_hf(folder: Path, own: Sequence[WeightFiles], others: Sequence[WeightFil
             file=folder,
         )
     tensors = read_consistent(folder, config, [*own, *others])
+    if is_wrapper(metadata):
+        warn_of_skipped(folder)
+        # The text model's own key comes first. The wrapper's default is true, so that the files decide.
+        tied = HEAD.name("hf") not in tensors and metadata.get("tie_word_embeddings", True) is True
+        config = dataclasses.replace(config, tied=config.tied or tied)
     dtype = main_dtype(tensors)
     if dtype == DTYPES["float32"] and any(tensor.packed is not None for tensor in tensors.values()):
         keep_16_bits(tensors)
@@ -63,7 +71,8 @@ def open_hf(folder: Path, own: Sequence[WeightFiles], others: Sequence[WeightFil
 
 def find_weights(folder: Path) -> list[WeightFiles]:
     """The weights of a folder that have Hugging Face names: by an index, in a single file, or in loose shards."""
-    settings = read_json(folder / CONFIG).get("quantization_config") if (folder / CONFIG).exists() else None
+    content = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    settings = text_config(content, file=folder / CONFIG).get("quantization_config")
     found: list[WeightFiles] = []
     placed: set[str] = set()
 
@@ -71,11 +80,11 @@ def find_weights(folder: Path) -> list[WeightFiles]:
         read: Callable[..., dict[str, LazyTensor]], source: Any
     ) -> Callable[[MistralConfig], dict[str, LazyTensor]]:
         def tensors(_: MistralConfig) -> dict[str, LazyTensor]:
-            if (quantization := read_quantization(settings, file=folder / CONFIG)) is None:
-                return read(source)
-            tensors = read(source, packed=True)
+            quantization = read_quantization(settings, file=folder / CONFIG)
+            tensors = read(source, packed=quantization is not None)
             try:
-                return quantization.combined(tensors)
+                tensors = text_tensors(tensors, "hf") if is_wrapper(content) else tensors
+                return tensors if quantization is None else quantization.combined(tensors)
             except InputError as error:
                 raise InputError(f"{str(folder)!r} cannot be read: {error}", file=folder, key=error.key) from error
 
@@ -138,6 +147,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _DEFAULTS["ministral"] = _DEFAULTS["mistral"]
 
+# Why other types of the family are refused.
+_REASONS = {
+    "mistral4": " because of its latent attention",
+    "mistral_large4": " because of its sparse latent attention",
+    "mamba2": " because it has a state in place of attention",
+}
+
 # Keys that do not change the logits of a forward pass: bookkeeping, training, sampling, outputs.
 _WITHOUT_EFFECT = frozenset(
     """
@@ -155,7 +171,8 @@ _WITHOUT_EFFECT = frozenset(
 
 
 def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | None = None) -> MistralConfig:
-    """Reads a Hugging Face `config.json` of model type `mistral`, `ministral`, `ministral3` or `llama`.
+    """Reads a Hugging Face `config.json` of model type `mistral`, `ministral`, `ministral3` or `llama`, or of the
+    wrapping types `mistral3` and `voxtral` with such a `text_config`.
 
     A missing key gets the default of that model type in transformers. For example, a `mistral` config without the key
     `sliding_window` has a window of 4096, and a config with `"sliding_window": null` has no window.
@@ -170,13 +187,13 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
     **Raises:** `ValueError` that names the key, if a key is missing, has an invalid value, contradicts another key, or
     requires a computation that this package does not support.
     """
-    document = Settings(settings, "config.json", file)
+    document = Settings(text_config(settings, file=file), "config.json", file)
     model_type = document.take("model_type", str | None, None)
     if model_type not in _DEFAULTS:
         raise document.wrong(
             "model_type",
-            f"{document.name} has model_type {shown(model_type)}, which is not supported; the supported ones are "
-            f"{listed(_DEFAULTS)}.",
+            f"{document.name} has model_type {shown(model_type)}, which is not supported"
+            f"{_REASONS.get(model_type or '', '')}; the supported ones are {listed([*_DEFAULTS, *WRAPPERS])}.",
         )
     for architecture in document.take("architectures", list[str] | None, None) or ():
         if architecture not in _ARCHITECTURES:

@@ -1,8 +1,9 @@
 """Mistral release folders: `params.json`, and `consolidated` weights as safetensors or pickled by torch."""
 
+import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .pth import read_pickles
 from .reader import Checkpoint, LazyTensor, main_dtype
 from .settings import Settings, consistent_value, per_kv
 from .weight_files import WeightFiles, read_consistent
+from .wrapped import text_tensors, warn_of_skipped
 
 
 CONFIG = "params.json"
@@ -49,6 +51,8 @@ def open_mistral(folder: Path, own: Sequence[WeightFiles], others: Sequence[Weig
             file=folder,
         )
     tensors = read_consistent(folder, config, [*own, *others])
+    if metadata.get("vision_encoder"):
+        warn_of_skipped(folder)
     return Checkpoint(folder, "mistral", config, main_dtype(tensors), tensors, metadata)
 
 
@@ -67,7 +71,15 @@ def find_weights(folder: Path) -> list[WeightFiles]:
     pickles = sorted(folder.glob("consolidated*.pth"))
     if pickles:
         found.append(WeightFiles(pickles[0].name, "mistral", lambda config: _read_pickles(folder, pickles, config)))
+    if (folder / CONFIG).exists() and read_json(folder / CONFIG).get("vision_encoder"):
+        return [dataclasses.replace(files, read=_text_of(files.read)) for files in found]
     return found
+
+
+def _text_of(
+    read: Callable[[MistralConfig], Mapping[str, LazyTensor]],
+) -> Callable[[MistralConfig], Mapping[str, LazyTensor]]:
+    return lambda config: text_tensors(read(config), "mistral")
 
 
 def _read_shards_without_index(folder: Path, files: list[Path]) -> dict[str, LazyTensor]:
@@ -120,6 +132,7 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
     document.expect("model_type", ("transformer", None), None)
     document.expect("activation", ("silu", None), None)
     document.expect("causal", (True, None), None)
+    document.take("vision_encoder", dict[str, Any] | None, None)
     layers = document.take("n_layers", Layers)
     heads = document.take("n_heads", Size)
     kv_heads = document.take("n_kv_heads", Size)
