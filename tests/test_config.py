@@ -215,6 +215,7 @@ def test_windows_that_alternate():
     for key in ("sliding_window", "_sliding_window"):
         params = {**PARAMS_7B, "n_layers": 8, "sliding_window": None, key: [None, 9, 9, 9]}
         assert mistral.read_config(params).windows == (None, 9, 9, 9) * 2
+        assert mistral.read_config({**params, key: "4096"}).windows == (4096,) * 8
     with pytest.raises(ValueError, match=r"pattern of 3 layers, which does not divide the 8"):
         mistral.read_config({**PARAMS_7B, "n_layers": 8, "sliding_window": [None, 9, 9]})
     assert hf.read_config(hf.write_config(PRESETS["ministral-8b"])) == PRESETS["ministral-8b"]

@@ -263,7 +263,10 @@ def _written_scaling(config: MistralConfig) -> dict[str, Any]:
 def _windows(document: Settings, layers: int) -> tuple[int | None, ...]:
     spellings = {}
     for key in ("sliding_window", "_sliding_window"):
-        value = document.take(key, Count | list[Count | None] | None, None)
+        value = document.take(key, Any, None)
+        # Some releases have the number as text.
+        value = int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value) else value
+        value = document.checked(key, value, Count | list[Count | None] | None)
         spellings[key] = None if value is None else (value,) if isinstance(value, int) else tuple(value)
     pattern: Sequence[int | None] = consistent_value(spellings, document, (None,))
     if not pattern or layers % len(pattern):

@@ -37,7 +37,11 @@ class Settings:
                     key, f"{self.name} lacks the key {key}, without which the model cannot be built; add it."
                 )
             return default
-        return checked(self._settings[key], kind, f"The key {key} of {self.name}", file=self.file, key=key)
+        return self.checked(key, self._settings[key], kind)
+
+    def checked(self, key: str, value: Any, kind: Any) -> Any:
+        """A value of a key, checked against a type."""
+        return checked(value, kind, f"The key {key} of {self.name}", file=self.file, key=key)
 
     def ids(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
         """The value of a key that holds one token id or several."""
