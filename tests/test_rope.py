@@ -296,6 +296,10 @@ def test_gguf_of_llama_cpp():
     ("settings", "sentence"),
     [
         ({"rope_parameters": {**YARN, "factor": 0.5}}, r"rope_parameters\.factor of .* is 0\.5; it must be at least 1"),
+        (
+            {"rope_scaling": {**YARN, "factor": None, "original_max_position_embeddings": 10**6}},
+            r"cannot be used: The rope",
+        ),
         ({"rope_scaling": {"type": "linear"}}, r"lacks the key rope_scaling\.factor"),
         ({"rope_scaling": {**YARN, "factor": "big"}}, r"rope_scaling\.factor of .* is 'big'"),
         ({"rope_scaling": {**YARN, "beta_fast": -1.0}}, r"rope_scaling\.beta_fast of .* is -1\.0"),
@@ -340,6 +344,7 @@ def test_params_json_refuses_by_name(settings, sentence):
     ("settings", "sentence"),
     [
         ({"rope.scaling.type": "longrope"}, r"has mistral3\.rope\.scaling\.type 'longrope', which is not supported"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.attn_factor": 0.0}, r"rope\.scaling\.attn_factor of .* is 0\.0"),
         ({"rope.scaling.factor": -2.0}, r"mistral3\.rope\.scaling\.factor of .* is -2\.0"),
         ({"rope.scaling.yarn_ext_factor": 1.0}, r"sets mistral3\.rope\.scaling\.yarn_ext_factor to 1\.0"),
         ({"attention.temperature_scale": -0.1}, r"mistral3\.attention\.temperature_scale of .* is -0\.1"),

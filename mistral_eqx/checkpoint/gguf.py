@@ -372,6 +372,8 @@ def read_config(
     bos_id, *eos_ids = (document.take(key, CountOrZero | None, None) for key in ids.values())
     unknown_id = document.take("tokenizer.ggml.unknown_token_id", CountOrZero | None, None)
     eos_ids += [id for id in eos_ids_by_name(tokens, unknown_id) if id < vocab]
+    with document.naming():
+        rope = read_rope(document, arch, max_positions)
     config = document.make(
         vocab=vocab,
         embed=embed,
@@ -387,7 +389,7 @@ def read_config(
         tied=tied,
         bos_id=bos_id,
         eos_ids=tuple(dict.fromkeys(token for token in eos_ids if token is not None)),
-        **read_rope(document, arch, max_positions),
+        **rope,
     )
     document.refuse_rest(frozenset(f"{arch}.{key}" for key in _WITHOUT_EFFECT), prefix=f"{arch}.")
     return config

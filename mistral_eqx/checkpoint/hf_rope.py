@@ -66,7 +66,7 @@ def _yarn(table: _Table) -> YarnScaling:
     return YarnScaling(factor, original, magnitude, beta_fast or 32.0, beta_slow or 1.0, truncate)
 
 
-_KINDS: Mapping[Any, Callable[[_Table], AbstractRopeScaling | None]] = {
+_KINDS: Mapping[str, Callable[[_Table], AbstractRopeScaling | None]] = {
     "default": _default,
     "linear": _linear,
     "llama3": _llama3,
@@ -115,23 +115,19 @@ def read_rope(
 
 def _scalings(table: _Table, scales_queries: bool) -> dict[str, Any]:
     settings, key = table.settings, table.key
-    kind = table.take("rope_type", Any, None) or table.take("type", Any, None) or "default"
-    if not isinstance(kind, str) or kind not in _KINDS:
+    kind, old = (table.take(name, str | None, None) for name in ("rope_type", "type"))
+    kind = kind or old or "default"
+    if kind not in _KINDS:
         raise settings.wrong(
             key,
             f"{settings.name} asks for the rope type {shown(kind)} in {key}, which is not supported; the supported "
             f"ones are {listed(_KINDS)}.",
         )
-    table.take("type", Any, None)
     settings.expect(f"{key}.partial_rotary_factor", (1.0, None), None, float | None)
-    try:
+    with settings.naming():
         scaling, queries = _KINDS[kind](table), None
         if scales_queries and (beta := table.take("llama_4_scaling_beta", NotNegative | None, None)):
             queries = QueryScaling(beta, table.take("original_max_position_embeddings", Count))
-    except InputError as error:
-        if error.file is not None:
-            raise
-        raise InputError(f"{settings.name} cannot be used: {error}", file=settings.file, key=error.key) from error
     settings.refuse_rest(frozenset({f"{key}.max_position_embeddings"}))
     return {"rope_scaling": scaling, "query_scaling": queries}
 
@@ -146,13 +142,11 @@ def write_rope(config: MistralConfig) -> dict[str, Any]:
     scaling, queries = config.rope_scaling, config.query_scaling
     table = _written(scaling)
     if queries is not None:
-        if table.setdefault("original_max_position_embeddings", queries.original_positions) != (
-            queries.original_positions
-        ):
+        known = table.setdefault("original_max_position_embeddings", queries.original_positions)
+        if known != queries.original_positions:
             raise InputError(
                 f"The queries are scaled by multiples of {queries.original_positions} positions and the rotary "
-                f"embedding from {table['original_max_position_embeddings']}, but config.json can hold one number for "
-                "both; use the format 'mistral'.",
+                f"embedding from {known}, but config.json can hold one number for both; use the format 'mistral'.",
                 key="query_scaling",
             )
         table["llama_4_scaling_beta"] = queries.beta

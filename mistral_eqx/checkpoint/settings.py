@@ -1,7 +1,8 @@
 """Typed access to the keys of a checkpoint's config, which refuses keys that nothing reads."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..checks import CountOrZero, checked
@@ -59,9 +60,17 @@ class Settings:
 
     def make(self, **fields: Any) -> MistralConfig:
         """Makes the config. An error about its fields becomes an error about the file."""
-        try:
+        with self.naming():
             return MistralConfig(**fields)
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """Names the file in errors that do not."""
+        try:
+            yield
         except InputError as error:
+            if self.name in str(error):
+                raise
             raise InputError(f"{self.name} cannot be used: {error}", file=self.file, key=error.key) from error
 
     def refuse(self, key: str, value: object) -> InputError:

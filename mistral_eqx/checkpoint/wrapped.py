@@ -34,7 +34,7 @@ _SKIPPED = {
     "mistral": re.compile(r"(vision_encoder|vision_language_adapter|patch_merger|pre_mm_projector_norm)\..+"),
 }
 # Before and since transformers 5; the head has the first form, or no prefix.
-_PREFIX = re.compile(r"^(language_model\.model\.|model\.language_model\.(model\.)?|language_model\.(?=lm_head\.))")
+_PREFIX = re.compile(r"^(language_model\.model\.|model\.language_model\.|language_model\.(?=lm_head\.))")
 
 
 def is_wrapper(settings: Mapping[str, Any]) -> bool:
