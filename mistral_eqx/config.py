@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Annotated
 
-import numpy as np
 from annotated_types import Ge, Le, Lt
 
 from .checks import Count, CountOrZero, check_fields
 from .errors import InputError
+from .rope import AbstractRopeScaling, QueryScaling, Rope, YarnScaling
 
 
 # Far above every published model; the product of two sizes still fits into a 64-bit integer.
@@ -18,25 +18,6 @@ Layers = Annotated[int, Ge(1), Le(10_000)]
 Base = Annotated[float, Ge(1), Le(1e18)]
 # Published models have 1e-5 or 1e-6. A smaller constant than 1e-20 is lost in float32.
 Epsilon = Annotated[float, Ge(1e-20), Lt(1)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """The angles of the rotary embedding ([RoFormer](https://arxiv.org/abs/2104.09864)).
-
-    **Attributes:**
-
-    - `dim`: the number of entries of a head that are rotated, in pairs.
-    - `theta`: the base of the wavelengths.
-    """
-
-    dim: int
-    theta: float
-
-    @property
-    def inv_freq(self) -> np.ndarray:
-        """The angle of each pair per position, in radians and float64, shape `(dim / 2,)`."""
-        return self.theta ** -(np.arange(0, self.dim, 2) / self.dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +35,11 @@ class MistralConfig:
     - `windows`: for each layer, how many positions a query attends to, itself included; `None` for all up to its own.
     - `tied`: whether the output head is the embedding table.
     - `bos_id`, `eos_ids`: the token that starts a sequence, if any, and the end-of-sequence tokens.
+    - `rope_scaling`: how the rotary embedding's angles are scaled for long contexts, if they are.
+    - `query_scaling`: how queries grow with their position, if they do.
 
     **Raises:** `ValueError` if a field is of another type or outside its range, `head_dim` is odd (a rotary pair would
-    be missing its second entry), or `windows` does not have one entry a layer.
+    be missing its second entry), `windows` does not have one entry a layer, or YaRN has a `rope_theta` of 1.
     """
 
     vocab: Size
@@ -73,6 +56,8 @@ class MistralConfig:
     tied: bool = False
     bos_id: CountOrZero | None = None
     eos_ids: tuple[CountOrZero, ...] = ()
+    rope_scaling: AbstractRopeScaling | None = None
+    query_scaling: QueryScaling | None = None
 
     def __post_init__(self):
         check_fields(self, "The config's {}".format)
@@ -87,11 +72,17 @@ class MistralConfig:
                 "None for a layer without a window.",
                 key="windows",
             )
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta == 1:
+            raise InputError(
+                "The config's rope_theta is 1, but YaRN scales by wavelengths, which it makes all equal; give the base "
+                "that the model was trained with.",
+                key="rope_theta",
+            )
 
     @property
     def rope(self) -> Rope:
         """The angles of the rotary embedding."""
-        return Rope(self.head_dim, self.rope_theta)
+        return Rope(self.head_dim, self.rope_theta, self.rope_scaling, self.query_scaling)
 
     @property
     def q_heads(self) -> int:

@@ -1,9 +1,11 @@
 """Shapes of published models by name, for random initialisation and for planning."""
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from .config import MistralConfig
+from .rope import QueryScaling, YarnScaling, yarn_magnitude
 
 
 def _mistral(
@@ -32,6 +34,14 @@ def _mistral(
         windows=pattern * (layers // len(pattern)),
         bos_id=1,
         eos_ids=(2,),
+    )
+
+
+def _ministral_3(*, embed: int, hidden: int, layers: int, tied: bool = False) -> MistralConfig:
+    """A config of Ministral 3: 32 query heads, and 16384 positions that YaRN extends to 262144."""
+    plain = _mistral(vocab=131_072, max_positions=262_144, rope_theta=1e6, embed=embed, hidden=hidden, layers=layers)
+    return dataclasses.replace(
+        plain, tied=tied, rope_scaling=YarnScaling(16.0, 16_384, 1.0), query_scaling=QueryScaling(0.1, 16_384)
     )
 
 
@@ -78,6 +88,9 @@ PRESETS: Mapping[str, MistralConfig] = MappingProxyType(
         "small-3-24b": _mistral(
             vocab=131_072, max_positions=32_768, rope_theta=1e8, embed=5120, hidden=32_768, layers=40
         ),
+        "small-3.1-24b": _mistral(
+            vocab=131_072, max_positions=131_072, rope_theta=1e9, embed=5120, hidden=32_768, layers=40
+        ),
         "large-2-123b": _mistral(
             vocab=32_768,
             max_positions=131_072,
@@ -95,6 +108,21 @@ PRESETS: Mapping[str, MistralConfig] = MappingProxyType(
             hidden=12_288,
             layers=36,
             pattern=(None, 32_768, 32_768, 32_768),
+        ),
+        "ministral-3-3b": _ministral_3(embed=3072, hidden=9216, layers=26, tied=True),
+        "ministral-3-8b": _ministral_3(embed=4096, hidden=14_336, layers=34),
+        "ministral-3-14b": _ministral_3(embed=5120, hidden=16_384, layers=40),
+        "devstral-2-123b": dataclasses.replace(
+            _mistral(
+                vocab=131_072,
+                max_positions=262_144,
+                rope_theta=1e6,
+                embed=12_288,
+                hidden=28_672,
+                layers=88,
+                q_per_kv=12,
+            ),
+            rope_scaling=YarnScaling(64.0, 4096, yarn_magnitude(64.0), beta_fast=4.0),
         ),
         "gpt-nano": _gpt(layers=3, heads=3, embed=48),
         "gpt-micro": _gpt(layers=4, heads=4, embed=128),

@@ -21,13 +21,14 @@ GROUND = ("errors", "interrupts", "documents", "checks", "arguments", "locks")
 # What each room sees, besides itself, the ground and other people's packages. A room that is not here sees nothing.
 SEES = {
     "environment": set(),
-    "config": set(),
-    "presets": {"config"},
+    "rope": set(),
+    "config": {"rope"},
+    "presets": {"config", "rope"},
     "parallel": {"config"},
-    "nn": {"config", "parallel"},
+    "nn": {"rope", "config", "parallel"},
     "quant": {"config", "parallel", "nn"},
     "lora": {"config", "parallel", "nn", "quant"},
-    "checkpoint": {"config", "presets", "parallel", "nn", "quant", "lora"},
+    "checkpoint": {"rope", "config", "presets", "parallel", "nn", "quant", "lora"},
     # A tokenizer is found and its GGUF header read as a model's is.
     "text": {"config", "presets", "checkpoint"},
     # From one checkpoint to another, its tokenizer included.

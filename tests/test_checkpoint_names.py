@@ -56,7 +56,8 @@ def test_derived_tables_are_known():
     assert is_derived("model.layers.3.self_attn.rotary_emb.inv_freq", "hf")
     assert is_derived("rope.freqs", "mistral")
     assert not is_derived("model.layers.3.self_attn.q_proj.bias", "hf")
-    assert not is_derived("rope_freqs.weight", "gguf")
+    assert is_derived("rope_freqs.weight", "gguf")
+    assert not is_derived("rope_freqs.bias", "gguf")
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 8))

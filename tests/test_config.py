@@ -163,8 +163,14 @@ def test_published_parameter_counts():
         "mathstral-7b": 7_248_023_552,
         "nemo-12b": 12_247_782_400,
         "small-3-24b": 23_572_403_200,
+        "small-3.1-24b": 23_572_403_200,
         "large-2-123b": 122_610_069_504,
         "ministral-8b": 8_019_808_256,
+        # Published as 3.4, 8.4 and 13.5 billions without the vision encoder.
+        "ministral-3-3b": 3_429_006_336,
+        "ministral-3-8b": 8_489_553_920,
+        "ministral-3-14b": 13_506_073_600,
+        "devstral-2-123b": 125_025_988_608,
     }
 
 
@@ -209,6 +215,7 @@ def test_windows_that_alternate():
     for key in ("sliding_window", "_sliding_window"):
         params = {**PARAMS_7B, "n_layers": 8, "sliding_window": None, key: [None, 9, 9, 9]}
         assert mistral.read_config(params).windows == (None, 9, 9, 9) * 2
+        assert mistral.read_config({**params, key: "4096"}).windows == (4096,) * 8
     with pytest.raises(ValueError, match=r"pattern of 3 layers, which does not divide the 8"):
         mistral.read_config({**PARAMS_7B, "n_layers": 8, "sliding_window": [None, 9, 9]})
     assert hf.read_config(hf.write_config(PRESETS["ministral-8b"])) == PRESETS["ministral-8b"]
@@ -222,15 +229,19 @@ def test_windows_that_alternate():
     ("change", "sentence"),
     [
         ({"model_type": "mixtral"}, r"model_type 'mixtral', which is not supported"),
-        ({"model_type": None}, r"model_type None, which is not supported"),
+        ({"model_type": None}, r"model_type None, which is not supported; the supported ones are"),
+        ({"model_type": "mamba2"}, r"'mamba2', which is not supported because it has a state in place of attention;"),
+        ({"model_type": "mistral_large4"}, r"'mistral_large4', which is not supported because of its sparse latent"),
         ({"architectures": ["MixtralForCausalLM"]}, r"names the architecture 'MixtralForCausalLM'"),
         ({"hidden_act": "gelu"}, r"has hidden_act 'gelu', which is not supported; supported is 'silu' and 'swish'"),
         ({"attention_bias": True}, r"sets attention_bias to True, which this package does not compute"),
         ({"mlp_bias": True}, r"sets mlp_bias to True"),
         ({"quantization_config": {"quant_method": "eetq"}}, r"has the quantization method 'eetq'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"asks for the rope type 'linear' in rope_scaling"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"asks for the rope type 'llama3'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, r"the rope type 'yarn' in rope_parameters"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"asks for the rope type 'dynamic' in rope_scaling"),
+        (
+            {"rope_scaling": {"rope_type": "longrope"}},
+            r"supported ones are 'default', 'linear', 'llama3' and 'yarn'",
+        ),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, r"sets rope_parameters to"),
         ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, r"sets rope_parameters\.factor to 2\.0"),
         ({"partial_rotary_factor": 0.5}, r"has partial_rotary_factor 0\.5, which is not supported"),
@@ -268,8 +279,7 @@ def test_hf_ignores_what_has_no_effect():
     [
         ({"moe": {"num_experts": 8, "num_experts_per_tok": 2}}, r"sets moe to"),
         ({"lora": {"rank": 64}}, r"sets lora to"),
-        ({"vision_encoder": {"hidden_size": 1024}}, r"sets vision_encoder to"),
-        ({"yarn": {"factor": 16}}, r"sets yarn to"),
+        ({"vision_encoder": 1024}, r"vision_encoder of params\.json is 1024; it must be a table"),
         ({"quantization": {"qformat_weight": "fp8"}}, r"sets quantization to"),
         ({"use_biases": True}, r"sets use_biases to True"),
         ({"model_type": "mamba"}, r"has model_type 'mamba'"),
@@ -304,8 +314,7 @@ def test_params_json_of_later_releases():
         ({"general.architecture": "qwen2"}, r"has general\.architecture 'qwen2', which is not supported"),
         ({"general.type": "adapter"}, r"has general\.type 'adapter'"),
         ({"split.count": 3}, r"is one of 3 shards; merge them first with llama\.cpp's llama-gguf-split --merge"),
-        ({"llama.rope.scaling.type": "linear"}, r"has llama\.rope\.scaling\.type 'linear'"),
-        ({"llama.rope.scaling.factor": 4.0}, r"has llama\.rope\.scaling\.factor 4\.0"),
+        ({"llama.rope.scaling.type": "longrope"}, r"has llama\.rope\.scaling\.type 'longrope'"),
         ({"llama.rope.dimension_count": 32}, r"has llama\.rope\.dimension_count 32, which .* supported is 64"),
         ({"llama.attention.value_length": 32}, r"has llama\.attention\.value_length 32"),
         ({"llama.expert_count": 8}, r"sets llama\.expert_count to 8"),
@@ -420,7 +429,7 @@ def test_numbers_of_numpy_are_numbers():
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("model_type", ["mistral", "ministral", "llama"])
+@pytest.mark.parametrize("model_type", ["mistral", "ministral", "ministral3", "llama"])
 def test_absent_keys_have_the_defaults_of_transformers(model_type):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoConfig.for_model(model_type)
@@ -433,6 +442,7 @@ def test_absent_keys_have_the_defaults_of_transformers(model_type):
     assert config.q_heads == theirs.num_attention_heads
     assert config.head_dim == (theirs.head_dim or theirs.hidden_size // theirs.num_attention_heads)
     assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert config == hf.read_config(theirs.to_dict())
     assert config.norm_eps == theirs.rms_norm_eps
     assert config.max_positions == theirs.max_position_embeddings
     assert set(config.windows) == {getattr(theirs, "sliding_window", None)}
@@ -449,4 +459,4 @@ def test_transformers_reads_what_is_written(name):
     settings = hf.write_config(config)
     theirs = transformers.AutoConfig.for_model(**settings)
     assert hf.read_config(theirs.to_dict()) == config
-    assert theirs.rope_parameters == {"rope_type": "default", "rope_theta": config.rope_theta}
+    assert theirs.rope_parameters == settings["rope_parameters"]

@@ -10,9 +10,9 @@ from fixtures.sharding import sharded
 from hypothesis import given, settings, strategies as st
 from jax.sharding import PartitionSpec as P
 
-from mistral_eqx.config import Rope
 from mistral_eqx.nn import Rotation
 from mistral_eqx.parallel import Strategy, make_mesh
+from mistral_eqx.rope import Rope
 
 
 THETA = 1e4

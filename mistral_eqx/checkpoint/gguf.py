@@ -3,7 +3,6 @@
 import functools
 import math
 import os
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from ..config import Base, Epsilon, Layers, MistralConfig, Size
 from ..documents import expect_regular, shown
 from ..errors import InputError
 from ..quant import FORMATS
-from .gguf_header import TensorInfo, read_header
+from .gguf_header import TensorInfo, read_header, shortest
+from .gguf_rope import DIVISORS, read_rope, with_divisors
 from .gguf_shards import first_shard, shard_count, shard_path
 from .mixed import keep_16_bits
 from .names import HEAD
@@ -86,7 +86,7 @@ def open_gguf(path: Path) -> Checkpoint:
 
     **Arguments:**
 
-    - `path`: the file, of architecture `llama`; any of them, if the model is split.
+    - `path`: the file, of architecture `llama` or `mistral3`; any of them, if the model is split.
 
     **Returns:** the checkpoint.
 
@@ -99,11 +99,25 @@ def open_gguf(path: Path) -> Checkpoint:
     if not tensors:
         raise InputError(f"{str(path)!r} holds no tensors; give a file with a model's weights.", file=path)
     config = read_config(metadata, tied=HEAD.name("gguf") not in tensors, file=path)
+    if DIVISORS in tensors:
+        config = _with_divisors(config, tensors[DIVISORS], path)
     dtypes = {tensor.dtype for tensor in tensors.values() if len(tensor.shape) == 2}
     dtype = dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
     if dtype == DTYPES["float32"]:
         keep_16_bits(tensors)
     return Checkpoint(path, "gguf", config, dtype, tensors, metadata)
+
+
+def _with_divisors(config: MistralConfig, tensor: LazyTensor, path: Path) -> MistralConfig:
+    scaled = with_divisors(config, tensor[:].astype(np.float64)) if config.rope_scaling is None else None
+    if scaled is None:
+        raise InputError(
+            f"{str(path)!r} has a tensor {DIVISORS!r}, which divides the angles of the rotary embedding otherwise than "
+            "Llama 3 does; use a model without it.",
+            file=path,
+            key=DIVISORS,
+        )
+    return scaled
 
 
 def _with_other_shards(
@@ -309,14 +323,15 @@ def eos_ids_by_name(tokens: Any, unknown: int | None) -> list[int]:
     return sorted(ids.values())
 
 
-# Keys under `rope.scaling` have no effect without a type, or with the type "none".
-_WITHOUT_EFFECT = frozenset({"llama.tensor_data_layout", "llama.rope.scaling.finetuned"})
+_ARCHITECTURES = ("llama", "mistral3")
+_WITHOUT_EFFECT = ("tensor_data_layout", "rope.scaling.finetuned")
 
 
 def read_config(
     metadata: Mapping[str, Any], *, tied: bool = False, file: str | os.PathLike[str] | None = None
 ) -> MistralConfig:
-    """Reads the metadata of a GGUF file of architecture `llama`, which llama.cpp uses for Mistral models too.
+    """Reads the metadata of a GGUF file of architecture `llama`, which llama.cpp uses for Mistral models too, or
+    `mistral3`.
 
     **Arguments:**
 
@@ -331,7 +346,8 @@ def read_config(
     that this package does not support.
     """
     document = Settings(metadata, "GGUF metadata", file)
-    document.expect("general.architecture", ("llama",), None)
+    document.expect("general.architecture", _ARCHITECTURES, None)
+    arch = document.take("general.architecture", str)
     document.expect("general.type", ("model", None), None)
     shards = document.take("split.count", CountOrZero | None, None) or 1
     if shards > 1:
@@ -339,49 +355,41 @@ def read_config(
             "split.count",
             f"{document.name} is one of {shards} shards; merge them first with llama.cpp's llama-gguf-split --merge.",
         )
-    document.expect("llama.rope.scaling.type", ("none", None), None)
-    document.expect("llama.rope.scaling.factor", (0.0, 1.0, None), None, float | None)
-    document.expect("llama.attention.causal", (True, None), None)
-    layers = document.take("llama.block_count", Layers)
-    embed = document.take("llama.embedding_length", Size)
-    heads = document.take("llama.attention.head_count", Size)
-    kv_heads = document.take("llama.attention.head_count_kv", Size, heads)
-    head_dim = document.take("llama.attention.key_length", Size, embed // heads if embed % heads == 0 else REQUIRED)
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+    document.expect(f"{arch}.attention.causal", (True, None), None)
+    layers = document.take(f"{arch}.block_count", Layers)
+    max_positions = document.take(f"{arch}.context_length", Count)
+    embed = document.take(f"{arch}.embedding_length", Size)
+    heads = document.take(f"{arch}.attention.head_count", Size)
+    kv_heads = document.take(f"{arch}.attention.head_count_kv", Size, heads)
+    head_dim = document.take(f"{arch}.attention.key_length", Size, embed // heads if embed % heads == 0 else REQUIRED)
+    for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
         document.expect(key, (head_dim,), head_dim, Size)
     tokens = document.take("tokenizer.ggml.tokens", Any, None)
     count = None if tokens is None or isinstance(tokens, str) else getattr(tokens, "__len__", None)
-    vocab = document.take("llama.vocab_size", Size, REQUIRED if count is None else count())
-    window = document.take("llama.attention.sliding_window", CountOrZero | None, None)
+    vocab = document.take(f"{arch}.vocab_size", Size, REQUIRED if count is None else count())
+    window = document.take(f"{arch}.attention.sliding_window", CountOrZero | None, None)
     ids = {name: f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "eom")}
     bos_id, *eos_ids = (document.take(key, CountOrZero | None, None) for key in ids.values())
     unknown_id = document.take("tokenizer.ggml.unknown_token_id", CountOrZero | None, None)
     eos_ids += [id for id in eos_ids_by_name(tokens, unknown_id) if id < vocab]
+    with document.naming():
+        rope = read_rope(document, arch, max_positions)
     config = document.make(
         vocab=vocab,
         embed=embed,
-        hidden=document.take("llama.feed_forward_length", Size),
+        hidden=document.take(f"{arch}.feed_forward_length", Size),
         layers=layers,
         kv_heads=kv_heads,
         q_per_kv=per_kv(heads, kv_heads, document),
         head_dim=head_dim,
-        rope_theta=_shortest(document.take("llama.rope.freq_base", Base, 10000.0)),
-        norm_eps=_shortest(document.take("llama.attention.layer_norm_rms_epsilon", Epsilon)),
-        max_positions=document.take("llama.context_length", Count),
+        rope_theta=shortest(document.take(f"{arch}.rope.freq_base", Base, 10000.0)),
+        norm_eps=shortest(document.take(f"{arch}.attention.layer_norm_rms_epsilon", Epsilon)),
+        max_positions=max_positions,
         windows=(window or None,) * layers,
         tied=tied,
         bos_id=bos_id,
         eos_ids=tuple(dict.fromkeys(token for token in eos_ids if token is not None)),
+        **rope,
     )
-    document.refuse_rest(_WITHOUT_EFFECT, prefix="llama.")
+    document.refuse_rest(frozenset(f"{arch}.{key}" for key in _WITHOUT_EFFECT), prefix=f"{arch}.")
     return config
-
-
-def _shortest(value: float) -> float:
-    # GGUF stores float32: 1e-05 becomes 9.99999974e-06. The shortest decimal restores what the author wrote.
-    single = struct.unpack("<f", struct.pack("<f", value))[0]
-    for digits in range(1, 10):
-        candidate = float(f"{single:.{digits}g}")
-        if struct.unpack("<f", struct.pack("<f", candidate))[0] == single:
-            return candidate
-    return single

@@ -70,6 +70,16 @@ def _damaged(problem: str, key: str | None = None) -> NoReturn:
     raise InputError(f"is damaged: {problem}; fetch it again.", key=key)
 
 
+def shortest(value: float) -> float:
+    """The shortest decimal that a float32 of the file stands for: 1e-05 for 9.99999974e-06."""
+    single = struct.unpack("<f", struct.pack("<f", value))[0]
+    for digits in range(1, 10):
+        candidate = float(f"{single:.{digits}g}")
+        if struct.unpack("<f", struct.pack("<f", candidate))[0] == single:
+            return candidate
+    return single
+
+
 class _Cursor:
     """A position in the header. The cursor reads bytes on demand, and allocates no values before it has read them."""
 

@@ -15,6 +15,7 @@ from gguf import GGUFValueType
 from ..config import MistralConfig
 from ..errors import InputError
 from ..quant import GGUF, MIXTURES, block_format, fitting_type, mixed_type
+from .gguf_rope import DIVISORS, architecture, divisors, write_rope
 from .names import EMBEDDING, HEAD, LayerSpec, layer_specs
 from .staging import hidden_beside, make_folder, naming, restore
 
@@ -79,7 +80,7 @@ def write_gguf(
     restore(path)
     with hidden_beside(path, path) as folder:
         file = folder / path.name
-        with naming(file), contextlib.closing(gguf.GGUFWriter(file, "llama")) as writer:
+        with naming(file), contextlib.closing(gguf.GGUFWriter(file, architecture(config))) as writer:
             for key, value in metadata.items():
                 _add(writer, key, value)
             specs = list(layer_specs(config))
@@ -89,11 +90,15 @@ def write_gguf(
                 stored = (*shape[:-1], shape[-1] // format.size * format.nbytes)
                 number = gguf.GGMLQuantizationType[kind]
                 writer.add_tensor_info(spec.name("gguf"), stored, np.dtype(np.uint8), math.prod(stored), number)
+            if (of_angles := divisors(config)) is not None:
+                writer.add_tensor_info(DIVISORS, of_angles.shape, of_angles.dtype, of_angles.nbytes)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for spec in specs:
                 writer.write_tensor_data(_bytes(weights, spec, types[spec.path]))
+            if of_angles is not None:
+                writer.write_tensor_data(of_angles)
         os.replace(file, path)
 
 
@@ -155,26 +160,27 @@ def _config_metadata(config: MistralConfig, type: str) -> dict[str, Any]:
             "cannot say; write another format."
         )
     (window,) = windows
+    arch = architecture(config)
     metadata: dict[str, Any] = {
         "general.type": "model",
         "general.file_type": int(gguf.LlamaFileType[_FILE_TYPES.get(type, f"MOSTLY_{type}")]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        "llama.block_count": config.layers,
-        "llama.context_length": config.max_positions,
-        "llama.embedding_length": config.embed,
-        "llama.feed_forward_length": config.hidden,
-        "llama.attention.head_count": config.q_heads,
-        "llama.attention.head_count_kv": config.kv_heads,
-        "llama.attention.key_length": config.head_dim,
-        "llama.attention.value_length": config.head_dim,
-        "llama.rope.dimension_count": config.head_dim,
-        "llama.rope.freq_base": float(config.rope_theta),
-        "llama.attention.layer_norm_rms_epsilon": float(config.norm_eps),
-        "llama.vocab_size": config.vocab,
+        f"{arch}.block_count": config.layers,
+        f"{arch}.context_length": config.max_positions,
+        f"{arch}.embedding_length": config.embed,
+        f"{arch}.feed_forward_length": config.hidden,
+        f"{arch}.attention.head_count": config.q_heads,
+        f"{arch}.attention.head_count_kv": config.kv_heads,
+        f"{arch}.attention.key_length": config.head_dim,
+        f"{arch}.attention.value_length": config.head_dim,
+        f"{arch}.rope.dimension_count": config.head_dim,
+        f"{arch}.rope.freq_base": float(config.rope_theta),
+        f"{arch}.attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        f"{arch}.vocab_size": config.vocab,
     }
     if window is not None:
-        metadata["llama.attention.sliding_window"] = window
-    return metadata
+        metadata[f"{arch}.attention.sliding_window"] = window
+    return metadata | write_rope(config)
 
 
 def _padded(metadata: dict[str, Any], tokens: int, vocab: int) -> dict[str, Any]:

@@ -1,22 +1,26 @@
 """Hugging Face folders: `config.json`, and safetensors in one file or in several files with an index."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checks import Count, CountOrZero, checked
-from ..config import Base, Epsilon, Layers, MistralConfig, Size
+from ..checks import Count, CountOrZero
+from ..config import Epsilon, Layers, MistralConfig, Size
 from ..documents import read_json, shown
 from ..errors import InputError
 from .files import merge_files, read_index, read_shards
+from .hf_rope import read_rope, write_rope
 from .mixed import keep_16_bits
+from .names import HEAD
 from .quantized import read_quantization
 from .reader import DTYPES, Checkpoint, LazyTensor, main_dtype
 from .safetensors import read_header
-from .settings import Settings, consistent_value, is_off, listed, per_head, per_kv
+from .settings import Settings, listed, per_head, per_kv
 from .weight_files import WeightFiles, read_consistent
+from .wrapped import WRAPPERS, is_wrapper, text_config, text_tensors, warn_of_skipped
 
 
 CONFIG = "config.json"
@@ -54,6 +58,11 @@ def open_hf(folder: Path, own: Sequence[WeightFiles], others: Sequence[WeightFil
             file=folder,
         )
     tensors = read_consistent(folder, config, [*own, *others])
+    if is_wrapper(metadata):
+        warn_of_skipped(folder)
+        # The text model's own key comes first. The wrapper's default is true, so that the files decide.
+        tied = HEAD.name("hf") not in tensors and metadata.get("tie_word_embeddings", True) is True
+        config = dataclasses.replace(config, tied=config.tied or tied)
     dtype = main_dtype(tensors)
     if dtype == DTYPES["float32"] and any(tensor.packed is not None for tensor in tensors.values()):
         keep_16_bits(tensors)
@@ -62,7 +71,8 @@ def open_hf(folder: Path, own: Sequence[WeightFiles], others: Sequence[WeightFil
 
 def find_weights(folder: Path) -> list[WeightFiles]:
     """The weights of a folder that have Hugging Face names: by an index, in a single file, or in loose shards."""
-    settings = read_json(folder / CONFIG).get("quantization_config") if (folder / CONFIG).exists() else None
+    content = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    settings = text_config(content, file=folder / CONFIG).get("quantization_config")
     found: list[WeightFiles] = []
     placed: set[str] = set()
 
@@ -70,11 +80,11 @@ def find_weights(folder: Path) -> list[WeightFiles]:
         read: Callable[..., dict[str, LazyTensor]], source: Any
     ) -> Callable[[MistralConfig], dict[str, LazyTensor]]:
         def tensors(_: MistralConfig) -> dict[str, LazyTensor]:
-            if (quantization := read_quantization(settings, file=folder / CONFIG)) is None:
-                return read(source)
-            tensors = read(source, packed=True)
+            quantization = read_quantization(settings, file=folder / CONFIG)
+            tensors = read(source, packed=quantization is not None)
             try:
-                return quantization.combined(tensors)
+                tensors = text_tensors(tensors, "hf") if is_wrapper(content) else tensors
+                return tensors if quantization is None else quantization.combined(tensors)
             except InputError as error:
                 raise InputError(f"{str(folder)!r} cannot be read: {error}", file=folder, key=error.key) from error
 
@@ -99,9 +109,10 @@ def _loose(folder: Path, placed: set[str]) -> list[Path]:
     return [file for file in sorted(folder.iterdir()) if _SHARD.fullmatch(file.name) and file.name not in placed]
 
 
-_ARCHITECTURES = ("MistralForCausalLM", "MinistralForCausalLM", "LlamaForCausalLM")
+_ARCHITECTURES = ("MistralForCausalLM", "MinistralForCausalLM", "Ministral3ForCausalLM", "LlamaForCausalLM")
 
-# The defaults of transformers for missing keys that differ between its model types.
+# The defaults of transformers for missing keys that differ between its model types; a type without `sliding_window` has
+# no windows.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {
         "intermediate_size": 14336,
@@ -113,10 +124,35 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "intermediate_size": 11008,
         "num_key_value_heads": None,
         "max_position_embeddings": 2048,
+    },
+    "ministral3": {
+        "vocab_size": 131072,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 34,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-5,
         "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
     },
 }
 _DEFAULTS["ministral"] = _DEFAULTS["mistral"]
+
+# Why other types of the family are refused.
+_REASONS = {
+    "mistral4": " because of its latent attention",
+    "mistral_large4": " because of its sparse latent attention",
+    "mamba2": " because it has a state in place of attention",
+}
 
 # Keys that do not change the logits of a forward pass: bookkeeping, training, sampling, outputs.
 _WITHOUT_EFFECT = frozenset(
@@ -135,7 +171,8 @@ _WITHOUT_EFFECT = frozenset(
 
 
 def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | None = None) -> MistralConfig:
-    """Reads a Hugging Face `config.json` of model type `mistral`, `ministral` or `llama`.
+    """Reads a Hugging Face `config.json` of model type `mistral`, `ministral`, `ministral3` or `llama`, or of the
+    wrapping types `mistral3` and `voxtral` with such a `text_config`.
 
     A missing key gets the default of that model type in transformers. For example, a `mistral` config without the key
     `sliding_window` has a window of 4096, and a config with `"sliding_window": null` has no window.
@@ -150,13 +187,13 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
     **Raises:** `ValueError` that names the key, if a key is missing, has an invalid value, contradicts another key, or
     requires a computation that this package does not support.
     """
-    document = Settings(settings, "config.json", file)
+    document = Settings(text_config(settings, file=file), "config.json", file)
     model_type = document.take("model_type", str | None, None)
     if model_type not in _DEFAULTS:
         raise document.wrong(
             "model_type",
-            f"{document.name} has model_type {shown(model_type)}, which is not supported; the supported ones are "
-            f"{listed(_DEFAULTS)}.",
+            f"{document.name} has model_type {shown(model_type)}, which is not supported"
+            f"{_REASONS.get(model_type or '', '')}; the supported ones are {listed([*_DEFAULTS, *WRAPPERS])}.",
         )
     for architecture in document.take("architectures", list[str] | None, None) or ():
         if architecture not in _ARCHITECTURES:
@@ -167,10 +204,11 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
             )
     defaults = _DEFAULTS[model_type]
     embed = document.take("hidden_size", Size, 4096)
-    layers = document.take("num_hidden_layers", Layers, 32)
+    layers = document.take("num_hidden_layers", Layers, defaults.get("num_hidden_layers", 32))
     heads = document.take("num_attention_heads", Size, 32)
     kv_heads = document.take("num_key_value_heads", Size | None, defaults["num_key_value_heads"]) or heads
-    head_dim = document.take("head_dim", Size | None, None) or per_head(embed, heads, document)
+    head_dim = document.take("head_dim", Size | None, defaults.get("head_dim")) or per_head(embed, heads, document)
+    max_positions = document.take("max_position_embeddings", Count, defaults["max_position_embeddings"])
     document.expect("hidden_act", ("silu", "swish"), "silu")
     document.expect("partial_rotary_factor", (1.0, None), None, float | None)
     for key in ("torch_dtype", "dtype"):  # each tensor stores its own dtype
@@ -178,20 +216,25 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
     document.expect("is_causal", (True, None), None)
     read_quantization(document.take("quantization_config", dict[str, Any] | None, None), file=file)
     config = document.make(
-        vocab=document.take("vocab_size", Size, 32000),
+        vocab=document.take("vocab_size", Size, defaults.get("vocab_size", 32000)),
         embed=embed,
         hidden=document.take("intermediate_size", Size, defaults["intermediate_size"]),
         layers=layers,
         kv_heads=kv_heads,
         q_per_kv=per_kv(heads, kv_heads, document),
         head_dim=head_dim,
-        rope_theta=_rope_theta(document),
-        norm_eps=document.take("rms_norm_eps", Epsilon, 1e-6),
-        max_positions=document.take("max_position_embeddings", Count, defaults["max_position_embeddings"]),
-        windows=_windows(document, layers, defaults["sliding_window"]),
+        norm_eps=document.take("rms_norm_eps", Epsilon, defaults.get("rms_norm_eps", 1e-6)),
+        max_positions=max_positions,
+        windows=_windows(document, layers, defaults),
         tied=document.take("tie_word_embeddings", bool, False),
         bos_id=document.take("bos_token_id", CountOrZero | None, 1),
         eos_ids=document.ids("eos_token_id", (2,)),
+        **read_rope(
+            document,
+            max_positions,
+            absent=defaults.get("rope_parameters"),
+            scales_queries=model_type == "ministral3",
+        ),
     )
     document.refuse_rest(_WITHOUT_EFFECT)
     return config
@@ -200,11 +243,11 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
 def write_config(config: MistralConfig) -> dict[str, Any]:
     """Writes a Hugging Face `config.json`.
 
-    **Returns:** the JSON object, of model type `mistral`, or `ministral` if only some layers have a window. It has the
-    rope base twice, as `rope_theta` for transformers 4 and in `rope_parameters` for transformers 5. Without its key,
-    either version would silently use its default.
+    **Returns:** the JSON object, of model type `mistral`, `ministral` if only some layers have a window, or
+    `ministral3` if queries are scaled.
 
-    **Raises:** `ValueError` if layers have windows of several sizes, which the format cannot express.
+    **Raises:** `ValueError` if the format cannot express the config: windows of several sizes, queries that are scaled
+    where only some layers have a window, or another scaling of the rotary embedding.
     """
     sizes = {window for window in config.windows if window is not None}
     if len(sizes) > 1:
@@ -213,9 +256,15 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
             "size; use the format 'mistral'."
         )
     alternating = None in config.windows and bool(sizes)
+    if alternating and config.query_scaling is not None:
+        raise InputError(
+            "Queries are scaled and only some layers have a window, and no model type of config.json has both; use the "
+            "format 'mistral'."
+        )
+    model_type = "ministral" if alternating else "mistral" if config.query_scaling is None else "ministral3"
     settings: dict[str, Any] = {
-        "architectures": ["MinistralForCausalLM" if alternating else "MistralForCausalLM"],
-        "model_type": "ministral" if alternating else "mistral",
+        "architectures": [f"{model_type.capitalize()}ForCausalLM"],
+        "model_type": model_type,
         "vocab_size": config.vocab,
         "hidden_size": config.embed,
         "intermediate_size": config.hidden,
@@ -224,8 +273,7 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **write_rope(config),
         "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": config.max_positions,
         "sliding_window": next(iter(sizes), None),
@@ -243,33 +291,10 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
     return settings
 
 
-def _rope_theta(document: Settings) -> float:
-    spellings = {"rope_theta": document.take("rope_theta", Base | None, None)}
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = document.take(key, dict[str, Any] | None, None) or {}
-        if any(isinstance(value, Mapping) for value in rope.values()):
-            raise document.refuse(key, rope)
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise document.wrong(
-                key,
-                f"{document.name} asks for the rope type {shown(kind)} in {key}, which is not supported; supported is "
-                "'default', without scaling.",
-            )
-        for name, value in rope.items():
-            unscaled = name in ("factor", "partial_rotary_factor") and value == 1.0 and value is not True
-            if name not in ("rope_type", "type", "rope_theta") and not unscaled and not is_off(value):
-                raise document.refuse(f"{key}.{name}", value)
-        inner = f"{key}.rope_theta"
-        spellings[inner] = checked(
-            rope.get("rope_theta"), Base | None, f"The key {inner} of {document.name}", file=document.file, key=inner
-        )
-    return consistent_value(spellings, document, 10000.0)
-
-
-def _windows(document: Settings, layers: int, default: int | None) -> tuple[int | None, ...]:
+def _windows(document: Settings, layers: int, defaults: Mapping[str, Any]) -> tuple[int | None, ...]:
     # A llama model has no window. Its key stays untaken, so that `refuse_rest` refuses a value.
-    window = document.take("sliding_window", Count | None, default) if default is not None else None
+    windowed = "sliding_window" in defaults
+    window = document.take("sliding_window", Count | None, defaults["sliding_window"]) if windowed else None
     if document.take("use_sliding_window", bool | None, None) is False and window is not None:
         raise document.wrong(
             "use_sliding_window",

@@ -1,8 +1,9 @@
 """Mistral release folders: `params.json`, and `consolidated` weights as safetensors or pickled by torch."""
 
+import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ from ..checks import Count, CountOrZero
 from ..config import Base, Epsilon, Layers, MistralConfig, Size
 from ..documents import read_json
 from ..errors import InputError
+from ..rope import Factor, Magnitude, QueryScaling, Rotations, YarnScaling, yarn_magnitude
 from .files import merge_files, read_index, read_shards
 from .pth import read_pickles
 from .reader import Checkpoint, LazyTensor, main_dtype
 from .settings import Settings, consistent_value, per_kv
 from .weight_files import WeightFiles, read_consistent
+from .wrapped import text_tensors, warn_of_skipped
 
 
 CONFIG = "params.json"
@@ -48,6 +51,8 @@ def open_mistral(folder: Path, own: Sequence[WeightFiles], others: Sequence[Weig
             file=folder,
         )
     tensors = read_consistent(folder, config, [*own, *others])
+    if metadata.get("vision_encoder"):
+        warn_of_skipped(folder)
     return Checkpoint(folder, "mistral", config, main_dtype(tensors), tensors, metadata)
 
 
@@ -66,7 +71,15 @@ def find_weights(folder: Path) -> list[WeightFiles]:
     pickles = sorted(folder.glob("consolidated*.pth"))
     if pickles:
         found.append(WeightFiles(pickles[0].name, "mistral", lambda config: _read_pickles(folder, pickles, config)))
+    if (folder / CONFIG).exists() and read_json(folder / CONFIG).get("vision_encoder"):
+        return [dataclasses.replace(files, read=_text_of(files.read)) for files in found]
     return found
+
+
+def _text_of(
+    read: Callable[[MistralConfig], Mapping[str, LazyTensor]],
+) -> Callable[[MistralConfig], Mapping[str, LazyTensor]]:
+    return lambda config: text_tensors(read(config), "mistral")
 
 
 def _read_shards_without_index(folder: Path, files: list[Path]) -> dict[str, LazyTensor]:
@@ -119,6 +132,7 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
     document.expect("model_type", ("transformer", None), None)
     document.expect("activation", ("silu", None), None)
     document.expect("causal", (True, None), None)
+    document.take("vision_encoder", dict[str, Any] | None, None)
     layers = document.take("n_layers", Layers)
     heads = document.take("n_heads", Size)
     kv_heads = document.take("n_kv_heads", Size)
@@ -142,6 +156,8 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
         tied=document.take("tied_embeddings", bool, False),
         bos_id=document.take("bos_id", CountOrZero | None, 1),
         eos_ids=document.ids("eos_ids", (2,)),
+        rope_scaling=_yarn(document),
+        query_scaling=_query_scaling(document),
     )
     document.refuse_rest(_WITHOUT_EFFECT)
     return config
@@ -152,6 +168,8 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
 
     **Returns:** the JSON object. If layers have different windows, it has their shortest repeating pattern. It has the
     ids of the beginning-of-sequence and end-of-sequence tokens only if they differ from Mistral's.
+
+    **Raises:** `ValueError` if the rotary embedding is scaled in a way that the format cannot express.
     """
     settings: dict[str, Any] = {
         "dim": config.embed,
@@ -178,13 +196,77 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
         settings["bos_id"] = config.bos_id
     if config.eos_ids != (2,):
         settings["eos_ids"] = list(config.eos_ids)
+    return {**settings, **_written_scaling(config)}
+
+
+def _table(document: Settings, key: str) -> Settings | None:
+    """The values of a table by names such as `yarn.factor`; `None` if the key has none."""
+    values = document.take(key, dict[str, Any] | None, None)
+    if not values:
+        return None
+    return Settings({f"{key}.{name}": value for name, value in values.items()}, document.name, document.file)
+
+
+def _yarn(document: Settings) -> YarnScaling | None:
+    table = _table(document, "yarn")
+    if table is None:
+        return None
+    factor = table.take("yarn.factor", Factor)
+    original = table.take("yarn.original_max_position_embeddings", Count)
+    beta_fast, beta_slow = table.take("yarn.beta", Rotations, 32.0), table.take("yarn.alpha", Rotations, 1.0)
+    magnitude = yarn_magnitude(factor) if table.take("yarn.apply_scale", bool, True) else 1.0
+    table.refuse_rest(frozenset())
+    return YarnScaling(factor, original, magnitude, beta_fast, beta_slow)
+
+
+def _query_scaling(document: Settings) -> QueryScaling | None:
+    table = _table(document, "llama_4_scaling")
+    if table is None:
+        return None
+    original = table.take("llama_4_scaling.original_max_position_embeddings", Count)
+    beta = table.take("llama_4_scaling.beta", Magnitude)
+    table.refuse_rest(frozenset())
+    return QueryScaling(beta, original)
+
+
+def _written_scaling(config: MistralConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    queries = config.query_scaling
+    match config.rope_scaling:
+        case None:
+            pass
+        case YarnScaling(factor, original, magnitude, beta_fast, beta_slow, truncate=True) if magnitude in (
+            1.0,
+            yarn_magnitude(factor),
+        ):
+            settings["yarn"] = {
+                "original_max_position_embeddings": original,
+                "factor": factor,
+                "apply_scale": magnitude != 1,
+                "beta": beta_fast,
+                "alpha": beta_slow,
+            }
+        case scaling:
+            raise InputError(
+                f"The rotary embedding has the scaling {scaling}, and params.json can hold YaRN alone, truncated, with "
+                "its own magnitude or none; use the format 'hf'.",
+                key="rope_scaling",
+            )
+    if queries is not None:
+        settings["llama_4_scaling"] = {
+            "original_max_position_embeddings": queries.original_positions,
+            "beta": queries.beta,
+        }
     return settings
 
 
 def _windows(document: Settings, layers: int) -> tuple[int | None, ...]:
     spellings = {}
     for key in ("sliding_window", "_sliding_window"):
-        value = document.take(key, Count | list[Count | None] | None, None)
+        value = document.take(key, Any, None)
+        # Some releases have the number as text.
+        value = int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value) else value
+        value = document.checked(key, value, Count | list[Count | None] | None)
         spellings[key] = None if value is None else (value,) if isinstance(value, int) else tuple(value)
     pattern: Sequence[int | None] = consistent_value(spellings, document, (None,))
     if not pattern or layers % len(pattern):

@@ -163,7 +163,7 @@ EMBEDDING, HEAD = TABLE[0], TABLE[-1]
 _DERIVED = {
     "hf": re.compile(r"(.*\.)?rotary_emb\.inv_freq"),
     "mistral": re.compile(r"rope\.freqs"),
-    "gguf": re.compile(r"blk\.\d+\.attn_rot_embd(\.weight)?"),
+    "gguf": re.compile(r"blk\.\d+\.attn_rot_embd(\.weight)?|rope_freqs\.weight"),
 }
 
 

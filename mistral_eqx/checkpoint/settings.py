@@ -1,7 +1,8 @@
 """Typed access to the keys of a checkpoint's config, which refuses keys that nothing reads."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..checks import CountOrZero, checked
@@ -37,7 +38,11 @@ class Settings:
                     key, f"{self.name} lacks the key {key}, without which the model cannot be built; add it."
                 )
             return default
-        return checked(self._settings[key], kind, f"The key {key} of {self.name}", file=self.file, key=key)
+        return self.checked(key, self._settings[key], kind)
+
+    def checked(self, key: str, value: Any, kind: Any) -> Any:
+        """A value of a key, checked against a type."""
+        return checked(value, kind, f"The key {key} of {self.name}", file=self.file, key=key)
 
     def ids(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
         """The value of a key that holds one token id or several."""
@@ -55,9 +60,17 @@ class Settings:
 
     def make(self, **fields: Any) -> MistralConfig:
         """Makes the config. An error about its fields becomes an error about the file."""
-        try:
+        with self.naming():
             return MistralConfig(**fields)
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """Names the file in errors that do not."""
+        try:
+            yield
         except InputError as error:
+            if self.name in str(error):
+                raise
             raise InputError(f"{self.name} cannot be used: {error}", file=self.file, key=error.key) from error
 
     def refuse(self, key: str, value: object) -> InputError:

@@ -13,10 +13,6 @@ from .placement import ON_DEFAULT_DEVICE, Index, Placement
 from .reader import Checkpoint, LazyTensor, read_columns
 
 
-# The config key for the size of the vocabulary. In GGUF it is optional; the default is the number of tokens.
-_VOCAB = {"hf": "vocab_size", "mistral": "vocab_size", "gguf": "llama.vocab_size"}
-
-
 def file_order(spec: LayerSpec, config: MistralConfig, format: str) -> np.ndarray:
     """For each row of the model's tensor, its row in the file. `out_dims` of the model are flattened to one axis.
 
@@ -155,13 +151,6 @@ def specs_of(checkpoint: Checkpoint) -> dict[str, LayerSpec]:
     for name in tensors:
         if name in specs or is_derived(name, format) or (config.tied and name == HEAD.name(format)):
             continue
-        if name == "rope_freqs.weight":
-            raise InputError(
-                f"{str(checkpoint.path)!r} has a tensor 'rope_freqs.weight': it scales the rotary embedding as Llama 3 "
-                "does, which is not supported; use a model without it.",
-                file=checkpoint.path,
-                key=name,
-            )
         raise InputError(
             f"{str(checkpoint.path)!r} has a tensor {shown(name)}, which a model with its config does not have; the "
             "weights belong to another kind of model, or the config has too few layers.",
@@ -185,7 +174,9 @@ def _wrong_shape(checkpoint: Checkpoint, spec: LayerSpec, expected: tuple[int, .
     }
     if spec in (EMBEDDING, HEAD) and found[1:] == expected[1:] and len(sizes) == 1:
         # Embedding and head have the same size, so the config is stale: the vocabulary was extended later.
-        key = _VOCAB[checkpoint.format]
+        # In GGUF it is optional; the default is the number of tokens.
+        of_gguf = checkpoint.format == "gguf"
+        key = f"{checkpoint.metadata['general.architecture']}.vocab_size" if of_gguf else "vocab_size"
         return InputError(
             f"{message}the files hold {found[0]} tokens and the config's {key!r} is {expected[0]}: set {key!r} to "
             f"{found[0]} if the weights are the right ones, or fetch both again together.",

@@ -61,8 +61,8 @@ class Attention(eqx.Module):
         **Returns:** an array like `x`, and the cache with the new keys and values.
         """
         q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj))
-        q = context.rotation(q)
-        k = context.own(jnp.swapaxes(context.rotation(k), 1, 2))
+        q = context.query_rotation(q)
+        k = context.own(jnp.swapaxes(context.key_rotation(k), 1, 2))
         v = context.own(jnp.swapaxes(v, 1, 2))
         key_index, codes = context.key_index, None
         if cache is not None:

@@ -6,8 +6,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from ..config import Rope
 from ..parallel import SINGLE, Strategy
+from ..rope import Rope
 from .mask import Span, bounds
 from .rotary import Rotation
 from .slots import own_slot, own_slots
@@ -21,7 +21,7 @@ class Context(eqx.Module):
 
     **Attributes:**
 
-    - `rotation`: the rotary embedding of queries and keys.
+    - `query_rotation`, `key_rotation`: the rotary embedding of queries and of keys.
     - `query_index`: the index of each token of this pass.
     - `key_index`: the index of the key in each of this device's slots, this pass included; without a cache, of each
         token of this pass that this device keeps.
@@ -31,7 +31,8 @@ class Context(eqx.Module):
     - `strategy`: which dimensions are split over which axes of the mesh.
     """
 
-    rotation: Rotation
+    query_rotation: Rotation
+    key_rotation: Rotation
     query_index: Int[Array, "batch seq"]
     key_index: Int[Array, "batch kv_seq"]
     slot: Int[Array, ""]
@@ -70,7 +71,8 @@ class Context(eqx.Module):
         if before is not None:
             key_index = lax.dynamic_update_slice_in_dim(before, key_index, own_slot(slot, strategy), axis=1)
         rotation = Rotation.init(rope, positions, dtype, strategy)
-        return cls(rotation, query_index, key_index, slot, mask, span, strategy)
+        query_rotation = rotation.of_queries(rope.query_scaling, positions)
+        return cls(query_rotation, rotation, query_index, key_index, slot, mask, span, strategy)
 
     @property
     def seq(self) -> int:

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ..config import Rope
 from ..parallel import SINGLE, Strategy, own_shard
+from ..rope import QueryScaling, Rope
 from .precision import at_least_float32
 
 
 class Rotation(eqx.Module):
     """Cosines and sines of the angle by which each pair of entries at each position is rotated
-    ([RoFormer](https://arxiv.org/abs/2104.09864)).
+    ([RoFormer](https://arxiv.org/abs/2104.09864)), times the factors by which the entries are scaled.
     """
 
     cos: Float[Array, "batch seq pairs"]
@@ -36,7 +36,15 @@ class Rotation(eqx.Module):
         dtype = at_least_float32(jnp.dtype(dtype))
         inv_freq = own_shard(jnp.asarray(rope.inv_freq, dtype), strategy.axes("head_dim"), axis=0)
         angles = positions.astype(dtype)[:, :, None] * inv_freq[None, None, :]
-        return cls(jnp.cos(angles), jnp.sin(angles))
+        return cls(jnp.cos(angles) * rope.magnitude, jnp.sin(angles) * rope.magnitude)
+
+    def of_queries(self, scaling: QueryScaling | None, positions: Int[Array, "batch seq"]) -> "Rotation":
+        """The rotation that also scales queries by their positions, -1 for padding."""
+        if scaling is None:
+            return self
+        spans = jnp.maximum(positions, 0) // scaling.original_positions
+        factor = (1 + scaling.beta * jnp.log1p(spans.astype(self.cos.dtype)))[:, :, None]
+        return Rotation(self.cos * factor, self.sin * factor)
 
     def __call__(self, x: Float[Array, "batch seq *heads head_dim"]) -> Float[Array, "batch seq *heads head_dim"]:
         """Rotates queries or keys.
