@@ -12,10 +12,11 @@ import gguf
 import numpy as np
 
 from ..checks import Count, CountOrZero, checked
-from ..config import Base, Epsilon, Layers, MistralConfig, Size
+from ..config import Base, Epsilon, Layers, MistralConfig, Routing, Size
 from ..documents import expect_regular, shown
 from ..errors import InputError
 from ..quant import FORMATS
+from .experts import join_experts
 from .gguf_header import TensorInfo, read_header
 from .gguf_shards import first_shard, shard_count, shard_path
 from .mixed import keep_16_bits
@@ -23,7 +24,7 @@ from .names import HEAD
 from .ranges import of_columns, read_ranges
 from .reader import DTYPES, FLOATS, Checkpoint, LazyTensor, Packed
 from .safetensors import PlainTensor
-from .settings import REQUIRED, Settings, per_kv
+from .settings import REQUIRED, Settings, per_kv, read_routing
 from .weight_files import WeightFiles
 
 
@@ -99,6 +100,7 @@ def open_gguf(path: Path) -> Checkpoint:
     if not tensors:
         raise InputError(f"{str(path)!r} holds no tensors; give a file with a model's weights.", file=path)
     config = read_config(metadata, tied=HEAD.name("gguf") not in tensors, file=path)
+    tensors = join_experts(tensors, config, "gguf", path)
     dtypes = {tensor.dtype for tensor in tensors.values() if len(tensor.shape) == 2}
     dtype = dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
     if dtype == DTYPES["float32"]:
@@ -370,11 +372,19 @@ def read_config(
         max_positions=document.take("llama.context_length", Count),
         windows=(window or None,) * layers,
         tied=tied,
+        routing=_routing(document),
         bos_id=bos_id,
         eos_ids=tuple(dict.fromkeys(token for token in eos_ids if token is not None)),
     )
     document.refuse_rest(_WITHOUT_EFFECT, prefix="llama.")
     return config
+
+
+def _routing(document: Settings) -> Routing | None:
+    experts, per_token = (
+        document.take(f"llama.{key}", CountOrZero | None, None) for key in ("expert_count", "expert_used_count")
+    )
+    return read_routing(document, experts or None, per_token or None, "llama.expert_used_count")
 
 
 def _shortest(value: float) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import Count, CountOrZero, checked
-from ..config import Base, Epsilon, Layers, MistralConfig, Size
+from ..config import Base, Epsilon, Layers, MistralConfig, Routing, Size
 from ..documents import read_json, shown
 from ..errors import InputError
 from .files import merge_files, read_index, read_shards
@@ -15,7 +15,7 @@ from .mixed import keep_16_bits
 from .quantized import read_quantization
 from .reader import DTYPES, Checkpoint, LazyTensor, main_dtype
 from .safetensors import read_header
-from .settings import Settings, consistent_value, is_off, listed, per_head, per_kv
+from .settings import Settings, consistent_value, is_off, listed, per_head, per_kv, read_routing
 from .weight_files import WeightFiles, read_consistent
 
 
@@ -99,9 +99,10 @@ def _loose(folder: Path, placed: set[str]) -> list[Path]:
     return [file for file in sorted(folder.iterdir()) if _SHARD.fullmatch(file.name) and file.name not in placed]
 
 
-_ARCHITECTURES = ("MistralForCausalLM", "MinistralForCausalLM", "LlamaForCausalLM")
+_ARCHITECTURES = ("MistralForCausalLM", "MinistralForCausalLM", "LlamaForCausalLM", "MixtralForCausalLM")
 
-# The defaults of transformers for missing keys that differ between its model types.
+# The defaults of transformers for missing keys that differ between its model types; a type without `sliding_window` has
+# no windows.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {
         "intermediate_size": 14336,
@@ -113,8 +114,17 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "intermediate_size": 11008,
         "num_key_value_heads": None,
         "max_position_embeddings": 2048,
-        "sliding_window": None,
     },
+}
+_DEFAULTS["mixtral"] = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
 }
 _DEFAULTS["ministral"] = _DEFAULTS["mistral"]
 
@@ -129,13 +139,14 @@ _WITHOUT_EFFECT = frozenset(
     do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
     repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
+    router_aux_loss_coef router_jitter_noise
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens unsloth_fixed unsloth_version
     """.split()  # noqa: SIM905
 )
 
 
 def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | None = None) -> MistralConfig:
-    """Reads a Hugging Face `config.json` of model type `mistral`, `ministral` or `llama`.
+    """Reads a Hugging Face `config.json` of model type `mistral`, `ministral`, `mixtral` or `llama`.
 
     A missing key gets the default of that model type in transformers. For example, a `mistral` config without the key
     `sliding_window` has a window of 4096, and a config with `"sliding_window": null` has no window.
@@ -177,6 +188,7 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
         document.take(key, str | None, None)
     document.expect("is_causal", (True, None), None)
     read_quantization(document.take("quantization_config", dict[str, Any] | None, None), file=file)
+    routing = _routing(document, defaults)
     config = document.make(
         vocab=document.take("vocab_size", Size, 32000),
         embed=embed,
@@ -185,13 +197,14 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
         kv_heads=kv_heads,
         q_per_kv=per_kv(heads, kv_heads, document),
         head_dim=head_dim,
-        rope_theta=_rope_theta(document),
-        norm_eps=document.take("rms_norm_eps", Epsilon, 1e-6),
+        rope_theta=_rope_theta(document, defaults.get("rope_parameters", {}).get("rope_theta", 10000.0)),
+        norm_eps=document.take("rms_norm_eps", Epsilon, defaults.get("rms_norm_eps", 1e-6)),
         max_positions=document.take("max_position_embeddings", Count, defaults["max_position_embeddings"]),
-        windows=_windows(document, layers, defaults["sliding_window"]),
+        windows=_windows(document, layers, defaults),
         tied=document.take("tie_word_embeddings", bool, False),
         bos_id=document.take("bos_token_id", CountOrZero | None, 1),
         eos_ids=document.ids("eos_token_id", (2,)),
+        routing=routing,
     )
     document.refuse_rest(_WITHOUT_EFFECT)
     return config
@@ -213,6 +226,11 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
             "size; use the format 'mistral'."
         )
     alternating = None in config.windows and bool(sizes)
+    if alternating and config.routing is not None:
+        raise InputError(
+            "The model has experts and only some layers have a window, and no model type of config.json has both; use "
+            "the format 'mistral'."
+        )
     settings: dict[str, Any] = {
         "architectures": ["MinistralForCausalLM" if alternating else "MistralForCausalLM"],
         "model_type": "ministral" if alternating else "mistral",
@@ -240,10 +258,32 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
         settings["layer_types"] = [
             "full_attention" if window is None else "sliding_attention" for window in config.windows
         ]
+    if config.routing is not None:
+        settings |= {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "num_local_experts": config.routing.experts,
+            "num_experts_per_tok": config.routing.per_token,
+        }
     return settings
 
 
-def _rope_theta(document: Settings) -> float:
+def _routing(document: Settings, defaults: Mapping[str, Any]) -> Routing | None:
+    if "num_local_experts" not in defaults:
+        return None
+    experts, per_token = (
+        document.take(key, Size, defaults[key]) for key in ("num_local_experts", "num_experts_per_tok")
+    )
+    if document.take("quantization_config", dict[str, Any] | None, None):
+        raise document.wrong(
+            "quantization_config",
+            f"{document.name} is of a quantized model with experts, which is not supported; use a checkpoint in "
+            "floats.",
+        )
+    return read_routing(document, experts, per_token, "num_experts_per_tok")
+
+
+def _rope_theta(document: Settings, default: float) -> float:
     spellings = {"rope_theta": document.take("rope_theta", Base | None, None)}
     for key in ("rope_parameters", "rope_scaling"):
         rope = document.take(key, dict[str, Any] | None, None) or {}
@@ -264,12 +304,13 @@ def _rope_theta(document: Settings) -> float:
         spellings[inner] = checked(
             rope.get("rope_theta"), Base | None, f"The key {inner} of {document.name}", file=document.file, key=inner
         )
-    return consistent_value(spellings, document, 10000.0)
+    return consistent_value(spellings, document, default)
 
 
-def _windows(document: Settings, layers: int, default: int | None) -> tuple[int | None, ...]:
+def _windows(document: Settings, layers: int, defaults: Mapping[str, Any]) -> tuple[int | None, ...]:
     # A llama model has no window. Its key stays untaken, so that `refuse_rest` refuses a value.
-    window = document.take("sliding_window", Count | None, default) if default is not None else None
+    windowed = "sliding_window" in defaults
+    window = document.take("sliding_window", Count | None, defaults["sliding_window"]) if windowed else None
     if document.take("use_sliding_window", bool | None, None) is False and window is not None:
         raise document.wrong(
             "use_sliding_window",

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import Count, CountOrZero
-from ..config import Base, Epsilon, Layers, MistralConfig, Size
+from ..config import Base, Epsilon, Layers, MistralConfig, Routing, Size
 from ..documents import read_json
 from ..errors import InputError
 from .files import merge_files, read_index, read_shards
 from .pth import read_pickles
 from .reader import Checkpoint, LazyTensor, main_dtype
-from .settings import Settings, consistent_value, per_kv
+from .settings import Settings, consistent_value, per_kv, read_routing
 from .weight_files import WeightFiles, read_consistent
 
 
@@ -142,6 +142,7 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
         tied=document.take("tied_embeddings", bool, False),
         bos_id=document.take("bos_id", CountOrZero | None, 1),
         eos_ids=document.ids("eos_ids", (2,)),
+        routing=_routing(document),
     )
     document.refuse_rest(_WITHOUT_EFFECT)
     return config
@@ -165,6 +166,11 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "max_position_embeddings": config.max_positions,
     }
+    if config.routing is not None:
+        settings["moe"] = {
+            "num_experts": config.routing.experts,
+            "num_experts_per_tok": config.routing.per_token,
+        }
     pattern = next(
         config.windows[:length]
         for length in range(1, config.layers + 1)
@@ -179,6 +185,18 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
     if config.eos_ids != (2,):
         settings["eos_ids"] = list(config.eos_ids)
     return settings
+
+
+def _routing(document: Settings) -> Routing | None:
+    moe = document.take("moe", dict[str, Any] | None, None)
+    if not moe:
+        return None
+    inner = Settings(moe, f"The table moe of {document.name}", None)
+    routing = read_routing(
+        inner, inner.take("num_experts", Size), inner.take("num_experts_per_tok", Size), "num_experts_per_tok"
+    )
+    inner.refuse_rest(frozenset())
+    return routing
 
 
 def _windows(document: Settings, layers: int) -> tuple[int | None, ...]:

@@ -48,7 +48,7 @@ def contract(
     - `inner`: the number of contracted dimensions, the last ones of both arrays.
     """
     return lax.platform_dependent(
-        weight, x, cpu=partial(_contract_cpu, inner=inner), default=partial(_contract_as_stored, inner=inner)
+        weight, x, cpu=partial(contract_cpu, inner=inner), default=partial(_contract_as_stored, inner=inner)
     )
 
 
@@ -76,7 +76,7 @@ def _contract_as_stored(weight: Array, x: Array, inner: int) -> Array:
     return jnp.moveaxis(y, -1, 0).reshape(batch, seq, *y.shape[:-1])
 
 
-def _contract_cpu(weight: Array, x: Array, inner: int) -> Array:
+def contract_cpu(weight: Array, x: Array, inner: int) -> Array:
     # The fast kernels of XLA on CPU take matrices. They read the left operand as it is stored, but copy the right one
     # transposed at each call, so the weight comes first.
     (batch, seq), outer, columns = x.shape[:2], weight.shape[: weight.ndim - inner], math.prod(x.shape[2:])
