@@ -123,9 +123,13 @@ def test_gradients(theirs, ours, torch, ids):
             (layers.down_proj, expected[f"{prefix}mlp.experts.down_proj"]),
             (block.attention.v_proj, expected[f"{prefix}self_attn.v_proj.weight"]),
         ):
+            own = np.asarray(one.weight.value).reshape(other.shape)
+            if one is layers.router and ours.config.routing.per_token == 1:
+                # The share of the only expert is 1, whatever its score: the gradient is zero but for rounding.
+                assert max(abs(own).max(), abs(other).max()) < FLOAT32_TOLERANCE * abs(gate).max()
+                continue
             # Float32's errors in two layers forward and back; logits have FLOAT32_TOLERANCE for the way forward.
-            error = relative_error(np.asarray(one.weight.value).reshape(other.shape), other)
-            assert error < 2 * FLOAT32_TOLERANCE, (layer, type(one).__name__)
+            assert relative_error(own, other) < 2 * FLOAT32_TOLERANCE, (layer, type(one).__name__)
     table = expected["model.embed_tokens.weight"]
     assert relative_error(found.embedding.weight.value, table) < 2 * FLOAT32_TOLERANCE
 
@@ -168,9 +172,11 @@ def test_llama_cpp_runs_what_is_written(tmp_path):
     )
     model = small_model(config=config)
     mx.save(model, tmp_path / "model.gguf", format="gguf", tokenizer=tokenizer)
-    theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=32, logits_all=True, verbose=False)
+    f32 = llama_cpp.GGML_TYPE_F32
+    theirs = llama_cpp.Llama(
+        str(tmp_path / "model.gguf"), n_ctx=32, logits_all=True, verbose=False, type_k=f32, type_v=f32
+    )
     ids = np.random.default_rng(0).integers(0, config.vocab, 24).tolist()
     theirs.eval(ids)
     expected = np.array(theirs.scores[: len(ids)])
-    # llama.cpp rounds keys and values to 16 bits, the largest of its roundings.
-    assert relative_error(run(model, np.array([ids], np.int32))[0][0], expected) < 2e-3
+    assert relative_error(run(model, np.array([ids], np.int32))[0][0], expected) < FLOAT32_TOLERANCE
