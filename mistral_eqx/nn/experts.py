@@ -7,7 +7,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ..parallel import SINGLE, AbstractNamed, Strategy, psum_tokens, shard_index
+from ..parallel import SINGLE, AbstractNamed, Strategy, psum_tokens, shard_index, vary_alike
 from .kernels import contract_grouped
 from .linear import LINEAR
 from .weight import AbstractWeight, DenseWeight
@@ -103,11 +103,18 @@ class Experts(eqx.Module):
         own = experts.reshape(-1) - shard * count
         is_own = (own >= 0) & (own < count)
         own = jnp.where(is_own, own, count)
-        order = jnp.argsort(own)
-        sizes = jnp.sum(own[:, None] == jnp.arange(count)[None], axis=0)
+        order = _argsort(own)
+        sizes = jnp.sum(own[:, None] == jnp.arange(count, dtype=own.dtype)[None], axis=0, dtype=own.dtype)
         rows = x.reshape(-1, x.shape[-1])[order // shares.shape[-1]]
         gate, up = (layer(rows, sizes).astype(x.dtype) for layer in (self.gate_proj, self.up_proj))
-        y = self.down_proj(jax.nn.silu(gate) * up, sizes)[jnp.argsort(order)]
+        y = self.down_proj(jax.nn.silu(gate) * up, sizes)[_argsort(order)]
         y = jnp.where(is_own[:, None], y, 0).reshape(*shares.shape, -1)
         y = jnp.sum(y * shares[..., None], axis=2).astype(x.dtype)
         return checkpoint_name(psum_tokens(y, "experts hidden", self.strategy), LINEAR)
+
+
+def _argsort(keys: Array) -> Array:
+    # JAX 0.10 takes the indices of a sort for the same on all devices even if the keys differ. Gradients would then use
+    # those of one device.
+    indices, _ = vary_alike(jnp.argsort(keys), keys)
+    return indices

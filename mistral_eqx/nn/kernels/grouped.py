@@ -50,7 +50,7 @@ def _grouped(weights: Array, x: Array, sizes: Array) -> Array:
     if len(x) > len(weights):
         return _ragged(weights, x, sizes)
     # Fewer rows than weights, as in decoding: each row has its own copy of the weight that it needs.
-    group = jnp.sum(jnp.arange(len(x))[:, None] >= jnp.cumsum(sizes)[None], axis=1)
+    group = jnp.sum(jnp.arange(len(x), dtype=sizes.dtype)[:, None] >= jnp.cumsum(sizes)[None], axis=1)
     own = weights[jnp.minimum(group, len(weights) - 1)]
     return lax.dot_general(own, x, (((2,), (1,)), ((0,), (0,))), preferred_element_type=at_least_float32(x.dtype))
 
@@ -69,7 +69,7 @@ def _grouped_cpu(weights: Array, x: Array, sizes: Array) -> Array:
     padded = jnp.pad(x, ((0, block), (0, 0)))
 
     def step(number: Array, y: Array) -> Array:
-        group = jnp.sum(stops <= number)
+        group = jnp.sum(stops <= number, dtype=sizes.dtype)
         first = starts[group] + (number - stops[group] + blocks[group]) * block
         own = lax.dynamic_slice_in_dim(padded, first, block)
         part = contract_cpu(lax.dynamic_index_in_dim(weights, group, keepdims=False), own[None], 1)
