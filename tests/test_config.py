@@ -223,9 +223,9 @@ def test_windows_that_alternate():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"model_type": "mixtral"}, r"model_type 'mixtral', which is not supported"),
+        ({"model_type": "mistral4"}, r"model_type 'mistral4', which is not supported"),
         ({"model_type": None}, r"model_type None, which is not supported"),
-        ({"architectures": ["MixtralForCausalLM"]}, r"names the architecture 'MixtralForCausalLM'"),
+        ({"architectures": ["Mistral4ForCausalLM"]}, r"names the architecture 'Mistral4ForCausalLM'"),
         ({"hidden_act": "gelu"}, r"has hidden_act 'gelu', which is not supported; supported is 'silu' and 'swish'"),
         ({"attention_bias": True}, r"sets attention_bias to True, which this package does not compute"),
         ({"mlp_bias": True}, r"sets mlp_bias to True"),
@@ -268,7 +268,7 @@ def test_hf_ignores_what_has_no_effect():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"moe": {"num_experts": 8, "num_experts_per_tok": 2}}, r"sets moe to"),
+        ({"moe": {"num_experts": 8, "num_experts_per_tok": 2, "route_every_n": 2}}, r"sets route_every_n to 2"),
         ({"lora": {"rank": 64}}, r"sets lora to"),
         ({"vision_encoder": {"hidden_size": 1024}}, r"sets vision_encoder to"),
         ({"yarn": {"factor": 16}}, r"sets yarn to"),
@@ -310,7 +310,7 @@ def test_params_json_of_later_releases():
         ({"llama.rope.scaling.factor": 4.0}, r"has llama\.rope\.scaling\.factor 4\.0"),
         ({"llama.rope.dimension_count": 32}, r"has llama\.rope\.dimension_count 32, which .* supported is 64"),
         ({"llama.attention.value_length": 32}, r"has llama\.attention\.value_length 32"),
-        ({"llama.expert_count": 8}, r"sets llama\.expert_count to 8"),
+        ({"llama.expert_count": 8}, r"only one of the number of experts and llama\.expert_used_count"),
         ({"llama.logit_scale": 0.5}, r"sets llama\.logit_scale to 0\.5"),
         ({"llama.attention.head_count": [9, 9]}, r"head_count of GGUF metadata is \[9, 9\]; it must be a whole number"),
     ],
