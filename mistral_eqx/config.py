@@ -21,13 +21,39 @@ Epsilon = Annotated[float, Ge(1e-20), Lt(1)]
 
 
 @dataclasses.dataclass(frozen=True)
+class Routing:
+    """The experts of a layer, and how many of them compute each token
+    ([Mixtral](https://arxiv.org/abs/2401.04088)).
+
+    **Attributes:**
+
+    - `experts`: feed-forward networks in each layer.
+    - `per_token`: experts that the router chooses for each token.
+
+    **Raises:** `ValueError` if a field is of another type or outside its range, or `per_token` exceeds `experts`.
+    """
+
+    experts: Size
+    per_token: Size
+
+    def __post_init__(self):
+        check_fields(self, "The config's routing.{}".format)
+        if self.per_token > self.experts:
+            raise InputError(
+                f"The config routes each token to {self.per_token} experts, but a layer has {self.experts}; route it "
+                "to at most as many.",
+                key="per_token",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class MistralConfig:
-    """The sizes and constants of a dense Mistral-family model.
+    """The sizes and constants of a Mistral-family model, dense or with experts.
 
     **Attributes:**
 
     - `vocab`, `embed`, `hidden`, `layers`: tokens in the vocabulary, width of the residual stream, width of the
-        feed-forward layer, number of blocks.
+        feed-forward layer (of each expert, if it has experts), number of blocks.
     - `kv_heads`, `q_per_kv`, `head_dim`: key/value heads, query heads that share each of them, entries per head.
     - `rope_theta`: the base of the rotary embedding's wavelengths.
     - `norm_eps`: the constant in the denominator of RMSNorm.
@@ -37,6 +63,7 @@ class MistralConfig:
     - `bos_id`, `eos_ids`: the token that starts a sequence, if any, and the end-of-sequence tokens.
     - `rope_scaling`: how the rotary embedding's angles are scaled for long contexts, if they are.
     - `query_scaling`: how queries grow with their position, if they do.
+    - `routing`: the experts of each layer; `None` for a dense model.
 
     **Raises:** `ValueError` if a field is of another type or outside its range, `head_dim` is odd (a rotary pair would
     be missing its second entry), `windows` does not have one entry a layer, or YaRN has a `rope_theta` of 1.
@@ -58,6 +85,7 @@ class MistralConfig:
     eos_ids: tuple[CountOrZero, ...] = ()
     rope_scaling: AbstractRopeScaling | None = None
     query_scaling: QueryScaling | None = None
+    routing: Routing | None = None
 
     def __post_init__(self):
         check_fields(self, "The config's {}".format)
@@ -90,9 +118,20 @@ class MistralConfig:
         return self.kv_heads * self.q_per_kv
 
     @property
+    def experts(self) -> int:
+        """The number of experts of each layer; 0 for a dense model."""
+        return 0 if self.routing is None else self.routing.experts
+
+    @property
+    def routes(self) -> int:
+        """The number of scores that a router computes for each token, one for each expert."""
+        return self.experts
+
+    @property
     def parameters(self) -> int:
         """The number of weights of the model; a tied head is counted once, with the embedding."""
         attention = 2 * self.embed * self.head_dim * (self.q_heads + self.kv_heads)
-        block = attention + 3 * self.embed * self.hidden + 2 * self.embed
+        feed_forward = 3 * self.embed * self.hidden * max(self.experts, 1) + self.embed * self.routes
+        block = attention + feed_forward + 2 * self.embed
         tables = 1 if self.tied else 2
         return tables * self.vocab * self.embed + self.layers * block + self.embed

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from .config import MistralConfig
+from .config import MistralConfig, Routing
 from .rope import QueryScaling, YarnScaling, yarn_magnitude
 
 
@@ -18,6 +18,7 @@ def _mistral(
     layers: int = 32,
     q_per_kv: int = 4,
     pattern: tuple[int | None, ...] = (None,),
+    routing: Routing | None = None,
 ) -> MistralConfig:
     """A config of Mistral's models: 8 key/value heads, 128 entries in a head."""
     return MistralConfig(
@@ -34,6 +35,7 @@ def _mistral(
         windows=pattern * (layers // len(pattern)),
         bos_id=1,
         eos_ids=(2,),
+        routing=routing,
     )
 
 
@@ -99,6 +101,17 @@ PRESETS: Mapping[str, MistralConfig] = MappingProxyType(
             hidden=28_672,
             layers=88,
             q_per_kv=12,
+        ),
+        "8x7b": _mistral(vocab=32_000, max_positions=32_768, rope_theta=1e6, routing=Routing(experts=8, per_token=2)),
+        "8x22b": _mistral(
+            vocab=32_768,
+            max_positions=65_536,
+            rope_theta=1e6,
+            embed=6144,
+            hidden=16_384,
+            layers=56,
+            q_per_kv=6,
+            routing=Routing(experts=8, per_token=2),
         ),
         # One layer in four has no window; the others attend to the last 32768 positions.
         "ministral-8b": _mistral(

@@ -12,7 +12,7 @@ from . import (
     train as train,
 )
 from .checkpoint import load as load, load_lora as load_lora, save as save, save_lora as save_lora
-from .config import MistralConfig as MistralConfig
+from .config import MistralConfig as MistralConfig, Routing as Routing
 from .conversion import convert as convert
 from .errors import InputError as InputError
 from .evaluate import (
@@ -43,6 +43,7 @@ from .generation import (
 from .lora import apply_lora as apply_lora, merge_lora as merge_lora
 from .nn import Mistral as Mistral
 from .parallel import (
+    EXPERTS as EXPERTS,
     HEAD_DIM as HEAD_DIM,
     HEADS as HEADS,
     HEADS_X_HEAD_DIM as HEADS_X_HEAD_DIM,

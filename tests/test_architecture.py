@@ -290,7 +290,7 @@ def test_modules_do_not_ask_where_they_run_or_what_they_have():
     asked = {(file, name) for file, name in asked if name in ("hasattr", "isinstance", "jax.default_backend")}
     # A cache is made before there is an array that could tell its device; a tangent that is zero is told by its type,
     # and so are the layers of a model that have a weight.
-    found = {("nn/layers.py", "isinstance"), ("nn/kernels/dense.py", "isinstance")}
+    found = {(f"nn/{file}.py", "isinstance") for file in ("layers", "kernels/dense", "kernels/grouped")}
     assert asked == {("nn/buffer.py", "jax.default_backend"), *found}
 
 

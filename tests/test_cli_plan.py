@@ -52,7 +52,7 @@ def test_all_takes_what_is_legal(tiny, monkeypatch):
     assert "bfloat16, cache int8) on 4 virtual devices, batch 2, prompt 16, kv_seq 64" in result.stdout
     assert [(job.axes, job.cache_dtype) for job in jobs] == 3 * [({"kv": 2, "rep": 2}, "int8")]
     refused = [line.split(" is not planned: ")[0] for line in result.stderr.splitlines()]
-    assert refused == ["heads", "sequence_parallel", "head_dim"]
+    assert refused == ["heads", "sequence_parallel", "head_dim", "experts"]
 
 
 def test_each_scheme_is_planned(tiny, monkeypatch):

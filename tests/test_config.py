@@ -165,6 +165,8 @@ def test_published_parameter_counts():
         "small-3-24b": 23_572_403_200,
         "small-3.1-24b": 23_572_403_200,
         "large-2-123b": 122_610_069_504,
+        "8x7b": 46_702_792_704,
+        "8x22b": 140_630_071_296,
         "ministral-8b": 8_019_808_256,
         # Published as 3.4, 8.4 and 13.5 billions without the vision encoder.
         "ministral-3-3b": 3_429_006_336,
@@ -228,11 +230,11 @@ def test_windows_that_alternate():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"model_type": "mixtral"}, r"model_type 'mixtral', which is not supported"),
+        ({"model_type": "mistral4"}, r"model_type 'mistral4', which is not supported because of its latent attention"),
         ({"model_type": None}, r"model_type None, which is not supported; the supported ones are"),
         ({"model_type": "mamba2"}, r"'mamba2', which is not supported because it has a state in place of attention;"),
         ({"model_type": "mistral_large4"}, r"'mistral_large4', which is not supported because of its sparse latent"),
-        ({"architectures": ["MixtralForCausalLM"]}, r"names the architecture 'MixtralForCausalLM'"),
+        ({"architectures": ["Mistral4ForCausalLM"]}, r"names the architecture 'Mistral4ForCausalLM'"),
         ({"hidden_act": "gelu"}, r"has hidden_act 'gelu', which is not supported; supported is 'silu' and 'swish'"),
         ({"attention_bias": True}, r"sets attention_bias to True, which this package does not compute"),
         ({"mlp_bias": True}, r"sets mlp_bias to True"),
@@ -277,7 +279,7 @@ def test_hf_ignores_what_has_no_effect():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"moe": {"num_experts": 8, "num_experts_per_tok": 2}}, r"sets moe to"),
+        ({"moe": {"num_experts": 8, "num_experts_per_tok": 2, "route_every_n": 2}}, r"sets route_every_n to 2"),
         ({"lora": {"rank": 64}}, r"sets lora to"),
         ({"vision_encoder": 1024}, r"vision_encoder of params\.json is 1024; it must be a table"),
         ({"quantization": {"qformat_weight": "fp8"}}, r"sets quantization to"),
@@ -317,7 +319,7 @@ def test_params_json_of_later_releases():
         ({"llama.rope.scaling.type": "longrope"}, r"has llama\.rope\.scaling\.type 'longrope'"),
         ({"llama.rope.dimension_count": 32}, r"has llama\.rope\.dimension_count 32, which .* supported is 64"),
         ({"llama.attention.value_length": 32}, r"has llama\.attention\.value_length 32"),
-        ({"llama.expert_count": 8}, r"sets llama\.expert_count to 8"),
+        ({"llama.expert_count": 8}, r"only one of the number of experts and llama\.expert_used_count"),
         ({"llama.logit_scale": 0.5}, r"sets llama\.logit_scale to 0\.5"),
         ({"llama.attention.head_count": [9, 9]}, r"head_count of GGUF metadata is \[9, 9\]; it must be a whole number"),
     ],

@@ -195,6 +195,26 @@ def test_own_strategy_splits_both_sides_of_a_weight(run):
 
 
 @pytest.mark.slow
+def test_experts_are_split_in_four_ways(capsys):
+    runpy.run_path(str(ROOT / "examples/experts.py"))["main"](4)
+    counts, first, *lines = capsys.readouterr().out.splitlines()
+    # Two experts for each of 48 tokens.
+    assert sum(map(int, re.findall(r"\d+", counts.partition("[")[2]))) == 96
+    assert len(re.findall(r"expert \d \d+%", first)) == 2
+    held = [re.search(r"(\(\d, \d+, 64\)) of \(8, 128, 64\)", line)[1] for line in lines]
+    assert held == ["(1, 128, 64)", "(8, 16, 64)", "(2, 64, 64)", "(2, 128, 64)"]
+
+
+@pytest.mark.slow
+def test_the_page_on_experts():
+    names = {}
+    for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "docs/experts.md").read_text(), flags=re.DOTALL):
+        exec(compile(snippet, "experts.md", "exec"), names)
+    assert names["out"].tokens.shape == (1, 16)
+    assert names["split"].blocks[0].feed_forward.down_proj.weight.value.addressable_shards[0].data.shape == (2, 64, 64)
+
+
+@pytest.mark.slow
 def test_hosts_continue_prompts_together(run, tiny):
     first, *lines = run("multi_host.py").splitlines()
     assert first == "4 devices of 2 processes"

@@ -261,7 +261,8 @@ def test_presets_without_their_memory(name):
         assert attention.o_proj.weight.value.shape == (config.embed, *heads)
         assert attention.window == window
         assert attention.scale == pytest.approx(config.head_dim**-0.5)
-        assert block.feed_forward.down_proj.weight.value.shape == (config.embed, config.hidden)
+        experts = () if config.routing is None else (config.experts,)
+    assert block.feed_forward.down_proj.weight.value.shape == (*experts, config.embed, config.hidden)
     assert (model.head is None) == config.tied
     arrays = [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.ShapeDtypeStruct)]
     assert sum(leaf.size for leaf in arrays) == config.parameters

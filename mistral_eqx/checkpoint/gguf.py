@@ -11,10 +11,11 @@ import gguf
 import numpy as np
 
 from ..checks import Count, CountOrZero, checked
-from ..config import Base, Epsilon, Layers, MistralConfig, Size
+from ..config import Base, Epsilon, Layers, MistralConfig, Routing, Size
 from ..documents import expect_regular, shown
 from ..errors import InputError
 from ..quant import FORMATS
+from .experts import join_experts
 from .gguf_header import TensorInfo, read_header, shortest
 from .gguf_rope import DIVISORS, read_rope, with_divisors
 from .gguf_shards import first_shard, shard_count, shard_path
@@ -23,7 +24,7 @@ from .names import HEAD
 from .ranges import of_columns, read_ranges
 from .reader import DTYPES, FLOATS, Checkpoint, LazyTensor, Packed
 from .safetensors import PlainTensor
-from .settings import REQUIRED, Settings, per_kv
+from .settings import REQUIRED, Settings, per_kv, read_routing
 from .weight_files import WeightFiles
 
 
@@ -101,6 +102,7 @@ def open_gguf(path: Path) -> Checkpoint:
     config = read_config(metadata, tied=HEAD.name("gguf") not in tensors, file=path)
     if DIVISORS in tensors:
         config = _with_divisors(config, tensors[DIVISORS], path)
+    tensors = join_experts(tensors, config, "gguf", path)
     dtypes = {tensor.dtype for tensor in tensors.values() if len(tensor.shape) == 2}
     dtype = dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
     if dtype == DTYPES["float32"]:
@@ -387,9 +389,17 @@ def read_config(
         max_positions=max_positions,
         windows=(window or None,) * layers,
         tied=tied,
+        routing=_routing(document, arch),
         bos_id=bos_id,
         eos_ids=tuple(dict.fromkeys(token for token in eos_ids if token is not None)),
         **rope,
     )
     document.refuse_rest(frozenset(f"{arch}.{key}" for key in _WITHOUT_EFFECT), prefix=f"{arch}.")
     return config
+
+
+def _routing(document: Settings, arch: str) -> Routing | None:
+    experts, per_token = (
+        document.take(f"{arch}.{key}", CountOrZero | None, None) for key in ("expert_count", "expert_used_count")
+    )
+    return read_routing(document, experts or None, per_token or None, f"{arch}.expert_used_count")

@@ -85,7 +85,7 @@ def write_gguf(
                 _add(writer, key, value)
             specs = list(layer_specs(config))
             for spec in specs:
-                shape, kind = spec.file_shape(config), types[spec.path]
+                shape, kind = _shape(spec, config), types[spec.path]
                 format = block_format(kind)
                 stored = (*shape[:-1], shape[-1] // format.size * format.nbytes)
                 number = gguf.GGMLQuantizationType[kind]
@@ -130,7 +130,7 @@ def chosen_types(config: MistralConfig, type: str, kept: Mapping[str, str]) -> d
     """
     found: dict[str, str] = {}
     for spec in layer_specs(config):
-        if not spec.in_dims:
+        if not spec.in_dims or "routes" in spec.dims:
             found[spec.path] = "F32"
         elif spec.path in kept:
             found[spec.path] = kept[spec.path]
@@ -140,6 +140,12 @@ def chosen_types(config: MistralConfig, type: str, kept: Mapping[str, str]) -> d
             eight_bits = spec in (EMBEDDING, HEAD) and type not in ("F32", "F16", "BF16")
             found[spec.path] = fitting_type("Q8_0" if eight_bits else type, spec.file_shape(config)[1])
     return found
+
+
+def _shape(spec: LayerSpec, config: MistralConfig) -> tuple[int, ...]:
+    """The shape of a tensor in the file, where the matrices of experts are stacked."""
+    rows, *inner = spec.file_shape(config)
+    return (config.experts, rows // config.experts, *inner) if "experts" in spec.dims.split() else (rows, *inner)
 
 
 def _bytes(weights: AbstractWeights, spec: LayerSpec, kind: str) -> np.ndarray:
@@ -178,6 +184,9 @@ def _config_metadata(config: MistralConfig, type: str) -> dict[str, Any]:
         f"{arch}.attention.layer_norm_rms_epsilon": float(config.norm_eps),
         f"{arch}.vocab_size": config.vocab,
     }
+    if config.routing is not None:
+        metadata[f"{arch}.expert_count"] = config.routing.experts
+        metadata[f"{arch}.expert_used_count"] = config.routing.per_token
     if window is not None:
         metadata[f"{arch}.attention.sliding_window"] = window
     return metadata | write_rope(config)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import Count, CountOrZero
-from ..config import Epsilon, Layers, MistralConfig, Size
+from ..config import Epsilon, Layers, MistralConfig, Routing, Size
 from ..documents import read_json, shown
 from ..errors import InputError
 from .files import merge_files, read_index, read_shards
@@ -18,7 +18,7 @@ from .names import HEAD
 from .quantized import read_quantization
 from .reader import DTYPES, Checkpoint, LazyTensor, main_dtype
 from .safetensors import read_header
-from .settings import Settings, listed, per_head, per_kv
+from .settings import Settings, listed, per_head, per_kv, read_routing
 from .weight_files import WeightFiles, read_consistent
 from .wrapped import WRAPPERS, is_wrapper, text_config, text_tensors, warn_of_skipped
 
@@ -109,7 +109,13 @@ def _loose(folder: Path, placed: set[str]) -> list[Path]:
     return [file for file in sorted(folder.iterdir()) if _SHARD.fullmatch(file.name) and file.name not in placed]
 
 
-_ARCHITECTURES = ("MistralForCausalLM", "MinistralForCausalLM", "Ministral3ForCausalLM", "LlamaForCausalLM")
+_ARCHITECTURES = (
+    "MistralForCausalLM",
+    "MinistralForCausalLM",
+    "Ministral3ForCausalLM",
+    "MixtralForCausalLM",
+    "LlamaForCausalLM",
+)
 
 # The defaults of transformers for missing keys that differ between its model types; a type without `sliding_window` has
 # no windows.
@@ -145,6 +151,16 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         },
     },
 }
+_DEFAULTS["mixtral"] = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
 _DEFAULTS["ministral"] = _DEFAULTS["mistral"]
 
 # Why other types of the family are refused.
@@ -165,14 +181,15 @@ _WITHOUT_EFFECT = frozenset(
     do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
     repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
+    router_aux_loss_coef router_jitter_noise
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens unsloth_fixed unsloth_version
     """.split()  # noqa: SIM905
 )
 
 
 def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | None = None) -> MistralConfig:
-    """Reads a Hugging Face `config.json` of model type `mistral`, `ministral`, `ministral3` or `llama`, or of the
-    wrapping types `mistral3` and `voxtral` with such a `text_config`.
+    """Reads a Hugging Face `config.json` of model type `mistral`, `ministral`, `ministral3`, `mixtral` or `llama`, or
+    of the wrapping types `mistral3` and `voxtral` with such a `text_config`.
 
     A missing key gets the default of that model type in transformers. For example, a `mistral` config without the key
     `sliding_window` has a window of 4096, and a config with `"sliding_window": null` has no window.
@@ -215,6 +232,7 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
         document.take(key, str | None, None)
     document.expect("is_causal", (True, None), None)
     read_quantization(document.take("quantization_config", dict[str, Any] | None, None), file=file)
+    routing = _routing(document, defaults)
     config = document.make(
         vocab=document.take("vocab_size", Size, defaults.get("vocab_size", 32000)),
         embed=embed,
@@ -235,6 +253,7 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
             absent=defaults.get("rope_parameters"),
             scales_queries=model_type == "ministral3",
         ),
+        routing=routing,
     )
     document.refuse_rest(_WITHOUT_EFFECT)
     return config
@@ -243,11 +262,11 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
 def write_config(config: MistralConfig) -> dict[str, Any]:
     """Writes a Hugging Face `config.json`.
 
-    **Returns:** the JSON object, of model type `mistral`, `ministral` if only some layers have a window, or
-    `ministral3` if queries are scaled.
+    **Returns:** the JSON object, of model type `mistral`, `ministral` if only some layers have a window,
+    `ministral3` if queries are scaled, or `mixtral` if the model has experts.
 
-    **Raises:** `ValueError` if the format cannot express the config: windows of several sizes, queries that are scaled
-    where only some layers have a window, or another scaling of the rotary embedding.
+    **Raises:** `ValueError` if the format cannot express the config: windows of several sizes, two of the three at
+    once, or another scaling of the rotary embedding.
     """
     sizes = {window for window in config.windows if window is not None}
     if len(sizes) > 1:
@@ -256,12 +275,21 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
             "size; use the format 'mistral'."
         )
     alternating = None in config.windows and bool(sizes)
-    if alternating and config.query_scaling is not None:
-        raise InputError(
-            "Queries are scaled and only some layers have a window, and no model type of config.json has both; use the "
-            "format 'mistral'."
+    special = [
+        kind
+        for kind, has in (
+            ("ministral", alternating),
+            ("ministral3", config.query_scaling is not None),
+            ("mixtral", config.routing is not None),
         )
-    model_type = "ministral" if alternating else "mistral" if config.query_scaling is None else "ministral3"
+        if has
+    ]
+    if len(special) > 1:
+        raise InputError(
+            "The model has more than one of windows in only some layers, scaled queries and experts, and no model type "
+            "of config.json has; use the format 'mistral'."
+        )
+    model_type = special[0] if special else "mistral"
     settings: dict[str, Any] = {
         "architectures": [f"{model_type.capitalize()}ForCausalLM"],
         "model_type": model_type,
@@ -288,7 +316,27 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
         settings["layer_types"] = [
             "full_attention" if window is None else "sliding_attention" for window in config.windows
         ]
+    if config.routing is not None:
+        settings |= {
+            "num_local_experts": config.routing.experts,
+            "num_experts_per_tok": config.routing.per_token,
+        }
     return settings
+
+
+def _routing(document: Settings, defaults: Mapping[str, Any]) -> Routing | None:
+    if "num_local_experts" not in defaults:
+        return None
+    experts, per_token = (
+        document.take(key, Size, defaults[key]) for key in ("num_local_experts", "num_experts_per_tok")
+    )
+    if document.take("quantization_config", dict[str, Any] | None, None):
+        raise document.wrong(
+            "quantization_config",
+            f"{document.name} is of a quantized model with experts, which is not supported; use a checkpoint in "
+            "floats.",
+        )
+    return read_routing(document, experts, per_token, "num_experts_per_tok")
 
 
 def _windows(document: Settings, layers: int, defaults: Mapping[str, Any]) -> tuple[int | None, ...]:

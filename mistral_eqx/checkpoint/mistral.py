@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import Count, CountOrZero
-from ..config import Base, Epsilon, Layers, MistralConfig, Size
+from ..config import Base, Epsilon, Layers, MistralConfig, Routing, Size
 from ..documents import read_json
 from ..errors import InputError
 from ..rope import Factor, Magnitude, QueryScaling, Rotations, YarnScaling, yarn_magnitude
 from .files import merge_files, read_index, read_shards
 from .pth import read_pickles
 from .reader import Checkpoint, LazyTensor, main_dtype
-from .settings import Settings, consistent_value, per_kv
+from .settings import Settings, consistent_value, per_kv, read_routing
 from .weight_files import WeightFiles, read_consistent
 from .wrapped import text_tensors, warn_of_skipped
 
@@ -158,6 +158,7 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
         eos_ids=document.ids("eos_ids", (2,)),
         rope_scaling=_yarn(document),
         query_scaling=_query_scaling(document),
+        routing=_routing(document),
     )
     document.refuse_rest(_WITHOUT_EFFECT)
     return config
@@ -183,6 +184,11 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "max_position_embeddings": config.max_positions,
     }
+    if config.routing is not None:
+        settings["moe"] = {
+            "num_experts": config.routing.experts,
+            "num_experts_per_tok": config.routing.per_token,
+        }
     pattern = next(
         config.windows[:length]
         for length in range(1, config.layers + 1)
@@ -258,6 +264,18 @@ def _written_scaling(config: MistralConfig) -> dict[str, Any]:
             "beta": queries.beta,
         }
     return settings
+
+
+def _routing(document: Settings) -> Routing | None:
+    moe = document.take("moe", dict[str, Any] | None, None)
+    if not moe:
+        return None
+    inner = Settings(moe, f"The table moe of {document.name}", None)
+    routing = read_routing(
+        inner, inner.take("num_experts", Size), inner.take("num_experts_per_tok", Size), "num_experts_per_tok"
+    )
+    inner.refuse_rest(frozenset())
+    return routing
 
 
 def _windows(document: Settings, layers: int) -> tuple[int | None, ...]:

@@ -17,7 +17,8 @@ class LayerSpec:
     - `path`: the path of the layer in the model; `{layer}` is the block's index, here and in the names.
     - `out_dims`, `in_dims`: the dimensions of its weight's rows and columns. A file stores a matrix with two axes,
         `out_dims` and `in_dims`, and a vector with one.
-    - `hf`, `mistral`, `gguf`: its name in each format.
+    - `hf`, `mistral`, `gguf`: its name in each format. `*` stands for the index of an expert, where a format stores a
+        tensor for each expert: one after the other, they are the rows of the weight.
     - `rotary`: whether the rotary embedding acts on the weight's rows, so that their order within a head matters. The
         model, Mistral and GGUF put the two entries of a pair side by side; Hugging Face puts the first entries of
         all pairs before the second entries.
@@ -39,6 +40,16 @@ class LayerSpec:
     def name(self, format: str) -> str:
         """The name of the tensor that holds the layer's weight in `"hf"`, `"mistral"` or `"gguf"`."""
         return {"hf": self.hf, "mistral": self.mistral, "gguf": self.gguf}[format] + ".weight"
+
+    def names(self, config: MistralConfig, format: str) -> list[str]:
+        """The names of the tensors that hold the weight's rows, in order: one, or one for each expert."""
+        name = self.name(format)
+        return [name.replace("*", str(expert)) for expert in range(config.experts)] if "*" in name else [name]
+
+    def differs(self, config: MistralConfig) -> bool:
+        """Whether a model with this config has other layers in its place: experts, or a dense feed-forward layer."""
+        routed = {"experts", "routes"} & set(self.dims.split())
+        return bool(routed) != bool(config.experts) and ".feed_forward." in self.path
 
     @property
     def dims(self) -> str:
@@ -140,6 +151,38 @@ TABLE: tuple[LayerSpec, ...] = (
         gguf="blk.{layer}.ffn_down",
     ),
     LayerSpec(
+        "blocks.{layer}.feed_forward.router",
+        "routes",
+        "embed",
+        hf="model.layers.{layer}.block_sparse_moe.gate",
+        mistral="layers.{layer}.feed_forward.gate",
+        gguf="blk.{layer}.ffn_gate_inp",
+    ),
+    LayerSpec(
+        "blocks.{layer}.feed_forward.gate_proj",
+        "experts hidden",
+        "embed",
+        hf="model.layers.{layer}.block_sparse_moe.experts.*.w1",
+        mistral="layers.{layer}.feed_forward.experts.*.w1",
+        gguf="blk.{layer}.ffn_gate_exps",
+    ),
+    LayerSpec(
+        "blocks.{layer}.feed_forward.up_proj",
+        "experts hidden",
+        "embed",
+        hf="model.layers.{layer}.block_sparse_moe.experts.*.w3",
+        mistral="layers.{layer}.feed_forward.experts.*.w3",
+        gguf="blk.{layer}.ffn_up_exps",
+    ),
+    LayerSpec(
+        "blocks.{layer}.feed_forward.down_proj",
+        "experts embed",
+        "hidden",
+        hf="model.layers.{layer}.block_sparse_moe.experts.*.w2",
+        mistral="layers.{layer}.feed_forward.experts.*.w2",
+        gguf="blk.{layer}.ffn_down_exps",
+    ),
+    LayerSpec(
         "norm",
         "embed",
         "",
@@ -169,7 +212,7 @@ _DERIVED = {
 
 def layer_specs(config: MistralConfig) -> Iterator[LayerSpec]:
     """The specs of all layers of a model with this config, in the order in which the model applies them."""
-    blocks = [spec for spec in TABLE if "{layer}" in spec.path]
+    blocks = [spec for spec in TABLE if "{layer}" in spec.path and not spec.differs(config)]
     yield EMBEDDING
     for layer in range(config.layers):
         yield from (spec.at(layer) for spec in blocks)

@@ -73,8 +73,9 @@ def read_pickles(files: Sequence[Path], config: MistralConfig) -> dict[str, Lazy
     for file in files:
         for name, tensor in read_pickle(file).items():
             found.setdefault(name, []).append(tensor)
-    known = itertools.takewhile(lambda spec: spec.name("mistral") in found, layer_specs(config))
-    shapes = {spec.name("mistral"): spec.file_shape(config) for spec in known}
+    specs = ((spec.names(config, "mistral"), spec.file_shape(config)) for spec in layer_specs(config))
+    known = itertools.takewhile(lambda entry: all(name in found for name in entry[0]), specs)
+    shapes = {name: (rows // len(names), *inner) for names, (rows, *inner) in known for name in names}
     return {name: _joined(shards, shapes.get(name), files) for name, shards in found.items()}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..checks import CountOrZero, checked
-from ..config import MistralConfig
+from ..config import MistralConfig, Routing
 from ..documents import shown
 from ..errors import InputError
 
@@ -133,3 +133,23 @@ def consistent_value(spellings: Mapping[str, Any], document: Settings, default: 
             next(iter(given)), f"{document.name} has {contradiction}, which contradict each other; keep the right one."
         )
     return next(iter(given.values()), default)
+
+
+def read_routing(document: Settings, experts: int | None, per_token: int | None, key: str) -> Routing | None:
+    """The routing of a model with experts; `None` for a dense one.
+
+    **Arguments:**
+
+    - `experts`, `per_token`: the values of the config's keys, if they are there.
+    - `key`: the key of `per_token`.
+    """
+    if experts is None and per_token is None:
+        return None
+    if experts is None or per_token is None:
+        raise document.wrong(
+            key, f"{document.name} gives only one of the number of experts and {key}; add the other one."
+        )
+    try:
+        return Routing(experts, per_token)
+    except InputError as error:
+        raise InputError(f"{document.name} cannot be used: {error}", file=document.file, key=key) from error

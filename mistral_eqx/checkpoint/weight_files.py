@@ -11,6 +11,7 @@ import numpy as np
 from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
+from .experts import join_experts
 from .names import EMBEDDING, HEAD, LayerSpec, is_derived, layer_specs
 from .reader import LazyTensor
 from .source import file_order
@@ -55,10 +56,11 @@ def read_consistent(
     **Raises:** `InputError` that names two files, and a tensor that differs between them.
     """
     first, *others = weight_files
-    tensors = first.read(config)
+    tensors = join_experts(first.read(config), config, first.format, folder)
     for other in others:
         try:
-            differing = _differing(config, first.format, tensors, other.format, other.read(config))
+            copies = join_experts(other.read(config), config, other.format, folder)
+            differing = _differing(config, first.format, tensors, other.format, copies)
         except (InputError, OSError) as error:
             problem = f"which cannot be compared ({str(error).rstrip('.')})"
         else:

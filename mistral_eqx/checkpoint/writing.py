@@ -158,7 +158,7 @@ def save(
         if spec.path in packings:
             tensors += _from_packing(spec, packings[spec.path])
         else:
-            tensors.append(_from_array(spec, unwritten, config, format, allow_nonfinite))
+            tensors += _divided(spec, config, format, _from_array(spec, unwritten, config, format, allow_nonfinite))
     quantization = None
     if packings:
         linear = (spec for spec in specs if spec.in_dims and spec is not EMBEDDING and spec.path not in packings)
@@ -303,7 +303,10 @@ def convert(
         weights = _FileWeights(by_path, checkpoint.path, allow_nonfinite, report)
         _save_gguf(target, checkpoint.config, weights, kept, target_dtype.name, type, tokenizer, overwrite)
         return
-    tensors = [_from_source(each, target_dtype, format, report, checkpoint.path, allow_nonfinite) for each in found]
+    tensors: list[_Tensor] = []
+    for each in found:
+        whole = _from_source(each, target_dtype, format, report, checkpoint.path, allow_nonfinite)
+        tensors += _divided(each.spec, checkpoint.config, format, whole)
     with staged(target, overwrite=overwrite) as folder:
         _write(folder, checkpoint.config, tensors, format, max_shard_size)
         if finish is not None:
@@ -379,11 +382,33 @@ def _from_source(
 
 def _model_rows(spec: LayerSpec, config: MistralConfig, format: Format, dtype: np.dtype) -> Iterator[np.ndarray]:
     """The rows of the model's tensor in the order of the file, a chunk at a time."""
-    count, *width = spec.file_shape(config)
+    _, *width = spec.file_shape(config)
     order = np.argsort(file_order(spec, config, format))
     step = max(1, CHUNK_BYTES // (int(np.prod(width)) * dtype.itemsize))
-    for start in range(0, count, step):
-        yield order[start : start + step]
+    for tensor in np.split(order, len(spec.names(config, format))):
+        for start in range(0, len(tensor), step):
+            yield tensor[start : start + step]
+
+
+def _divided(spec: LayerSpec, config: MistralConfig, format: Format, whole: _Tensor) -> list[_Tensor]:
+    """The tensors of a file that hold a weight, of which the format may store one for each expert.
+
+    They are written one after the other, and each takes its chunks from those of the whole weight.
+    """
+    names = spec.names(config, format)
+    if len(names) == 1:
+        return [whole]
+    rows, inner = whole.shape[0] // len(names), whole.shape[1:]
+    remaining = whole.chunks()
+
+    def chunks() -> Iterator[np.ndarray]:
+        done = 0
+        while done < rows:
+            chunk = next(remaining)
+            done += len(chunk)
+            yield chunk
+
+    return [dataclasses.replace(whole, name=name, shape=(rows, *inner), chunks=chunks) for name in names]
 
 
 def _gather_to_host(array: jax.Array | np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """A module as a list of its arrays."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ class Flat:
 class _Structure:
     """The structure of a tree, which is compared with itself at no cost."""
 
-    def __init__(self, value: jax.tree_util.PyTreeDef):
+    def __init__(self, value: Hashable):
         self.value = value
 
 

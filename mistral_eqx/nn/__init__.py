@@ -10,6 +10,7 @@ from .cache import (
 from .context import Context as Context
 from .cross_entropy import Likelihood as Likelihood, log_likelihood as log_likelihood
 from .embedding import Embedding as Embedding, Unembedding as Unembedding
+from .experts import ExpertLinear as ExpertLinear, Experts as Experts, Router as Router
 from .feed_forward import FeedForward as FeedForward
 from .kernels import flash_attention as flash_attention
 from .linear import Linear as Linear

@@ -7,12 +7,13 @@ from ..parallel import all_tokens
 from .attention import Attention
 from .cache import AbstractLayerCache
 from .context import Context
+from .experts import Experts
 from .feed_forward import FeedForward
 from .norm import RMSNorm
 
 
 class Block(eqx.Module):
-    """Attention, then a feed-forward layer, each on the normalised residual stream and added to it.
+    """Attention, then a feed-forward layer or experts, each on the normalised residual stream and added to it.
 
     Where the strategy splits `tokens`, each device holds and normalises only its own tokens of the stream.
     """
@@ -20,7 +21,7 @@ class Block(eqx.Module):
     attention_norm: RMSNorm
     attention: Attention
     feed_forward_norm: RMSNorm
-    feed_forward: FeedForward
+    feed_forward: FeedForward | Experts
 
     def __call__(
         self,

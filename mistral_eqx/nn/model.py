@@ -20,6 +20,7 @@ from .block import Block
 from .cache import Cache
 from .context import Context
 from .embedding import Embedding, Unembedding
+from .experts import ExpertLinear, Experts, Router
 from .feed_forward import FeedForward
 from .linear import Linear
 from .mask import Span
@@ -28,7 +29,8 @@ from .weight import DenseWeight
 
 
 class Mistral(eqx.Module):
-    """A dense decoder of the Mistral family ([Mistral 7B](https://arxiv.org/abs/2310.06825)).
+    """A decoder of the Mistral family, dense ([Mistral 7B](https://arxiv.org/abs/2310.06825)) or with experts
+    ([Mixtral](https://arxiv.org/abs/2401.04088)).
 
     ```python
     logits = eqx.filter_jit(model)(ids)
@@ -231,23 +233,35 @@ def _hidden(
 
 
 def _block(config: MistralConfig, window: int | None, key: PRNGKeyArray, dtype: DTypeLike, strategy: Strategy) -> Block:
-    keys = iter(jr.split(key, 7))
+    keys = iter(jr.split(key, 7 if config.routing is None else 8))
     residual = 0.02 / math.sqrt(2 * config.layers)
     sizes = {
         "embed": config.embed,
         "hidden": config.hidden,
+        "experts": config.experts,
+        "routes": config.routes,
         "kv_heads": config.kv_heads,
         "q_per_kv": config.q_per_kv,
         "head_dim": config.head_dim,
     }
 
+    def weight(dims: str, std: float = 0.02) -> DenseWeight:
+        return DenseWeight.init(tuple(sizes[dim] for dim in dims.split()), std, key=next(keys), dtype=dtype)
+
     def linear(in_dims: str, out_dims: str, std: float = 0.02) -> Linear:
-        shape = tuple(sizes[dim] for dim in f"{out_dims} {in_dims}".split())
-        weight = DenseWeight.init(shape, std, key=next(keys), dtype=dtype)
-        return Linear(weight, in_dims, out_dims, strategy)
+        return Linear(weight(f"{out_dims} {in_dims}", std), in_dims, out_dims, strategy)
 
     def norm() -> RMSNorm:
         return RMSNorm(jnp.ones(config.embed, dtype), config.norm_eps, strategy)
+
+    def experts(per_token: int) -> Experts:
+        return Experts(
+            router=Router(weight("routes embed"), per_token),
+            gate_proj=ExpertLinear(weight("experts hidden embed"), "embed", "hidden"),
+            up_proj=ExpertLinear(weight("experts hidden embed"), "embed", "hidden"),
+            down_proj=ExpertLinear(weight("experts embed hidden", residual), "hidden", "embed"),
+            strategy=strategy,
+        )
 
     return Block(
         attention_norm=norm(),
@@ -261,7 +275,9 @@ def _block(config: MistralConfig, window: int | None, key: PRNGKeyArray, dtype: 
             strategy=strategy,
         ),
         feed_forward_norm=norm(),
-        feed_forward=FeedForward(
+        feed_forward=experts(config.routing.per_token)
+        if config.routing is not None
+        else FeedForward(
             gate_proj=linear("embed", "hidden"),
             up_proj=linear("embed", "hidden"),
             down_proj=linear("hidden", "embed", residual),

@@ -33,6 +33,7 @@ from .sharding import (
 )
 from .spmd import AbstractNamed as AbstractNamed, entered as entered, kernel as kernel, specs as specs, spmd as spmd
 from .strategy import (
+    EXPERTS as EXPERTS,
     HEAD_DIM as HEAD_DIM,
     HEADS as HEADS,
     HEADS_X_HEAD_DIM as HEADS_X_HEAD_DIM,

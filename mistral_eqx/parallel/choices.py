@@ -85,7 +85,7 @@ def strategies(config: MistralConfig, n_devices: int) -> list[Choice]:
 
 
 def _axes(strategy: Strategy, devices: int) -> Iterator[dict[str, int]]:
-    if strategy.axes("hidden") == ("tp",):
+    if strategy.axes() == ("tp",):
         if devices > 1:
             yield {"tp": devices}
         return

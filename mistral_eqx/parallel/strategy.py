@@ -17,14 +17,14 @@ from ..errors import InputError
 _ENTRY = re.compile(r"([a-z_]+)@([a-z_0-9]+(?:,[a-z_0-9]+)*)")
 
 # The config has the sizes of the first; each call has the sizes of the second.
-_OF_CONFIG = ("vocab", "embed", "hidden", "kv_heads", "q_per_kv", "head_dim")
+_OF_CONFIG = ("vocab", "embed", "hidden", "experts", "kv_heads", "q_per_kv", "head_dim")
 _OF_CALL = ("batch", "tokens", "kv_seq")
 
 # Dimensions of the same array: one mesh axis cannot split two of them.
 _ARRAYS = {
     "queries, keys and their scores": "batch kv_heads q_per_kv kv_seq head_dim",
     "q_proj": "kv_heads q_per_kv head_dim embed",
-    "gate_proj": "batch hidden embed",
+    "gate_proj": "batch experts hidden embed",
     "the embedding": "vocab embed",
     "the logits": "batch vocab",
     "the residual stream": "batch tokens embed",
@@ -175,6 +175,15 @@ class Strategy:
                         f"{_listed(sizes)}; make a mesh with that axis, or name an axis of the mesh."
                     )
             devices = self.parts(dim, mesh)
+            if config.routing is None and dim == "experts":
+                raise InputError(
+                    f"The strategy {self.layout!r} splits 'experts', but the model has none; leave 'experts' out of it."
+                )
+            if config.routing is not None and dim == "embed" and devices > 1:
+                raise InputError(
+                    f"The strategy {self.layout!r} splits 'embed', which a model with experts cannot split; split "
+                    "'experts' or 'hidden'."
+                )
             if dim in _OF_CONFIG and getattr(config, dim) % devices:
                 raise InputError(
                     f"{getattr(config, dim)} {dim} cannot be split over {devices} devices; {_remedy(dim, devices)}."
@@ -195,7 +204,7 @@ class Strategy:
                             "another axis."
                         )
                     taken[axis] = dim
-        for dims in ("kv_heads q_per_kv head_dim", "hidden", "vocab"):
+        for dims in ("kv_heads q_per_kv head_dim", "experts hidden" if config.experts else "hidden", "vocab"):
             missing = [axis for axis in self.axes("tokens") if axis not in self.axes(dims)]
             if missing:
                 raise InputError(
@@ -236,6 +245,7 @@ KV_REPLICATED = Strategy("kv_heads@kv q_per_kv@rep hidden@kv,rep vocab@kv,rep")
 HEADS_X_HEAD_DIM = Strategy("kv_heads@kv head_dim@rep hidden@kv,rep vocab@kv,rep")
 HEADS_X_KV_SEQ = Strategy("kv_heads@kv kv_seq@rep hidden@kv,rep vocab@kv,rep")
 SEQUENCE_PARALLEL = Strategy("kv_heads@tp hidden@tp vocab@tp tokens@tp")
+EXPERTS = Strategy("kv_heads@tp experts@tp vocab@tp")
 
 # The strategies that split something, by name.
 NAMED = {
@@ -245,4 +255,5 @@ NAMED = {
     "kv_replicated": KV_REPLICATED,
     "heads_x_head_dim": HEADS_X_HEAD_DIM,
     "heads_x_kv_seq": HEADS_X_KV_SEQ,
+    "experts": EXPERTS,
 }

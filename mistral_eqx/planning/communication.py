@@ -197,7 +197,7 @@ class Ledger:
         self.sum("feed-forward norm", "embed", layers, tokens, self.wide)
         self.all_tokens("feed-forward input", layers, seq)
         self.sum("gate and up", "embed", 2 * layers, tokens, self.local("hidden"), self.narrow)
-        self.sum_tokens("feed-forward output", "hidden", layers, seq)
+        self.sum_tokens("feed-forward output", "experts hidden", layers, seq)
 
         self.sum("last norm", "embed", 1, tokens, self.wide)
         self.all_tokens("last output", 1, seq)

@@ -84,6 +84,10 @@ class _TrainingLedger(Ledger):
 
     def check(self):
         """Refuses strategies without a closed form."""
+        if self.config.routing is not None:
+            raise InputError(
+                "There is no closed form of a training step of a model with experts; count the exchanges of a plan."
+            )
         axes = self.strategy.axes
         heads = set(axes("kv_heads head_dim"))
         if self.num_shards("embed") > 1 or (axes("head_dim") and axes("kv_seq")) or not set(axes("tokens")) <= heads:

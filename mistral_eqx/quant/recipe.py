@@ -175,6 +175,12 @@ def chosen_schemes(recipe: Recipe, paths: Sequence[str], config: MistralConfig) 
 
     **Raises:** `ValueError` that names the pattern, if no layer fits it or its scheme is none.
     """
+    if config.routing is not None:
+        raise InputError(
+            "The model has experts, whose weights cannot be quantized yet; leave it in floats, or write it as a GGUF "
+            "file with type='Q8_0'.",
+            key="scheme",
+        )
     if isinstance(recipe, AnyScheme):
         recipe = {"blocks.*": recipe}
     remedy = "such as {'blocks.*': mx.NF4()}"

@@ -17,7 +17,8 @@ def flops_per_token(model: Stacked, seq: int) -> float:
     ([PaLM, appendix B](https://arxiv.org/abs/2204.02311)).
 
     Each entry of a matrix counts two forward, two backward for the gradient of the input, and two for its own gradient
-    if it is trained. Attention counts `12 layers heads head_dim seq`, as if each token attended to all others.
+    if it is trained. Of the experts, those that compute the token count. Attention counts
+    `12 layers heads head_dim seq`, as if each token attended to all others.
     Rematerialisation does not count.
 
     **Arguments:**
@@ -26,7 +27,9 @@ def flops_per_token(model: Stacked, seq: int) -> float:
     - `seq`: the number of columns of a row.
     """
     config = model.outer.config
-    block = 2 * config.embed * config.head_dim * (config.q_heads + config.kv_heads) + 3 * config.embed * config.hidden
+    computed = 1 if config.routing is None else config.routing.per_token
+    feed_forward = 3 * config.embed * config.hidden * computed + config.embed * config.routes
+    block = 2 * config.embed * config.head_dim * (config.q_heads + config.kv_heads) + feed_forward
     entries = config.layers * block + config.vocab * config.embed
     if has_adapters(model):
         total = 4 * entries + 6 * sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, trained(model))))

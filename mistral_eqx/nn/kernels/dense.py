@@ -53,7 +53,7 @@ def contract(
     # Some processors multiply numbers in bfloat16, which pays for more rows than these.
     few = 2 if weight.dtype == jnp.bfloat16 else native.FEW
     if native.instructions() is None or x.shape[0] * x.shape[1] > few or x.dtype.itemsize == 8:
-        return lax.platform_dependent(weight, x, cpu=partial(_contract_cpu, inner=inner), default=as_stored)
+        return lax.platform_dependent(weight, x, cpu=partial(contract_cpu, inner=inner), default=as_stored)
     by_kernel = partial(_contract_few, inner=inner)
     return kernel(partial(lax.platform_dependent, cpu=by_kernel, default=as_stored))(*vary_alike(weight, x))
 
@@ -88,7 +88,7 @@ def _contract_few(weight: Array, x: Array, inner: int) -> Array:
     return y.reshape(batch, seq, *outer)
 
 
-def _contract_cpu(weight: Array, x: Array, inner: int) -> Array:
+def contract_cpu(weight: Array, x: Array, inner: int) -> Array:
     # The fast kernels of XLA on CPU take matrices. They read the left operand as it is stored, but copy the right one
     # transposed at each call, so the weight comes first.
     (batch, seq), outer, columns = x.shape[:2], weight.shape[: weight.ndim - inner], math.prod(x.shape[2:])

@@ -1,0 +1,126 @@
+"""The weights of experts as matrices with the rows of all experts, however a file stores them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..config import MistralConfig
+from ..documents import shown
+from ..errors import InputError
+from .names import LayerSpec, layer_specs
+from .reader import LazyTensor
+
+
+class RowsTensor(LazyTensor):
+    """Rows of one or several tensors, one tensor after the other, as a matrix.
+
+    **Arguments:**
+
+    - `name`: what the matrix is called.
+    - `runs`: for each run of rows, the tensor, its first row and the number of rows. The rows of a tensor with three
+        axes are those of its matrices, one after the other.
+    """
+
+    def __init__(self, name: str, runs: Sequence[tuple[LazyTensor, int, int]]):
+        tensor = runs[0][0]
+        shape = sum(count for *_, count in runs), tensor.shape[-1]
+        nbytes = sum(each.nbytes * count // math.prod(each.shape[:-1]) for each, _, count in runs)
+        super().__init__(name, shape, tensor.dtype, tensor.stored, nbytes)
+        self._runs = runs
+
+    def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
+        found, first = [], 0
+        for tensor, offset, count in self._runs:
+            low, high = max(start - first, 0), min(stop - first, count)
+            if low < high:
+                found.append(_rows(tensor, offset + low, offset + high, columns).astype(self.dtype, copy=False))
+            first += count
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _rows(tensor: LazyTensor, start: int, stop: int, columns: np.ndarray | None) -> np.ndarray:
+    """Rows of a matrix, or of the matrices of a tensor with three axes."""
+    if len(tensor.shape) == 2:
+        return tensor.rows(start, stop, columns)
+    size = tensor.shape[1]
+    first = start // size
+    whole = tensor.rows(first, -(-stop // size)).reshape(-1, tensor.shape[-1])
+    whole = whole[start - first * size : stop - first * size]
+    return whole if columns is None else whole[:, columns]
+
+
+def join_experts(
+    tensors: Mapping[str, LazyTensor], config: MistralConfig, format: str, path: Path
+) -> Mapping[str, LazyTensor]:
+    """The tensors of a checkpoint, with one matrix for each weight of all experts.
+
+    Hugging Face and Mistral store a tensor for each expert, GGUF stacks them. Newer Hugging Face models also stack
+    them, with the rows of `gate_proj` before those of `up_proj` in each expert.
+
+    **Arguments:**
+
+    - `tensors`: the tensors by their names in the files.
+    - `config`, `format`, `path`: of the checkpoint.
+
+    **Raises:** `InputError` that names a tensor that is missing or has another shape than the config says.
+    """
+    if config.routing is None:
+        return tensors
+    found = dict(tensors)
+    for spec in layer_specs(config):
+        if not {"experts", "routes"} & set(spec.dims.split()):
+            continue
+        runs = _runs(tensors, spec, config, format, path)
+        if not runs:
+            break  # `sources` names the missing tensor
+        for tensor, *_ in runs:
+            found.pop(tensor.name, None)
+        found[spec.name(format)] = RowsTensor(spec.name(format), runs)
+    return found
+
+
+def _runs(
+    tensors: Mapping[str, LazyTensor], spec: LayerSpec, config: MistralConfig, format: str, path: Path
+) -> list[tuple[LazyTensor, int, int]]:
+    """Where the rows of a weight are; empty if its tensors are missing."""
+    experts = config.experts
+    total, inner = spec.file_shape(config)
+    rows = total // experts
+
+    def expected(name: str, *shape: int) -> LazyTensor:
+        if tensors[name].shape != shape:
+            raise InputError(
+                f"The tensor {name!r} of {str(path)!r} has shape {shown(tensors[name].shape)}, but its config requires "
+                f"{shape}; the weights and the config belong to different models: fetch both again together.",
+                file=path,
+                key=name,
+            )
+        return tensors[name]
+
+    block, _, _ = spec.hf.partition(".block_sparse_moe.")
+    weight = spec.path.rpartition(".")[2]
+    router, down, both = (f"{block}.mlp.{end}" for end in ("gate.weight", "experts.down_proj", "experts.gate_up_proj"))
+    if format == "hf" and weight == "router" and router in tensors:
+        return [(expected(router, total, inner), 0, total)]
+    if format == "hf" and weight == "down_proj" and down in tensors:
+        return [(expected(down, experts, rows, inner), 0, total)]
+    if format == "hf" and weight in ("gate_proj", "up_proj") and both in tensors:
+        tensor, first = expected(both, experts, 2 * rows, inner), rows * (weight == "up_proj")
+        return [(tensor, 2 * rows * expert + first, rows) for expert in range(experts)]
+    names = spec.names(config, format)
+    missing = [name for name in names if name not in tensors]
+    if len(missing) == len(names):
+        return []
+    if missing:
+        raise InputError(
+            f"{str(path)!r} has no tensor {missing[0]!r}, but has those of other experts; fetch the checkpoint again, "
+            "or correct the number of experts in its config.",
+            file=path,
+            key=missing[0],
+        )
+    if len(names) > 1:
+        return [(expected(name, rows, inner), 0, rows) for name in names]
+    shape = (total, inner) if weight == "router" else (experts, rows, inner)
+    return [(expected(names[0], *shape), 0, total)]

@@ -1,0 +1,120 @@
+"""A feed-forward layer with several experts, of which a router chooses some for each token."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from ..parallel import SINGLE, AbstractNamed, Strategy, psum_tokens, shard_index, vary_alike
+from .kernels import contract_grouped
+from .linear import LINEAR
+from .weight import AbstractWeight, DenseWeight
+
+
+class Router(AbstractNamed):
+    """Chooses the experts of each token: the most probable ones of a softmax over all experts.
+
+    **Attributes:**
+
+    - `weight`: `embed` to `routes`, one score for each expert. Every device has all of them.
+    - `per_token`: experts chosen for each token.
+    """
+
+    weight: AbstractWeight
+    per_token: int = eqx.field(static=True)
+
+    def __call__(
+        self, x: Float[Array, "batch seq embed"]
+    ) -> tuple[Int[Array, "batch seq per_token"], Float[Array, "batch seq per_token"]]:
+        """Computes scores and probabilities in float32 or wider.
+
+        **Returns:** the experts of each token, the most probable one first, and their shares of the result: their
+        probabilities divided by the sum of these.
+        """
+        probabilities = jax.nn.softmax(self.weight.contract(x, "embed", "routes"))
+        shares, experts = lax.top_k(probabilities, self.per_token)
+        return experts, shares / jnp.sum(shares, axis=-1, keepdims=True)
+
+    def array_dims(self) -> dict[str, str]:
+        return {f"weight.{field}": dims for field, dims in self.weight.dims("embed", "routes").items()}
+
+
+class ExpertLinear(AbstractNamed):
+    """A linear layer of each expert, without a bias. It exchanges nothing between devices.
+
+    **Attributes:**
+
+    - `weight`: the maps of all experts, shape `(experts, *out, *in)`.
+    - `in_dims`, `out_dims`: the names of the contracted and of the resulting dimension.
+    """
+
+    weight: DenseWeight
+    in_dims: str = eqx.field(static=True)
+    out_dims: str = eqx.field(static=True)
+
+    def __call__(self, x: Float[Array, "rows in"], sizes: Int[Array, "experts"]) -> Float[Array, "rows out"]:
+        """Applies each expert's map to its rows.
+
+        **Arguments:**
+
+        - `x`: the rows of the first expert, then those of the second one, and so on.
+        - `sizes`: the number of rows of each expert. Results of rows after the last expert's are arbitrary.
+
+        **Returns:** the results, in float32 for 16-bit activations.
+        """
+        return contract_grouped(self.weight.value, x, sizes)
+
+    def array_dims(self) -> dict[str, str]:
+        dims = self.weight.dims(self.in_dims, f"experts {self.out_dims}")
+        return {f"weight.{field}": own for field, own in dims.items()}
+
+
+class Experts(eqx.Module):
+    """A sparse mixture of SwiGLU experts ([Mixtral](https://arxiv.org/abs/2401.04088)).
+
+    The result of a token is the sum over its chosen experts of `share * down(silu(gate(x)) * up(x))`. No token is
+    dropped, whatever the number of tokens that choose one expert.
+
+    If the strategy splits `experts`, each device computes its own experts for all tokens; if it splits `hidden`, each
+    device computes its shard of every expert. In both cases, one psum adds the partial sums, the layer's only
+    collective.
+
+    **Attributes:**
+
+    - `router`: chooses the experts of each token.
+    - `gate_proj`, `up_proj`: `embed` to `hidden`, for each expert.
+    - `down_proj`: `hidden` to `embed`, for each expert.
+    - `strategy`: which dimensions are split over which mesh axes.
+    """
+
+    router: Router
+    gate_proj: ExpertLinear
+    up_proj: ExpertLinear
+    down_proj: ExpertLinear
+    strategy: Strategy = SINGLE
+
+    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch tokens embed"]:
+        experts, shares = self.router(x)
+        count = self.gate_proj.weight.row_count
+        shard, _ = shard_index("experts", self.strategy)
+        # Rows of other devices' experts come last, and no expert computes them.
+        own = experts.reshape(-1) - shard * count
+        is_own = (own >= 0) & (own < count)
+        own = jnp.where(is_own, own, count)
+        order = _argsort(own)
+        sizes = jnp.sum(own[:, None] == jnp.arange(count, dtype=own.dtype)[None], axis=0, dtype=own.dtype)
+        rows = x.reshape(-1, x.shape[-1])[order // shares.shape[-1]]
+        gate, up = (layer(rows, sizes).astype(x.dtype) for layer in (self.gate_proj, self.up_proj))
+        y = self.down_proj(jax.nn.silu(gate) * up, sizes)[_argsort(order)]
+        y = jnp.where(is_own[:, None], y, 0).reshape(*shares.shape, -1)
+        y = jnp.sum(y * shares[..., None], axis=2).astype(x.dtype)
+        return checkpoint_name(psum_tokens(y, "experts hidden", self.strategy), LINEAR)
+
+
+def _argsort(keys: Array) -> Array:
+    # JAX 0.10 takes the indices of a sort for the same on all devices even if the keys differ. Gradients would then use
+    # those of one device.
+    indices, _ = vary_alike(jnp.argsort(keys), keys)
+    return indices

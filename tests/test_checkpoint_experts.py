@@ -1,0 +1,261 @@
+"""Checkpoints with experts: each dialect's names, written and read, and what is refused."""
+
+import dataclasses
+
+import equinox as eqx
+import gguf
+import jax
+import numpy as np
+import pytest
+from fixtures.checkpoint import TINY
+from fixtures.model import small_model
+from fixtures.text import tiny as vocabularies
+from safetensors.numpy import load_file, save_file
+
+import mistral_eqx as mx
+from mistral_eqx.checkpoint import gguf as gguf_dialect, hf, mistral
+from mistral_eqx.checkpoint.experts import RowsTensor
+from mistral_eqx.checkpoint.reader import LazyTensor
+from mistral_eqx.config import Routing
+from mistral_eqx.planning import Training, training_step
+
+
+ROUTED = dataclasses.replace(TINY, routing=Routing(experts=3, per_token=2))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model(config=ROUTED)
+
+
+def assert_same(one, other):
+    one, other = (jax.tree_util.tree_leaves_with_path(model) for model in (one, other))
+    assert [path for path, _ in one] == [path for path, _ in other]
+    for (_, array), (_, expected) in zip(one, other, strict=True):
+        if isinstance(expected, jax.Array):
+            assert array.dtype == expected.dtype
+            np.testing.assert_array_equal(array, expected)
+        else:
+            assert array == expected
+
+
+@pytest.mark.parametrize(
+    ("format", "file", "names"),
+    [
+        ("hf", "model.safetensors", "model.layers.{}.block_sparse_moe."),
+        ("mistral", "consolidated.safetensors", "layers.{}.feed_forward."),
+    ],
+)
+def test_saved_is_loaded_bit_for_bit(model, format, file, names, tmp_path):
+    mx.save(model, tmp_path / "model", format=format)
+    tensors = load_file(tmp_path / "model" / file)
+    for layer, block in enumerate(model.blocks):
+        prefix, layers = names.format(layer), block.feed_forward
+        np.testing.assert_array_equal(tensors[f"{prefix}gate.weight"], layers.router.weight.value)
+        for name, one in (("w1", layers.gate_proj), ("w2", layers.down_proj), ("w3", layers.up_proj)):
+            for expert in range(3):
+                np.testing.assert_array_equal(
+                    tensors[f"{prefix}experts.{expert}.{name}.weight"], one.weight.value[expert]
+                )
+    assert_same(mx.load(tmp_path / "model"), model)
+
+
+def test_several_files_and_converted(model, tmp_path):
+    mx.save(model, tmp_path / "one", max_shard_size="20KB")
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) > 5
+    assert_same(mx.load(tmp_path / "one"), model)
+    mx.convert(tmp_path / "one", tmp_path / "two", format="mistral", tokenizer=False)
+    mx.convert(tmp_path / "two", tmp_path / "three", format="hf", tokenizer=False)
+    assert_same(mx.load(tmp_path / "three"), model)
+
+
+def test_stacked_names_of_newer_models(model, tmp_path):
+    """`gate_up_proj` has the rows of `gate_proj` before those of `up_proj`, in each expert."""
+    mx.save(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer, block in enumerate(model.blocks):
+        old, new = (f"model.layers.{layer}.{name}." for name in ("block_sparse_moe", "mlp"))
+        layers = block.feed_forward
+        for name in [name for name in tensors if name.startswith(f"{old}experts")]:
+            del tensors[name]
+        tensors[f"{new}gate.weight"] = tensors.pop(f"{old}gate.weight")
+        both = [np.asarray(one.weight.value) for one in (layers.gate_proj, layers.up_proj)]
+        tensors[f"{new}experts.gate_up_proj"] = np.concatenate(both, axis=1)
+        tensors[f"{new}experts.down_proj"] = np.asarray(layers.down_proj.weight.value)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_same(mx.load(tmp_path), model)
+    # On a mesh, each process reads the rows of its own experts.
+    mesh = mx.make_mesh("ep=3,tp=2")
+    split = mx.load(tmp_path, mesh=mesh, strategy=mx.Strategy("experts@ep hidden@tp"))
+    down = split.blocks[1].feed_forward.down_proj.weight.value
+    assert {shard.data.shape for shard in down.addressable_shards} == {(1, 32, 32)}
+    np.testing.assert_array_equal(down, model.blocks[1].feed_forward.down_proj.weight.value)
+
+
+def test_rows_of_several_tensors():
+    class InMemory(LazyTensor):
+        def __init__(self, name, array):
+            super().__init__(name, array.shape, array.dtype, "F32", array.nbytes)
+            self.array = array
+
+        def rows(self, start, stop, columns=None):
+            found = self.array[start:stop]
+            return found if columns is None else found[:, columns]
+
+    numbers = np.arange(2 * 4 * 5, dtype=np.float32).reshape(2, 4, 5)
+    stacked = InMemory("stacked", numbers)
+    tensor = RowsTensor("part", [(stacked, 1, 2), (stacked, 5, 3)])
+    expected = numbers.reshape(8, 5)[[1, 2, 5, 6, 7]]
+    assert (tensor.shape, tensor.nbytes) == ((5, 5), 5 * 5 * 4)
+    for start in range(5):
+        for stop in range(start + 1, 6):
+            np.testing.assert_array_equal(tensor.rows(start, stop), expected[start:stop])
+            np.testing.assert_array_equal(tensor.rows(start, stop, np.array([1, 3])), expected[start:stop, [1, 3]])
+    matrices = RowsTensor("all", [(InMemory(str(one), numbers[one]), 0, 4) for one in range(2)])
+    np.testing.assert_array_equal(matrices.rows(2, 7), numbers.reshape(8, 5)[2:7])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("words") / "words.gguf"
+    return mx.load_tokenizer(vocabularies.write_gguf(path, **vocabularies.byte_level_metadata()))
+
+
+@pytest.fixture(scope="module")
+def worded(tokenizer):
+    return small_model(config=dataclasses.replace(ROUTED, vocab=tokenizer.vocab))
+
+
+def test_gguf_stacks_experts(worded, tokenizer, tmp_path):
+    path = tmp_path / "model.gguf"
+    mx.save(worded, path, format="gguf", tokenizer=tokenizer)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    layers = worded.blocks[0].feed_forward
+    for name, one in (("gate", layers.gate_proj), ("up", layers.up_proj), ("down", layers.down_proj)):
+        np.testing.assert_array_equal(tensors[f"blk.0.ffn_{name}_exps.weight"].data, one.weight.value)
+    again = mx.load(path)
+    assert again.config.routing == worded.config.routing
+    found, expected = (jax.tree.leaves(eqx.filter(one, eqx.is_array)) for one in (again, worded))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("type", ["Q8_0", "F16", "Q4_K_M"])
+def test_quantized_experts_of_a_gguf_file_are_expanded(type, worded, tokenizer, tmp_path):
+    path = tmp_path / "model.gguf"
+    mx.save(worded, path, format="gguf", type=type, tokenizer=tokenizer)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert tensors["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    tensor = tensors["blk.1.ffn_up_exps.weight"]
+    assert tensor.tensor_type.name != "F32"
+    expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(3, 64, 32)
+    np.testing.assert_array_equal(mx.load(path).blocks[1].feed_forward.up_proj.weight.value, expected)
+
+
+HF = hf.write_config(ROUTED)
+PARAMS = mistral.write_config(ROUTED)
+
+
+def test_configs():
+    assert hf.read_config(HF) == mistral.read_config(PARAMS) == ROUTED
+    assert (HF["model_type"], HF["num_local_experts"], HF["num_experts_per_tok"]) == ("mixtral", 3, 2)
+    assert PARAMS["moe"] == {"num_experts": 3, "num_experts_per_tok": 2}
+    # The defaults of transformers.
+    absent = ("rope_theta", "rope_parameters", "rms_norm_eps", "num_local_experts", "num_experts_per_tok")
+    defaults = hf.read_config({key: value for key, value in HF.items() if key not in absent})
+    assert (defaults.rope_theta, defaults.norm_eps, defaults.routing) == (1e6, 1e-5, Routing(8, 2))
+    ignored = {"router_aux_loss_coef": 0.02, "router_jitter_noise": 0.1, "output_router_logits": True}
+    assert hf.read_config({**HF, **ignored}) == ROUTED
+    assert hf.read_config(hf.write_config(TINY)).routing is None
+
+
+METADATA = {
+    "general.architecture": "llama",
+    "llama.block_count": 2,
+    "llama.context_length": 64,
+    "llama.embedding_length": 32,
+    "llama.feed_forward_length": 64,
+    "llama.attention.head_count": 6,
+    "llama.attention.head_count_kv": 2,
+    "llama.attention.key_length": 16,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.vocab_size": 80,
+    "llama.expert_count": 3,
+    "llama.expert_used_count": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("read", "settings", "sentence"),
+    [
+        (hf.read_config, {**HF, "num_experts_per_tok": 4}, "routes each token to 4 experts, but a layer has 3"),
+        (
+            hf.read_config,
+            {**HF, "num_local_experts": 0},
+            "num_local_experts of config.json is 0; it must be at least 1",
+        ),
+        (hf.read_config, {**HF, "model_type": "mistral"}, "sets num_local_experts to 3, which this package does not"),
+        (hf.read_config, {**HF, "quantization_config": {"quant_method": "fp8"}}, "of a quantized model with experts"),
+        (mistral.read_config, {**PARAMS, "moe": {"num_experts": 3}}, "lacks the key num_experts_per_tok"),
+        (mistral.read_config, {**PARAMS, "moe": {**PARAMS["moe"], "num_experts_per_tok": 4}}, "but a layer has 3"),
+        (mistral.read_config, {**PARAMS, "moe": {**PARAMS["moe"], "num_shared_experts": 1}}, "sets num_shared_experts"),
+        (gguf_dialect.read_config, {**METADATA, "llama.expert_used_count": 4}, "but a layer has 3"),
+        (gguf_dialect.read_config, {**METADATA, "llama.expert_used_count": 0}, "only one of the number of experts"),
+        (gguf_dialect.read_config, {**METADATA, "llama.expert_shared_count": 1}, "sets llama.expert_shared_count"),
+    ],
+)
+def test_a_config_that_is_wrong_or_not_supported_is_refused(read, settings, sentence):
+    with pytest.raises(mx.InputError) as error:
+        read(settings)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_gguf_metadata():
+    assert gguf_dialect.read_config(METADATA).routing == ROUTED.routing
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda tensors: tensors.pop("model.layers.1.block_sparse_moe.gate.weight"),
+            "has no tensor 'model.layers.1.block",
+        ),
+        (
+            lambda tensors: tensors.pop("model.layers.1.block_sparse_moe.experts.2.w3.weight"),
+            "has no tensor 'model.layers.1.block_sparse_moe.experts.2.w3.weight', but has those of other experts",
+        ),
+        (
+            lambda tensors: tensors.update(
+                {"model.layers.0.block_sparse_moe.gate.weight": np.zeros((4, 32), np.float32)}
+            ),
+            "has shape (4, 32), but its config requires (3, 32)",
+        ),
+        (
+            lambda tensors: tensors.update(
+                {"model.layers.0.block_sparse_moe.experts.3.w1.weight": np.zeros((64, 32), np.float32)}
+            ),
+            "which a model with its config does not have",
+        ),
+    ],
+)
+def test_tensors_that_are_missing_or_wrong_are_refused(change, sentence, model, tmp_path):
+    mx.save(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(mx.InputError) as error:
+        mx.load(tmp_path)
+    assert sentence in str(error.value)
+
+
+def test_what_is_not_there_yet_is_refused(model, tmp_path):
+    with pytest.raises(mx.InputError, match="The model has experts, whose weights cannot be quantized yet"):
+        mx.quantize(model, mx.NF4())
+    with pytest.raises(mx.InputError, match="targets has 'gate_proj', which is no layer of the model"):
+        mx.apply_lora(model, rank=2, alpha=1.0, targets=("gate_proj",), key=jax.random.key(0))
+    with pytest.raises(mx.InputError, match="more than one of windows in only some layers, scaled queries and experts"):
+        hf.write_config(dataclasses.replace(ROUTED, windows=(None, 8)))
+    with pytest.raises(mx.InputError, match="no closed form of a training step of a model with experts"):
+        training_step(ROUTED, mx.HEADS, {"tp": 2}, batch=2, training=Training(8))

@@ -1,0 +1,148 @@
+import dataclasses
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures.model import SMALL, empty_cache, relative_error, run, run_in_pieces, small_model
+from fixtures.sharding import written
+
+from mistral_eqx.config import Routing
+from mistral_eqx.nn.kernels import contract_grouped
+
+
+ROUTED = dataclasses.replace(SMALL, routing=Routing(experts=5, per_token=2))
+
+
+def layer(*, experts=5, per_token=2, dtype="float32", seed=0):
+    config = dataclasses.replace(SMALL, layers=1, windows=(None,), routing=Routing(experts, per_token))
+    return small_model(seed, config=config, dtype=dtype).blocks[0].feed_forward
+
+
+def activations(*shape, seed=1, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((*shape, SMALL.embed)), dtype)
+
+
+@eqx.filter_jit
+def applied(module, x):
+    return module(x)
+
+
+def by_numpy(module, x):
+    """Each expert computes every token; the shares of those not chosen are zero."""
+    x = np.asarray(x, np.float64)
+    router, gate, up, down = (
+        np.asarray(one.weight.value, np.float64)
+        for one in (module.router, module.gate_proj, module.up_proj, module.down_proj)
+    )
+    scores = np.exp(x @ router.T)
+    chosen = np.argsort(-scores, axis=-1)[..., : module.router.per_token]
+    shares = np.zeros_like(scores)
+    np.put_along_axis(shares, chosen, np.take_along_axis(scores, chosen, -1), -1)
+    shares /= shares.sum(-1, keepdims=True)
+    gated = np.einsum("ehd,bsd->bseh", gate, x)
+    hidden = gated / (1 + np.exp(-gated)) * np.einsum("ehd,bsd->bseh", up, x)
+    return np.einsum("bse,edh,bseh->bsd", shares, down, hidden)
+
+
+# The errors of float32 in sums of 24 and 40 terms; bfloat16 has 8 bits.
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 2**-6)])
+@pytest.mark.parametrize(("batch", "seq", "per_token"), [(1, 1, 2), (2, 1, 5), (3, 7, 2), (1, 300, 1)])
+def test_is_that_of_numpy(dtype, bound, batch, seq, per_token):
+    module, x = layer(per_token=per_token, dtype=dtype), activations(batch, seq, dtype=dtype)
+    y = applied(module, x)
+    assert y.dtype == dtype
+    assert relative_error(y, by_numpy(module, x)) < bound
+
+
+def _used(module, x):
+    return np.unique(np.asarray(module.router(x)[0])).tolist()
+
+
+def test_experts_that_no_token_chose_are_not_computed():
+    module, x = layer(), activations(1, 1)
+    others = jnp.asarray([expert for expert in range(5) if expert not in _used(module, x)])
+    assert len(others) == 3
+    damaged = eqx.tree_at(
+        lambda module: [one.weight.value for one in (module.gate_proj, module.up_proj, module.down_proj)],
+        module,
+        replace_fn=lambda value: value.at[others].set(jnp.nan),
+    )
+    np.testing.assert_array_equal(applied(damaged, x), applied(module, x))
+
+
+def test_order_of_experts_does_not_matter():
+    module, x, order = layer(), activations(3, 7), jnp.asarray([3, 0, 4, 1, 2])
+    arrays, static = eqx.partition(module, eqx.is_array)
+    permuted = eqx.combine(jax.tree.map(lambda array: array[order], arrays), static)
+    assert relative_error(applied(permuted, x), applied(module, x)) < 1e-6
+
+
+def test_with_one_expert_it_is_the_dense_layer():
+    module, x = layer(experts=1, per_token=1), activations(2, 3)
+    dense = small_model(config=dataclasses.replace(SMALL, layers=1, windows=(None,))).blocks[0].feed_forward
+    dense = eqx.tree_at(
+        lambda dense: [one.weight.value for one in (dense.gate_proj, dense.up_proj, dense.down_proj)],
+        dense,
+        [one.weight.value[0] for one in (module.gate_proj, module.up_proj, module.down_proj)],
+    )
+    assert relative_error(applied(module, x), applied(dense, x)) < 1e-6
+
+
+def test_decoding_reads_the_chosen_experts_only():
+    """In the compiled program, arrays of all experts are operands of slices of one expert and of nothing else."""
+    text = applied.lower(layer(), activations(1, 1)).compile().compiled.as_text()
+    whole = r"f32\[5,(?:40,24|24,40)\]"
+    results = re.findall(rf"(%?[\w.-]+) = {whole}\S* ([\w-]+)\(", text)
+    assert {operation for _, operation in results} <= {"parameter", "get-tuple-element", "bitcast"}
+    names = {name for name, _ in results}
+    readers = {
+        match[1]
+        for line in text.splitlines()
+        if (match := re.search(r" = [^=]*? ([\w-]+)\((%.*?)\)", line))
+        and names & set(re.findall(r"%[\w.-]+", match[2]))
+    }
+    # The operand of a fusion or a loop is a parameter there, whose readers count too.
+    assert "dynamic-slice" in readers
+    assert readers <= {"dynamic-slice", "fusion", "while", "tuple", "get-tuple-element", "bitcast", "call"}
+    inputs = ("parameter", "get-tuple-element")
+    assert max(size for operation, size, _ in written(text) if operation not in inputs) == 40 * 24
+
+
+def test_gradients_are_those_of_all_experts_weighted():
+    module, x = layer(), activations(3, 7)
+    arrays, static = eqx.partition(module, eqx.is_array)
+
+    def routed(arrays, x):
+        return jnp.sum(jnp.sin(eqx.combine(arrays, static)(x)))
+
+    def all_experts(arrays, x):
+        module = eqx.combine(arrays, static)
+        chosen, shares = module.router(x)
+        shares = jnp.sum(jax.nn.one_hot(chosen, 5) * shares[..., None], axis=2)
+        gate, up = (jnp.einsum("ehd,bsd->bseh", one.weight.value, x) for one in (module.gate_proj, module.up_proj))
+        down = module.down_proj.weight.value
+        return jnp.sum(jnp.sin(jnp.einsum("bse,edh,bseh->bsd", shares, down, jax.nn.silu(gate) * up)))
+
+    found, expected = (jax.jit(jax.grad(loss, argnums=(0, 1)))(arrays, x) for loss in (routed, all_experts))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert relative_error(one, other) < 1e-5
+
+
+def test_grouped_product_with_empty_groups():
+    draw = np.random.default_rng(0).standard_normal
+    weights, x = (jnp.asarray(draw(shape), jnp.float32) for shape in ((4, 6, 5), (9, 5)))
+    sizes = np.array([0, 5, 0, 3])
+    y = contract_grouped(weights, x, jnp.asarray(sizes))
+    expected = np.stack([weights[group] @ x[row] for row, group in enumerate(np.repeat(np.arange(4), sizes))])
+    assert relative_error(y[:8], expected) < 1e-6
+
+
+def test_cached_model_is_the_uncached_one():
+    model = small_model(config=ROUTED)
+    ids = np.random.default_rng(0).integers(0, SMALL.vocab, (2, 7)).astype(np.int32)
+    expected, _ = run(model, ids)
+    found, _ = run_in_pieces(model, ids, (5, 1, 1), empty_cache(model, 2, 7))
+    assert relative_error(found, expected) < 1e-5
