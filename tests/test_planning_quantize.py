@@ -61,7 +61,7 @@ def assert_plan_is_of_the_quantized_model(config, scheme, strategy, axes):
     small = mx.quantize(mx.shard(model, mx.make_mesh(axes), read_strategy(strategy)), scheme)
     shapes = planned(config, scheme, strategy, axes)
     arrays = jax.tree_util.tree_leaves_with_path(eqx.filter(small, eqx.is_array))
-    found = jax.tree_util.tree_leaves_with_path(shapes.kept[0])
+    found = jax.tree_util.tree_leaves_with_path(shapes.kept[0].tree)
     found = {path: leaf for path, leaf in found if isinstance(leaf, jax.ShapeDtypeStruct)}
     assert len(found) == len(arrays)
     for path, array in arrays:

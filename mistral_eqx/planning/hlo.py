@@ -24,6 +24,9 @@ _MESH_AXIS = re.compile(r"'([^']*)'=(\d+)")
 # XLA may split an axis: the group along `'a':(1)2` has two of the devices of `'a'`.
 _AXIS = re.compile(r"'([^']*)'(?::\(\d+\)(\d+))?")
 
+# The operands of a C++ kernel for CPUs: activations and a weight of floats, or queries and keys.
+_KERNEL = re.compile(r'custom_call_target="mistral_eqx_(dense|attend)".*?operand_layout_constraints=\{(.*?)\}, \w+=')
+
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 # These only name a buffer, or wait for the transfer of another instruction.
@@ -32,6 +35,16 @@ _MOVE_NOTHING = {
     *("optimization-barrier", "iota", "copy-done", "slice-done", "dynamic-slice-done", "async-done", "async-update"),
     *(f"{kind}-done" for kind in _COLLECTIVES),
 }
+
+
+def kernel_flops(text: str) -> int:
+    """The operations of the C++ kernels for float weights and attention, which XLA does not count, each call once."""
+    total = 0
+    for name, operands in _KERNEL.findall(text):
+        first, second = ([int(size) for size in sizes.split(",")] for _, sizes, _ in _LEAF.findall(operands)[:2])
+        # Each query head meets the keys of its own key head, and as many values.
+        total += 2 * math.prod(first) * second[0] if name == "dense" else 4 * math.prod(first) * second[2]
+    return total
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from ..errors import InputError
-from .hlo import Program
+from .hlo import Program, kernel_flops
 from .programs import Job, Uncompiled, programs
 from .report import Exchange, Memory
 from .stablehlo import products, written
@@ -108,13 +108,15 @@ def _memory(program: Uncompiled, compiled: jax.stages.Compiled) -> Memory:
 
 
 def _costs(program: Uncompiled, compiled: jax.stages.Compiled, lowered: jax.stages.Lowered) -> dict[str, Any]:
-    text = Program(compiled.as_text() or "")
+    hlo = compiled.as_text() or ""
+    text = Program(hlo)
     body = text.loop_body() if program.loops else text.entry
     counted: Any = compiled.cost_analysis()
     hbm_bytes = text.traffic(body)
+    # XLA counts a loop body once: right for one decoding step, wrong for a training step.
+    flops = products(lowered) if program.name == "step" else max(counted.get("flops", 0.0), 0.0) + kernel_flops(hlo)
     return {
-        # XLA counts a loop body once: right for one decoding step, wrong for a training step.
-        "flops": products(lowered) if program.name == "step" else max(counted.get("flops", 0.0), 0.0),
+        "flops": flops,
         "hbm_bytes": hbm_bytes,
         "once_bytes": text.traffic(text.entry) - hbm_bytes if program.loops else 0,
         "exchanges": _entries(text.exchanges(body)),
