@@ -21,6 +21,7 @@ from ..rope import (
     yarn_magnitude,
 )
 from .gguf_header import shortest
+from .original_positions import add_original_positions
 from .settings import Settings
 
 
@@ -98,13 +99,7 @@ def write_rope(config: MistralConfig) -> dict[str, Any]:
             key="rope_scaling",
         )
     if queries is not None:
-        known = found.setdefault("rope.scaling.original_context_length", queries.original_positions)
-        if known != queries.original_positions:
-            raise InputError(
-                f"The queries are scaled by multiples of {queries.original_positions} positions and the rotary "
-                f"embedding from {known}, but a GGUF file can hold one number for both; use the format 'mistral'.",
-                key="query_scaling",
-            )
+        add_original_positions(found, "rope.scaling.original_context_length", queries, "a GGUF file")
         found["attention.temperature_scale"] = queries.beta
     return {f"{architecture(config)}.{key}": value for key, value in found.items()}
 

@@ -286,8 +286,8 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
     ]
     if len(special) > 1:
         raise InputError(
-            "The model has more than one of windows in only some layers, scaled queries and experts, and no model type "
-            "of config.json has; use the format 'mistral'."
+            "config.json has no model type for more than one of these: windows in only some layers, scaled queries, "
+            "experts; use the format 'mistral'."
         )
     model_type = special[0] if special else "mistral"
     settings: dict[str, Any] = {

@@ -19,6 +19,7 @@ from ..rope import (
     YarnScaling,
     yarn_magnitude,
 )
+from .original_positions import add_original_positions
 from .settings import REQUIRED, Settings, consistent_value, listed
 
 
@@ -142,13 +143,7 @@ def write_rope(config: MistralConfig) -> dict[str, Any]:
     scaling, queries = config.rope_scaling, config.query_scaling
     table = _written(scaling)
     if queries is not None:
-        known = table.setdefault("original_max_position_embeddings", queries.original_positions)
-        if known != queries.original_positions:
-            raise InputError(
-                f"The queries are scaled by multiples of {queries.original_positions} positions and the rotary "
-                f"embedding from {known}, but config.json can hold one number for both; use the format 'mistral'.",
-                key="query_scaling",
-            )
+        add_original_positions(table, "original_max_position_embeddings", queries, "config.json")
         table["llama_4_scaling_beta"] = queries.beta
     theta = {"rope_theta": config.rope_theta}
     scaled = {} if scaling is None and queries is None else {"rope_scaling": table}

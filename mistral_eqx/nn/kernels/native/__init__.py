@@ -22,7 +22,7 @@ PANEL = 16
 
 
 FEW = 8
-"""So many rows of activations, or queries, at most are faster here than as products of matrices by XLA."""
+"""The most rows of activations, or queries, for which these kernels are faster than XLA's products of matrices."""
 
 
 @functools.cache

@@ -10,6 +10,9 @@ namespace {
 // Bytes ahead of the ones in use, that are fetched from memory.
 constexpr int AHEAD = 2048;
 
+// So many sums fit in registers beside the rest.
+constexpr int SUMS = LANES == 8 ? 8 : 16;
+
 float number(const float* at) { return *at; }
 float number(const BFloat16* at) {
   const uint32_t bits = uint32_t(at->bits) << 16;
@@ -46,8 +49,7 @@ void multiply(const Product& p, int64_t output) {
 
 template <class T, int rows>
 void multiply_all(const Product& p, int64_t from, int64_t to) {
-  // So many sums as fit in registers.
-  constexpr int outputs = std::max(1, (LANES == 8 ? 8 : 16) / rows > 4 ? 4 : (LANES == 8 ? 8 : 16) / rows);
+  constexpr int outputs = std::clamp(SUMS / rows, 1, 4);
   for (; from + outputs <= to; from += outputs) multiply<T, outputs, rows>(p, from);
   for (; from < to; from++) multiply<T, 1, rows>(p, from);
 }
