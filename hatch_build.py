@@ -30,11 +30,19 @@ class Kernels(BuildHookInterface):
     def initialize(self, version: str, build_data: dict):
         """Compiles the library into the package; a failure is reported and leaves it out."""
         library = Path(self.root) / FOLDER / "_kernels.so"
-        # One of an earlier build may be of other sources.
-        library.unlink(missing_ok=True)
+        chosen = os.environ.get("CXX")
         if os.environ.get("MISTRAL_EQX_KERNELS", "").lower() == "off":
+            library.unlink(missing_ok=True)
             return
-        compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+        if chosen or not _is_newest(library):
+            library.unlink(missing_ok=True)
+            self._compile(library, chosen or next(filter(shutil.which, ("c++", "g++", "clang++")), None))
+        if library.exists():
+            build_data["artifacts"].append(str(FOLDER / library.name))
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+
+    def _compile(self, library: Path, compiler: str | None):
         sets = SETS.get(platform.machine())
         if compiler is None or sets is None:
             self.app.display_warning("Without the C++ kernels, because there is no compiler or no kernel for this CPU.")
@@ -44,10 +52,12 @@ class Kernels(BuildHookInterface):
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", "") or ""
             self.app.display_warning(f"Without the C++ kernels, because they could not be compiled: {error}\n{said}")
-            return
-        build_data["artifacts"].append(str(FOLDER / library.name))
-        build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+
+
+def _is_newest(library: Path) -> bool:
+    """Whether the library is newer than all that it is made of."""
+    sources = [Path(__file__), *library.parent.glob("*.cc"), *library.parent.glob("*.h")]
+    return library.exists() and library.stat().st_mtime > max(source.stat().st_mtime for source in sources)
 
 
 def _build(compiler: list[str], sets: dict[str, list[str]], library: Path):

@@ -24,10 +24,16 @@ COMPUTE_LONG = tuple(
 )
 
 
+def install(session: nox.Session, extras: str, *others: str):
+    """Installs the package with some extras. `checks` has built it already, once for all its parts."""
+    package = [f"mistral-eqx[{extras}]"] if session.name == "checks" else ["-e", f".[{extras}]"]
+    session.install(*package, *others)
+
+
 @nox.session
 def tests(session: nox.Session):
     """The default suite, every annotated shape checked on the way."""
-    session.install("-e", ".[test]")
+    install(session, "test")
     options = ["-m", "not parity and not slow", "--durations=15", *PARALLEL]
     session.run("pytest", *options, *session.posargs, env=COMPILE_QUICKLY)
 
@@ -41,7 +47,7 @@ def newest(session: nox.Session):
 @nox.session
 def tests_slow(session: nox.Session):
     """What takes too long for the default suite: many steps under every strategy, the real model; as users run it."""
-    session.install("-e", ".[test]")
+    install(session, "test")
     options = ["-m", "slow and not parity", "--durations=10", *PLAIN, *ONE_MORE, *session.posargs]
     others = [f"--ignore={file}" for file in COMPUTE_LONG]
     session.run("pytest", *options, *others, env=COMPILE_QUICKLY)
@@ -51,7 +57,7 @@ def tests_slow(session: nox.Session):
 @nox.session
 def tests_plain(session: nox.Session):
     """The core of the suite without the import hook, as users run the package."""
-    session.install("-e", ".[test]")
+    install(session, "test")
     core = ["tests/test_nn_model.py", "tests/test_generation_loop.py", "tests/test_checkpoint_loading.py"]
     session.run("pytest", "-m", "not parity and not slow", *PLAIN, *PARALLEL, *core)
 
@@ -61,7 +67,7 @@ def parity(session: nox.Session):
     """Comparisons, live, with torch, transformers and mistral-common."""
     # pip, and this release: other resolvers and releases take a build for GPUs, of several gigabytes.
     session.install("torch==2.13.0")
-    session.install("-e", ".[test,eval]", "transformers>=5.23,<6", "protobuf", "accelerate", "peft>=0.17")
+    install(session, "test,eval", "transformers>=5.23,<6", "protobuf", "accelerate", "peft>=0.17")
     session.install("bitsandbytes>=0.46", "compressed-tensors>=0.10")
     session.run("pytest", "-m", "parity", "--durations=10", *PARALLEL, *session.posargs)
 
@@ -69,7 +75,7 @@ def parity(session: nox.Session):
 @nox.session
 def equality(session: nox.Session):
     """Many more random models, strategies and ZeRO stages, each compared with one device; takes up to an hour."""
-    session.install("-e", ".[test]")
+    install(session, "test")
     session.run(
         "pytest",
         "tests/test_equality.py",
@@ -83,14 +89,14 @@ def equality(session: nox.Session):
 @nox.session
 def invariance(session: nox.Session):
     """Many more random batches, each row held to what it gives alone, and SmolLM2's; takes some minutes."""
-    session.install("-e", ".[test]")
+    install(session, "test")
     session.run("pytest", "tests/test_invariance.py", "-s", *session.posargs, env={"INVARIANCE_EXAMPLES": "300"})
 
 
 @nox.session
 def fuzz(session: nox.Session):
     """Ten minutes of damaged files, settings and options: each refused in one sentence, or accepted and right."""
-    session.install("-e", ".[test]")
+    install(session, "test")
     session.run("python", "tests/fuzz", *(session.posargs or ["--seconds", "600"]))
 
 
@@ -105,7 +111,7 @@ def lint(session: nox.Session):
 @nox.session
 def types(session: nox.Session):
     """Static types. basedpyright is the pyright that comes as a whole from the package index."""
-    session.install("-e", ".[test]", "basedpyright>=1.31")
+    install(session, "test", "basedpyright>=1.31")
     session.run("basedpyright", "--pythonpath", f"{session.virtualenv.location}/bin/python")
 
 
@@ -115,6 +121,7 @@ def checks(session: nox.Session):
 
     The slow suite runs without the import hook too, so `tests_plain` is left out.
     """
+    session.install("-e", ".[test]")
     for part in (types, tests, tests_slow, parity):
         part(session)
 
@@ -122,7 +129,7 @@ def checks(session: nox.Session):
 @nox.session
 def docs(session: nox.Session):
     """The documentation pages, into site/."""
-    session.install("-e", ".[docs]")
+    install(session, "docs")
     session.run("mkdocs", "build", "--strict", *session.posargs)
 
 
@@ -130,5 +137,5 @@ def docs(session: nox.Session):
 def bench(session: nox.Session):
     """The comparison with other programs; takes a quiet machine and some minutes to build llama.cpp."""
     session.install("torch==2.13.0")
-    session.install("-e", ".[bench]")
+    install(session, "bench")
     session.run("python", "benchmarks/peers.py", *session.posargs)
