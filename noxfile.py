@@ -94,6 +94,15 @@ def invariance(session: nox.Session):
 
 
 @nox.session
+def gptq(session: nox.Session):
+    """GPTQ on every linear layer of SmolLM2, each with less error than rounding to nearest; takes some minutes."""
+    install(session, "test")
+    session.run(
+        "pytest", "tests/test_quant_gptq.py", "-m", "slow", *PLAIN, *session.posargs, env={"GPTQ_BLOCKS": "30"}
+    )
+
+
+@nox.session
 def fuzz(session: nox.Session):
     """Ten minutes of damaged files, settings and options: each refused in one sentence, or accepted and right."""
     install(session, "test")

@@ -1,6 +1,10 @@
-"""GPTQ, compared with the update by an explicit inverse Hessian, and what all calibrated schemes share."""
+"""GPTQ, compared with the update by an explicit inverse Hessian, and what all calibrated schemes share.
+
+`GPTQ_BLOCKS` is how many of SmolLM2's 30 blocks are compared with rounding to nearest.
+"""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import equinox as eqx
@@ -20,6 +24,7 @@ from mistral_eqx.quant.gptq import inverse_factor, rounded
 from mistral_eqx.quant.integers import grid, nearest
 
 
+BLOCKS = int(os.environ.get("GPTQ_BLOCKS", "4"))
 CONFIG = tiny(embed=32, hidden=64, vocab=64, q_per_kv=2)
 
 
@@ -270,7 +275,9 @@ def test_what_is_saved_is_loaded(scheme, model, tmp_path):
 @pytest.mark.slow
 def test_smollm2_has_less_error_in_every_layer(smollm2_path):
     """Each linear layer rounded on its own, on the Hessian of the float model."""
-    model, tokenizer = mx.from_pretrained(smollm2_path, dtype="float32")
+    whole, tokenizer = mx.from_pretrained(smollm2_path, dtype="float32")
+    config = dataclasses.replace(whole.config, layers=BLOCKS, windows=whole.config.windows[:BLOCKS])
+    model = dataclasses.replace(whole, config=config, blocks=whole.blocks[:BLOCKS])
     text = (Path(__file__).parents[1] / "examples/data/moby-dick.txt").read_text(encoding="utf-8")
     tokens = np.asarray(tokenizer.encode(text)[:2048]).reshape(4, 512)
     shares = []
@@ -285,5 +292,5 @@ def test_smollm2_has_less_error_in_every_layer(smollm2_path):
             return DenseWeight(jnp.asarray(numbers))
 
     mx.quantize(model, Compared(), calibration=tokens)
-    assert len(shares) == 210
+    assert len(shares) == 7 * BLOCKS
     assert max(shares) < 1
