@@ -57,9 +57,20 @@ def expected(model, ids, context, stride):
 
 
 @pytest.mark.parametrize(
-    ("context", "stride"), [(None, None), (64, 64), (20, 20), (20, 7), (20, 19), (20, 1), (3, 2), (2, 1)]
+    ("context", "stride", "bos"),
+    [
+        (None, None, []),
+        (64, 64, [3]),
+        (20, 20, []),
+        (20, 20, [3]),
+        (20, 7, [3]),
+        (20, 19, []),
+        (20, 1, [3]),
+        (3, 2, [3]),
+        (2, 1, []),
+        (2, 1, [3]),
+    ],
 )
-@pytest.mark.parametrize("bos", [[], [3]])
 @pytest.mark.slow
 def test_windows_slide_as_defined(model, context, stride, bos):
     text = BOOK.read_text()[:90] if context == 20 else BOOK.read_text()[:70]

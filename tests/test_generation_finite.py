@@ -25,11 +25,10 @@ STRATEGIES = pytest.mark.parametrize(
     ("axes", "layout"),
     [
         (None, ""),
-        pytest.param("tp=2", mx.HEADS.layout, marks=pytest.mark.slow),
         ("kv=2,rep=3", mx.HEADS_X_KV_SEQ.layout),
         pytest.param("dp=2,tp=2", f"{mx.HEADS.layout} batch@dp", marks=pytest.mark.slow),
     ],
-    ids=["single", "heads", "heads_x_kv_seq", "heads and batch"],
+    ids=["single", "heads_x_kv_seq", "heads and batch"],
 )
 
 CALLS = {
