@@ -1,6 +1,7 @@
 """The weights of experts as matrices with the rows of all experts, however a file stores them."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def _runs(
             )
         return tensors[name]
 
-    block, _, _ = spec.hf.partition(".block_sparse_moe.")
+    block = re.split(r"\.(?:block_sparse_moe|mlp)\.", spec.hf)[0]
     weight = spec.path.rpartition(".")[2]
     router, down, both = (f"{block}.mlp.{end}" for end in ("gate.weight", "experts.down_proj", "experts.gate_up_proj"))
     if format == "hf" and weight == "router" and router in tensors:

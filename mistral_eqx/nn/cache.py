@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from ..checks import CacheDType, checked
 from ..config import MistralConfig
 from ..errors import InputError
+from ..parallel import AbstractNamed
 from .buffer import Buffer
 from .context import Context
 from .kernels import Codes
@@ -137,6 +138,35 @@ class WindowCache(AbstractLayerCache):
         return jnp.where(token >= 0, jnp.take(key_index, jnp.maximum(token, 0), axis=1), -1)
 
 
+class LatentCache(AbstractLayerCache, AbstractNamed):
+    """A cache with one slot for each token, in which one vector is the key and the value of all heads.
+
+    **Attributes:**
+
+    - `k_buffer`: the latent and the shared entries of the key of each token, as of one head. No strategy splits them
+        but along `batch` and `kv_seq`.
+    """
+
+    k_buffer: Buffer
+
+    @property
+    def v_buffer(self) -> Buffer:
+        return self.k_buffer
+
+    def extend(self, k: New, v: New, context: Context) -> tuple["LatentCache", Array, Array, Array]:
+        def write(x: Array, new: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(x, new, context.own_slot, axis=2)
+
+        cache = LatentCache(jax.tree.map(write, self.k_buffer, self.k_buffer.like(k, context.strategy)))
+        return cache, cache.k, cache.k, context.key_index
+
+    def grow(self, kv_seq: int) -> "LatentCache":
+        return LatentCache(self.k_buffer.grow(kv_seq))
+
+    def array_dims(self) -> dict[str, str]:
+        return {"k_buffer.numbers": "batch _ kv_seq _", "k_buffer.scales": "batch _ kv_seq"}
+
+
 class Cache(eqx.Module):
     """The key/value cache of a model.
 
@@ -186,6 +216,9 @@ class Cache(eqx.Module):
         checked(cache_dtype, CacheDType | None, "cache_dtype")
 
         def layer(window: int | None) -> AbstractLayerCache:
+            if (latent := config.latent) is not None:
+                shape = batch, 1, kv_seq, latent.cached
+                return LatentCache(Buffer.init(shape, dtype, cache_dtype, platform=platform))
             limit = None if window is None or chunk is None else window_slots(window, chunk, num_shards)
             slots = kv_seq if limit is None else min(kv_seq, limit * num_shards)
             shape = batch, config.kv_heads, slots, config.head_dim
