@@ -69,17 +69,18 @@ def join_experts(
     """
     if config.routing is None:
         return tensors
-    found = dict(tensors)
+    joined: dict[str, LazyTensor] = {}
+    # By identity: a tensor of a wrapped model has another name in its file.
+    used: set[int] = set()
     for spec in layer_specs(config):
         if not {"experts", "routes"} & set(spec.dims.split()):
             continue
         runs = _runs(tensors, spec, config, format, path)
         if not runs:
             break  # `sources` names the missing tensor
-        for tensor, *_ in runs:
-            found.pop(tensor.name, None)
-        found[spec.name(format)] = RowsTensor(spec.name(format), runs)
-    return found
+        used |= {id(tensor) for tensor, *_ in runs}
+        joined[spec.name(format)] = RowsTensor(spec.name(format), runs)
+    return {name: tensor for name, tensor in tensors.items() if id(tensor) not in used} | joined
 
 
 def _runs(

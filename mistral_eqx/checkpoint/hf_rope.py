@@ -133,8 +133,11 @@ def _scalings(table: _Table, scales_queries: bool, rotated: float) -> dict[str, 
     settings.expect(f"{key}.partial_rotary_factor", (rotated, None), None, float | None)
     with settings.naming():
         scaling, queries = _KINDS[kind](table), None
-        if scales_queries and (beta := table.take("llama_4_scaling_beta", NotNegative | None, None)):
-            queries = QueryScaling(beta, table.take("original_max_position_embeddings", Count))
+        if scales_queries:
+            # Without a factor of queries, their original context has no effect.
+            beta = table.take("llama_4_scaling_beta", NotNegative | None, None)
+            original = table.take("original_max_position_embeddings", Count | None, REQUIRED if beta else None)
+            queries = QueryScaling(beta, original) if beta else None
     settings.refuse_rest(frozenset({f"{key}.max_position_embeddings"}))
     return {"rope_scaling": scaling, "query_scaling": queries}
 

@@ -327,8 +327,8 @@ def _written_routing(config: MistralConfig, routing: Routing) -> dict[str, Any]:
     plain = {"num_experts": routing.experts, "num_experts_per_tok": routing.per_token}
     if not routing.normalized or (config.latent is None and routing != Routing(routing.experts, routing.per_token)):
         raise InputError(
-            f"params.json cannot hold {routing} for this model, but experts whose shares have the sum 1, and groups, "
-            "shared experts, dense layers and a width of their own beside latent attention alone; use the format 'hf'.",
+            "params.json holds experts whose shares have the sum 1, and only beside latent attention groups, shared "
+            "experts, dense layers and experts of their own width; use the format 'hf', which holds more.",
             key="routing",
         )
     if config.latent is None:

@@ -9,6 +9,7 @@ from ..parallel import SINGLE, Strategy
 from .attention import attend, over_shards
 from .cache import AbstractLayerCache
 from .context import Context
+from .kernels import Codes
 from .linear import Linear, project
 from .norm import RMSNorm
 from .precision import at_least_float32
@@ -35,6 +36,7 @@ class LatentAttention(eqx.Module):
     - `o_proj`: `kv_heads value_dim` to `embed`.
     - `latent`: the sizes.
     - `scale`: the factor of the scores.
+    - `window`: how many positions a query attends to on either side, itself included; `None` for all.
     - `strategy`: which dimensions are split over which mesh axes. Of the heads each device has its own; every device
         has the latents of all heads.
     """
@@ -48,6 +50,7 @@ class LatentAttention(eqx.Module):
     o_proj: Linear
     latent: Latent = eqx.field(static=True)
     scale: float = eqx.field(static=True)
+    window: int | None = eqx.field(static=True)
     strategy: Strategy = SINGLE
 
     def __call__(
@@ -80,39 +83,38 @@ class LatentAttention(eqx.Module):
             codes = cache.codes
         counts = q.shape[1], tokens.shape[2], self.latent
         if operations(*counts, absorbed=True) < operations(*counts, absorbed=False):
-            # One key/value head, the token itself; the shared entries of a value have no use.
-            maps = self.kv_b_proj.weight.dense()
-            of_keys, of_values = jnp.split(maps, [self.latent.nope_dim], axis=1)
-            q = jnp.concatenate([_contract("bshn,hnr->bshr", nope, of_keys).astype(q.dtype), rope], axis=-1)
-            mixed, log_sum = attend(
-                q[:, :, None],
-                tokens,
-                tokens,
-                key_index,
-                context,
-                codes,
-                scale=self.scale,
-                window=None,
-                strategy=self.strategy,
-            )
-            mixed, log_sum = mixed[:, :, 0, :, : self.latent.kv_rank], log_sum[:, :, 0]
-            mixed = _contract("bshr,hvr->bshv", mixed.astype(x.dtype), of_values)
+            mixed, log_sum = self._absorbed(nope, rope, tokens, key_index, context, codes)
         else:
-            k, v = self._keys_and_values(tokens[:, 0])
-            q, k, v = _as_wide(jnp.concatenate([nope, rope], axis=-1)[:, :, :, None], k, v)
-            mixed, log_sum = attend(
-                q, k, v, key_index, context, None, scale=self.scale, window=None, strategy=self.strategy
-            )
-            mixed, log_sum = mixed[:, :, :, 0, : self.latent.value_dim], log_sum[:, :, :, 0]
+            mixed, log_sum = self._expanded(nope, rope, tokens, key_index, context)
         return self.o_proj(over_shards(mixed, log_sum, self.strategy).astype(x.dtype)), cache
 
-    def _keys_and_values(
-        self, tokens: Float[Array, "batch kv_seq cached"]
-    ) -> tuple[Float[Array, "batch kv_heads kv_seq head_dim"], Float[Array, "batch kv_heads kv_seq value_dim"]]:
-        latent, shared = jnp.split(tokens, [self.latent.kv_rank], axis=-1)
-        nope, v = jnp.split(jnp.swapaxes(self.kv_b_proj(latent), 1, 2), [self.latent.nope_dim], axis=-1)
-        shared = jnp.broadcast_to(shared[:, None], (*nope.shape[:-1], shared.shape[-1]))
-        return jnp.concatenate([nope, shared], axis=-1), v
+    def _absorbed(
+        self, nope: Array, rope: Array, tokens: Array, key_index: Array, context: Context, codes: Codes | None
+    ) -> tuple[Float[Array, "batch seq kv_heads value_dim"], Float[Array, "batch seq kv_heads 1"]]:
+        """The weighted sums of values by scores of latents, as of one key/value head whose keys are its values."""
+        of_keys, of_values = jnp.split(self.kv_b_proj.weight.dense(), [self.latent.nope_dim], axis=1)
+        mapped = _contract("bshn,hnr->bshr", nope, of_keys).astype(rope.dtype)
+        q = jnp.concatenate([mapped, rope], axis=-1)[:, :, None]
+        mixed, log_sum = self._attend(q, tokens, tokens, key_index, context, codes)
+        latents = mixed[:, :, 0, :, : self.latent.kv_rank].astype(rope.dtype)
+        return _contract("bshr,hvr->bshv", latents, of_values), log_sum[:, :, 0]
+
+    def _expanded(
+        self, nope: Array, rope: Array, tokens: Array, key_index: Array, context: Context
+    ) -> tuple[Float[Array, "batch seq kv_heads value_dim"], Float[Array, "batch seq kv_heads 1"]]:
+        """The weighted sums of values by scores of keys."""
+        latent, shared = jnp.split(tokens[:, 0], [self.latent.kv_rank], axis=-1)
+        of_keys, v = jnp.split(jnp.swapaxes(self.kv_b_proj(latent), 1, 2), [self.latent.nope_dim], axis=-1)
+        shared = jnp.broadcast_to(shared[:, None], (*of_keys.shape[:-1], shared.shape[-1]))
+        q = jnp.concatenate([nope, rope], axis=-1)[:, :, :, None]
+        q, k, v = _as_wide(q, jnp.concatenate([of_keys, shared], axis=-1), v)
+        mixed, log_sum = self._attend(q, k, v, key_index, context, None)
+        return mixed[:, :, :, 0, : self.latent.value_dim], log_sum[:, :, :, 0]
+
+    def _attend(
+        self, q: Array, k: Array, v: Array, key_index: Array, context: Context, codes: Codes | None
+    ) -> tuple[Array, Array]:
+        return attend(q, k, v, key_index, context, codes, scale=self.scale, window=self.window, strategy=self.strategy)
 
 
 def operations(queries: int, keys: int, latent: Latent, *, absorbed: bool) -> int:

@@ -268,6 +268,7 @@ def _block(config: MistralConfig, layer: int, key: PRNGKeyArray, dtype: DTypeLik
             o_proj=linear("kv_heads value_dim", "embed", residual),
             latent=latent,
             scale=scale * latent.scale,
+            window=config.windows[layer],
             strategy=strategy,
         )
 
