@@ -15,7 +15,7 @@ from ..rope import Factor, Magnitude, QueryScaling, Rotations, YarnScaling, yarn
 from .files import merge_files, read_index, read_shards
 from .pth import read_pickles
 from .reader import Checkpoint, LazyTensor, main_dtype
-from .settings import Settings, consistent_value, per_kv, read_routing
+from .settings import REQUIRED, Settings, consistent_value, per_kv, read_routing
 from .weight_files import WeightFiles, read_consistent
 from .wrapped import text_tensors, warn_of_skipped
 
@@ -122,7 +122,7 @@ _LATENT = {
 }
 # The keys of `moe` beside latent attention: the field of `Routing`, its type, and its default.
 _MOE: Mapping[str, tuple[str, Any, Any]] = {
-    "expert_hidden_dim": ("hidden", Size | None, None),
+    "expert_hidden_dim": ("hidden", Size, REQUIRED),
     "num_shared_experts": ("shared", CountOrZero, 0),
     "first_k_dense_replace": ("first_dense", CountOrZero, 0),
     "num_expert_groups": ("groups", Size, 1),

@@ -28,7 +28,11 @@ class AbstractLayerCache(eqx.Module):
     """The keys and values of one layer."""
 
     k_buffer: eqx.AbstractVar[Buffer]
-    v_buffer: eqx.AbstractVar[Buffer]
+
+    @property
+    @abc.abstractmethod
+    def values(self) -> Buffer:
+        """The buffer of the values, which may be that of the keys."""
 
     @abc.abstractmethod
     def extend(
@@ -53,7 +57,7 @@ class AbstractLayerCache(eqx.Module):
         self, k: New, v: New, write: Callable[[Array, Array], Array], context: Context
     ) -> tuple[Buffer, Buffer]:
         """The buffers with new keys and values, of which `write(x, new)` puts each array `new` into `x`."""
-        buffers = (self.k_buffer, k), (self.v_buffer, v)
+        buffers = (self.k_buffer, k), (self.values, v)
         k_buffer, v_buffer = (jax.tree.map(write, x, x.like(new, context.strategy)) for x, new in buffers)
         return k_buffer, v_buffer
 
@@ -70,12 +74,12 @@ class AbstractLayerCache(eqx.Module):
     @property
     def v(self) -> Float[Array, "batch kv_heads kv_seq head_dim"]:
         """The values, as floats."""
-        return self.v_buffer.floats
+        return self.values.floats
 
     @property
     def codes(self) -> Codes | None:
         """The codes of keys and values, and their scales; `None` if the cache has floats."""
-        k, v = self.k_buffer, self.v_buffer
+        k, v = self.k_buffer, self.values
         return None if k.scales is None or v.scales is None else (k.numbers, v.numbers, k.scales, v.scales)
 
 
@@ -89,6 +93,10 @@ class FullCache(AbstractLayerCache):
 
     k_buffer: Buffer
     v_buffer: Buffer
+
+    @property
+    def values(self) -> Buffer:
+        return self.v_buffer
 
     def extend(self, k: New, v: New, context: Context) -> tuple["FullCache", Array, Array, Array]:
         def write(x: Array, new: Array) -> Array:
@@ -113,6 +121,10 @@ class WindowCache(AbstractLayerCache):
     k_buffer: Buffer
     v_buffer: Buffer
     limit: int = eqx.field(static=True)
+
+    @property
+    def values(self) -> Buffer:
+        return self.v_buffer
 
     def extend(self, k: New, v: New, context: Context) -> tuple["WindowCache", Array, Array, Array]:
         def write(x: Array, new: Array) -> Array:
@@ -150,7 +162,7 @@ class LatentCache(AbstractLayerCache, AbstractNamed):
     k_buffer: Buffer
 
     @property
-    def v_buffer(self) -> Buffer:
+    def values(self) -> Buffer:
         return self.k_buffer
 
     def extend(self, k: New, v: New, context: Context) -> tuple["LatentCache", Array, Array, Array]:
