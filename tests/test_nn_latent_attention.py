@@ -75,7 +75,7 @@ def test_a_token_has_one_vector_in_the_cache(dtype):
 
 def test_chunks_and_decoding_are_the_whole_pass(model):
     expected = run(model, IDS)[0]
-    for pieces in ((9, 11, 4), (21, 1, 1, 1)):
+    for pieces in ((8, 8, 8), (8, 8, *(1,) * 8)):
         logits, cache = run_in_pieces(model, IDS, pieces, empty_cache(model, 2, 30))
         assert relative_error(logits, expected) < FLOAT32_TOLERANCE
     assert cache.grow(40).layers[0].slots == 40
@@ -90,6 +90,7 @@ def test_padding_and_tiles_change_nothing(model, monkeypatch):
         assert relative_error(row[columns], expected) < FLOAT32_TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_cache_of_8_bits(model):
     ids = IDS.tolist()
     whole, chunked = (
@@ -129,8 +130,9 @@ def test_shared_experts_are_added():
     layer = small_model(config=LATENT).blocks[1].feed_forward
     x = jnp.asarray(np.random.default_rng(1).standard_normal((1, 4, LATENT.embed)), jnp.float32)
     assert layer.shared.up_proj.weight.value.shape == (80, LATENT.embed)
-    alone = dataclasses.replace(layer, shared=None)(x)
-    np.testing.assert_allclose(layer(x), alone + layer.shared(x), rtol=1e-6, atol=1e-6)
+    alone = dataclasses.replace(layer, shared=None)
+    y, routed, shared = eqx.filter_jit(lambda *layers: [layer(x) for layer in layers])(layer, alone, layer.shared)
+    np.testing.assert_allclose(y, routed + shared, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow
