@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from .config import MistralConfig, Routing
+from .config import Latent, MistralConfig, Routing
 from .rope import QueryScaling, YarnScaling, yarn_magnitude
 
 
@@ -44,6 +44,39 @@ def _ministral_3(*, embed: int, hidden: int, layers: int, tied: bool = False) ->
     plain = _mistral(vocab=131_072, max_positions=262_144, rope_theta=1e6, embed=embed, hidden=hidden, layers=layers)
     return dataclasses.replace(
         plain, tied=tied, rope_scaling=YarnScaling(16.0, 16_384, 1.0), query_scaling=QueryScaling(0.1, 16_384)
+    )
+
+
+def _latent(
+    *,
+    embed: int,
+    hidden: int,
+    layers: int,
+    heads: int,
+    latent: Latent,
+    routing: Routing,
+    factor: float,
+    max_positions: int,
+) -> MistralConfig:
+    """A config of Mistral's models with latent attention: 8192 positions that YaRN extends."""
+    return MistralConfig(
+        vocab=131_072,
+        embed=embed,
+        hidden=hidden,
+        layers=layers,
+        kv_heads=heads,
+        q_per_kv=1,
+        head_dim=latent.nope_dim + latent.rope_dim,
+        rope_theta=1e4,
+        norm_eps=1e-6,
+        max_positions=max_positions,
+        windows=(None,) * layers,
+        bos_id=1,
+        eos_ids=(2,),
+        rope_scaling=YarnScaling(factor, 8192, 1.0),
+        query_scaling=QueryScaling(0.1, 8192),
+        routing=routing,
+        latent=latent,
     )
 
 
@@ -136,6 +169,28 @@ PRESETS: Mapping[str, MistralConfig] = MappingProxyType(
                 q_per_kv=12,
             ),
             rope_scaling=YarnScaling(64.0, 4096, yarn_magnitude(64.0), beta_fast=4.0),
+        ),
+        # The defaults of transformers' type mistral4. That YaRN leaves the scores alone is inferred.
+        "small-4-119b": _latent(
+            embed=4096,
+            hidden=12_288,
+            layers=36,
+            heads=32,
+            latent=Latent(q_rank=1024, kv_rank=256, nope_dim=64, rope_dim=64, value_dim=128),
+            routing=Routing(experts=128, per_token=4, hidden=2048, shared=1),
+            factor=128.0,
+            max_positions=1_048_576,
+        ),
+        # As in the tests of programs that run it; the norm's constant is inferred.
+        "large-3-675b": _latent(
+            embed=7168,
+            hidden=16_384,
+            layers=61,
+            heads=128,
+            latent=Latent(q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128),
+            routing=Routing(experts=128, per_token=4, hidden=4096, shared=1, first_dense=3),
+            factor=36.0,
+            max_positions=294_912,
         ),
         "gpt-nano": _gpt(layers=3, heads=3, embed=48),
         "gpt-micro": _gpt(layers=4, heads=4, embed=128),

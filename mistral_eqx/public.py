@@ -12,7 +12,7 @@ from . import (
     train as train,
 )
 from .checkpoint import load as load, load_lora as load_lora, save as save, save_lora as save_lora
-from .config import MistralConfig as MistralConfig, Routing as Routing
+from .config import Latent as Latent, MistralConfig as MistralConfig, Routing as Routing
 from .conversion import convert as convert
 from .errors import InputError as InputError
 from .evaluate import (

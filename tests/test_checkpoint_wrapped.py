@@ -133,8 +133,8 @@ def test_a_release_with_a_vision_encoder(format, getkey, tmp_path):
 
 def test_what_a_wrapper_lacks_is_named(getkey, tmp_path):
     mx.save(random_model(tiny(), getkey()), tmp_path / "a")
-    wrap(tmp_path / "a", before_5, text={"model_type": "mistral4"})
-    with refused("model_type 'mistral4'", "'mistral3' and 'voxtral'"):
+    wrap(tmp_path / "a", before_5, text={"model_type": "mistral_large4"})
+    with refused("model_type 'mistral_large4'", "'mistral3' and 'voxtral'"):
         mx.load(tmp_path / "a")
     edit_json(tmp_path / "a" / "config.json", text_config=None)
     with refused("text_config", "table"):

@@ -173,6 +173,9 @@ def test_published_parameter_counts():
         "ministral-3-8b": 8_489_553_920,
         "ministral-3-14b": 13_506_073_600,
         "devstral-2-123b": 125_025_988_608,
+        # Published as 119 billions, and as 673 billions of which 39 are active.
+        "small-4-119b": 118_972_826_624,
+        "large-3-675b": 673_421_089_792,
     }
 
 
@@ -230,11 +233,10 @@ def test_windows_that_alternate():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"model_type": "mistral4"}, r"model_type 'mistral4', which is not supported because of its latent attention"),
         ({"model_type": None}, r"model_type None, which is not supported; the supported ones are"),
         ({"model_type": "mamba2"}, r"'mamba2', which is not supported because it has a state in place of attention;"),
         ({"model_type": "mistral_large4"}, r"'mistral_large4', which is not supported because of its sparse latent"),
-        ({"architectures": ["Mistral4ForCausalLM"]}, r"names the architecture 'Mistral4ForCausalLM'"),
+        ({"architectures": ["MistralLarge4"]}, r"names the architecture 'MistralLarge4'"),
         ({"hidden_act": "gelu"}, r"has hidden_act 'gelu', which is not supported; supported is 'silu' and 'swish'"),
         ({"attention_bias": True}, r"sets attention_bias to True, which this package does not compute"),
         ({"mlp_bias": True}, r"sets mlp_bias to True"),

@@ -255,14 +255,19 @@ def test_presets_without_their_memory(name):
     assert len(model.blocks) == config.layers
     for block, window in zip(model.blocks, config.windows, strict=True):
         attention = block.attention
+        assert attention.window == window
+        assert attention.scale == pytest.approx(config.head_dim**-0.5)
+        if (latent := config.latent) is not None:
+            assert attention.q_b_proj.weight.value.shape == (config.kv_heads, config.head_dim, latent.q_rank)
+            assert attention.kv_b_proj.weight.value.shape == (config.kv_heads, latent.expanded, latent.kv_rank)
+            assert attention.o_proj.weight.value.shape == (config.embed, config.kv_heads, latent.value_dim)
+            continue
         assert attention.q_proj.weight.value.shape == (*heads, config.embed)
         assert attention.k_proj.weight.value.shape == (config.kv_heads, config.head_dim, config.embed)
         assert attention.v_proj.weight.value.shape == (config.kv_heads, config.head_dim, config.embed)
         assert attention.o_proj.weight.value.shape == (config.embed, *heads)
-        assert attention.window == window
-        assert attention.scale == pytest.approx(config.head_dim**-0.5)
-        experts = () if config.routing is None else (config.experts,)
-    assert block.feed_forward.down_proj.weight.value.shape == (*experts, config.embed, config.hidden)
+    experts = () if config.routing is None else (config.experts,)
+    assert block.feed_forward.down_proj.weight.value.shape == (*experts, config.embed, config.expert_hidden)
     assert (model.head is None) == config.tied
     arrays = [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.ShapeDtypeStruct)]
     assert sum(leaf.size for leaf in arrays) == config.parameters

@@ -1,6 +1,7 @@
 """The weights of experts as matrices with the rows of all experts, however a file stores them."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -68,17 +69,18 @@ def join_experts(
     """
     if config.routing is None:
         return tensors
-    found = dict(tensors)
+    joined: dict[str, LazyTensor] = {}
+    # By identity: a tensor of a wrapped model has another name in its file.
+    used: set[int] = set()
     for spec in layer_specs(config):
         if not {"experts", "routes"} & set(spec.dims.split()):
             continue
         runs = _runs(tensors, spec, config, format, path)
         if not runs:
             break  # `sources` names the missing tensor
-        for tensor, *_ in runs:
-            found.pop(tensor.name, None)
-        found[spec.name(format)] = RowsTensor(spec.name(format), runs)
-    return found
+        used |= {id(tensor) for tensor, *_ in runs}
+        joined[spec.name(format)] = RowsTensor(spec.name(format), runs)
+    return {name: tensor for name, tensor in tensors.items() if id(tensor) not in used} | joined
 
 
 def _runs(
@@ -99,7 +101,7 @@ def _runs(
             )
         return tensors[name]
 
-    block, _, _ = spec.hf.partition(".block_sparse_moe.")
+    block = re.split(r"\.(?:block_sparse_moe|mlp)\.", spec.hf)[0]
     weight = spec.path.rpartition(".")[2]
     router, down, both = (f"{block}.mlp.{end}" for end in ("gate.weight", "experts.down_proj", "experts.gate_up_proj"))
     if format == "hf" and weight == "router" and router in tensors:

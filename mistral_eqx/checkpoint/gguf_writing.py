@@ -159,6 +159,10 @@ def _bytes(weights: AbstractWeights, spec: LayerSpec, kind: str) -> np.ndarray:
 
 
 def _config_metadata(config: MistralConfig, type: str) -> dict[str, Any]:
+    if config.latent is not None:
+        raise InputError(
+            "The model has latent attention, which is not written to GGUF files yet; use the format 'hf' or 'mistral'."
+        )
     windows = set(config.windows)
     if len(windows) > 1:
         raise InputError(

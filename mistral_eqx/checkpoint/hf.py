@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import Count, CountOrZero
-from ..config import Epsilon, Layers, MistralConfig, Routing, Size
+from ..config import Epsilon, Latent, Layers, MistralConfig, Routing, Size
 from ..documents import read_json, shown
 from ..errors import InputError
+from ..rope import Magnitude
 from .files import merge_files, read_index, read_shards
-from .hf_rope import read_rope, write_rope
+from .hf_rope import read_rope, read_softmax_scale, write_rope
 from .mixed import keep_16_bits
 from .names import HEAD
 from .quantized import read_quantization
 from .reader import DTYPES, Checkpoint, LazyTensor, main_dtype
 from .safetensors import read_header
-from .settings import Settings, listed, per_head, per_kv, read_routing
+from .settings import Settings, consistent_value, listed, per_head, per_kv, read_routing
 from .weight_files import WeightFiles, read_consistent
 from .wrapped import WRAPPERS, is_wrapper, text_config, text_tensors, warn_of_skipped
 
@@ -114,6 +115,7 @@ _ARCHITECTURES = (
     "MinistralForCausalLM",
     "Ministral3ForCausalLM",
     "MixtralForCausalLM",
+    "Mistral4ForCausalLM",
     "LlamaForCausalLM",
 )
 
@@ -161,11 +163,28 @@ _DEFAULTS["mixtral"] = {
     "num_experts_per_tok": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
 }
+_DEFAULTS["mistral4"] = {
+    "vocab_size": 131072,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": None,
+    "max_position_embeddings": 1048576,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 4,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 128.0,
+        "original_max_position_embeddings": 8192,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
 _DEFAULTS["ministral"] = _DEFAULTS["mistral"]
 
 # Why other types of the family are refused.
 _REASONS = {
-    "mistral4": " because of its latent attention",
     "mistral_large4": " because of its sparse latent attention",
     "mamba2": " because it has a state in place of attention",
 }
@@ -188,8 +207,8 @@ _WITHOUT_EFFECT = frozenset(
 
 
 def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | None = None) -> MistralConfig:
-    """Reads a Hugging Face `config.json` of model type `mistral`, `ministral`, `ministral3`, `mixtral` or `llama`, or
-    of the wrapping types `mistral3` and `voxtral` with such a `text_config`.
+    """Reads a Hugging Face `config.json` of model type `mistral`, `ministral`, `ministral3`, `mistral4`, `mixtral` or
+    `llama`, or of the wrapping types `mistral3` and `voxtral` with such a `text_config`.
 
     A missing key gets the default of that model type in transformers. For example, a `mistral` config without the key
     `sliding_window` has a window of 4096, and a config with `"sliding_window": null` has no window.
@@ -224,15 +243,18 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
     layers = document.take("num_hidden_layers", Layers, defaults.get("num_hidden_layers", 32))
     heads = document.take("num_attention_heads", Size, 32)
     kv_heads = document.take("num_key_value_heads", Size | None, defaults["num_key_value_heads"]) or heads
-    head_dim = document.take("head_dim", Size | None, defaults.get("head_dim")) or per_head(embed, heads, document)
+    latent = _latent(document) if model_type == "mistral4" else None
+    width = defaults.get("head_dim") if latent is None else latent.nope_dim + latent.rope_dim
+    head_dim = document.take("head_dim", Size | None, width) or per_head(embed, heads, document)
     max_positions = document.take("max_position_embeddings", Count, defaults["max_position_embeddings"])
     document.expect("hidden_act", ("silu", "swish"), "silu")
-    document.expect("partial_rotary_factor", (1.0, None), None, float | None)
+    rotated = 1.0 if latent is None else latent.rope_dim / head_dim
+    document.expect("partial_rotary_factor", (rotated, None), None, float | None)
     for key in ("torch_dtype", "dtype"):  # each tensor stores its own dtype
         document.take(key, str | None, None)
     document.expect("is_causal", (True, None), None)
     read_quantization(document.take("quantization_config", dict[str, Any] | None, None), file=file)
-    routing = _routing(document, defaults)
+    routing = _routing(document, defaults) if latent is None else _groups(document, defaults, layers)
     config = document.make(
         vocab=document.take("vocab_size", Size, defaults.get("vocab_size", 32000)),
         embed=embed,
@@ -251,9 +273,11 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
             document,
             max_positions,
             absent=defaults.get("rope_parameters"),
-            scales_queries=model_type == "ministral3",
+            scales_queries=model_type in ("ministral3", "mistral4"),
+            rotated=rotated,
         ),
         routing=routing,
+        latent=latent,
     )
     document.refuse_rest(_WITHOUT_EFFECT)
     return config
@@ -263,10 +287,10 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
     """Writes a Hugging Face `config.json`.
 
     **Returns:** the JSON object, of model type `mistral`, `ministral` if only some layers have a window,
-    `ministral3` if queries are scaled, or `mixtral` if the model has experts.
+    `ministral3` if queries are scaled, `mixtral` if the model has experts, or `mistral4` if it has latent attention.
 
-    **Raises:** `ValueError` if the format cannot express the config: windows of several sizes, two of the three at
-    once, or another scaling of the rotary embedding.
+    **Raises:** `ValueError` if the format cannot express the config: windows of several sizes, a combination for which
+    there is no model type, or another scaling of the rotary embedding.
     """
     sizes = {window for window in config.windows if window is not None}
     if len(sizes) > 1:
@@ -275,6 +299,13 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
             "size; use the format 'mistral'."
         )
     alternating = None in config.windows and bool(sizes)
+    routing, latent = config.routing, config.latent
+    if latent is None and routing is not None and routing != Routing(routing.experts, routing.per_token):
+        raise InputError(
+            "config.json has no model type for grouped-query attention with experts in groups, shared experts, dense "
+            "layers or experts of their own width; no format holds this model.",
+            key="routing",
+        )
     special = [
         kind
         for kind, has in (
@@ -284,12 +315,12 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
         )
         if has
     ]
-    if len(special) > 1:
+    if latent is None and len(special) > 1:
         raise InputError(
             "config.json has no model type for more than one of these: windows in only some layers, scaled queries, "
             "experts; use the format 'mistral'."
         )
-    model_type = special[0] if special else "mistral"
+    model_type = "mistral4" if latent is not None else special[0] if special else "mistral"
     settings: dict[str, Any] = {
         "architectures": [f"{model_type.capitalize()}ForCausalLM"],
         "model_type": model_type,
@@ -316,12 +347,87 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
         settings["layer_types"] = [
             "full_attention" if window is None else "sliding_attention" for window in config.windows
         ]
-    if config.routing is not None:
-        settings |= {
-            "num_local_experts": config.routing.experts,
-            "num_experts_per_tok": config.routing.per_token,
-        }
+    if latent is not None:
+        del settings["sliding_window"]
+        return settings | _written_latent(config, latent)
+    if routing is not None:
+        settings |= {"num_local_experts": routing.experts, "num_experts_per_tok": routing.per_token}
     return settings
+
+
+def _latent(document: Settings) -> Latent:
+    """The sizes of the attention of type `mistral4`."""
+    document.expect("rope_interleave", (True, None), True)
+    if document.take("q_lora_rank", Size | None, 1024) is None:
+        raise document.refuse("q_lora_rank", None)
+    nope, rope = document.take("qk_nope_head_dim", Size, 64), document.take("qk_rope_head_dim", Size, 64)
+    document.expect("qk_head_dim", (nope + rope, None), None)
+    with document.naming():
+        return Latent(
+            q_rank=document.take("q_lora_rank", Size, 1024),
+            kv_rank=document.take("kv_lora_rank", Size, 256),
+            nope_dim=nope,
+            rope_dim=rope,
+            value_dim=document.take("v_head_dim", Size, 128),
+            scale=read_softmax_scale(document),
+        )
+
+
+def _groups(document: Settings, defaults: Mapping[str, Any], layers: int) -> Routing | None:
+    """The experts of type `mistral4`; `None` if all layers are dense."""
+    names = "n_routed_experts", "num_local_experts"
+    found = {name: document.take(name, Size | None, None) for name in names}
+    experts = consistent_value(found, document, defaults["n_routed_experts"])
+    _refuse_quantized_experts(document)
+    normalized = document.take("norm_topk_prob", bool | None, True)
+    with document.naming():
+        routing = Routing(
+            experts=experts,
+            per_token=document.take("num_experts_per_tok", Size, defaults["num_experts_per_tok"]),
+            hidden=document.take("moe_intermediate_size", Size, 2048),
+            shared=document.take("n_shared_experts", Size, 1),
+            first_dense=document.take("first_k_dense_replace", CountOrZero | None, 0) or 0,
+            groups=document.take("n_group", Size | None, 1) or 1,
+            groups_per_token=document.take("topk_group", Size | None, 1) or 1,
+            scale=document.take("routed_scaling_factor", Magnitude, 1.0),
+            normalized=bool(normalized),
+        )
+    return None if routing.first_dense >= layers else routing
+
+
+def _written_latent(config: MistralConfig, latent: Latent) -> dict[str, Any]:
+    """The keys of type `mistral4`."""
+    if latent.eps != 1e-6:
+        raise InputError(
+            f"The norms of the latent attention have an eps of {latent.eps}, and config.json can hold 1e-6 alone; no "
+            "format holds this model.",
+            key="eps",
+        )
+    # A model without experts is one whose layers are all dense.
+    routing = config.routing or Routing(1, 1, hidden=config.hidden, shared=1, first_dense=config.layers)
+    if not routing.shared:
+        raise InputError(
+            "config.json has no model type for latent attention and experts of which none is shared; use the format "
+            "'mistral'.",
+            key="routing",
+        )
+    return {
+        "q_lora_rank": latent.q_rank,
+        "kv_lora_rank": latent.kv_rank,
+        "qk_nope_head_dim": latent.nope_dim,
+        "qk_rope_head_dim": latent.rope_dim,
+        "v_head_dim": latent.value_dim,
+        "rope_interleave": True,
+        "n_routed_experts": routing.experts,
+        "num_experts_per_tok": routing.per_token,
+        "moe_intermediate_size": routing.hidden or config.hidden,
+        "n_shared_experts": routing.shared,
+        "first_k_dense_replace": routing.first_dense,
+        "n_group": routing.groups,
+        "topk_group": routing.groups_per_token,
+        "routed_scaling_factor": routing.scale,
+        "norm_topk_prob": routing.normalized,
+    }
 
 
 def _routing(document: Settings, defaults: Mapping[str, Any]) -> Routing | None:
@@ -330,13 +436,17 @@ def _routing(document: Settings, defaults: Mapping[str, Any]) -> Routing | None:
     experts, per_token = (
         document.take(key, Size, defaults[key]) for key in ("num_local_experts", "num_experts_per_tok")
     )
+    _refuse_quantized_experts(document)
+    return read_routing(document, experts, per_token, "num_experts_per_tok")
+
+
+def _refuse_quantized_experts(document: Settings):
     if document.take("quantization_config", dict[str, Any] | None, None):
         raise document.wrong(
             "quantization_config",
             f"{document.name} is of a quantized model with experts, which is not supported; use a checkpoint in "
             "floats.",
         )
-    return read_routing(document, experts, per_token, "num_experts_per_tok")
 
 
 def _windows(document: Settings, layers: int, defaults: Mapping[str, Any]) -> tuple[int | None, ...]:

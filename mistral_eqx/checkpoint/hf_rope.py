@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..checks import Count, NotNegative
-from ..config import Base, MistralConfig
+from ..config import Base, Latent, MistralConfig
 from ..documents import shown
 from ..errors import InputError
 from ..rope import (
@@ -76,7 +76,12 @@ _KINDS: Mapping[str, Callable[[_Table], AbstractRopeScaling | None]] = {
 
 
 def read_rope(
-    document: Settings, max_positions: int, *, absent: Mapping[str, Any] | None = None, scales_queries: bool = False
+    document: Settings,
+    max_positions: int,
+    *,
+    absent: Mapping[str, Any] | None = None,
+    scales_queries: bool = False,
+    rotated: float = 1.0,
 ) -> dict[str, Any]:
     """Reads the fields of the config that describe the rotary embedding.
 
@@ -86,6 +91,7 @@ def read_rope(
     - `max_positions`: the model's longest context, which stands for a missing original one.
     - `absent`: the table of a model type for which the config has none.
     - `scales_queries`: whether the model type scales queries by `llama_4_scaling_beta`.
+    - `rotated`: the share of a head's entries that are rotated.
 
     **Raises:** `InputError` that names the key, if a key has an invalid value, contradicts another key, or asks for a
     type that is not supported.
@@ -103,7 +109,7 @@ def read_rope(
         settings = Settings({f"{key}.{name}": value for name, value in values.items()}, document.name, document.file)
         table = _Table(settings, key, max_positions)
         thetas[f"{key}.rope_theta"] = table.take("rope_theta", Base | None, None)
-        found[key] = _scalings(table, scales_queries)
+        found[key] = _scalings(table, scales_queries, rotated)
     first = next(iter(found.values()), {})
     if any(other != first for other in found.values()):
         raise document.wrong(
@@ -114,7 +120,7 @@ def read_rope(
     return {"rope_theta": consistent_value(thetas, document, 10000.0), **first}
 
 
-def _scalings(table: _Table, scales_queries: bool) -> dict[str, Any]:
+def _scalings(table: _Table, scales_queries: bool, rotated: float) -> dict[str, Any]:
     settings, key = table.settings, table.key
     kind, old = (table.take(name, str | None, None) for name in ("rope_type", "type"))
     kind = kind or old or "default"
@@ -124,13 +130,33 @@ def _scalings(table: _Table, scales_queries: bool) -> dict[str, Any]:
             f"{settings.name} asks for the rope type {shown(kind)} in {key}, which is not supported; the supported "
             f"ones are {listed(_KINDS)}.",
         )
-    settings.expect(f"{key}.partial_rotary_factor", (1.0, None), None, float | None)
+    settings.expect(f"{key}.partial_rotary_factor", (rotated, None), None, float | None)
     with settings.naming():
         scaling, queries = _KINDS[kind](table), None
-        if scales_queries and (beta := table.take("llama_4_scaling_beta", NotNegative | None, None)):
-            queries = QueryScaling(beta, table.take("original_max_position_embeddings", Count))
+        if scales_queries:
+            # Without a factor of queries, their original context has no effect.
+            beta = table.take("llama_4_scaling_beta", NotNegative | None, None)
+            original = table.take("original_max_position_embeddings", Count | None, REQUIRED if beta else None)
+            queries = QueryScaling(beta, original) if beta else None
     settings.refuse_rest(frozenset({f"{key}.max_position_embeddings"}))
     return {"rope_scaling": scaling, "query_scaling": queries}
+
+
+def read_softmax_scale(document: Settings) -> float:
+    """The factor of latent attention's scores beside that by the width of a head.
+
+    transformers multiplies them by the square of `yarn_magnitude(factor, mscale_all_dim)`. But releases whose
+    `params.json` says `apply_scale` false, which leaves scores alone, have equal `mscale` and `mscale_all_dim`, and no
+    `attention_factor`: they have the factor 1.
+    """
+    tables = (document.take(key, dict[str, Any] | None, None) for key in ("rope_parameters", "rope_scaling"))
+    table = next(filter(None, tables), {})
+    factor, of_all = table.get("factor"), table.get("mscale_all_dim")
+    plain = table.get("attention_factor") is None and table.get("mscale") == of_all
+    # `read_rope` says what is wrong with the values.
+    if plain or not all(isinstance(value, int | float) and value > 0 for value in (factor, of_all)):
+        return 1.0
+    return yarn_magnitude(table["factor"], table["mscale_all_dim"]) ** 2
 
 
 def write_rope(config: MistralConfig) -> dict[str, Any]:
@@ -142,12 +168,36 @@ def write_rope(config: MistralConfig) -> dict[str, Any]:
     """
     scaling, queries = config.rope_scaling, config.query_scaling
     table = _written(scaling)
+    if config.latent is not None:
+        _add_latent(table, config, config.latent)
     if queries is not None:
         add_original_positions(table, "original_max_position_embeddings", queries, "config.json")
         table["llama_4_scaling_beta"] = queries.beta
     theta = {"rope_theta": config.rope_theta}
     scaled = {} if scaling is None and queries is None else {"rope_scaling": table}
     return {**theta, "rope_parameters": {**table, **theta}, **scaled}
+
+
+def _add_latent(table: dict[str, Any], config: MistralConfig, latent: Latent):
+    """Changes the keys so that transformers computes the model of type `mistral4`, with its factor of the scores."""
+    table["partial_rotary_factor"] = latent.rope_dim / config.head_dim
+    if config.query_scaling is None:
+        table["llama_4_scaling_beta"] = 0.0
+        table.setdefault("original_max_position_embeddings", config.max_positions)
+    yarn = config.rope_scaling if isinstance(config.rope_scaling, YarnScaling) else None
+    if yarn is not None:
+        for key in ("mscale", "mscale_all_dim"):
+            table.pop(key, None)
+        table["attention_factor"] = yarn.magnitude
+    if latent.scale == 1:
+        return
+    if yarn is None or latent.scale != yarn_magnitude(yarn.factor) ** 2:
+        raise InputError(
+            f"The config's latent.scale is {latent.scale}, and config.json can hold 1 or the square of YaRN's own "
+            "magnitude; no format holds this model.",
+            key="scale",
+        )
+    table["mscale_all_dim"] = 1.0
 
 
 def _written(scaling: AbstractRopeScaling | None) -> dict[str, Any]:

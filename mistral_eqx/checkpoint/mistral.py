@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import Count, CountOrZero
-from ..config import Base, Epsilon, Layers, MistralConfig, Routing, Size
+from ..config import Base, Epsilon, Latent, Layers, MistralConfig, Routing, Size
 from ..documents import read_json
 from ..errors import InputError
 from ..rope import Factor, Magnitude, QueryScaling, Rotations, YarnScaling, yarn_magnitude
 from .files import merge_files, read_index, read_shards
 from .pth import read_pickles
 from .reader import Checkpoint, LazyTensor, main_dtype
-from .settings import Settings, consistent_value, per_kv, read_routing
+from .settings import REQUIRED, Settings, consistent_value, per_kv, read_routing
 from .weight_files import WeightFiles, read_consistent
 from .wrapped import text_tensors, warn_of_skipped
 
@@ -109,6 +109,26 @@ def _read_pickles(folder: Path, files: list[Path], config: MistralConfig) -> dic
 
 
 _WITHOUT_EFFECT = frozenset({"max_batch_size"})
+# How the experts were split in training.
+_PARALLEL = frozenset({"expert_parallel", "expert_model_parallel"})
+
+# The keys of latent attention, in the order of the fields of `Latent`.
+_LATENT = {
+    "q_lora_rank": "q_rank",
+    "kv_lora_rank": "kv_rank",
+    "qk_nope_head_dim": "nope_dim",
+    "qk_rope_head_dim": "rope_dim",
+    "v_head_dim": "value_dim",
+}
+# The keys of `moe` beside latent attention: the field of `Routing`, its type, and its default.
+_MOE: Mapping[str, tuple[str, Any, Any]] = {
+    "expert_hidden_dim": ("hidden", Size, REQUIRED),
+    "num_shared_experts": ("shared", CountOrZero, 0),
+    "first_k_dense_replace": ("first_dense", CountOrZero, 0),
+    "num_expert_groups": ("groups", Size, 1),
+    "num_expert_groups_per_tok": ("groups_per_token", Size, 1),
+    "routed_scale": ("scale", Magnitude, 1.0),
+}
 
 
 def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | None = None) -> MistralConfig:
@@ -137,6 +157,8 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
     heads = document.take("n_heads", Size)
     kv_heads = document.take("n_kv_heads", Size)
     rope_theta = document.take("rope_theta", Base | None, None)
+    latent = _latent(document)
+    width = () if latent is None else (latent.nope_dim + latent.rope_dim,)
     config = document.make(
         vocab=document.take("vocab_size", Size),
         embed=document.take("dim", Size),
@@ -144,7 +166,7 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
         layers=layers,
         kv_heads=kv_heads,
         q_per_kv=per_kv(heads, kv_heads, document),
-        head_dim=document.take("head_dim", Size),
+        head_dim=document.take("head_dim", Size, *width),
         rope_theta=10000.0 if rope_theta is None else rope_theta,
         norm_eps=document.take("norm_eps", Epsilon),
         max_positions=consistent_value(
@@ -158,7 +180,8 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
         eos_ids=document.ids("eos_ids", (2,)),
         rope_scaling=_yarn(document),
         query_scaling=_query_scaling(document),
-        routing=_routing(document),
+        routing=_routing(document, latent, layers),
+        latent=latent,
     )
     document.refuse_rest(_WITHOUT_EFFECT)
     return config
@@ -184,11 +207,9 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "max_position_embeddings": config.max_positions,
     }
+    settings |= _written_latent(config)
     if config.routing is not None:
-        settings["moe"] = {
-            "num_experts": config.routing.experts,
-            "num_experts_per_tok": config.routing.per_token,
-        }
+        settings["moe"] = _written_routing(config, config.routing)
     pattern = next(
         config.windows[:length]
         for length in range(1, config.layers + 1)
@@ -266,7 +287,26 @@ def _written_scaling(config: MistralConfig) -> dict[str, Any]:
     return settings
 
 
-def _routing(document: Settings) -> Routing | None:
+def _latent(document: Settings) -> Latent | None:
+    if document.take("kv_lora_rank", Size | None, None) is None:
+        return None
+    with document.naming():
+        return Latent(*(document.take(key, Size) for key in _LATENT))
+
+
+def _written_latent(config: MistralConfig) -> dict[str, Any]:
+    if (latent := config.latent) is None:
+        return {}
+    if latent.eps != 1e-6 or latent.scale != 1:
+        raise InputError(
+            f"The latent attention has an eps of {latent.eps} and a scale of {latent.scale}, and params.json can hold "
+            "1e-6 and 1 alone; use the format 'hf', which has some scales.",
+            key="latent",
+        )
+    return {key: getattr(latent, field) for key, field in _LATENT.items()}
+
+
+def _routing(document: Settings, latent: Latent | None, layers: int) -> Routing | None:
     moe = document.take("moe", dict[str, Any] | None, None)
     if not moe:
         return None
@@ -274,8 +314,27 @@ def _routing(document: Settings) -> Routing | None:
     routing = read_routing(
         inner, inner.take("num_experts", Size), inner.take("num_experts_per_tok", Size), "num_experts_per_tok"
     )
-    inner.refuse_rest(frozenset())
-    return routing
+    if latent is not None and routing is not None:
+        inner.expect("route_every_n", (1,), 1)
+        with inner.naming():
+            more = {field: inner.take(key, kind, default) for key, (field, kind, default) in _MOE.items()}
+            routing = dataclasses.replace(routing, **more)
+    inner.refuse_rest(_PARALLEL)
+    return None if routing is not None and routing.first_dense >= layers else routing
+
+
+def _written_routing(config: MistralConfig, routing: Routing) -> dict[str, Any]:
+    plain = {"num_experts": routing.experts, "num_experts_per_tok": routing.per_token}
+    if not routing.normalized or (config.latent is None and routing != Routing(routing.experts, routing.per_token)):
+        raise InputError(
+            "params.json holds experts whose shares have the sum 1, and only beside latent attention groups, shared "
+            "experts, dense layers and experts of their own width; use the format 'hf', which holds more.",
+            key="routing",
+        )
+    if config.latent is None:
+        return plain
+    more = {key: getattr(routing, field) for key, (field, _, _) in _MOE.items()}
+    return {**plain, "route_every_n": 1, **more, "expert_hidden_dim": config.expert_hidden}
 
 
 def _windows(document: Settings, layers: int) -> tuple[int | None, ...]:

@@ -19,6 +19,9 @@ class LayerSpec:
         `out_dims` and `in_dims`, and a vector with one.
     - `hf`, `mistral`, `gguf`: its name in each format. `*` stands for the index of an expert, where a format stores a
         tensor for each expert: one after the other, they are the rows of the weight.
+    - `of`: what a layer with this weight has: `"grouped"` or `"latent"` attention, a `"dense"` feed-forward layer or
+        `"experts"`, and `"shared"` experts.
+    - `width`: the size that `hidden` has in this weight, as the config's `sizes` name it.
     - `rotary`: whether the rotary embedding acts on the weight's rows, so that their order within a head matters. The
         model, Mistral and GGUF put the two entries of a pair side by side; Hugging Face puts the first entries of
         all pairs before the second entries.
@@ -30,6 +33,8 @@ class LayerSpec:
     hf: str
     mistral: str
     gguf: str
+    of: str = ""
+    width: str = "hidden"
     rotary: bool = False
 
     def at(self, layer: int) -> "LayerSpec":
@@ -46,10 +51,14 @@ class LayerSpec:
         name = self.name(format)
         return [name.replace("*", str(expert)) for expert in range(config.experts)] if "*" in name else [name]
 
-    def differs(self, config: MistralConfig) -> bool:
-        """Whether a model with this config has other layers in its place: experts, or a dense feed-forward layer."""
-        routed = {"experts", "routes"} & set(self.dims.split())
-        return bool(routed) != bool(config.experts) and ".feed_forward." in self.path
+    def belongs(self, config: MistralConfig, layer: int) -> bool:
+        """Whether a block of a model with this config has the weight."""
+        found = {
+            "grouped" if config.latent is None else "latent",
+            "experts" if layer >= config.dense_layers else "dense",
+        }
+        found |= {"shared"} if config.routing is not None and config.routing.shared else set()
+        return set(self.of.split()) <= found
 
     @property
     def dims(self) -> str:
@@ -58,13 +67,16 @@ class LayerSpec:
 
     def shape(self, config: MistralConfig) -> tuple[int, ...]:
         """The weight's shape in the model."""
-        return tuple(getattr(config, dim) for dim in self.dims.split())
+        return tuple(self._size(config, dim) for dim in self.dims.split())
 
     def file_shape(self, config: MistralConfig) -> tuple[int, ...]:
         """The weight's shape in a file."""
         return tuple(
-            math.prod(getattr(config, dim) for dim in dims.split()) for dims in (self.out_dims, self.in_dims) if dims
+            math.prod(self._size(config, dim) for dim in dims.split()) for dims in (self.out_dims, self.in_dims) if dims
         )
+
+    def _size(self, config: MistralConfig, dim: str) -> int:
+        return config.sizes[self.width if dim == "hidden" else dim]
 
 
 TABLE: tuple[LayerSpec, ...] = (
@@ -91,6 +103,7 @@ TABLE: tuple[LayerSpec, ...] = (
         hf="model.layers.{layer}.self_attn.q_proj",
         mistral="layers.{layer}.attention.wq",
         gguf="blk.{layer}.attn_q",
+        of="grouped",
         rotary=True,
     ),
     LayerSpec(
@@ -100,6 +113,7 @@ TABLE: tuple[LayerSpec, ...] = (
         hf="model.layers.{layer}.self_attn.k_proj",
         mistral="layers.{layer}.attention.wk",
         gguf="blk.{layer}.attn_k",
+        of="grouped",
         rotary=True,
     ),
     LayerSpec(
@@ -109,6 +123,7 @@ TABLE: tuple[LayerSpec, ...] = (
         hf="model.layers.{layer}.self_attn.v_proj",
         mistral="layers.{layer}.attention.wv",
         gguf="blk.{layer}.attn_v",
+        of="grouped",
     ),
     LayerSpec(
         "blocks.{layer}.attention.o_proj",
@@ -117,6 +132,70 @@ TABLE: tuple[LayerSpec, ...] = (
         hf="model.layers.{layer}.self_attn.o_proj",
         mistral="layers.{layer}.attention.wo",
         gguf="blk.{layer}.attn_output",
+        of="grouped",
+    ),
+    LayerSpec(
+        "blocks.{layer}.attention.q_a_proj",
+        "q_rank",
+        "embed",
+        hf="model.layers.{layer}.self_attn.q_a_proj",
+        mistral="layers.{layer}.attention.wq_a",
+        gguf="blk.{layer}.attn_q_a",
+        of="latent",
+    ),
+    LayerSpec(
+        "blocks.{layer}.attention.q_a_norm",
+        "q_rank",
+        "",
+        hf="model.layers.{layer}.self_attn.q_a_layernorm",
+        mistral="layers.{layer}.attention.q_a_norm",
+        gguf="blk.{layer}.attn_q_a_norm",
+        of="latent",
+    ),
+    LayerSpec(
+        "blocks.{layer}.attention.q_b_proj",
+        "kv_heads head_dim",
+        "q_rank",
+        hf="model.layers.{layer}.self_attn.q_b_proj",
+        mistral="layers.{layer}.attention.wq_b",
+        gguf="blk.{layer}.attn_q_b",
+        of="latent",
+    ),
+    LayerSpec(
+        "blocks.{layer}.attention.kv_a_proj",
+        "cached",
+        "embed",
+        hf="model.layers.{layer}.self_attn.kv_a_proj_with_mqa",
+        mistral="layers.{layer}.attention.wkv_a_with_mqa",
+        gguf="blk.{layer}.attn_kv_a_mqa",
+        of="latent",
+    ),
+    LayerSpec(
+        "blocks.{layer}.attention.kv_a_norm",
+        "kv_rank",
+        "",
+        hf="model.layers.{layer}.self_attn.kv_a_layernorm",
+        mistral="layers.{layer}.attention.kv_a_norm",
+        gguf="blk.{layer}.attn_kv_a_norm",
+        of="latent",
+    ),
+    LayerSpec(
+        "blocks.{layer}.attention.kv_b_proj",
+        "kv_heads expanded",
+        "kv_rank",
+        hf="model.layers.{layer}.self_attn.kv_b_proj",
+        mistral="layers.{layer}.attention.wkv_b",
+        gguf="blk.{layer}.attn_kv_b",
+        of="latent",
+    ),
+    LayerSpec(
+        "blocks.{layer}.attention.o_proj",
+        "embed",
+        "kv_heads value_dim",
+        hf="model.layers.{layer}.self_attn.o_proj",
+        mistral="layers.{layer}.attention.wo",
+        gguf="blk.{layer}.attn_output",
+        of="latent",
     ),
     LayerSpec(
         "blocks.{layer}.feed_forward_norm",
@@ -133,6 +212,7 @@ TABLE: tuple[LayerSpec, ...] = (
         hf="model.layers.{layer}.mlp.gate_proj",
         mistral="layers.{layer}.feed_forward.w1",
         gguf="blk.{layer}.ffn_gate",
+        of="dense",
     ),
     LayerSpec(
         "blocks.{layer}.feed_forward.up_proj",
@@ -141,6 +221,7 @@ TABLE: tuple[LayerSpec, ...] = (
         hf="model.layers.{layer}.mlp.up_proj",
         mistral="layers.{layer}.feed_forward.w3",
         gguf="blk.{layer}.ffn_up",
+        of="dense",
     ),
     LayerSpec(
         "blocks.{layer}.feed_forward.down_proj",
@@ -149,6 +230,7 @@ TABLE: tuple[LayerSpec, ...] = (
         hf="model.layers.{layer}.mlp.down_proj",
         mistral="layers.{layer}.feed_forward.w2",
         gguf="blk.{layer}.ffn_down",
+        of="dense",
     ),
     LayerSpec(
         "blocks.{layer}.feed_forward.router",
@@ -157,6 +239,7 @@ TABLE: tuple[LayerSpec, ...] = (
         hf="model.layers.{layer}.block_sparse_moe.gate",
         mistral="layers.{layer}.feed_forward.gate",
         gguf="blk.{layer}.ffn_gate_inp",
+        of="grouped experts",
     ),
     LayerSpec(
         "blocks.{layer}.feed_forward.gate_proj",
@@ -165,6 +248,8 @@ TABLE: tuple[LayerSpec, ...] = (
         hf="model.layers.{layer}.block_sparse_moe.experts.*.w1",
         mistral="layers.{layer}.feed_forward.experts.*.w1",
         gguf="blk.{layer}.ffn_gate_exps",
+        of="grouped experts",
+        width="expert_hidden",
     ),
     LayerSpec(
         "blocks.{layer}.feed_forward.up_proj",
@@ -173,6 +258,8 @@ TABLE: tuple[LayerSpec, ...] = (
         hf="model.layers.{layer}.block_sparse_moe.experts.*.w3",
         mistral="layers.{layer}.feed_forward.experts.*.w3",
         gguf="blk.{layer}.ffn_up_exps",
+        of="grouped experts",
+        width="expert_hidden",
     ),
     LayerSpec(
         "blocks.{layer}.feed_forward.down_proj",
@@ -181,6 +268,77 @@ TABLE: tuple[LayerSpec, ...] = (
         hf="model.layers.{layer}.block_sparse_moe.experts.*.w2",
         mistral="layers.{layer}.feed_forward.experts.*.w2",
         gguf="blk.{layer}.ffn_down_exps",
+        of="grouped experts",
+        width="expert_hidden",
+    ),
+    LayerSpec(
+        "blocks.{layer}.feed_forward.router",
+        "routes",
+        "embed",
+        hf="model.layers.{layer}.mlp.gate",
+        mistral="layers.{layer}.gate",
+        gguf="blk.{layer}.ffn_gate_inp",
+        of="latent experts",
+    ),
+    LayerSpec(
+        "blocks.{layer}.feed_forward.gate_proj",
+        "experts hidden",
+        "embed",
+        hf="model.layers.{layer}.mlp.experts.*.gate_proj",
+        mistral="layers.{layer}.experts.*.w1",
+        gguf="blk.{layer}.ffn_gate_exps",
+        of="latent experts",
+        width="expert_hidden",
+    ),
+    LayerSpec(
+        "blocks.{layer}.feed_forward.up_proj",
+        "experts hidden",
+        "embed",
+        hf="model.layers.{layer}.mlp.experts.*.up_proj",
+        mistral="layers.{layer}.experts.*.w3",
+        gguf="blk.{layer}.ffn_up_exps",
+        of="latent experts",
+        width="expert_hidden",
+    ),
+    LayerSpec(
+        "blocks.{layer}.feed_forward.down_proj",
+        "experts embed",
+        "hidden",
+        hf="model.layers.{layer}.mlp.experts.*.down_proj",
+        mistral="layers.{layer}.experts.*.w2",
+        gguf="blk.{layer}.ffn_down_exps",
+        of="latent experts",
+        width="expert_hidden",
+    ),
+    LayerSpec(
+        "blocks.{layer}.feed_forward.shared.gate_proj",
+        "hidden",
+        "embed",
+        hf="model.layers.{layer}.mlp.shared_experts.gate_proj",
+        mistral="layers.{layer}.shared_experts.w1",
+        gguf="blk.{layer}.ffn_gate_shexp",
+        of="latent experts shared",
+        width="shared_hidden",
+    ),
+    LayerSpec(
+        "blocks.{layer}.feed_forward.shared.up_proj",
+        "hidden",
+        "embed",
+        hf="model.layers.{layer}.mlp.shared_experts.up_proj",
+        mistral="layers.{layer}.shared_experts.w3",
+        gguf="blk.{layer}.ffn_up_shexp",
+        of="latent experts shared",
+        width="shared_hidden",
+    ),
+    LayerSpec(
+        "blocks.{layer}.feed_forward.shared.down_proj",
+        "embed",
+        "hidden",
+        hf="model.layers.{layer}.mlp.shared_experts.down_proj",
+        mistral="layers.{layer}.shared_experts.w2",
+        gguf="blk.{layer}.ffn_down_shexp",
+        of="latent experts shared",
+        width="shared_hidden",
     ),
     LayerSpec(
         "norm",
@@ -212,10 +370,10 @@ _DERIVED = {
 
 def layer_specs(config: MistralConfig) -> Iterator[LayerSpec]:
     """The specs of all layers of a model with this config, in the order in which the model applies them."""
-    blocks = [spec for spec in TABLE if "{layer}" in spec.path and not spec.differs(config)]
+    blocks = [spec for spec in TABLE if "{layer}" in spec.path]
     yield EMBEDDING
     for layer in range(config.layers):
-        yield from (spec.at(layer) for spec in blocks)
+        yield from (spec.at(layer) for spec in blocks if spec.belongs(config, layer))
     yield from (spec for spec in TABLE if "{layer}" not in spec.path and spec is not EMBEDDING and spec is not HEAD)
     if not config.tied:
         yield HEAD

@@ -411,6 +411,37 @@ def _divided(spec: LayerSpec, config: MistralConfig, format: Format, whole: _Ten
     return [dataclasses.replace(whole, name=name, shape=(rows, *inner), chunks=chunks) for name in names]
 
 
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(gate|up|down)_proj\.weight")
+
+
+def _stacked(tensors: list[_Tensor]) -> list[_Tensor]:
+    """The tensors, with those of the experts of a layer in two, as type `mistral4` of transformers has them.
+
+    In `gate_up_proj`, the rows of an expert's `gate_proj` come before those of its `up_proj`.
+    """
+    found: dict[str, dict[str, list[_Tensor]]] = {}
+    for tensor in tensors:
+        kind, name = "", tensor.name
+        if (match := _EXPERT.fullmatch(tensor.name)) is not None:
+            layer, kind = match.groups()
+            name = f"{layer}.{'down' if kind == 'down' else 'gate_up'}_proj"
+        found.setdefault(name, {}).setdefault(kind, []).append(tensor)
+    return [_joined(name, list(kinds.values())) if "" not in kinds else kinds[""][0] for name, kinds in found.items()]
+
+
+def _joined(name: str, columns: list[list[_Tensor]]) -> _Tensor:
+    """One tensor that holds, for each expert, the rows of its tensor of each column."""
+    first = columns[0][0]
+    rows = sum(column[0].shape[0] for column in columns)
+
+    def chunks() -> Iterator[np.ndarray]:
+        for of_expert in zip(*columns, strict=True):
+            for tensor in of_expert:
+                yield from tensor.chunks()
+
+    return dataclasses.replace(first, name=name, shape=(len(columns[0]), rows, *first.shape[1:]), chunks=chunks)
+
+
 def _gather_to_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """Gathers an array to host. All processes that hold shards of it must call this function."""
     if isinstance(array, np.ndarray):
@@ -443,9 +474,10 @@ def _write(
     quantization: dict[str, Any] | None = None,
 ):
     """Writes the config and the weights, in files of at most the given size."""
-    shards = _shards(tensors, _bytes(max_shard_size))
     floats = {tensor.dtype for tensor in tensors if tensor.dtype in DTYPES.values()}
     dtype = max(floats, key=lambda kind: _total(tensors, kind))
+    if format == "hf" and config.latent is not None:
+        tensors = _stacked(tensors)
     if format == "hf":
         settings_file, settings = "config.json", {**hf.write_config(config), "torch_dtype": dtype.name}
         if quantization is not None:
@@ -457,6 +489,7 @@ def _write(
     else:
         raise InputError(f"The format {format!r} cannot be written; give 'hf', 'mistral' or 'gguf'.")
     _write_json(folder / settings_file, settings)
+    shards = _shards(tensors, _bytes(max_shard_size))
     stem = single.removesuffix(".safetensors")
     placed: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):

@@ -4,7 +4,7 @@ import functools
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ..parallel import SINGLE, Strategy, pmax, psum, psum_together
 from .cache import AbstractLayerCache
@@ -68,38 +68,51 @@ class Attention(eqx.Module):
         if cache is not None:
             cache, k, v, key_index = cache.extend(k, v, context)
             codes = cache.codes
-        inputs = q, k, v, *context.bounds(self.window), key_index
-        # Where `head_dim` is split, scores are partial sums; a tile has no psum.
-        tiled = q.shape[1] * k.shape[2] > _WHOLE and context.mask is None and not self.strategy.axes("head_dim")
-        mixed, log_sum = self._in_tiles(*inputs) if tiled else self._whole(*inputs, context.mask, codes)
-        if self.strategy.axes("kv_seq"):
-            weight = jnp.exp(log_sum - pmax(log_sum, "kv_seq", self.strategy))
-            mixed, total = psum_together(mixed * weight, weight, "kv_seq", self.strategy)
-            mixed = mixed / total
-        return self.o_proj(mixed.astype(x.dtype)), cache
+        mixed, log_sum = attend(
+            q, k, v, key_index, context, codes, scale=self.scale, window=self.window, strategy=self.strategy
+        )
+        return self.o_proj(over_shards(mixed, log_sum, self.strategy).astype(x.dtype)), cache
 
-    def _whole(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        first: Array,
-        last: Array,
-        key_index: Array,
-        mask: Array | None,
-        codes: Codes | None,
-    ) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
-        """The softmax-weighted sums of values, and the logarithms of the sums of exponentiated scores."""
-        span = attention_mask(first, last, key_index)
-        mask = span if mask is None else span & mask
-        total = functools.partial(psum, dims="head_dim", strategy=self.strategy)
-        total = total if self.strategy.axes("head_dim") else None
-        return attention(q, k, v, mask, scale=self.scale, total=total, codes=codes)
 
-    def _in_tiles(
-        self, q: Array, k: Array, v: Array, first: Array, last: Array, key_index: Array
-    ) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
-        """Like `_whole`, with one tile of scores at a time."""
-        q = jnp.transpose(q, (0, 2, 3, 1, 4))
-        mixed, log_sum = flash_attention(q, k, v, first, last, key_index, scale=self.scale)
+def attend(
+    q: Float[Array, "batch seq kv_heads q_per_kv head_dim"],
+    k: Float[Array, "batch kv_heads kv_seq head_dim"],
+    v: Float[Array, "batch kv_heads kv_seq head_dim"],
+    key_index: Int[Array, "batch kv_seq"],
+    context: Context,
+    codes: Codes | None,
+    *,
+    scale: float,
+    window: int | None,
+    strategy: Strategy,
+) -> tuple[Float[Array, "batch seq kv_heads q_per_kv head_dim"], Float[Array, "batch seq kv_heads q_per_kv 1"]]:
+    """The softmax-weighted sums of this device's values, and the logarithms of the sums of exponentiated scores.
+
+    **Arguments:**
+
+    - `q`, `k`, `v`: queries, keys and values.
+    - `key_index`: the mask index of each key.
+    - `context`: what all layers share in this forward pass.
+    - `codes`: the codes of which `k` and `v` are the numbers, if there are such.
+    - `scale`, `window`, `strategy`: as for [`mistral_eqx.nn.Attention`][].
+    """
+    first, last = context.bounds(window)
+    # Where `head_dim` is split, scores are partial sums; a tile has no psum.
+    if q.shape[1] * k.shape[2] > _WHOLE and context.mask is None and not strategy.axes("head_dim"):
+        mixed, log_sum = flash_attention(jnp.transpose(q, (0, 2, 3, 1, 4)), k, v, first, last, key_index, scale=scale)
         return jnp.transpose(mixed, (0, 3, 1, 2, 4)), jnp.transpose(log_sum[..., None], (0, 3, 1, 2, 4))
+    mask = attention_mask(first, last, key_index)
+    mask = mask if context.mask is None else mask & context.mask
+    total = functools.partial(psum, dims="head_dim", strategy=strategy) if strategy.axes("head_dim") else None
+    return attention(q, k, v, mask, scale=scale, total=total, codes=codes)
+
+
+def over_shards(
+    mixed: Float[Array, "batch seq *heads value_dim"], log_sum: Float[Array, "batch seq *heads 1"], strategy: Strategy
+) -> Float[Array, "batch seq *heads value_dim"]:
+    """The weighted sums of the values of all devices that split `kv_seq`, from those that `attend` returns on each."""
+    if not strategy.axes("kv_seq"):
+        return mixed
+    weight = jnp.exp(log_sum - pmax(log_sum, "kv_seq", strategy))
+    mixed, total = psum_together(mixed * weight, weight, "kv_seq", strategy)
+    return mixed / total

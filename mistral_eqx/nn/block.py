@@ -9,6 +9,7 @@ from .cache import AbstractLayerCache
 from .context import Context
 from .experts import Experts
 from .feed_forward import FeedForward
+from .latent_attention import LatentAttention
 from .norm import RMSNorm
 
 
@@ -19,7 +20,7 @@ class Block(eqx.Module):
     """
 
     attention_norm: RMSNorm
-    attention: Attention
+    attention: Attention | LatentAttention
     feed_forward_norm: RMSNorm
     feed_forward: FeedForward | Experts
 
@@ -30,7 +31,9 @@ class Block(eqx.Module):
         cache: AbstractLayerCache | None = None,
     ) -> tuple[Float[Array, "batch tokens embed"], AbstractLayerCache | None]:
         """Takes and returns what [`mistral_eqx.nn.Attention`][] does; `x` may hold this device's tokens only."""
-        whole = all_tokens(self.attention_norm(x), context.seq, context.strategy)
+        # All devices write the same latents into a cache, and JAX must know that they are the same.
+        to = "varying" if cache is None else "invarying"
+        whole = all_tokens(self.attention_norm(x), context.seq, context.strategy, to=to)
         mixed, cache = self.attention(whole, context, cache)
         x = x + mixed
         whole = all_tokens(self.feed_forward_norm(x), context.seq, context.strategy)

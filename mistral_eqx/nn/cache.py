@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from ..checks import CacheDType, checked
 from ..config import MistralConfig
 from ..errors import InputError
+from ..parallel import AbstractNamed
 from .buffer import Buffer
 from .context import Context
 from .kernels import Codes
@@ -27,7 +28,11 @@ class AbstractLayerCache(eqx.Module):
     """The keys and values of one layer."""
 
     k_buffer: eqx.AbstractVar[Buffer]
-    v_buffer: eqx.AbstractVar[Buffer]
+
+    @property
+    @abc.abstractmethod
+    def values(self) -> Buffer:
+        """The buffer of the values, which may be that of the keys."""
 
     @abc.abstractmethod
     def extend(
@@ -52,7 +57,7 @@ class AbstractLayerCache(eqx.Module):
         self, k: New, v: New, write: Callable[[Array, Array], Array], context: Context
     ) -> tuple[Buffer, Buffer]:
         """The buffers with new keys and values, of which `write(x, new)` puts each array `new` into `x`."""
-        buffers = (self.k_buffer, k), (self.v_buffer, v)
+        buffers = (self.k_buffer, k), (self.values, v)
         k_buffer, v_buffer = (jax.tree.map(write, x, x.like(new, context.strategy)) for x, new in buffers)
         return k_buffer, v_buffer
 
@@ -69,12 +74,12 @@ class AbstractLayerCache(eqx.Module):
     @property
     def v(self) -> Float[Array, "batch kv_heads kv_seq head_dim"]:
         """The values, as floats."""
-        return self.v_buffer.floats
+        return self.values.floats
 
     @property
     def codes(self) -> Codes | None:
         """The codes of keys and values, and their scales; `None` if the cache has floats."""
-        k, v = self.k_buffer, self.v_buffer
+        k, v = self.k_buffer, self.values
         return None if k.scales is None or v.scales is None else (k.numbers, v.numbers, k.scales, v.scales)
 
 
@@ -88,6 +93,10 @@ class FullCache(AbstractLayerCache):
 
     k_buffer: Buffer
     v_buffer: Buffer
+
+    @property
+    def values(self) -> Buffer:
+        return self.v_buffer
 
     def extend(self, k: New, v: New, context: Context) -> tuple["FullCache", Array, Array, Array]:
         def write(x: Array, new: Array) -> Array:
@@ -113,6 +122,10 @@ class WindowCache(AbstractLayerCache):
     v_buffer: Buffer
     limit: int = eqx.field(static=True)
 
+    @property
+    def values(self) -> Buffer:
+        return self.v_buffer
+
     def extend(self, k: New, v: New, context: Context) -> tuple["WindowCache", Array, Array, Array]:
         def write(x: Array, new: Array) -> Array:
             slot, count = context.own_slot, new.shape[2]
@@ -135,6 +148,35 @@ class WindowCache(AbstractLayerCache):
         newest = used - 1
         token = newest - (newest - jnp.arange(self.slots, dtype=jnp.int32)) % self.slots
         return jnp.where(token >= 0, jnp.take(key_index, jnp.maximum(token, 0), axis=1), -1)
+
+
+class LatentCache(AbstractLayerCache, AbstractNamed):
+    """A cache with one slot for each token, in which one vector is the key and the value of all heads.
+
+    **Attributes:**
+
+    - `k_buffer`: the latent and the shared entries of the key of each token, as of one head. No strategy splits them
+        but along `batch` and `kv_seq`.
+    """
+
+    k_buffer: Buffer
+
+    @property
+    def values(self) -> Buffer:
+        return self.k_buffer
+
+    def extend(self, k: New, v: New, context: Context) -> tuple["LatentCache", Array, Array, Array]:
+        def write(x: Array, new: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(x, new, context.own_slot, axis=2)
+
+        cache = LatentCache(jax.tree.map(write, self.k_buffer, self.k_buffer.like(k, context.strategy)))
+        return cache, cache.k, cache.k, context.key_index
+
+    def grow(self, kv_seq: int) -> "LatentCache":
+        return LatentCache(self.k_buffer.grow(kv_seq))
+
+    def array_dims(self) -> dict[str, str]:
+        return {"k_buffer.numbers": "batch _ kv_seq _", "k_buffer.scales": "batch _ kv_seq"}
 
 
 class Cache(eqx.Module):
@@ -186,6 +228,9 @@ class Cache(eqx.Module):
         checked(cache_dtype, CacheDType | None, "cache_dtype")
 
         def layer(window: int | None) -> AbstractLayerCache:
+            if (latent := config.latent) is not None:
+                shape = batch, 1, kv_seq, latent.cached
+                return LatentCache(Buffer.init(shape, dtype, cache_dtype, platform=platform))
             limit = None if window is None or chunk is None else window_slots(window, chunk, num_shards)
             slots = kv_seq if limit is None else min(kv_seq, limit * num_shards)
             shape = batch, config.kv_heads, slots, config.head_dim

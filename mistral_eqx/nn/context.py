@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ..parallel import SINGLE, Strategy
 from ..rope import Rope
 from .mask import Span, bounds
-from .rotary import Rotation
+from .rotary import Rotation, query_scale
 from .slots import own_slot, own_slots
 
 
@@ -21,7 +21,8 @@ class Context(eqx.Module):
 
     **Attributes:**
 
-    - `query_rotation`, `key_rotation`: the rotary embedding of queries and of keys.
+    - `query_rotation`, `key_rotation`: the rotary embedding of queries, which includes `query_scale`, and of keys.
+    - `query_scale`: the factor of each query by its position, `None` for 1.
     - `query_index`: the index of each token of this pass.
     - `key_index`: the index of the key in each of this device's slots, this pass included; without a cache, of each
         token of this pass that this device keeps.
@@ -33,6 +34,7 @@ class Context(eqx.Module):
 
     query_rotation: Rotation
     key_rotation: Rotation
+    query_scale: Float[Array, "batch seq"] | None
     query_index: Int[Array, "batch seq"]
     key_index: Int[Array, "batch kv_seq"]
     slot: Int[Array, ""]
@@ -72,7 +74,8 @@ class Context(eqx.Module):
             key_index = lax.dynamic_update_slice_in_dim(before, key_index, own_slot(slot, strategy), axis=1)
         rotation = Rotation.init(rope, positions, dtype, strategy)
         query_rotation = rotation.of_queries(rope.query_scaling, positions)
-        return cls(query_rotation, rotation, query_index, key_index, slot, mask, span, strategy)
+        scale = query_scale(rope.query_scaling, positions, dtype)
+        return cls(query_rotation, rotation, scale, query_index, key_index, slot, mask, span, strategy)
 
     @property
     def seq(self) -> int:

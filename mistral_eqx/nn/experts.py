@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ..parallel import SINGLE, AbstractNamed, Strategy, psum_tokens, shard_index, vary_alike
+from .feed_forward import FeedForward
 from .kernels import contract_grouped
 from .linear import LINEAR
 from .weight import AbstractWeight, DenseWeight
@@ -16,14 +17,22 @@ from .weight import AbstractWeight, DenseWeight
 class Router(AbstractNamed):
     """Chooses the experts of each token: the most probable ones of a softmax over all experts.
 
+    If the experts are divided into groups, they come from the groups whose two best experts have the largest sum of
+    probabilities ([DeepSeek-V3](https://arxiv.org/abs/2412.19437)).
+
     **Attributes:**
 
     - `weight`: `embed` to `routes`, one score for each expert. Every device has all of them.
     - `per_token`: experts chosen for each token.
+    - `groups`, `groups_per_token`, `scale`, `normalized`: as in [`mistral_eqx.Routing`][].
     """
 
     weight: AbstractWeight
     per_token: int = eqx.field(static=True)
+    groups: int = eqx.field(static=True, default=1)
+    groups_per_token: int = eqx.field(static=True, default=1)
+    scale: float = eqx.field(static=True, default=1.0)
+    normalized: bool = eqx.field(static=True, default=True)
 
     def __call__(
         self, x: Float[Array, "batch seq embed"]
@@ -31,11 +40,22 @@ class Router(AbstractNamed):
         """Computes scores and probabilities in float32 or wider.
 
         **Returns:** the experts of each token, the most probable one first, and their shares of the result: their
-        probabilities divided by the sum of these.
+        probabilities, divided by the sum of these if `normalized`, times `scale`.
         """
         probabilities = jax.nn.softmax(self.weight.contract(x, "embed", "routes"))
-        shares, experts = lax.top_k(probabilities, self.per_token)
-        return experts, shares / jnp.sum(shares, axis=-1, keepdims=True)
+        shares, experts = lax.top_k(self._in_groups(probabilities), self.per_token)
+        if self.normalized:
+            shares = shares / jnp.sum(shares, axis=-1, keepdims=True)
+        return experts, shares if self.scale == 1 else shares * self.scale
+
+    def _in_groups(self, probabilities: Float[Array, "batch seq routes"]) -> Float[Array, "batch seq routes"]:
+        """The probabilities, with zeros in the groups that are not chosen."""
+        if self.groups_per_token == self.groups:
+            return probabilities
+        grouped = probabilities.reshape(*probabilities.shape[:-1], self.groups, -1)
+        scores = jnp.sum(lax.top_k(grouped, 2)[0], axis=-1)
+        lowest = lax.top_k(scores, self.groups_per_token)[0][..., -1:]
+        return jnp.where((scores >= lowest)[..., None], grouped, 0).reshape(probabilities.shape)
 
     def array_dims(self) -> dict[str, str]:
         return {f"weight.{field}": dims for field, dims in self.weight.dims("embed", "routes").items()}
@@ -79,7 +99,7 @@ class Experts(eqx.Module):
 
     If the strategy splits `experts`, each device computes its own experts for all tokens; if it splits `hidden`, each
     device computes its shard of every expert. In both cases, one psum adds the partial sums, the layer's only
-    collective.
+    collective besides that of `shared`.
 
     **Attributes:**
 
@@ -87,6 +107,7 @@ class Experts(eqx.Module):
     - `gate_proj`, `up_proj`: `embed` to `hidden`, for each expert.
     - `down_proj`: `hidden` to `embed`, for each expert.
     - `strategy`: which dimensions are split over which mesh axes.
+    - `shared`: the experts that compute every token, as one layer whose result is added; `None` without such.
     """
 
     router: Router
@@ -94,6 +115,7 @@ class Experts(eqx.Module):
     up_proj: ExpertLinear
     down_proj: ExpertLinear
     strategy: Strategy = SINGLE
+    shared: FeedForward | None = None
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch tokens embed"]:
         experts, shares = self.router(x)
@@ -110,7 +132,8 @@ class Experts(eqx.Module):
         y = self.down_proj(jax.nn.silu(gate) * up, sizes)[_argsort(order)]
         y = jnp.where(is_own[:, None], y, 0).reshape(*shares.shape, -1)
         y = jnp.sum(y * shares[..., None], axis=2).astype(x.dtype)
-        return checkpoint_name(psum_tokens(y, "experts hidden", self.strategy), LINEAR)
+        y = checkpoint_name(psum_tokens(y, "experts hidden", self.strategy), LINEAR)
+        return y if self.shared is None else y + self.shared(x)
 
 
 def _argsort(keys: Array) -> Array:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ..arguments import check_key, float_dtype
 from ..checks import checked
-from ..config import MistralConfig
+from ..config import Latent, MistralConfig, Routing
 from ..errors import InputError
 from ..parallel import SINGLE, Strategy, all_tokens, entered, pmax, specs, spmd
 from .attention import Attention
@@ -22,6 +22,7 @@ from .context import Context
 from .embedding import Embedding, Unembedding
 from .experts import ExpertLinear, Experts, Router
 from .feed_forward import FeedForward
+from .latent_attention import LatentAttention
 from .linear import Linear
 from .mask import Span
 from .norm import RMSNorm
@@ -83,10 +84,7 @@ class Mistral(eqx.Module):
         table = (config.vocab, config.embed)
         return cls(
             embedding=Embedding(DenseWeight.init(table, 0.02, key=embed_key, dtype=dtype), strategy),
-            blocks=tuple(
-                _block(config, window, key, dtype, strategy)
-                for window, key in zip(config.windows, block_keys, strict=True)
-            ),
+            blocks=tuple(_block(config, layer, key, dtype, strategy) for layer, key in enumerate(block_keys)),
             norm=RMSNorm(jnp.ones(config.embed, dtype), config.norm_eps, strategy),
             head=None
             if config.tied
@@ -232,54 +230,75 @@ def _hidden(
     return all_tokens(model.norm(x), seq, strategy, to="invarying"), cache
 
 
-def _block(config: MistralConfig, window: int | None, key: PRNGKeyArray, dtype: DTypeLike, strategy: Strategy) -> Block:
-    keys = iter(jr.split(key, 7 if config.routing is None else 8))
-    residual = 0.02 / math.sqrt(2 * config.layers)
-    sizes = {
-        "embed": config.embed,
-        "hidden": config.hidden,
-        "experts": config.experts,
-        "routes": config.routes,
-        "kv_heads": config.kv_heads,
-        "q_per_kv": config.q_per_kv,
-        "head_dim": config.head_dim,
-    }
+def _block(config: MistralConfig, layer: int, key: PRNGKeyArray, dtype: DTypeLike, strategy: Strategy) -> Block:
+    routed = layer >= config.dense_layers
+    # A key does not depend on the number of keys: models of the same kind have the same weights in each version.
+    keys = iter(jr.split(key, 12))
+    residual, scale = 0.02 / math.sqrt(2 * config.layers), 1 / math.sqrt(config.head_dim)
 
-    def weight(dims: str, std: float = 0.02) -> DenseWeight:
-        return DenseWeight.init(tuple(sizes[dim] for dim in dims.split()), std, key=next(keys), dtype=dtype)
+    def weight(dims: str, std: float = 0.02, hidden: str = "hidden") -> DenseWeight:
+        shape = tuple(config.sizes[hidden if dim == "hidden" else dim] for dim in dims.split())
+        return DenseWeight.init(shape, std, key=next(keys), dtype=dtype)
 
-    def linear(in_dims: str, out_dims: str, std: float = 0.02) -> Linear:
-        return Linear(weight(f"{out_dims} {in_dims}", std), in_dims, out_dims, strategy)
+    def linear(in_dims: str, out_dims: str, std: float = 0.02, hidden: str = "hidden") -> Linear:
+        return Linear(weight(f"{out_dims} {in_dims}", std, hidden), in_dims, out_dims, strategy)
 
-    def norm() -> RMSNorm:
-        return RMSNorm(jnp.ones(config.embed, dtype), config.norm_eps, strategy)
+    def norm(size: int = config.embed, eps: float = config.norm_eps) -> RMSNorm:
+        return RMSNorm(jnp.ones(size, dtype), eps, strategy)
 
-    def experts(per_token: int) -> Experts:
-        return Experts(
-            router=Router(weight("routes embed"), per_token),
-            gate_proj=ExpertLinear(weight("experts hidden embed"), "embed", "hidden"),
-            up_proj=ExpertLinear(weight("experts hidden embed"), "embed", "hidden"),
-            down_proj=ExpertLinear(weight("experts embed hidden", residual), "hidden", "embed"),
-            strategy=strategy,
-        )
-
-    return Block(
-        attention_norm=norm(),
-        attention=Attention(
+    def grouped_attention() -> Attention:
+        return Attention(
             q_proj=linear("embed", "kv_heads q_per_kv head_dim"),
             k_proj=linear("embed", "kv_heads head_dim"),
             v_proj=linear("embed", "kv_heads head_dim"),
             o_proj=linear("kv_heads q_per_kv head_dim", "embed", residual),
-            scale=1 / math.sqrt(config.head_dim),
-            window=window,
+            scale=scale,
+            window=config.windows[layer],
             strategy=strategy,
-        ),
+        )
+
+    def latent_attention(latent: Latent) -> LatentAttention:
+        return LatentAttention(
+            q_a_proj=linear("embed", "q_rank"),
+            q_a_norm=norm(latent.q_rank, latent.eps),
+            q_b_proj=linear("q_rank", "kv_heads head_dim"),
+            kv_a_proj=linear("embed", "cached"),
+            kv_a_norm=norm(latent.kv_rank, latent.eps),
+            kv_b_proj=linear("kv_rank", "kv_heads expanded"),
+            o_proj=linear("kv_heads value_dim", "embed", residual),
+            latent=latent,
+            scale=scale * latent.scale,
+            window=config.windows[layer],
+            strategy=strategy,
+        )
+
+    def feed_forward(hidden: str) -> FeedForward:
+        return FeedForward(
+            gate_proj=linear("embed", "hidden", hidden=hidden),
+            up_proj=linear("embed", "hidden", hidden=hidden),
+            down_proj=linear("hidden", "embed", residual, hidden),
+        )
+
+    def experts(routing: Routing) -> Experts:
+        return Experts(
+            router=Router(
+                weight("routes embed"),
+                routing.per_token,
+                routing.groups,
+                routing.groups_per_token,
+                routing.scale,
+                routing.normalized,
+            ),
+            gate_proj=ExpertLinear(weight("experts hidden embed", hidden="expert_hidden"), "embed", "hidden"),
+            up_proj=ExpertLinear(weight("experts hidden embed", hidden="expert_hidden"), "embed", "hidden"),
+            down_proj=ExpertLinear(weight("experts embed hidden", residual, hidden="expert_hidden"), "hidden", "embed"),
+            strategy=strategy,
+            shared=feed_forward("shared_hidden") if routing.shared else None,
+        )
+
+    return Block(
+        attention_norm=norm(),
+        attention=grouped_attention() if config.latent is None else latent_attention(config.latent),
         feed_forward_norm=norm(),
-        feed_forward=experts(config.routing.per_token)
-        if config.routing is not None
-        else FeedForward(
-            gate_proj=linear("embed", "hidden"),
-            up_proj=linear("embed", "hidden"),
-            down_proj=linear("hidden", "embed", residual),
-        ),
+        feed_forward=experts(config.routing) if routed and config.routing is not None else feed_forward("hidden"),
     )

@@ -40,11 +40,8 @@ class Rotation(eqx.Module):
 
     def of_queries(self, scaling: QueryScaling | None, positions: Int[Array, "batch seq"]) -> "Rotation":
         """The rotation that also scales queries by their positions, -1 for padding."""
-        if scaling is None:
-            return self
-        spans = jnp.maximum(positions, 0) // scaling.original_positions
-        factor = (1 + scaling.beta * jnp.log1p(spans.astype(self.cos.dtype)))[:, :, None]
-        return Rotation(self.cos * factor, self.sin * factor)
+        scale = query_scale(scaling, positions, self.cos.dtype)
+        return self if scale is None else Rotation(self.cos * scale[:, :, None], self.sin * scale[:, :, None])
 
     def __call__(self, x: Float[Array, "batch seq *heads head_dim"]) -> Float[Array, "batch seq *heads head_dim"]:
         """Rotates queries or keys.
@@ -63,3 +60,13 @@ class Rotation(eqx.Module):
         first, second = paired[..., 0], paired[..., 1]
         rotated = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1)
         return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def query_scale(
+    scaling: QueryScaling | None, positions: Int[Array, "batch seq"], dtype: DTypeLike
+) -> Float[Array, "batch seq"] | None:
+    """The factor of the query at each position, in float32 or wider; -1 is padding."""
+    if scaling is None:
+        return None
+    spans = jnp.maximum(positions, 0) // scaling.original_positions
+    return 1 + scaling.beta * jnp.log1p(spans.astype(at_least_float32(jnp.dtype(dtype))))

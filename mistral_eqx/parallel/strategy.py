@@ -184,10 +184,14 @@ class Strategy:
                     f"The strategy {self.layout!r} splits 'embed', which a model with experts cannot split; split "
                     "'experts' or 'hidden'."
                 )
-            if dim in _OF_CONFIG and getattr(config, dim) % devices:
+            if config.latent is not None and dim in ("embed", "q_per_kv", "head_dim") and devices > 1:
                 raise InputError(
-                    f"{getattr(config, dim)} {dim} cannot be split over {devices} devices; {_remedy(dim, devices)}."
+                    f"The strategy {self.layout!r} splits {dim!r}, which a model with latent attention cannot split, "
+                    "because all heads share the latent; split 'kv_heads', 'kv_seq' or 'batch'."
                 )
+            for size in _sizes(config, dim):
+                if size % devices:
+                    raise InputError(f"{size} {dim} cannot be split over {devices} devices; {_remedy(dim, devices)}.")
             if dim == "head_dim" and config.head_dim // devices % 2:
                 raise InputError(
                     f"{config.head_dim} head_dim over {devices} devices would split the pairs that the rotary "
@@ -204,7 +208,10 @@ class Strategy:
                             "another axis."
                         )
                     taken[axis] = dim
-        for dims in ("kv_heads q_per_kv head_dim", "experts hidden" if config.experts else "hidden", "vocab"):
+        routing = config.routing
+        # A dense layer and shared experts sum over `hidden` alone.
+        only = routing is None or routing.shared or config.dense_layers
+        for dims in ("kv_heads q_per_kv head_dim", "hidden" if only else "experts hidden", "vocab"):
             missing = [axis for axis in self.axes("tokens") if axis not in self.axes(dims)]
             if missing:
                 raise InputError(
@@ -215,6 +222,14 @@ class Strategy:
             raise InputError(
                 f"The strategy {self.layout!r} splits the residual stream by 'tokens' and by 'embed'; keep one of them."
             )
+
+
+def _sizes(config: MistralConfig, dim: str) -> tuple[int, ...]:
+    """The sizes that a dimension has in the weights of a model; none for a dimension of each call."""
+    if dim == "hidden" and config.routing is not None:
+        dense = (config.hidden,) if config.dense_layers else ()
+        return (*dense, config.expert_hidden)
+    return (getattr(config, dim),) if dim in _OF_CONFIG else ()
 
 
 def whole(dims: str) -> str:

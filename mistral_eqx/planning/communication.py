@@ -152,9 +152,14 @@ class Ledger:
         """The number of entries of one device along `dims` of the config."""
         return math.prod(getattr(self.config, dim) // self.num_shards(dim) for dim in dims.split())
 
+    @property
+    def value_dim(self) -> int:
+        """The entries of a value on one device, which has as many shards as a key has."""
+        return self.config.value_dim // self.num_shards("head_dim")
+
     def write(self, kind: Literal["all_reduce", "all_gather", "reduce_scatter"], what: str, devices: int, entry: tuple):
-        if devices > 1:
-            count, *sizes = entry
+        count, *sizes = entry
+        if devices > 1 and count:
             self.entries.append(Collective(kind, what, count, math.prod(sizes), devices))
 
     def sum(self, what: str, dims: str, *entry: int):
@@ -191,13 +196,17 @@ class Ledger:
             self.sum("cache scales", "head_dim", 2 * layers, own, self.local("kv_heads"), 4)
         self.sum("attention scores", "head_dim", layers, tokens, heads, kv_seq, self.wide)
         self.sum("softmax maximum", "kv_seq", layers, tokens, heads, self.wide)
-        self.sum("softmax sum and values", "kv_seq", layers, tokens, heads, self.local("head_dim") + 1, self.wide)
+        self.sum("softmax sum and values", "kv_seq", layers, tokens, heads, self.value_dim + 1, self.wide)
         self.sum_tokens("attention output", "kv_heads q_per_kv head_dim", layers, seq)
 
         self.sum("feed-forward norm", "embed", layers, tokens, self.wide)
         self.all_tokens("feed-forward input", layers, seq)
         self.sum("gate and up", "embed", 2 * layers, tokens, self.local("hidden"), self.narrow)
-        self.sum_tokens("feed-forward output", "experts hidden", layers, seq)
+        dense, routing = self.config.dense_layers, self.config.routing
+        self.sum_tokens("feed-forward output", "hidden", dense, seq)
+        self.sum_tokens("experts' output", "experts hidden", layers - dense, seq)
+        if routing is not None and routing.shared:
+            self.sum_tokens("shared experts' output", "hidden", layers - dense, seq)
 
         self.sum("last norm", "embed", 1, tokens, self.wide)
         self.all_tokens("last output", 1, seq)

@@ -88,6 +88,11 @@ class _TrainingLedger(Ledger):
             raise InputError(
                 "There is no closed form of a training step of a model with experts; count the exchanges of a plan."
             )
+        if self.config.latent is not None:
+            raise InputError(
+                "There is no closed form of a training step of a model with latent attention; count the exchanges of a "
+                "plan."
+            )
         axes = self.strategy.axes
         heads = set(axes("kv_heads head_dim"))
         if self.num_shards("embed") > 1 or (axes("head_dim") and axes("kv_seq")) or not set(axes("tokens")) <= heads:

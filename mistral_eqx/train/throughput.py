@@ -18,7 +18,7 @@ def flops_per_token(model: Stacked, seq: int) -> float:
 
     Each entry of a matrix counts two forward, two backward for the gradient of the input, and two for its own gradient
     if it is trained. Of the experts, those that compute the token count. Attention counts
-    `12 layers heads head_dim seq`, as if each token attended to all others.
+    `6 layers heads (head_dim + value_dim) seq`, as if each token attended to all others.
     Rematerialisation does not count.
 
     **Arguments:**
@@ -27,15 +27,13 @@ def flops_per_token(model: Stacked, seq: int) -> float:
     - `seq`: the number of columns of a row.
     """
     config = model.outer.config
-    computed = 1 if config.routing is None else config.routing.per_token
-    feed_forward = 3 * config.embed * config.hidden * computed + config.embed * config.routes
-    block = 2 * config.embed * config.head_dim * (config.q_heads + config.kv_heads) + feed_forward
-    entries = config.layers * block + config.vocab * config.embed
+    computed = 0 if config.routing is None else config.routing.per_token
+    entries = config.matrix_entries(computed) + config.vocab * config.embed
     if has_adapters(model):
         total = 4 * entries + 6 * sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, trained(model))))
     else:
         total = 6 * entries
-    return float(total) + 12 * config.layers * config.q_heads * config.head_dim * seq
+    return float(total) + 6 * config.layers * config.q_heads * (config.head_dim + config.value_dim) * seq
 
 
 def peak_flops(dtype: DTypeLike, *, size: int = 1024, repetitions: int = 5) -> float:
