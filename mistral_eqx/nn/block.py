@@ -33,5 +33,7 @@ class Block(eqx.Module):
         whole = all_tokens(self.attention_norm(x), context.seq, context.strategy)
         mixed, cache = self.attention(whole, context, cache)
         x = x + mixed
-        whole = all_tokens(self.feed_forward_norm(x), context.seq, context.strategy)
-        return x + self.feed_forward(whole), cache
+        normed = self.feed_forward_norm(x)
+        if isinstance(self.feed_forward, Experts):
+            return x + self.feed_forward(normed, context.seq), cache
+        return x + self.feed_forward(all_tokens(normed, context.seq, context.strategy)), cache

@@ -7,7 +7,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ..parallel import SINGLE, AbstractNamed, Strategy, psum_tokens, shard_index, vary_alike
+from ..parallel import SINGLE, AbstractNamed, Strategy, shard_index, vary_alike
+from .expert_exchange import exchanged
 from .kernels import contract_grouped
 from .linear import LINEAR
 from .weight import AbstractWeight, DenseWeight
@@ -95,8 +96,27 @@ class Experts(eqx.Module):
     down_proj: ExpertLinear
     strategy: Strategy = SINGLE
 
-    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch tokens embed"]:
-        experts, shares = self.router(x)
+    def __call__(
+        self, x: Float[Array, "batch tokens embed"], seq: int | None = None
+    ) -> Float[Array, "batch tokens embed"]:
+        """Applies the layer.
+
+        **Arguments:**
+
+        - `x`: activations; the tokens of this device where the strategy splits `tokens`.
+        - `seq`: the number of tokens of each row over all devices; unless given, `x` has all of them.
+        """
+        seq, count = x.shape[1] if seq is None else seq, self.gate_proj.weight.row_count
+        y = exchanged(self._own_sums, self.router, x, seq, self.strategy, count)
+        return checkpoint_name(y, LINEAR)
+
+    def _own_sums(
+        self,
+        x: Float[Array, "batch seq embed"],
+        experts: Int[Array, "batch seq per_token"],
+        shares: Float[Array, "batch seq per_token"],
+    ) -> Float[Array, "batch seq embed"]:
+        """The terms of this device's experts, and of its shard of `hidden`."""
         count = self.gate_proj.weight.row_count
         shard, _ = shard_index("experts", self.strategy)
         # Rows of other devices' experts come last, and no expert computes them.
@@ -109,8 +129,7 @@ class Experts(eqx.Module):
         gate, up = (layer(rows, sizes).astype(x.dtype) for layer in (self.gate_proj, self.up_proj))
         y = self.down_proj(jax.nn.silu(gate) * up, sizes)[_argsort(order)]
         y = jnp.where(is_own[:, None], y, 0).reshape(*shares.shape, -1)
-        y = jnp.sum(y * shares[..., None], axis=2).astype(x.dtype)
-        return checkpoint_name(psum_tokens(y, "experts hidden", self.strategy), LINEAR)
+        return jnp.sum(y * shares[..., None], axis=2).astype(x.dtype)
 
 
 def _argsort(keys: Array) -> Array:

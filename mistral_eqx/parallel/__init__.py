@@ -5,9 +5,12 @@ from .choices import (
     strategies as strategies,
 )
 from .collectives import (
+    all_to_all as all_to_all,
     all_tokens as all_tokens,
     gather as gather,
     gather_shards as gather_shards,
+    holders as holders,
+    largest_anywhere as largest_anywhere,
     own_shard as own_shard,
     pmax as pmax,
     pmin as pmin,

@@ -132,7 +132,7 @@ class TrainState(eqx.Module):
         return self.zero.specs(whole, self.shard_dims()) if self.zero.stage == 3 else whole
 
     def shard_dims(self) -> Stacked:
-        """The index of the dimension along which ZeRO shards each array, or -1."""
+        """How ZeRO shards each array."""
         return self.zero.shard_dims(self.model, self.model.specs(self.strategy), self.model.outer.mesh)
 
 
@@ -299,7 +299,7 @@ def _gradient(
     # Dividing by the total weight makes micro-batches of unequal weight add up to the mean of the batch.
     total = psum(jnp.sum(batch.weights), "batch", strategy)
     # Each device takes the gradient of its own rows; the devices add them up once, in the master weights' precision.
-    varying = weights if zero.stage == 3 else zero.vary(weights)
+    varying = weights if zero.stage == 3 else zero.vary(weights, shard_dims)
     light = varying if compute_dtype is None else cast_floats(varying, compute_dtype)
 
     def mean(light: Stacked, micro_batch: tuple[Batch, Array]) -> tuple[Float[Array, ""], Sums]:
@@ -326,7 +326,7 @@ def _gradient(
     )
     (gradient, sums), _ = lax.scan(add, start, micro_batches)
     if zero.stage < 2:
-        gradient = zero.sum(gradient)
+        gradient = zero.sum(gradient, shard_dims)
     if zero.stage == 1:
         gradient = zero.own_shards(gradient, shard_dims)
     return gradient, jax.tree.map(lambda sum: psum(sum, "batch", strategy), sums)
