@@ -77,10 +77,7 @@ def exchanged(
         rest = tuple(axis for axis in strategy.axes("tokens") if axis not in axes)
         x = gather_shards(x, rest, axis=1, to="varying") if rest else x
     chosen = route(x)
-    if not axes:
-        y = compute(x, *chosen)
-    else:
-        y = _from_other_devices(compute, route, x, chosen, axes, strategy, count)
+    y = _from_other_devices(compute, route, x, chosen, axes, strategy, count) if axes else compute(x, *chosen)
     return psum_tokens(y, "experts hidden", strategy, done=axes)
 
 

@@ -12,6 +12,7 @@ from .collectives import (
     holders as holders,
     largest_anywhere as largest_anywhere,
     own_shard as own_shard,
+    own_tokens as own_tokens,
     pmax as pmax,
     pmin as pmin,
     psum as psum,

@@ -98,6 +98,11 @@ def all_tokens(x: Array, seq: int, strategy: Strategy, *, to: str = "varying") -
     return x if x.shape[1] == seq else lax.all_gather(x, strategy.axes("tokens"), axis=1, tiled=True, to=to)
 
 
+def own_tokens(x: Array, tokens: int, strategy: Strategy) -> Array:
+    """This device's `tokens` of an array `(batch, seq, ...)` that has all tokens; `x` itself if these are all."""
+    return x if x.shape[1] == tokens else own_shard(x, strategy.axes("tokens"), axis=1)
+
+
 def gather(x: Array, dims: str, strategy: Strategy, *, axis: int) -> Array:
     """Gathers, along `axis`, the shards of all devices among which `dims` are split."""
     axes = strategy.axes(dims)
