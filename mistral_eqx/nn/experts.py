@@ -9,9 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from ..parallel import SINGLE, AbstractNamed, Strategy, shard_index, vary_alike
 from .expert_exchange import exchanged
-from .kernels import contract_grouped
 from .linear import LINEAR
-from .weight import AbstractWeight, DenseWeight
+from .weight import AbstractWeight
 
 
 class Router(AbstractNamed):
@@ -47,11 +46,11 @@ class ExpertLinear(AbstractNamed):
 
     **Attributes:**
 
-    - `weight`: the maps of all experts, shape `(experts, *out, *in)`.
+    - `weight`: the maps of all experts, shape `(experts, *out, *in)`, in any storage format that has grouped products.
     - `in_dims`, `out_dims`: the names of the contracted and of the resulting dimension.
     """
 
-    weight: DenseWeight
+    weight: AbstractWeight
     in_dims: str = eqx.field(static=True)
     out_dims: str = eqx.field(static=True)
 
@@ -65,7 +64,7 @@ class ExpertLinear(AbstractNamed):
 
         **Returns:** the results, in float32 for 16-bit activations.
         """
-        return contract_grouped(self.weight.value, x, sizes)
+        return self.weight.contract_grouped(x, sizes)
 
     def array_dims(self) -> dict[str, str]:
         dims = self.weight.dims(self.in_dims, f"experts {self.out_dims}")
@@ -80,7 +79,7 @@ class Experts(eqx.Module):
 
     If the strategy splits `experts`, each device computes its own experts for all tokens; if it splits `hidden`, each
     device computes its shard of every expert. In both cases, one psum adds the partial sums, the layer's only
-    collective.
+    collective. If a mesh axis splits both experts and tokens, tokens travel to their experts and back.
 
     **Attributes:**
 
