@@ -37,7 +37,7 @@ Compute = Callable[
 ]
 
 
-def capacity(tokens: int, per_token: int, devices: int) -> int:
+def capacity(tokens: int, per_token: int, experts: int, count: int) -> int:
     """The tokens that a device can send to each other one by `all_to_all`; `tokens` if it is better to gather all.
 
     This is the one place that chooses between the two. The exchange by `all_to_all` sends `capacity` tokens to each
@@ -47,9 +47,13 @@ def capacity(tokens: int, per_token: int, devices: int) -> int:
 
     - `tokens`: the tokens of one device.
     - `per_token`: the experts of each token.
-    - `devices`: the number of devices over which both tokens and experts are split.
+    - `experts`, `count`: the experts of the layer, and those of one device.
     """
-    return min(tokens, math.ceil(_SLACK * tokens * per_token / devices)) if tokens >= _FEWEST_TOKENS else tokens
+    if tokens < _FEWEST_TOKENS:
+        return tokens
+    # An even router chooses none of `count` experts with the complement of this probability.
+    share = 1 - math.comb(experts - count, per_token) / math.comb(experts, per_token)
+    return min(tokens, math.ceil(_SLACK * share * tokens))
 
 
 def travel_axes(strategy: Strategy, *, tokens_split: bool) -> tuple[str, ...]:
@@ -96,7 +100,7 @@ def _from_other_devices(
 
     experts, shares = (choice.reshape(-1, choice.shape[-1]) for choice in chosen)
     (tokens, per_token), (holder, devices) = experts.shape, holders("experts", axes, strategy)
-    slots = capacity(tokens, per_token, devices)
+    slots = capacity(tokens, per_token, count * len(holder), count)
     if slots == tokens:
         return by_gathering(x)
 

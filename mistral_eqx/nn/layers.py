@@ -1,7 +1,7 @@
 """The layers of a model that have a weight, by their path."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import jax
 from jaxtyping import PyTree
@@ -46,11 +46,11 @@ def dims_of(layer: QuantizableLayer) -> tuple[str, str]:
     return (layer.in_dims, layer.out_dims) if isinstance(layer, Linear) else ("embed", "vocab")
 
 
-def _is_adaptable(node: PyTree) -> bool:
+def _is_adaptable(node: PyTree) -> TypeGuard[AdaptableLayer]:
     return isinstance(node, Linear | Embedding | Unembedding)
 
 
-def _is_quantizable(node: PyTree) -> bool:
+def _is_quantizable(node: PyTree) -> TypeGuard[QuantizableLayer]:
     return _is_adaptable(node) or isinstance(node, ExpertLinear)
 
 

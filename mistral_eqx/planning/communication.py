@@ -223,7 +223,7 @@ class Ledger:
         row, per_token = self.config.embed * self.narrow, self.config.routing.per_token
         self.write("all_gather", "feed-forward input", gathered, (layers, own, row))
         tokens = own * gathered
-        slots = capacity(tokens, per_token, devices)
+        slots = capacity(tokens, per_token, self.config.experts, self.local("experts"))
         if slots < tokens:
             varying = self.strategy.axes("experts batch" + " tokens" * split)
             everywhere = math.prod(self.axes[axis] for axis in varying)
