@@ -79,7 +79,7 @@ def _run(
         expert_exchange._FEWEST_TOKENS = 10**9
     split, rows = with_strategy(whole, strategy), strategy.spec("batch _ _")
     places = specs(split, strategy)
-    run = eqx.filter_jit(spmd(lambda layer, x: layer(x), mesh, (places, rows), rows))
+    run: Any = eqx.filter_jit(spmd(lambda layer, x: layer(x), mesh, (places, rows), rows))
     placed = jax.tree.map(
         lambda leaf, spec: jax.device_put(leaf, jax.NamedSharding(mesh, spec)) if eqx.is_array(leaf) else leaf,
         split,

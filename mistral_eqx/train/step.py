@@ -192,7 +192,7 @@ def make_step(
     - `remat`: the rematerialisation policy; see [`mistral_eqx.train.rematerialised`][].
     - `label_smoothing`, `z_loss`: as for [`mistral_eqx.train.loss_sums`][].
     - `balance_loss`, `router_z_loss`: the weights of the two [`mistral_eqx.train.RouterLosses`][], which are added to
-        the loss. Mixtral was released with 0.02 for the first, ST-MoE takes 0.01 and 0.001.
+        the loss. The config of Mixtral 8x7B has 0.02 for the first; ST-MoE takes 0.01 and 0.001.
     - `seed`: the seed of the dropout of adapters. The dropped entries depend on this seed, the number of the step and
         the batch row alone: they are the same on every mesh, for every `accumulate`, and after a state was saved and
         loaded.

@@ -73,7 +73,7 @@ class Zero:
         return cls(stage, axes)
 
     def shard_dims(self, model: Stacked, specs: Stacked, mesh: Mesh | None) -> Stacked:
-        """The [`mistral_eqx.train.zero.Shard`][] of each array.
+        """How each array is sharded.
 
         **Arguments:**
 
