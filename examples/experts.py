@@ -21,6 +21,7 @@ STRATEGIES = [
     ("each device has a part of every expert", "tp=8", "kv_heads@tp hidden@tp vocab@tp"),
     ("both", "ep=4,tp=2", "experts@ep kv_heads@tp hidden@tp vocab@tp"),
     ("experts and rows", "dp=2,ep=4", "batch@dp experts@ep kv_heads@ep vocab@ep"),
+    ("experts and rows over the same devices", "dp=2,tp=4", "batch@dp experts@dp kv_heads@tp hidden@tp vocab@tp"),
 ]
 
 

@@ -144,6 +144,39 @@ def test_the_closed_form_holds_for_any_legal_text(random):
     assert _forward(model, batch, seq) == _counted(found)
 
 
+# Two and four experts of a token: with 128 tokens on a device and more, they travel by all_to_all where that is less.
+@pytest.mark.parametrize(
+    ("layout", "axes", "seq"),
+    [
+        ("batch@dp experts@dp kv_heads@tp hidden@tp vocab@tp", "dp=4,tp=2", 128),
+        ("kv_heads@tp experts@tp vocab@tp tokens@tp", "tp=4", 128),
+        pytest.param("batch@dp experts@dp kv_heads@tp hidden@tp vocab@tp", "dp=4,tp=2", 64, marks=pytest.mark.slow),
+        pytest.param(
+            "batch@dp experts@ep,dp kv_heads@tp vocab@tp hidden@tp tokens@tp",
+            "dp=4,ep=1,tp=2",
+            128,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("batch@dp kv_heads@tp experts@tp,dp vocab@tp tokens@tp", "dp=2,tp=4", 256, marks=pytest.mark.slow),
+        pytest.param("batch@dp experts@dp,ep", "dp=4,ep=2", 256, marks=pytest.mark.slow),
+        pytest.param(
+            "kv_heads@a q_per_kv@b vocab@a,b experts@a hidden@b tokens@b,a", "a=4,b=2", 256, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_the_exchanges_of_experts_are_those_of_the_closed_form(layout, axes, seq):
+    config = dataclasses.replace(CONFIG, layers=2, max_positions=512, routing=mx.Routing(experts=8, per_token=2))
+    model = _on(layout, axes, config=config)
+    form, sizes = (config, model.strategy, model.mesh.shape), {"batch": 4, "dtype": "float32"}
+    found = communication.forward_pass(*form, seq=seq, **sizes)
+    assert ("all_to_all" in {one.kind for one in found}) is (seq > 64)
+    assert _forward(model, 4, seq) == _counted(found)
+    # A decoding step has few tokens: each device gathers them.
+    found = communication.decoding_step(*form, kv_seq=KV_SEQ, **sizes)
+    assert "all_to_all" not in {one.kind for one in found}
+    assert _step(model, 4, KV_SEQ, mx.Sampler()) == _counted(found)
+
+
 def _in_a_layer(collectives):
     """What is exchanged as often as there are layers, a layer, and all the rest."""
     layers = SEVEN.layers

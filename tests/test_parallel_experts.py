@@ -73,7 +73,6 @@ def test_tokens_are_those_of_one_device(strategy, axes):
     [
         ("experts@ep", {"ep": 3}, "4 experts cannot be split over 3 devices; leave 'experts' out of the strategy"),
         ("embed@ep", {"ep": 2}, "splits 'embed', which a model with experts cannot split"),
-        ("experts@ep batch@ep", {"ep": 2}, "over the same axis 'ep', and gate_proj has both"),
         ("experts@ep hidden@ep", {"ep": 2}, "over the same axis 'ep', and gate_proj has both"),
         ("experts@ep kv_heads@tp vocab@tp tokens@tp", {"ep": 2, "tp": 2}, "but none of 'experts hidden', whose sums"),
     ],

@@ -226,7 +226,7 @@ def test_an_axis_that_the_mesh_lacks_is_refused():
         ("batch@tp kv_heads@tp", "queries, keys and their scores have both"),
         ("head_dim@tp embed@tp", "q_proj has both"),
         ("embed@tp hidden@tp", "gate_proj has both"),
-        ("batch@tp hidden@tp", "gate_proj has both"),
+        ("batch@tp hidden@tp", "the hidden activations have both"),
         ("vocab@tp embed@tp", "the embedding has both"),
         ("batch@tp vocab@tp", "the logits have both"),
         ("batch@tp embed@tp", "has both"),

@@ -16,7 +16,7 @@ from ..checks import Count, Positive, ShareBelowOne, checked
 from ..config import MistralConfig
 from ..documents import read_json, shown, to_path
 from ..errors import InputError
-from ..lora import AdaptableLayer, LoRAWeight, TrainedWeight, adapt, adaptable_layers, shapes_of
+from ..lora import AdaptableLayer, LoRAWeight, TrainedWeight, adapt, adaptable_layers, quantizable_layers, shapes_of
 from ..nn import Mistral
 from ..nn.layers import map_layers
 from ..parallel import gather_to_host
@@ -84,7 +84,7 @@ def save_lora(
     infinity, or if the folder may not or cannot be written.
     """
     found = {
-        path: layer.weight for path, layer in adaptable_layers(model).items() if isinstance(layer.weight, LoRAWeight)
+        path: layer.weight for path, layer in quantizable_layers(model).items() if isinstance(layer.weight, LoRAWeight)
     }
     if not found:
         raise InputError("The model has no adapters to save; add adapters with apply_lora, or save the whole model.")
@@ -168,21 +168,28 @@ def load_lora(model: Mistral, folder: str | os.PathLike[str], *, dtype: DTypeLik
     tensors = safetensors.read_header(folder / WEIGHTS)
     _check_pickle(folder, tensors)
     model = _with_tables(model, tensors, settings, target_dtype, folder)
-    layers = adaptable_layers(model)
+    layers = quantizable_layers(model)
     adapters: dict[str, tuple[jax.Array, jax.Array]] = {}
     for spec in layer_specs(model.config):
-        names = _names(spec)
-        path = spec.path
-        if spec is EMBEDDING or path not in layers or not tensors.keys() & set(names):
+        each, path = _each(spec, model.config), spec.path
+        names = {name for one in each for name in _names(one)}
+        if spec is EMBEDDING or path not in layers or not tensors.keys() & names:
             continue
-        settings.expect_target(spec, folder / CONFIG)
-        inputs, outputs = shapes_of(layers[path])
+        stack, inputs, outputs = shapes_of(layers[path])
         sizes = (rank, int(np.prod(inputs))), (int(np.prod(outputs)), rank)
-        a, b = (_expected(tensors.pop(name, None), name, size, folder) for name, size in zip(names, sizes, strict=True))
-        order = file_order(spec, model.config, "hf")
+        found = []
+        for one in each:
+            settings.expect_target(one, folder / CONFIG)
+            a, b = (
+                _expected(tensors.pop(name, None), name, size, folder)
+                for name, size in zip(_names(one), sizes, strict=True)
+            )
+            order = file_order(one, model.config, "hf")
+            found.append((read_rows(a, target_dtype), read_rows(b, target_dtype, rows=order)))
+        a, b = (np.stack(half) for half in zip(*found, strict=True))
         adapters[path] = (
-            jnp.asarray(read_rows(a, target_dtype).reshape(rank, *inputs)),
-            jnp.asarray(read_rows(b, target_dtype, rows=order).reshape(*outputs, rank)),
+            jnp.asarray(a.reshape(*stack, rank, *inputs)),
+            jnp.asarray(b.reshape(*stack, *outputs, rank)),
         )
     if tensors:
         raise InputError(
@@ -201,7 +208,7 @@ def load_lora(model: Mistral, folder: str | os.PathLike[str], *, dtype: DTypeLik
 
 def _check_expressible(model: Mistral, found: dict[str, LoRAWeight]):
     """Refuses adapters that the format cannot express."""
-    for path, layer in adaptable_layers(model).items():
+    for path, layer in quantizable_layers(model).items():
         weight = layer.weight.base if isinstance(layer.weight, LoRAWeight) else layer.weight
         if isinstance(weight, TrainedWeight) or (path == "embedding" and isinstance(layer.weight, LoRAWeight)):
             raise InputError(
@@ -388,10 +395,22 @@ def _expected(tensor: LazyTensor | None, name: str, shape: tuple[int, ...], fold
 def _file_tensors(
     spec: LayerSpec, config: MistralConfig, a: np.ndarray, b: np.ndarray
 ) -> list[tuple[str, tuple[int, ...], np.dtype, np.ndarray]]:
-    """`A` and `B` as matrices. The rows of `B` have the order of the rows of the weight in the file."""
-    a, b = a.reshape(a.shape[0], -1), b.reshape(-1, b.shape[-1])
-    b = b[np.argsort(file_order(spec, config, "hf"))]
-    return [(name, x.shape, x.dtype, x) for name, x in zip(_names(spec), (a, b), strict=True)]
+    """`A` and `B` as matrices, of each expert. The rows of `B` have the order of the rows of the weight in the file."""
+    each, rank = _each(spec, config), b.shape[-1]
+    a, b = a.reshape(len(each), rank, -1), b.reshape(len(each), -1, rank)
+    pairs = [(one, (a[at], b[at][np.argsort(file_order(one, config, "hf"))])) for at, one in enumerate(each)]
+    return [(name, x.shape, x.dtype, x) for one, pair in pairs for name, x in zip(_names(one), pair, strict=True)]
+
+
+def _each(spec: LayerSpec, config: MistralConfig) -> list[LayerSpec]:
+    """The spec itself, or that of each expert, which is a linear layer of its own in PEFT."""
+    if "*" not in spec.hf:
+        return [spec]
+    (out_dims,) = spec.out_dims.split()[1:]
+    return [
+        dataclasses.replace(spec, hf=spec.hf.replace("*", str(expert)), out_dims=out_dims)
+        for expert in range(config.experts)
+    ]
 
 
 def _names(spec: LayerSpec) -> tuple[str, str]:

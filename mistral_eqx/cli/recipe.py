@@ -99,6 +99,8 @@ class Training:
     remat: Literal["none", "dots", "block"] = "block"
     label_smoothing: ShareBelowOne = 0.0
     z_loss: NotNegative = 0.0
+    balance_loss: NotNegative = 0.0
+    router_z_loss: NotNegative = 0.0
     zero: Literal[0, 1, 2, 3] = 0
     offload: bool = False
     seed: Seed = 0

@@ -319,6 +319,8 @@ _OF_TRAINER = (
     "remat",
     "label_smoothing",
     "z_loss",
+    "balance_loss",
+    "router_z_loss",
     "zero",
     "offload",
     "seed",

@@ -1,4 +1,10 @@
-from ..nn.layers import AdaptableLayer as AdaptableLayer, adaptable_layers as adaptable_layers, dims_of as dims_of
+from ..nn.layers import (
+    AdaptableLayer as AdaptableLayer,
+    QuantizableLayer as QuantizableLayer,
+    adaptable_layers as adaptable_layers,
+    dims_of as dims_of,
+    quantizable_layers as quantizable_layers,
+)
 from .adapt import (
     adapt as adapt,
     apply_lora as apply_lora,

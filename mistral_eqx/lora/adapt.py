@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from ..arguments import check_key, float_dtype
 from ..checks import Count, Positive, ShareBelowOne, checked
 from ..errors import InputError
-from ..nn import DenseWeight, Embedding, Mistral
-from ..nn.layers import AdaptableLayer, adaptable_layers, dims_of, map_layers
-from ..parallel import shard, specs, spmd
+from ..nn import DenseWeight, Embedding, ExpertLinear, Mistral
+from ..nn.layers import QuantizableLayer, dims_of, map_quantizable, quantizable_layers
+from ..parallel import Strategy, shard, specs, spmd
 from ..quant import QUANTIZED
 from .weight import LoRAWeight, TrainedWeight
 
@@ -51,9 +51,9 @@ def apply_lora(
     - `alpha`: the change is scaled by `alpha / rank`, or by `alpha / sqrt(rank)` with `use_rslora`.
     - `targets`: the names of the layers that get an adapter, in all blocks: `"q_proj"`, `"k_proj"`, `"v_proj"`,
         `"o_proj"`, `"gate_proj"`, `"up_proj"`, `"down_proj"`; and `"embedding"`, `"head"`. With tied embeddings,
-        the adapter of the embedding is also that of the head.
+        the adapter of the embedding is also that of the head. In a model with experts, each expert has its own.
     - `dropout`: the probability with which a training step drops each entry of an adapter's input. The adapter of an
-        embedding drops nothing. Generation and evaluation drop nothing.
+        embedding drops nothing. Generation and evaluation drop nothing. Adapters of experts have no dropout.
     - `use_rslora`: see [`mistral_eqx.lora.LoRAWeight`][].
     - `train_embeddings`: whether the whole embedding table is trained too.
     - `dtype`: the precision of the adapters, and of the table if it is trained.
@@ -71,7 +71,7 @@ def apply_lora(
     dtype = float_dtype(dtype)
     check_key(key)
     alpha, dropout, use_rslora = _strength(alpha, dropout, use_rslora)
-    found = adaptable_layers(model)
+    found = quantizable_layers(model)
     names = dict.fromkeys(_name(path) for path in found)
     unknown = [target for target in targets if target not in names]
     if unknown or not targets:
@@ -83,7 +83,7 @@ def apply_lora(
             "train_embeddings."
         )
     chosen = [path for path in found if _name(path) in targets]
-    widest = max(math.prod(side) for path in chosen for side in shapes_of(found[path]))
+    widest = max(math.prod(side) for path in chosen for side in shapes_of(found[path])[1:])
     if rank > widest:
         raise InputError(
             f"rank is {rank}, but no target has more than {widest} inputs or outputs; use a smaller rank.", key="rank"
@@ -91,14 +91,14 @@ def apply_lora(
     keys = dict(zip(chosen, jr.split(key, len(chosen)), strict=True))
 
     def drawn(path: str) -> tuple[Array, Array]:
-        inputs, outputs = shapes_of(found[path])
+        stack, inputs, outputs = shapes_of(found[path])
         bound = 1 / math.sqrt(math.prod(inputs))
-        a = jr.uniform(keys[path], (rank, *inputs), dtype, minval=-bound, maxval=bound)
-        return a, jnp.zeros((*outputs, rank), dtype)
+        a = jr.uniform(keys[path], (*stack, rank, *inputs), dtype, minval=-bound, maxval=bound)
+        return a, jnp.zeros((*stack, *outputs, rank), dtype)
 
     model = adapt(model, {path: drawn(path) for path in chosen}, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
     if train_embeddings:
-        table = _dense(model.embedding, model.mesh).astype(dtype)
+        table = _dense(model.embedding, model.mesh, model.strategy).astype(dtype)
         model = eqx.tree_at(lambda model: model.embedding.weight, model, TrainedWeight(table, model.dtype))
     return model
 
@@ -119,20 +119,29 @@ def adapt(
     - `adapters`: `A` and `B` for some layers, by the layer's path such as `"blocks.0.attention.q_proj"`.
     - `alpha`, `dropout`, `use_rslora`: as for [`mistral_eqx.apply_lora`][].
 
-    **Raises:** `ValueError` if `alpha`, `dropout` or `use_rslora` is out of its range.
+    **Raises:** `ValueError` if `alpha`, `dropout` or `use_rslora` is out of its range, or experts are to have adapters
+        with dropout.
     """
     alpha, dropout, use_rslora = _strength(alpha, dropout, use_rslora)
 
-    def wrapped(path: str, layer: AdaptableLayer) -> AdaptableLayer:
+    def wrapped(path: str, layer: QuantizableLayer) -> QuantizableLayer:
         if path not in adapters:
             return layer
         a, b = adapters[path]
         # A lookup has no input to drop. With tied embeddings the head has the same adapter, so it drops nothing either.
         rate = 0.0 if isinstance(layer, Embedding) else dropout
-        weight = LoRAWeight(layer.weight, DenseWeight(a), DenseWeight(b), alpha, use_rslora, rate, layer.strategy)
+        stacked = isinstance(layer, ExpertLinear)
+        if stacked and dropout:
+            raise InputError(
+                f"The adapters of the experts in {path} cannot have dropout; set dropout to 0, or leave the target "
+                f"{_name(path)!r} out.",
+                key="dropout",
+            )
+        strategy, factors = model.strategy, (DenseWeight(a), DenseWeight(b))
+        weight = LoRAWeight(layer.weight, *factors, alpha, use_rslora, rate, strategy, stacked=stacked)
         return dataclasses.replace(layer, weight=weight)
 
-    model = map_layers(wrapped, model)
+    model = map_quantizable(wrapped, model)
     return model if model.mesh is None else shard(model, model.mesh, model.strategy)
 
 
@@ -158,7 +167,7 @@ def merge_lora(model: Mistral) -> Mistral:
     """
     checked(model, Mistral, "model")
 
-    def merged(path: str, layer: AdaptableLayer) -> AdaptableLayer:
+    def merged(path: str, layer: QuantizableLayer) -> QuantizableLayer:
         if not isinstance(layer.weight, LoRAWeight | TrainedWeight):
             return layer
         base = layer.weight
@@ -169,9 +178,9 @@ def merge_lora(model: Mistral) -> Mistral:
                 f"{path} is quantized, and the sum with its adapter would have to be stored as floats; expand the "
                 "model first with mistral_eqx.dequantize, or keep the adapters beside it."
             )
-        return dataclasses.replace(layer, weight=DenseWeight(_dense(layer, model.mesh)))
+        return dataclasses.replace(layer, weight=DenseWeight(_dense(layer, model.mesh, model.strategy)))
 
-    return map_layers(merged, model)
+    return map_quantizable(merged, model)
 
 
 def has_adapters(tree: PyTree) -> bool:
@@ -191,21 +200,21 @@ def is_adapter(tree: PyTree) -> PyTree[bool]:
     return jax.tree.map(of, tree, is_leaf=_is_partly_trained)
 
 
-def shapes_of(layer: AdaptableLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of a layer's input and output for one token."""
+def shapes_of(layer: QuantizableLayer) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The number of experts, if the layer is one of experts, and the shapes of its input and output for one token."""
     shape = eqx.filter_eval_shape(lambda weight: weight.dense(), layer.weight).shape
-    inner = len(dims_of(layer)[0].split())
-    return shape[len(shape) - inner :], shape[: len(shape) - inner]
+    stack, inner = int(isinstance(layer, ExpertLinear)), len(shape) - len(dims_of(layer)[0].split())
+    return shape[:stack], shape[inner:], shape[stack:inner]
 
 
 @eqx.filter_jit
-def _dense(layer: AdaptableLayer, mesh: Mesh | None) -> Float[Array, "..."]:
+def _dense(layer: QuantizableLayer, mesh: Mesh | None, strategy: Strategy) -> Float[Array, "..."]:
     in_dims, out_dims = dims_of(layer)
 
-    def whole(layer: AdaptableLayer) -> Array:
+    def whole(layer: QuantizableLayer) -> Array:
         return layer.weight.dense()
 
-    return spmd(whole, mesh, (specs(layer, layer.strategy),), layer.strategy.spec(f"{out_dims} {in_dims}"))(layer)
+    return spmd(whole, mesh, (specs(layer, strategy),), strategy.spec(f"{out_dims} {in_dims}"))(layer)
 
 
 def _is_partly_trained(node: Any) -> bool:

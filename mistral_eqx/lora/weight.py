@@ -25,8 +25,8 @@ class LoRAWeight(AbstractWeight):
     **Attributes:**
 
     - `base`: any weight, which is not trained.
-    - `a`: dimensions `rank *in`.
-    - `b`: dimensions `*out rank`.
+    - `a`: dimensions `rank *in`, or `experts rank in`.
+    - `b`: dimensions `*out rank`; for experts `experts out rank`.
     - `alpha`: the strength of the change.
     - `use_rslora`: whether `alpha` is divided by the square root of the rank and not by the rank, so that a larger rank
         does not learn more slowly ([rank-stabilised LoRA](https://arxiv.org/abs/2312.03732)).
@@ -34,6 +34,7 @@ class LoRAWeight(AbstractWeight):
         `1 / (1 - dropout)`. Rows that are looked up are not dropped.
     - `strategy`: the strategy of the layer, which determines the entries that this device has.
     - `key`: a key for each row, from the training step. Without a key, nothing is dropped.
+    - `stacked`: whether these are the weights of experts, each of which has an `A` and a `B`.
     """
 
     base: AbstractWeight
@@ -44,11 +45,12 @@ class LoRAWeight(AbstractWeight):
     dropout: float = eqx.field(static=True, default=0.0)
     strategy: Strategy = SINGLE
     key: Key[Array, "*layers batch"] | None = None
+    stacked: bool = eqx.field(static=True, default=False)
 
     @property
     def rank(self) -> int:
         """The rank of the change."""
-        return self.a.value.shape[0]
+        return self.b.value.shape[-1]
 
     @property
     def scale(self) -> float:
@@ -65,6 +67,12 @@ class LoRAWeight(AbstractWeight):
         low = self.a.contract(x, in_dims, "rank").astype(dtype)
         return y + self.scale * self.b.contract(low, "rank", out_dims).astype(y.dtype)
 
+    def contract_grouped(self, x: Float[Array, "rows in"], sizes: Int[Array, "groups"]) -> Float[Array, "rows out"]:
+        y = self.base.contract_grouped(x, sizes)
+        dtype = self.a.value.dtype
+        low = self.a.contract_grouped(x.astype(dtype), sizes).astype(dtype)
+        return y + self.scale * self.b.contract_grouped(low, sizes).astype(y.dtype)
+
     def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
         rows, low = self.base.rows(ids), self.b.rows(ids)
         change = jnp.tensordot(low, self.a.value, 1, preferred_element_type=at_least_float32(low.dtype))
@@ -78,13 +86,19 @@ class LoRAWeight(AbstractWeight):
         """The sum, in the precision of the base."""
         base = self.base.dense()
         a, b = self.a.value, self.b.value
-        change = jnp.tensordot(b, a, 1, preferred_element_type=at_least_float32(b.dtype))
+        multiply = jax.vmap(_product) if self.stacked else _product
+        change = multiply(b, a)
         wide = at_least_float32(base.dtype)
         return (base.astype(wide) + self.scale * change.astype(wide)).astype(base.dtype)
 
     def dims(self, in_dims: str, out_dims: str) -> dict[str, str]:
         base = {f"base.{field}": dims for field, dims in self.base.dims(in_dims, out_dims).items()}
-        return {**base, "a.value": f"rank {in_dims}", "b.value": f"{out_dims} rank", "key": "batch"}
+        a = f"experts rank {in_dims}" if self.stacked else f"rank {in_dims}"
+        return {**base, "a.value": a, "b.value": f"{out_dims} rank", "key": "batch"}
+
+
+def _product(b: Float[Array, "..."], a: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.tensordot(b, a, 1, preferred_element_type=at_least_float32(b.dtype))
 
 
 def _kept(

@@ -20,5 +20,6 @@ from .mask import Span as Span, attention_mask as attention_mask
 from .model import Mistral as Mistral
 from .norm import RMSNorm as RMSNorm
 from .rotary import Rotation as Rotation
+from .router_sums import RouterSums as RouterSums
 from .stack import Gathering as Gathering, Stacked as Stacked, stack as stack, unstack as unstack
 from .weight import AbstractWeight as AbstractWeight, DenseWeight as DenseWeight

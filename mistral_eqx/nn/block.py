@@ -3,7 +3,7 @@
 import equinox as eqx
 from jaxtyping import Array, Float
 
-from ..parallel import all_tokens
+from ..parallel import all_tokens, own_tokens
 from .attention import Attention
 from .cache import AbstractLayerCache
 from .context import Context
@@ -11,6 +11,7 @@ from .experts import Experts
 from .feed_forward import FeedForward
 from .latent_attention import LatentAttention
 from .norm import RMSNorm
+from .router_sums import RouterSums, router_sums
 
 
 class Block(eqx.Module):
@@ -31,10 +32,30 @@ class Block(eqx.Module):
         cache: AbstractLayerCache | None = None,
     ) -> tuple[Float[Array, "batch tokens embed"], AbstractLayerCache | None]:
         """Takes and returns what [`mistral_eqx.nn.Attention`][] does; `x` may hold this device's tokens only."""
+        x, cache = self._attended(x, context, cache)
+        return x + self._fed(self.feed_forward_norm(x), context), cache
+
+    def with_router_sums(
+        self, x: Float[Array, "batch tokens embed"], context: Context
+    ) -> tuple[Float[Array, "batch tokens embed"], RouterSums | None]:
+        """The activations, and the sums over this device's tokens without padding; `None` for a dense layer."""
+        x, _ = self._attended(x, context, None)
+        normed, sums = self.feed_forward_norm(x), None
+        if isinstance(self.feed_forward, Experts):
+            counted = own_tokens(context.query_index >= 0, x.shape[1], context.strategy)
+            sums = router_sums(self.feed_forward.router, normed, counted)
+        return x + self._fed(normed, context), sums
+
+    def _attended(
+        self, x: Array, context: Context, cache: AbstractLayerCache | None
+    ) -> tuple[Array, AbstractLayerCache | None]:
         # All devices write the same latents into a cache, and JAX must know that they are the same.
         to = "varying" if cache is None else "invarying"
         whole = all_tokens(self.attention_norm(x), context.seq, context.strategy, to=to)
         mixed, cache = self.attention(whole, context, cache)
-        x = x + mixed
-        whole = all_tokens(self.feed_forward_norm(x), context.seq, context.strategy)
-        return x + self.feed_forward(whole), cache
+        return x + mixed, cache
+
+    def _fed(self, normed: Array, context: Context) -> Array:
+        if isinstance(self.feed_forward, Experts):
+            return self.feed_forward(normed, context.seq)
+        return self.feed_forward(all_tokens(normed, context.seq, context.strategy))

@@ -7,11 +7,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ..parallel import SINGLE, AbstractNamed, Strategy, psum_tokens, shard_index, vary_alike
+from ..parallel import SINGLE, AbstractNamed, Strategy, all_tokens, shard_index, vary_alike
+from .expert_exchange import exchanged
 from .feed_forward import FeedForward
-from .kernels import contract_grouped
 from .linear import LINEAR
-from .weight import AbstractWeight, DenseWeight
+from .weight import AbstractWeight
 
 
 class Router(AbstractNamed):
@@ -66,11 +66,11 @@ class ExpertLinear(AbstractNamed):
 
     **Attributes:**
 
-    - `weight`: the maps of all experts, shape `(experts, *out, *in)`.
+    - `weight`: the maps of all experts, shape `(experts, *out, *in)`, in any storage format that has grouped products.
     - `in_dims`, `out_dims`: the names of the contracted and of the resulting dimension.
     """
 
-    weight: DenseWeight
+    weight: AbstractWeight
     in_dims: str = eqx.field(static=True)
     out_dims: str = eqx.field(static=True)
 
@@ -84,7 +84,7 @@ class ExpertLinear(AbstractNamed):
 
         **Returns:** the results, in float32 for 16-bit activations.
         """
-        return contract_grouped(self.weight.value, x, sizes)
+        return self.weight.contract_grouped(x, sizes)
 
     def array_dims(self) -> dict[str, str]:
         dims = self.weight.dims(self.in_dims, f"experts {self.out_dims}")
@@ -99,7 +99,8 @@ class Experts(eqx.Module):
 
     If the strategy splits `experts`, each device computes its own experts for all tokens; if it splits `hidden`, each
     device computes its shard of every expert. In both cases, one psum adds the partial sums, the layer's only
-    collective besides that of `shared`.
+    collective besides that of `shared`. If a mesh axis splits both experts and tokens, tokens travel to their experts and
+    back.
 
     **Attributes:**
 
@@ -117,8 +118,28 @@ class Experts(eqx.Module):
     strategy: Strategy = SINGLE
     shared: FeedForward | None = None
 
-    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch tokens embed"]:
-        experts, shares = self.router(x)
+    def __call__(
+        self, x: Float[Array, "batch tokens embed"], seq: int | None = None
+    ) -> Float[Array, "batch tokens embed"]:
+        """Applies the layer.
+
+        **Arguments:**
+
+        - `x`: activations; the tokens of this device where the strategy splits `tokens`.
+        - `seq`: the number of tokens of each row over all devices; unless given, `x` has all of them.
+        """
+        seq, count = x.shape[1] if seq is None else seq, self.gate_proj.weight.row_count
+        x = x if self.shared is None else all_tokens(x, seq, self.strategy)
+        y = checkpoint_name(exchanged(self._own_sums, self.router, x, seq, self.strategy, count), LINEAR)
+        return y if self.shared is None else y + self.shared(x)
+
+    def _own_sums(
+        self,
+        x: Float[Array, "batch seq embed"],
+        experts: Int[Array, "batch seq per_token"],
+        shares: Float[Array, "batch seq per_token"],
+    ) -> Float[Array, "batch seq embed"]:
+        """The terms of this device's experts, and of its shard of `hidden`."""
         count = self.gate_proj.weight.row_count
         shard, _ = shard_index("experts", self.strategy)
         # Rows of other devices' experts come last, and no expert computes them.
@@ -131,9 +152,7 @@ class Experts(eqx.Module):
         gate, up = (layer(rows, sizes).astype(x.dtype) for layer in (self.gate_proj, self.up_proj))
         y = self.down_proj(jax.nn.silu(gate) * up, sizes)[_argsort(order)]
         y = jnp.where(is_own[:, None], y, 0).reshape(*shares.shape, -1)
-        y = jnp.sum(y * shares[..., None], axis=2).astype(x.dtype)
-        y = checkpoint_name(psum_tokens(y, "experts hidden", self.strategy), LINEAR)
-        return y if self.shared is None else y + self.shared(x)
+        return jnp.sum(y * shares[..., None], axis=2).astype(x.dtype)
 
 
 def _argsort(keys: Array) -> Array:

@@ -12,12 +12,13 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
-from ..parallel import Strategy, all_tokens, specs
+from ..parallel import Strategy, all_tokens, psum, specs
 from .block import Block
 from .context import Context
 from .embedding import Unembedding
 from .mask import Span
 from .model import Mistral
+from .router_sums import RouterSums
 
 
 class Gathering(NamedTuple):
@@ -78,17 +79,40 @@ class Stacked(eqx.Module):
         - `wrapped`: transforms the function of one repeat of the layer pattern, as `jax.checkpoint` does.
         - `gathering`: gathers arrays of which each device has a shard.
         """
+        x, _ = self.hidden_and_router_sums(ids, positions, span, wrapped=wrapped, gathering=gathering)
+        return x
+
+    def hidden_and_router_sums(
+        self,
+        ids: Int[Array | np.ndarray, "batch seq"],
+        positions: Int[Array | np.ndarray, "batch seq"],
+        span: Span | None = None,
+        *,
+        wrapped: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda repeat: repeat,
+        gathering: Gathering = AS_IT_IS,
+    ) -> tuple[Float[Array, "batch seq embed"], RouterSums | None]:
+        """The result of `hidden`, and what the routers of all layers did with the tokens of this device's rows.
+
+        **Returns:** activations, and the sums; `None` for a model without experts.
+        """
         strategy, dtype, rope = self.outer.strategy, self.outer.dtype, self.outer.config.rope
         context = Context.init(rope, jnp.asarray(positions), dtype=dtype, strategy=strategy, span=span)
         arrays, static = eqx.partition(self.pattern, eqx.is_array)
 
-        def repeat(x: Array, arrays: PyTree) -> tuple[Array, None]:
+        def repeat(x: Array, arrays: PyTree) -> tuple[Array, list[RouterSums]]:
+            found = []
             for block in eqx.combine(gathering.blocks(arrays), static):
-                x, _ = block(x, context)
-            return x, None
+                x, sums = block.with_router_sums(x, context)
+                found += [] if sums is None else [sums]
+            return x, found
 
-        x, _ = lax.scan(wrapped(repeat), _embedded(self.outer, jnp.asarray(ids), gathering), arrays)
-        return all_tokens(self.whole(gathering).norm(x), context.seq, strategy, to="invarying")
+        x, found = lax.scan(wrapped(repeat), _embedded(self.outer, jnp.asarray(ids), gathering), arrays)
+        sums = None
+        if found:
+            sums = jax.tree.map(lambda *layers: jnp.sum(sum(layers[1:], start=layers[0]), axis=0), *found)
+            if x.shape[1] != context.seq:
+                sums = jax.tree.map(lambda leaf: psum(leaf, "tokens", strategy), sums)
+        return all_tokens(self.whole(gathering).norm(x), context.seq, strategy, to="invarying"), sums
 
     def head(self, gathering: Gathering = AS_IT_IS) -> Unembedding:
         """The output head; with tied embeddings, its weight is the embedding table."""

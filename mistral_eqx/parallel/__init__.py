@@ -5,10 +5,14 @@ from .choices import (
     strategies as strategies,
 )
 from .collectives import (
+    all_to_all as all_to_all,
     all_tokens as all_tokens,
     gather as gather,
     gather_shards as gather_shards,
+    holders as holders,
+    largest_anywhere as largest_anywhere,
     own_shard as own_shard,
+    own_tokens as own_tokens,
     pmax as pmax,
     pmin as pmin,
     psum as psum,

@@ -1,10 +1,12 @@
 """All collective operations, which no other file names, and what depends on a device's index on the mesh."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from .strategy import Strategy
@@ -57,7 +59,13 @@ def psum_varying(scalars: Sequence[Array]) -> Array:
     return functools.reduce(jnp.add, (lax.psum(total, axes) if axes else total for axes, total in by_axes.items()))
 
 
-def psum_tokens(x: Array, dims: str, strategy: Strategy) -> Array:
+def largest_anywhere(x: Array) -> Array:
+    """The elementwise maximum over all mesh axes along which an array varies; no gradient passes."""
+    axes = tuple(sorted(jax.typeof(x).manual_axis_type.varying))
+    return lax.pmax(lax.stop_gradient(x), axes) if axes else x
+
+
+def psum_tokens(x: Array, dims: str, strategy: Strategy, *, done: Sequence[str] = ()) -> Array:
     """Like `psum` for the residual stream: where `strategy` splits `tokens`, each device receives its own tokens only.
 
     A `seq` that is not a multiple of the number of devices, such as the 1 of a decoding step, stays whole.
@@ -66,12 +74,13 @@ def psum_tokens(x: Array, dims: str, strategy: Strategy) -> Array:
 
     - `x`: this device's partial sums for all tokens, shape `(batch, seq, ...)`.
     - `dims`, `strategy`: as for `psum`.
+    - `done`: mesh axes over which the sums are complete, each device with its own tokens.
     """
-    axes = strategy.axes(dims)
-    scattered = strategy.axes("tokens") if axes else ()
+    axes = tuple(axis for axis in strategy.axes(dims) if axis not in done)
+    scattered = tuple(axis for axis in strategy.axes("tokens") if axis not in done) if axes else ()
     devices = lax.axis_size(scattered) if scattered else 1
     if devices == 1 or x.shape[1] % devices:
-        return psum(x, dims, strategy)
+        return lax.psum(x, axes) if axes else x
     rest = tuple(axis for axis in axes if axis not in scattered)
     x = lax.psum(x, rest) if rest else x
     return lax.psum_scatter(x, scattered, scatter_dimension=1, tiled=True)
@@ -87,6 +96,11 @@ def all_tokens(x: Array, seq: int, strategy: Strategy, *, to: str = "varying") -
         directly, without a psum first.
     """
     return x if x.shape[1] == seq else lax.all_gather(x, strategy.axes("tokens"), axis=1, tiled=True, to=to)
+
+
+def own_tokens(x: Array, tokens: int, strategy: Strategy) -> Array:
+    """This device's `tokens` of an array `(batch, seq, ...)` that has all tokens; `x` itself if these are all."""
+    return x if x.shape[1] == tokens else own_shard(x, strategy.axes("tokens"), axis=1)
 
 
 def gather(x: Array, dims: str, strategy: Strategy, *, axis: int) -> Array:
@@ -135,6 +149,28 @@ def scatter_sum(x: Array, axes: Sequence[str], *, axis: int) -> Array:
     if axis < 0:
         return lax.psum(x, tuple(axes))
     return lax.psum_scatter(x, tuple(axes), scatter_dimension=axis, tiled=True)
+
+
+def all_to_all(x: Array, axes: Sequence[str]) -> Array:
+    """Sends entry `d` of the first axis to device `d` along mesh axes; entry `d` of the result is from device `d`."""
+    return lax.all_to_all(x, tuple(axes), 0, 0, tiled=True)
+
+
+def holders(dims: str, axes: Sequence[str], strategy: Strategy) -> tuple[Array, int]:
+    """Where the shards of some dimensions are, for an exchange along some of the mesh axes that split them.
+
+    **Returns:** for each shard, the index along `axes` of the device that has it, or the number of devices along `axes`
+    if that device differs from this one along another axis; and that number.
+    """
+    split = strategy.axes(dims)
+    sizes = [lax.axis_size(axis) for axis in split]
+    found = dict(zip(split, np.unravel_index(np.arange(math.prod(sizes)), sizes), strict=True))
+    index = np.ravel_multi_index([found[axis] for axis in axes], [lax.axis_size(axis) for axis in axes])
+    devices, is_near = lax.axis_size(tuple(axes)), jnp.ones(len(index), bool)
+    for axis in split:
+        if axis not in axes:
+            is_near &= jnp.asarray(found[axis], jnp.int32) == lax.axis_index(axis)
+    return jnp.where(is_near, jnp.asarray(index, jnp.int32), devices), devices
 
 
 def shard_index(dims: str, strategy: Strategy) -> tuple[Array | int, int]:

@@ -24,7 +24,8 @@ _OF_CALL = ("batch", "tokens", "kv_seq")
 _ARRAYS = {
     "queries, keys and their scores": "batch kv_heads q_per_kv kv_seq head_dim",
     "q_proj": "kv_heads q_per_kv head_dim embed",
-    "gate_proj": "batch experts hidden embed",
+    "gate_proj": "experts hidden embed",
+    "the hidden activations": "batch hidden",
     "the embedding": "vocab embed",
     "the logits": "batch vocab",
     "the residual stream": "batch tokens embed",

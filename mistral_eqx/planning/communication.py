@@ -13,11 +13,15 @@ from ..checks import CacheDType
 from ..config import MistralConfig
 from ..errors import InputError
 from ..generation import Sampler
+from ..nn.expert_exchange import capacity, travel_axes
 from ..parallel import Strategy
 
 
 # With a split vocabulary, top-p searches its threshold in this many rounds, each with this many candidates.
 _NUCLEUS_ROUNDS, _NUCLEUS_CANDIDATES = 6, 31
+
+
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +37,12 @@ class Collective:
         size, that of an `all_gather` is `devices` times larger, that of a `reduce_scatter` `devices` times smaller. The
         bytes on the links depend on the algorithm; a ring moves `2 * (devices - 1) / devices` of `bytes` for an
         `all_reduce`, `devices - 1` times `bytes` for an `all_gather`, `(devices - 1) / devices` for a `reduce_scatter`.
+        An `all_to_all` keeps the size, and a device sends `(devices - 1) / devices` of it.
     - `devices`: the number of devices in a group. The other devices of the mesh form groups that make the same exchange
         at the same time.
     """
 
-    kind: Literal["all_reduce", "all_gather", "reduce_scatter"]
+    kind: CollectiveKind
     what: str
     count: int
     bytes: int
@@ -157,7 +162,7 @@ class Ledger:
         """The entries of a value on one device, which has as many shards as a key has."""
         return self.config.value_dim // self.num_shards("head_dim")
 
-    def write(self, kind: Literal["all_reduce", "all_gather", "reduce_scatter"], what: str, devices: int, entry: tuple):
+    def write(self, kind: CollectiveKind, what: str, devices: int, entry: tuple):
         count, *sizes = entry
         if devices > 1 and count:
             self.entries.append(Collective(kind, what, count, math.prod(sizes), devices))
@@ -200,17 +205,54 @@ class Ledger:
         self.sum_tokens("attention output", "kv_heads q_per_kv head_dim", layers, seq)
 
         self.sum("feed-forward norm", "embed", layers, tokens, self.wide)
-        self.all_tokens("feed-forward input", layers, seq)
-        self.sum("gate and up", "embed", 2 * layers, tokens, self.local("hidden"), self.narrow)
-        dense, routing = self.config.dense_layers, self.config.routing
-        self.sum_tokens("feed-forward output", "hidden", dense, seq)
-        self.sum_tokens("experts' output", "experts hidden", layers - dense, seq)
-        if routing is not None and routing.shared:
-            self.sum_tokens("shared experts' output", "hidden", layers - dense, seq)
+        self.feed_forward(seq)
 
         self.sum("last norm", "embed", 1, tokens, self.wide)
         self.all_tokens("last output", 1, seq)
         self.sum("logits", "embed", 1, self.rows * logits, self.local("vocab"), self.wide)
+
+    def feed_forward(self, seq: int):
+        """Adds the exchanges of the feed-forward layers without their norms."""
+        dense, routing, split = self.config.dense_layers, self.config.routing, self.token_shards(seq) > 1
+        axes = travel_axes(self.strategy, tokens_split=split)
+        devices = math.prod(self.axes[axis] for axis in axes)
+        layers, travels = self.config.layers - dense, routing is not None and devices > 1
+        whole = dense if travels else self.config.layers
+        self.all_tokens("feed-forward input", whole, seq)
+        self.sum("gate and up", "embed", 2 * whole, self.rows * seq, self.local("hidden"), self.narrow)
+        self.sum_tokens("feed-forward output", "hidden", dense, seq)
+        if routing is None:
+            return
+        if routing.shared:
+            self.sum_tokens("shared experts' output", "hidden", layers, seq)
+        if not travels:
+            self.sum_tokens("experts' output", "experts hidden", layers, seq)
+            return
+        rest = [axis for axis in self.strategy.axes("tokens") if axis not in axes] if split else []
+        gathered = math.prod(self.axes[axis] for axis in rest)
+        own = self.rows * seq // self.token_shards(seq)
+        row, per_token = self.config.embed * self.narrow, routing.per_token
+        self.write("all_gather", "feed-forward input", gathered, (layers, own, row))
+        tokens = own * gathered
+        slots = capacity(tokens, per_token, self.config.experts, self.local("experts"))
+        if slots < tokens:
+            varying = self.strategy.axes("experts batch" + " tokens" * split)
+            everywhere = math.prod(self.axes[axis] for axis in varying)
+            self.write("all_reduce", "most tokens from one device to another", everywhere, (layers, 4))
+            self.write(
+                "all_to_all",
+                "experts and shares of tokens",
+                devices,
+                (layers, devices, slots, 2 * per_token, self.wide),
+            )
+            self.write("all_to_all", "tokens to experts and back", devices, (2 * layers, devices, slots, row))
+        else:
+            self.write("all_gather", "tokens of all devices", devices, (layers, tokens, row))
+            self.write("reduce_scatter", "sums for all tokens", devices, (layers, devices, tokens, row))
+        summed = [axis for axis in self.strategy.axes("experts hidden") if axis not in axes]
+        others = math.prod(self.axes[axis] for axis in summed)
+        self.write("all_reduce", "experts' output", others // gathered, (layers, tokens, row))
+        self.write("reduce_scatter", "experts' output", gathered, (layers, tokens, row))
 
     def choice(self, sampler: Sampler):
         """Adds the exchanges of the choice of the next token."""

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 
+from .limits import sent_share
 from .report import Exchange
 
 
@@ -147,8 +148,18 @@ class Program:
                     yield kind.replace("-", "_"), devices, size, times
             else:
                 repeated = times * self._trip_count(one) if one.opcode == "while" else times
-                for called in one.called:
+                for called in self._counted(one):
                     yield from self._collectives(called, repeated)
+
+    def _counted(self, one: Instruction) -> list[str]:
+        """The computations that an instruction runs; of branches that exchange something, the one that sends least."""
+        if one.opcode != "conditional":
+            return one.called
+        sizes = [
+            sum(sent_share(kind, devices) * size * times for kind, devices, size, times in self._collectives(name, 1))
+            for name in one.called
+        ]
+        return [one.called[sizes.index(min(sizes))]] if any(sizes) else one.called
 
     def _trip_count(self, loop: Instruction) -> int:
         """The trip count of a loop: the known one, or the constant in its condition, or 1."""
@@ -168,7 +179,7 @@ class Program:
         sources = [scope[name] for name in one.operands]
         match one.opcode:
             case "call" | "conditional" | "async-start":
-                return sum(self.traffic(called) for called in one.called)
+                return sum(self.traffic(called) for called in self._counted(one))
             case "copy-start":
                 return sum(buffer.bytes for buffer in one.buffers[:2] if buffer.in_hbm)
             case "slice-start" | "dynamic-slice-start":

@@ -32,15 +32,20 @@ def exchange_seconds(chip: Chip, exchange: Exchange) -> float:
     """
     devices = max(exchange.devices, 2)
     lanes = 1 if devices == 2 else 2
-    match exchange.kind:
-        case "all_reduce":
-            passes, moved = 2, 2 * (devices - 1) / devices
-        case "all_gather":
-            passes, moved = 1, devices - 1
-        case "collective_permute":
-            passes, moved = 1, 1
-        case _:
-            passes, moved = 1, (devices - 1) / devices
+    passes = 2 if exchange.kind == "all_reduce" else 1
     hops = 1 if exchange.kind == "collective_permute" else passes * (devices // 2)
     latency = exchange.count * hops * HOP_SECONDS
-    return latency + moved * exchange.bytes / (lanes * chip.link_bandwidth)
+    return latency + sent_share(exchange.kind, devices) * exchange.bytes / (lanes * chip.link_bandwidth)
+
+
+def sent_share(kind: str, devices: int) -> float:
+    """The bytes that a device sends along a ring, relative to those that it puts in."""
+    match kind:
+        case "all_reduce":
+            return 2 * (devices - 1) / devices
+        case "all_gather":
+            return devices - 1
+        case "collective_permute":
+            return 1
+        case _:
+            return (devices - 1) / devices

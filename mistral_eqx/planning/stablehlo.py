@@ -1,6 +1,8 @@
 """What a program exchanges and multiplies as it was written, before XLA compiles it.
 
 A loop whose turns are counted by a constant counts as often as it turns; any other, such as the decoding loop, once.
+Of a conditional that exchanges something, the branch that sends fewer bytes counts: the other one is for tokens that do
+not fit into a buffer.
 """
 
 import math
@@ -10,6 +12,7 @@ from typing import Any
 import jax
 from jax.extend.mlir.dialects import sdy, stablehlo
 
+from .limits import sent_share
 from .report import Exchange
 
 
@@ -24,8 +27,7 @@ def written(lowered: jax.stages.Lowered) -> list[Exchange]:
         kind = operation.name.removeprefix("stablehlo.")
         if kind not in _COLLECTIVES:
             continue
-        devices = 2 if kind == "collective_permute" else group_size(operation.attributes["replica_groups"], symbols)
-        size = sum(_bytes(operand.type) for operand in operation.operands)
+        devices, size = _group(operation, symbols), sum(_bytes(operand.type) for operand in operation.operands)
         if devices > 1:
             count, total = totals.get((kind, devices), (0, 0))
             totals[kind, devices] = count + times, total + times * size
@@ -70,10 +72,15 @@ def _operations(symbols: dict[str, Any]) -> Iterator[tuple[Any, int]]:
     """Each operation, and how often it runs."""
 
     def inside(operation: Any, times: int) -> Iterator[tuple[Any, int]]:
-        for region in operation.regions:
-            for block in region:
-                for one in block:
-                    yield from visit(one.operation, times)
+        found = [
+            [pair for block in region for one in block for pair in visit(one.operation, times)]
+            for region in operation.regions
+        ]
+        if operation.name in ("stablehlo.case", "stablehlo.if"):
+            sizes = [sum(turns * _sent(one, symbols) for one, turns in branch) for branch in found]
+            found = [found[sizes.index(min(sizes))]] if any(sizes) else found
+        for branch in found:
+            yield from branch
 
     def visit(operation: Any, times: int) -> Iterator[tuple[Any, int]]:
         yield operation, times
@@ -95,6 +102,20 @@ def _turns(loop: Any) -> int:
     if getattr(limit.owner, "name", None) != "stablehlo.constant" or not str(limit.type.element_type).startswith("i"):
         return 1
     return limit.owner.attributes["value"].get_splat_value().value
+
+
+def _group(operation: Any, symbols: dict[str, Any]) -> int:
+    is_pair = operation.name == "stablehlo.collective_permute"
+    return 2 if is_pair else group_size(operation.attributes["replica_groups"], symbols)
+
+
+def _sent(operation: Any, symbols: dict[str, Any]) -> float:
+    """The bytes that one device sends in an operation; 0 if it is not an exchange."""
+    kind = operation.name.removeprefix("stablehlo.")
+    if kind not in _COLLECTIVES:
+        return 0
+    size = sum(_bytes(operand.type) for operand in operation.operands)
+    return sent_share(kind, _group(operation, symbols)) * size
 
 
 def _bytes(kind: Any) -> int:

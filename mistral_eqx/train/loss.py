@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..nn import Unembedding, log_likelihood
+from ..nn import RouterSums, Unembedding, log_likelihood
+from ..parallel import Strategy, psum
 from .batch import Batch
 
 
@@ -63,3 +64,37 @@ def loss_sums(
         correct=jnp.sum(weights * found.likeliest.astype(weights.dtype)),
         weight=jnp.sum(weights),
     )
+
+
+class RouterLosses(NamedTuple):
+    """The losses of routers, as means over the tokens of all layers.
+
+    With `E` experts, the fraction `f_e` of tokens that chose an expert, and its mean probability `P_e`:
+
+    **Attributes:**
+
+    - `balance`: `E Σ_e f_e P_e` ([Switch Transformer](https://arxiv.org/abs/2101.03961)). It is the number of experts
+        per token if all experts are chosen alike, and `E` if all tokens choose the same ones.
+    - `z`: the mean of `(log Σ_e exp(score_e))²` ([ST-MoE](https://arxiv.org/abs/2202.08906)).
+    """
+
+    balance: Float[Array, ""]
+    z: Float[Array, ""]
+
+
+def router_losses(sums: RouterSums, share: Float[Array, ""], strategy: Strategy) -> RouterLosses:
+    """This device's terms of the losses of routers: their sum over devices and micro-batches is the loss of the batch.
+
+    The fractions `f_e` are those of one micro-batch, over all devices, and micro-batches count as their tokens.
+
+    **Arguments:**
+
+    - `sums`: the sums over the tokens of this device's rows.
+    - `share`: the tokens of the micro-batch, over all devices, divided by those of the whole batch.
+    - `strategy`: which dimensions are split over which mesh axes.
+    """
+    tokens = jnp.maximum(psum(sums.tokens, "batch", strategy), 1)
+    fractions = psum(sums.chosen, "batch", strategy) / tokens
+    scale = share.astype(tokens.dtype) / tokens
+    balance = len(fractions) * jnp.sum(fractions * sums.probabilities)
+    return RouterLosses(scale * balance, scale * sums.squares)

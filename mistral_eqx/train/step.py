@@ -16,11 +16,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ..checks import Count, NotNegative, Positive, Seed, ShareBelowOne, check_arguments
 from ..errors import InputError
-from ..nn import Gathering, Mistral, Stacked, stack, unstack
+from ..nn import Gathering, Mistral, RouterSums, Stacked, stack, unstack
 from ..parallel import Strategy, psum, psum_varying, shard_index, specs, spmd, vary_alike
 from .batch import Batch
 from .dropout import with_dropout
-from .loss import Sums, loss_sums
+from .loss import RouterLosses, Sums, loss_sums, router_losses
 from .offload import check_host, to_device, to_host
 from .remat import rematerialised
 from .trained import cast_floats, trained
@@ -132,7 +132,7 @@ class TrainState(eqx.Module):
         return self.zero.specs(whole, self.shard_dims()) if self.zero.stage == 3 else whole
 
     def shard_dims(self) -> Stacked:
-        """The index of the dimension along which ZeRO shards each array, or -1."""
+        """How ZeRO shards each array."""
         return self.zero.shard_dims(self.model, self.model.specs(self.strategy), self.model.outer.mesh)
 
 
@@ -145,6 +145,8 @@ class Metrics(NamedTuple):
     - `weight`: the sum of the weights of the tokens.
     - `gradient_norm`: the global norm of the gradients, before clipping.
     - `finite`: whether the loss and the gradient norm were finite; otherwise the step was skipped.
+    - `router_balance`, `router_z`: the [`mistral_eqx.train.RouterLosses`][] of a model with experts, without their
+        weights; otherwise 0.
     """
 
     loss: Float[Array, ""]
@@ -153,8 +155,11 @@ class Metrics(NamedTuple):
     weight: Float[Array, ""]
     gradient_norm: Float[Array, ""]
     finite: Array
+    router_balance: Float[Array, ""]
+    router_z: Float[Array, ""]
 
 
+_Losses = tuple[Sums, RouterLosses | None]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
@@ -167,6 +172,8 @@ def make_step(
     remat: str = "block",
     label_smoothing: ShareBelowOne = 0.0,
     z_loss: NotNegative = 0.0,
+    balance_loss: NotNegative = 0.0,
+    router_z_loss: NotNegative = 0.0,
     seed: Seed = 0,
 ) -> Step:
     """Makes the function of one training step: `state, metrics = step(state, batch)`.
@@ -184,6 +191,8 @@ def make_step(
     - `clip`: the largest global norm of the gradients; larger gradients are scaled down to it.
     - `remat`: the rematerialisation policy; see [`mistral_eqx.train.rematerialised`][].
     - `label_smoothing`, `z_loss`: as for [`mistral_eqx.train.loss_sums`][].
+    - `balance_loss`, `router_z_loss`: the weights of the two [`mistral_eqx.train.RouterLosses`][], which are added to
+        the loss. The config of Mixtral 8x7B has 0.02 for the first; ST-MoE takes 0.01 and 0.001.
     - `seed`: the seed of the dropout of adapters. The dropped entries depend on this seed, the number of the step and
         the batch row alone: they are the same on every mesh, for every `accumulate`, and after a state was saved and
         loaded.
@@ -198,6 +207,8 @@ def make_step(
         remat=remat,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        balance_loss=balance_loss,
+        router_z_loss=router_z_loss,
         seed=seed,
     )
     wrapped = rematerialised(remat)
@@ -210,12 +221,15 @@ def make_step(
         key = jr.fold_in(jr.key(seed, impl="threefry2x32"), state.steps)
         loss = partial(_loss, constants=constants, key=key, gathering=zero.gathering(shard_dims), **options)
         shard_dims = eqx.filter(shard_dims, trained(state.model))
-        gradient, sums = _gradient(loss, weights, batch, strategy, compute_dtype, accumulate, zero, shard_dims)
+        weigh = partial(_weighed, balance_loss=balance_loss, router_z_loss=router_z_loss)
+        gradient, sums, router = _gradient(
+            loss, weigh, weights, batch, strategy, compute_dtype, accumulate, zero, shard_dims
+        )
         if zero.stage in (1, 2):
             # The optimizer updates this device's shards alone.
             weights = zero.own_shards(weights, shard_dims)
         norm = jnp.sqrt(psum_varying([jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient)]))
-        finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(weigh(sums.loss, router)) & jnp.isfinite(norm)
         if clip is not None:
             shrink = jnp.minimum(1, clip / norm)
             gradient = jax.tree.map(lambda leaf: leaf * shrink.astype(leaf.dtype), gradient)
@@ -237,7 +251,10 @@ def make_step(
         )
         means = [total / sums.weight for total in (sums.loss, sums.cross_entropy, sums.correct)]
         loss, cross_entropy, accuracy = means
-        return eqx.filter(state, eqx.is_array), Metrics(loss, cross_entropy, accuracy, sums.weight, norm, finite)
+        own = (weigh(loss, router), cross_entropy, accuracy, sums.weight, norm, finite)
+        zero_loss = jnp.zeros((), jnp.float32)
+        metrics = Metrics(*own, *(RouterLosses(zero_loss, zero_loss) if router is None else router))
+        return eqx.filter(state, eqx.is_array), metrics
 
     @partial(eqx.filter_jit, donate="all-except-first")
     def compiled(batch: Batch, state: TrainState) -> tuple[TrainState, Metrics]:
@@ -246,6 +263,11 @@ def make_step(
             raise InputError(
                 "ZeRO 3 gathers the weights of a layer again for the backward pass, and remat='none' would keep them; "
                 "take 'block' or 'dots'."
+            )
+        if (balance_loss or router_z_loss) and state.model.outer.config.routing is None:
+            raise InputError(
+                "The model has no experts, so balance_loss and router_z_loss have no effect; leave them at 0.",
+                key="balance_loss" if balance_loss else "router_z_loss",
             )
         state_specs, batch_spec = state.specs(optimizer), strategy.spec("batch")
         run = partial(on_device, shard_dims=state.shard_dims())
@@ -276,14 +298,25 @@ def _loss(
     wrapped: Callable[..., Any],
     label_smoothing: float,
     z_loss: float,
-) -> Sums:
+) -> tuple[Sums, RouterSums | None]:
     model = with_dropout(eqx.combine(weights, constants), key, rows)
-    hidden = model.hidden(batch.inputs, batch.positions, batch.span, wrapped=wrapped, gathering=gathering)
-    return loss_sums(model.head(gathering), hidden, batch, label_smoothing=label_smoothing, z_loss=z_loss)
+    hidden, routed = model.hidden_and_router_sums(
+        batch.inputs, batch.positions, batch.span, wrapped=wrapped, gathering=gathering
+    )
+    head = model.head(gathering)
+    return loss_sums(head, hidden, batch, label_smoothing=label_smoothing, z_loss=z_loss), routed
+
+
+def _weighed(loss: Array, router: RouterLosses | None, *, balance_loss: float, router_z_loss: float) -> Array:
+    """The loss with the losses of routers."""
+    if router is None or not (balance_loss or router_z_loss):
+        return loss
+    return loss + (balance_loss * router.balance + router_z_loss * router.z).astype(loss.dtype)
 
 
 def _gradient(
-    loss: Callable[[Stacked, Batch, Int[Array, " batch"]], Sums],
+    loss: Callable[[Stacked, Batch, Int[Array, " batch"]], tuple[Sums, RouterSums | None]],
+    weigh: Callable[[Array, RouterLosses | None], Array],
     weights: Stacked,
     batch: Batch,
     strategy: Strategy,
@@ -291,27 +324,30 @@ def _gradient(
     accumulate: int,
     zero: Zero,
     shard_dims: Stacked,
-) -> tuple[Stacked, Sums]:
-    """The gradient of the mean loss over the whole batch, in the precision of the master weights; and the sums.
+) -> tuple[Stacked, Sums, RouterLosses | None]:
+    """The gradient of the mean loss over the whole batch, in the precision of the master weights; and the losses.
 
     Where weights or their updates are sharded, each device gets its shard of the gradient.
     """
     # Dividing by the total weight makes micro-batches of unequal weight add up to the mean of the batch.
-    total = psum(jnp.sum(batch.weights), "batch", strategy)
+    total, tokens = psum(jnp.sum(batch.weights), "batch", strategy), _tokens(batch, strategy)
     # Each device takes the gradient of its own rows; the devices add them up once, in the master weights' precision.
-    varying = weights if zero.stage == 3 else zero.vary(weights)
+    varying = weights if zero.stage == 3 else zero.vary(weights, shard_dims)
     light = varying if compute_dtype is None else cast_floats(varying, compute_dtype)
 
-    def mean(light: Stacked, micro_batch: tuple[Batch, Array]) -> tuple[Float[Array, ""], Sums]:
-        sums = loss(light, *micro_batch)
-        return sums.loss / total.astype(sums.loss.dtype), sums
+    def mean(light: Stacked, micro_batch: tuple[Batch, Array]) -> tuple[Float[Array, ""], _Losses]:
+        sums, routed = loss(light, *micro_batch)
+        router = None
+        if routed is not None:
+            router = router_losses(routed, _tokens(micro_batch[0], strategy) / tokens, strategy)
+        return weigh(sums.loss / total.astype(sums.loss.dtype), router), (sums, router)
 
-    def add(so_far: tuple[Stacked, Sums], micro_batch: tuple[Batch, Array]) -> tuple[tuple[Stacked, Sums], None]:
-        gradient, sums = jax.grad(mean, has_aux=True)(light, micro_batch)
+    def add(so_far: tuple[Stacked, _Losses], micro_batch: tuple[Batch, Array]) -> tuple[tuple[Stacked, _Losses], None]:
+        gradient, losses = jax.grad(mean, has_aux=True)(light, micro_batch)
         gradient = jax.tree.map(lambda leaf, weight: leaf.astype(weight.dtype), gradient, weights)
         if zero.stage == 2:
             gradient = zero.scatter(gradient, shard_dims)
-        return jax.tree.map(jnp.add, so_far, (gradient, sums)), None
+        return jax.tree.map(jnp.add, so_far, (gradient, losses)), None
 
     count = batch.inputs.shape[0]
     rows = shard_index("batch", strategy)[0] * count + jnp.arange(count, dtype=jnp.int32)
@@ -324,12 +360,17 @@ def _gradient(
         jax.tree.map(lambda leaf: vary_alike(jnp.zeros_like(leaf), leaf)[0], like),
         jax.tree.map(lambda sum: vary_alike(jnp.zeros(sum.shape, sum.dtype), jnp.asarray(batch.weights))[0], shapes),
     )
-    (gradient, sums), _ = lax.scan(add, start, micro_batches)
+    (gradient, losses), _ = lax.scan(add, start, micro_batches)
     if zero.stage < 2:
-        gradient = zero.sum(gradient)
+        gradient = zero.sum(gradient, shard_dims)
     if zero.stage == 1:
         gradient = zero.own_shards(gradient, shard_dims)
-    return gradient, jax.tree.map(lambda sum: psum(sum, "batch", strategy), sums)
+    return gradient, *jax.tree.map(lambda sum: psum(sum, "batch", strategy), losses)
+
+
+def _tokens(batch: Batch, strategy: Strategy) -> Float[Array, ""]:
+    """The tokens of all devices' rows without padding, or 1 if there are none."""
+    return jnp.maximum(psum(jnp.sum((batch.positions >= 0).astype(jnp.float32)), "batch", strategy), 1)
 
 
 def _for_update(state: TrainState) -> TrainState:

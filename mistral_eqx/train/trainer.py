@@ -54,8 +54,8 @@ class Trainer:
 
     **Arguments:**
 
-    - `optimizer`, `compute_dtype`, `accumulate`, `clip`, `remat`, `label_smoothing`, `z_loss`, `seed`: as for
-        [`mistral_eqx.train.make_step`][].
+    - `optimizer`, `compute_dtype`, `accumulate`, `clip`, `remat`, `label_smoothing`, `z_loss`, `balance_loss`,
+        `router_z_loss`, `seed`: as for [`mistral_eqx.train.make_step`][].
     - `dtype`, `zero`, `offload`: as for [`mistral_eqx.train.TrainState`][]'s `init`.
     - `checkpoint_dir`: the run's folder, for checkpoints, `training.csv` and `evaluation.csv`. It needs the extra
         `train`. Without it nothing is written, and an interrupted run cannot continue.
@@ -79,6 +79,8 @@ class Trainer:
     remat: str = "block"
     label_smoothing: ShareBelowOne = 0.0
     z_loss: NotNegative = 0.0
+    balance_loss: NotNegative = 0.0
+    router_z_loss: NotNegative = 0.0
     dtype: DTypeLike = jnp.float32
     zero: int = 0
     offload: bool = False
@@ -297,6 +299,8 @@ class Trainer:
             remat=self.remat,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
+            balance_loss=self.balance_loss,
+            router_z_loss=self.router_z_loss,
             seed=self.seed,
         )
 
@@ -306,6 +310,8 @@ _CHECKED = (
     "clip",
     "label_smoothing",
     "z_loss",
+    "balance_loss",
+    "router_z_loss",
     "seed",
     "save_every",
     "keep",
@@ -346,7 +352,8 @@ class _Clock:
 
 
 def _floats(metrics: Metrics, state: TrainState) -> dict[str, float]:
-    names = ("loss", "cross_entropy", "accuracy", "gradient_norm")
+    of_routers = () if state.model.outer.config.routing is None else ("router_balance", "router_z")
+    names = ("loss", "cross_entropy", "accuracy", "gradient_norm", *of_routers)
     floats = {name: float(getattr(metrics, name)) for name in names}
     return floats | {"skipped": float(state.skipped)}
 

@@ -1,0 +1,50 @@
+"""What routers do with a batch, from which training computes its losses of routers."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from .experts import Router
+
+
+class RouterSums(NamedTuple):
+    """Sums over tokens and over layers, in the precision of the router's scores.
+
+    **Attributes:**
+
+    - `tokens`: the number of tokens.
+    - `chosen`: the number of tokens that chose each expert; no gradient passes.
+    - `probabilities`: the probabilities of each expert.
+    - `squares`: the squares of `log Σ exp(score)`.
+    """
+
+    tokens: Float[Array, "..."]
+    chosen: Float[Array, "... routes"]
+    probabilities: Float[Array, "... routes"]
+    squares: Float[Array, "..."]
+
+
+def router_sums(
+    router: Router, x: Float[Array, "batch tokens embed"], counted: Bool[Array, "batch tokens"]
+) -> RouterSums:
+    """The sums of one layer.
+
+    **Arguments:**
+
+    - `router`: the router of the layer.
+    - `x`: the router's input.
+    - `counted`: which tokens count.
+    """
+    scores = router.weight.contract(x, "embed", "routes")
+    routes = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    experts, _ = router(x)
+    is_chosen = jnp.any(experts[..., None] == routes[None, None, None], axis=2)
+    weights = counted.astype(scores.dtype)
+    return RouterSums(
+        tokens=jnp.sum(weights),
+        chosen=jnp.sum(weights[..., None] * is_chosen.astype(scores.dtype), axis=(0, 1)),
+        probabilities=jnp.sum(weights[..., None] * jax.nn.softmax(scores), axis=(0, 1)),
+        squares=jnp.sum(weights * jax.nn.logsumexp(scores, axis=-1) ** 2),
+    )
