@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from fixtures.checkpoint import TINY
-from fixtures.model import small_model
+from fixtures.model import relative_error, run, small_model
 from fixtures.text import tiny as vocabularies
 from safetensors.numpy import load_file, save_file
 
@@ -141,7 +141,7 @@ def test_gguf_stacks_experts(worded, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("type", ["Q8_0", "F16", "Q4_K_M"])
-def test_quantized_experts_of_a_gguf_file_are_expanded(type, worded, tokenizer, tmp_path):
+def test_quantized_experts_of_a_gguf_file_keep_their_blocks(type, worded, tokenizer, tmp_path):
     path = tmp_path / "model.gguf"
     mx.save(worded, path, format="gguf", type=type, tokenizer=tokenizer)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
@@ -149,7 +149,32 @@ def test_quantized_experts_of_a_gguf_file_are_expanded(type, worded, tokenizer, 
     tensor = tensors["blk.1.ffn_up_exps.weight"]
     assert tensor.tensor_type.name != "F32"
     expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(3, 64, 32)
-    np.testing.assert_array_equal(mx.load(path).blocks[1].feed_forward.up_proj.weight.value, expected)
+    loaded = mx.load(path)
+    weight = loaded.blocks[1].feed_forward.up_proj.weight
+    assert weight.format == tensor.tensor_type.name
+    assert weight.blocks.nbytes == tensor.n_bytes
+    np.testing.assert_array_equal(weight.dense(), expected)
+    # The error of float32. An expert with fewer than 16 rows rounds activations to 16 bits.
+    ids = np.random.default_rng(0).integers(0, worded.config.vocab, (2, 24)).astype(np.int32)
+    dense, _ = run(mx.load(path, dtype="float32"), ids)
+    found, _ = run(loaded, ids)
+    assert relative_error(found, dense) < (2e-5 if type == "F16" else 1e-4)
+    # Written again, the blocks are those of the file.
+    mx.save(loaded, tmp_path / "again.gguf", format="gguf", tokenizer=tokenizer)
+    again = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "again.gguf").tensors}
+    np.testing.assert_array_equal(again["blk.1.ffn_up_exps.weight"].data, tensor.data)
+
+
+def test_blocks_of_experts_on_a_mesh(worded, tokenizer, tmp_path):
+    path, ids = tmp_path / "model.gguf", np.arange(48, dtype=np.int32).reshape(2, 24)
+    mx.save(worded, path, format="gguf", type="Q8_0", tokenizer=tokenizer)
+    expected, _ = run(mx.load(path), ids)
+    for layout, axes, own in (("experts@ep", "ep=3", 1), ("experts@ep hidden@tp", "ep=3,tp=2", 1)):
+        split = mx.load(path, mesh=mx.make_mesh(axes), strategy=mx.Strategy(layout))
+        blocks = split.blocks[0].feed_forward.down_proj.weight.blocks
+        assert {shard.data.shape[0] for shard in blocks.addressable_shards} == {own}
+        # Groups are as large as on one device; each device sums its own terms in float32.
+        assert relative_error(eqx.filter_jit(split)(ids), expected) < 1e-5
 
 
 HF = hf.write_config(ROUTED)

@@ -10,7 +10,10 @@ from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
 from .names import LayerSpec, layer_specs
-from .reader import LazyTensor
+from .reader import LazyTensor, Packed
+
+
+Runs = Sequence[tuple[LazyTensor, int, int]]
 
 
 class RowsTensor(LazyTensor):
@@ -23,12 +26,15 @@ class RowsTensor(LazyTensor):
         axes are those of its matrices, one after the other.
     """
 
-    def __init__(self, name: str, runs: Sequence[tuple[LazyTensor, int, int]]):
+    def __init__(self, name: str, runs: Runs):
         tensor = runs[0][0]
-        shape = sum(count for *_, count in runs), tensor.shape[-1]
-        nbytes = sum(each.nbytes * count // math.prod(each.shape[:-1]) for each, _, count in runs)
+        shape = sum(count for *_, count in runs), *tensor.shape[1:][-1:]
+        nbytes = sum(
+            each.nbytes * count // math.prod(each.shape[: max(1, len(each.shape) - 1)]) for each, _, count in runs
+        )
         super().__init__(name, shape, tensor.dtype, tensor.stored, nbytes)
         self._runs = runs
+        self.packed = _packed(name, runs)
 
     def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
         found, first = [], 0
@@ -40,9 +46,40 @@ class RowsTensor(LazyTensor):
         return found[0] if len(found) == 1 else np.concatenate(found)
 
 
+class _Constant(LazyTensor):
+    """A scale for each row of a weight that has one scale."""
+
+    def __init__(self, name: str, rows: int, value: float):
+        super().__init__(name, (rows,), np.dtype(np.float32), "F32", 0)
+        self._value = value
+
+    def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
+        return np.full(stop - start, self._value, np.float32)
+
+
+def _packed(name: str, runs: Runs) -> Packed | None:
+    """The blocks of all runs, if all have the same format and none has sorted inputs."""
+    found = [(tensor.packed, *bounds) for tensor, *bounds in runs]
+    if len({None if packed is None or packed.order is not None else packed.format for packed, *_ in found}) > 1:
+        return None
+    if found[0][0] is None or found[0][0].order is not None:
+        return None
+    blocks = RowsTensor(name, [(packed.blocks, *bounds) for packed, *bounds in found])
+    if all(packed.scale is None for packed, *_ in found):
+        return Packed(found[0][0].format, blocks)
+    scales = [
+        packed.scale
+        if isinstance(packed.scale, LazyTensor)
+        else _Constant(name, packed.blocks.shape[0], 1.0 if packed.scale is None else packed.scale)
+        for packed, *_ in found
+    ]
+    scale = RowsTensor(name, [(one, *bounds) for one, (_, *bounds) in zip(scales, found, strict=True)])
+    return Packed(found[0][0].format, blocks, scale)
+
+
 def _rows(tensor: LazyTensor, start: int, stop: int, columns: np.ndarray | None) -> np.ndarray:
     """Rows of a matrix, or of the matrices of a tensor with three axes."""
-    if len(tensor.shape) == 2:
+    if len(tensor.shape) < 3:
         return tensor.rows(start, stop, columns)
     size = tensor.shape[1]
     first = start // size

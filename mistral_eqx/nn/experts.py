@@ -8,9 +8,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ..parallel import SINGLE, AbstractNamed, Strategy, psum_tokens, shard_index, vary_alike
-from .kernels import contract_grouped
 from .linear import LINEAR
-from .weight import AbstractWeight, DenseWeight
+from .weight import AbstractWeight
 
 
 class Router(AbstractNamed):
@@ -46,11 +45,11 @@ class ExpertLinear(AbstractNamed):
 
     **Attributes:**
 
-    - `weight`: the maps of all experts, shape `(experts, *out, *in)`.
+    - `weight`: the maps of all experts, shape `(experts, *out, *in)`, in any storage format that has grouped products.
     - `in_dims`, `out_dims`: the names of the contracted and of the resulting dimension.
     """
 
-    weight: DenseWeight
+    weight: AbstractWeight
     in_dims: str = eqx.field(static=True)
     out_dims: str = eqx.field(static=True)
 
@@ -64,7 +63,7 @@ class ExpertLinear(AbstractNamed):
 
         **Returns:** the results, in float32 for 16-bit activations.
         """
-        return contract_grouped(self.weight.value, x, sizes)
+        return self.weight.contract_grouped(x, sizes)
 
     def array_dims(self) -> dict[str, str]:
         dims = self.weight.dims(self.in_dims, f"experts {self.out_dims}")

@@ -10,7 +10,8 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .kernels import contract, rows
+from ..errors import InputError
+from .kernels import contract, contract_grouped, rows
 
 
 class AbstractWeight(eqx.Module):
@@ -47,6 +48,20 @@ class AbstractWeight(eqx.Module):
         """
         return [weight.contract(x, in_dims, dims) for weight, dims in zip(weights, out_dims, strict=True)]
 
+    def contract_grouped(self, x: Float[Array, "rows in"], sizes: Int[Array, "groups"]) -> Float[Array, "rows out"]:
+        """Applies one of stacked maps of shape `(groups, out, in)` to each group of rows, and reads no other.
+
+        **Arguments:**
+
+        - `x`: activations, group after group.
+        - `sizes`: the number of rows of each group. Results of rows after the last group are arbitrary.
+
+        **Returns:** the results, in the precision of the sum.
+
+        **Raises:** `ValueError` if the format has no such product.
+        """
+        raise InputError(f"A {type(self).__name__} cannot hold the weights of experts; quantize them another way.")
+
     @abc.abstractmethod
     def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
         """Looks up rows by their index in the first dimension, as an embedding does."""
@@ -79,6 +94,9 @@ class DenseWeight(AbstractWeight):
 
     def contract(self, x: Float[Array, "batch seq *in"], in_dims: str, out_dims: str) -> Float[Array, "batch seq *out"]:
         return contract(self.value, x, len(in_dims.split()))
+
+    def contract_grouped(self, x: Float[Array, "rows in"], sizes: Int[Array, "groups"]) -> Float[Array, "rows out"]:
+        return contract_grouped(self.value, x, sizes)
 
     def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
         return rows(self.value, ids)
