@@ -10,7 +10,7 @@ from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
 from .names import LayerSpec, layer_specs
-from .reader import LazyTensor, Packed
+from .reader import LazyTensor, Packed, matrix_rows
 
 
 Runs = Sequence[tuple[LazyTensor, int, int]]
@@ -41,7 +41,7 @@ class RowsTensor(LazyTensor):
         for tensor, offset, count in self._runs:
             low, high = max(start - first, 0), min(stop - first, count)
             if low < high:
-                found.append(_rows(tensor, offset + low, offset + high, columns).astype(self.dtype, copy=False))
+                found.append(matrix_rows(tensor, offset + low, offset + high, columns).astype(self.dtype, copy=False))
             first += count
         return found[0] if len(found) == 1 else np.concatenate(found)
 
@@ -75,17 +75,6 @@ def _packed(name: str, runs: Runs) -> Packed | None:
     ]
     scale = RowsTensor(name, [(one, *bounds) for one, (_, *bounds) in zip(scales, found, strict=True)])
     return Packed(found[0][0].format, blocks, scale)
-
-
-def _rows(tensor: LazyTensor, start: int, stop: int, columns: np.ndarray | None) -> np.ndarray:
-    """Rows of a matrix, or of the matrices of a tensor with three axes."""
-    if len(tensor.shape) < 3:
-        return tensor.rows(start, stop, columns)
-    size = tensor.shape[1]
-    first = start // size
-    whole = tensor.rows(first, -(-stop // size)).reshape(-1, tensor.shape[-1])
-    whole = whole[start - first * size : stop - first * size]
-    return whole if columns is None else whole[:, columns]
 
 
 def join_experts(

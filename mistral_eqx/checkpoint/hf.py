@@ -330,11 +330,12 @@ def _routing(document: Settings, defaults: Mapping[str, Any]) -> Routing | None:
     experts, per_token = (
         document.take(key, Size, defaults[key]) for key in ("num_local_experts", "num_experts_per_tok")
     )
-    if document.take("quantization_config", dict[str, Any] | None, None):
+    method = (document.take("quantization_config", dict[str, Any] | None, None) or {}).get("quant_method", "fp8")
+    if method != "fp8":
         raise document.wrong(
             "quantization_config",
-            f"{document.name} is of a quantized model with experts, which is not supported; use a checkpoint in "
-            "floats.",
+            f"{document.name} is of a model with experts quantized by {shown(method)}, which is not supported; use a "
+            "checkpoint in floats or FP8, or a GGUF file.",
         )
     return read_routing(document, experts, per_token, "num_experts_per_tok")
 

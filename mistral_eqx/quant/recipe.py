@@ -18,7 +18,7 @@ from ..checks import checked
 from ..config import MistralConfig
 from ..errors import InputError
 from ..nn import DenseWeight, Mistral
-from ..nn.layers import AdaptableLayer, adaptable_layers, dims_of, map_layers
+from ..nn.layers import QuantizableLayer, dims_of, map_quantizable, quantizable_layers
 from ..parallel import shard
 from .activations import RoundedActivations
 from .blocks import BlockWeight
@@ -68,7 +68,7 @@ def quantize(
     no layer fits it; and what is wrong with the calibration.
     """
     checked(model, Mistral, "model")
-    layers = adaptable_layers(model)
+    layers = quantizable_layers(model)
     chosen = chosen_schemes(scheme, list(layers), model.config)
     for path in chosen:
         if not isinstance(layers[path].weight, DenseWeight | QUANTIZED):
@@ -89,7 +89,7 @@ def quantize(
         if progress is not None:
             progress(done, len(chosen))
 
-    def quantized(path: str, layer: AdaptableLayer) -> AdaptableLayer:
+    def quantized(path: str, layer: QuantizableLayer) -> QuantizableLayer:
         if path not in alone:
             return layer
         described = Layer.of(path, dims_of(layer)[1], model.mesh, model.strategy)
@@ -97,7 +97,7 @@ def quantize(
         count()
         return dataclasses.replace(layer, weight=weight)
 
-    result = map_layers(quantized, model)
+    result = map_quantizable(quantized, model)
     if ids is not None:
         return quantize_blocks(result, in_blocks, ids, count)
     return result if model.mesh is None else shard(result, model.mesh, model.strategy)
@@ -133,9 +133,9 @@ def quantized_shapes(model: Mistral, scheme: Recipe, mesh: Mesh | AbstractMesh |
 
     **Raises:** `ValueError` as `quantize` does.
     """
-    chosen = uncalibrated(chosen_schemes(scheme, list(adaptable_layers(model)), model.config))
+    chosen = uncalibrated(chosen_schemes(scheme, list(quantizable_layers(model)), model.config))
 
-    def quantized(path: str, layer: AdaptableLayer) -> AdaptableLayer:
+    def quantized(path: str, layer: QuantizableLayer) -> QuantizableLayer:
         if path not in chosen:
             return layer
         _, out_dims = dims_of(layer)
@@ -143,7 +143,7 @@ def quantized_shapes(model: Mistral, scheme: Recipe, mesh: Mesh | AbstractMesh |
         shape, described = layer.weight.value.shape, Layer.on(platform, path, out_dims, mesh, model.strategy)
         return dataclasses.replace(layer, weight=eqx.filter_eval_shape(lambda: chosen[path].zeros(shape, described)))
 
-    return map_layers(quantized, model)
+    return map_quantizable(quantized, model)
 
 
 def dequantize(model: Mistral, dtype: DTypeLike | None = None) -> Mistral:
@@ -175,12 +175,6 @@ def chosen_schemes(recipe: Recipe, paths: Sequence[str], config: MistralConfig) 
 
     **Raises:** `ValueError` that names the pattern, if no layer fits it or its scheme is none.
     """
-    if config.routing is not None:
-        raise InputError(
-            "The model has experts, whose weights cannot be quantized yet; leave it in floats, or write it as a GGUF "
-            "file with type='Q8_0'.",
-            key="scheme",
-        )
     if isinstance(recipe, AnyScheme):
         recipe = {"blocks.*": recipe}
     remedy = "such as {'blocks.*': mx.NF4()}"
@@ -205,6 +199,13 @@ def chosen_schemes(recipe: Recipe, paths: Sequence[str], config: MistralConfig) 
             scheme = GGUF(mixed_type(scheme.type, path, config))
         if scheme is not None:
             chosen[path] = scheme
+        of_experts = config.routing is not None and ".feed_forward." in path
+        if of_experts and (isinstance(scheme, AbstractCalibratedScheme) or getattr(scheme, "activations", None)):
+            raise InputError(
+                f"{path} has experts, whose weights {scheme} does not quantize, because it rounds activations or needs "
+                "a calibration; give experts another scheme, as in {'*.feed_forward.*': mx.NF4(), ...}.",
+                key="scheme",
+            )
     return chosen
 
 
