@@ -38,7 +38,7 @@ class ScaledWeight(AbstractWeight):
     def contract_grouped(self, x: Float[Array, "rows in"], sizes: Int[Array, "groups"]) -> Float[Array, "rows out"]:
         own, of_rows = x, self
         if self.by == "column":
-            own = x * self.scale.astype(x.dtype)
+            own = x * _at_end(self.scale, x.ndim).astype(x.dtype)
         elif self.by == "row":
             # Each row of activations has the scales of its group's outputs.
             group = group_of_rows(sizes, len(x))
