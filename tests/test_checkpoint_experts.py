@@ -143,7 +143,7 @@ def test_gguf_stacks_experts(worded, tokenizer, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("type", ["Q8_0", "F16", "Q4_K_M"])
+@pytest.mark.parametrize("type", ["Q8_0", "F16", pytest.param("Q4_K_M", marks=pytest.mark.slow)])
 def test_quantized_experts_of_a_gguf_file_keep_their_blocks(type, worded, tokenizer, tmp_path):
     path = tmp_path / "model.gguf"
     mx.save(worded, path, format="gguf", type=type, tokenizer=tokenizer)

@@ -59,21 +59,23 @@ class _Constant(LazyTensor):
 
 def _packed(name: str, runs: Runs) -> Packed | None:
     """The blocks of all runs, if all have the same format and none has sorted inputs."""
-    found = [(tensor.packed, *bounds) for tensor, *bounds in runs]
-    if len({None if packed is None or packed.order is not None else packed.format for packed, *_ in found}) > 1:
-        return None
-    if found[0][0] is None or found[0][0].order is not None:
-        return None
-    blocks = RowsTensor(name, [(packed.blocks, *bounds) for packed, *bounds in found])
-    if all(packed.scale is None for packed, *_ in found):
-        return Packed(found[0][0].format, blocks)
-    scales = [
-        packed.scale
-        if isinstance(packed.scale, LazyTensor)
-        else _Constant(name, packed.blocks.shape[0], 1.0 if packed.scale is None else packed.scale)
-        for packed, *_ in found
+    found = [
+        (tensor.packed, first, count)
+        for tensor, first, count in runs
+        if tensor.packed is not None and tensor.packed.order is None
     ]
-    scale = RowsTensor(name, [(one, *bounds) for one, (_, *bounds) in zip(scales, found, strict=True)])
+    if len(found) < len(runs) or len({packed.format for packed, *_ in found}) > 1:
+        return None
+
+    def scale_of(packed: Packed) -> LazyTensor:
+        if isinstance(packed.scale, LazyTensor):
+            return packed.scale
+        return _Constant(name, packed.blocks.shape[0], 1.0 if packed.scale is None else packed.scale)
+
+    blocks = RowsTensor(name, [(packed.blocks, first, count) for packed, first, count in found])
+    scale = None
+    if any(packed.scale is not None for packed, *_ in found):
+        scale = RowsTensor(name, [(scale_of(packed), first, count) for packed, first, count in found])
     return Packed(found[0][0].format, blocks, scale)
 
 
