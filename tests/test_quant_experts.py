@@ -85,3 +85,13 @@ def test_quantized_when_loaded_is_quantized_after_loading(tmp_path):
         *(jax.tree.leaves(eqx.filter(each, eqx.is_array)) for each in (found, expected)), strict=True
     ):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_other_layers_may_be_calibrated():
+    model, ids = small_model(config=ROUTED), np.random.default_rng(0).integers(0, 80, (4, 32))
+    recipe = {"*.feed_forward.*": mx.NF4(32), "*.q_proj": mx.GPTQ(group_size=32)}
+    layer = mx.quantize(model, recipe, calibration=ids).blocks[1]
+    assert (layer.feed_forward.up_proj.weight.format, layer.attention.q_proj.weight.format) == ("NF4/32", "INT4/32")
+    with pytest.raises(mx.InputError, match=r"has experts, whose weights GPTQ.* does not quantize"):
+        mx.quantize(model, mx.GPTQ(group_size=32), calibration=ids)

@@ -17,7 +17,7 @@ from ..arguments import float_dtype
 from ..checks import checked
 from ..config import MistralConfig
 from ..errors import InputError
-from ..nn import DenseWeight, Mistral
+from ..nn import DenseWeight, ExpertLinear, Mistral
 from ..nn.layers import QuantizableLayer, dims_of, map_quantizable, quantizable_layers
 from ..parallel import shard
 from .activations import RoundedActivations
@@ -79,6 +79,8 @@ def quantize(
     in_blocks, ids = {}, None
     if calibration is not None:
         in_blocks = {path: one for path, one in chosen.items() if path.startswith("blocks.")}
+        # Experts have no calibrated scheme, and need not wait for the blocks before theirs.
+        in_blocks = {path: one for path, one in in_blocks.items() if not isinstance(layers[path], ExpertLinear)}
         ids = _checked_calibration(model, calibration, in_blocks)
     alone = uncalibrated({path: one for path, one in chosen.items() if path not in in_blocks})
     done = 0
