@@ -97,9 +97,7 @@ def invariance(session: nox.Session):
 def gptq(session: nox.Session):
     """GPTQ on every linear layer of SmolLM2, each with less error than rounding to nearest; takes some minutes."""
     install(session, "test")
-    session.run(
-        "pytest", "tests/test_quant_gptq.py", "-m", "slow", *PLAIN, *session.posargs, env={"GPTQ_BLOCKS": "30"}
-    )
+    session.run("pytest", "tests/test_quant_gptq.py", "-m", "slow", *PLAIN, *session.posargs, env={"GPTQ_BLOCKS": "30"})
 
 
 @nox.session

@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 SCRIPTS = (
-    *("peers", "packed", "bandwidth", "first_token", "batch", "long_prompt", "perplexity", "beam", "train"),
+    *("peers", "packed", "bandwidth", "first_token", "experts", "batch", "long_prompt", "perplexity", "beam", "train"),
     "quantization",
 )
 

@@ -1,127 +1,165 @@
-"""Experts on several devices: do all devices see all tokens, or do tokens travel to their experts?
+"""What does a mixture of experts cost beside a dense model of the same active weights?
 
-    python benchmarks/experts.py [--json experts.json] [--write]
+Random models: one has 8 experts of which each token takes 2, the other a feed-forward layer as wide as these 2
+together. The script measures decoding of both in several types of a GGUF file, in quantized types also with llama.cpp
+on the same file, and the first token after a prompt of 512 tokens in float32, here and with transformers.
 
-One layer of experts computes the same tokens on eight virtual devices in four ways:
+    python benchmarks/experts.py --json experts.json
+    python benchmarks/experts.py --write
 
-- *all tokens*: every device has all tokens and computes its own experts; one psum adds the sums.
-- *parts of experts*: every device has all tokens and an eighth of every expert; one psum.
-- *gathered*: tokens and experts are split over the same axis; each device gathers all tokens, and sums are scattered.
-- *all_to_all*: tokens and experts are split over the same axis; tokens travel to their experts and back.
-
-Two cores stand behind all devices, so that seconds say only what a way costs in operations; what a device sends carries
-over to real chips. `even` tokens choose all experts alike, `alike` tokens the same ones, which exceed the buffers.
+The second puts the table into the README beside this file. transformers (with torch) and llama-cpp-python take part
+if they are installed. Each measurement is in a process of its own, once a round; run nothing beside it. With the
+default sizes it needs 5 GB in the temporary folder (`--folder` names another), and 3 GB of memory.
 """
 
-import argparse
 import dataclasses
-import json
+import functools
+import operator
 import statistics
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
-import jax
-import jax.random as jr
-from rounds import positive, table, timed, write
+import long_prompt
+import peers
+from rounds import (
+    MODEL,
+    REFERENCE,
+    TIMES,
+    Weights,
+    find_left_out,
+    footnote,
+    how_often,
+    in_own_process,
+    in_rounds,
+    keep,
+    llama_cpp_notes,
+    make_report,
+    new_tokens_option,
+    options,
+    pooled,
+    positive,
+    prompt_ids,
+    spread,
+    table,
+    use_cpu,
+)
 
-import mistral_eqx as mx
-from mistral_eqx.nn import Experts, expert_exchange
-from mistral_eqx.parallel import specs, spmd, with_strategy
-from mistral_eqx.planning.limits import sent_share
-from mistral_eqx.planning.stablehlo import written
+
+TYPES = ("F32", "BF16", "Q4_1", "Q8_0")
+FLOATS = ("F32", "BF16")
+EXPERTS, PER_TOKEN = 8, 2
+PREFILLS = {REFERENCE: "transformers", "mistral_eqx float32": "mistral_eqx"}
 
 
-DEVICES, SEQ, EMBED, HIDDEN = 8, 512, 256, 512
-WAYS = {
-    "all tokens": "experts@dp",
-    "parts of experts": "hidden@dp",
-    "gathered": "batch@dp experts@dp",
-    "all_to_all": "batch@dp experts@dp",
-}
-ROUTINGS = (mx.Routing(experts=8, per_token=2), mx.Routing(experts=64, per_token=4))
+def write_files(folder: Path, types: list[str], layers: int, embed: int, hidden: int) -> dict[str, dict[str, Path]]:
+    """Of each type the file of a model with experts and of a dense one; and the first in float32 for transformers."""
+    from random_gguf import write_random
 
+    import mistral_eqx as mx
 
-def layer(routing: mx.Routing) -> Experts:
-    """Experts with random weights."""
-    config = dataclasses.replace(
-        mx.PRESETS["8x7b"], vocab=16, embed=EMBED, hidden=HIDDEN, layers=1, windows=(None,), routing=routing
+    tokenizer = mx.load_tokenizer(MODEL)
+    base = dataclasses.replace(
+        mx.PRESETS["8x7b"],
+        vocab=tokenizer.vocab,
+        embed=embed,
+        hidden=hidden,
+        layers=layers,
+        windows=(None,) * layers,
+        kv_heads=max(1, embed // 512),
+        q_per_kv=4,
+        head_dim=128,
+        tied=True,
+        routing=mx.Routing(EXPERTS, PER_TOKEN),
     )
-    found = mx.Mistral.init(config, key=jr.key(0)).blocks[0].feed_forward
-    assert isinstance(found, Experts)
-    return found
+    configs = {"experts": base, "dense": dataclasses.replace(base, hidden=PER_TOKEN * hidden, routing=None)}
+    files: dict[str, dict[str, Path]] = {}
+    for type in dict.fromkeys([*types, "F32"]):
+        files[type] = {kind: folder / f"{kind}-{type}.gguf" for kind in configs}
+        for kind, config in configs.items():
+            write_random(files[type][kind], config, type, tokenizer)
+    mx.save(mx.load(files["F32"]["experts"]), folder / "float32")
+    return files
 
 
-def runs(repetitions: int) -> Iterator[dict[str, Any]]:
-    """Each way with each routing and kind of tokens, and with few tokens as in a decoding step."""
-    mesh = mx.make_mesh({"dp": DEVICES})
-    for routing in ROUTINGS:
-        whole = layer(routing)
-        for seq, kind in ((SEQ, "even"), (SEQ, "alike"), (1, "even")):
-            x = jr.normal(jr.key(1), (DEVICES, seq, EMBED))
-            if kind == "alike":
-                x = 0.01 * x + jr.normal(jr.key(2), (EMBED,))[None, None]
-            for way, layout in WAYS.items():
-                yield _run(way, mx.Strategy(layout), whole, x, mesh, repetitions) | {
-                    "experts": routing.experts,
-                    "per_token": routing.per_token,
-                    "tokens": DEVICES * seq,
-                    "kind": kind,
-                }
+def tell(found: dict[str, Any]) -> str:
+    if "decode" in found:
+        return f"{statistics.median(found['decode']):.2f} tokens/s"
+    return long_prompt.tell(found)
 
 
-def _run(
-    way: str, strategy: mx.Strategy, whole: Experts, x: jax.Array, mesh: jax.sharding.Mesh, repetitions: int
-) -> dict[str, Any]:
-    fewest = expert_exchange._FEWEST_TOKENS
-    if way == "gathered":
-        expert_exchange._FEWEST_TOKENS = 10**9
-    split, rows = with_strategy(whole, strategy), strategy.spec("batch _ _")
-    places = specs(split, strategy)
-    run: Any = eqx.filter_jit(spmd(lambda layer, x: layer(x), mesh, (places, rows), rows))
-    placed = jax.tree.map(
-        lambda leaf, spec: jax.device_put(leaf, jax.NamedSharding(mesh, spec)) if eqx.is_array(leaf) else leaf,
-        split,
-        places,
-        is_leaf=lambda leaf: leaf is None,
+def markdown(report: dict[str, Any]) -> str:
+    """The tables and what one must know to read them."""
+    measured = report["measured"]
+    header = ["weights", "experts, tokens/s", "dense, tokens/s", f"time, {TIMES} dense"]
+    lines = [[*header, "llama.cpp, experts, tokens/s", f"{TIMES} llama.cpp"]]
+    for type in report["only"]:
+        experts, dense = (pooled(measured[f"{type}, {kind}"], "decode") for kind in ("experts", "dense"))
+        median = statistics.median(experts)
+        cells = [type, spread(experts, 2), spread(dense, 2), f"{statistics.median(dense) / median:.2f}"]
+        if (found := measured.get(f"{type}, llama.cpp")) is None:
+            lines.append([*cells, "", ""])
+        else:
+            theirs = pooled(found, "decode")
+            lines.append([*cells, spread(theirs, 2), f"{median / statistics.median(theirs):.2f}"])
+    prefills = {name: pooled(measured[name], "seconds") for name in PREFILLS if name in measured}
+    rows = [["", f"first token after {report['prompt_tokens']}, s", f"{TIMES} transformers"]]
+    for name, seconds in prefills.items():
+        theirs = prefills.get(REFERENCE)
+        ratio = "" if theirs is None else f"{statistics.median(seconds) / statistics.median(theirs):.2f}"
+        rows.append([name, spread(seconds, 2), ratio])
+    how = (
+        f"{report['layers']} layers, embed {report['embed']}, {EXPERTS} experts of hidden {report['hidden']}, "
+        f"{PER_TOKEN} for each token; {report['new_tokens']} new tokens after a prompt of {peers.SHORT}; "
+        f"{how_often(report)}"
     )
-    arguments = placed, jax.device_put(x, jax.NamedSharding(mesh, rows))
-    exchanges = written(run.lower(*arguments).lowered)
-    jax.block_until_ready(run(*arguments))
-    expert_exchange._FEWEST_TOKENS = fewest
-    times = [timed(lambda: jax.block_until_ready(run(*arguments)))[0] for _ in range(repetitions)]
-    return {
-        "way": way,
-        "exchanges": sum(one.count for one in exchanges),
-        "sent_kb": sum(sent_share(one.kind, one.devices) * one.bytes for one in exchanges) / 1e3,
-        "ms": 1e3 * statistics.median(times),
-    }
-
-
-def tables(found: list[dict[str, Any]]) -> str:
-    """What stands in the README."""
-    rows = []
-    for row in found:
-        routing = f"{row['per_token']} of {row['experts']}"
-        cells = [row["way"], routing, f"{row['tokens']}", row["kind"]]
-        rows.append([*cells, f"{row['exchanges']}", f"{row['sent_kb']:,.1f}", f"{row['ms']:.1f}"])
-    return table([["", "experts", "tokens", "", "exchanges", "kB a device sends", "ms"], *rows])
+    return f"{table(lines)}\n\n{table(rows)}\n\n{footnote(report, how, *llama_cpp_notes(report))}"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=positive, default=5, help="measurements of each layer (5)")
-    parser.add_argument("--json", type=Path, default=None, help="write all figures to this file")
-    parser.add_argument("--write", action="store_true", help="put the table into the README")
+    parser = options(__doc__)
+    new_tokens_option(parser)
+    parser.add_argument("--only", nargs="+", choices=TYPES, default=list(TYPES), help="of the types")
+    parser.add_argument("--layers", type=positive, default=4, help="of the models (4)")
+    parser.add_argument("--embed", type=positive, default=1024, help="a multiple of 512 (1024)")
+    parser.add_argument("--hidden", type=positive, default=3584, help="of an expert (3584)")
+    parser.add_argument("--prompt-tokens", type=positive, default=512, help="the prompt of the first token (512)")
+    parser.add_argument("--folder", type=Path, default=None, help="where to put the models; the temporary folder")
     arguments = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", DEVICES)
-    found = list(runs(arguments.repetitions))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found))
-    if arguments.write:
-        write(tables(found), "experts")
-    print(tables(found))
+    use_cpu()
+    ids = prompt_ids()
+    long = (ids * -(-arguments.prompt_tokens // len(ids)))[: arguments.prompt_tokens]
+    left_out = find_left_out({"llama.cpp": ("llama_cpp",), REFERENCE: ("torch", "transformers")})
+    with tempfile.TemporaryDirectory(prefix="benchmarks-", dir=arguments.folder) as temporary:
+        folder = Path(temporary)
+        sizes = arguments.layers, arguments.embed, arguments.hidden
+        files = in_own_process(write_files, folder, arguments.only, *sizes)
+        contenders: dict[str, tuple[Any, ...]] = {}
+        for type in arguments.only:
+            tasks = {
+                kind: peers.Task(
+                    Weights(file, folder / "float32"),
+                    ids[: peers.SHORT],
+                    ids[: peers.SHORT],
+                    arguments.new_tokens,
+                    arguments.repetitions,
+                    arguments.amx,
+                )
+                for kind, file in files[type].items()
+            }
+            for kind, task in tasks.items():
+                contenders[f"{type}, {kind}"] = peers.measure_after_prefill, peers.start_after_prefill, task
+            if type not in FLOATS and "llama.cpp" not in left_out:
+                start = functools.partial(peers.start_llama_cpp, reads_again=False)
+                contenders[f"{type}, llama.cpp"] = peers.measure_after_prefill, start, tasks["experts"]
+        prefill = long_prompt.Task(Weights(files["F32"]["experts"], folder / "float32"), long, arguments.repetitions)
+        for name, program in PREFILLS.items():
+            if name not in left_out:
+                contenders[name] = long_prompt.measure, program, "float32", prefill
+        measured, others = in_rounds(operator.call, contenders, arguments.rounds, tell)
+    report = make_report(arguments, measured, others, left_out=left_out)
+    keep(report, markdown(report), "experts", arguments)
+    print(markdown(report))
 
 
 if __name__ == "__main__":

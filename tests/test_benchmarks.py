@@ -120,6 +120,24 @@ def test_the_share_of_the_bandwidth_is_of_the_bytes_read(monkeypatch):
     assert "| 8.0 | 40 % | 1.25 |" in bandwidth.markdown(report(measured, **more, left_out={}))
 
 
+def test_experts_are_compared_with_dense_layers(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import experts
+
+    measured = {"Q4_1, experts": [{"decode": [8.0]}], "Q4_1, dense": [{"decode": [10.0]}]}
+    measured["mistral_eqx float32"] = [{"seconds": [3.0]}]
+    more = {"only": ["Q4_1"], "embed": 512, "hidden": 512, "prompt_tokens": 512}
+    left_out = {"llama.cpp": "llama_cpp", "transformers float32": "torch"}
+    shown = experts.markdown(report(measured, **more, left_out=left_out))
+    assert "| Q4_1 | 8.00 (8.00 to 8.00) | 10.00 (10.00 to 10.00) | 1.25 |  |  |" in shown
+    assert "| mistral_eqx float32 | 3.00 (3.00 to 3.00) |  |" in shown
+    measured["Q4_1, llama.cpp"] = [{"decode": [4.0]}]
+    measured["transformers float32"] = [{"seconds": [6.0]}]
+    shown = experts.markdown(report(measured, **more, left_out={}))
+    assert "| 1.25 | 4.00 (4.00 to 4.00) | 2.00 |" in shown
+    assert "| mistral_eqx float32 | 3.00 (3.00 to 3.00) | 0.50 |" in shown
+
+
 def test_a_type_is_measured_with_and_without_a_prefill(random_file):
     import peers
 

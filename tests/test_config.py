@@ -284,7 +284,10 @@ def test_hf_ignores_what_has_no_effect():
         ({"moe": {"num_experts": 8, "num_experts_per_tok": 2, "route_every_n": 2}}, r"sets route_every_n to 2"),
         ({"lora": {"rank": 64}}, r"sets lora to"),
         ({"vision_encoder": 1024}, r"vision_encoder of params\.json is 1024; it must be a table"),
-        ({"quantization": {"qformat_weight": "fp8"}}, r"sets quantization to"),
+        (
+            {"quantization": {"qformat_weight": "fp8"}},
+            r"qformat_weight 'fp8', which is not supported; supported is 'fp8_e4m3'",
+        ),
         ({"use_biases": True}, r"sets use_biases to True"),
         ({"model_type": "mamba"}, r"has model_type 'mamba'"),
         ({"causal": False}, r"has causal False"),

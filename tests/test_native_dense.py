@@ -67,6 +67,35 @@ def test_a_mesh_gives_what_one_device_gives():
     np.testing.assert_array_equal(jax.jit(split)(weight, x), jax.jit(product)(weight, x))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_grouped_kernel_computes_each_group_with_its_own_weight(dtype):
+    # Empty groups, groups of more rows than are multiplied at once, and rows of no group.
+    draw, sizes = np.random.default_rng(0).standard_normal, np.array([0, 1, 11, 0, 3])
+    weights, x = jnp.asarray(draw((5, 33, 37)), dtype), jnp.asarray(draw((18, 37)), dtype)
+    found = jax.jit(native.grouped_dense)(x.astype(jnp.float32), jnp.asarray(sizes), weights)
+    for row, group in enumerate(np.repeat(np.arange(5), sizes)):
+        exact = np.asarray(weights, np.float64)[group] @ np.asarray(x, np.float64)[row]
+        np.testing.assert_allclose(found[row], exact, rtol=1e-6, atol=1e-6 * np.sqrt(37))
+    assert not found[15:].any()
+
+
+def test_groups_that_do_not_fit_are_refused_by_the_library():
+    weights, x, sizes = jnp.ones((2, 16, 32)), jnp.ones((4, 32)), jnp.array([1, 2], jnp.int32)
+    call = inspect.unwrap(native.grouped_dense)
+    for bad in ((x[:, :-1], sizes, weights), (x, sizes[:1], weights), (x, sizes, weights[0])):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
+            jax.block_until_ready(call(*bad))
+    panels = jnp.ones((2, 1, 1, 16 * 34), jnp.uint8)
+    linear = inspect.unwrap(native.grouped_linear)
+    for bad in ((x[:, :-1], sizes, [panels]), (x, sizes[:1], [panels]), (x, sizes, [panels[0]])):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
+            jax.block_until_ready(linear(*bad, ["Q8_0"]))
+    for bad in ([3, 2], [-1, 2], [2**31 - 1, 2**31 - 1]):
+        for product, weight, more in ((call, weights, ()), (linear, [panels], (["Q8_0"],))):
+            with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit the rows"):
+                jax.block_until_ready(product(x, jnp.array(bad, jnp.int32), weight, *more))
+
+
 def test_shapes_that_do_not_fit_are_refused_by_the_library():
     weight, x = inputs(2)
     x = x[:, 0]

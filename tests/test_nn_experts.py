@@ -10,7 +10,8 @@ from fixtures.model import SMALL, empty_cache, relative_error, run, run_in_piece
 from fixtures.sharding import written
 
 from mistral_eqx.config import Routing
-from mistral_eqx.nn.kernels import contract_grouped
+from mistral_eqx.nn.kernels import contract_grouped, native
+from mistral_eqx.planning.hlo import kernel_flops
 
 
 ROUTED = dataclasses.replace(SMALL, routing=Routing(experts=5, per_token=2))
@@ -91,24 +92,44 @@ def test_with_one_expert_it_is_the_dense_layer():
     assert relative_error(applied(module, x), applied(dense, x)) < 1e-6
 
 
-def test_decoding_reads_the_chosen_experts_only():
-    """In the compiled program, arrays of all experts are operands of slices of one expert and of nothing else."""
-    text = applied.lower(layer(), activations(1, 1)).compile().compiled.as_text()
+def _readers_of_all_experts(text):
+    """The operations of a compiled program that have arrays of all experts as operands, and make none."""
     whole = r"f32\[5,(?:40,24|24,40)\]"
     results = re.findall(rf"(%?[\w.-]+) = {whole}\S* ([\w-]+)\(", text)
     assert {operation for _, operation in results} <= {"parameter", "get-tuple-element", "bitcast"}
     names = {name for name, _ in results}
-    readers = {
+    return {
         match[1]
         for line in text.splitlines()
         if (match := re.search(r" = [^=]*? ([\w-]+)\((%.*?)\)", line))
         and names & set(re.findall(r"%[\w.-]+", match[2]))
     }
+
+
+def _largest_written(text):
+    inputs = ("parameter", "get-tuple-element")
+    return max(size for operation, size, _ in written(text) if operation not in inputs)
+
+
+@pytest.mark.skipif(native.instructions() is None, reason="The C++ kernels were not built.")
+def test_decoding_by_the_kernel_copies_no_expert():
+    text = applied.lower(layer(), activations(1, 1)).compile().compiled.as_text()
+    assert _readers_of_all_experts(text) == {"custom-call"}
+    # Two rows of `hidden`, and nothing of the size of an expert.
+    assert _largest_written(text) <= 2 * 40
+    # Two rows meet three weights of an expert each.
+    assert kernel_flops(text) >= 2 * 3 * 2 * 40 * 24
+
+
+def test_decoding_without_the_kernel_reads_the_chosen_experts_only(monkeypatch):
+    monkeypatch.setattr(native, "instructions", lambda: None)
+    lowered = eqx.filter_jit(lambda module, x: module(x)).lower(layer(), activations(1, 1))
+    text = lowered.compile().compiled.as_text()
+    readers = _readers_of_all_experts(text)
     # The operand of a fusion or a loop is a parameter there, whose readers count too.
     assert "dynamic-slice" in readers
     assert readers <= {"dynamic-slice", "fusion", "while", "tuple", "get-tuple-element", "bitcast", "call"}
-    inputs = ("parameter", "get-tuple-element")
-    assert max(size for operation, size, _ in written(text) if operation not in inputs) == 40 * 24
+    assert _largest_written(text) == 40 * 24
 
 
 def test_gradients_are_those_of_all_experts_weighted():

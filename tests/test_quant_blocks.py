@@ -4,7 +4,6 @@ import math
 import os
 import re
 import runpy
-import os
 import subprocess
 import sys
 from pathlib import Path

@@ -23,6 +23,24 @@ class _Bytes(LazyTensor):
         return found if columns is None else found[:, columns]
 
 
+class StackedTensor(LazyTensor):
+    """Matrices in blocks as a tensor with three axes."""
+
+    def __init__(self, matrix: "BlockTensor", shape: tuple[int, ...]):
+        """**Arguments:**
+
+        - `matrix`: the rows of all matrices, one after the other.
+        - `shape`: how many matrices, and the rows and columns of each.
+        """
+        super().__init__(matrix.name, shape, matrix.dtype, matrix.stored, matrix.nbytes)
+        self.packed = matrix.packed
+        self._matrix = matrix
+
+    def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
+        rows = self.shape[1]
+        return self._matrix.rows(start * rows, stop * rows, columns).reshape(stop - start, rows, -1)
+
+
 class BlockTensor(LazyTensor):
     """A weight in blocks, dequantized to float32 when it is read."""
 

@@ -11,7 +11,10 @@ from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
 from .names import LayerSpec, layer_specs
-from .reader import LazyTensor
+from .reader import LazyTensor, Packed, matrix_rows
+
+
+Runs = Sequence[tuple[LazyTensor, int, int]]
 
 
 class RowsTensor(LazyTensor):
@@ -24,32 +27,57 @@ class RowsTensor(LazyTensor):
         axes are those of its matrices, one after the other.
     """
 
-    def __init__(self, name: str, runs: Sequence[tuple[LazyTensor, int, int]]):
+    def __init__(self, name: str, runs: Runs):
         tensor = runs[0][0]
-        shape = sum(count for *_, count in runs), tensor.shape[-1]
-        nbytes = sum(each.nbytes * count // math.prod(each.shape[:-1]) for each, _, count in runs)
+        shape = sum(count for *_, count in runs), *tensor.shape[1:][-1:]
+        nbytes = sum(
+            each.nbytes * count // math.prod(each.shape[: max(1, len(each.shape) - 1)]) for each, _, count in runs
+        )
         super().__init__(name, shape, tensor.dtype, tensor.stored, nbytes)
         self._runs = runs
+        self.packed = _packed(name, runs)
 
     def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
         found, first = [], 0
         for tensor, offset, count in self._runs:
             low, high = max(start - first, 0), min(stop - first, count)
             if low < high:
-                found.append(_rows(tensor, offset + low, offset + high, columns).astype(self.dtype, copy=False))
+                found.append(matrix_rows(tensor, offset + low, offset + high, columns).astype(self.dtype, copy=False))
             first += count
         return found[0] if len(found) == 1 else np.concatenate(found)
 
 
-def _rows(tensor: LazyTensor, start: int, stop: int, columns: np.ndarray | None) -> np.ndarray:
-    """Rows of a matrix, or of the matrices of a tensor with three axes."""
-    if len(tensor.shape) == 2:
-        return tensor.rows(start, stop, columns)
-    size = tensor.shape[1]
-    first = start // size
-    whole = tensor.rows(first, -(-stop // size)).reshape(-1, tensor.shape[-1])
-    whole = whole[start - first * size : stop - first * size]
-    return whole if columns is None else whole[:, columns]
+class _Constant(LazyTensor):
+    """A scale for each row of a weight that has one scale."""
+
+    def __init__(self, name: str, rows: int, value: float):
+        super().__init__(name, (rows,), np.dtype(np.float32), "F32", 0)
+        self._value = value
+
+    def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
+        return np.full(stop - start, self._value, np.float32)
+
+
+def _packed(name: str, runs: Runs) -> Packed | None:
+    """The blocks of all runs, if all have the same format and none has sorted inputs."""
+    found = [
+        (tensor.packed, first, count)
+        for tensor, first, count in runs
+        if tensor.packed is not None and tensor.packed.order is None
+    ]
+    if len(found) < len(runs) or len({packed.format for packed, *_ in found}) > 1:
+        return None
+
+    def scale_of(packed: Packed) -> LazyTensor:
+        if isinstance(packed.scale, LazyTensor):
+            return packed.scale
+        return _Constant(name, packed.blocks.shape[0], 1.0 if packed.scale is None else packed.scale)
+
+    blocks = RowsTensor(name, [(packed.blocks, first, count) for packed, first, count in found])
+    scale = None
+    if any(packed.scale is not None for packed, *_ in found):
+        scale = RowsTensor(name, [(scale_of(packed), first, count) for packed, first, count in found])
+    return Packed(found[0][0].format, blocks, scale)
 
 
 def join_experts(

@@ -102,11 +102,11 @@ def open_gguf(path: Path) -> Checkpoint:
     config = read_config(metadata, tied=HEAD.name("gguf") not in tensors, file=path)
     if DIVISORS in tensors:
         config = _with_divisors(config, tensors[DIVISORS], path)
-    tensors = join_experts(tensors, config, "gguf", path)
-    dtypes = {tensor.dtype for tensor in tensors.values() if len(tensor.shape) == 2}
+    dtypes = {tensor.dtype for tensor in tensors.values() if len(tensor.shape) >= 2}
     dtype = dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
     if dtype == DTYPES["float32"]:
         keep_16_bits(tensors)
+    tensors = join_experts(tensors, config, "gguf", path)
     return Checkpoint(path, "gguf", config, dtype, tensors, metadata)
 
 

@@ -441,11 +441,12 @@ def _routing(document: Settings, defaults: Mapping[str, Any]) -> Routing | None:
 
 
 def _refuse_quantized_experts(document: Settings):
-    if document.take("quantization_config", dict[str, Any] | None, None):
+    method = (document.take("quantization_config", dict[str, Any] | None, None) or {}).get("quant_method", "fp8")
+    if method != "fp8":
         raise document.wrong(
             "quantization_config",
-            f"{document.name} is of a quantized model with experts, which is not supported; use a checkpoint in "
-            "floats.",
+            f"{document.name} is of a model with experts quantized by {shown(method)}, which is not supported; use a "
+            "checkpoint in floats or FP8, or a GGUF file.",
         )
 
 

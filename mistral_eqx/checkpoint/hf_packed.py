@@ -45,6 +45,8 @@ def packing(spec: LayerSpec, weight: AbstractWeight, config: MistralConfig) -> P
     """
     if not spec.path.endswith("_proj"):
         raise _refused(spec, "is not a linear layer of a block; leave it in floats")
+    if "experts" in spec.dims:
+        raise _refused(spec, "is of experts, which no such file can hold; write it as a GGUF file")
     rows, inputs = spec.file_shape(config)
     order = np.argsort(file_order(spec, config, "hf"))
     if isinstance(weight, ScaledWeight) and isinstance(weight.base, BlockWeight):

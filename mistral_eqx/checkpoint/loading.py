@@ -99,7 +99,7 @@ def load(
         # A weight has one layout on all processes.
         check_same("C++ kernels", str((keep or quantize is not None) and native.instructions()))
         check_same("quantize", repr(quantize))
-    paths = [source.spec.path for source in found if source.spec.in_dims]
+    paths = [source.spec.path for source in found if source.spec.in_dims and "routes" not in source.spec.dims]
     schemes = {} if quantize is None else uncalibrated(chosen_schemes(quantize, paths, checkpoint.config))
     read = functools.partial(_read, found, target_dtype, placement, check, progress, keep, schemes)
     weights = run_on_all("content of the checkpoint", read, placement.several_processes)

@@ -1,6 +1,5 @@
 """Mistral release folders: `params.json`, and `consolidated` weights as safetensors or pickled by torch."""
 
-import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +12,10 @@ from ..documents import read_json
 from ..errors import InputError
 from ..rope import Factor, Magnitude, QueryScaling, Rotations, YarnScaling, yarn_magnitude
 from .files import merge_files, read_index, read_shards
+from .mixed import keep_16_bits
 from .pth import read_pickles
-from .reader import Checkpoint, LazyTensor, main_dtype
+from .quantized.float8 import FP8Weights
+from .reader import DTYPES, Checkpoint, LazyTensor, main_dtype
 from .settings import REQUIRED, Settings, consistent_value, per_kv, read_routing
 from .weight_files import WeightFiles, read_consistent
 from .wrapped import text_tensors, warn_of_skipped
@@ -53,11 +54,28 @@ def open_mistral(folder: Path, own: Sequence[WeightFiles], others: Sequence[Weig
     tensors = read_consistent(folder, config, [*own, *others])
     if metadata.get("vision_encoder"):
         warn_of_skipped(folder)
-    return Checkpoint(folder, "mistral", config, main_dtype(tensors), tensors, metadata)
+    dtype = main_dtype(tensors)
+    if dtype == DTYPES["float32"] and any(tensor.packed is not None for tensor in tensors.values()):
+        keep_16_bits(tensors)
+    return Checkpoint(folder, "mistral", config, dtype, tensors, metadata)
 
 
 def find_weights(folder: Path) -> list[WeightFiles]:
     """The weights of a folder that have Mistral names: by an index, in other safetensors files, or in pickles."""
+    settings = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+
+    def whole(read: Callable[[MistralConfig, bool], Mapping[str, LazyTensor]], file: str) -> WeightFiles:
+        def tensors(config: MistralConfig) -> Mapping[str, LazyTensor]:
+            quantization = _quantization(Settings(settings, "params.json", folder / CONFIG))
+            found = read(config, quantization is not None)
+            try:
+                found = text_tensors(found, "mistral") if settings.get("vision_encoder") else found
+                return found if quantization is None else quantization.combined(_without_quantizers(found))
+            except InputError as error:
+                raise InputError(f"{str(folder)!r} cannot be read: {error}", file=folder, key=error.key) from error
+
+        return WeightFiles(file, "mistral", tensors)
+
     found: list[WeightFiles] = []
     placed: set[str] = set()
     if (folder / INDEX).exists():
@@ -65,24 +83,21 @@ def find_weights(folder: Path) -> list[WeightFiles]:
     files = [file for file in sorted(folder.glob("consolidated*.safetensors")) if file.name not in placed]
     # If none of its files exists, the index is stale: a single file has replaced the shards.
     if placed and (not files or any((folder / name).exists() for name in placed)):
-        found.append(WeightFiles(INDEX, "mistral", lambda _: read_shards(folder / INDEX)))
+        found.append(whole(lambda _, packed: read_shards(folder / INDEX, packed=packed), INDEX))
     if files:
-        found.append(WeightFiles(files[0].name, "mistral", lambda _: _read_shards_without_index(folder, files)))
+        found.append(whole(lambda _, packed: _read_shards_without_index(folder, files, packed), files[0].name))
     pickles = sorted(folder.glob("consolidated*.pth"))
     if pickles:
-        found.append(WeightFiles(pickles[0].name, "mistral", lambda config: _read_pickles(folder, pickles, config)))
-    if (folder / CONFIG).exists() and read_json(folder / CONFIG).get("vision_encoder"):
-        return [dataclasses.replace(files, read=_text_of(files.read)) for files in found]
+        found.append(whole(lambda config, _: _read_pickles(folder, pickles, config), pickles[0].name))
     return found
 
 
-def _text_of(
-    read: Callable[[MistralConfig], Mapping[str, LazyTensor]],
-) -> Callable[[MistralConfig], Mapping[str, LazyTensor]]:
-    return lambda config: text_tensors(read(config), "mistral")
+def _without_quantizers(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The tensors but for those of the quantizers of a training run."""
+    return {name: tensor for name, tensor in tensors.items() if "fake_quantizer" not in name}
 
 
-def _read_shards_without_index(folder: Path, files: list[Path]) -> dict[str, LazyTensor]:
+def _read_shards_without_index(folder: Path, files: list[Path], packed: bool) -> dict[str, LazyTensor]:
     """Reads shards, and uses the numbers in their names to detect a missing one."""
     numbers = [match for file in files if (match := _NUMBERED_SHARD.fullmatch(file.name))]
     for match in numbers[:1]:
@@ -93,7 +108,7 @@ def _read_shards_without_index(folder: Path, files: list[Path]) -> dict[str, Laz
                 raise InputError(
                     f"The folder {str(folder)!r} lacks {name!r}, one of {count} files; fetch it too.", file=folder
                 )
-    return merge_files(files)
+    return merge_files(files, packed=packed)
 
 
 def _read_pickles(folder: Path, files: list[Path], config: MistralConfig) -> dict[str, LazyTensor]:
@@ -153,6 +168,7 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
     document.expect("activation", ("silu", None), None)
     document.expect("causal", (True, None), None)
     document.take("vision_encoder", dict[str, Any] | None, None)
+    _quantization(document)
     layers = document.take("n_layers", Layers)
     heads = document.take("n_heads", Size)
     kv_heads = document.take("n_kv_heads", Size)
@@ -335,6 +351,17 @@ def _written_routing(config: MistralConfig, routing: Routing) -> dict[str, Any]:
         return plain
     more = {key: getattr(routing, field) for key, (field, _, _) in _MOE.items()}
     return {**plain, "route_every_n": 1, **more, "expert_hidden_dim": config.expert_hidden}
+
+
+def _quantization(document: Settings) -> FP8Weights | None:
+    table = _table(document, "quantization")
+    if table is None:
+        return None
+    table.expect("quantization.qformat_weight", ("fp8_e4m3",), None)
+    # The scale of activations, given or not, is not used: activations are not rounded.
+    table.expect("quantization.qscheme_act", ("TENSOR", "NO_SCALES", None), None)
+    table.refuse_rest(frozenset())
+    return FP8Weights(None, ("weight", "qscale_weight", "qscale_act"))
 
 
 def _windows(document: Settings, layers: int) -> tuple[int | None, ...]:

@@ -14,5 +14,5 @@ def keep_16_bits(tensors: Mapping[str, LazyTensor]):
     - `tensors`: the tensors by their names; those of 16-bit floats get `LazyTensor.packed`.
     """
     for tensor in tensors.values():
-        if isinstance(tensor, PlainTensor) and len(tensor.shape) == 2 and tensor.dtype != DTYPES["float32"]:
+        if isinstance(tensor, PlainTensor) and len(tensor.shape) >= 2 and tensor.dtype != DTYPES["float32"]:
             tensor.packed = Packed(tensor.stored, tensor.in_bytes())

@@ -217,6 +217,17 @@ def read_columns(
     return results
 
 
+def matrix_rows(tensor: LazyTensor, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
+    """Rows of a vector or a matrix, or of the matrices of a tensor with three axes, one after the other."""
+    if len(tensor.shape) < 3:
+        return tensor.rows(start, stop, columns)
+    size = tensor.shape[1]
+    first = start // size
+    whole = tensor.rows(first, -(-stop // size)).reshape(-1, tensor.shape[-1])
+    whole = whole[start - first * size : stop - first * size]
+    return whole if columns is None else whole[:, columns]
+
+
 def _index_in(union: np.ndarray | None, columns: np.ndarray | None) -> tuple[slice | np.ndarray, ...]:
     """The index of columns in the union of all sets; `None` stands for all columns of the tensor."""
     if columns is None:

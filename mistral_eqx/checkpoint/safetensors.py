@@ -57,9 +57,9 @@ class PlainTensor(LazyTensor):
         return result
 
     def in_bytes(self) -> "PlainTensor":
-        """The bytes of a matrix, a row in each row."""
-        rows, columns = self.shape
-        shape = rows, columns * self.dtype.itemsize
+        """The bytes of a matrix, or of several, a row in each row."""
+        *rows, columns = self.shape
+        shape = math.prod(rows), columns * self.dtype.itemsize
         return PlainTensor(self.name, shape, np.dtype(np.uint8), self.stored, self._path, self._offset)
 
 

@@ -99,8 +99,8 @@ class Experts(eqx.Module):
 
     If the strategy splits `experts`, each device computes its own experts for all tokens; if it splits `hidden`, each
     device computes its shard of every expert. In both cases, one psum adds the partial sums, the layer's only
-    collective besides that of `shared`. If a mesh axis splits both experts and tokens, tokens travel to their experts and
-    back.
+    collective besides that of `shared`. If a mesh axis splits both experts and tokens, tokens travel to their experts
+    and back.
 
     **Attributes:**
 

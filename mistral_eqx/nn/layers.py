@@ -18,7 +18,7 @@ Tree = TypeVar("Tree")
 
 def adaptable_layers(model: PyTree) -> dict[str, AdaptableLayer]:
     """The adaptable layers by their path, such as `"blocks.0.attention.q_proj"`."""
-    return {path: layer for path, layer in quantizable_layers(model).items() if _is_adaptable(layer)}
+    return {path: layer for path, layer in quantizable_layers(model).items() if isinstance(layer, AdaptableLayer)}
 
 
 def quantizable_layers(model: PyTree) -> dict[str, QuantizableLayer]:
@@ -29,7 +29,9 @@ def quantizable_layers(model: PyTree) -> dict[str, QuantizableLayer]:
 
 def map_layers(change: Callable[[str, AdaptableLayer], AdaptableLayer], model: Tree) -> Tree:
     """The model with each adaptable layer replaced by `change` of its path and itself."""
-    return map_quantizable(lambda path, layer: change(path, layer) if _is_adaptable(layer) else layer, model)
+    return map_quantizable(
+        lambda path, layer: change(path, layer) if isinstance(layer, AdaptableLayer) else layer, model
+    )
 
 
 def map_quantizable(change: Callable[[str, QuantizableLayer], QuantizableLayer], model: Tree) -> Tree:
@@ -46,12 +48,8 @@ def dims_of(layer: QuantizableLayer) -> tuple[str, str]:
     return (layer.in_dims, layer.out_dims) if isinstance(layer, Linear) else ("embed", "vocab")
 
 
-def _is_adaptable(node: PyTree) -> TypeGuard[AdaptableLayer]:
-    return isinstance(node, Linear | Embedding | Unembedding)
-
-
 def _is_quantizable(node: PyTree) -> TypeGuard[QuantizableLayer]:
-    return _is_adaptable(node) or isinstance(node, ExpertLinear)
+    return isinstance(node, QuantizableLayer)
 
 
 def _path(keys: tuple) -> str:

@@ -25,8 +25,10 @@ _MESH_AXIS = re.compile(r"'([^']*)'=(\d+)")
 # XLA may split an axis: the group along `'a':(1)2` has two of the devices of `'a'`.
 _AXIS = re.compile(r"'([^']*)'(?::\(\d+\)(\d+))?")
 
-# The operands of a C++ kernel for CPUs: activations and a weight of floats, or queries and keys.
-_KERNEL = re.compile(r'custom_call_target="mistral_eqx_(dense|attend)".*?operand_layout_constraints=\{(.*?)\}, \w+=')
+# The results and the operands of a C++ kernel for CPUs.
+_KERNEL = re.compile(
+    r' = ([^=]*) custom-call\([^=]*custom_call_target="mistral_eqx_(\w+)".*?operand_layout_constraints=\{(.*?)\}, \w+='
+)
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -39,13 +41,22 @@ _MOVE_NOTHING = {
 
 
 def kernel_flops(text: str) -> int:
-    """The operations of the C++ kernels for float weights and attention, which XLA does not count, each call once."""
+    """The operations of the C++ kernels, which XLA does not count, each call once."""
     total = 0
-    for name, operands in _KERNEL.findall(text):
-        first, second = ([int(size) for size in sizes.split(",")] for _, sizes, _ in _LEAF.findall(operands)[:2])
-        # Each query head meets the keys of its own key head, and as many values.
-        total += 2 * math.prod(first) * second[0] if name == "dense" else 4 * math.prod(first) * second[2]
+    for results, name, operands in _KERNEL.findall(text):
+        first, second = (_sizes(operands)[at] for at in (0, 1))
+        if name == "attend":
+            # Each query head meets the keys of its own key head, and as many values.
+            total += 4 * math.prod(first) * second[2]
+        else:
+            # Each row of activations meets one weight for each result.
+            total += 2 * math.prod(first) * sum(outputs for _, outputs in _sizes(results))
     return total
+
+
+def _sizes(shapes: str) -> list[list[int]]:
+    """The sizes of arrays."""
+    return [[int(size) for size in filter(None, sizes.split(","))] for _, sizes, _ in _LEAF.findall(shapes)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from ..nn import AbstractWeight
 from ..parallel import whole
-from .product import Flat, matrix, products
+from .product import Flat, grouped_products, matrix, products
 from .table import block_format
 
 
@@ -48,6 +48,9 @@ class BlockWeight(AbstractWeight):
         flat = [one._flat(one.blocks, one.out_axes) for one in weights]
         ys = products(x.reshape(batch * seq, -1), flat, [Flat(one.format, one.panel) for one in weights])
         return [y.reshape(batch, seq, *one._out_shape) for y, one in zip(ys, weights, strict=True)]
+
+    def contract_grouped(self, x: Float[Array, "rows in"], sizes: Int[Array, "groups"]) -> Float[Array, "rows out"]:
+        return grouped_products(x, sizes, self.blocks, Flat(self.format, self.panel))
 
     def rows(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq ..."]:
         panels = self._flat(self.blocks[ids // self.panel], 2)

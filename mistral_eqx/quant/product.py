@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
-from ..nn.kernels import contract, native
+from ..nn.kernels import contract, contract_by_groups, native
 from ..parallel import kernel, vary_alike
 from .panels import from_panels
 from .table import block_format
@@ -78,6 +78,57 @@ def _backward(
 
 
 _products.defvjp(_forward, _backward)
+
+
+def grouped_products(
+    x: Float[Array, "rows inputs"], sizes: Int[Array, "groups"], weights: UInt8[Array, "groups _ _ _"], kind: Flat
+) -> Float[Array, "rows _"]:
+    """Multiplies each group of activations by its own weight in blocks, of which no other is read or dequantized.
+
+    **Arguments:**
+
+    - `x`: activations, group after group.
+    - `sizes`: the number of rows of each group. Results of rows after the last group are arbitrary.
+    - `weights`: the stacked weights, as `products` takes them.
+    - `kind`: what these are.
+
+    **Returns:** sums in float32.
+    """
+    return _grouped_products(*vary_alike(x, sizes, weights), kind)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped_products(x: Array, sizes: Array, weights: Array, kind: Flat) -> Array:
+    def by_xla(x: Array, sizes: Array, weights: Array) -> Array:
+        own = functools.partial(_of_group, weights, kind, x.dtype)
+        outputs = weights.shape[1] * kind.panel
+        return contract_by_groups(own, outputs, x, sizes, weights).astype(jnp.float32)
+
+    def by_kernel(x: Array, sizes: Array, weights: Array) -> Array:
+        return native.grouped_linear(x.astype(jnp.float32), sizes, [weights], [kind.format])[0]
+
+    if native.instructions() is None or kind.panel == 1:
+        return by_xla(x, sizes, weights)
+    return kernel(lambda *inputs: lax.platform_dependent(*inputs, cpu=by_kernel, default=by_xla))(x, sizes, weights)
+
+
+def _grouped_forward(x: Array, sizes: Array, weights: Array, kind: Flat) -> tuple[Any, Any]:
+    return _grouped_products(x, sizes, weights, kind), (x[:0], sizes, weights)
+
+
+def _grouped_backward(kind: Flat, saved: tuple[Array, Array, Array], d_y: Array) -> tuple[Array, None, None]:
+    x, sizes, weights = saved
+    d_x = contract_by_groups(
+        lambda group: _of_group(weights, kind, d_y.dtype, group).T, x.shape[1], d_y, sizes, weights
+    )
+    return d_x.astype(x.dtype), None, None
+
+
+_grouped_products.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _of_group(weights: Array, kind: Flat, dtype: jnp.dtype, group: Array) -> Array:
+    return matrix(lax.dynamic_index_in_dim(weights, group, keepdims=False), *kind).astype(dtype)
 
 
 # Traced once for all layers that are alike.

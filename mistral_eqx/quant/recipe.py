@@ -17,8 +17,8 @@ from ..arguments import float_dtype
 from ..checks import checked
 from ..config import MistralConfig
 from ..errors import InputError
-from ..nn import DenseWeight, Mistral
-from ..nn.layers import AdaptableLayer, adaptable_layers, dims_of, map_layers
+from ..nn import DenseWeight, ExpertLinear, Mistral
+from ..nn.layers import QuantizableLayer, dims_of, map_quantizable, quantizable_layers
 from ..parallel import shard
 from .activations import RoundedActivations
 from .blocks import BlockWeight
@@ -68,7 +68,7 @@ def quantize(
     no layer fits it; and what is wrong with the calibration.
     """
     checked(model, Mistral, "model")
-    layers = adaptable_layers(model)
+    layers = quantizable_layers(model)
     chosen = chosen_schemes(scheme, list(layers), model.config)
     for path in chosen:
         if not isinstance(layers[path].weight, DenseWeight | QUANTIZED):
@@ -79,6 +79,8 @@ def quantize(
     in_blocks, ids = {}, None
     if calibration is not None:
         in_blocks = {path: one for path, one in chosen.items() if path.startswith("blocks.")}
+        # Experts have no calibrated scheme, and need not wait for the blocks before theirs.
+        in_blocks = {path: one for path, one in in_blocks.items() if not isinstance(layers[path], ExpertLinear)}
         ids = _checked_calibration(model, calibration, in_blocks)
     alone = uncalibrated({path: one for path, one in chosen.items() if path not in in_blocks})
     done = 0
@@ -89,7 +91,7 @@ def quantize(
         if progress is not None:
             progress(done, len(chosen))
 
-    def quantized(path: str, layer: AdaptableLayer) -> AdaptableLayer:
+    def quantized(path: str, layer: QuantizableLayer) -> QuantizableLayer:
         if path not in alone:
             return layer
         described = Layer.of(path, dims_of(layer)[1], model.mesh, model.strategy)
@@ -97,7 +99,7 @@ def quantize(
         count()
         return dataclasses.replace(layer, weight=weight)
 
-    result = map_layers(quantized, model)
+    result = map_quantizable(quantized, model)
     if ids is not None:
         return quantize_blocks(result, in_blocks, ids, count)
     return result if model.mesh is None else shard(result, model.mesh, model.strategy)
@@ -133,9 +135,9 @@ def quantized_shapes(model: Mistral, scheme: Recipe, mesh: Mesh | AbstractMesh |
 
     **Raises:** `ValueError` as `quantize` does.
     """
-    chosen = uncalibrated(chosen_schemes(scheme, list(adaptable_layers(model)), model.config))
+    chosen = uncalibrated(chosen_schemes(scheme, list(quantizable_layers(model)), model.config))
 
-    def quantized(path: str, layer: AdaptableLayer) -> AdaptableLayer:
+    def quantized(path: str, layer: QuantizableLayer) -> QuantizableLayer:
         if path not in chosen:
             return layer
         _, out_dims = dims_of(layer)
@@ -143,7 +145,7 @@ def quantized_shapes(model: Mistral, scheme: Recipe, mesh: Mesh | AbstractMesh |
         shape, described = layer.weight.value.shape, Layer.on(platform, path, out_dims, mesh, model.strategy)
         return dataclasses.replace(layer, weight=eqx.filter_eval_shape(lambda: chosen[path].zeros(shape, described)))
 
-    return map_layers(quantized, model)
+    return map_quantizable(quantized, model)
 
 
 def dequantize(model: Mistral, dtype: DTypeLike | None = None) -> Mistral:
@@ -179,12 +181,6 @@ def chosen_schemes(recipe: Recipe, paths: Sequence[str], config: MistralConfig) 
         raise InputError(
             "The model has latent attention, whose weights cannot be quantized yet; leave it in floats.", key="scheme"
         )
-    if config.routing is not None:
-        raise InputError(
-            "The model has experts, whose weights cannot be quantized yet; leave it in floats, or write it as a GGUF "
-            "file with type='Q8_0'.",
-            key="scheme",
-        )
     if isinstance(recipe, AnyScheme):
         recipe = {"blocks.*": recipe}
     remedy = "such as {'blocks.*': mx.NF4()}"
@@ -209,6 +205,13 @@ def chosen_schemes(recipe: Recipe, paths: Sequence[str], config: MistralConfig) 
             scheme = GGUF(mixed_type(scheme.type, path, config))
         if scheme is not None:
             chosen[path] = scheme
+        of_experts = config.routing is not None and ".feed_forward." in path
+        if of_experts and (isinstance(scheme, AbstractCalibratedScheme) or getattr(scheme, "activations", None)):
+            raise InputError(
+                f"{path} has experts, whose weights {scheme} does not quantize, because it rounds activations or needs "
+                "a calibration; give experts another scheme, as in {'*.feed_forward.*': mx.NF4(), ...}.",
+                key="scheme",
+            )
     return chosen
 
 

@@ -1,5 +1,6 @@
 """Weights with one scale for each row, for each column, or for all."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..nn import AbstractWeight
+from ..nn.kernels import group_of_rows
 
 
 By = Literal["row", "column", "tensor"]
@@ -32,6 +34,17 @@ class ScaledWeight(AbstractWeight):
     def contract(self, x: Float[Array, "batch seq ..."], in_dims: str, out_dims: str) -> Float[Array, "batch seq ..."]:
         own = x * _at_end(self.scale, x.ndim).astype(x.dtype) if self.by == "column" else x
         return self._of_codes(self.base.contract(own, in_dims, out_dims), own)
+
+    def contract_grouped(self, x: Float[Array, "rows in"], sizes: Int[Array, "groups"]) -> Float[Array, "rows out"]:
+        own, of_rows = x, self
+        if self.by == "column":
+            own = x * _at_end(self.scale, x.ndim).astype(x.dtype)
+        elif self.by == "row":
+            # Each row of activations has the scales of its group's outputs.
+            group = group_of_rows(sizes, len(x))
+            zero = None if self.zero is None else self.zero[group]
+            of_rows = dataclasses.replace(self, scale=self.scale[group], zero=zero)
+        return of_rows._of_codes(self.base.contract_grouped(own, sizes)[None], own[None])[0]
 
     @classmethod
     def contract_together(

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from ...errors import InputError
 from ...quant import unpack
 from ..block_tensor import BlockTensor
-from ..reader import LazyTensor
+from ..reader import LazyTensor, matrix_rows
 
 
 class Quantization(abc.ABC):
@@ -55,10 +56,16 @@ class Parts:
 
     - `stem`: what their names begin with.
     - `tensors`: the tensors by the end of their names.
+    - `separator`: what is between the two.
     """
 
     stem: str
     tensors: Mapping[str, LazyTensor]
+    separator: str = "."
+
+    def name(self, end: str) -> str:
+        """The whole name of a tensor."""
+        return f"{self.stem}{self.separator}{end}"
 
     def take(self, end: str, dtype: str, axes: int | None = None) -> LazyTensor:
         """A tensor of the weight, checked against its kind of numbers.
@@ -71,9 +78,9 @@ class Parts:
         """
         if end not in self.tensors:
             raise InputError(
-                f"The weight {self.stem!r} has no tensor {f'{self.stem}.{end}'!r}, which its quantization requires; "
+                f"The weight {self.stem!r} has no tensor {self.name(end)!r}, which its quantization requires; "
                 "fetch the checkpoint again.",
-                key=f"{self.stem}.{end}",
+                key=self.name(end),
             )
         tensor = self.tensors[end]
         fits = (
@@ -82,9 +89,9 @@ class Parts:
         if not fits or (axes is not None and len(tensor.shape) != axes):
             wanted = dtype if axes is None else f"{dtype} with {axes} axes"
             raise InputError(
-                f"The tensor {f'{self.stem}.{end}'!r} is {tensor.dtype.name} of shape {tensor.shape}, but its "
+                f"The tensor {self.name(end)!r} is {tensor.dtype.name} of shape {tensor.shape}, but its "
                 f"quantization requires {wanted}; the config belongs to another checkpoint.",
-                key=f"{self.stem}.{end}",
+                key=self.name(end),
             )
         return tensor
 
@@ -151,10 +158,10 @@ class RowScales(LazyTensor):
 
 def scaled_tensor(name: str, format: str, codes: LazyTensor, scale: LazyTensor | float, parts: Parts) -> BlockTensor:
     def read(start: int, stop: int) -> np.ndarray:
-        return codes.rows(start, stop).view(np.uint8)[..., None]
+        return matrix_rows(codes, start, stop).view(np.uint8)[..., None]
 
-    rows, inputs = codes.shape
-    return BlockTensor(name, (rows, inputs), format, read, parts.nbytes, scale)
+    *rows, inputs = codes.shape
+    return BlockTensor(name, (math.prod(rows), inputs), format, read, parts.nbytes, scale)
 
 
 def scalar(tensor: LazyTensor) -> np.float32:

@@ -1,13 +1,17 @@
 """Products of groups of rows with one weight for each group."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from ...parallel import vary_alike
-from ..precision import at_least_float32
+from ...parallel import kernel, vary_alike
+from ..precision import at_least_float32, from_bits, to_bits
+from . import native
 from .dense import contract_cpu
 
 
@@ -29,7 +33,11 @@ def contract_grouped(
     - `x`: the rows, group after group.
     - `sizes`: the number of rows of each group. Results of rows after the last group are arbitrary.
     """
-    return lax.platform_dependent(weights, x, sizes, cpu=_grouped_cpu, default=_grouped)
+    # The mean size of a group decides, because the compiler does not know the sizes.
+    if native.instructions() is None or len(x) > native.FEW * len(weights) or x.dtype.itemsize == 8:
+        return lax.platform_dependent(weights, x, sizes, cpu=_grouped_cpu, default=_grouped)
+    by_kernel = kernel(partial(lax.platform_dependent, cpu=_grouped_native, default=_grouped))
+    return by_kernel(*vary_alike(weights, x, sizes))
 
 
 def _grouped_jvp(primals, tangents):
@@ -50,8 +58,7 @@ def _grouped(weights: Array, x: Array, sizes: Array) -> Array:
     if len(x) > len(weights):
         return _ragged(weights, x, sizes)
     # Fewer rows than weights, as in decoding: each row has its own copy of the weight that it needs.
-    group = jnp.sum(jnp.arange(len(x), dtype=sizes.dtype)[:, None] >= jnp.cumsum(sizes)[None], axis=1)
-    own = weights[jnp.minimum(group, len(weights) - 1)]
+    own = weights[group_of_rows(sizes, len(x))]
     return lax.dot_general(own, x, (((2,), (1,)), ((0,), (0,))), preferred_element_type=at_least_float32(x.dtype))
 
 
@@ -60,10 +67,41 @@ def _ragged(weights: Array, x: Array, sizes: Array) -> Array:
     return lax.ragged_dot_general(x, weights, sizes, numbers, preferred_element_type=at_least_float32(x.dtype))
 
 
+def _grouped_native(weights: Array, x: Array, sizes: Array) -> Array:
+    return native.grouped_dense(x.astype(jnp.float32), sizes, weights)
+
+
 def _grouped_cpu(weights: Array, x: Array, sizes: Array) -> Array:
-    # XLA on CPU computes a ragged product with all weights. This loop takes a block of one group's rows in each step.
-    # A block that exceeds its group writes rows of the next one, which the next steps overwrite.
-    rows, block = len(x), min(_LARGEST_BLOCK, 1 << (-(-len(x) // len(weights)) - 1).bit_length())
+    # XLA on CPU computes a ragged product with all weights.
+    def own(group: Array) -> Array:
+        if weights.dtype.itemsize != 2:
+            return lax.dynamic_index_in_dim(weights, group, keepdims=False)
+        # XLA on CPU has no slices of bfloat16: it would convert all weights. The barrier is that of `rows`.
+        kept, group = lax.optimization_barrier((weights, group))
+        return from_bits(lax.dynamic_index_in_dim(to_bits(kept), group, keepdims=False), weights.dtype)
+
+    return contract_by_groups(own, weights.shape[1], x, sizes, weights)
+
+
+def group_of_rows(sizes: Int[Array, "groups"], rows: int) -> Int[Array, "rows"]:
+    """The group of each row; rows after the last group get the last one."""
+    group = jnp.sum(jnp.arange(rows, dtype=sizes.dtype)[:, None] >= jnp.cumsum(sizes)[None], axis=1)
+    return jnp.minimum(group, len(sizes) - 1)
+
+
+def contract_by_groups(weight: Callable[[Array], Array], outputs: int, x: Array, sizes: Array, *arrays: Array) -> Array:
+    """The product of each row with the weight of its group, of which one is made at a time.
+
+    **Arguments:**
+
+    - `weight`: from the index of a group to its weight, shape `(outputs, in)`.
+    - `outputs`: of a weight.
+    - `x`, `sizes`: as for `contract_grouped`.
+    - `arrays`: what `weight` is made of.
+    """
+    # Each step takes a block of one group's rows. A block that exceeds its group writes rows of the next one, which the
+    # next steps overwrite.
+    rows, block = len(x), min(_LARGEST_BLOCK, 1 << (-(-len(x) // len(sizes)) - 1).bit_length())
     blocks, starts = -(-sizes // block), jnp.cumsum(sizes) - sizes
     stops = jnp.cumsum(blocks)
     padded = jnp.pad(x, ((0, block), (0, 0)))
@@ -72,9 +110,9 @@ def _grouped_cpu(weights: Array, x: Array, sizes: Array) -> Array:
         group = jnp.sum(stops <= number, dtype=sizes.dtype)
         first = starts[group] + (number - stops[group] + blocks[group]) * block
         own = lax.dynamic_slice_in_dim(padded, first, block)
-        part = contract_cpu(lax.dynamic_index_in_dim(weights, group, keepdims=False), own[None], 1)
+        part = contract_cpu(weight(group), own[None], 1)
         return lax.dynamic_update_slice_in_dim(y, part[0], first, 0)
 
-    empty = jnp.zeros((rows + block, weights.shape[1]), at_least_float32(x.dtype))
-    empty, *_ = vary_alike(empty, weights, x, sizes)
+    empty = jnp.zeros((rows + block, outputs), at_least_float32(x.dtype))
+    empty, *_ = vary_alike(empty, x, sizes, *arrays)
     return lax.fori_loop(0, stops[-1], step, empty)[:rows]

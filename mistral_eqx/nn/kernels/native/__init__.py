@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Num, UInt8
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
 from ...precision import to_bits
 
@@ -42,7 +42,8 @@ def instructions() -> str | None:
     name = library.mistral_eqx_instructions()
     if name is None:
         return None
-    for call in ("mistral_eqx_linear", "mistral_eqx_dense", "mistral_eqx_attend"):
+    for call in ("linear", "grouped_linear", "dense", "grouped_dense", "attend"):
+        call = f"mistral_eqx_{call}"
         jax.ffi.register_ffi_target(call, jax.ffi.pycapsule(getattr(library, call)), platform="cpu")
     return name.decode()
 
@@ -80,6 +81,28 @@ def linear(
     return list(call(x, *panels, formats=" ".join(formats)))
 
 
+def grouped_linear(
+    x: Float[Array, "rows inputs"],
+    sizes: Int[Array, "groups"],
+    panels: Sequence[UInt8[Array, "groups _ _ _"]],
+    formats: Sequence[str],
+) -> list[Float[Array, "rows _"]]:
+    """Multiplies groups of rows by stacked weights in panels, each group by its own; only these are read, in place.
+
+    **Arguments:**
+
+    - `x`: activations in float32, group after group.
+    - `sizes`: the number of rows of each group. The results of rows after the last group are zero.
+    - `panels`: of each stack, what `linear` takes for one weight, with a leading axis of groups.
+    - `formats`: as for `linear`.
+
+    **Returns:** the products with the weights of each stack.
+    """
+    results = [jax.ShapeDtypeStruct((x.shape[0], PANEL * one.shape[1]), jnp.float32) for one in panels]
+    call = jax.ffi.ffi_call("mistral_eqx_grouped_linear", results, vmap_method="sequential")
+    return list(call(x, sizes.astype(jnp.int32), *panels, formats=" ".join(formats)))
+
+
 def dense(x: Float[Array, "rows inputs"], weight: Float[Array, "outputs inputs"]) -> Float[Array, "rows outputs"]:
     """Multiplies at most `FEW` rows of activations by a weight of floats, for a program on the CPU.
 
@@ -92,6 +115,22 @@ def dense(x: Float[Array, "rows inputs"], weight: Float[Array, "outputs inputs"]
     """
     result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
     return jax.ffi.ffi_call("mistral_eqx_dense", result, vmap_method="sequential")(x, weight)
+
+
+def grouped_dense(
+    x: Float[Array, "rows inputs"], sizes: Int[Array, "groups"], weights: Float[Array, "groups outputs inputs"]
+) -> Float[Array, "rows outputs"]:
+    """Multiplies groups of rows by stacked weights of floats, each group by its own; only these are read, in place.
+
+    **Arguments:**
+
+    - `x`: activations in float32, group after group. Each `FEW` rows of a group read its weight again, from the cache.
+    - `sizes`: the number of rows of each group. The results of rows after the last group are zero.
+    - `weights`: float32, bfloat16 or float16.
+    """
+    result = jax.ShapeDtypeStruct((x.shape[0], weights.shape[1]), jnp.float32)
+    call = jax.ffi.ffi_call("mistral_eqx_grouped_dense", result, vmap_method="sequential")
+    return call(x, sizes.astype(jnp.int32), weights)
 
 
 def attends(dtype: jnp.dtype, head_dim: int) -> bool:

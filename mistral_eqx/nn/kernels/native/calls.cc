@@ -89,63 +89,44 @@ constexpr int64_t SMALL = 48 * 1024;
 // From so many rows on, it is faster to dequantize weights once than to read their codes for each few rows.
 constexpr int64_t MANY = 16;
 
-// One weight of a call, and its results.
+// One weight of a call, or one for each group of rows, and its results.
 struct Weight {
   Format format;
   const uint8_t* panels;
   float* y;
-  int64_t count, bytes;        // How many panels, and bytes of each.
-  int64_t part, first_of_all;  // How many panels make a part, and the number of its first part.
+  int64_t count, bytes;                // How many panels, and bytes of each.
+  int64_t part = 0, first_of_all = 0;  // How many panels make a part, and the number of its first part.
 
   int64_t parts() const { return (count + part - 1) / part; }
 };
 
-ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs panels, ffi::RemainingRets ys,
-                  std::string_view formats) {
-  const Instructions* set = chosen().instructions;
-  if (!set) return ffi::Error(ffi::ErrorCode::kUnimplemented, "This processor has none of the kernels' instructions.");
-  const auto xs = x.dimensions();
-  if (xs.size() != 2 || panels.size() != ys.size())
-    return ffi::Error::InvalidArgument("x must have 2 dimensions, and each weight one result.");
-  const int64_t rows = xs[0], inputs = xs[1];
-  std::vector<Weight> weights;
+// The products of all rows of x, shape (rows, inputs), with each weight.
+void multiply(ffi::ThreadPool& pool, const Instructions& set, const float* x, int64_t rows, int64_t inputs,
+              std::vector<Weight>& weights) {
+  if (rows == 0) return;
   int64_t parts = 0;
   bool all_exact = true;
-  for (size_t i = 0; i < panels.size(); i++) {
-    const auto blocks = panels.get<ffi::Buffer<ffi::U8>>(i);
-    auto result = ys.get<ffi::Buffer<ffi::F32>>(i);
-    if (!blocks || !result) return ffi::Error::InvalidArgument("Panels must be bytes, and results float32.");
-    const auto name = formats.substr(0, formats.find(' '));
-    formats.remove_prefix(std::min(formats.size(), name.size() + 1));
-    const auto format = found(*set, name);
-    if (!format) return ffi::Error::InvalidArgument("The kernels have no such format.");
-    const auto ws = blocks->dimensions(), rs = (*result)->dimensions();
-    if (ws.size() != 3 || rs.size() != 2 || ws[2] != 16 * int64_t(format->bytes) || ws[1] > INT64_MAX / format->size ||
-        ws[1] * format->size != inputs || rs[0] != rows || ws[0] > INT64_MAX / 16 || rs[1] != 16 * ws[0] ||
-        (!format->exact && inputs % 32))
-      return ffi::Error::InvalidArgument("The shapes of x, panels and y do not fit each other.");
-    if (rows == 0 || ws[0] == 0 || ws[1] == 0) continue;
-    Weight weight{*format, blocks->typed_data(), (*result)->typed_data(), ws[0], ws[1] * ws[2], 0, parts};
+  for (Weight& weight : weights) {
     // Parts of 128 KB, and not fewer than eight, so that threads end together.
     weight.part = std::max<int64_t>(1, std::min(weight.count / 8, (128 * 1024) / weight.bytes));
     if (weight.count * weight.bytes * rows < SMALL) weight.part = weight.count;
+    weight.first_of_all = parts;
     parts += weight.parts();
-    all_exact &= format->exact;
-    weights.push_back(weight);
+    all_exact &= weight.format.exact;
   }
-  Activations activations{x.typed_data(), nullptr, nullptr, nullptr, nullptr, rows, inputs};
+  Activations activations{x, nullptr, nullptr, nullptr, nullptr, rows, inputs};
   std::unique_ptr<int8_t[]> codes;
   std::unique_ptr<float[]> scales, tiles;
   if (rows >= MANY) {
-    const int64_t count = (rows + set->tile - 1) / set->tile;
-    tiles.reset(new float[count * set->tile * inputs]);
+    const int64_t count = (rows + set.tile - 1) / set.tile;
+    tiles.reset(new float[count * set.tile * inputs]);
     activations.tiles = tiles.get();
-    in_parallel(pool, count, [&](int64_t tile) { set->arrange(activations, tile); });
+    in_parallel(pool, count, [&](int64_t tile) { set.arrange(activations, tile); });
   } else if (!all_exact) {
     codes.reset(new int8_t[rows * inputs * 2]), scales.reset(new float[rows * (inputs / 32) * 3]);
     activations.codes = codes.get(), activations.scales = scales.get();
     activations.sums = scales.get() + rows * (inputs / 32);
-    for (int64_t row = 0; row < rows; row++) set->quantize(activations, row);
+    for (int64_t row = 0; row < rows; row++) set.quantize(activations, row);
   }
   in_parallel(pool, parts, [&](int64_t part) {
     auto weight = weights.end();
@@ -162,30 +143,153 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
       else format.product_of_many(format, panel, activations, y, stride, numbers);
     }
   });
+}
+
+// The weights of a call; panels have a leading axis of so many groups, or none for -1.
+ffi::Error read(const Instructions& set, const ffi::Buffer<ffi::F32>& x, int64_t groups, const ffi::RemainingArgs& panels,
+                const ffi::RemainingRets& ys, std::string_view formats, std::vector<Weight>& weights) {
+  const auto xs = x.dimensions();
+  if (xs.size() != 2 || panels.size() != ys.size())
+    return ffi::Error::InvalidArgument("x must have 2 dimensions, and each weight one result.");
+  const int64_t rows = xs[0], inputs = xs[1];
+  for (size_t i = 0; i < panels.size(); i++) {
+    const auto blocks = panels.get<ffi::Buffer<ffi::U8>>(i);
+    auto result = ys.get<ffi::Buffer<ffi::F32>>(i);
+    if (!blocks || !result) return ffi::Error::InvalidArgument("Panels must be bytes, and results float32.");
+    const auto name = formats.substr(0, formats.find(' '));
+    formats.remove_prefix(std::min(formats.size(), name.size() + 1));
+    const auto format = found(set, name);
+    if (!format) return ffi::Error::InvalidArgument("The kernels have no such format.");
+    const auto all = blocks->dimensions(), rs = (*result)->dimensions();
+    const bool grouped = groups >= 0;
+    if (all.size() != 3 + size_t(grouped) || (grouped && all[0] != groups))
+      return ffi::Error::InvalidArgument("The shapes of x, panels and y do not fit each other.");
+    const auto ws = all.last(3);
+    if (rs.size() != 2 || ws[2] != 16 * int64_t(format->bytes) || ws[1] > INT64_MAX / format->size ||
+        ws[1] * format->size != inputs || rs[0] != rows || ws[0] > INT64_MAX / 16 || rs[1] != 16 * ws[0] ||
+        (!format->exact && inputs % 32))
+      return ffi::Error::InvalidArgument("The shapes of x, panels and y do not fit each other.");
+    if (rows == 0 || ws[0] == 0 || ws[1] == 0) continue;
+    weights.push_back({*format, blocks->typed_data(), (*result)->typed_data(), ws[0], ws[1] * ws[2]});
+  }
   return ffi::Error::Success();
+}
+
+const ffi::Error& no_instructions() {
+  static const ffi::Error error(ffi::ErrorCode::kUnimplemented, "This processor has none of the kernels' instructions.");
+  return error;
+}
+
+ffi::Error linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs panels, ffi::RemainingRets ys,
+                  std::string_view formats) {
+  const Instructions* set = chosen().instructions;
+  if (!set) return no_instructions();
+  std::vector<Weight> weights;
+  if (auto error = read(*set, x, -1, panels, ys, formats, weights); error.failure()) return error;
+  if (!weights.empty()) multiply(pool, *set, x.typed_data(), x.dimensions()[0], x.dimensions()[1], weights);
+  return ffi::Error::Success();
+}
+
+using Sizes = ffi::BufferR1<ffi::S32>;
+
+// Whether groups of these sizes have no more than so many rows.
+bool fit(const Sizes& sizes, int64_t rows) {
+  int64_t total = 0;
+  const int32_t* size = sizes.typed_data();
+  for (size_t group = 0; group < sizes.element_count(); group++) {
+    if (size[group] < 0) return false;
+    total += size[group];
+  }
+  return total <= rows;
+}
+
+// Each group's rows times its own weights, which begin where those of the group before it end.
+ffi::Error grouped_linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, Sizes sizes, ffi::RemainingArgs panels,
+                          ffi::RemainingRets ys, std::string_view formats) {
+  const Instructions* set = chosen().instructions;
+  if (!set) return no_instructions();
+  const int64_t groups = int64_t(sizes.element_count());
+  std::vector<Weight> weights;
+  if (auto error = read(*set, x, groups, panels, ys, formats, weights); error.failure()) return error;
+  const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1];
+  if (!fit(sizes, rows)) return ffi::Error::InvalidArgument("The sizes of the groups do not fit the rows of x.");
+  if (weights.empty()) return ffi::Error::Success();
+  int64_t row = 0;
+  for (int64_t group = 0; group < groups; group++) {
+    const int64_t own = sizes.typed_data()[group];
+    multiply(pool, *set, x.typed_data() + row * inputs, own, inputs, weights);
+    for (Weight& weight : weights) weight.panels += weight.count * weight.bytes, weight.y += own * 16 * weight.count;
+    row += own;
+  }
+  for (Weight& weight : weights) std::fill_n(weight.y, (rows - row) * 16 * weight.count, 0.0f);
+  return ffi::Error::Success();
+}
+
+// How a weight of floats in some precision is multiplied, and the bytes of a number; no function for other precisions.
+struct OfFloats {
+  void (*multiply)(const Product& p, int64_t from, int64_t to);
+  int64_t bytes;
+};
+
+OfFloats of_floats(const Multiplying& set, ffi::DataType type) {
+  switch (type) {
+    case ffi::F32: return {set.float32, 4};
+    case ffi::BF16: return {set.bfloat16, 2};
+    case ffi::F16: return {set.float16, 2};
+    default: return {nullptr, 0};
+  }
+}
+
+// The product of any number of rows. A part of the weight stays in a thread's cache for all of them.
+void multiply(ffi::ThreadPool& pool, const OfFloats& kind, const Product& product) {
+  if (product.rows == 0 || product.outputs == 0) return;
+  const int64_t bytes = std::max<int64_t>(1, product.inputs * kind.bytes);
+  int64_t part = std::clamp<int64_t>((128 * 1024) / bytes, 1, std::max<int64_t>(1, product.outputs / 8));
+  if (product.outputs * bytes * product.rows < SMALL) part = product.outputs;
+  in_parallel(pool, (product.outputs + part - 1) / part, [&](int64_t i) {
+    for (Product few = product; few.rows > 0; few.rows -= FEW_ROWS) {
+      Product now = few;
+      now.rows = std::min(few.rows, FEW_ROWS);
+      kind.multiply(now, i * part, std::min(product.outputs, (i + 1) * part));
+      few.x += FEW_ROWS * product.inputs, few.y += FEW_ROWS * product.outputs;
+    }
+  });
 }
 
 ffi::Error dense(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> y) {
   const Multiplying* set = chosen().multiplying;
-  if (!set) return ffi::Error(ffi::ErrorCode::kUnimplemented, "This processor has none of the kernels' instructions.");
+  if (!set) return no_instructions();
   const auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
   if (xs.size() != 2 || ws.size() != 2 || ys.size() != 2 || xs[1] != ws[1] || ys[0] != xs[0] || ys[1] != ws[0] ||
       xs[0] > FEW_ROWS)
     return ffi::Error::InvalidArgument("The shapes of x, w and y do not fit each other.");
-  const auto type = w.element_type();
-  const auto multiply = type == ffi::F32    ? set->float32
-                        : type == ffi::BF16 ? set->bfloat16
-                        : type == ffi::F16  ? set->float16
-                                            : nullptr;
-  if (!multiply) return ffi::Error::InvalidArgument("The kernels have no products for the precision of w.");
-  const Product product{x.typed_data(), w.untyped_data(), y->typed_data(), xs[0], xs[1], ws[0]};
-  if (product.rows == 0 || product.outputs == 0) return ffi::Error::Success();
-  const int64_t bytes = std::max<int64_t>(1, product.inputs * (type == ffi::F32 ? 4 : 2));
-  int64_t part = std::clamp<int64_t>((128 * 1024) / bytes, 1, std::max<int64_t>(1, product.outputs / 8));
-  if (product.outputs * bytes * product.rows < SMALL) part = product.outputs;
-  in_parallel(pool, (product.outputs + part - 1) / part, [&](int64_t i) {
-    multiply(product, i * part, std::min(product.outputs, (i + 1) * part));
-  });
+  const OfFloats kind = of_floats(*set, w.element_type());
+  if (!kind.multiply) return ffi::Error::InvalidArgument("The kernels have no products for the precision of w.");
+  multiply(pool, kind, {x.typed_data(), w.untyped_data(), y->typed_data(), xs[0], xs[1], ws[0]});
+  return ffi::Error::Success();
+}
+
+ffi::Error grouped_dense(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, Sizes sizes, ffi::AnyBuffer w,
+                         ffi::ResultBuffer<ffi::F32> y) {
+  const Multiplying* set = chosen().multiplying;
+  if (!set) return no_instructions();
+  const auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
+  const int64_t groups = int64_t(sizes.element_count());
+  if (xs.size() != 2 || ws.size() != 3 || ys.size() != 2 || ws[0] != groups || xs[1] != ws[2] || ys[0] != xs[0] ||
+      ys[1] != ws[1])
+    return ffi::Error::InvalidArgument("The shapes of x, w and y do not fit each other.");
+  const OfFloats kind = of_floats(*set, w.element_type());
+  if (!kind.multiply) return ffi::Error::InvalidArgument("The kernels have no products for the precision of w.");
+  if (!fit(sizes, xs[0])) return ffi::Error::InvalidArgument("The sizes of the groups do not fit the rows of x.");
+  const auto* weight = static_cast<const uint8_t*>(w.untyped_data());
+  const float* own = x.typed_data();
+  float* result = y->typed_data();
+  for (int64_t group = 0; group < groups; group++, weight += ws[1] * ws[2] * kind.bytes) {
+    const int64_t rows = sizes.typed_data()[group];
+    multiply(pool, kind, {own, weight, result, rows, xs[1], ws[1]});
+    own += rows * xs[1], result += rows * ws[1];
+  }
+  std::fill(result, y->typed_data() + xs[0] * ws[1], 0.0f);
   return ffi::Error::Success();
 }
 
@@ -220,7 +324,7 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer 
                   ffi::Buffer<ffi::PRED> mask, ffi::RemainingArgs scales, ffi::ResultBuffer<ffi::F32> mixed,
                   ffi::ResultBuffer<ffi::F32> log_sum, float scale, std::string_view precision) {
   const Attending* set = chosen().attending;
-  if (!set) return ffi::Error(ffi::ErrorCode::kUnimplemented, "This processor has none of the kernels' instructions.");
+  if (!set) return no_instructions();
   const auto qs = q.dimensions(), ks = k.dimensions(), vs = v.dimensions(), ms = mask.dimensions();
   const auto results = mixed->dimensions();
   if (qs.size() != 5 || ks.size() != 4 || ms.size() != 3)
@@ -275,6 +379,23 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mistral_eqx_dense, dense,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mistral_eqx_grouped_linear, grouped_linear,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<Sizes>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<std::string_view>("formats"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mistral_eqx_grouped_dense, grouped_dense,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<Sizes>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
