@@ -173,6 +173,9 @@ def test_published_parameter_counts():
         "ministral-3-8b": 8_489_553_920,
         "ministral-3-14b": 13_506_073_600,
         "devstral-2-123b": 125_025_988_608,
+        "devstral-small-2-24b": 23_572_403_200,
+        "medium-3.5-128b": 125_025_988_608,
+        "voxtral-mini-3b": 4_014_136_320,
     }
 
 
@@ -239,7 +242,10 @@ def test_windows_that_alternate():
         ({"attention_bias": True}, r"sets attention_bias to True, which this package does not compute"),
         ({"mlp_bias": True}, r"sets mlp_bias to True"),
         ({"quantization_config": {"quant_method": "eetq"}}, r"has the quantization method 'eetq'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"'dynamic' .* because its angles depend on the length of"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            r"'dynamic' .* because its angles depend on the length of",
+        ),
         (
             {"rope_scaling": {"rope_type": "longrope"}},
             r"supported ones are 'default', 'linear', 'llama3' and 'yarn'",
