@@ -158,6 +158,9 @@ def test_a_small_file_is_read(tmp_path):
         ("special_tokens", None),
         ("special_tokens", 5),
         ("ranks", 99),
+        ("name", 5),
+        ("name", ""),
+        ("name", "\ud800"),
         ("vocab", {}),
         ("twice", "AQ=="),
         ("bytes", "no base 64"),
@@ -170,6 +173,8 @@ def test_what_cannot_be_is_refused(tmp_path, key, value):
         content["config"]["version"] = "v11"
     if key in ("twice", "bytes"):
         content["vocab"][-1]["token_bytes"] = value
+    elif key == "name":
+        content["special_tokens"][3]["token_str"] = value
     elif key == "ranks":
         content["special_tokens"][3]["rank"] = value
     else:

@@ -108,6 +108,8 @@ def _complaint(content: dict[str, Any]) -> str | None:
     if special is not None and sorted(token["rank"] for token in special) != list(range(len(special))):
         return "its special_tokens must have the ranks from 0 on, each once"
     names = _names(content)
+    if not all(isinstance(name, str) and name.encode() for name in names):
+        return "the names of its special_tokens must be text"
     if len(names) != controls or len(set(names)) < controls or not {"<s>", "</s>"} <= set(names):
         return f"its special_tokens must be at most {controls} different names, with <s> and </s>"
     words = _words(content)
