@@ -87,7 +87,9 @@ def tokenizer_writer(path: Path) -> Callable[[Path], None]:
     def copy(folder: Path):
         for pattern in (*FILES, GENERATION) if path.is_dir() else ():
             for file in path.glob(pattern):
-                with naming(folder / file.name):
-                    shutil.copyfile(file, folder / file.name)
+                copied = folder / file.relative_to(path)
+                with naming(copied):
+                    copied.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, copied)
 
     return copy

@@ -80,6 +80,14 @@ def _latent(
     )
 
 
+def _devstral_2() -> MistralConfig:
+    """A config of Devstral 2: 4096 positions that YaRN extends to 262144."""
+    plain = _mistral(
+        vocab=131_072, max_positions=262_144, rope_theta=1e6, embed=12_288, hidden=28_672, layers=88, q_per_kv=12
+    )
+    return dataclasses.replace(plain, rope_scaling=YarnScaling(64.0, 4096, yarn_magnitude(64.0), beta_fast=4.0))
+
+
 def _gpt(*, layers: int, heads: int, embed: int) -> MistralConfig:
     """This architecture with the depth and width of a minGPT. The tokens are bytes: training needs no tokenizer."""
     return MistralConfig(
@@ -158,17 +166,18 @@ PRESETS: Mapping[str, MistralConfig] = MappingProxyType(
         "ministral-3-3b": _ministral_3(embed=3072, hidden=9216, layers=26, tied=True),
         "ministral-3-8b": _ministral_3(embed=4096, hidden=14_336, layers=34),
         "ministral-3-14b": _ministral_3(embed=5120, hidden=16_384, layers=40),
-        "devstral-2-123b": dataclasses.replace(
-            _mistral(
-                vocab=131_072,
-                max_positions=262_144,
-                rope_theta=1e6,
-                embed=12_288,
-                hidden=28_672,
-                layers=88,
-                q_per_kv=12,
-            ),
-            rope_scaling=YarnScaling(64.0, 4096, yarn_magnitude(64.0), beta_fast=4.0),
+        "devstral-2-123b": _devstral_2(),
+        # The text models of two multimodal models. That they have the sizes of Small 3.1 and of Devstral 2 is inferred,
+        # and so is the scaling of the first.
+        "devstral-small-2-24b": dataclasses.replace(
+            _mistral(vocab=131_072, max_positions=393_216, rope_theta=1e8, embed=5120, hidden=32_768, layers=40),
+            rope_scaling=YarnScaling(48.0, 8192, 1.0),
+            query_scaling=QueryScaling(0.1, 8192),
+        ),
+        "medium-3.5-128b": _devstral_2(),
+        # The defaults of transformers' type voxtral.
+        "voxtral-mini-3b": _mistral(
+            vocab=131_072, max_positions=131_072, rope_theta=1e8, embed=3072, hidden=8192, layers=30
         ),
         # The defaults of transformers' type mistral4. That YaRN leaves the scores alone is inferred.
         "small-4-119b": _latent(

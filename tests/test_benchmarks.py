@@ -1,6 +1,7 @@
 """The benchmarks' own contenders, on a model that fits in a test."""
 
 import argparse
+import dataclasses
 import math
 import operator
 from pathlib import Path
@@ -11,6 +12,7 @@ from fixtures.checkpoint import random_model, tiny
 from fixtures.text import tiny as vocabularies
 
 import mistral_eqx as mx
+from mistral_eqx.planning import CHIPS, smallest
 
 
 @pytest.mark.slow
@@ -174,3 +176,31 @@ def test_llama_cpp_continues_what_it_has_read(random_file):
     task = small_task(random_file("Q8_0"))
     anew, kept = (peers.start_llama_cpp(task, reads_again=again) for again in (True, False))
     assert [kept(IDS, 4) for _ in range(3)] == [anew(IDS, 4)] * 3
+
+
+def test_the_least_times_of_the_family_follow_from_weights_and_exchanges(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import family
+
+    config = dataclasses.replace(mx.PRESETS["7b-v0.3"], layers=2, windows=(None, None))
+    chip = CHIPS["v5p"]
+    held = smallest(config, chip, batch=1, kv_seq=32_768)
+    prompt, token = family.times(config, held)
+    # One chip exchanges nothing: it reads all but the embedding, and keys and values, for each token.
+    assert held.devices == 1
+    entries = config.parameters - config.vocab * config.embed
+    assert token == pytest.approx((2 * entries + held.cache) / chip.hbm_bandwidth)
+    # Token i of a prompt attends to i others; each pair is two products of 32 heads.
+    pairs = 512 * 513 // 2 * 2 * 32 * 128 * config.layers
+    assert prompt == pytest.approx(2 * (512 * entries + pairs) / chip.flops)
+    small = dataclasses.replace(chip, hbm_bytes=int(held.total))
+    split = smallest(config, small, batch=1, kv_seq=32_768)
+    # Half of the weights on each, and two sums a layer, one after the embedding and two of the choice, over two hops.
+    assert split.devices == 2
+    halved = ((split.weights * entries / config.parameters) + held.cache / 2) / chip.hbm_bandwidth
+    exchanged = (5 * 2 * config.embed + 8) / chip.link_bandwidth + 7 * 2e-6
+    assert family.times(config, split)[1] == pytest.approx(halved + exchanged)
+    # 12.9 billion of Mixtral's weights compute a token, of them 0.13 the embedding.
+    assert family.entries(mx.PRESETS["8x7b"]) == pytest.approx(12.9e9 - 0.13e9, rel=0.003)
+    lines = list(family.rows(("gpt-micro",)))
+    assert [line[0][:2] for line in lines] == [["`gpt-micro`", "bfloat16"], ["", "FP8"], ["", "NF4/64"]]

@@ -343,7 +343,7 @@ def test_gguf_metadata():
     [
         (
             lambda tensors: tensors.pop("model.layers.1.block_sparse_moe.gate.weight"),
-            "has no tensor 'model.layers.1.block",
+            "has no tensor 'model.layers.1.block_sparse_moe.gate.weight'",
         ),
         (
             lambda tensors: tensors.pop("model.layers.1.block_sparse_moe.experts.2.w3.weight"),

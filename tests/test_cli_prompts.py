@@ -269,6 +269,17 @@ def test_a_bad_line_is_named(tiny, tmp_path, content, words, piped, monkeypatch)
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_line_with_an_image_is_refused_with_its_number(tiny, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    image = {"type": "image_url", "image_url": {"url": "a.png"}}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, image]}]
+    path.write_text('"Hi"\n' + json.dumps({"messages": messages}))
+    result = run("generate", "--model", tiny, "--prompts", path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Line 2" in result.stderr
+    assert "has the part 'image_url', but only text models are supported" in result.stderr
+
+
 def test_files_that_cannot_be_used_are_refused(tiny, file, tmp_path):
     options = ("generate", "--model", tiny, "--prompts")
     assert_refused(run(*options, tmp_path / "absent"), f"{tmp_path / 'absent'} cannot be used: No such file")

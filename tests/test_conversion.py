@@ -53,10 +53,14 @@ def test_a_folder_around_a_gguf_is_converted_with_its_tokenizer(getkey, tmp_path
 def test_files_of_the_tokenizer_are_copied_and_no_others(getkey, tmp_path):
     mx.save(random_model(tiny_config(), getkey()), tmp_path / "hf")
     names = ["tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tekken.json", "generation_config.json"]
+    (tmp_path / "hf" / "additional_chat_templates").mkdir()
+    (tmp_path / "hf" / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     for name in (*names, "README.md", "secret.txt"):
         (tmp_path / "hf" / name).write_text(name)
     mx.convert(tmp_path / "hf", tmp_path / "out", format="mistral")
-    assert listing(tmp_path / "out") == sorted([*names, "params.json", "consolidated.safetensors"])
+    folders = ["additional_chat_templates"]
+    assert listing(tmp_path / "out") == sorted([*names, *folders, "params.json", "consolidated.safetensors"])
+    assert listing(tmp_path / "out" / "additional_chat_templates") == ["tool_use.jinja"]
     assert (tmp_path / "out" / "tekken.json").read_text() == "tekken.json"
     mx.convert(tmp_path / "hf", tmp_path / "bare", format="mistral", tokenizer=False)
     assert listing(tmp_path / "bare") == ["consolidated.safetensors", "params.json"]

@@ -130,6 +130,11 @@ def test_the_smallest_number_of_chips_holds_weights_and_cache(scheme, kind, bits
     assert one.cache == 2 * config.layers * 8 * 128 * 32_768 * 2
     assert one.total == one.weights + one.cache <= 0.9 * CHIPS["v5p"].hbm_bytes
     assert one.all_weights == blocks + rest
+    # A chip of one's own, of which two hold what one v5p does.
+    own = dataclasses.replace(CHIPS["v5p"], name="own", hbm_bytes=int(0.7 * one.total / 0.9))
+    two = smallest(config, own, quantize=scheme, batch=1, kv_seq=32_768)
+    assert (two.devices, two.chip) == (2, own)
+    assert mx.Strategy(two.layout).parts("kv_heads", two.axes) == 2
     more = smallest(config, "v5e", quantize=scheme, batch=64, kv_seq=32_768)
     # Half as many devices would hold twice as much each: what is split is all but the norms.
     assert more.total <= 0.9 * CHIPS["v5e"].hbm_bytes < 2 * more.total

@@ -13,6 +13,7 @@ from fixtures.text import templates, tiny
 from hypothesis import given, settings, strategies as st
 
 from mistral_eqx.text import encode_chat, load_tokenizer, render_chat
+from mistral_eqx.train import chat
 
 
 def with_template(folder, template):
@@ -404,6 +405,27 @@ def test_messages_that_are_no_json_are_refused(chatml):
     for content in (endless, deep, huge, {1, 2}, 10**5000, b"a"):
         with pytest.raises(ValueError, match=r"^The messages (must consist|nest deeper than 64)[^\n]*\.$"):
             render_chat(chatml, [{"role": "user", "content": content}])
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+PARTS = [IMAGE, {"type": "image", "image": "a.png"}, {"image": "a.png"}, {"type": "input_audio", "input_audio": {}}]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: next(reversed(part)))
+def test_images_and_audio_are_refused_in_one_sentence(chatml, tmp_path, part):
+    released = load_tokenizer(tiny.write_tekken(tmp_path, "v13"))
+    first = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
+    complaint = rf"^Message 1 has the part '{next(iter(part.values())) if 'type' in part else 'image'}', but only text"
+    for messages in ([first, {"role": "user", "content": [*first["content"], part]}], [first, {**first, "images": []}]):
+        expected = complaint if messages[1] != {**first, "images": []} else "^Message 1 has the part 'images', but only"
+        for call in (
+            lambda messages: render_chat(chatml, messages),
+            lambda messages: encode_chat(chatml, messages),
+            lambda messages: encode_chat(released, messages),
+            lambda messages: chat(messages, functools.partial(encode_chat, chatml)),
+        ):
+            with pytest.raises(ValueError, match=rf"{expected}[^\n]*\.$"):
+                call(messages)
 
 
 def test_variables_come_from_the_files_of_the_tokenizer(tmp_path):

@@ -185,14 +185,17 @@ def test_a_reply_is_the_next_message(tokenizer):
 @pytest.mark.parametrize("version", ["v3", "v7", "v11", "v13"])
 def test_calls_that_mistral_common_writes_are_those_that_it_reads(tmp_path, version):
     tools = pytest.importorskip("mistral_common.experimental.tools")
-    tokenizer = load_tokenizer(tiny.write_tekken(tmp_path, version))
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    file = tiny.write_tekken(tmp_path, version)
+    tokenizer = load_tokenizer(file)
     thought = "" if version != "v13" else "hm\n"
     message = {**templates.TWO_CALLS, **({"reasoning_content": thought} if thought else {})}
     prompt = encode_chat(tokenizer, [templates.USER])
     ids = encode_chat(tokenizer, [templates.USER, message])[len(prompt) : -1]
     begin = tokenizer.control_tokens["[TOOL_CALLS]"]
     _, calls = tools._split_content_and_tool_calls(ids, begin)
-    theirs = tools._decode_tool_calls(calls, tokenizer._tekken)
+    theirs = tools._decode_tool_calls(calls, Tekkenizer.from_file(file))
     reply = mx.parse_reply(tokenizer, ids, after=prompt)
     assert [(call.name, call.arguments) for call in reply.tool_calls] == [
         (each.function.name, json.loads(each.function.arguments)) for each in theirs

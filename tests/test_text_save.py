@@ -31,7 +31,8 @@ def listing(folder):
 
 def assert_same(first, second):
     """Checks what a program can see of two tokenizers."""
-    for attribute in ("vocab", "bos_id", "eos_ids", "adds_bos", "chat_template", "control_tokens"):
+    attributes = ("vocab", "bos_id", "eos_ids", "adds_bos", "chat_template", "tool_template", "control_tokens")
+    for attribute in attributes:
         assert getattr(first, attribute) == getattr(second, attribute), attribute
     for text in TEXTS:
         for parse_special in (False, True):
@@ -50,7 +51,7 @@ def assert_same(first, second):
         {},
         {"add_bos_token": True, "chat_template": None},
         {"add_bos_token": None, "pre": "llama-bpe", "eot_token_id": 0},
-        {"pre": "qwen2", "bos_token_id": None},
+        {"pre": "qwen2", "bos_token_id": None, "tool_template": templates.HERMES},
         {"pre": "default", "eos_token_id": None},
         {"add_space_prefix": True, "chat_template": templates.MISTRAL_3},
         {"add_space_prefix": True, "pre": "qwen2"},
@@ -76,7 +77,7 @@ def test_a_byte_level_vocabulary_comes_back(tmp_path, changes):
         {},
         {"add_space_prefix": False, "chat_template": tiny.CHATML},
         {"add_bos_token": False, "bos_token_id": 3, "eos_token_id": 260, "eot_token_id": 2},
-        {"chat_template": templates.MISTRAL_3, "eom_token_id": 3},
+        {"chat_template": templates.MISTRAL_3, "eom_token_id": 3, "tool_template": templates.HERMES},
     ],
     ids=lambda changes: " ".join(changes),
 )

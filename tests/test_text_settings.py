@@ -45,6 +45,21 @@ def test_which_tokens_are_special_and_which_a_template_sees(tmp_path):
     assert read_settings(tmp_path).template_tokens == {**seen, "unk_token": "<unk>"}
 
 
+def test_templates_have_names(tmp_path):
+    listed = [{"name": "tool_use", "template": "tools"}, {"name": "rag", "template": "documents"}]
+    tiny.write_json(tmp_path / "tokenizer_config.json", {"chat_template": listed})
+    settings = read_settings(tmp_path)
+    assert (settings.chat_template, settings.tool_template) == (None, "tools")
+    # A file has precedence over the list, as in transformers, and has its own file for tools.
+    (tmp_path / "chat_template.jinja").write_text("plain")
+    settings = read_settings(tmp_path)
+    assert (settings.chat_template, settings.tool_template) == ("plain", None)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("more")
+    settings = read_settings(tmp_path)
+    assert (settings.chat_template, settings.tool_template) == ("plain", "more")
+
+
 TOKENS = [5, 1.5, ["a"], {"a": 1}, {"content": 5}, {"content": None}, {"content": "a", "special": "false"}, True]
 WRONG = [
     *(("tokenizer_config.json", key, value) for key in ("bos_token", "eos_token", "pad_token") for value in TOKENS),

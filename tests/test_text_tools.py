@@ -1,5 +1,7 @@
 """Conversations with tools, against transformers and mistral-common."""
 
+import json
+
 import pytest
 from fixtures.text import templates, tiny
 
@@ -27,6 +29,7 @@ RELEASES = {
 }
 # What the settings of version 15 may be.
 SETTINGS = {
+    "json_schema": {"type": "json_schema"},
     "reasoning_effort": {"type": "enum", "accepts_none": True, "default": "none", "values": ["none", "high"]},
 }
 
@@ -133,11 +136,42 @@ def test_what_is_no_tool_is_refused_in_one_sentence(hermes, tools, complaint):
 def test_what_a_template_would_ignore_is_refused(tmp_path):
     metadata = tiny.byte_level_metadata(chat_template=templates.CHATML)
     tokenizer = load_tokenizer(tiny.write_gguf(tmp_path / "tiny.gguf", **metadata))
-    for options in ({"tools": templates.TOOLS}, {"reasoning_effort": "low"}):
+    for options in ({"tools": templates.TOOLS}, {"reasoning_effort": "low"}, {"json_schema": {"type": "object"}}):
         for call in (render_chat, encode_chat):
             with pytest.raises(ValueError, match=rf"tiny\.gguf has no use for {next(iter(options))}; [^\n]*\.$"):
                 call(tokenizer, [templates.USER], **options)
     assert encode_chat(tokenizer, [templates.USER], tools=[]) == encode_chat(tokenizer, [templates.USER])
+
+
+def test_a_template_for_tools_is_used_if_tools_are_given(tmp_path):
+    metadata = tiny.byte_level_metadata(chat_template=templates.CHATML, tool_template=templates.HERMES)
+    tokenizer = load_tokenizer(tiny.write_gguf(tmp_path / "tiny.gguf", **metadata))
+    assert "Answer briefly." in render_chat(tokenizer, [templates.USER])
+    assert render_chat(tokenizer, [templates.USER], tools=templates.TOOLS).startswith("<|im_start|>system\n# Tools")
+    # The other template has no use for it.
+    assert render_chat(tokenizer, [templates.USER], tools=[], reasoning_effort="none").endswith("</think>\n\n")
+    with pytest.raises(ValueError, match="has no use for reasoning_effort"):
+        render_chat(tokenizer, [templates.USER], reasoning_effort="none")
+    found = tokenizer.gguf_metadata()
+    assert found["tokenizer.chat_templates"] == ["tool_use"]
+    assert found["tokenizer.chat_template.tool_use"] == templates.HERMES
+
+
+SCHEMA = {"type": "object", "properties": {"z": {"type": "number"}, "a": {"enum": ["é", "[/INST]"]}}, "required": ["z"]}
+
+
+def test_the_schema_of_an_answer_reaches_the_template(tmp_path):
+    template = "{{ response_format.json_schema.schema | tojson }}|{{ response_format.type }}"
+    tokenizer = load_tokenizer(
+        tiny.write_gguf(tmp_path / "tiny.gguf", **tiny.byte_level_metadata(chat_template=template))
+    )
+    assert render_chat(tokenizer, [templates.USER], json_schema={"type": "array"}) == '{"type": "array"}|json_schema'
+    for schema, complaint in (
+        ({"type": "text"}, "The json_schema is not a JSON schema: at 'type', "),
+        ({"default": print}, "The values of json_schema must consist of text, numbers, lists and dicts: "),
+    ):
+        with pytest.raises(ValueError, match=rf"^{complaint}[^\n]*\.$"):
+            encode_chat(tokenizer, [templates.USER], json_schema=schema)
 
 
 def test_release_formats_refuse_tools_in_one_sentence(data, tmp_path):
@@ -152,6 +186,7 @@ def test_release_formats_refuse_tools_in_one_sentence(data, tmp_path):
         ([templates.USER, {**templates.CALLS, "tool_calls": "f()"}], {}),
         ([templates.USER, thought, templates.USER], {}),
         ([templates.USER], {"reasoning_effort": "high"}),
+        ([templates.USER], {"json_schema": SCHEMA}),
         ([templates.USER], {"tools": [tool(name="two words")]}),
     ]
     for messages, options in wrong:
@@ -210,8 +245,20 @@ def test_reasoning_has_the_ids_of_mistral_common(tmp_path, version):
             assert f'[MODEL_SETTINGS]{{"reasoning_effort": "{effort}"}}[/MODEL_SETTINGS]' in tokenizer.decode(
                 ids, skip_special=False
             )
+            ids = encode_chat(tokenizer, [templates.USER], reasoning_effort=effort, json_schema=SCHEMA)
+            form = {"type": "json_schema", "json_schema": {"name": "other", "schema": SCHEMA}}
+            assert ids == reference(file, [templates.USER], None, reasoning_effort=effort, response_format=form)
+            schema = json.dumps(SCHEMA, ensure_ascii=False)
+            assert (
+                f'[MODEL_SETTINGS]{{"json_schema": {schema}, "reasoning_effort": "{effort}"}}[/MODEL_SETTINGS]'
+                in tokenizer.decode(ids, skip_special=False)
+            )
+            assert ids.count(tokenizer.control_tokens["[/INST]"]) == 1
         with pytest.raises(ValueError, match=r"^Mistral's format refuses the conversation[^\n]*\.$"):
             encode_chat(tokenizer, [templates.USER], reasoning_effort="low")
+        described = {"role": "system", "content": "Be kind.", "reasoning_content": "hm"}
+        with pytest.raises(ValueError, match=r"^Mistral's format refuses the conversation[^\n]*\.$"):
+            encode_chat(tokenizer, [described, templates.USER])
 
 
 def mistral_template(version, spm):
@@ -224,18 +271,18 @@ def mistral_template(version, spm):
         tokenizer_version=TokenizerVersion(version),
         image_support=False,
         audio_support=False,
-        thinking_support=version == "v13",
+        thinking_support=version in ("v13", "v15"),
         default_system_prompt=None,
         plain_thinking_support=False,
         use_special_token_variables=True,
-        model_settings_fields=None,
-        reasoning_effort_values=None,
-        reasoning_effort_default=None,
+        model_settings_fields=frozenset({"json_schema", "reasoning_effort"}) if version == "v15" else None,
+        reasoning_effort_values=["none", "high"] if version == "v15" else None,
+        reasoning_effort_default="none" if version == "v15" else None,
     )
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", ["hermes", "mistral-3", "v2", "v3", "v7", "v11", "v13"])
+@pytest.mark.parametrize("name", ["hermes", "mistral-3", "v2", "v3", "v7", "v11", "v13", "v15"])
 def test_templates_write_what_they_do_in_transformers(tmp_path, name):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("mistral_common")
@@ -262,3 +309,26 @@ def test_templates_write_what_they_do_in_transformers(tmp_path, name):
                 messages, return_dict=False, **options
             )
     assert compared >= (6 if name == "mistral-3" else 12)
+
+
+@pytest.mark.parity
+def test_the_schema_and_the_template_for_tools_are_those_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("mistral_common")
+    tiny.byte_level_json(tmp_path)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    named = {"default": mistral_template("v15", spm=False), "tool_use": templates.HERMES}
+    listed = [{"name": name, "template": template} for name, template in named.items()]
+    tiny.write_json(tmp_path / "tokenizer_config.json", {**config, "chat_template": listed})
+    tiny.write_json(tmp_path / "config.json", {"model_type": "llama"})
+    tokenizer, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for tools in (None, [], templates.TOOLS):
+        text = theirs.apply_chat_template(
+            [templates.USER], tools=tools, tokenize=False, add_generation_prompt=True, reasoning_effort="none"
+        )
+        assert render_chat(tokenizer, [templates.USER], tools=tools, reasoning_effort="none") == text
+        assert text.startswith("<|im_start|>[MODEL_SETTINGS]") == (tools is None)
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+    text = theirs.apply_chat_template([templates.USER], tokenize=False, response_format=form)
+    assert render_chat(tokenizer, [templates.USER], json_schema=SCHEMA) == text
+    assert '[MODEL_SETTINGS]{"json_schema": {"type": "object"' in text

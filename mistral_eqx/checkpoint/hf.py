@@ -19,7 +19,7 @@ from .names import HEAD
 from .quantized import read_quantization
 from .reader import DTYPES, Checkpoint, LazyTensor, main_dtype
 from .safetensors import read_header
-from .settings import Settings, consistent_value, listed, per_head, per_kv, read_routing
+from .settings import REASONS, Settings, consistent_value, listed, per_head, per_kv, read_routing
 from .weight_files import WeightFiles, read_consistent
 from .wrapped import WRAPPERS, is_wrapper, text_config, text_tensors, warn_of_skipped
 
@@ -185,8 +185,8 @@ _DEFAULTS["ministral"] = _DEFAULTS["mistral"]
 
 # Why other types of the family are refused.
 _REASONS = {
+    **REASONS,
     "mistral_large4": " because of its sparse latent attention",
-    "mamba2": " because it has a state in place of attention",
 }
 
 # Keys that do not change the logits of a forward pass: bookkeeping, training, sampling, outputs.

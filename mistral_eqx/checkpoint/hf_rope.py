@@ -20,7 +20,7 @@ from ..rope import (
     yarn_magnitude,
 )
 from .original_positions import add_original_positions
-from .settings import REQUIRED, Settings, consistent_value, listed
+from .settings import REASONS, REQUIRED, Settings, consistent_value, listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +127,8 @@ def _scalings(table: _Table, scales_queries: bool, rotated: float) -> dict[str, 
     if kind not in _KINDS:
         raise settings.wrong(
             key,
-            f"{settings.name} asks for the rope type {shown(kind)} in {key}, which is not supported; the supported "
-            f"ones are {listed(_KINDS)}.",
+            f"{settings.name} asks for the rope type {shown(kind)} in {key}, which is not supported"
+            f"{REASONS.get(kind, '')}; the supported ones are {listed(_KINDS)}.",
         )
     settings.expect(f"{key}.partial_rotary_factor", (rotated, None), None, float | None)
     with settings.naming():

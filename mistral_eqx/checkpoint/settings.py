@@ -14,6 +14,13 @@ from ..errors import InputError
 REQUIRED: Any = object()
 
 
+# Why kinds of models and of rotary embeddings are refused, in whichever key a dialect has them.
+_STATE, _LATENT = " because it has a state in place of attention", " because of its latent attention"
+_LENGTH = " because its angles depend on the length of the whole sequence, and keys in the cache keep theirs"
+REASONS = {"mamba": _STATE, "mamba2": _STATE, "mistral4": _LATENT, "deepseek2": _LATENT}
+REASONS |= {"dynamic": _LENGTH, "longrope": _LENGTH}
+
+
 class Settings:
     """The keys and values of a config. `take` checks the type of a value, `refuse_rest` refuses the keys not taken."""
 
@@ -54,8 +61,9 @@ class Settings:
         value = self.take(key, kind, default)
         if not any(type(value) is type(one) and value == one for one in supported):
             named = listed(value for value in supported if value is not None)
+            reason = REASONS.get(value, "") if isinstance(value, str) else ""
             raise self.wrong(
-                key, f"{self.name} has {key} {shown(value)}, which is not supported; supported is {named}."
+                key, f"{self.name} has {key} {shown(value)}, which is not supported{reason}; supported is {named}."
             )
 
     def make(self, **fields: Any) -> MistralConfig:

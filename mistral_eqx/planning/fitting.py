@@ -34,6 +34,7 @@ class Holding:
     - `model`: the preset's name, or `"config"`.
     - `chip`, `devices`: the chip, and how many.
     - `strategy`, `axes`: the name of the strategy, and the size of each mesh axis.
+    - `layout`: the strategy as text, for [`mistral_eqx.Strategy`][].
     - `batch`, `kv_seq`: the rows of the cache, and the slots of each.
     - `formats`: the bytes of one chip's weights by format: of blocks, such as `"NF4/64"`, and the precision of others.
     - `all_weights`: the bytes of all weights, each counted once.
@@ -44,6 +45,7 @@ class Holding:
     chip: Chip
     devices: int
     strategy: str
+    layout: str
     axes: dict[str, int]
     batch: int
     kv_seq: int
@@ -68,7 +70,7 @@ class Holding:
 
 def smallest(
     model: MistralConfig | str,
-    chip: str,
+    chip: Chip | str,
     *,
     quantize: Recipe | None = None,
     batch: int = 8,
@@ -87,7 +89,7 @@ def smallest(
     **Arguments:**
 
     - `model`, `quantize`, `batch`, `kv_seq`, `dtype`, `cache_dtype`: as for [`mistral_eqx.plan`][].
-    - `chip`: the name of a chip of `mistral_eqx.planning.CHIPS`.
+    - `chip`: the name of a chip of `mistral_eqx.planning.CHIPS`, or a [`mistral_eqx.planning.Chip`][] of your own.
 
     **Returns:** the number of chips, and the first legal strategy that holds the model on them.
 
@@ -97,9 +99,11 @@ def smallest(
     batch, slots = checked(batch, Count, "batch"), cache_slots(config, kv_seq)
     checked(cache_dtype, CacheDType | None, "cache_dtype")
     checked(dtype, DTypes, "dtype")
-    if chip not in CHIPS:
-        raise InputError(f"The chip {shown(chip)} is not known; the chips are {', '.join(CHIPS)}.")
-    room = SHARE * CHIPS[chip].hbm_bytes
+    if isinstance(chip, str):
+        if chip not in CHIPS:
+            raise InputError(f"The chip {shown(chip)} is not known; the chips are {', '.join(CHIPS)}.")
+        chip = CHIPS[chip]
+    room = SHARE * chip.hbm_bytes
     # Without a kernel's panels of rows, the shapes do not depend on how the model is split.
     whole = model_shapes(config, dtype, SINGLE, _mesh({"tp": 1}), "tpu", quantize)
     all_weights = device_bytes(whole)
@@ -124,9 +128,10 @@ def smallest(
         if sum(formats.values()) + cache <= room:
             return Holding(
                 model=name,
-                chip=CHIPS[chip],
+                chip=chip,
                 devices=devices,
                 strategy=choice.name,
+                layout=strategy.layout,
                 axes=choice.axes,
                 batch=batch,
                 kv_seq=slots,
@@ -135,8 +140,8 @@ def smallest(
                 cache=cache,
             )
     raise InputError(
-        f"The model does not fit into {_MOST_CHIPS} chips {chip} with a batch of {batch} and kv_seq {slots}; take a "
-        "smaller batch, a shorter kv_seq or fewer bits."
+        f"The model does not fit into {_MOST_CHIPS} chips {chip.name} with a batch of {batch} and kv_seq {slots}; take "
+        "a smaller batch, a shorter kv_seq or fewer bits."
     )
 
 

@@ -14,7 +14,7 @@ from .instruct import encode_instruct
 from .json_types import to_json_types
 from .templates import render
 from .tokenizer import AbstractTokenizer
-from .tools import Tools, checked_tools
+from .tools import Tools, checked_schema, checked_tools
 
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
@@ -32,13 +32,15 @@ def render_chat(
     *,
     tools: Tools | None = None,
     reasoning_effort: str | None = None,
+    json_schema: Mapping[str, Any] | None = None,
     add_generation_prompt: bool = True,
 ) -> str:
     """Renders a conversation as text with the tokenizer's chat template.
 
     A template comes with a checkpoint and is not trusted: it runs in a sandbox with limits of time and memory. It gets
     the same variables as in transformers: `messages`, `tools`, `add_generation_prompt`, `bos_token` and the other
-    tokens that the tokenizer's files name.
+    tokens that the tokenizer's files name. If there is a template named `tool_use`, it is used whenever `tools` are
+    given, as in transformers.
 
     **Arguments:**
 
@@ -50,17 +52,20 @@ def render_chat(
     - `tools`: the tools that the model may call, each a dict `{"type": "function", "function": {"name": ...,
         "description": ..., "parameters": ...}}`, where `parameters` is a JSON schema of an object.
     - `reasoning_effort`: how much the model reasons, such as `"low"`, if the template has this variable.
+    - `json_schema`: the JSON schema of the answer, if the template has the variable `response_format`. The model is
+        told of it; nothing forces the answer to follow it.
     - `add_generation_prompt`: whether to end the text with the header of the assistant's next answer.
 
     **Returns:** the text, with the names of control tokens.
 
     **Raises:** `InputError` if the tokenizer has no template, the template is invalid or forbidden, or the template
-    refuses the messages; also if a tool has another form, or the template has no use for `tools` or `reasoning_effort`.
+    refuses the messages; if a message has an image, audio or a file; also if a tool has another form, or the template
+    has no use for `tools`, `reasoning_effort` or `json_schema`.
     """
-    if tokenizer.chat_template is None:
+    given = _given(messages, tools, reasoning_effort, json_schema)
+    if _template(tokenizer, given) is None:
         remedy = "encode_chat gives the ids directly" if tokenizer.release_file else _REMEDY
         raise InputError(f"{tokenizer.name} has no chat template; {remedy}.")
-    given = _given(messages, tools, reasoning_effort)
     _check_used(tokenizer, given)
     return _render(tokenizer, given, add_generation_prompt)
 
@@ -72,6 +77,7 @@ def encode_chat(
     *,
     tools: Tools | None = None,
     reasoning_effort: str | None = None,
+    json_schema: Mapping[str, Any] | None = None,
     add_generation_prompt: bool = True,
     assistant_mask: Literal[False] = False,
 ) -> list[int]: ...
@@ -84,6 +90,7 @@ def encode_chat(
     *,
     tools: Tools | None = None,
     reasoning_effort: str | None = None,
+    json_schema: Mapping[str, Any] | None = None,
     add_generation_prompt: bool = True,
     assistant_mask: Literal[True],
 ) -> tuple[list[int], list[bool]]: ...
@@ -95,6 +102,7 @@ def encode_chat(
     *,
     tools: Tools | None = None,
     reasoning_effort: str | None = None,
+    json_schema: Mapping[str, Any] | None = None,
     add_generation_prompt: bool = True,
     assistant_mask: bool = False,
 ) -> list[int] | tuple[list[int], list[bool]]:
@@ -117,14 +125,14 @@ def encode_chat(
     tool or setting; with `assistant_mask` also if the assistant has no tokens, or if the template changes earlier
     messages when later ones follow.
     """
-    given = _given(messages, tools, reasoning_effort)
-    if tokenizer.chat_template is None:
+    given = _given(messages, tools, reasoning_effort, json_schema)
+    if _template(tokenizer, given) is None:
         return _encode_release(tokenizer, given, assistant_mask)
     _check_used(tokenizer, given)
     chat = _render_segments(tokenizer, given, add_generation_prompt)
     if not assistant_mask:
         return tokenizer.encode_segments(chat.contents)
-    if _has_generation(tokenizer):
+    if _has_generation(tokenizer, given):
         ids, mask = _mask_overlap(tokenizer, chat)
     else:
         turns = _turns(given, chat.text, lambda some, prompt: _render_segments(tokenizer, some, prompt).text)
@@ -137,17 +145,37 @@ def encode_chat(
 _REMEDY = "give a folder or .gguf of an instruction-tuned model, or add a chat_template.jinja to the tokenizer's folder"
 
 
-def _given(messages: Messages, tools: Tools | None, reasoning_effort: str | None) -> dict[str, Any]:
-    """The variables of a template that come from the caller, in JSON types; no `reasoning_effort` if it is `None`."""
-    given = {"messages": _converted(messages), "tools": checked_tools(tools)}
-    return given if reasoning_effort is None else {**given, "reasoning_effort": reasoning_effort}
+def _given(
+    messages: Messages, tools: Tools | None, reasoning_effort: str | None, json_schema: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The variables of a template that come from the caller, in JSON types; settings only if they are given."""
+    given: dict[str, Any] = {"messages": _converted(messages), "tools": checked_tools(tools)}
+    if reasoning_effort is not None:
+        given["reasoning_effort"] = reasoning_effort
+    if json_schema is not None:
+        schema = {"name": "answer", "schema": checked_schema(json_schema)}
+        given["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return given
+
+
+def _template(tokenizer: AbstractTokenizer, given: Mapping[str, Any]) -> str | None:
+    """The template for what is given, if there is one: as in transformers, that for tools even if there are none."""
+    has_tools = given["tools"] is not None and tokenizer.tool_template is not None
+    return tokenizer.tool_template if has_tools else tokenizer.chat_template
+
+
+# The argument and the remedy for each variable that a template need not have.
+_OPTIONAL = {
+    "tools": ("tools", "describe them in a system message instead"),
+    "reasoning_effort": ("reasoning_effort", "leave it out"),
+    "response_format": ("json_schema", "describe it in a system message instead"),
+}
 
 
 def _check_used(tokenizer: AbstractTokenizer, given: dict[str, Any]):
     """Refuses tools and settings that the template would silently ignore."""
-    remedies = {"tools": "describe them in a system message instead", "reasoning_effort": "leave it out"}
-    for name, remedy in remedies.items():
-        if given.get(name) and name not in (tokenizer.chat_template or ""):
+    for variable, (name, remedy) in _OPTIONAL.items():
+        if given.get(variable) and variable not in (_template(tokenizer, given) or ""):
             raise InputError(f"The chat template of {tokenizer.name} has no use for {name}; {remedy}.", key=name)
 
 
@@ -276,8 +304,8 @@ def _encode(tokenizer: AbstractTokenizer, content: str | int, first: bool) -> li
     return tokenizer.encode_segments([content]) if first else tokenizer.encode_segments([0, content])[1:]
 
 
-def _has_generation(tokenizer: AbstractTokenizer) -> bool:
-    return "endgeneration" in (tokenizer.chat_template or "")
+def _has_generation(tokenizer: AbstractTokenizer, given: Mapping[str, Any]) -> bool:
+    return "endgeneration" in (_template(tokenizer, given) or "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,8 +325,8 @@ def _render_segments(tokenizer: AbstractTokenizer, given: dict[str, Any], add_ge
     change the result of stripping or searching in the template. So the text is taken from the first rendering, and
     only the origin of each name from the second, unless the names in both cannot be matched.
     """
-    begin, end, left, right = _unused_characters(given, tokenizer.chat_template or "", 4)
-    generation = {"generation_start": begin, "generation_end": end} if _has_generation(tokenizer) else {}
+    begin, end, left, right = _unused_characters(given, _template(tokenizer, given) or "", 4)
+    generation = {"generation_start": begin, "generation_end": end} if _has_generation(tokenizer, given) else {}
     text, marks = _remove_marks(_render(tokenizer, given, add_generation_prompt, generation), begin + end)
     names = list(_names(tokenizer, text, 0, len(text)))
     mark = _marker(tuple(tokenizer.control_tokens))
@@ -420,7 +448,27 @@ def _converted(messages: Messages) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InputError(f"Each message must be a dict with 'role' and 'content', not {shown(message)}.")
     given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    return [_with_reasoning(message) for message in to_json_types(given, "The messages")]
+    converted = to_json_types(given, "The messages")
+    for number, message in enumerate(converted):
+        _check_is_text(number, message)
+    return [_with_reasoning(message) for message in converted]
+
+
+# Types of parts that are not text, such as `image_url` and `input_audio`, and keys that hold such content.
+_NOT_TEXT = re.compile("(input_)?(image|audio|video|file)(s|_url)?")
+
+
+def _check_is_text(number: int, message: dict[str, Any]):
+    """Refuses what only an encoder of images or audio could read; a template might ignore it."""
+    content = message.get("content")
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    named = [*message, *(name for part in parts for name in (*part, part.get("type")) if isinstance(name, str))]
+    if found := next(filter(_NOT_TEXT.fullmatch, named), None):
+        raise InputError(
+            f"Message {number} has the part {shown(found)}, but only text models are supported; leave out images, "
+            "audio, video and files.",
+            key="messages",
+        )
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
@@ -450,7 +498,7 @@ def _render(
     variables: Mapping[str, str] | None = None,
 ) -> str:
     return render(
-        tokenizer.chat_template or "",
+        _template(tokenizer, given) or "",
         {
             "add_generation_prompt": add_generation_prompt,
             "documents": None,

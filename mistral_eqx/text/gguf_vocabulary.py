@@ -109,16 +109,15 @@ class _Vocabulary:
             raise self.damaged(key, f"its tokenizer.ggml.{key} must be a list of {_KINDS[kind]}")
         return list(values or [])
 
-    @property
-    def chat_template(self) -> str | None:
-        """The chat template, if the file has one."""
-        template = self._metadata.get("tokenizer.chat_template")
+    def template(self, name: str = "") -> str | None:
+        """The chat template, or that of a name such as `.tool_use`, if the file has it."""
+        key = f"tokenizer.chat_template{name}"
+        template = self._metadata.get(key)
         if not isinstance(template, str | None):
             raise InputError(
-                f"{self.path} is damaged: its tokenizer.chat_template is {shown(template)}, not a text; fetch it "
-                "again.",
+                f"{self.path} is damaged: its {key} is {shown(template)}, not a text; fetch it again.",
                 file=self.path,
-                key="tokenizer.chat_template",
+                key=key,
             )
         return template
 
@@ -185,7 +184,8 @@ def _sentencepiece(vocabulary: _Vocabulary) -> SentencePieceTokenizer:
         eos_token=tokens[vocabulary.eos_ids[0]] if vocabulary.eos_ids else None,
         eos_ids=vocabulary.eos_ids,
         adds_bos=vocabulary.flag("add_bos_token", True),
-        chat_template=vocabulary.chat_template,
+        chat_template=vocabulary.template(),
+        tool_template=vocabulary.template(".tool_use"),
         pieces=pieces,
     )
 
@@ -226,5 +226,6 @@ def _byte_level(vocabulary: _Vocabulary) -> HuggingFaceTokenizer:
         bos_id=vocabulary.bos_id,
         eos_ids=vocabulary.eos_ids,
         adds_bos=vocabulary.bos_id is not None and adds_bos,
-        chat_template=vocabulary.chat_template,
+        chat_template=vocabulary.template(),
+        tool_template=vocabulary.template(".tool_use"),
     )

@@ -29,7 +29,8 @@ def _byte_level() -> dict[str, int]:
     return {chr(byte): byte for byte in shown} | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}
 
 
-_BYTES = _byte_level()
+# The byte of each character of a byte-level vocabulary.
+BYTES = _byte_level()
 
 # Adds a leading space to a text without leading white space, in two steps: the library cannot match an empty string.
 SPACE_PREFIX = [normalizers.Prepend(" "), normalizers.Replace(Regex(r"\A (?=\s)"), "")]
@@ -49,13 +50,15 @@ class HuggingFaceTokenizer(AbstractTokenizer):
         eos_ids: Iterable[int],
         adds_bos: bool,
         chat_template: str | None = None,
+        tool_template: str | None = None,
         template_tokens: Mapping[str, str] | None = None,
     ):
         """**Arguments:**
 
         - `tokenizer`: the tokenizer. It is modified, to encode the names of control tokens as plain text.
         - `name`: its file, for error messages.
-        - `bos_id`, `eos_ids`, `adds_bos`, `chat_template`, `template_tokens`: as in `AbstractTokenizer`.
+        - `bos_id`, `eos_ids`, `adds_bos`, `chat_template`, `tool_template`, `template_tokens`: as in
+            `AbstractTokenizer`.
 
         **Raises:** `ValueError` if its decoder cannot decode token by token.
         """
@@ -72,6 +75,7 @@ class HuggingFaceTokenizer(AbstractTokenizer):
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.adds_bos = adds_bos
         self.chat_template = chat_template
+        self.tool_template = tool_template
         if template_tokens is not None:
             self.template_tokens = template_tokens
         # An end-of-sequence token is a control token whatever its type, unless texts encode to it.
@@ -98,7 +102,7 @@ class HuggingFaceTokenizer(AbstractTokenizer):
             return self._added[id].content.encode()
         token = self._tokenizer.id_to_token(id) or ""
         if self._byte_level:
-            return bytes(_BYTES[c] for c in token) if all(c in _BYTES for c in token) else token.encode()
+            return bytes(BYTES[c] for c in token) if all(c in BYTES for c in token) else token.encode()
         if byte := _BYTE.fullmatch(token):
             return bytes([int(byte[1], 16)])
         if first and self._strips:
@@ -232,6 +236,7 @@ def read_tokenizer_json(path: Path) -> HuggingFaceTokenizer:
         eos_ids=eos_ids,
         adds_bos=bool(add_bos) and bos_id is not None,
         chat_template=settings.chat_template,
+        tool_template=settings.tool_template,
         template_tokens=settings.template_tokens,
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .libraries import as_input_error
 
 
 def encode_instruct(
@@ -13,6 +14,7 @@ def encode_instruct(
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None = None,
     reasoning_effort: str | None = None,
+    response_format: dict[str, Any] | None = None,
 ) -> list[int]:
     """Encodes a conversation as token ids.
 
@@ -22,7 +24,7 @@ def encode_instruct(
     - `messages`: each with `"role"` and `"content"`. After a last message of the assistant, the ids end with the
         end-of-sequence token; otherwise they are the prompt of the assistant's answer.
     - `tools`: the tools that the model may call, as from `checked_tools`.
-    - `reasoning_effort`: a setting of version 15.
+    - `reasoning_effort`, `response_format`: settings of version 15.
 
     **Returns:** the ids. The content of a message cannot become a control token.
 
@@ -40,13 +42,25 @@ def encode_instruct(
     from pydantic import ValidationError
 
     closed = messages[-1]["role"] == "assistant"
-    tokenizer = _tokenizer(release_file, release_file.stat().st_mtime_ns, closed)
+    with as_input_error(release_file, f"mistral-common cannot read {release_file}", "update mistral-common"):
+        tokenizer = _tokenizer(release_file, release_file.stat().st_mtime_ns, closed)
     if tools and tokenizer.instruct_tokenizer.tokenizer.version == TokenizerVersion.v1:
         raise InputError(f"{release_file} has version 1 of Mistral's format, which has no tools; leave out tools.")
+    # mistral-common ignores a setting for which the file has no rules.
+    builder = tokenizer.instruct_tokenizer.tokenizer.model_settings_builder
+    settings = {"reasoning_effort": reasoning_effort, "json_schema": response_format}
+    for name, value in settings.items():
+        if value is not None and getattr(builder, name, None) is None:
+            raise InputError(
+                f"Mistral's format refuses the conversation: the settings of {release_file} have no {name}; leave out "
+                f"{name}.",
+                key=name,
+            )
     given = {
         "messages": [_with_thoughts(message) for message in messages],
         "tools": [_with_all_keys(tool) for tool in tools or []],
         "reasoning_effort": reasoning_effort,
+        **({} if response_format is None else {"response_format": response_format}),
     }
     try:
         return list(tokenizer.encode_chat_completion(ChatCompletionRequest.model_validate(given)).tokens)

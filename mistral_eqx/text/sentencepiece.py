@@ -42,6 +42,7 @@ class SentencePieceTokenizer(AbstractTokenizer):
         eos_ids: Iterable[int] = (),
         adds_bos: bool = True,
         chat_template: str | None = None,
+        tool_template: str | None = None,
         template_tokens: Mapping[str, str] | None = None,
         release_file: Path | None = None,
         pieces: Sequence[tuple[str, float, int]] | None = None,
@@ -52,7 +53,7 @@ class SentencePieceTokenizer(AbstractTokenizer):
         - `name`: its file, for error messages.
         - `bos_token`: the beginning-of-sequence token, if it differs from that of `model`.
         - `eos_token`, `eos_ids`: end-of-sequence tokens in addition to that of `model`.
-        - `adds_bos`, `chat_template`, `template_tokens`, `release_file`: as in `AbstractTokenizer`.
+        - `adds_bos`, `chat_template`, `tool_template`, `template_tokens`, `release_file`: as in `AbstractTokenizer`.
         - `pieces`: text, score and type of each token, if `model` was made from a GGUF file. `save` uses them to write
             a `tokenizer.json` too, unless the model normalises texts.
 
@@ -70,6 +71,7 @@ class SentencePieceTokenizer(AbstractTokenizer):
         self.eos_ids = tuple(dict.fromkeys(id for id in [*named, self._processor.eos_id(), *eos_ids] if id >= 0))
         self.adds_bos = adds_bos and self.bos_id is not None
         self.chat_template = chat_template
+        self.tool_template = tool_template
         if template_tokens is not None:
             self.template_tokens = template_tokens
         self.release_file = release_file
@@ -166,6 +168,7 @@ def read_sentencepiece(path: Path) -> SentencePieceTokenizer:
         eos_ids=settings.eos_ids,
         adds_bos=settings.add_bos is not False,
         chat_template=settings.chat_template,
+        tool_template=settings.tool_template,
         template_tokens=settings.template_tokens,
         release_file=path,
     )

@@ -22,6 +22,7 @@ FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
 )
 # A file of the model, which lists all end-of-sequence ids.
 GENERATION = "generation_config.json"
@@ -38,6 +39,7 @@ class Settings:
         there is no beginning-of-sequence token.
     - `add_bos`: whether encoding adds the beginning-of-sequence token.
     - `chat_template`: the jinja2 template for conversations.
+    - `tool_template`: the template named `tool_use`, for conversations with tools.
     - `template_tokens`: the text of the tokens that the template can use as variables, such as `pad_token`; `None` if
         the tokenizer's files do not give them.
     - `added_tokens`: the tokens that were added to the vocabulary, with their ids.
@@ -50,6 +52,7 @@ class Settings:
     eos_ids: tuple[int, ...]
     add_bos: bool | None
     chat_template: str | None
+    tool_template: str | None
     template_tokens: Mapping[str, str] | None
     added_tokens: Mapping[str, int]
     special_tokens: frozenset[str]
@@ -87,6 +90,7 @@ def read_settings(folder: Path) -> Settings:
     listed = [text for file in (special, tokenizer) for text in [*file.listed(), *file.named().values()]]
     marked = [text for text, _, is_special in decoder if is_special]
     defaults = _DEFAULTS if tokenizer.content.get("tokenizer_class") in _WITH_DEFAULTS else {}
+    templates = _chat_templates(folder, tokenizer)
     known = bool(tokens) or "tokenizer_class" in tokenizer.content
     return Settings(
         bos_token=tokens.get("bos_token"),
@@ -94,7 +98,8 @@ def read_settings(folder: Path) -> Settings:
         bos_id=bos_id[0] if bos_id else None,
         eos_ids=eos_ids,
         add_bos=tokenizer.get("add_bos_token", bool, "true or false"),
-        chat_template=_chat_template(folder, tokenizer),
+        chat_template=templates.get("default"),
+        tool_template=templates.get("tool_use"),
         template_tokens={name: text for name, text in {**defaults, **tokens}.items() if text} if known else None,
         added_tokens={text: id for text, id, _ in decoder} | more.ids_of_tokens(),
         special_tokens=frozenset(text for text in [*listed, *marked] if text),
@@ -220,6 +225,7 @@ def write_settings(
     eos: Sequence[tuple[int, str]],
     add_bos: bool,
     chat_template: str | None,
+    tool_template: str | None,
     template_tokens: Mapping[str, str],
     **more: Any,
 ):
@@ -229,7 +235,7 @@ def write_settings(
 
     - `folder`: the folder to write into.
     - `bos`, `eos`: id and text of the beginning-of-sequence token, and of each end-of-sequence token.
-    - `add_bos`, `chat_template`, `template_tokens`: as in `Settings`.
+    - `add_bos`, `chat_template`, `tool_template`, `template_tokens`: as in `Settings`.
     - `more`: other keys of `tokenizer_config.json`.
     """
     others = {name: text for name, text in template_tokens.items() if name not in ("bos_token", "eos_token")}
@@ -244,7 +250,12 @@ def write_settings(
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
     }
-    if chat_template is not None:
+    if tool_template is not None:
+        templates = {"default": chat_template, "tool_use": tool_template}
+        configuration["chat_template"] = [
+            {"name": name, "template": template} for name, template in templates.items() if template is not None
+        ]
+    elif chat_template is not None:
         configuration["chat_template"] = chat_template
     _write_json(folder / "tokenizer_config.json", configuration)
     if len(eos) > 1:
@@ -256,21 +267,18 @@ def _write_json(path: Path, content: dict[str, Any]):
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _chat_template(folder: Path, tokenizer: _Object) -> str | None:
-    """The template for a conversation without tools. `chat_template.jinja` has precedence."""
-    template = _read_optional(folder / "chat_template.jinja", lambda path: read_text(path, MiB))
-    if template is not None:
-        return template
+def _chat_templates(folder: Path, tokenizer: _Object) -> Mapping[str, str]:
+    """The templates for conversations by name: `default`, and others such as `tool_use`. Files have precedence."""
+    names = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
+    files = {name: _read_optional(folder / file, lambda path: read_text(path, MiB)) for name, file in names.items()}
+    if files["default"] is not None:
+        return {name: template for name, template in files.items() if template is not None}
     file = tokenizer if tokenizer.content.get("chat_template") is not None else _Object(folder / "chat_template.json")
     configured = file.content.get("chat_template")
-    named = configured
-    if isinstance(configured, list) and all(isinstance(entry, dict) for entry in configured):
-        names = [entry.get("name") for entry in configured]
-        if all(isinstance(name, str) for name in names):
-            named = {entry["name"]: entry.get("template") for entry in configured}
-    if isinstance(named, dict) and all(isinstance(text, str) for text in named.values()):
-        return named.get("default")
-    if not isinstance(named, str | None):
+    named = {"default": configured} if isinstance(configured, str) else {} if configured is None else configured
+    if isinstance(named, list) and all(isinstance(e, dict) and isinstance(e.get("name"), str) for e in named):
+        named = {entry["name"]: entry.get("template") for entry in named}
+    if not isinstance(named, dict) or not all(isinstance(text, str) for text in named.values()):
         wanted = "a jinja2 template, or a list of objects with 'name' and 'template'"
         raise file.wrong("chat_template", configured, wanted)
     return named

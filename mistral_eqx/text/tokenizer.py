@@ -30,6 +30,7 @@ class AbstractTokenizer(abc.ABC):
     - `bos_id`, `eos_ids`: the beginning-of-sequence token, if any, and the end-of-sequence tokens.
     - `adds_bos`: whether `encode` adds `bos_id` by default.
     - `chat_template`: the jinja2 template for conversations, if any.
+    - `tool_template`: the template for conversations with tools, if it is another one.
     - `control_tokens`: the id of each control token by its name. A control token has a meaning for the model and is not
         text. An end-of-sequence token is a control token whatever its type in the file, unless it is ordinary text,
         such as a line break.
@@ -43,6 +44,7 @@ class AbstractTokenizer(abc.ABC):
     eos_ids: tuple[int, ...]
     adds_bos: bool
     chat_template: str | None
+    tool_template: str | None = None
     control_tokens: Mapping[str, int]
     control_pattern: re.Pattern[str]
     release_file: Path | None
@@ -104,6 +106,8 @@ class AbstractTokenizer(abc.ABC):
         found["tokenizer.ggml.add_bos_token"] = self.adds_bos
         if self.chat_template is not None:
             found["tokenizer.chat_template"] = self.chat_template
+        if self.tool_template is not None:
+            found |= {"tokenizer.chat_templates": ["tool_use"], "tokenizer.chat_template.tool_use": self.tool_template}
         return found
 
     @functools.cached_property
@@ -266,6 +270,7 @@ class AbstractTokenizer(abc.ABC):
                 eos=[(id, self.token_name(id)) for id in self.eos_ids],
                 add_bos=self.adds_bos,
                 chat_template=self.chat_template,
+                tool_template=self.tool_template,
                 template_tokens=self.template_tokens,
                 **more,
             )

@@ -1,4 +1,4 @@
-"""Tools that a model may call in a conversation."""
+"""What a conversation gives a model besides messages: tools that it may call, and the schema of its answer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -56,13 +56,25 @@ def _checked(tool: Any) -> dict[str, Any]:
             f'{{"type": "object", "properties": {{}}}}, not {shown(parameters)}.',
             key="tools",
         )
+    _check_schema(parameters, f"The parameters of the tool {shown(name)} are", "tools")
+    return tool
+
+
+def checked_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks the JSON schema (draft 7) of an answer, and converts it to JSON types.
+
+    **Raises:** `InputError` if `schema` is not a JSON schema.
+    """
+    converted = to_json_types(dict(schema), "The values of json_schema")
+    _check_schema(converted, "The json_schema is", "json_schema")
+    return converted
+
+
+def _check_schema(schema: dict[str, Any], subject: str, key: str):
     try:
-        Draft7Validator.check_schema(parameters)
+        Draft7Validator.check_schema(schema)
     except SchemaError as error:
         where = ".".join(map(str, error.absolute_path)) or "its top"
         raise InputError(
-            f"The parameters of the tool {shown(name)} are not a JSON schema: at {shown(where)}, "
-            f"{shown(error.message, 160)}.",
-            key="tools",
+            f"{subject} not a JSON schema: at {shown(where)}, {shown(error.message, 160)}.", key=key
         ) from error
-    return tool

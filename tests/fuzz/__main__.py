@@ -34,11 +34,6 @@ def _preload():
     import mistral_eqx.planning
     import mistral_eqx.text  # noqa: F401
 
-    try:
-        import mistral_common.tokens.tokenizers.tekken  # noqa: F401
-    except ImportError:
-        del TARGETS["tekken"]
-
 
 def run(target: str, seed: int, bases: Path):
     """Makes and reads the input of one seed."""
