@@ -52,13 +52,13 @@ def test_names_of_both_dialects(model, tmp_path):
             np.testing.assert_array_equal(tensors["model.layers.1.mlp.experts.down_proj"], down)
             assert tensors["model.layers.1.mlp.shared_experts.down_proj.weight"].shape == (24, 80)
             assert tensors["model.layers.0.mlp.gate_proj.weight"].shape == (48, 24)
-            assert tensors["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].shape == (18, 24)
+            assert tensors["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].shape == (32, 24)
         else:
             np.testing.assert_array_equal(tensors["layers.1.experts.7.w2.weight"], down[7])
             assert tensors["layers.1.gate.weight"].shape == (8, 24)
             assert tensors["layers.1.shared_experts.w3.weight"].shape == (80, 24)
             assert tensors["layers.0.feed_forward.w1.weight"].shape == (48, 24)
-            assert tensors["layers.0.attention.wkv_a_with_mqa.weight"].shape == (18, 24)
+            assert tensors["layers.0.attention.wkv_a_with_mqa.weight"].shape == (32, 24)
             assert tensors["layers.0.attention.q_a_norm.weight"].shape == (20,)
 
 
@@ -83,7 +83,7 @@ def test_each_device_reads_its_own_rows(model, tmp_path):
     assert_same_weights(split, model)
     layer = split.blocks[1]
     assert layer.feed_forward.up_proj.weight.value.addressable_shards[0].data.shape == (4, 20, 24)
-    assert layer.attention.kv_b_proj.weight.value.addressable_shards[0].data.shape == (2, 24, 12)
+    assert layer.attention.kv_b_proj.weight.value.addressable_shards[0].data.shape == (2, 24, 26)
 
 
 def test_configs():
@@ -98,7 +98,8 @@ def test_configs():
         assert mistral.read_config(mistral.write_config(mx.PRESETS[name])) == mx.PRESETS[name]
     # The defaults of transformers are Small 4's.
     assert hf.read_config({"model_type": "mistral4"}) == SMALL_4
-    assert "expert_parallel" not in PARAMS["moe"]
+    # Large 3 has both lengths; the second one is that of a server.
+    assert mistral.read_config({**PARAMS, "max_seq_len": 32}) == PLAIN
     more = {**PARAMS["moe"], "expert_parallel": 1, "expert_model_parallel": 8}
     assert mistral.read_config({**PARAMS, "moe": more}) == PLAIN
 

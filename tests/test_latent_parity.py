@@ -55,7 +55,7 @@ VARIANTS = {
         {"mscale": 1.0, "mscale_all_dim": 0.0},
     ),
     "the factor of the scores by its own key": (
-        {"norm_topk_prob": False, "v_head_dim": 20},
+        {"norm_topk_prob": False, "v_head_dim": 20, "kv_lora_rank": 26},
         {"mscale_all_dim": 1.0, "attention_factor": 1.0},
     ),
 }

@@ -78,9 +78,9 @@ def test_each_device_has_its_heads_and_all_latents():
         return {shard.data.shape for shard in array.addressable_shards}
 
     assert shapes(layer.q_b_proj.weight.value) == {(1, 16, 20)}
-    assert shapes(layer.kv_b_proj.weight.value) == {(1, 24, 12)}
+    assert shapes(layer.kv_b_proj.weight.value) == {(1, 24, 26)}
     assert shapes(layer.o_proj.weight.value) == {(24, 1, 14)}
-    assert shapes(layer.kv_a_proj.weight.value) == {(18, 24)}
+    assert shapes(layer.kv_a_proj.weight.value) == {(32, 24)}
     assert shapes(layer.q_a_norm.weight) == {(20,)}
     cache = mx.parallel.specs(mx.nn.Cache.init(LATENT, 2, 8), mx.HEADS_X_KV_SEQ + "batch@dp")
     assert cache.layers[0].k_buffer.numbers == jax.P("dp", None, "rep", None)

@@ -173,6 +173,8 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
     heads = document.take("n_heads", Size)
     kv_heads = document.take("n_kv_heads", Size)
     rope_theta = document.take("rope_theta", Base | None, None)
+    # Some releases have both, and the second one is the shorter limit of a server.
+    lengths = [document.take(key, Count | None, None) for key in ("max_position_embeddings", "max_seq_len")]
     latent = _latent(document)
     width = () if latent is None else (latent.nope_dim + latent.rope_dim,)
     config = document.make(
@@ -185,11 +187,7 @@ def read_config(settings: Mapping[str, Any], *, file: str | os.PathLike[str] | N
         head_dim=document.take("head_dim", Size, *width),
         rope_theta=10000.0 if rope_theta is None else rope_theta,
         norm_eps=document.take("norm_eps", Epsilon),
-        max_positions=consistent_value(
-            {key: document.take(key, Count | None, None) for key in ("max_position_embeddings", "max_seq_len")},
-            document,
-            32768,
-        ),
+        max_positions=next(filter(None, lengths), 32768),
         windows=_windows(document, layers),
         tied=document.take("tied_embeddings", bool, False),
         bos_id=document.take("bos_id", CountOrZero | None, 1),
