@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 import mistral_eqx as mx
 from mistral_eqx.planning import Exchange
+from mistral_eqx.planning.hlo import Program
 from mistral_eqx.planning.stablehlo import products, written
 
 
@@ -62,3 +63,24 @@ def test_products_count_as_often_as_a_loop_turns():
     assert products(
         jax.jit(lambda x, y: jnp.einsum("bij,bkj->bik", x, y)).lower(jnp.ones((2, 3, 5)), jnp.ones((2, 7, 5)))
     ) == (2 * 2 * 3 * 7 * 5)
+
+
+def test_of_a_conditional_the_branch_that_sends_less_counts():
+    mesh = jax.make_mesh((4,), ("a",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
+
+    def program(x):
+        # A device sends 3 times its input to gather it, and 3/4 of its input by all_to_all.
+        def gathered(x):
+            return jnp.sum(jax.lax.all_gather(x, "a", tiled=True).reshape(4, -1), axis=0)
+
+        def exchanged(x):
+            return 2 * jax.lax.all_to_all(jnp.tile(x, 2), "a", 0, 0, tiled=True)[: x.size]
+
+        return jax.lax.cond(jax.lax.pmax(x[0], "a") > 0, exchanged, gathered, x)
+
+    mapped = jax.shard_map(program, mesh=mesh, in_specs=jax.P("a"), out_specs=jax.P("a"), check_vma=False)
+    lowered = jax.jit(mapped).lower(jnp.ones(32))
+    expected = [("all_reduce", 4, 1, 4), ("all_to_all", 4, 1, 2 * 8 * 4)]
+    program = Program(lowered.compile().as_text())
+    for found in (written(lowered), program.exchanges(program.entry)):
+        assert sorted(dataclasses.astuple(exchange) for exchange in found) == expected

@@ -44,8 +44,8 @@ def sent_share(kind: str, devices: int) -> float:
         case "all_reduce":
             return 2 * (devices - 1) / devices
         case "all_gather":
-            return devices - 1
+            return devices - 1.0
         case "collective_permute":
-            return 1
+            return 1.0
         case _:
             return (devices - 1) / devices

@@ -113,7 +113,7 @@ def _sent(operation: Any, symbols: dict[str, Any]) -> float:
     """The bytes that one device sends in an operation; 0 if it is not an exchange."""
     kind = operation.name.removeprefix("stablehlo.")
     if kind not in _COLLECTIVES:
-        return 0
+        return 0.0
     size = sum(_bytes(operand.type) for operand in operation.operands)
     return sent_share(kind, _group(operation, symbols)) * size
 
