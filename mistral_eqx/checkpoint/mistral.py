@@ -2,6 +2,7 @@
 
 import os
 import re
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

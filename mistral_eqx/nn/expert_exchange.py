@@ -63,7 +63,7 @@ def travel_axes(strategy: Strategy, *, tokens_split: bool) -> tuple[str, ...]:
 
 
 def exchanged(
-    compute: Compute, route: Route, x: Float[Array, "batch tokens embed"], seq: int, strategy: Strategy, count: int
+    compute: Compute, route: Route, x: Float[Array, "batch own embed"], seq: int, strategy: Strategy, count: int
 ) -> Float[Array, "batch tokens embed"]:
     """The sum over all experts of all devices, for the tokens of this device. No token is dropped.
 
@@ -71,7 +71,7 @@ def exchanged(
 
     - `compute`: the partial sums of this device's experts.
     - `route`: the router.
-    - `x`: the tokens of this device, shape `(batch, tokens, embed)`.
+    - `x`: the tokens of this device, or all of them, shape `(batch, own, embed)`.
     - `seq`: the number of tokens of each row over all devices that split `tokens`.
     - `strategy`: which dimensions are split over which mesh axes.
     - `count`: the experts of this device.
