@@ -1,8 +1,8 @@
 """Mistral release folders: `params.json`, and `consolidated` weights as safetensors or pickled by torch."""
 
+import dataclasses
 import os
 import re
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
