@@ -13,7 +13,7 @@ from fixtures.latent import DENSE, LATENT
 from fixtures.model import FLOAT32_TOLERANCE, both_sides, empty_cache, relative_error, run, run_in_pieces, small_model
 
 import mistral_eqx as mx
-from mistral_eqx.nn import Context, DenseWeight, LatentCache, Router, attention, latent_attention, operations
+from mistral_eqx.nn import Context, DenseWeight, LatentCache, Router, attention, latent_attention, latent_operations
 
 
 IDS = np.random.default_rng(0).integers(0, LATENT.vocab, (2, 24)).astype(np.int32)
@@ -37,7 +37,9 @@ def test_absorbed_is_expanded(tiled, monkeypatch):
         context = Context.init(LATENT.rope, jnp.maximum(positions, -1), dtype=x.dtype)
         found = {}
         for form in (True, False):
-            monkeypatch.setattr(latent_attention, "operations", lambda *_, absorbed, form=form: int(absorbed != form))
+            monkeypatch.setattr(
+                latent_attention, "latent_operations", lambda *_, absorbed, form=form: int(absorbed != form)
+            )
             found[form] = eqx.filter_jit(lambda layer, x: layer(x, context)[0])(layer, x)
         tokens = np.asarray(positions) >= 0
         assert relative_error(np.asarray(found[True])[tokens], np.asarray(found[False])[tokens]) < FLOAT64_BOUND
@@ -46,11 +48,13 @@ def test_absorbed_is_expanded(tiled, monkeypatch):
 def test_operations():
     small_4 = mx.PRESETS["small-4-119b"].latent
     maps = 256 * (64 + 128)
-    assert operations(1, 4096, small_4, absorbed=True) == maps + 4096 * 2 * (256 + 64)
-    assert operations(1, 4096, small_4, absorbed=False) == 4096 * maps + 4096 * 2 * 128
+    assert latent_operations(1, 4096, small_4, absorbed=True) == maps + 4096 * 2 * (256 + 64)
+    assert latent_operations(1, 4096, small_4, absorbed=False) == 4096 * maps + 4096 * 2 * 128
 
     def absorbs(queries, keys):
-        return operations(queries, keys, small_4, absorbed=True) < operations(queries, keys, small_4, absorbed=False)
+        return latent_operations(queries, keys, small_4, absorbed=True) < latent_operations(
+            queries, keys, small_4, absorbed=False
+        )
 
     # Decoding is absorbed and a prefill is expanded; so is a long chunk after a long text, but not a short one.
     assert absorbs(1, 2)

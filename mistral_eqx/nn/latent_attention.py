@@ -21,7 +21,7 @@ class LatentAttention(eqx.Module):
 
     A key of a head has `nope_dim` entries from the latent, and `rope_dim` entries with a rotary embedding that all
     heads share. Attention is computed in one of two equal forms, the one with fewer operations
-    ([`operations`][mistral_eqx.nn.operations]):
+    ([`latent_operations`][mistral_eqx.nn.latent_operations]):
 
     - expanded: each head computes its keys and values from the latents, as in a prefill;
     - absorbed: each head maps its queries to latents and compares them with the latents, as in decoding.
@@ -82,7 +82,7 @@ class LatentAttention(eqx.Module):
             cache, tokens, _, key_index = cache.extend(tokens, tokens, context)
             codes = cache.codes
         counts = q.shape[1], tokens.shape[2], self.latent
-        if operations(*counts, absorbed=True) < operations(*counts, absorbed=False):
+        if latent_operations(*counts, absorbed=True) < latent_operations(*counts, absorbed=False):
             mixed, log_sum = self._absorbed(nope, rope, tokens, key_index, context, codes)
         else:
             mixed, log_sum = self._expanded(nope, rope, tokens, key_index, context)
@@ -117,7 +117,7 @@ class LatentAttention(eqx.Module):
         return attend(q, k, v, key_index, context, codes, scale=self.scale, window=self.window, strategy=self.strategy)
 
 
-def operations(queries: int, keys: int, latent: Latent, *, absorbed: bool) -> int:
+def latent_operations(queries: int, keys: int, latent: Latent, *, absorbed: bool) -> int:
     """The multiplications of a head in one row of latent attention, beside the projections that both forms have.
 
     **Arguments:**
