@@ -85,6 +85,16 @@ def test_chunks_and_decoding_are_the_whole_pass(model):
     assert cache.grow(40).layers[0].slots == 40
 
 
+def test_16_bits_round_both_forms_alike():
+    """Decoding, which is absorbed, is as far from the same weights in float32 as a whole pass, which is expanded."""
+    short = small_model(config=DENSE, dtype=jnp.bfloat16)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if eqx.is_array(leaf) else leaf, short)
+    expected = run(wide, IDS)[0]
+    whole, _ = run(short, IDS)
+    decoded, _ = run_in_pieces(short, IDS, (8, 8, *(1,) * 8), empty_cache(short, 2, 30))
+    assert relative_error(decoded, expected) < 2 * relative_error(whole, expected)
+
+
 def test_padding_and_tiles_change_nothing(model, monkeypatch):
     expected = run(model, IDS[:1, :7])[0][0]
     ids, positions = both_sides([IDS[0, :7].tolist()], 10)
@@ -107,7 +117,7 @@ def test_a_cache_of_8_bits(model):
 @pytest.mark.slow
 def test_beams_are_texts_of_their_scores(model):
     best = mx.beam_search(model, [IDS[0, :5].tolist()], num_beams=3, max_new_tokens=5, eos_id=(), length_penalty=0.0)
-    text = np.concatenate([IDS[0, :5], np.asarray(best.tokens)[0]])
+    text = np.concatenate([IDS[0, :5], np.ravel(best.tokens)])
     log_probs = jax.nn.log_softmax(run(model, text[None].astype(np.int32))[0][0])
     total = sum(log_probs[at - 1, text[at]] for at in range(5, 10))
     assert float(np.ravel(best.scores)[0]) == pytest.approx(float(total), rel=FLOAT32_TOLERANCE)

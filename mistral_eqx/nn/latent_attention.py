@@ -72,8 +72,8 @@ class LatentAttention(eqx.Module):
         low, compressed = project(x, (self.q_a_proj, self.kv_a_proj))
         q = self.q_b_proj(self.q_a_norm(low))
         nope, rope = jnp.split(q, [self.latent.nope_dim], axis=-1)
-        if context.query_scale is not None:
-            nope = (nope * context.query_scale[:, :, None, None]).astype(q.dtype)
+        if (scale := context.query_scale) is not None:
+            nope = (nope.astype(scale.dtype) * scale[:, :, None, None]).astype(q.dtype)
         rope = context.query_rotation(rope)
         latent, shared = jnp.split(compressed, [self.latent.kv_rank], axis=-1)
         tokens = jnp.concatenate([self.kv_a_norm(latent), context.key_rotation(shared)], axis=-1)
@@ -93,11 +93,11 @@ class LatentAttention(eqx.Module):
     ) -> tuple[Float[Array, "batch seq kv_heads value_dim"], Float[Array, "batch seq kv_heads 1"]]:
         """The weighted sums of values by scores of latents, as of one key/value head whose keys are its values."""
         of_keys, of_values = jnp.split(self.kv_b_proj.weight.dense(), [self.latent.nope_dim], axis=1)
-        mapped = _contract("bshn,hnr->bshr", nope, of_keys).astype(rope.dtype)
+        mapped = _by_head("hxn,hnr->hxr", nope, of_keys).astype(rope.dtype)
         q = jnp.concatenate([mapped, rope], axis=-1)[:, :, None]
         mixed, log_sum = self._attend(q, tokens, tokens, key_index, context, codes)
         latents = mixed[:, :, 0, :, : self.latent.kv_rank].astype(rope.dtype)
-        return _contract("bshr,hvr->bshv", latents, of_values), log_sum[:, :, 0]
+        return _by_head("hxr,hvr->hxv", latents, of_values), log_sum[:, :, 0]
 
     def _expanded(
         self, nope: Array, rope: Array, tokens: Array, key_index: Array, context: Context
@@ -133,8 +133,15 @@ def latent_operations(queries: int, keys: int, latent: Latent, *, absorbed: bool
     return keys * maps + queries * keys * 2 * width
 
 
-def _contract(dims: str, x: Array, maps: Array) -> Array:
-    return jnp.einsum(dims, x, maps, preferred_element_type=at_least_float32(x.dtype))
+def _by_head(
+    dims: str, x: Float[Array, "batch seq kv_heads _"], maps: Float[Array, "kv_heads _ _"]
+) -> Float[Array, "batch seq kv_heads _"]:
+    """Applies the map of each head."""
+    # Batch and sequence are one dimension: over two, XLA on CPU compiles a bfloat16 product but cannot run it.
+    batch, seq, heads, width = x.shape
+    rows = jnp.swapaxes(x.reshape(batch * seq, heads, width), 0, 1)
+    y = jnp.einsum(dims, rows, maps, preferred_element_type=at_least_float32(x.dtype))
+    return jnp.swapaxes(y, 0, 1).reshape(batch, seq, heads, -1)
 
 
 def _as_wide(*arrays: Array) -> list[Array]:
