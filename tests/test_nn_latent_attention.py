@@ -13,7 +13,7 @@ from fixtures.latent import DENSE, LATENT
 from fixtures.model import FLOAT32_TOLERANCE, both_sides, empty_cache, relative_error, run, run_in_pieces, small_model
 
 import mistral_eqx as mx
-from mistral_eqx.nn import Context, DenseWeight, LatentCache, Router, attention, latent_attention, operations
+from mistral_eqx.nn import Context, DenseWeight, LatentCache, Router, attention, latent_attention, latent_operations
 
 
 IDS = np.random.default_rng(0).integers(0, LATENT.vocab, (2, 24)).astype(np.int32)
@@ -37,7 +37,9 @@ def test_absorbed_is_expanded(tiled, monkeypatch):
         context = Context.init(LATENT.rope, jnp.maximum(positions, -1), dtype=x.dtype)
         found = {}
         for form in (True, False):
-            monkeypatch.setattr(latent_attention, "operations", lambda *_, absorbed, form=form: int(absorbed != form))
+            monkeypatch.setattr(
+                latent_attention, "latent_operations", lambda *_, absorbed, form=form: int(absorbed != form)
+            )
             found[form] = eqx.filter_jit(lambda layer, x: layer(x, context)[0])(layer, x)
         tokens = np.asarray(positions) >= 0
         assert relative_error(np.asarray(found[True])[tokens], np.asarray(found[False])[tokens]) < FLOAT64_BOUND
@@ -46,11 +48,13 @@ def test_absorbed_is_expanded(tiled, monkeypatch):
 def test_operations():
     small_4 = mx.PRESETS["small-4-119b"].latent
     maps = 256 * (64 + 128)
-    assert operations(1, 4096, small_4, absorbed=True) == maps + 4096 * 2 * (256 + 64)
-    assert operations(1, 4096, small_4, absorbed=False) == 4096 * maps + 4096 * 2 * 128
+    assert latent_operations(1, 4096, small_4, absorbed=True) == maps + 4096 * 2 * (256 + 64)
+    assert latent_operations(1, 4096, small_4, absorbed=False) == 4096 * maps + 4096 * 2 * 128
 
     def absorbs(queries, keys):
-        return operations(queries, keys, small_4, absorbed=True) < operations(queries, keys, small_4, absorbed=False)
+        return latent_operations(queries, keys, small_4, absorbed=True) < latent_operations(
+            queries, keys, small_4, absorbed=False
+        )
 
     # Decoding is absorbed and a prefill is expanded; so is a long chunk after a long text, but not a short one.
     assert absorbs(1, 2)
@@ -81,6 +85,16 @@ def test_chunks_and_decoding_are_the_whole_pass(model):
     assert cache.grow(40).layers[0].slots == 40
 
 
+def test_16_bits_round_both_forms_alike():
+    """Decoding, which is absorbed, is as far from the same weights in float32 as a whole pass, which is expanded."""
+    short = small_model(config=DENSE, dtype=jnp.bfloat16)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if eqx.is_array(leaf) else leaf, short)
+    expected = run(wide, IDS)[0]
+    whole, _ = run(short, IDS)
+    decoded, _ = run_in_pieces(short, IDS, (8, 8, *(1,) * 8), empty_cache(short, 2, 30))
+    assert relative_error(decoded, expected) < 2 * relative_error(whole, expected)
+
+
 def test_padding_and_tiles_change_nothing(model, monkeypatch):
     expected = run(model, IDS[:1, :7])[0][0]
     ids, positions = both_sides([IDS[0, :7].tolist()], 10)
@@ -103,7 +117,7 @@ def test_a_cache_of_8_bits(model):
 @pytest.mark.slow
 def test_beams_are_texts_of_their_scores(model):
     best = mx.beam_search(model, [IDS[0, :5].tolist()], num_beams=3, max_new_tokens=5, eos_id=(), length_penalty=0.0)
-    text = np.concatenate([IDS[0, :5], np.asarray(best.tokens)[0]])
+    text = np.concatenate([IDS[0, :5], np.ravel(best.tokens)])
     log_probs = jax.nn.log_softmax(run(model, text[None].astype(np.int32))[0][0])
     total = sum(log_probs[at - 1, text[at]] for at in range(5, 10))
     assert float(np.ravel(best.scores)[0]) == pytest.approx(float(total), rel=FLOAT32_TOLERANCE)

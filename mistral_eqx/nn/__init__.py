@@ -14,7 +14,7 @@ from .embedding import Embedding as Embedding, Unembedding as Unembedding
 from .experts import ExpertLinear as ExpertLinear, Experts as Experts, Router as Router
 from .feed_forward import FeedForward as FeedForward
 from .kernels import flash_attention as flash_attention
-from .latent_attention import LatentAttention as LatentAttention, operations as operations
+from .latent_attention import LatentAttention as LatentAttention, latent_operations as latent_operations
 from .linear import Linear as Linear
 from .mask import Span as Span, attention_mask as attention_mask
 from .model import Mistral as Mistral

@@ -54,6 +54,7 @@ class Router(AbstractNamed):
             return probabilities
         grouped = probabilities.reshape(*probabilities.shape[:-1], self.groups, -1)
         scores = jnp.sum(lax.top_k(grouped, 2)[0], axis=-1)
+        # Groups with equal scores are chosen together.
         lowest = lax.top_k(scores, self.groups_per_token)[0][..., -1:]
         return jnp.where((scores >= lowest)[..., None], grouped, 0).reshape(probabilities.shape)
 

@@ -21,7 +21,7 @@ class LatentAttention(eqx.Module):
 
     A key of a head has `nope_dim` entries from the latent, and `rope_dim` entries with a rotary embedding that all
     heads share. Attention is computed in one of two equal forms, the one with fewer operations
-    ([`operations`][mistral_eqx.nn.operations]):
+    ([`latent_operations`][mistral_eqx.nn.latent_operations]):
 
     - expanded: each head computes its keys and values from the latents, as in a prefill;
     - absorbed: each head maps its queries to latents and compares them with the latents, as in decoding.
@@ -72,8 +72,8 @@ class LatentAttention(eqx.Module):
         low, compressed = project(x, (self.q_a_proj, self.kv_a_proj))
         q = self.q_b_proj(self.q_a_norm(low))
         nope, rope = jnp.split(q, [self.latent.nope_dim], axis=-1)
-        if context.query_scale is not None:
-            nope = (nope * context.query_scale[:, :, None, None]).astype(q.dtype)
+        if (scale := context.query_scale) is not None:
+            nope = (nope.astype(scale.dtype) * scale[:, :, None, None]).astype(q.dtype)
         rope = context.query_rotation(rope)
         latent, shared = jnp.split(compressed, [self.latent.kv_rank], axis=-1)
         tokens = jnp.concatenate([self.kv_a_norm(latent), context.key_rotation(shared)], axis=-1)
@@ -82,7 +82,7 @@ class LatentAttention(eqx.Module):
             cache, tokens, _, key_index = cache.extend(tokens, tokens, context)
             codes = cache.codes
         counts = q.shape[1], tokens.shape[2], self.latent
-        if operations(*counts, absorbed=True) < operations(*counts, absorbed=False):
+        if latent_operations(*counts, absorbed=True) < latent_operations(*counts, absorbed=False):
             mixed, log_sum = self._absorbed(nope, rope, tokens, key_index, context, codes)
         else:
             mixed, log_sum = self._expanded(nope, rope, tokens, key_index, context)
@@ -93,11 +93,11 @@ class LatentAttention(eqx.Module):
     ) -> tuple[Float[Array, "batch seq kv_heads value_dim"], Float[Array, "batch seq kv_heads 1"]]:
         """The weighted sums of values by scores of latents, as of one key/value head whose keys are its values."""
         of_keys, of_values = jnp.split(self.kv_b_proj.weight.dense(), [self.latent.nope_dim], axis=1)
-        mapped = _contract("bshn,hnr->bshr", nope, of_keys).astype(rope.dtype)
+        mapped = _by_head("hxn,hnr->hxr", nope, of_keys).astype(rope.dtype)
         q = jnp.concatenate([mapped, rope], axis=-1)[:, :, None]
         mixed, log_sum = self._attend(q, tokens, tokens, key_index, context, codes)
         latents = mixed[:, :, 0, :, : self.latent.kv_rank].astype(rope.dtype)
-        return _contract("bshr,hvr->bshv", latents, of_values), log_sum[:, :, 0]
+        return _by_head("hxr,hvr->hxv", latents, of_values), log_sum[:, :, 0]
 
     def _expanded(
         self, nope: Array, rope: Array, tokens: Array, key_index: Array, context: Context
@@ -117,7 +117,7 @@ class LatentAttention(eqx.Module):
         return attend(q, k, v, key_index, context, codes, scale=self.scale, window=self.window, strategy=self.strategy)
 
 
-def operations(queries: int, keys: int, latent: Latent, *, absorbed: bool) -> int:
+def latent_operations(queries: int, keys: int, latent: Latent, *, absorbed: bool) -> int:
     """The multiplications of a head in one row of latent attention, beside the projections that both forms have.
 
     **Arguments:**
@@ -133,8 +133,15 @@ def operations(queries: int, keys: int, latent: Latent, *, absorbed: bool) -> in
     return keys * maps + queries * keys * 2 * width
 
 
-def _contract(dims: str, x: Array, maps: Array) -> Array:
-    return jnp.einsum(dims, x, maps, preferred_element_type=at_least_float32(x.dtype))
+def _by_head(
+    dims: str, x: Float[Array, "batch seq kv_heads _"], maps: Float[Array, "kv_heads _ _"]
+) -> Float[Array, "batch seq kv_heads _"]:
+    """Applies the map of each head."""
+    # Batch and sequence are one dimension: over two, XLA on CPU compiles a bfloat16 product but cannot run it.
+    batch, seq, heads, width = x.shape
+    rows = jnp.swapaxes(x.reshape(batch * seq, heads, width), 0, 1)
+    y = jnp.einsum(dims, rows, maps, preferred_element_type=at_least_float32(x.dtype))
+    return jnp.swapaxes(y, 0, 1).reshape(batch, seq, heads, -1)
 
 
 def _as_wide(*arrays: Array) -> list[Array]:
