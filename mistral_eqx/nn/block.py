@@ -10,7 +10,7 @@ from .context import Context
 from .experts import Experts
 from .feed_forward import FeedForward
 from .norm import RMSNorm
-from .router_sums import RouterSums, router_sums
+from .router_sums import RouterSums
 
 
 class Block(eqx.Module):
@@ -32,18 +32,16 @@ class Block(eqx.Module):
     ) -> tuple[Float[Array, "batch tokens embed"], AbstractLayerCache | None]:
         """Takes and returns what [`mistral_eqx.nn.Attention`][] does; `x` may hold this device's tokens only."""
         x, cache = self._attended(x, context, cache)
-        return x + self._fed(self.feed_forward_norm(x), context), cache
+        return x + self.feed_forward.for_own_tokens(self.feed_forward_norm(x), context.seq), cache
 
     def with_router_sums(
         self, x: Float[Array, "batch tokens embed"], context: Context
     ) -> tuple[Float[Array, "batch tokens embed"], RouterSums | None]:
         """The activations, and the sums over this device's tokens without padding; `None` for a dense layer."""
         x, _ = self._attended(x, context, None)
-        normed, sums = self.feed_forward_norm(x), None
-        if isinstance(self.feed_forward, Experts):
-            counted = own_tokens(context.query_index >= 0, x.shape[1], context.strategy)
-            sums = router_sums(self.feed_forward.router, normed, counted)
-        return x + self._fed(normed, context), sums
+        normed = self.feed_forward_norm(x)
+        sums = self.feed_forward.router_sums(normed, own_tokens(context.query_index >= 0, x.shape[1], context.strategy))
+        return x + self.feed_forward.for_own_tokens(normed, context.seq), sums
 
     def _attended(
         self, x: Array, context: Context, cache: AbstractLayerCache | None
@@ -51,8 +49,3 @@ class Block(eqx.Module):
         whole = all_tokens(self.attention_norm(x), context.seq, context.strategy)
         mixed, cache = self.attention(whole, context, cache)
         return x + mixed, cache
-
-    def _fed(self, normed: Array, context: Context) -> Array:
-        if isinstance(self.feed_forward, Experts):
-            return self.feed_forward(normed, context.seq)
-        return self.feed_forward(all_tokens(normed, context.seq, context.strategy))
