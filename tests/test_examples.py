@@ -195,14 +195,14 @@ def test_own_strategy_splits_both_sides_of_a_weight(run):
 
 
 @pytest.mark.slow
-def test_experts_are_split_in_four_ways(capsys):
+def test_experts_are_split_in_five_ways(capsys):
     runpy.run_path(str(ROOT / "examples/experts.py"))["main"](4)
     counts, first, *lines = capsys.readouterr().out.splitlines()
     # Two experts for each of 48 tokens.
     assert sum(map(int, re.findall(r"\d+", counts.partition("[")[2]))) == 96
     assert len(re.findall(r"expert \d \d+%", first)) == 2
     held = [re.search(r"(\(\d, \d+, 64\)) of \(8, 128, 64\)", line)[1] for line in lines]
-    assert held == ["(1, 128, 64)", "(8, 16, 64)", "(2, 64, 64)", "(2, 128, 64)"]
+    assert held == ["(1, 128, 64)", "(8, 16, 64)", "(2, 64, 64)", "(2, 128, 64)", "(4, 32, 64)"]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from .experts import Experts
 from .feed_forward import FeedForward
 from .latent_attention import LatentAttention
 from .norm import RMSNorm
-from .router_sums import RouterSums, router_sums
+from .router_sums import RouterSums
 
 
 class Block(eqx.Module):
@@ -33,19 +33,16 @@ class Block(eqx.Module):
     ) -> tuple[Float[Array, "batch tokens embed"], AbstractLayerCache | None]:
         """Takes and returns what [`mistral_eqx.nn.Attention`][] does; `x` may hold this device's tokens only."""
         x, cache = self._attended(x, context, cache)
-        return x + self.feed_forward(self.feed_forward_norm(x), context.seq), cache
+        return x + self.feed_forward.for_own_tokens(self.feed_forward_norm(x), context.seq), cache
 
     def with_router_sums(
         self, x: Float[Array, "batch tokens embed"], context: Context
     ) -> tuple[Float[Array, "batch tokens embed"], RouterSums | None]:
         """The activations, and the sums over this device's tokens without padding; `None` for a dense layer."""
         x, _ = self._attended(x, context, None)
-        normed, router = self.feed_forward_norm(x), self.feed_forward.router
-        sums = None
-        if router is not None:
-            counted = own_tokens(context.query_index >= 0, x.shape[1], context.strategy)
-            sums = router_sums(router, normed, counted)
-        return x + self.feed_forward(normed, context.seq), sums
+        normed = self.feed_forward_norm(x)
+        sums = self.feed_forward.router_sums(normed, own_tokens(context.query_index >= 0, x.shape[1], context.strategy))
+        return x + self.feed_forward.for_own_tokens(normed, context.seq), sums
 
     def _attended(
         self, x: Array, context: Context, cache: AbstractLayerCache | None

@@ -5,12 +5,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ..parallel import SINGLE, AbstractNamed, Strategy, all_tokens, shard_index, vary_alike
 from .expert_exchange import exchanged
 from .feed_forward import FeedForward
 from .linear import LINEAR
+from .router_sums import RouterSums, router_sums
 from .weight import AbstractWeight
 
 
@@ -119,20 +120,20 @@ class Experts(eqx.Module):
     strategy: Strategy = SINGLE
     shared: FeedForward | None = None
 
-    def __call__(
-        self, x: Float[Array, "batch tokens embed"], seq: int | None = None
-    ) -> Float[Array, "batch tokens embed"]:
-        """Applies the layer.
+    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch tokens embed"]:
+        return self.for_own_tokens(x, x.shape[1])
 
-        **Arguments:**
-
-        - `x`: activations; the tokens of this device where the strategy splits `tokens`.
-        - `seq`: the number of tokens of each row over all devices; unless given, `x` has all of them.
-        """
-        seq, count = x.shape[1] if seq is None else seq, self.gate_proj.weight.row_count
+    def for_own_tokens(self, x: Float[Array, "batch own embed"], seq: int) -> Float[Array, "batch tokens embed"]:
+        """The result for the tokens of this device, of `seq` in each row over all devices."""
         x = x if self.shared is None else all_tokens(x, seq, self.strategy)
-        y = checkpoint_name(exchanged(self._own_sums, self.router, x, seq, self.strategy, count), LINEAR)
+        y = exchanged(self._own_sums, self.router, x, seq, self.strategy, self.gate_proj.weight.row_count)
+        y = checkpoint_name(y, LINEAR)
         return y if self.shared is None else y + self.shared(x)
+
+    def router_sums(self, x: Float[Array, "batch tokens embed"], counted: Bool[Array, "batch tokens"]) -> RouterSums:
+        """What the router does with the tokens of this device that count."""
+        experts, _ = self.router(x)
+        return router_sums(self.router.weight.contract(x, "embed", "routes"), experts, counted)
 
     def _own_sums(
         self,

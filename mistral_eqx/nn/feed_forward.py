@@ -2,7 +2,7 @@
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ..parallel import all_tokens
 from .linear import Linear, project
@@ -21,20 +21,13 @@ class FeedForward(eqx.Module):
     up_proj: Linear
     down_proj: Linear
 
-    @property
-    def router(self) -> None:
-        """None, since all tokens have the same weights."""
-
-    def __call__(
-        self, x: Float[Array, "batch own embed"], seq: int | None = None
-    ) -> Float[Array, "batch tokens embed"]:
-        """Applies the layer.
-
-        **Arguments:**
-
-        - `x`: activations; the tokens of this device where the strategy splits `tokens`.
-        - `seq`: the number of tokens of each row over all devices; unless given, `x` has all of them.
-        """
-        whole = all_tokens(x, x.shape[1] if seq is None else seq, self.gate_proj.strategy)
-        gate, up = project(whole, (self.gate_proj, self.up_proj))
+    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch tokens embed"]:
+        gate, up = project(x, (self.gate_proj, self.up_proj))
         return self.down_proj(jax.nn.silu(gate) * up)
+
+    def for_own_tokens(self, x: Float[Array, "batch tokens embed"], seq: int) -> Float[Array, "batch tokens embed"]:
+        """The result for the tokens of this device, of `seq` in each row over all devices."""
+        return self(all_tokens(x, seq, self.gate_proj.strategy))
+
+    def router_sums(self, x: Float[Array, "batch tokens embed"], counted: Bool[Array, "batch tokens"]) -> None:
+        """`None`: the layer has no router."""

@@ -4,9 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
-
-from .experts import Router
+from jaxtyping import Array, Bool, Float, Int
 
 
 class RouterSums(NamedTuple):
@@ -27,21 +25,19 @@ class RouterSums(NamedTuple):
 
 
 def router_sums(
-    router: Router, x: Float[Array, "batch tokens embed"], counted: Bool[Array, "batch tokens"]
+    scores: Float[Array, "batch tokens routes"],
+    experts: Int[Array, "batch tokens per_token"],
+    counted: Bool[Array, "batch tokens"],
 ) -> RouterSums:
     """The sums of one layer.
 
     **Arguments:**
 
-    - `router`: the router of the layer.
-    - `x`: the router's input.
+    - `scores`, `experts`: the router's scores, and the experts that it chose.
     - `counted`: which tokens count.
     """
-    scores = router.weight.contract(x, "embed", "routes")
-    routes = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-    experts, _ = router(x)
+    routes, weights = jnp.arange(scores.shape[-1], dtype=experts.dtype), counted.astype(scores.dtype)
     is_chosen = jnp.any(experts[..., None] == routes[None, None, None], axis=2)
-    weights = counted.astype(scores.dtype)
     return RouterSums(
         tokens=jnp.sum(weights),
         chosen=jnp.sum(weights[..., None] * is_chosen.astype(scores.dtype), axis=(0, 1)),

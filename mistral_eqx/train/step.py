@@ -330,7 +330,8 @@ def _gradient(
     Where weights or their updates are sharded, each device gets its shard of the gradient.
     """
     # Dividing by the total weight makes micro-batches of unequal weight add up to the mean of the batch.
-    total, tokens = psum(jnp.sum(batch.weights), "batch", strategy), _tokens(batch, strategy)
+    total = psum(jnp.sum(batch.weights), "batch", strategy)
+    tokens = None if weights.outer.config.routing is None else _tokens(batch, strategy)
     # Each device takes the gradient of its own rows; the devices add them up once, in the master weights' precision.
     varying = weights if zero.stage == 3 else zero.vary(weights, shard_dims)
     light = varying if compute_dtype is None else cast_floats(varying, compute_dtype)
@@ -338,7 +339,7 @@ def _gradient(
     def mean(light: Stacked, micro_batch: tuple[Batch, Array]) -> tuple[Float[Array, ""], _Losses]:
         sums, routed = loss(light, *micro_batch)
         router = None
-        if routed is not None:
+        if routed is not None and tokens is not None:
             router = router_losses(routed, _tokens(micro_batch[0], strategy) / tokens, strategy)
         return weigh(sums.loss / total.astype(sums.loss.dtype), router), (sums, router)
 
