@@ -1,13 +1,16 @@
 """Checkpoints with latent attention: both dialects written and read, wrapped, and what is refused."""
 
 import dataclasses
+import json
 
+import jax.random as jr
 import numpy as np
 import pytest
 from fixtures.checkpoint import assert_same_weights, random_model, weights
 from fixtures.generation import refused
 from fixtures.latent import DENSE, LATENT
-from fixtures.model import small_model
+from fixtures.model import relative_error, run, small_model
+from fixtures.quantized import fp8
 from safetensors.numpy import load_file, save_file
 from test_checkpoint_wrapped import SKIPPED, since_5, wrap
 
@@ -15,6 +18,7 @@ import mistral_eqx as mx
 from mistral_eqx.checkpoint import hf, mistral
 from mistral_eqx.checkpoint.gguf_writing import _config_metadata
 from mistral_eqx.checkpoint.names import layer_specs
+from mistral_eqx.quant import formats
 from mistral_eqx.rope import yarn_magnitude
 
 
@@ -27,6 +31,63 @@ SMALL_4 = mx.PRESETS["small-4-119b"]
 @pytest.fixture(scope="module")
 def model():
     return small_model(config=PLAIN)
+
+
+@pytest.mark.parametrize("format", ["hf", "mistral"])
+def test_fp8_releases_keep_one_byte_a_weight(model, format, tmp_path):
+    """Logits are those of the numbers that codes and scales stand for."""
+    for folder in ("fp8", "plain"):
+        mx.save(model, tmp_path / folder, format=format)
+    (file,) = (tmp_path / "fp8").glob("*.safetensors")
+    pack, quantization = fp8()
+    found, plain = {}, {}
+    ends = {"hf": ("weight_scale_inv", "activation_scale"), "mistral": ("qscale_weight", "qscale_act")}[format]
+    for name, value in load_file(file).items():
+        stem, stacked = name.removesuffix(".weight"), value.ndim == 3
+        plain[name] = found[name] = value
+        if value.ndim == 1 or stem.endswith(("gate", "embed_tokens", "lm_head", "tok_embeddings", "output")):
+            continue
+        packed = [pack(one) for one in (value if stacked else [value])]
+        if stacked:
+            found[name], plain[name] = (
+                np.stack(each) for each in zip(*((p["weight"], n) for p, n in packed), strict=True)
+            )
+            found[f"{name}_scale_inv"] = np.stack([np.full((1, 1), parts["weight_scale_inv"]) for parts, _ in packed])
+        else:
+            parts, plain[name] = packed[0]
+            found[name] = parts["weight"]
+            found |= {
+                f"{stem}.{ends[0]}": np.asarray(parts["weight_scale_inv"]),
+                f"{stem}.{ends[1]}": np.ones((), np.float32),
+            }
+    save_file(found, file)
+    save_file(plain, tmp_path / "plain" / file.name)
+    path = tmp_path / "fp8" / {"hf": "config.json", "mistral": "params.json"}[format]
+    more = {"quantization": {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}}
+    more = {"quantization_config": quantization} if format == "hf" else more
+    path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+    loaded, ids = mx.load(tmp_path / "fp8"), np.arange(48, dtype=np.int32).reshape(2, 24)
+    assert formats(loaded) == ["FP8"]
+    expected, _ = run(mx.load(tmp_path / "plain"), ids)
+    # Codes of FP8 are multiplied as floats: the error of float32.
+    assert relative_error(run(loaded, ids)[0], expected) < 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [mx.Int8(), mx.FP8(), mx.NF4(16), mx.GGUF("Q4_0")], ids=str)
+def test_a_quantized_model_is_that_of_its_numbers(scheme):
+    sizes = {"embed": 64, "hidden": 64, "head_dim": 32}
+    latent = mx.Latent(q_rank=32, kv_rank=32, nope_dim=16, rope_dim=16, value_dim=32)
+    routing = dataclasses.replace(PLAIN.routing, hidden=64, shared=1)
+    config = dataclasses.replace(PLAIN, **sizes, latent=latent, routing=routing)
+    model = mx.Mistral.init(config, key=jr.key(0))
+    small, ids = mx.quantize(model, scheme), np.arange(64, dtype=np.int32).reshape(2, 32)
+    expanded = mx.dequantize(small)
+    assert relative_error(run(small, ids)[0], run(expanded, ids)[0]) < 2e-5
+    expected = mx.generate(expanded, [[1, 5, 9]], max_new_tokens=12).tokens
+    split = mx.shard(small, mx.make_mesh("tp=2"), mx.HEADS)
+    for one in (small, split):
+        np.testing.assert_array_equal(mx.generate(one, [[1, 5, 9]], max_new_tokens=12).tokens, expected)
 
 
 @pytest.mark.parametrize("format", ["hf", "mistral"])
@@ -131,7 +192,11 @@ def test_the_factor_of_the_scores():
         (hf.read_config, {**HF, "n_shared_experts": 0}, "n_shared_experts"),
         (hf.read_config, {**HF, "sliding_window": 16}, "sets sliding_window to 16"),
         (hf.read_config, {**HF, "num_local_experts": 9}, "n_routed_experts 8 and num_local_experts 9"),
-        (hf.read_config, {**HF, "quantization_config": {"quant_method": "fp8"}}, "quantized model with experts"),
+        (
+            hf.read_config,
+            {**HF, "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+            "quantized by",
+        ),
         (hf.read_config, {**HF, "qk_head_dim": 20}, "qk_head_dim 20"),
         (hf.read_config, {**HF, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (mistral.read_config, {**PARAMS, "moe": {**PARAMS["moe"], "route_every_n": 2}}, "route_every_n 2"),

@@ -67,16 +67,15 @@ class LayerSpec:
 
     def shape(self, config: MistralConfig) -> tuple[int, ...]:
         """The weight's shape in the model."""
-        return tuple(self._size(config, dim) for dim in self.dims.split())
+        return self.sizes(config, self.dims)
 
     def file_shape(self, config: MistralConfig) -> tuple[int, ...]:
         """The weight's shape in a file."""
-        return tuple(
-            math.prod(self._size(config, dim) for dim in dims.split()) for dims in (self.out_dims, self.in_dims) if dims
-        )
+        return tuple(math.prod(self.sizes(config, dims)) for dims in (self.out_dims, self.in_dims) if dims)
 
-    def _size(self, config: MistralConfig, dim: str) -> int:
-        return config.sizes[self.width if dim == "hidden" else dim]
+    def sizes(self, config: MistralConfig, dims: str) -> tuple[int, ...]:
+        """The sizes of some of the weight's dimensions."""
+        return tuple(config.sizes[self.width if dim == "hidden" else dim] for dim in dims.split())
 
 
 TABLE: tuple[LayerSpec, ...] = (

@@ -45,9 +45,7 @@ def read_packed(source: Source, placement: Placement) -> AbstractWeight | None:
     spec, packed = source.spec, source.tensor.packed
     if packed is None or not spec.in_dims:
         return None
-    in_shape, out_shape = (
-        tuple(getattr(source.config, dim) for dim in dims.split()) for dims in (spec.in_dims, spec.out_dims)
-    )
+    in_shape, out_shape = (spec.sizes(source.config, dims) for dims in (spec.in_dims, spec.out_dims))
     merged = merged_sizes(in_shape, block_format(packed.format).size)
     if merged is None:
         return None
@@ -83,9 +81,7 @@ def _read_blocks(source: Source, placement: Placement, merged: tuple[int, ...]) 
     spec, config, packed = source.spec, source.config, source.tensor.packed
     assert packed is not None
     format = block_format(packed.format)
-    in_shape, out_shape = (
-        tuple(getattr(config, dim) for dim in dims.split()) for dims in (spec.in_dims, spec.out_dims)
-    )
+    in_shape, out_shape = (spec.sizes(config, dims) for dims in (spec.in_dims, spec.out_dims))
     outer = in_shape[: len(in_shape) - max(len(merged), 1)]
     count = math.prod(in_shape) // math.prod(outer) // format.size
     shape = (*out_shape, *outer, count, format.nbytes)

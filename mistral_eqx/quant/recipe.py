@@ -177,10 +177,6 @@ def chosen_schemes(recipe: Recipe, paths: Sequence[str], config: MistralConfig) 
 
     **Raises:** `ValueError` that names the pattern, if no layer fits it or its scheme is none.
     """
-    if config.latent is not None:
-        raise InputError(
-            "The model has latent attention, whose weights cannot be quantized yet; leave it in floats.", key="scheme"
-        )
     if isinstance(recipe, AnyScheme):
         recipe = {"blocks.*": recipe}
     remedy = "such as {'blocks.*': mx.NF4()}"
