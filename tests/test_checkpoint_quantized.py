@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures import quantized
+from fixtures.cases import every_third
 from fixtures.checkpoint import assert_same_weights, random_model, tiny
 from fixtures.generation import refused
 from fixtures.model import relative_error
@@ -36,7 +37,7 @@ def config():
     return tiny(embed=32, hidden=64, head_dim=32, vocab=64, layers=1, windows=(None,))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", every_third(FORMS))
 def test_a_published_folder_has_the_numbers_it_stands_for(form, config, getkey, tmp_path):
     (pack, settings), format = FORMS[form]
     folder, plain = quantized.publish(tmp_path / "model", random_model(config, getkey()), pack, settings)

@@ -81,12 +81,12 @@ def assert_found(best, expected):
 @pytest.mark.parametrize(
     ("windows", "beams", "options"),
     [
-        ((None, 7), 4, {}),
+        pytest.param((None, 7), 4, {}, marks=pytest.mark.slow),
         pytest.param((None, 7), 4, {"ends": (5, 44), "penalty": 0.6}, marks=pytest.mark.slow),
         ((None, 7), 4, {"ends": (5, 44), "penalty": 2.0, "early": "never"}),
         pytest.param((None, 7), 4, {"ends": (5, 44), "penalty": 1.0, "early": True}, marks=pytest.mark.slow),
         pytest.param((7, 7), 3, {"ends": (44,), "penalty": -1.0, "early": "never"}, marks=pytest.mark.slow),
-        ((None,), 2, {"ends": (44,), "penalty": 0.0, "early": True}),
+        pytest.param((None,), 2, {"ends": (44,), "penalty": 0.0, "early": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -319,7 +319,7 @@ def on_one_device():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name.startswith("heads") else pytest.mark.slow) for name in NAMED]
+    "name", [pytest.param(name, marks=() if name == "heads" else pytest.mark.slow) for name in NAMED]
 )
 def test_named_strategies_find_the_same(name, on_one_device):
     """Three prompts also where the batch is split in two."""

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from fixtures import llama_quantize
+from fixtures.cases import every_third
 from fixtures.checkpoint import assert_same_weights, random_model, tiny, write_gguf
 from fixtures.cli import assert_refused, run, save_tiny_model
 from fixtures.generation import refused
@@ -35,7 +36,7 @@ def model(tokenizer, getkey):
     return random_model(tiny(embed=64, hidden=128, head_dim=32, vocab=tokenizer.vocab + 3), getkey())
 
 
-@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("type", every_third(TYPES))
 def test_a_model_is_written_in_a_type_and_read_again(type, model, tokenizer, tmp_path):
     path = tmp_path / "model.gguf"
     mx.save(model, path, format="gguf", type=type, tokenizer=tokenizer)

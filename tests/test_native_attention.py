@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from fixtures.cases import every_third
 from fixtures.checkpoint import tiny
 
 import mistral_eqx as mx
@@ -37,7 +38,7 @@ def plain(q, k, v, mask, scale):
     return jnp.einsum("bshgk,bhkd->bshgd", jnp.exp(scores - log_sum), v), log_sum
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", every_third([jnp.float32, jnp.bfloat16, jnp.float16]))
 @pytest.mark.parametrize(
     "sizes",
     [

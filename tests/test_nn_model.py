@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures import numpy_reference as reference
+from fixtures.cases import every_third
 from fixtures.generation import count_compilations
 from fixtures.model import (
     FLOAT32_TOLERANCE,
@@ -247,7 +248,7 @@ def test_initial_weights(getkey):
     assert np.unique(values).size > 0.99 * values.size
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", every_third(PRESETS))
 def test_presets_without_their_memory(name):
     config = PRESETS[name]
     model = eqx.filter_eval_shape(Mistral.init, config, key=jax.random.key(0), dtype=jnp.bfloat16)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from fixtures.cases import every_third
 from fixtures.checkpoint import random_model
 from fixtures.generation import refused
 from fixtures.model import SMALL
@@ -72,7 +73,7 @@ def assert_plan_is_of_the_quantized_model(config, scheme, strategy, axes):
     assert shapes.memory.weights == sum(one)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", every_third(SCHEMES))
 def test_a_plan_has_the_arrays_of_the_quantized_model(name):
     assert_plan_is_of_the_quantized_model(CONFIG, SCHEMES[name], "heads", "tp=2")
 
@@ -92,7 +93,7 @@ def test_mixtures_and_other_strategies(scheme, strategy, axes):
     assert_plan_is_of_the_quantized_model(WIDE, scheme, strategy, axes)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", every_third(SCHEMES))
 def test_a_weight_of_zeros_is_that_of_the_numbers_zero(name):
     """Its shapes are those of quantized numbers, and it is zero."""
     if isinstance(SCHEMES[name], dict):

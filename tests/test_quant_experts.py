@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures.cases import every_third
 from fixtures.checkpoint import TINY
 from fixtures.model import relative_error, run, small_model
 
@@ -29,7 +30,7 @@ SCHEMES = {
 
 
 @pytest.mark.parametrize("panels", [True, False], ids=["panels", "rows"])
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", every_third(SCHEMES))
 def test_grouped_products_are_those_of_the_dequantized_weights(name, panels):
     """Without panels plain JAX multiplies; with them the kernel, where it is built."""
     draw, sizes = np.random.default_rng(0).standard_normal, jnp.array([0, 18, 0, 20])

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from fixtures.cases import every_third
 from fixtures.checkpoint import assert_same_weights, random_model, tiny
 from fixtures.generation import refused
 from fixtures.model import relative_error
@@ -46,7 +47,7 @@ def layer(**changes):
     return Layer("layer", 2, **changes)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", every_third(SCHEMES))
 def test_a_weight_is_near_its_numbers_and_multiplies_as_its_dense_form(name, weight, getkey):
     found = SCHEMES[name].weight(weight, layer())
     dense = found.dense()
@@ -136,7 +137,7 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", every_third(WHOLE))
 def test_a_model_is_quantized_and_everything_works_on_it(name, getkey):
     model = random_model(tiny(embed=32, hidden=64, vocab=64, layers=1, windows=(None,)), getkey())
     done = []
