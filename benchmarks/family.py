@@ -8,7 +8,6 @@ docs/family.md. It takes some minutes.
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,16 +49,16 @@ PLACES = (*CHIPS.values(), *GPUS)
 
 def entries(config: mx.MistralConfig) -> int:
     """The weights that compute a token: of the experts those that it is routed to, and not the embedding."""
-    if config.routing is not None:
-        few = dataclasses.replace(config.routing, experts=config.routing.per_token)
-        config = dataclasses.replace(config, routing=few)
-    return config.parameters - (0 if config.tied else config.vocab * config.embed)
+    experts = 0 if config.routing is None else config.routing.per_token
+    return config.matrix_entries(experts) + config.vocab * config.embed
 
 
 def seconds(config: mx.MistralConfig, held: Holding, tokens: int, exchanges: list[Collective]) -> float:
     """The least time of a pass: the longer of compute and memory, and the exchanges, which a layer waits for."""
     context = (tokens + 1) / 2 if tokens > 1 else held.kv_seq
-    attention = 4 * config.layers * config.q_heads * config.head_dim * context
+    # A new token is compared with latents, if there are any, and a prompt with keys.
+    width = config.head_dim if config.latent is None or tokens > 1 else config.latent.cached
+    attention = 4 * config.layers * config.q_heads * width * context
     flops = held.batch * tokens * (2 * entries(config) + attention) / held.devices
     # A prompt has tokens for all experts.
     read = entries(config) / config.parameters if tokens == 1 else 1.0
@@ -84,21 +83,12 @@ def rows(models: tuple[str, ...]) -> Iterator[tuple[list[str], list[str]]]:
             print(model, name, file=sys.stderr, flush=True)
             memory, speed = [], []
             for place in PLACES:
-                try:
-                    held = smallest(
-                        config, place, quantize=scheme, batch=BATCH, kv_seq=min(KV_SEQ, config.max_positions)
-                    )
-                except mx.InputError as error:
-                    # Not every layer can be quantized.
-                    if "quantized" not in str(error):
-                        raise
-                    break
+                held = smallest(config, place, quantize=scheme, batch=BATCH, kv_seq=min(KV_SEQ, config.max_positions))
                 read, step = times(config, held)
                 memory.append(f"{held.devices}, {held.total / 1e9:.1f}")
                 speed.append(f"{1e3 * read:.0f}, {1e3 * step:.1f}")
-            if memory:
-                first = [f"`{model}`" if number == 0 else "", name]
-                yield [*first, *memory], [*first, *speed]
+            first = [f"`{model}`" if number == 0 else "", name]
+            yield [*first, *memory], [*first, *speed]
 
 
 def write(block: str, name: str):
