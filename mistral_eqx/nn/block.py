@@ -33,16 +33,23 @@ class Block(eqx.Module):
     ) -> tuple[Float[Array, "batch tokens embed"], AbstractLayerCache | None]:
         """Takes and returns what [`mistral_eqx.nn.Attention`][] does; `x` may hold this device's tokens only."""
         x, cache = self._attended(x, context, cache)
-        return x + self.feed_forward.for_own_tokens(self.feed_forward_norm(x), context.seq), cache
+        return x + self._fed(self.feed_forward_norm(x), context), cache
 
     def with_router_sums(
         self, x: Float[Array, "batch tokens embed"], context: Context
     ) -> tuple[Float[Array, "batch tokens embed"], RouterSums | None]:
         """The activations, and the sums over this device's tokens without padding; `None` for a dense layer."""
         x, _ = self._attended(x, context, None)
-        normed = self.feed_forward_norm(x)
-        sums = self.feed_forward.router_sums(normed, own_tokens(context.query_index >= 0, x.shape[1], context.strategy))
-        return x + self.feed_forward.for_own_tokens(normed, context.seq), sums
+        normed, sums = self.feed_forward_norm(x), None
+        if isinstance(self.feed_forward, Experts):
+            counted = own_tokens(context.query_index >= 0, x.shape[1], context.strategy)
+            sums = self.feed_forward.router_sums(normed, counted)
+        return x + self._fed(normed, context), sums
+
+    def _fed(self, normed: Array, context: Context) -> Array:
+        if isinstance(self.feed_forward, Experts):
+            return self.feed_forward.for_own_tokens(normed, context.seq)
+        return self.feed_forward(all_tokens(normed, context.seq, context.strategy))
 
     def _attended(
         self, x: Array, context: Context, cache: AbstractLayerCache | None
