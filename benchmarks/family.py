@@ -49,8 +49,9 @@ PLACES = (*CHIPS.values(), *GPUS)
 
 def entries(config: mx.MistralConfig) -> int:
     """The weights that compute a token: of the experts those that it is routed to, and not the embedding."""
-    experts = 0 if config.routing is None else config.routing.per_token
-    return config.matrix_entries(experts) + config.vocab * config.embed
+    chosen = 0 if config.routing is None else config.routing.per_token
+    others = config.matrix_entries(config.experts) - config.matrix_entries(chosen)
+    return config.parameters - others - (0 if config.tied else config.vocab * config.embed)
 
 
 def seconds(config: mx.MistralConfig, held: Holding, tokens: int, exchanges: list[Collective]) -> float:

@@ -188,8 +188,3 @@ def test_groups_that_do_not_fit_are_refused(change, words):
         dataclasses.replace(LATENT.routing, **change)
     with refused("latent.rope_dim is 5"):
         dataclasses.replace(SIZES, rope_dim=5)
-
-
-def test_what_is_not_there_yet_is_refused(model):
-    with refused("latent attention, whose weights cannot be quantized yet"):
-        mx.quantize(model, mx.NF4())

@@ -36,7 +36,7 @@ void multiply(const Product& p, int64_t output) {
     for (int i = 0; i < outputs; i++) {
       if (k * int64_t(sizeof(T)) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(w + i * p.inputs + k) + AHEAD);
       const Floats numbers = Read<T>::at(w + i * p.inputs + k);
-      for (int row = 0; row < rows; row++) sums[i][row] += numbers * x[row];
+      for (int row = 0; row < rows; row++) sums[i][row] = fused(numbers, x[row], sums[i][row]);
     }
   }
   for (int i = 0; i < outputs; i++)

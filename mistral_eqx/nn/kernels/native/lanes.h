@@ -61,6 +61,9 @@ inline Floats from_float8(Halves codes) {
 
 inline float sum_of(Floats x) { return _mm512_reduce_add_ps((__m512)x); }
 
+// a * b + c, rounded once. Compilers choose for each place whether they round `a * b + c` once or twice.
+inline Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+
 // Signed numbers of 8 bits, in 32 and in 16 bits.
 inline Ints from_bytes(const void* at) { return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at)); }
 
@@ -105,6 +108,8 @@ inline float sum_of(Floats x) {
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
+
+inline Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 
 inline Ints from_bytes(const void* at) { return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)at)); }
 
@@ -156,6 +161,10 @@ inline Floats looked_up(Words codes, const float* table) {
 #else
 
 inline float sum_of(Floats x) { return vaddvq_f32((float32x4_t)x); }
+
+inline Floats fused(Floats a, Floats b, Floats c) {
+  return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
 
 inline Halves halves_of_bytes(const void* at) {
   return (Halves)vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(load<int32_t>(at)))));
