@@ -37,6 +37,8 @@ def torch():
 @pytest.fixture(scope="module", params=VARIANTS)
 def theirs(request, torch):
     transformers = pytest.importorskip("transformers")
+    from fixtures.make_models import drawn
+
     experts, per_token, more = VARIANTS[request.param]
     settings = {
         "vocab_size": VOCAB,
@@ -53,13 +55,7 @@ def theirs(request, torch):
     }
     config = transformers.MixtralConfig(**settings)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    draw = np.random.default_rng(len(request.param)).standard_normal
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            drawn = draw(parameter.shape)
-            drawn = 1 + 0.2 * drawn if parameter.ndim == 1 else drawn * parameter.shape[-1] ** -0.5 * 1.5
-            parameter.copy_(torch.from_numpy(drawn.astype(np.float32)))
-    return model.eval()
+    return drawn(model, np.random.default_rng(len(request.param)))
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +75,14 @@ def ids():
     return np.random.default_rng(7).integers(0, VOCAB, 40)
 
 
-def logits_of(theirs, torch, ids):
-    with torch.no_grad():
-        return theirs(torch.from_numpy(ids)[None]).logits[0].numpy()
+def logits_of(theirs, ids):
+    from fixtures import make_models
+
+    return make_models.logits_of(theirs, ids)
 
 
 def test_logits_at_every_position_cached_and_not(theirs, ours, torch, ids):
-    expected, row = logits_of(theirs, torch, ids), ids.astype(np.int32)[None]
+    expected, row = logits_of(theirs, ids), ids.astype(np.int32)[None]
     assert relative_error(run(ours, row)[0][0], expected) < FLOAT32_TOLERANCE
     logits, _ = run_in_pieces(ours, row, (20, *(1,) * 20), empty_cache(ours, 1, 44))
     assert relative_error(logits[0], expected) < FLOAT32_TOLERANCE

@@ -70,17 +70,13 @@ def torch():
 
 def made(torch, settings, rope):
     transformers = pytest.importorskip("transformers")
+    from fixtures.make_models import drawn
+
     settings = {**SMALL, **settings, "rope_parameters": {**ROPE, **rope}}
     config = transformers.Mistral4Config(**settings)
     model = transformers.Mistral4ForCausalLM._from_config(config, dtype=torch.float32, attn_implementation="eager")
-    draw = np.random.default_rng(1).standard_normal
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            drawn = draw(parameter.shape)
-            drawn = 1 + 0.2 * drawn if parameter.ndim == 1 else drawn * parameter.shape[-1] ** -0.5 * 1.5
-            parameter.copy_(torch.from_numpy(drawn.astype(np.float32)))
     model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
-    return model.eval()
+    return drawn(model, np.random.default_rng(1))
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -105,13 +101,14 @@ def ids():
     return np.random.default_rng(7).integers(0, VOCAB, 40)
 
 
-def logits_of(theirs, torch, ids):
-    with torch.no_grad():
-        return theirs(torch.from_numpy(ids)[None]).logits[0].numpy()
+def logits_of(theirs, ids):
+    from fixtures import make_models
+
+    return make_models.logits_of(theirs, ids)
 
 
 def test_logits_at_every_position_cached_and_in_chunks(theirs, ours, torch, ids):
-    expected, row = logits_of(theirs, torch, ids), ids.astype(np.int32)[None]
+    expected, row = logits_of(theirs, ids), ids.astype(np.int32)[None]
     assert relative_error(run(ours, row)[0][0], expected) < FLOAT32_TOLERANCE
     for pieces in ((31, *(1,) * 9), (16, 16, 8)):
         logits, _ = run_in_pieces(ours, row, pieces, empty_cache(ours, 1, 44))
@@ -163,8 +160,8 @@ def test_transformers_reads_what_is_written(theirs, ours, folder, torch, ids, tm
         tmp_path / "ours", dtype="float32", attn_implementation="eager", output_loading_info=True
     )
     assert not any(info.values())
-    expected = logits_of(theirs, torch, ids)
-    assert relative_error(logits_of(again, torch, ids), expected) < FLOAT32_TOLERANCE
+    expected = logits_of(theirs, ids)
+    assert relative_error(logits_of(again, ids), expected) < FLOAT32_TOLERANCE
     loaded = mx.load(tmp_path / "ours")
     assert loaded.config == ours.config
     for found, array in zip(jax.tree.leaves(loaded), jax.tree.leaves(ours), strict=True):
@@ -184,7 +181,7 @@ def test_the_factor_of_the_scores(torch, ids, tmp_path):
         for block in plain.blocks
     )
     scaled = dataclasses.replace(plain, blocks=blocks, config=dataclasses.replace(plain.config, latent=latent))
-    expected = logits_of(theirs, torch, ids)
+    expected = logits_of(theirs, ids)
     assert relative_error(run(scaled, row)[0][0], expected) < FLOAT32_TOLERANCE
     assert relative_error(run(plain, row)[0][0], expected) > 1e-2
     # What is saved is the same model in both programs.
@@ -192,4 +189,4 @@ def test_the_factor_of_the_scores(torch, ids, tmp_path):
         mx.save(model, tmp_path / "again", overwrite=True)
         again = type(theirs).from_pretrained(tmp_path / "again", dtype="float32", attn_implementation="eager")
         assert math.isclose(again.model.layers[0].self_attn.scaling, model.blocks[0].attention.scale, rel_tol=1e-12)
-        assert relative_error(run(model, row)[0][0], logits_of(again, torch, ids)) < FLOAT32_TOLERANCE
+        assert relative_error(run(model, row)[0][0], logits_of(again, ids)) < FLOAT32_TOLERANCE

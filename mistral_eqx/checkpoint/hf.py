@@ -358,13 +358,14 @@ def write_config(config: MistralConfig) -> dict[str, Any]:
 def _latent(document: Settings) -> Latent:
     """The sizes of the attention of type `mistral4`."""
     document.expect("rope_interleave", (True, None), True)
-    if document.take("q_lora_rank", Size | None, 1024) is None:
+    q_rank = document.take("q_lora_rank", Size | None, 1024)
+    if q_rank is None:
         raise document.refuse("q_lora_rank", None)
     nope, rope = document.take("qk_nope_head_dim", Size, 64), document.take("qk_rope_head_dim", Size, 64)
     document.expect("qk_head_dim", (nope + rope, None), None)
     with document.naming():
         return Latent(
-            q_rank=document.take("q_lora_rank", Size, 1024),
+            q_rank=q_rank,
             kv_rank=document.take("kv_lora_rank", Size, 256),
             nope_dim=nope,
             rope_dim=rope,
