@@ -1,13 +1,49 @@
 """The engine: many requests in one batch, each with the tokens that it would get alone."""
 
+import collections
 import dataclasses
+import secrets
+import threading
+import time
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from ..checks import CacheDType, Count, CountOrZero, checked
 from ..config import MistralConfig
+from ..errors import InputError
+from ..generation import (
+    FrequencyPenalty,
+    LogitBias,
+    MinNewTokens,
+    PresencePenalty,
+    RepetitionPenalty,
+    Sampler,
+)
+from ..generation.caches import empty_cache, holds, parts, slots
+from ..generation.finite import not_finite
+from ..generation.flat import Flat
+from ..generation.prompt import checked_prompts
+from ..generation.reading import check_chunk, check_context, place_rows
+from ..generation.request import Request as Call, placed
 from ..nn import Mistral
-from ..text import AbstractTokenizer
-from .answer import Answer, Event
-from .request import Request
+from ..parallel import gather_to_host
+from ..text import AbstractTokenizer, StopText
+from .answer import Answer, Event, Finish, LogProb, joined
+from .choice import Numbers
+from .prefix_cache import PrefixCache
+from .prompts import PromptReader, block_size
+from .request import MOST_ENDS, Guide, Request
+from .ring import aligned, resized, ring_capacity, spare
+from .rows import MOST_STEPS, Decoded, Rows, decode_rows, enter
+
+
+# A ring first has room for so many new tokens of a row; few, because attention reads all slots in each step.
+_FIRST_ROOM = 128
 
 
 class Full(RuntimeError):
@@ -23,6 +59,7 @@ class Load:
     - `active`: rows that decode.
     - `waiting`: requests that wait for a row, or whose prompt is prefilled.
     - `slots`: the size of the KV cache in tokens of each row.
+    - `prefix_bytes`: the size of the prefix cache.
     - `prompt_tokens`, `cached_tokens`, `new_tokens`: totals; `cached_tokens` are those of prompts that came out of the
         prefix cache.
     - `finished`: the number of answers that ended, by their `finish`.
@@ -31,14 +68,65 @@ class Load:
     active: int
     waiting: int
     slots: int
+    prefix_bytes: int
     prompt_tokens: int
     cached_tokens: int
     new_tokens: int
     finished: Mapping[str, int]
 
 
+@dataclasses.dataclass(eq=False)
+class _Job:
+    """A request in the engine."""
+
+    request: Request
+    answer: Answer
+    sampler: Sampler
+    call: Call
+    text: StopText
+    guide: Guide | None
+    deadline: float
+    count: int = 0  # new tokens
+    base: int = 0  # the ring's slot, counted from the start, of the first token
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The prompt."""
+        return self.answer.prompt
+
+
 class Engine:
-    """INTERFACE ONLY, being written: the calls below are those that other rooms may use."""
+    """Answers many requests at a time: a request enters a free row of the batch while others decode.
+
+    ```python
+    with mx.Engine(model, tokenizer) as engine:
+        answer = engine.submit(mx.Request("The capital of France is", max_new_tokens=8))
+        for event in answer:
+            print(event.text, end="")
+    ```
+
+    Each request gets the tokens that [`mistral_eqx.generate`][] gives for it alone, whatever the other requests do.
+    Prompts are prefilled in chunks between decoding steps. All rows are decoded by one compiled program, whatever the
+    requests ask for. A thread of the engine does the work; it starts with the first request.
+
+    **Arguments:**
+
+    - `model`: the model, on one device or sharded by [`mistral_eqx.shard`][].
+    - `tokenizer`: its tokenizer.
+    - `rows`: how many requests are decoded together.
+    - `context`: the most tokens of a prompt and its answer; by default the model's context, at most 4096. The KV cache
+        grows up to it as needed, and shrinks again.
+    - `chunk`: the size of prefill chunks in tokens: decoding waits for at most one chunk.
+    - `stride`: how many tokens are decoded in one call while no request waits for a row; requests with a grammar are
+        decoded one token at a time.
+    - `queue`: the most requests that wait for a row.
+    - `prefix_cache`: the most bytes of keys and values that are kept for later prompts with the same beginning; 0 keeps
+        none.
+    - `cache_dtype`: as in [`mistral_eqx.generate`][].
+
+    **Raises:** `ValueError` if an argument is outside its range, or `rows` cannot be split as the strategy splits
+        `batch`.
+    """
 
     def __init__(
         self,
@@ -48,34 +136,363 @@ class Engine:
         rows: int = 8,
         context: int | None = None,
         chunk: int = 256,
+        stride: int = 1,
         queue: int = 256,
-        prefix_cache: int = 2**30,
-        cache_dtype: str | None = None,
+        prefix_cache: int = 2**28,
+        cache_dtype: CacheDType | None = None,
     ):
-        self.tokenizer = tokenizer
+        self.model = checked(model, Mistral, "model")
+        self.tokenizer = checked(tokenizer, AbstractTokenizer, "tokenizer")
         self.config: MistralConfig = model.config
-        self.rows = rows
-        self.context: int = context or 4096  # the most tokens of a prompt and its answer together
+        self.rows: int = checked(rows, Count, "rows")
+        longest = min(self.config.max_positions, 4096) if context is None else checked(context, Count, "context")
+        check_context(longest, 0, self.config.max_positions)
+        self.context: int = longest
+        if rows % (split := parts(model, "batch")):
+            raise InputError(
+                f"{rows} rows cannot be split over {split} devices, over which the strategy "
+                f"{model.strategy.layout!r} splits 'batch'; give a multiple of {split}."
+            )
+        if jax.process_count() > 1:
+            raise InputError("An engine works in one process; start it without a coordinator.")
+        self._chunk = check_chunk(chunk, "chunk")
+        self._stride = min(checked(stride, Count, "stride"), MOST_STEPS)
+        self._queue = checked(queue, Count, "queue")
+        self._cache_dtype: CacheDType | None = checked(cache_dtype, CacheDType | None, "cache_dtype")
+        self._prefixes = PrefixCache(block_size(model), checked(prefix_cache, CountOrZero, "prefix_cache"))
+        self._flat = Flat(model)
+        self._jobs: list[_Job | None] = [None] * rows
+        self._carried: Flat | None = None
+        self._kv_seq = 0
+        self._written = 0  # slots of the ring, counted from the start
+        self._reading: tuple[_Job, PromptReader] | None = None
+        self._waiting: collections.deque[_Job] = collections.deque()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._broken: str | None = None
+        self._totals = collections.Counter[str]()
+        self._finished = collections.Counter[str]()
 
     def submit(self, request: Request) -> Answer:
-        """Thread-safe and quick. Raises `InputError` for a request that cannot be, `Full` if the queue is full."""
-        raise NotImplementedError
+        """Puts a request into the queue, from any thread, and returns at once.
+
+        **Returns:** an [`mistral_eqx.engine.Answer`][], an iterator over events.
+
+        **Raises:** `InputError` if the request cannot be: `generate` says when; [`mistral_eqx.engine.Full`][] if the
+            queue is full; `RuntimeError` if the engine is closed.
+        """
+        job = self._job(checked(request, Request, "request"))
+        with self._changed:
+            if self._closing:
+                raise RuntimeError(self._broken or "The engine is closed.")
+            if len(self._waiting) >= self._queue:
+                raise Full(f"{self._queue} requests are waiting; try again later.")
+            self._waiting.append(job)
+            self._totals["prompt"] += len(job.ids)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="mistral-eqx engine", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+        return job.answer
 
     def run(self, requests: Iterable[Request]) -> list[Event]:
-        """Answers all requests, and returns one joined event for each, in order."""
-        raise NotImplementedError
+        """Answers all requests, and returns one event for each, in order."""
+        answers: list[Answer] = []
+        events: list[Event] = []
+        for request in requests:
+            # No more wait than the queue has room for.
+            while len(answers) - len(events) >= self._queue:
+                events.append(answers[len(events)].result())
+            answers.append(self.submit(request))
+        return events + [answer.result() for answer in answers[len(events) :]]
 
     @property
     def load(self) -> Load:
-        """What the engine is doing."""
-        raise NotImplementedError
+        """What the engine is doing, and what it has done."""
+        with self._changed:
+            active = sum(job is not None for job in self._jobs)
+            waiting = len(self._waiting) + (self._reading is not None)
+            return Load(
+                active,
+                waiting,
+                self._kv_seq,
+                self._prefixes.bytes,
+                self._totals["prompt"],
+                self._totals["cached"],
+                self._totals["new"],
+                dict(self._finished),
+            )
 
-    def close(self, *, drain: bool = False):
-        """Ends the worker thread: cancels what runs or, with `drain`, waits for it. Used as a context manager too."""
-        raise NotImplementedError
+    def close(self, *, drain: bool = False, timeout: float | None = None):
+        """Ends the engine; later requests are refused.
+
+        **Arguments:**
+
+        - `drain`: whether to answer all requests that came; otherwise they end as if they were cancelled.
+        - `timeout`: after how many seconds they are cancelled all the same.
+        """
+        with self._changed:
+            self._closing = True
+            thread = self._thread
+            self._changed.notify_all()
+        if thread is None:
+            return
+        if drain:
+            thread.join(timeout)
+        for job in self._all():
+            job.answer.cancel()
+        thread.join()
 
     def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, *error: object):
         self.close()
+
+    def _job(self, request: Request) -> _Job:
+        """The request, checked."""
+        prompt: Any = request.prompt
+        ((*ids,),) = checked_prompts([prompt], self.config.vocab, self.tokenizer)
+        room = self.context - len(ids)
+        new = max(room, 1) if request.max_new_tokens is None else request.max_new_tokens
+        check_context(len(ids), new, self.context)
+        # Equal to what `generate` checks, in the order of `Numbers.process`.
+        processors = (
+            RepetitionPenalty(request.repetition_penalty),
+            PresencePenalty(request.presence_penalty),
+            FrequencyPenalty(request.frequency_penalty),
+            LogitBias(request.logit_bias),
+            MinNewTokens(request.min_new_tokens),
+        )
+        sampler = Sampler(
+            request.temperature,
+            request.top_k,
+            request.top_p,
+            request.min_p,
+            request.typical_p,
+            processors,
+        )
+        seed = secrets.randbits(32) if request.seed is None else request.seed
+        call = Call.init(
+            self.model,
+            [ids],
+            new,
+            sampler,
+            request.eos_ids,
+            jr.fold_in(jr.key(seed), request.sample),
+        )
+        if len(call.ends) > MOST_ENDS:
+            raise InputError(f"There are {len(call.ends)} end tokens; an engine takes at most {MOST_ENDS}.")
+        return _Job(
+            request,
+            Answer(tuple(ids)),
+            sampler,
+            call,
+            StopText(self.tokenizer, request.stop, skip_special=request.skip_special, after=ids),
+            None if request.grammar is None else request.grammar.guide(),
+            np.inf if request.timeout is None else time.monotonic() + request.timeout,
+        )
+
+    # What follows runs in the engine's thread.
+
+    def _work(self):
+        try:
+            while self._wait():
+                self._end_unwanted()
+                self._read()
+                self._decode()
+        except Exception as error:
+            self._broken = f"The engine has failed: {type(error).__name__}: {error}"
+            with self._changed:
+                self._closing = True
+            for job in self._all():
+                self._end(job, "error", error=self._broken)
+            raise
+
+    def _wait(self) -> bool:
+        """Waits until there is work; false at the end."""
+        with self._changed:
+            while not (work := self._waiting or self._reading or any(self._jobs)) and not self._closing:
+                self._changed.wait()
+            return bool(work)
+
+    def _all(self) -> list[_Job]:
+        with self._changed:
+            reading = [] if self._reading is None else [self._reading[0]]
+            return [*(job for job in self._jobs if job is not None), *reading, *self._waiting]
+
+    def _end_unwanted(self):
+        now = time.monotonic()
+        for job in self._all():
+            if job.answer.cancelled:
+                self._end(job, "cancelled")
+            elif now >= job.deadline:
+                self._end(job, "timeout")
+
+    def _end(self, job: _Job, finish: Finish, event: Event | None = None, *, error: str | None = None):
+        """Sends the last event, and takes the job out of the engine."""
+        with self._changed:
+            self._jobs = [None if one is job else one for one in self._jobs]
+            if self._reading is not None and self._reading[0] is job:
+                self._reading = None
+            if job in self._waiting:
+                self._waiting.remove(job)
+            self._finished[finish] += 1
+        event = Event() if event is None else event
+        text = event.text + job.text.flush()
+        job.answer.put(dataclasses.replace(event, text=text, finish=finish, stopped=job.text.stopped, error=error))
+
+    def _read(self):
+        """Reads a chunk of one prompt, and puts it into a row if that was the last chunk."""
+        if self._reading is None:
+            with self._changed:
+                if not self._waiting or None not in self._jobs:
+                    return
+                job = self._waiting.popleft()
+                # The last token is decoded with the other rows.
+                reader = PromptReader(self._flat, job.ids[:-1], self._chunk, self._prefixes, self._cache_dtype)
+                self._reading = job, reader
+            job.answer.cached = reader.known
+            self._totals["cached"] += reader.known
+        job, reader = self._reading
+        if not reader.done:
+            reader.read()
+        if reader.done:
+            self._prefixes.add(self.model, reader.ids, reader.cache)
+            self._enter(job, reader)
+
+    def _enter(self, job: _Job, reader: PromptReader):
+        length = len(reader.ids)
+        least = max(holds(self.model, reader.cache.kv_seq), length + min(job.call.max_new_tokens, _FIRST_ROOM))
+        if any(self._jobs):
+            self._fit(least=least)
+        else:
+            self._begin(slots(self.model, ring_capacity(least + spare(self.model))))
+        self._written = aligned(self.model, self._written)
+        job.base = self._written - aligned(self.model, length)
+        state = Rows.init(
+            parts(self.model, "batch"),
+            self.config.vocab,
+            self._numbers(job),
+            text=job.ids,
+            limit=job.call.max_new_tokens,
+            ends=tuple(job.call.ends.tolist()),
+            key=jr.wrap_key_data(gather_to_host(jr.key_data(job.call.keys))[0]),
+            biases=job.request.logit_bias,
+            reports=job.request.logprobs is not None,
+        )
+        row = self._jobs.index(None)
+        kept = (
+            self.model,
+            placed(self.model, state),
+            reader.cache,
+            np.asarray(length, np.int32),
+            np.asarray(row, np.int32),
+        )
+        self._carried = enter(kept, self._carried)
+        with self._changed:
+            self._jobs[row], self._reading = job, None
+
+    def _numbers(self, job: _Job) -> Numbers:
+        request = job.request
+        return Numbers.init(
+            parts(self.model, "batch"),
+            job.sampler,
+            repetition=request.repetition_penalty,
+            presence=request.presence_penalty,
+            frequency=request.frequency_penalty,
+            least=request.min_new_tokens,
+        )
+
+    def _begin(self, kv_seq: int):
+        """Makes the ring, or another one if it has another size; no row decodes."""
+        if kv_seq == self._kv_seq:
+            return
+        cache = empty_cache(self.model, self.rows, kv_seq, cache_dtype=self._cache_dtype)
+        if self._carried is None:
+            rows = Rows.init(self.rows, self.config.vocab, Numbers.init(self.rows, Sampler()))
+            rows = jax.tree.map(jnp.asarray, placed(self.model, rows))
+        else:
+            rows, _ = self._carried.tree
+        self._carried, self._kv_seq, self._written = Flat((rows, cache)), kv_seq, 0
+
+    def _fit(self, *, least: int = 0, steps: int = 0):
+        """Gives the ring room for all rows that decode, and for `least` tokens of another one."""
+        extents = [self._written - job.base for job in self._jobs if job is not None]
+        need = max([least, *(extent + steps for extent in extents)]) + spare(self.model)
+        room = holds(self.model, self._kv_seq)
+        roomy = ring_capacity(need + _FIRST_ROOM)
+        if need <= room < 4 * roomy:
+            return
+        kv_seq = slots(self.model, ring_capacity(need) if need > room else roomy)
+        rows, cache = self._carried.tree
+        self._carried, self._kv_seq = Flat((rows, resized(self.model, cache, kv_seq))), kv_seq
+        self._written = aligned(self.model, self._written)
+
+    def _decode(self):
+        """Decodes one token of each row, or some if nobody waits, and sends them."""
+        jobs = [*self._jobs]
+        if not any(jobs):
+            return
+        guided = np.asarray([job is not None and job.guide is not None for job in jobs])
+        steps = 1 if guided.any() or self._reading or self._waiting else self._stride
+        self._fit(steps=steps)
+        wanted = np.asarray([job is not None for job in jobs])
+        given = wanted, self._words(jobs), guided, np.asarray(steps, np.int32)
+        self._carried, decoded = decode_rows((self._flat, *given), self._carried)
+        tokens, lost = gather_to_host(decoded.tokens), gather_to_host(decoded.lost)
+        self._written += int((tokens >= 0).any(axis=0).sum())
+        for row, job in enumerate(jobs):
+            if job is not None:
+                self._send(job, tokens[row].tolist(), int(lost[row]), self._log_probs(job, decoded, row))
+
+    def _words(self, jobs: list[_Job | None]) -> np.ndarray:
+        """Which tokens guides allow, one bit each."""
+        words = np.zeros((self.rows, -(-self.config.vocab // 32) * 4), np.uint8)
+        for row, job in enumerate(jobs):
+            if job is not None and job.guide is not None:
+                bits = np.packbits(job.guide.allowed(), bitorder="little")
+                words[row, : len(bits)] = bits
+        return words.view("<u4")
+
+    def _log_probs(self, job: _Job, decoded: Decoded, row: int) -> list[LogProb]:
+        count = job.request.logprobs
+        if count is None:
+            return []
+        log_probs = decoded.log_probs
+        chosen, ids, top = (gather_to_host(x)[row] for x in (log_probs.chosen, log_probs.tokens, log_probs.top))
+        return [
+            LogProb(-1, float(one), tuple(zip(of.tolist()[:count], by.tolist()[:count], strict=True)))
+            for one, of, by in zip(chosen, ids, top, strict=True)
+        ]
+
+    def _send(self, job: _Job, tokens: list[int], lost: int, log_probs: list[LogProb]):
+        """Sends the new tokens of a row, up to the one that ends it."""
+        ids, text, finish, error = [], "", None, None
+        if lost:
+            tokens = tokens[: tokens.index(-1) if -1 in tokens else len(tokens)][:-1]
+        for id in tokens:
+            if id < 0 or finish is not None:
+                break
+            ids.append(id)
+            job.count += 1
+            text += job.text.push(id)
+            if job.guide is not None:
+                job.guide.push(id)
+            if job.text.stopped is not None or id in job.call.ends:
+                finish = "stop"
+            elif job.count == job.call.max_new_tokens:
+                finish = "length"
+        if lost and finish is None:
+            finish, where = "error", f"new token {job.count + 1}"
+            forbidden = "The processors forbid every token; let them allow at least one, such as an end token."
+            error = str(not_finite(where, processors=True)) if lost > 0 else forbidden
+        with self._changed:
+            self._totals["new"] += len(ids)
+        reported = tuple(dataclasses.replace(one, id=id) for one, id in zip(log_probs, ids, strict=False))
+        event = Event(tuple(ids), text, reported)
+        if finish is None:
+            job.answer.put(event)
+        else:
+            self._end(job, finish, event, error=error)

@@ -67,7 +67,7 @@ class Seen(eqx.Module):
     def add(self, tokens: Int[Array, " batch"], ids: Int[Array, " vocab"]) -> "Seen":
         """The same with one more token a row."""
         rows = jnp.arange(tokens.shape[0])
-        return Seen(self.seen.at[rows, _columns(tokens, ids)].set(True, mode="drop"))
+        return Seen(self.seen.at[rows, columns(tokens, ids)].set(True, mode="drop"))
 
 
 class Counts(eqx.Module):
@@ -78,7 +78,7 @@ class Counts(eqx.Module):
     def add(self, tokens: Int[Array, " batch"], ids: Int[Array, " vocab"]) -> "Counts":
         """The same with one more token a row."""
         rows = jnp.arange(tokens.shape[0])
-        return Counts(self.counts.at[rows, _columns(tokens, ids)].add(1, mode="drop"))
+        return Counts(self.counts.at[rows, columns(tokens, ids)].add(1, mode="drop"))
 
 
 class RepetitionPenalty(AbstractProcessor):
@@ -201,7 +201,7 @@ class LogitBias(AbstractProcessor):
         self, logits: Float[Array, "batch vocab"], state: None, ids: Int[Array, " vocab"]
     ) -> Float[Array, "batch vocab"]:
         biases = jnp.zeros(ids.shape, logits.dtype)
-        return logits + biases.at[_columns(self.ids, ids)].add(self.biases.astype(logits.dtype), mode="drop")[None]
+        return logits + biases.at[columns(self.ids, ids)].add(self.biases.astype(logits.dtype), mode="drop")[None]
 
     def next_state(self, state: None, tokens: Int[Array, " batch"], ids: Int[Array, " vocab"]) -> None:
         return None
@@ -377,14 +377,14 @@ def _check_choice(forbidden: Collection[int], vocab: int):
         raise InputError(f"All {vocab} tokens of the vocabulary are forbidden; leave at least one to choose.")
 
 
-def _columns(tokens: np.ndarray | Int[Array, " *tokens"], ids: Int[Array, " vocab"]) -> Int[Array, " *tokens"]:
+def columns(tokens: np.ndarray | Int[Array, " *tokens"], ids: Int[Array, " vocab"]) -> Int[Array, " *tokens"]:
     """Which columns have these tokens, if `ids` are the columns' ids; past the end, to be dropped, for other tokens."""
     columns = jnp.asarray(tokens) - ids[0]
     return jnp.where((columns >= 0) & (columns < len(ids)), columns, len(ids))
 
 
 def _among(tokens: np.ndarray | Int[Array, " tokens"], ids: Int[Array, " vocab"]) -> Bool[Array, " vocab"]:
-    return jnp.zeros(ids.shape, bool).at[_columns(tokens, ids)].set(True, mode="drop")
+    return jnp.zeros(ids.shape, bool).at[columns(tokens, ids)].set(True, mode="drop")
 
 
 def _paths(tree: PyTree) -> list[str]:

@@ -123,13 +123,13 @@ class Request:
         states = tuple(processor.init_state(texts, ends, vocab) for processor in sampler.processors)
         return cls(
             model=model,
-            sampler=_placed(model, sampler),
+            sampler=placed(model, sampler),
             ends=np.asarray(ends, np.int32),
             keys=jr.wrap_key_data(place_rows(model, jr.key_data(keys)), impl=jr.key_impl(keys)),
             max_new_tokens=new_tokens,
             idle=idle,
             samples=num_samples,
-            states=_placed(model, states),
+            states=placed(model, states),
             alternatives=logprobs,
             prefix=prefix,
             chunk=prefill_chunk,
@@ -271,7 +271,7 @@ def _row_keys(
     return jnp.concatenate([key, *[key[:1]] * (idle * samples)])
 
 
-def _placed(model: Mistral, tree: PyTree) -> PyTree:
+def placed(model: Mistral, tree: PyTree) -> PyTree:
     """Puts the arrays of modules on the model's devices, since a numpy array is sent with each call."""
     mesh = model.mesh
     if mesh is None:

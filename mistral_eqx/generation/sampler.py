@@ -111,19 +111,10 @@ class Sampler(eqx.Module):
     ) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
         """Chooses one token a row, and returns the largest logit of each row, which the choice needs in any case."""
         if self.temperature is None:
-            return _argmax(logits, strategy)
-        largest = _largest(logits, strategy)
-        part, parts = shard_index("vocab", strategy)
-        size = logits.shape[-1]
-        # This device's shard of the noise of the whole vocabulary; each entry depends only on the key and its index.
-        noise = gumbel(jax.vmap(lambda key: jr.bits(key, (parts * size,), jnp.uint32))(keys))
-        noise = lax.dynamic_slice_in_dim(noise, part * size, size, axis=1)
-        # Relative to the largest logit: a small temperature would otherwise round the noise away.
-        above = jnp.where(jnp.isfinite(largest), largest, 0)
-        wide = at_least_float32(logits.dtype)
-        kept = (self._kept(logits, largest, self.temperature, strategy) - above).astype(wide)
-        token, _ = _argmax(kept / self.temperature.astype(wide) + noise.astype(wide), strategy)
-        return token, largest[:, 0]
+            return first_argmax(logits, strategy)
+        largest = largest_logit(logits, strategy)
+        kept = self._kept(logits, largest, self.temperature, strategy)
+        return draw(kept, largest, self.temperature, keys, strategy), largest[:, 0]
 
     def process(
         self, logits: Float[Array, "batch vocab"], states: Sequence[PyTree], strategy: Strategy = SINGLE
@@ -154,7 +145,7 @@ class Sampler(eqx.Module):
         """The logits of the draw: divided by the temperature, minus infinity for dropped tokens."""
         if self.temperature is None:
             return logits
-        kept = self._kept(logits, _largest(logits, strategy), self.temperature, strategy)
+        kept = self._kept(logits, largest_logit(logits, strategy), self.temperature, strategy)
         return kept / self.temperature.astype(logits.dtype)
 
     def _kept(
@@ -176,12 +167,12 @@ class Sampler(eqx.Module):
             # The minimum, not the last one: for that XLA on CPU would sort all logits.
             logits = jnp.where(logits < jnp.min(best, axis=-1, keepdims=True), -jnp.inf, logits)
         if self.top_p is not None:
-            logits = jnp.where(_in_nucleus(logits, largest, temperature, self.top_p, strategy), logits, -jnp.inf)
+            logits = jnp.where(in_nucleus(logits, largest, temperature, self.top_p, strategy), logits, -jnp.inf)
         if self.min_p is not None:
             least = largest + jnp.log(self.min_p).astype(logits.dtype) * temperature
             logits = jnp.where(logits < least, -jnp.inf, logits)
         if self.typical_p is not None:
-            logits = jnp.where(_typical(logits, largest, temperature, self.typical_p, strategy), logits, -jnp.inf)
+            logits = jnp.where(is_typical(logits, largest, temperature, self.typical_p, strategy), logits, -jnp.inf)
         return logits
 
 
@@ -206,7 +197,35 @@ def column_ids(logits: Float[Array, "*batch vocab"], strategy: Strategy) -> Int[
     return part * size + jnp.arange(size, dtype=jnp.int32)
 
 
-def _largest(logits: Float[Array, "batch vocab"], strategy: Strategy) -> Float[Array, "batch 1"]:
+def draw(
+    kept: Float[Array, "batch vocab"],
+    largest: Float[Array, "batch 1"],
+    temperature: Array | np.ndarray,
+    keys: Key[Array, " batch"],
+    strategy: Strategy,
+) -> Int[Array, " batch"]:
+    """Draws one token a row.
+
+    **Arguments:**
+
+    - `kept`: the logits, minus infinity for dropped tokens.
+    - `largest`: the largest logit of each row before tokens were dropped.
+    - `temperature`: one number, or one a row of shape `(batch, 1)`.
+    - `keys`: one a row.
+    """
+    part, parts = shard_index("vocab", strategy)
+    size = kept.shape[-1]
+    # This device's shard of the noise of the whole vocabulary; each entry depends only on the key and its index.
+    noise = gumbel(jax.vmap(lambda key: jr.bits(key, (parts * size,), jnp.uint32))(keys))
+    noise = lax.dynamic_slice_in_dim(noise, part * size, size, axis=1)
+    # Relative to the largest logit: a small temperature would otherwise round the noise away.
+    above = jnp.where(jnp.isfinite(largest), largest, 0)
+    wide = at_least_float32(kept.dtype)
+    token, _ = first_argmax((kept - above).astype(wide) / temperature.astype(wide) + noise.astype(wide), strategy)
+    return token
+
+
+def largest_logit(logits: Float[Array, "batch vocab"], strategy: Strategy) -> Float[Array, "batch 1"]:
     return pmax(jnp.max(logits, axis=-1, keepdims=True), "vocab", strategy)
 
 
@@ -214,12 +233,12 @@ def _top_k(logits: Float[Array, "batch vocab"], k: int) -> Float[Array, "batch k
     return lax.top_k(logits, min(k, logits.shape[-1]))[0]
 
 
-def _argmax(
+def first_argmax(
     logits: Float[Array, "batch vocab"], strategy: Strategy
 ) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
     """The first index of the largest logit, and that logit. Devices exchange 8 bytes a row."""
     # Two reductions, because XLA on CPU takes 2.5 times as long for one that carries the index along.
-    largest = _largest(logits, strategy)
+    largest = largest_logit(logits, strategy)
     ids = jnp.where(logits < largest, jnp.iinfo(jnp.int32).max, column_ids(logits, strategy))
     return pmin(jnp.min(ids, axis=-1), "vocab", strategy), largest[:, 0]
 
@@ -235,7 +254,7 @@ def _weights(
     return weights, psum(jnp.sum(weights, axis=-1, keepdims=True), "vocab", strategy)
 
 
-def _in_nucleus(
+def in_nucleus(
     logits: Float[Array, "batch vocab"],
     largest: Float[Array, "batch 1"],
     temperature: Array | np.ndarray,
@@ -247,7 +266,7 @@ def _in_nucleus(
     return _smallest_set(weights, total, _order(weights), _ORDER_OF_1, top_p, strategy)
 
 
-def _typical(
+def is_typical(
     logits: Float[Array, "batch vocab"],
     largest: Float[Array, "batch 1"],
     temperature: Array | np.ndarray,

@@ -1,0 +1,140 @@
+"""Keys and values of the beginnings of prompts, for the next prompt that begins alike."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int
+
+from ..generation.caches import parts
+from ..nn import Cache, Mistral
+from ..nn.cache import AbstractLayerCache
+from ..parallel import shard_index, specs, spmd, vary_alike
+
+
+class Block(eqx.Module):
+    """The keys and values of a few tokens in all layers."""
+
+    layers: tuple[AbstractLayerCache, ...]
+
+
+@dataclasses.dataclass(eq=False)
+class _Node:
+    """A block, and the blocks that continue it by their tokens."""
+
+    block: Block | None
+    key: tuple[int, ...] = ()
+    parent: "_Node | None" = None
+    used: int = 0
+    children: dict[tuple[int, ...], "_Node"] = dataclasses.field(default_factory=dict)
+
+
+class PrefixCache:
+    """A tree of blocks by their tokens: a block's keys and values depend on all tokens before it.
+
+    If the blocks take more than `limit` bytes, those that were not used for the longest time are dropped first, and
+    none before its continuations.
+
+    **Attributes:**
+
+    - `block`: the number of tokens in a block.
+    - `bytes`: the size of all blocks.
+    """
+
+    def __init__(self, block: int, limit: int):
+        self.block = block
+        self.bytes = 0
+        self._limit = limit
+        self._root = _Node(None)
+        self._leaves: set[_Node] = set()
+        self._clock = itertools.count(1)
+
+    def find(self, ids: Sequence[int]) -> list[Block]:
+        """The blocks of the longest known beginning of these tokens."""
+        node, found = self._root, []
+        for start in range(0, len(ids) - self.block + 1, self.block):
+            node = node.children.get(tuple(ids[start : start + self.block]))
+            if node is None or node.block is None:
+                break
+            node.used = next(self._clock)
+            found.append(node.block)
+        return found
+
+    def restored(self, model: Mistral, cache: Cache, blocks: Sequence[Block]) -> Cache:
+        """An empty cache with these blocks in its first slots; the cache is donated."""
+        for number, block in enumerate(blocks):
+            cache = _put((model, block, np.asarray(number, np.int32)), cache)
+        return cache
+
+    def add(self, model: Mistral, ids: Sequence[int], cache: Cache):
+        """Keeps the whole blocks of a prompt, whose token of position `i` is in slot `i` of the cache."""
+        node = self._root
+        for number in range(len(ids) // self.block if self._limit > 0 else 0):
+            key = tuple(ids[number * self.block : (number + 1) * self.block])
+            child = node.children.get(key)
+            if child is None:
+                block = _take(model, cache, np.asarray(number, np.int32), self.block)
+                child = node.children[key] = _Node(block, key, node)
+                self.bytes += _bytes(block)
+                self._leaves.discard(node)
+                self._leaves.add(child)
+            child.used = next(self._clock)
+            node = child
+        while self.bytes > self._limit:
+            self._drop(min(self._leaves, key=lambda leaf: leaf.used))
+
+    def _drop(self, leaf: _Node):
+        self._leaves.remove(leaf)
+        self.bytes -= _bytes(leaf.block)
+        parent = leaf.parent
+        if parent is None:
+            return
+        del parent.children[leaf.key]
+        if not parent.children and parent.parent is not None:
+            self._leaves.add(parent)
+
+
+def _bytes(block: Block | None) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(block))
+
+
+@eqx.filter_jit
+def _take(model: Mistral, cache: Cache, number: Int[Array | np.ndarray, ""], size: int) -> Block:
+    """The keys and values of a block of `size` tokens."""
+    share = size // parts(model, "kv_seq")
+
+    def take(number: Array, layers: tuple[AbstractLayerCache, ...]) -> Block:
+        return Block(jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, number * share, share, axis=2), layers))
+
+    strategy = model.strategy
+    split = specs(cache.layers, strategy)
+    return spmd(take, model.mesh, (strategy.spec(""), split), Block(split))(jnp.asarray(number), cache.layers)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _put(kept: tuple[Mistral, Block, Int[Array | np.ndarray, ""]], cache: Cache) -> Cache:
+    """Writes a block into its slots of a cache, which is donated."""
+    model, block, number = kept
+    strategy, shards = model.strategy, parts(model, "kv_seq")
+
+    def put(number: Array, block: Block, cache: Cache) -> Cache:
+        share = jax.tree.leaves(block)[0].shape[2]
+        at = number * share
+        layers = jax.tree.map(
+            lambda x, new: lax.dynamic_update_slice_in_dim(x, new, at, axis=2), cache.layers, block.layers
+        )
+        shard, _ = shard_index("kv_seq", strategy)
+        positions = (at + jnp.arange(share, dtype=jnp.int32)) * shards + shard
+        positions = jnp.broadcast_to(positions, (cache.positions.shape[0], share))
+        positions, _ = vary_alike(positions, cache.positions)
+        positions = lax.dynamic_update_slice_in_dim(cache.positions, positions, at, axis=1)
+        return Cache(layers, positions, (number + 1) * share * shards)
+
+    layers = specs(cache, strategy)
+    in_specs = strategy.spec(""), specs(block, strategy), layers
+    return spmd(put, model.mesh, in_specs, layers)(jnp.asarray(number), block, cache)

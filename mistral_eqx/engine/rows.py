@@ -1,0 +1,251 @@
+"""The state of all rows, and the one compiled program that decodes them."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+from ..generation.finite import lost, marked
+from ..generation.flat import Flat
+from ..generation.log_probs import LogProbs
+from ..generation.processors import columns
+from ..generation.sampler import column_ids
+from ..nn import Cache, Mistral
+from ..parallel import Strategy, shard_index, specs, spmd
+from .choice import Numbers, any_row, where_any
+from .request import MOST_ENDS, MOST_LOGPROBS
+from .ring import entered_cache, turned
+
+
+# How many tokens of a row one call can decode.
+MOST_STEPS = 8
+
+
+class Rows(eqx.Module):
+    """The state of the rows of an engine, besides the cache.
+
+    **Attributes:**
+
+    - `token`: the last token of each row, which is not in the cache yet.
+    - `position`: that token's position in its row.
+    - `step`: the number of new tokens.
+    - `limit`: the most new tokens.
+    - `active`: which rows decode.
+    - `lost`: as in `generation.loop.Decoding`.
+    - `ends`: end tokens, -1 for none.
+    - `keys`: one a row; the draw of a step uses the row's key and the step.
+    - `numbers`: those of samplers and processors.
+    - `prompt`: which tokens are in the prompt.
+    - `counts`: how often each token was generated.
+    - `biases`: added to the logits.
+    - `reports`: which rows ask for log-probabilities.
+    """
+
+    token: Int[Array, " batch"]
+    position: Int[Array, " batch"]
+    step: Int[Array, " batch"]
+    limit: Int[Array, " batch"]
+    active: Bool[Array, " batch"]
+    lost: Int[Array, " batch"]
+    ends: Int[Array, "batch _"]
+    keys: Key[Array, " batch"]
+    numbers: Numbers
+    prompt: Bool[Array, "batch vocab"]
+    counts: Int[Array, "batch vocab"]
+    biases: Float[Array, "batch vocab"]
+    reports: Bool[Array, " batch"]
+
+    @classmethod
+    def init(
+        cls,
+        batch: int,
+        vocab: int,
+        numbers: Numbers,
+        *,
+        text: tuple[int, ...] = (0,),
+        limit: int = 0,
+        ends: tuple[int, ...] = (),
+        key: Key[Array, ""] | None = None,
+        biases: dict[int, float] | None = None,
+        reports: bool = False,
+    ) -> "Rows":
+        """Rows with the same prompt; without `limit` they do not decode."""
+        by_row = np.full(batch, 0, np.int32)
+        row_ends = np.full((batch, MOST_ENDS), -1, np.int32)
+        row_ends[:, : len(ends)] = ends
+        prompt, bias = np.zeros((batch, vocab), bool), np.zeros((batch, vocab), np.float32)
+        prompt[:, list(text)] = True
+        for id, value in (biases or {}).items():
+            bias[:, id] = value
+        return cls(
+            token=by_row + text[-1],
+            position=by_row + len(text) - 1,
+            step=by_row,
+            limit=by_row + limit,
+            active=by_row < limit,
+            lost=by_row,
+            ends=row_ends,
+            keys=jnp.broadcast_to(jr.key(0) if key is None else key, (batch,)),
+            numbers=numbers,
+            prompt=prompt,
+            counts=np.zeros((batch, vocab), np.int32),
+            biases=bias,
+            reports=np.full(batch, reports),
+        )
+
+    def next(
+        self,
+        logits: Float[Array, "batch vocab"],
+        words: UInt32[Array, "batch words"],
+        guided: Bool[Array, " batch"],
+        strategy: Strategy,
+    ) -> "Rows":
+        """The rows after one more token each, chosen by its logits.
+
+        **Arguments:**
+
+        - `words`: which tokens the guides allow, one bit each.
+        - `guided`: which rows have a guide.
+        """
+        ids = column_ids(logits, strategy)
+        processed = self.numbers.process(
+            logits, self.prompt, self.counts, self.biases, self.ends, self.step, strategy
+        )
+
+        def allowed_only(logits: Array) -> Array:
+            allowed = (words[:, ids // 32] >> (ids % 32).astype(jnp.uint32)[None]) & 1
+            return jnp.where(guided[:, None] & (allowed == 0), -jnp.inf, logits)
+
+        processed = where_any(guided, allowed_only, processed, strategy)
+        keys = jax.vmap(jr.fold_in)(self.keys, self.step)
+        token, largest = self.numbers.choose(marked(logits, processed), keys, strategy)
+        token, ended = jnp.where(self.active, token, self.token), jnp.any(token[:, None] == self.ends, axis=1)
+        now_lost, one = jnp.where(self.active, lost(largest), self.lost), self.active.astype(jnp.int32)
+        step, at = self.step + one, columns(token, ids)
+        return dataclasses.replace(
+            self,
+            token=token,
+            position=self.position + one,
+            step=step,
+            active=self.active & ~ended & (now_lost == 0) & (step < self.limit),
+            lost=now_lost,
+            counts=self.counts.at[jnp.arange(len(token)), at].add(one, mode="drop"),
+        )
+
+
+class Decoded(eqx.Module):
+    """The tokens of one call.
+
+    **Attributes:**
+
+    - `tokens`: one column a step; -1 where a row did not decode.
+    - `lost`: as in `generation.loop.Decoding`; the last token of such a row is none.
+    - `log_probs`: of rows that ask for them.
+    """
+
+    tokens: Int[Array, "batch _"]
+    lost: Int[Array, " batch"]
+    log_probs: LogProbs
+
+    @classmethod
+    def init(cls, batch: int, vocab: int) -> "Decoded":
+        """Without a token."""
+        log_probs = LogProbs.init(batch, MOST_STEPS, min(MOST_LOGPROBS, vocab))
+        return cls(jnp.full((batch, MOST_STEPS), -1, jnp.int32), jnp.zeros(batch, jnp.int32), log_probs)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def decode_rows(
+    kept: tuple[Flat, Array | np.ndarray, Array | np.ndarray, Array | np.ndarray, Array | np.ndarray], carried: Flat
+) -> tuple[Flat, Decoded]:
+    """Decodes up to some tokens of each row in one loop; it ends when no row decodes.
+
+    **Arguments:**
+
+    - `kept`: the model; which rows are still wanted, shape `(batch,)`; `words` and `guided` as for `Rows.next`; the
+        number of steps, at most `MOST_STEPS`.
+    - `carried`: the rows and the cache, donated and updated in place.
+    """
+    flat, *given = kept
+    model: Mistral = flat.tree
+    strategy = model.strategy
+
+    def loop(
+        model: Mistral, wanted: Array, words: Array, guided: Array, steps: Array, rows: Rows, cache: Cache, out: Decoded
+    ) -> tuple[Rows, Cache, Decoded]:
+        def going(rows: Rows) -> Array:
+            # All devices leave the loop together, even those whose own rows have ended.
+            return any_row(rows.active, strategy)
+
+        def unfinished(carry):
+            at, goes_on, *_ = carry
+            return (at < steps) & goes_on
+
+        def next_token(carry):
+            at, _, rows, cache, out = carry
+            positions = jnp.where(rows.active, rows.position, -1)
+            hidden, cache = model.hidden(rows.token[:, None], positions[:, None], cache)
+            logits = model.logits(hidden)[:, 0]
+            after = rows.next(logits, words, guided, strategy)
+            token = jnp.where(rows.active, after.token, -1)
+            tokens = lax.dynamic_update_slice_in_dim(out.tokens, token[:, None], at, axis=1)
+
+            def record(log_probs: LogProbs) -> LogProbs:
+                return log_probs.record(logits, after.token, at, strategy)
+
+            reports = any_row(rows.active & rows.reports, strategy)
+            log_probs = lax.cond(reports, record, lambda log_probs: log_probs, out.log_probs)
+            return at + 1, going(after), after, turned(cache, strategy), Decoded(tokens, after.lost, log_probs)
+
+        rows = dataclasses.replace(rows, active=rows.active & wanted)
+        _, _, rows, cache, out = lax.while_loop(
+            unfinished, next_token, (jnp.zeros_like(steps), going(rows), rows, cache, out)
+        )
+        return rows, cache, out
+
+    rows, cache = carried.tree
+    out = Decoded.init(len(rows.token), rows.prompt.shape[1])
+    by_row, whole = strategy.spec("batch"), strategy.spec("")
+    state, layers, decoded = specs(rows, strategy), specs(cache, strategy), specs(out, strategy)
+    in_specs = specs(model, strategy), by_row, by_row, by_row, whole, state, layers, decoded
+    rows, cache, out = spmd(loop, model.mesh, in_specs, (state, layers, decoded))(model, *given, rows, cache, out)
+    return Flat((rows, cache)), out
+
+
+@eqx.filter_jit(donate="all-except-first")
+def enter(kept: tuple[Mistral, Rows, Cache, Int[Array, ""], Int[Array, ""]], carried: Flat) -> Flat:
+    """Puts a prompt into one row.
+
+    **Arguments:**
+
+    - `kept`: the model; the state of the row, and the cache of its prompt without the last token, once for each part of
+        `batch`; the number of tokens in that cache; the row.
+    - `carried`: the rows and the cache, donated and updated in place.
+    """
+    model, new, prompt, length, row = kept
+    strategy = model.strategy
+
+    def replace(
+        new: Rows, prompt: Cache, length: Array, row: Array, rows: Rows, cache: Cache
+    ) -> tuple[Rows, Cache]:
+        shard, _ = shard_index("batch", strategy)
+        count = len(rows.token)
+        own = row - shard * count
+        at = jnp.clip(own, 0, count - 1)
+
+        def put(x: Array, value: Array) -> Array:
+            old = lax.dynamic_slice_in_dim(x, at, 1)
+            return lax.dynamic_update_slice_in_dim(x, jnp.where(at == own, value, old), at, 0)
+
+        return jax.tree.map(put, rows, new), entered_cache(cache, prompt, length, put, strategy)
+
+    rows, cache = carried.tree
+    whole, state, layers = strategy.spec(""), specs(rows, strategy), specs(cache, strategy)
+    in_specs = specs(new, strategy), specs(prompt, strategy), whole, whole, state, layers
+    result = spmd(replace, model.mesh, in_specs, (state, layers))(new, prompt, length, row, rows, cache)
+    return Flat(result)
