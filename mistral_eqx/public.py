@@ -14,6 +14,7 @@ from . import (
 from .checkpoint import load as load, load_lora as load_lora, save as save, save_lora as save_lora
 from .config import Latent as Latent, MistralConfig as MistralConfig, Routing as Routing
 from .conversion import convert as convert
+from .engine import Engine as Engine, Request as Request
 from .errors import InputError as InputError
 from .evaluate import (
     Perplexity as Perplexity,

@@ -1,41 +1,11 @@
 import jax.random as jr
 import numpy as np
 import pytest
-from fixtures.generation import PROMPTS, VOCAB, refused, spy, talking_model
+from fixtures.generation import ALPHABET, PIECES, PROMPTS, TOKENIZER, VOCAB, Pieces, refused, spy, talking_model
 from hypothesis import given, settings, strategies as st
 
 from mistral_eqx import Conversation, Sampler, StopText, generate, prefill, stream
 from mistral_eqx.generation import generation
-from mistral_eqx.text.tokenizer import AbstractTokenizer, control_pattern
-
-
-class Pieces(AbstractTokenizer):
-    """A tokenizer whose tokens are these bytes; the last token is a control token."""
-
-    def __init__(self, pieces):
-        self.pieces = pieces
-        self.name, self.vocab = "pieces", len(pieces) + 1
-        self.bos_id, self.eos_ids, self.adds_bos = None, (len(pieces),), False
-        self.chat_template = self.release_file = None
-        self.control_tokens = {"<end>": len(pieces)}
-        self.control_pattern = control_pattern([])
-
-    def encode_plain(self, text, *, first):
-        raise NotImplementedError
-
-    def token_bytes(self, id, *, first):
-        return [*self.pieces, b"<end>"][id]
-
-    def write_vocabulary(self, folder):
-        raise NotImplementedError
-
-
-# Of one to three characters, and halves of some: a word begins and ends anywhere in them.
-ALPHABET = "abcde\n"
-PIECES = [a.encode() for a in ALPHABET] + [(a + b).encode() for a in ALPHABET for b in ALPHABET]
-PIECES += ["é".encode()[:1], "é".encode()[1:], "é".encode(), "🦙".encode()[:2], "🦙".encode()[2:], b"aab", b"\n\n\n"]
-PIECES += [(a * 3).encode() for a in "abcde"] + [b"ca", b"ea", b"ab ", b" ", b" a", b"b "]
-TOKENIZER = Pieces(PIECES[: VOCAB - 1])
 
 
 class Words(Pieces):

@@ -30,6 +30,7 @@ from ..generation.flat import Flat
 from ..generation.prompt import checked_prompts
 from ..generation.reading import check_chunk, check_context, place_rows
 from ..generation.request import Request as Call, placed
+from ..lora import with_several
 from ..nn import Mistral
 from ..parallel import gather_to_host
 from ..text import AbstractTokenizer, StopText
@@ -86,6 +87,7 @@ class _Job:
     text: StopText
     guide: Guide | None
     deadline: float
+    adapter: int
     count: int = 0  # new tokens
     base: int = 0  # the ring's slot, counted from the start, of the first token
 
@@ -123,6 +125,8 @@ class Engine:
     - `prefix_cache`: the most bytes of keys and values that are kept for later prompts with the same beginning; 0 keeps
         none.
     - `cache_dtype`: as in [`mistral_eqx.generate`][].
+    - `adapters`: models that [`mistral_eqx.load_lora`][] or [`mistral_eqx.apply_lora`][] made of `model`, by the name
+        with which requests choose them; rows with several of them share a batch.
 
     **Raises:** `ValueError` if an argument is outside its range, or `rows` cannot be split as the strategy splits
         `batch`.
@@ -140,8 +144,11 @@ class Engine:
         queue: int = 256,
         prefix_cache: int = 2**28,
         cache_dtype: CacheDType | None = None,
+        adapters: Mapping[str, Mistral] | None = None,
     ):
-        self.model = checked(model, Mistral, "model")
+        self._base = checked(model, Mistral, "model")
+        self.adapters = tuple(adapters or ())
+        self.model = with_several(model, adapters) if adapters else model
         self.tokenizer = checked(tokenizer, AbstractTokenizer, "tokenizer")
         self.config: MistralConfig = model.config
         self.rows: int = checked(rows, Count, "rows")
@@ -160,7 +167,7 @@ class Engine:
         self._queue = checked(queue, Count, "queue")
         self._cache_dtype: CacheDType | None = checked(cache_dtype, CacheDType | None, "cache_dtype")
         self._prefixes = PrefixCache(block_size(model), checked(prefix_cache, CountOrZero, "prefix_cache"))
-        self._flat = Flat(model)
+        self._flat = Flat(self.model)
         self._jobs: list[_Job | None] = [None] * rows
         self._carried: Flat | None = None
         self._kv_seq = 0
@@ -255,6 +262,12 @@ class Engine:
         prompt: Any = request.prompt
         ((*ids,),) = checked_prompts([prompt], self.config.vocab, self.tokenizer)
         room = self.context - len(ids)
+        adapter = -1
+        if request.adapter is not None:
+            if request.adapter not in self.adapters:
+                known = ", ".join(map(repr, self.adapters)) or "none"
+                raise InputError(f"There is no adapter {request.adapter!r}; the engine has {known}.", key="adapter")
+            adapter = self.adapters.index(request.adapter)
         new = max(room, 1) if request.max_new_tokens is None else request.max_new_tokens
         check_context(len(ids), new, self.context)
         # Equal to what `generate` checks, in the order of `Numbers.process`.
@@ -275,7 +288,7 @@ class Engine:
         )
         seed = secrets.randbits(32) if request.seed is None else request.seed
         call = Call.init(
-            self.model,
+            self._base,
             [ids],
             new,
             sampler,
@@ -292,6 +305,7 @@ class Engine:
             StopText(self.tokenizer, request.stop, skip_special=request.skip_special, after=ids),
             None if request.grammar is None else request.grammar.guide(),
             np.inf if request.timeout is None else time.monotonic() + request.timeout,
+            adapter,
         )
 
     # What follows runs in the engine's thread.
@@ -351,7 +365,9 @@ class Engine:
                     return
                 job = self._waiting.popleft()
                 # The last token is decoded with the other rows.
-                reader = PromptReader(self._flat, job.ids[:-1], self._chunk, self._prefixes, self._cache_dtype)
+                reader = PromptReader(
+                    self._flat, job.ids[:-1], self._chunk, self._prefixes, self._cache_dtype, job.adapter
+                )
                 self._reading = job, reader
             job.answer.cached = reader.known
             self._totals["cached"] += reader.known
@@ -359,7 +375,7 @@ class Engine:
         if not reader.done:
             reader.read()
         if reader.done:
-            self._prefixes.add(self.model, reader.ids, reader.cache)
+            self._prefixes.add(self.model, reader.ids, reader.cache, job.adapter)
             self._enter(job, reader)
 
     def _enter(self, job: _Job, reader: PromptReader):
@@ -381,6 +397,7 @@ class Engine:
             key=jr.wrap_key_data(gather_to_host(jr.key_data(job.call.keys))[0]),
             biases=job.request.logit_bias,
             reports=job.request.logprobs is not None,
+            adapter=job.adapter,
         )
         row = self._jobs.index(None)
         kept = (

@@ -35,7 +35,7 @@ class _Node:
 
 
 class PrefixCache:
-    """A tree of blocks by their tokens: a block's keys and values depend on all tokens before it.
+    """Trees of blocks by their tokens, one for each adapter: keys and values depend on all tokens before them.
 
     If the blocks take more than `limit` bytes, those that were not used for the longest time are dropped first, and
     none before its continuations.
@@ -50,13 +50,13 @@ class PrefixCache:
         self.block = block
         self.bytes = 0
         self._limit = limit
-        self._root = _Node(None)
+        self._roots: dict[int, _Node] = {}
         self._leaves: set[_Node] = set()
         self._clock = itertools.count(1)
 
-    def find(self, ids: Sequence[int]) -> list[Block]:
+    def find(self, ids: Sequence[int], adapter: int = -1) -> list[Block]:
         """The blocks of the longest known beginning of these tokens."""
-        node, found = self._root, []
+        node, found = self._root(adapter), []
         for start in range(0, len(ids) - self.block + 1, self.block):
             node = node.children.get(tuple(ids[start : start + self.block]))
             if node is None or node.block is None:
@@ -71,9 +71,9 @@ class PrefixCache:
             cache = _put((model, block, np.asarray(number, np.int32)), cache)
         return cache
 
-    def add(self, model: Mistral, ids: Sequence[int], cache: Cache):
+    def add(self, model: Mistral, ids: Sequence[int], cache: Cache, adapter: int = -1):
         """Keeps the whole blocks of a prompt, whose token of position `i` is in slot `i` of the cache."""
-        node = self._root
+        node = self._root(adapter)
         for number in range(len(ids) // self.block if self._limit > 0 else 0):
             key = tuple(ids[number * self.block : (number + 1) * self.block])
             child = node.children.get(key)
@@ -87,6 +87,9 @@ class PrefixCache:
             node = child
         while self.bytes > self._limit:
             self._drop(min(self._leaves, key=lambda leaf: leaf.used))
+
+    def _root(self, adapter: int) -> _Node:
+        return self._roots.setdefault(adapter, _Node(None))
 
     def _drop(self, leaf: _Node):
         self._leaves.remove(leaf)

@@ -12,6 +12,7 @@ from ..generation.caches import empty_cache, parts, slots
 from ..generation.flat import Flat
 from ..generation.prompt import bucket
 from ..generation.reading import place_rows
+from ..lora import for_rows
 from ..nn import Cache, Mistral
 from ..parallel import specs, spmd
 from .prefix_cache import PrefixCache
@@ -19,22 +20,25 @@ from .ring import ring_capacity
 
 
 @eqx.filter_jit(donate="all-except-first")
-def read_chunk(kept: tuple[Flat, Int[Array, "batch seq"], Int[Array, "batch seq"]], cache: Cache) -> Cache:
+def read_chunk(
+    kept: tuple[Flat, Int[Array, "batch seq"], Int[Array, "batch seq"], Int[Array, " batch"]], cache: Cache
+) -> Cache:
     """Reads tokens into a cache, which is donated.
 
     **Arguments:**
 
-    - `kept`: the model, token ids and their positions, -1 for padding.
+    - `kept`: the model, token ids and their positions, -1 for padding, and the number of each row's adapter.
     """
-    flat, ids, positions = kept
+    flat, ids, positions, adapter = kept
     model: Mistral = flat.tree
 
-    def forward(model: Mistral, ids: Array, positions: Array, cache: Cache) -> Cache:
-        return model.hidden(ids, positions, cache)[1]
+    def forward(model: Mistral, ids: Array, positions: Array, adapter: Array, cache: Cache) -> Cache:
+        return for_rows(model, adapter).hidden(ids, positions, cache)[1]
 
     strategy = model.strategy
     rows, layers = strategy.spec("batch"), specs(cache, strategy)
-    return spmd(forward, model.mesh, (specs(model, strategy), rows, rows, layers), layers)(model, ids, positions, cache)
+    in_specs = specs(model, strategy), rows, rows, rows, layers
+    return spmd(forward, model.mesh, in_specs, layers)(model, ids, positions, adapter, cache)
 
 
 def chunks(known: int, length: int, size: int) -> list[tuple[int, int]]:
@@ -64,13 +68,19 @@ class PromptReader:
     """
 
     def __init__(
-        self, flat: Flat, ids: tuple[int, ...], size: int, prefixes: PrefixCache, cache_dtype: CacheDType | None
+        self,
+        flat: Flat,
+        ids: tuple[int, ...],
+        size: int,
+        prefixes: PrefixCache,
+        cache_dtype: CacheDType | None,
+        adapter: int = -1,
     ):
         model: Mistral = flat.tree
-        found = prefixes.find(ids)
+        found = prefixes.find(ids, adapter)
         self.ids = ids
         self.known = len(found) * prefixes.block
-        self._flat, self._rows = flat, parts(model, "batch")
+        self._flat, self._rows, self._adapter = flat, parts(model, "batch"), adapter
         self._chunks = collections.deque(chunks(self.known, len(ids), size))
         room = prompt_slots(model, self.known, len(ids), size)
         cache = empty_cache(model, self._rows, room, cache_dtype=cache_dtype)
@@ -88,8 +98,8 @@ class PromptReader:
         part = self.ids[start : start + width]
         ids, positions = np.zeros((self._rows, width), np.int32), np.full((self._rows, width), -1, np.int32)
         ids[:, : len(part)], positions[:, : len(part)] = part, np.arange(start, start + len(part))
-        kept = self._flat, place_rows(model, ids), place_rows(model, positions)
-        self.cache = read_chunk(kept, self.cache)
+        given = ids, positions, np.full(self._rows, self._adapter, np.int32)
+        self.cache = read_chunk((self._flat, *(place_rows(model, x) for x in given)), self.cache)
 
 
 def block_size(model: Mistral) -> int:

@@ -15,6 +15,7 @@ from ..generation.flat import Flat
 from ..generation.log_probs import LogProbs
 from ..generation.processors import columns
 from ..generation.sampler import column_ids
+from ..lora import for_rows
 from ..nn import Cache, Mistral
 from ..parallel import Strategy, shard_index, specs, spmd
 from .choice import Numbers, any_row, where_any
@@ -44,6 +45,7 @@ class Rows(eqx.Module):
     - `counts`: how often each token was generated.
     - `biases`: added to the logits.
     - `reports`: which rows ask for log-probabilities.
+    - `adapter`: the number of each row's LoRA adapter, -1 for none.
     """
 
     token: Int[Array, " batch"]
@@ -59,6 +61,7 @@ class Rows(eqx.Module):
     counts: Int[Array, "batch vocab"]
     biases: Float[Array, "batch vocab"]
     reports: Bool[Array, " batch"]
+    adapter: Int[Array, " batch"]
 
     @classmethod
     def init(
@@ -73,6 +76,7 @@ class Rows(eqx.Module):
         key: Key[Array, ""] | None = None,
         biases: dict[int, float] | None = None,
         reports: bool = False,
+        adapter: int = -1,
     ) -> "Rows":
         """Rows with the same prompt; without `limit` they do not decode."""
         by_row = np.full(batch, 0, np.int32)
@@ -96,6 +100,7 @@ class Rows(eqx.Module):
             counts=np.zeros((batch, vocab), np.int32),
             biases=bias,
             reports=np.full(batch, reports),
+            adapter=by_row + adapter,
         )
 
     def next(
@@ -202,6 +207,7 @@ def decode_rows(
             log_probs = lax.cond(reports, record, lambda log_probs: log_probs, out.log_probs)
             return at + 1, going(after), after, turned(cache, strategy), Decoded(tokens, after.lost, log_probs)
 
+        model = for_rows(model, rows.adapter)
         rows = dataclasses.replace(rows, active=rows.active & wanted)
         _, _, rows, cache, out = lax.while_loop(
             unfinished, next_token, (jnp.zeros_like(steps), going(rows), rows, cache, out)

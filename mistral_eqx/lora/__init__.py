@@ -14,4 +14,5 @@ from .adapt import (
     shapes_of as shapes_of,
 )
 from .dropout import with_keys as with_keys
+from .several import SeveralLoRAWeight as SeveralLoRAWeight, for_rows as for_rows, with_several as with_several
 from .weight import LoRAWeight as LoRAWeight, TrainedWeight as TrainedWeight
