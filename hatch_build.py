@@ -76,6 +76,7 @@ def _build(compiler: list[str], sets: dict[str, list[str]], library: Path):
             for kernel in ("panels", "attend", "dense"):
                 compiled(f"{kernel}.cc", f"{kernel}-{name}", *flags)
         compiled("calls.cc", "calls", "-isystem", str(include))
+        compiled("arrange.cc", "arrange")
         running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
         for command, process in zip(commands, running, strict=True):
             _, said = process.communicate()

@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import itertools
+import json
 import secrets
 import threading
 import time
@@ -32,7 +34,7 @@ from ..generation.reading import check_chunk, check_context, place_rows
 from ..generation.request import Request as Call, placed
 from ..lora import with_several
 from ..nn import Mistral
-from ..parallel import gather_to_host
+from ..parallel import broadcast, gather_to_host
 from ..text import AbstractTokenizer, StopText
 from .answer import Answer, Event, Finish, LogProb, joined
 from .choice import Numbers
@@ -40,7 +42,7 @@ from .prefix_cache import PrefixCache
 from .prompts import PromptReader, block_size
 from .request import MOST_ENDS, Guide, Request
 from .ring import aligned, resized, ring_capacity, spare
-from .rows import MOST_STEPS, Decoded, Rows, decode_rows, enter
+from .rows import MOST_STEPS, Rows, decode_rows, enter
 
 
 # A ring first has room for so many new tokens of a row; few, because attention reads all slots in each step.
@@ -88,6 +90,7 @@ class _Job:
     guide: Guide | None
     deadline: float
     adapter: int
+    number: int = 0
     count: int = 0  # new tokens
     base: int = 0  # the ring's slot, counted from the start, of the first token
 
@@ -95,6 +98,36 @@ class _Job:
     def ids(self) -> tuple[int, ...]:
         """The prompt."""
         return self.answer.prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class _Orders:
+    """What the first process decides before each step.
+
+    **Attributes:**
+
+    - `came`: the numbers of new jobs, and their requests.
+    - `ended`: the numbers of jobs that end, and why.
+    - `closed`: whether the engine ends.
+    """
+
+    came: list[tuple[int, Request]]
+    ended: list[tuple[int, Finish]]
+    closed: bool
+
+    def written(self) -> str:
+        """As text, for the other processes."""
+        came = [
+            (number, {**vars(request), "logit_bias": [*request.logit_bias.items()]}) for number, request in self.came
+        ]
+        return json.dumps([came, self.ended, self.closed])
+
+    @classmethod
+    def read(cls, text: str) -> "_Orders":
+        """From the text of the first process."""
+        came, ended, closed = json.loads(text)
+        requests = [(number, Request(**{**of, "logit_bias": dict(of["logit_bias"])})) for number, of in came]
+        return cls(requests, ended, closed)
 
 
 class Engine:
@@ -160,8 +193,6 @@ class Engine:
                 f"{rows} rows cannot be split over {split} devices, over which the strategy "
                 f"{model.strategy.layout!r} splits 'batch'; give a multiple of {split}."
             )
-        if jax.process_count() > 1:
-            raise InputError("An engine works in one process; start it without a coordinator.")
         self._chunk = check_chunk(chunk, "chunk")
         self._stride = min(checked(stride, Count, "stride"), MOST_STEPS)
         self._queue = checked(queue, Count, "queue")
@@ -173,6 +204,8 @@ class Engine:
         self._kv_seq = 0
         self._written = 0  # slots of the ring, counted from the start
         self._reading: tuple[_Job, PromptReader] | None = None
+        self._came: list[_Job] = []
+        self._numbers = itertools.count()
         self._waiting: collections.deque[_Job] = collections.deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -189,17 +222,23 @@ class Engine:
         **Raises:** `InputError` if the request cannot be: `generate` says when; [`mistral_eqx.engine.Full`][] if the
             queue is full; `RuntimeError` if the engine is closed.
         """
-        job = self._job(checked(request, Request, "request"))
+        request = checked(request, Request, "request")
+        if jax.process_index():
+            raise InputError("Only the first process takes requests; call follow() in the others.")
+        if request.seed is None:
+            request = dataclasses.replace(request, seed=secrets.randbits(32))
+        if request.grammar is not None and jax.process_count() > 1:
+            raise InputError("An engine of several processes takes no grammar; start it in one process.", key="grammar")
+        job = self._job(request)
         with self._changed:
             if self._closing:
                 raise RuntimeError(self._broken or "The engine is closed.")
-            if len(self._waiting) >= self._queue:
+            if len(self._waiting) + len(self._came) >= self._queue:
                 raise Full(f"{self._queue} requests are waiting; try again later.")
-            self._waiting.append(job)
+            job.number = next(self._numbers)
+            self._came.append(job)
             self._totals["prompt"] += len(job.ids)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="mistral-eqx engine", daemon=True)
-                self._thread.start()
+            self._started()
             self._changed.notify_all()
         return job.answer
 
@@ -219,7 +258,7 @@ class Engine:
         """What the engine is doing, and what it has done."""
         with self._changed:
             active = sum(job is not None for job in self._jobs)
-            waiting = len(self._waiting) + (self._reading is not None)
+            waiting = len(self._came) + len(self._waiting) + (self._reading is not None)
             return Load(
                 active,
                 waiting,
@@ -241,15 +280,20 @@ class Engine:
         """
         with self._changed:
             self._closing = True
-            thread = self._thread
             self._changed.notify_all()
+            # The other processes wait for what this one decides.
+            thread = self._started() if jax.process_count() > 1 else self._thread
         if thread is None:
             return
         if drain:
             thread.join(timeout)
-        for job in self._all():
+        for job in [*self._all(), *self._came]:
             job.answer.cancel()
         thread.join()
+
+    def follow(self):
+        """In every process but the first: does what the engine of the first process does, until that one is closed."""
+        self._work()
 
     def __enter__(self) -> "Engine":
         return self
@@ -286,14 +330,13 @@ class Engine:
             request.typical_p,
             processors,
         )
-        seed = secrets.randbits(32) if request.seed is None else request.seed
         call = Call.init(
             self._base,
             [ids],
             new,
             sampler,
             request.eos_ids,
-            jr.fold_in(jr.key(seed), request.sample),
+            jr.fold_in(jr.key(request.seed or 0), request.sample),
         )
         if len(call.ends) > MOST_ENDS:
             raise InputError(f"There are {len(call.ends)} end tokens; an engine takes at most {MOST_ENDS}.")
@@ -308,41 +351,66 @@ class Engine:
             adapter,
         )
 
-    # What follows runs in the engine's thread.
+    def _started(self) -> threading.Thread:
+        """The engine's thread, which starts with the first call."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="mistral-eqx engine", daemon=True)
+            self._thread.start()
+        return self._thread
+
+    # What follows runs in the engine's thread. With several processes each has the same jobs, and does the same.
 
     def _work(self):
         try:
-            while self._wait():
-                self._end_unwanted()
+            while self._obey(self._orders()):
                 self._read()
                 self._decode()
         except Exception as error:
             self._broken = f"The engine has failed: {type(error).__name__}: {error}"
             with self._changed:
                 self._closing = True
-            for job in self._all():
+            for job in [*self._all(), *self._came]:
                 self._end(job, "error", error=self._broken)
             raise
 
-    def _wait(self) -> bool:
-        """Waits until there is work; false at the end."""
+    def _orders(self) -> _Orders:
+        """What the first process has decided: waits until there is work, then looks what came and what is to end."""
+        if jax.process_index():
+            return _Orders.read(broadcast(None))
         with self._changed:
-            while not (work := self._waiting or self._reading or any(self._jobs)) and not self._closing:
+            while not (work := self._came or self._waiting or self._reading or any(self._jobs)) and not self._closing:
                 self._changed.wait()
-            return bool(work)
+            came = [*self._came]
+        orders = _Orders([(job.number, job.request) for job in came], self._unwanted(), not work)
+        if jax.process_count() > 1:
+            broadcast(orders.written())
+        return orders
+
+    def _unwanted(self) -> list[tuple[int, Finish]]:
+        now = time.monotonic()
+        return [
+            (job.number, "cancelled" if job.answer.cancelled else "timeout")
+            for job in self._all()
+            if job.answer.cancelled or now >= job.deadline
+        ]
+
+    def _obey(self, orders: _Orders) -> bool:
+        """Takes in what came and ends what is to end; false if the engine is to end."""
+        with self._changed:
+            for number, request in orders.came:
+                job = self._came.pop(0) if self._came else self._job(request)
+                job.number = number
+                self._waiting.append(job)
+        ended = dict(orders.ended)
+        for job in self._all():
+            if job.number in ended:
+                self._end(job, ended[job.number])
+        return not orders.closed
 
     def _all(self) -> list[_Job]:
         with self._changed:
             reading = [] if self._reading is None else [self._reading[0]]
             return [*(job for job in self._jobs if job is not None), *reading, *self._waiting]
-
-    def _end_unwanted(self):
-        now = time.monotonic()
-        for job in self._all():
-            if job.answer.cancelled:
-                self._end(job, "cancelled")
-            elif now >= job.deadline:
-                self._end(job, "timeout")
 
     def _end(self, job: _Job, finish: Finish, event: Event | None = None, *, error: str | None = None):
         """Sends the last event, and takes the job out of the engine."""
@@ -390,7 +458,7 @@ class Engine:
         state = Rows.init(
             parts(self.model, "batch"),
             self.config.vocab,
-            self._numbers(job),
+            self._numbers_of(job),
             text=job.ids,
             limit=job.call.max_new_tokens,
             ends=tuple(job.call.ends.tolist()),
@@ -411,7 +479,7 @@ class Engine:
         with self._changed:
             self._jobs[row], self._reading = job, None
 
-    def _numbers(self, job: _Job) -> Numbers:
+    def _numbers_of(self, job: _Job) -> Numbers:
         request = job.request
         return Numbers.init(
             parts(self.model, "batch"),
@@ -456,13 +524,18 @@ class Engine:
         steps = 1 if guided.any() or self._reading or self._waiting else self._stride
         self._fit(steps=steps)
         wanted = np.asarray([job is not None for job in jobs])
-        given = wanted, self._words(jobs), guided, np.asarray(steps, np.int32)
+        by_row = (place_rows(self.model, x) for x in (wanted, self._words(jobs), guided))
+        given = *by_row, np.asarray(steps, np.int32)
         self._carried, decoded = decode_rows((self._flat, *given), self._carried)
         tokens, lost = gather_to_host(decoded.tokens), gather_to_host(decoded.lost)
         self._written += int((tokens >= 0).any(axis=0).sum())
+        log_probs = decoded.log_probs
+        reports = any(job is not None and job.request.logprobs is not None for job in jobs)
+        arrays = (log_probs.chosen, log_probs.tokens, log_probs.top) if reports else ()
+        reported = [gather_to_host(x) for x in arrays]
         for row, job in enumerate(jobs):
             if job is not None:
-                self._send(job, tokens[row].tolist(), int(lost[row]), self._log_probs(job, decoded, row))
+                self._send(job, tokens[row].tolist(), int(lost[row]), [x[row].tolist() for x in reported])
 
     def _words(self, jobs: list[_Job | None]) -> np.ndarray:
         """Which tokens guides allow, one bit each."""
@@ -473,19 +546,13 @@ class Engine:
                 words[row, : len(bits)] = bits
         return words.view("<u4")
 
-    def _log_probs(self, job: _Job, decoded: Decoded, row: int) -> list[LogProb]:
-        count = job.request.logprobs
-        if count is None:
-            return []
-        log_probs = decoded.log_probs
-        chosen, ids, top = (gather_to_host(x)[row] for x in (log_probs.chosen, log_probs.tokens, log_probs.top))
-        return [
-            LogProb(-1, float(one), tuple(zip(of.tolist()[:count], by.tolist()[:count], strict=True)))
-            for one, of, by in zip(chosen, ids, top, strict=True)
-        ]
+    def _send(self, job: _Job, tokens: list[int], lost: int, reported: list[list[Any]]):
+        """Sends the new tokens of a row, up to the one that ends it.
 
-    def _send(self, job: _Job, tokens: list[int], lost: int, log_probs: list[LogProb]):
-        """Sends the new tokens of a row, up to the one that ends it."""
+        **Arguments:**
+
+        - `reported`: for each token its log-probability, the likeliest tokens, and their log-probabilities.
+        """
         ids, text, finish, error = [], "", None, None
         if lost:
             tokens = tokens[: tokens.index(-1) if -1 in tokens else len(tokens)][:-1]
@@ -507,8 +574,10 @@ class Engine:
             error = str(not_finite(where, processors=True)) if lost > 0 else forbidden
         with self._changed:
             self._totals["new"] += len(ids)
-        reported = tuple(dataclasses.replace(one, id=id) for one, id in zip(log_probs, ids, strict=False))
-        event = Event(tuple(ids), text, reported)
+        count = job.request.logprobs
+        log_probs = [] if count is None else zip(ids, *reported, strict=False)
+        found = tuple(LogProb(id, one, tuple(zip(of, by, strict=True))[:count]) for id, one, of, by in log_probs)
+        event = Event(tuple(ids), text, found)
         if finish is None:
             job.answer.put(event)
         else:

@@ -118,9 +118,7 @@ class Rows(eqx.Module):
         - `guided`: which rows have a guide.
         """
         ids = column_ids(logits, strategy)
-        processed = self.numbers.process(
-            logits, self.prompt, self.counts, self.biases, self.ends, self.step, strategy
-        )
+        processed = self.numbers.process(logits, self.prompt, self.counts, self.biases, self.ends, self.step, strategy)
 
         def allowed_only(logits: Array) -> Array:
             allowed = (words[:, ids // 32] >> (ids % 32).astype(jnp.uint32)[None]) & 1
@@ -236,9 +234,7 @@ def enter(kept: tuple[Mistral, Rows, Cache, Int[Array, ""], Int[Array, ""]], car
     model, new, prompt, length, row = kept
     strategy = model.strategy
 
-    def replace(
-        new: Rows, prompt: Cache, length: Array, row: Array, rows: Rows, cache: Cache
-    ) -> tuple[Rows, Cache]:
+    def replace(new: Rows, prompt: Cache, length: Array, row: Array, rows: Rows, cache: Cache) -> tuple[Rows, Cache]:
         shard, _ = shard_index("batch", strategy)
         count = len(rows.token)
         own = row - shard * count

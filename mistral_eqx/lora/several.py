@@ -132,7 +132,9 @@ def _stacked(base: AbstractWeight, adapters: Mapping[int, LoRAWeight], count: in
     rank = max(weight.rank for weight in adapters.values())
 
     def padded(value: Array, axis: int) -> Array:
-        return jnp.pad(value, [(0, rank - value.shape[at] if at == axis % value.ndim else 0) for at in range(value.ndim)])
+        return jnp.pad(
+            value, [(0, rank - value.shape[at] if at == axis % value.ndim else 0) for at in range(value.ndim)]
+        )
 
     def stacked(values: dict[int, Array], axis: int) -> Array:
         none = jnp.zeros_like(padded(next(iter(values.values())), axis))

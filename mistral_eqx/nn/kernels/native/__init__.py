@@ -58,6 +58,31 @@ def _has(format: str) -> bool:
     return bool(ctypes.CDLL(str(LIBRARY)).mistral_eqx_has_format(format.encode()))
 
 
+def arrange(
+    rows: UInt8[np.ndarray, "panels _ blocks bytes"], fields: Sequence[int], into: UInt8[np.ndarray, "panels blocks _"]
+):
+    """Puts the blocks of `PANEL` rows side by side, as [`mistral_eqx.quant.to_panels`][] says; other threads go on.
+
+    **Arguments:**
+
+    - `rows`: the blocks of each panel's rows, contiguous.
+    - `fields`: the sizes of a block's fields in bytes.
+    - `into`: the panels, contiguous.
+    """
+    panels, _, blocks, nbytes = rows.shape
+    sizes = (ctypes.c_int64 * len(fields))(*fields)
+    call = ctypes.CDLL(str(LIBRARY)).mistral_eqx_arrange
+    counts = (ctypes.c_int64(count) for count in (panels, blocks, nbytes))
+    if not call(
+        ctypes.c_void_p(rows.ctypes.data),
+        ctypes.c_void_p(into.ctypes.data),
+        *counts,
+        sizes,
+        ctypes.c_int64(len(fields)),
+    ):
+        raise ValueError(f"Fields of {list(fields)} bytes do not make a block of {nbytes}.")
+
+
 def linear(
     x: Float[Array, "rows inputs"], panels: Sequence[UInt8[Array, "_ _ _"]], formats: Sequence[str]
 ) -> list[Float[Array, "rows _"]]:
