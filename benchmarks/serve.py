@@ -234,8 +234,8 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     alone = report["alone"]
     how = (
-        f"Prompts of {PROMPT_TOKENS} tokens, {report['new_tokens']} new ones, Q4_1; without a server, prefill included: "
-        f"mx.generate with {report['clients']} rows {alone['generate']:.1f} tokens/s, mx.stream with one "
+        f"Prompts of {PROMPT_TOKENS} tokens, {report['new_tokens']} new ones, Q4_1; without a server, prefill "
+        f"included: mx.generate with {report['clients']} rows {alone['generate']:.1f} tokens/s, mx.stream with one "
         f"{alone['stream']:.1f}. The second table: the first token of two requests with the same 1000 tokens before it."
     )
     notes = footnote(report, how, *llama_cpp_notes(report))

@@ -233,9 +233,13 @@ def test_a_full_queue_refuses_and_a_closed_engine_too(model):
     (request,) = requests_of({"max_new_tokens": 30, "eos_ids": ()})
     engine = mx.Engine(model, TOKENIZER, rows=1, context=64, queue=2)
     answers = []
-    with pytest.raises(Full, match="2 requests are waiting"):
-        for _ in range(20):
+
+    def fill():
+        while len(answers) < 20:
             answers.append(engine.submit(request))
+
+    with pytest.raises(Full, match="2 requests are waiting"):
+        fill()
     engine.close(drain=True)
     assert {answer.result().finish for answer in answers} == {"length"}
     with pytest.raises(RuntimeError, match="closed"):

@@ -1,7 +1,7 @@
 import jax.random as jr
 import numpy as np
 import pytest
-from fixtures.generation import ALPHABET, PIECES, PROMPTS, TOKENIZER, VOCAB, Pieces, refused, spy, talking_model
+from fixtures.generation import PIECES, PROMPTS, TOKENIZER, VOCAB, Pieces, refused, spy, talking_model
 from hypothesis import given, settings, strategies as st
 
 from mistral_eqx import Conversation, Sampler, StopText, generate, prefill, stream

@@ -17,6 +17,7 @@ from fixtures.model import relative_error, small_model
 from fixtures.multi_host import (
     PROMPTS,
     SIZES,
+    engine_requests,
     environment,
     finish,
     free_port,
@@ -67,6 +68,19 @@ def test_four_processes_of_four_devices_give_the_tokens_and_logits_of_one(folder
             assert relative_error(found[f"{name}_logits"], logits) < BOUND
             # A host has the parts of its own devices; with the batch over hosts, that is all of the model.
             assert found[f"{name}_share"] == share
+
+
+@pytest.mark.slow
+def test_an_engine_of_two_processes_gives_the_tokens_of_one(folder):
+    codes = finish(start("engine_runs", 2, 4, folder), seconds=240)
+    assert codes == [0] * 2, words(folder, "engine_runs", 0)[1] + words(folder, "engine_runs", 1)[1]
+    model, found = mx.load(folder / "model"), json.loads((folder / "engine.json").read_text())
+    assert [finish for finish, _ in found] == ["length", "length", "length", "cancelled"]
+    for request, (_, ids) in zip(engine_requests(mx)[:3], found, strict=False):
+        sampler = mx.Sampler(request.temperature, processors=[mx.LogitBias(request.logit_bias)])
+        key = jr.fold_in(jr.key(request.seed), 0)
+        out = mx.generate(model, [request.prompt], max_new_tokens=10, eos_id=(), sampler=sampler, key=key)
+        assert ids == out.tokens[0].tolist()
 
 
 @pytest.mark.slow

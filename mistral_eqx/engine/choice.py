@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..generation import Sampler
 from ..generation.processors import columns
-from ..generation.sampler import column_ids, draw, first_argmax, in_nucleus, is_typical, largest_logit
+from ..generation.sampler import column_ids, draw, first_argmax, in_nucleus, is_typical
 from ..parallel import Strategy, pmax, psum
 
 

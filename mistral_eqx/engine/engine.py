@@ -36,7 +36,7 @@ from ..lora import with_several
 from ..nn import Mistral
 from ..parallel import broadcast, gather_to_host
 from ..text import AbstractTokenizer, StopText
-from .answer import Answer, Event, Finish, LogProb, joined
+from .answer import Answer, Event, Finish, LogProb
 from .choice import Numbers
 from .prefix_cache import PrefixCache
 from .prompts import PromptReader, block_size

@@ -44,15 +44,16 @@ class Grammar(Protocol):
 class Request:
     """A prompt, and how an engine is to continue it.
 
-    The tokens are those of [`mistral_eqx.generate`][] for this prompt alone, with a sampler of the same numbers, the key
-    `jax.random.fold_in(jax.random.key(seed), sample)` and the processors `RepetitionPenalty`, `PresencePenalty`,
+    The tokens are those of [`mistral_eqx.generate`][] for this prompt alone, with a sampler of the same numbers, the
+    key `jax.random.fold_in(jax.random.key(seed), sample)` and the processors `RepetitionPenalty`, `PresencePenalty`,
     `FrequencyPenalty`, `LogitBias`, `MinNewTokens`, in this order.
 
     **Attributes:**
 
     - `prompt`: token ids, or a text.
     - `max_new_tokens`: the most new tokens; by default as many as the engine's context has room for.
-    - `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`: as in [`mistral_eqx.Sampler`][]; greedy unless one is given.
+    - `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`: as in [`mistral_eqx.Sampler`][]; greedy unless one is
+        given.
     - `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias`, `min_new_tokens`: the numbers of the
         processors above.
     - `seed`: determines all draws; by default another one for each request.
