@@ -136,18 +136,31 @@ def test_one_program_decodes_whatever_is_asked_for(model):
 
 
 def test_the_ring_grows_turns_and_shrinks(model):
-    requests = requests_of({"max_new_tokens": 150, "eos_ids": ()}, *[{"eos_ids": ()}] * 30, lengths=(40, 5))
-    sizes = set()
+    long, short = requests_of(
+        {"max_new_tokens": 4, "eos_ids": ()}, {"max_new_tokens": 330, "eos_ids": ()}, lengths=(700, 5)
+    )
+    sizes = []
+    with engine_of(model, rows=2, stride=8, context=1024, chunk=64) as engine:
+        answer = engine.submit(short)
+        for number, event in enumerate(answer):
+            ids = event.ids if number == 0 else (*ids, *event.ids)
+            sizes.append(engine.load.slots)
+            if number == 2:
+                other = engine.submit(long)
+        assert other.result().ids == alone(model, long)[0]
+    # Room for the first new tokens, for the long prompt, for the rest.
+    assert list(dict.fromkeys(sizes)) == [256, 1024, 512]
+    assert ids == alone(model, short)[0]
+
+
+def test_the_pointer_goes_round_many_times(model):
+    requests = requests_of(*[{"eos_ids": ()}] * 40, lengths=(40, 5, 17))
     with engine_of(model, rows=2, stride=8) as engine:
-        answers = [engine.submit(request) for request in requests]
-        for answer in answers:
-            for event in answer:
-                sizes.add(engine.load.slots)
-                last = event
-            assert last.finish == "length"
-        events = engine.run(requests[:1])
-    assert sizes == {128, 256}
-    assert events[0].ids == alone(model, requests[0])[0]
+        events = engine.run(requests)
+        assert engine.load.slots == 128
+    assert sum(len(event.ids) for event in events) == 480
+    for request, event in zip(requests[::7], events[::7], strict=True):
+        assert event.ids == alone(model, request)[0]
 
 
 def test_a_known_beginning_is_not_prefilled_again(model):

@@ -57,6 +57,15 @@ def test_sample_prints_a_line_for_each_seed(run):
         assert len(set(of_one_sampler)) == 3
 
 
+@pytest.mark.slow
+def test_engine_gives_the_texts_of_generate(run):
+    *answers, said, drawn, same = run("engine.py").splitlines()
+    assert len(answers) == 8
+    assert "tokens in" in said
+    assert drawn == "Equal draws with one seed: True"
+    assert same == "All texts are those of mx.generate."
+
+
 def test_long_prompt_says_what_generate_says(run, tiny):
     sentence = mx.load_tokenizer(tiny).encode("The quick brown fox jumps over the lazy dog. ")
     prompt = (sentence * 300)[:300]

@@ -39,7 +39,7 @@ class Rows(eqx.Module):
     - `active`: which rows decode.
     - `lost`: as in `generation.loop.Decoding`.
     - `ends`: end tokens, -1 for none.
-    - `keys`: one a row; the draw of a step uses the row's key and the step.
+    - `keys`: the numbers of a key for each row; the draw of a step uses the row's key and the step.
     - `numbers`: those of samplers and processors.
     - `prompt`: which tokens are in the prompt.
     - `counts`: how often each token was generated.
@@ -55,7 +55,7 @@ class Rows(eqx.Module):
     active: Bool[Array, " batch"]
     lost: Int[Array, " batch"]
     ends: Int[Array, "batch _"]
-    keys: Key[Array, " batch"]
+    keys: UInt32[Array, "batch _"]
     numbers: Numbers
     prompt: Bool[Array, "batch vocab"]
     counts: Int[Array, "batch vocab"]
@@ -94,7 +94,7 @@ class Rows(eqx.Module):
             active=by_row < limit,
             lost=by_row,
             ends=row_ends,
-            keys=jnp.broadcast_to(jr.key(0) if key is None else key, (batch,)),
+            keys=np.tile(np.asarray(jr.key_data(jr.key(0) if key is None else key)), (batch, 1)),
             numbers=numbers,
             prompt=prompt,
             counts=np.zeros((batch, vocab), np.int32),
@@ -125,7 +125,7 @@ class Rows(eqx.Module):
             return jnp.where(guided[:, None] & (allowed == 0), -jnp.inf, logits)
 
         processed = where_any(guided, allowed_only, processed, strategy)
-        keys = jax.vmap(jr.fold_in)(self.keys, self.step)
+        keys = jax.vmap(jr.fold_in)(jr.wrap_key_data(self.keys), self.step)
         token, largest = self.numbers.choose(marked(logits, processed), keys, strategy)
         token, ended = jnp.where(self.active, token, self.token), jnp.any(token[:, None] == self.ends, axis=1)
         now_lost, one = jnp.where(self.active, lost(largest), self.lost), self.active.astype(jnp.int32)
