@@ -94,6 +94,14 @@ def invariance(session: nox.Session):
 
 
 @nox.session
+def engine(session: nox.Session):
+    """Many more random requests to engines under each strategy, each compared with `generate`; takes half an hour."""
+    install(session, "test")
+    options = ["tests/test_engine.py", "-m", "slow", *PLAIN, *PARALLEL, *session.posargs]
+    session.run("pytest", *options, env={**COMPILE_QUICKLY, "ENGINE_EXAMPLES": "50"})
+
+
+@nox.session
 def gptq(session: nox.Session):
     """GPTQ on every linear layer of SmolLM2, each with less error than rounding to nearest; takes some minutes."""
     install(session, "test")

@@ -255,8 +255,13 @@ class Engine:
 
     @property
     def load(self) -> Load:
-        """What the engine is doing, and what it has done."""
+        """What the engine is doing, and what it has done.
+
+        **Raises:** `RuntimeError` if the engine has failed.
+        """
         with self._changed:
+            if self._broken is not None:
+                raise RuntimeError(self._broken)
             active = sum(job is not None for job in self._jobs)
             waiting = len(self._came) + len(self._waiting) + (self._reading is not None)
             return Load(
