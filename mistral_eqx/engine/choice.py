@@ -1,6 +1,7 @@
 """The choice of tokens, where each row has numbers of its own."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -55,8 +56,8 @@ class Numbers(eqx.Module):
     ) -> "Numbers":
         """The same numbers for `batch` rows."""
 
-        def by_row(value: object, off: float, dtype: type = np.float32) -> np.ndarray:
-            return np.full(batch, off if value is None else value, dtype)
+        def by_row(value: Any, off: float | int, dtype: type = np.float32) -> Array:
+            return jnp.asarray(np.full(batch, off if value is None else value, dtype))
 
         return cls(
             by_row(sampler.temperature, 0),

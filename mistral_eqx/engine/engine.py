@@ -502,7 +502,8 @@ class Engine:
         cache = empty_cache(self.model, self.rows, kv_seq, cache_dtype=self._cache_dtype)
         if self._carried is None:
             rows = Rows.init(self.rows, self.config.vocab, Numbers.init(self.rows, Sampler()))
-            rows = jax.tree.map(jnp.asarray, placed(self.model, rows))
+            # Copies, because two arrays in one buffer could not both be donated.
+            rows = jax.tree.map(jnp.copy, placed(self.model, rows))
         else:
             rows, _ = self._carried.tree
         self._carried, self._kv_seq, self._written = Flat((rows, cache)), kv_seq, 0

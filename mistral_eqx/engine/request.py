@@ -77,7 +77,7 @@ class Request:
     repetition_penalty: Positive = 1.0
     presence_penalty: _Penalty = 0.0
     frequency_penalty: _Penalty = 0.0
-    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    logit_bias: Mapping[int, Any] = dataclasses.field(default_factory=dict)
     min_new_tokens: CountOrZero = 0
     seed: Seed | None = None
     sample: CountOrZero = 0

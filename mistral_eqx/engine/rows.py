@@ -79,7 +79,7 @@ class Rows(eqx.Module):
         adapter: int = -1,
     ) -> "Rows":
         """Rows with the same prompt; without `limit` they do not decode."""
-        by_row = np.full(batch, 0, np.int32)
+        by_row = jnp.zeros(batch, jnp.int32)
         row_ends = np.full((batch, MOST_ENDS), -1, np.int32)
         row_ends[:, : len(ends)] = ends
         prompt, bias = np.zeros((batch, vocab), bool), np.zeros((batch, vocab), np.float32)
@@ -93,13 +93,13 @@ class Rows(eqx.Module):
             limit=by_row + limit,
             active=by_row < limit,
             lost=by_row,
-            ends=row_ends,
-            keys=np.tile(np.asarray(jr.key_data(jr.key(0) if key is None else key)), (batch, 1)),
+            ends=jnp.asarray(row_ends),
+            keys=jnp.tile(jr.key_data(jr.key(0) if key is None else key)[None], (batch, 1)),
             numbers=numbers,
-            prompt=prompt,
-            counts=np.zeros((batch, vocab), np.int32),
-            biases=bias,
-            reports=np.full(batch, reports),
+            prompt=jnp.asarray(prompt),
+            counts=jnp.zeros((batch, vocab), jnp.int32),
+            biases=jnp.asarray(bias),
+            reports=jnp.full(batch, reports),
             adapter=by_row + adapter,
         )
 
