@@ -62,20 +62,20 @@ class Load:
     - `active`: rows that decode.
     - `waiting`: requests that wait for a row, or whose prompt is prefilled.
     - `slots`: the size of the KV cache in tokens of each row.
-    - `prefix_bytes`: the size of the prefix cache.
     - `prompt_tokens`, `cached_tokens`, `new_tokens`: totals; `cached_tokens` are those of prompts that came out of the
         prefix cache.
     - `finished`: the number of answers that ended, by their `finish`.
+    - `prefix_bytes`: the size of the prefix cache.
     """
 
     active: int
     waiting: int
     slots: int
-    prefix_bytes: int
     prompt_tokens: int
     cached_tokens: int
     new_tokens: int
     finished: Mapping[str, int]
+    prefix_bytes: int = 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -200,8 +200,11 @@ class Engine:
         self._prefixes = PrefixCache(block_size(model), checked(prefix_cache, CountOrZero, "prefix_cache"))
         self._flat = Flat(self.model)
         self._jobs: list[_Job | None] = [None] * rows
-        self._carried: Flat | None = None
-        self._kv_seq = 0
+        state = placed(self.model, Rows.init(rows, self.config.vocab, Numbers.init(rows, Sampler())))
+        # Copies, because two arrays in one buffer could not both be donated.
+        self._state: Rows = jax.tree.map(jnp.copy, state)
+        self._kv_seq = slots(self.model, ring_capacity(1))
+        self._cache = empty_cache(self.model, rows, self._kv_seq, cache_dtype=self._cache_dtype)
         self._written = 0  # slots of the ring, counted from the start
         self._reading: tuple[_Job, PromptReader] | None = None
         self._came: list[_Job] = []
@@ -268,11 +271,11 @@ class Engine:
                 active,
                 waiting,
                 self._kv_seq,
-                self._prefixes.bytes,
                 self._totals["prompt"],
                 self._totals["cached"],
                 self._totals["new"],
                 dict(self._finished),
+                self._prefixes.bytes,
             )
 
     def close(self, *, drain: bool = False, timeout: float | None = None):
@@ -480,7 +483,7 @@ class Engine:
             np.asarray(length, np.int32),
             np.asarray(row, np.int32),
         )
-        self._carried = enter(kept, self._carried)
+        self._state, self._cache = enter(kept, Flat((self._state, self._cache))).tree
         with self._changed:
             self._jobs[row], self._reading = job, None
 
@@ -496,17 +499,11 @@ class Engine:
         )
 
     def _begin(self, kv_seq: int):
-        """Makes the ring, or another one if it has another size; no row decodes."""
+        """Makes another ring, if it has another size; no row decodes."""
         if kv_seq == self._kv_seq:
             return
-        cache = empty_cache(self.model, self.rows, kv_seq, cache_dtype=self._cache_dtype)
-        if self._carried is None:
-            rows = Rows.init(self.rows, self.config.vocab, Numbers.init(self.rows, Sampler()))
-            # Copies, because two arrays in one buffer could not both be donated.
-            rows = jax.tree.map(jnp.copy, placed(self.model, rows))
-        else:
-            rows, _ = self._carried.tree
-        self._carried, self._kv_seq, self._written = Flat((rows, cache)), kv_seq, 0
+        self._cache = empty_cache(self.model, self.rows, kv_seq, cache_dtype=self._cache_dtype)
+        self._kv_seq, self._written = kv_seq, 0
 
     def _fit(self, *, least: int = 0, steps: int = 0):
         """Gives the ring room for all rows that decode, and for `least` tokens of another one."""
@@ -517,8 +514,7 @@ class Engine:
         if need <= room < 4 * roomy:
             return
         kv_seq = slots(self.model, ring_capacity(need) if need > room else roomy)
-        rows, cache = self._carried.tree
-        self._carried, self._kv_seq = Flat((rows, resized(self.model, cache, kv_seq))), kv_seq
+        self._cache, self._kv_seq = resized(self.model, self._cache, kv_seq), kv_seq
         self._written = aligned(self.model, self._written)
 
     def _decode(self):
@@ -530,9 +526,10 @@ class Engine:
         steps = 1 if guided.any() or self._reading or self._waiting else self._stride
         self._fit(steps=steps)
         wanted = np.asarray([job is not None for job in jobs])
-        by_row = (place_rows(self.model, x) for x in (wanted, self._words(jobs), guided))
-        given = *by_row, np.asarray(steps, np.int32)
-        self._carried, decoded = decode_rows((self._flat, *given), self._carried)
+        by_row = tuple(place_rows(self.model, x) for x in (wanted, self._words(jobs), guided))
+        carried = Flat((self._state, self._cache))
+        carried, decoded = decode_rows((self._flat, by_row, np.asarray(steps, np.int32)), carried)
+        self._state, self._cache = carried.tree
         tokens, lost = gather_to_host(decoded.tokens), gather_to_host(decoded.lost)
         self._written += int((tokens >= 0).any(axis=0).sum())
         log_probs = decoded.log_probs

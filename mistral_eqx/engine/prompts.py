@@ -98,8 +98,9 @@ class PromptReader:
         part = self.ids[start : start + width]
         ids, positions = np.zeros((self._rows, width), np.int32), np.full((self._rows, width), -1, np.int32)
         ids[:, : len(part)], positions[:, : len(part)] = part, np.arange(start, start + len(part))
-        given = ids, positions, np.full(self._rows, self._adapter, np.int32)
-        self.cache = read_chunk((self._flat, *(place_rows(model, x) for x in given)), self.cache)
+        adapter = np.full(self._rows, self._adapter, np.int32)
+        ids, positions, adapter = (place_rows(model, x) for x in (ids, positions, adapter))
+        self.cache = read_chunk((self._flat, ids, positions, adapter), self.cache)
 
 
 def block_size(model: Mistral) -> int:

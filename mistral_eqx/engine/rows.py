@@ -1,6 +1,7 @@
 """The state of all rows, and the one compiled program that decodes them."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import equinox as eqx
 import jax
@@ -74,7 +75,7 @@ class Rows(eqx.Module):
         limit: int = 0,
         ends: tuple[int, ...] = (),
         key: Key[Array, ""] | None = None,
-        biases: dict[int, float] | None = None,
+        biases: Mapping[int, float] | None = None,
         reports: bool = False,
         adapter: int = -1,
     ) -> "Rows":
@@ -164,17 +165,17 @@ class Decoded(eqx.Module):
 
 @eqx.filter_jit(donate="all-except-first")
 def decode_rows(
-    kept: tuple[Flat, Array | np.ndarray, Array | np.ndarray, Array | np.ndarray, Array | np.ndarray], carried: Flat
+    kept: tuple[Flat, tuple[Array, ...], Int[Array | np.ndarray, ""]], carried: Flat
 ) -> tuple[Flat, Decoded]:
     """Decodes up to some tokens of each row in one loop; it ends when no row decodes.
 
     **Arguments:**
 
-    - `kept`: the model; which rows are still wanted, shape `(batch,)`; `words` and `guided` as for `Rows.next`; the
-        number of steps, at most `MOST_STEPS`.
+    - `kept`: the model; by row, whether it is still wanted, and `words` and `guided` as for `Rows.next`; the number of
+        steps, at most `MOST_STEPS`.
     - `carried`: the rows and the cache, donated and updated in place.
     """
-    flat, *given = kept
+    flat, given, steps = kept
     model: Mistral = flat.tree
     strategy = model.strategy
 
@@ -217,12 +218,16 @@ def decode_rows(
     by_row, whole = strategy.spec("batch"), strategy.spec("")
     state, layers, decoded = specs(rows, strategy), specs(cache, strategy), specs(out, strategy)
     in_specs = specs(model, strategy), by_row, by_row, by_row, whole, state, layers, decoded
-    rows, cache, out = spmd(loop, model.mesh, in_specs, (state, layers, decoded))(model, *given, rows, cache, out)
+    rows, cache, out = spmd(loop, model.mesh, in_specs, (state, layers, decoded))(
+        model, *given, steps, rows, cache, out
+    )
     return Flat((rows, cache)), out
 
 
 @eqx.filter_jit(donate="all-except-first")
-def enter(kept: tuple[Mistral, Rows, Cache, Int[Array, ""], Int[Array, ""]], carried: Flat) -> Flat:
+def enter(
+    kept: tuple[Mistral, Rows, Cache, Int[Array | np.ndarray, ""], Int[Array | np.ndarray, ""]], carried: Flat
+) -> Flat:
     """Puts a prompt into one row.
 
     **Arguments:**
