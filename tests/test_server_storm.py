@@ -1,4 +1,4 @@
-"""Many clients at once, some of which break off, are slow, or send nonsense: no wrong answer, and nothing is left behind.
+"""Many clients at once, of which some break off, are slow, or send nonsense: no wrong answer, and nothing is left over.
 
 `SERVER_REQUESTS=2000 pytest -m slow -s tests/test_server_storm.py` sends more requests.
 """
@@ -118,20 +118,23 @@ def test_a_storm(tmp_path):
                 assert text == expected[number]
         done[kind] += 1
 
-    with mx.Engine(model, tokenizer, rows=8, context=256, queue=32, chunk=32) as engine:
-        with serving(engine, max_body=200_000) as (address, _), concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
-            port = urlsplit(address).port
-            parts = [range(REQUESTS // 3), range(REQUESTS // 3, REQUESTS)]
-            # Compiles, and fills what grows only once.
-            list(pool.map(lambda seed: one(port, seed), parts[0]))
-            files, memory = descriptors(), resident()
-            list(pool.map(lambda seed: one(port, seed), parts[1]))
-            end = time.monotonic() + 20
-            while (load := engine.load).active or load.waiting:
-                assert time.monotonic() < end, "a request is left behind"
-                time.sleep(0.05)
-            time.sleep(0.5)
-            grown = descriptors() - files, resident() - memory
+    with (
+        mx.Engine(model, tokenizer, rows=8, context=256, queue=32, chunk=32) as engine,
+        serving(engine, max_body=200_000) as (address, _),
+        concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool,
+    ):
+        port = urlsplit(address).port
+        parts = [range(REQUESTS // 3), range(REQUESTS // 3, REQUESTS)]
+        # Compiles, and fills what grows only once.
+        list(pool.map(lambda seed: one(port, seed), parts[0]))
+        files, memory = descriptors(), resident()
+        list(pool.map(lambda seed: one(port, seed), parts[1]))
+        end = time.monotonic() + 20
+        while (load := engine.load).active or load.waiting:
+            assert time.monotonic() < end, "a request is left behind"
+            time.sleep(0.05)
+        time.sleep(0.5)
+        grown = descriptors() - files, resident() - memory
     print(f"{sum(done.values())} requests: {dict(done)}; files {grown[0]:+}, memory {grown[1]:+.1f} MB; {load}")  # noqa: T201
     assert threading.active_count() == before
     assert grown[0] <= CLIENTS
