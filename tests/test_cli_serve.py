@@ -35,7 +35,7 @@ def test_without_the_extra(monkeypatch, tiny):
 
 def test_what_is_refused_before_the_weights_are_read(tiny):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert_refused(run("serve", "--model", tiny, "--port", taken.getsockname()[1]), "give another --host or --port")
+        assert_refused(run("serve", "--model", tiny, "--port", taken.getsockname()[1]), "in use", "--host")
     assert_refused(run("serve", "--model", tiny, "--api-key", " "), "--api-key is empty")
     assert_refused(run("serve", "--model", tiny, "--port", 70000), "--port")
     assert_refused(run("serve", "--model", tiny, "--rows", 0), "--rows")

@@ -53,13 +53,13 @@ def tools_server(tools_engine):
         yield address
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(server):
     with openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tools_client(tools_server):
     with openai.OpenAI(base_url=f"{tools_server}/v1", api_key="none", max_retries=0) as client:
         yield client

@@ -357,7 +357,10 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize(("pause", "text", "finish"), [(0.01, "a" * 40, "stop"), (0.2, "a", "cancelled")])
+@pytest.mark.parametrize(
+    ("pause", "text", "finish"),
+    [(0.01, "a" * 40, "stop"), pytest.param(0.2, "a", "cancelled", marks=pytest.mark.slow)],
+)
 def test_sigterm_drains(tmp_path, pause, text, finish):
     """An answer comes to its end if there is time; a new request is refused meanwhile."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -47,7 +47,6 @@ class SamplingRequest(_Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
-    max_tokens: _Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: _PositiveShare = 1.0
     presence_penalty: _Penalty = 0.0
@@ -79,7 +78,6 @@ class SamplingRequest(_Body):
     def options(self) -> dict[str, Any]:
         """The same, by the names of [`mistral_eqx.engine.Request`][]."""
         return {
-            "max_new_tokens": self.max_tokens,
             "temperature": self.temperature,
             "top_k": self.top_k if self.top_k > 0 else None,
             "top_p": self.top_p if self.top_p < 1 else None,
@@ -99,6 +97,7 @@ class ChatRequest(SamplingRequest):
     """The body of `/v1/chat/completions`. The text room checks `messages` and `tools`."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_tokens: _Count | None = None
     max_completion_tokens: _Count | None = None
     logprobs: bool = False
     top_logprobs: _Top = 0
@@ -116,9 +115,9 @@ class ChatRequest(SamplingRequest):
         return self
 
     def options(self) -> dict[str, Any]:
-        options = super().options()
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return {**options, "max_new_tokens": most, "logprobs": self.top_logprobs if self.logprobs else None}
+        log_probs = self.top_logprobs if self.logprobs else None
+        return {**super().options(), "max_new_tokens": most, "logprobs": log_probs}
 
 
 class CompletionRequest(SamplingRequest):
@@ -139,7 +138,7 @@ class CompletionRequest(SamplingRequest):
         return self
 
     def options(self) -> dict[str, Any]:
-        return {**super().options(), "logprobs": self.logprobs}
+        return {**super().options(), "max_new_tokens": self.max_tokens, "logprobs": self.logprobs}
 
 
 class TokenizeRequest(_Body):
