@@ -43,7 +43,7 @@ def tools_engine(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(engine):
-    with serving(engine, adapters=["tuned"]) as (address, _):
+    with serving(engine) as (address, _):
         yield address
 
 

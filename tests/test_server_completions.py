@@ -13,7 +13,7 @@ def engine(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(engine):
-    with serving(engine, name="owner/tiny", adapters=["tuned"]) as (address, _):
+    with serving(engine, name="owner/tiny") as (address, _):
         yield address
 
 

@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 from annotated_types import Ge, Le
 
-from .. import checks
+from .. import checks, interrupts
 from ..checks import Count, CountOrZero, Positive
+from ..documents import to_path
 from ..errors import InputError
 from . import options, processes
 from .options import within
@@ -120,7 +121,32 @@ class EngineOptions:
             help="Memory for the keys and values of beginnings that prompts have in common.",
             rich_help_panel=_ENGINE,
         ),
-    ] = 1024
+    ] = 256
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="Adapters that clients choose by this name as their model; may be given several times.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None
+
+    def folders(self) -> dict[str, Path]:
+        """The folder of each of the adapters, by name.
+
+        **Raises:** `ValueError` that names what is wrong.
+        """
+        from ..checkpoint.peft import adapter_folder
+
+        found: dict[str, Path] = {}
+        for given in self.lora or ():
+            name, _, folder = given.partition("=")
+            if not name or not folder:
+                raise InputError(f"--lora is {given!r}; give a name and a folder, as in --lora poet=runs/poet.")
+            if name in found:
+                raise InputError(f"--lora has the name {name!r} twice; give each adapter its own.")
+            found[name] = adapter_folder(to_path(folder, "The folder of --lora"))
+        return found
 
 
 @options.flat
@@ -130,7 +156,7 @@ def serve(
     server: ServerOptions,
     engine: EngineOptions,
     cache_dtype: options.CacheDType = None,
-    split: options.DeviceOptions,
+    split: options.ProcessOptions,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Write no line for each request.")] = False,
     debug: options.Debug = False,
 ):
@@ -139,27 +165,36 @@ def serve(
     Clients use it as OpenAI's, with the address that is printed and /v1 as base URL. Requests are answered together,
     each with the tokens that it would get alone. SIGTERM or ctrl-C lets the answers that run come to their end; the
     second one does not.
+
+    With --mesh the model is split over several devices, and with --coordinator over several processes, each started
+    with the same command but for --process-id. Process 0 listens.
     """
     _expect_extra()
     import mistral_eqx as mx
 
     from ..checkpoint import open_checkpoint
-    from ..engine import Engine
+    from ..engine import Engine, Request
+    from ..parallel.agreement import check_same
     from ..server import LOOPBACK, create_app, is_loopback, listen, run, url
     from .devices import Devices
     from .loading import load, locate
 
     if server.api_key is not None and not server.api_key.strip():
         raise InputError("--api-key is empty; give a key, or leave it out.")
-    devices = Devices(options.ProcessOptions(split.mesh, split.strategy))
+    devices = Devices(split)
     model.check_adapter()
+    folders, name = engine.folders(), server.name or _name(model.model)
+    if name in folders:
+        raise InputError(f"The model and an adapter have the name {name!r}; give another --name.")
+    first = processes.number() == 0
     # All that can be refused without the weights is refused before they are read.
     with contextlib.ExitStack() as stack:
-        taken = stack.enter_context(listen(server.host, server.port))
-        local = is_loopback(taken)
+        taken = stack.enter_context(listen(server.host, server.port)) if first else None
         path = locate(model.model)
         mesh, strategy, where = devices.place(open_checkpoint(path).config)
         tokenizer = mx.load_tokenizer(path)
+        asked = dataclasses.replace(engine, lora=None), [*folders], cache_dtype, model.agreed, tokenizer.eos_ids
+        check_same("command", repr(asked))
         weights = load(path, model, mesh, strategy)
         if where and not quiet:
             processes.say(f"The model is split over devices: {where}.")
@@ -174,11 +209,20 @@ def serve(
                 queue=engine.queue,
                 prefix_cache=engine.prefix_cache * 2**20,
                 cache_dtype=cache_dtype,
+                adapters={one: mx.load_lora(weights, folder) for one, folder in folders.items()},
             )
         )
+        if taken is None:
+            # Process 0 has the last word.
+            with interrupts.answered():
+                running.follow()
+            return
+        # The first client does not wait for the compiler.
+        running.run([Request([0], max_new_tokens=2)])
+        local = is_loopback(taken)
         app = create_app(
             running,
-            name=server.name or _name(model.model),
+            name=name,
             api_key=server.api_key,
             hosts=LOOPBACK if local and server.api_key is None else None,
             allow_origins=server.allow_origin or (),

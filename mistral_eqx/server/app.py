@@ -37,7 +37,6 @@ def create_app(
     engine: Engine,
     *,
     name: str,
-    adapters: Sequence[str] = (),
     api_key: str | None = None,
     hosts: Collection[str] | None = None,
     allow_origins: Sequence[str] = (),
@@ -52,8 +51,7 @@ def create_app(
     **Arguments:**
 
     - `engine`: what answers; whoever made it closes it.
-    - `name`: the name of the model for clients.
-    - `adapters`: the names of the engine's adapters, which clients may choose as `model`.
+    - `name`: the name of the model for clients, which choose it as `model`, or one of the engine's adapters.
     - `api_key`: the key that clients must send; `None` for none.
     - `hosts`: the names by which clients may call this server; `None` for any. Give the names of this machine if it is
         the only one that shall reach the server and there is no key, because of DNS rebinding.
@@ -62,11 +60,13 @@ def create_app(
     - `max_body`: the most bytes of a request's body.
     - `log_prompts`: whether prompts are logged.
 
-    **Raises:** `InputError` if the key is empty.
+    **Raises:** `InputError` if the key is empty, or if an adapter has the name of the model.
     """
+    if name in engine.adapters:
+        raise InputError(f"The model and an adapter have the name {name!r}; give another name.", key="name")
     if api_key is not None and not api_key.strip():
         raise InputError("The API key is empty; give a key, or leave it out.", key="api_key")
-    service = Service(engine, name, tuple(adapters), timeout, log_prompts)
+    service = Service(engine, name, timeout, log_prompts)
     # Its pages of documentation would fetch scripts from elsewhere.
     app = FastAPI(title="mistral-eqx", docs_url=None, redoc_url=None)
     app.state.service = service

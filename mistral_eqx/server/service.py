@@ -23,7 +23,7 @@ class Service:
     """**Attributes:**
 
     - `engine`: what answers.
-    - `name`: the name of the model, and `adapters` those of adapters; a request chooses one as its `model`.
+    - `name`: the name of the model for clients.
     - `timeout`: the most seconds of a request.
     - `log_prompts`: whether the log has the prompts.
     - `draining`: whether the server ends, and takes no more requests.
@@ -33,7 +33,6 @@ class Service:
 
     engine: Engine
     name: str
-    adapters: tuple[str, ...]
     timeout: float
     log_prompts: bool
     draining: bool = False
@@ -50,8 +49,8 @@ class Service:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that a request's `model` may be."""
-        return (self.name, *self.adapters)
+        """All that a request's `model` may be: the model, and the engine's adapters."""
+        return (self.name, *self.engine.adapters)
 
     def adapter(self, model: str | None) -> str | None:
         """The adapter that a request's `model` names; `None` for the model itself.
@@ -60,7 +59,7 @@ class Service:
         """
         if model is None or model == self.name:
             return None
-        if model not in self.adapters:
+        if model not in self.engine.adapters:
             message = f"There is no model {model!r} here; take one of {', '.join(map(repr, self.names))}."
             raise ApiError(404, message, param="model", code="model_not_found")
         return model
@@ -116,6 +115,10 @@ class Service:
                 raise of_full(error) from None
             if isinstance(error, InputError):
                 raise of_input(error, param) from None
+            if isinstance(error, RuntimeError):
+                self.report(error)
+                message = "The engine is closed or has failed; /health says which."
+                raise ApiError(503, message, kind="server_error", code="engine_unavailable") from None
             raise
         return answers
 
