@@ -311,8 +311,13 @@ def test_metrics(engine):
 
 
 def test_health(engine, monkeypatch):
-    with serving(engine) as (address, app):
+    troubles = []
+    with serving(engine, trouble=lambda: troubles[0] if troubles else None) as (address, app):
         assert httpx2.get(f"{address}/health").json() == {"status": "ok", "active": 0, "waiting": 0}
+        troubles.append("Process 1 is gone.")
+        found = httpx2.get(f"{address}/health")
+        assert (found.status_code, found.json()) == (503, {"status": "failed", "reason": "Process 1 is gone."})
+        troubles.clear()
         app.state.service.draining = True
         assert httpx2.get(f"{address}/health").status_code == 503
         found = post(address, ASKED)
@@ -321,11 +326,11 @@ def test_health(engine, monkeypatch):
         app.state.service.draining = False
 
         def fail(engine):
-            raise RuntimeError("Process 1 of 2 ended.")
+            raise RuntimeError("The engine has failed.")
 
         monkeypatch.setattr(FakeEngine, "load", property(fail))
         found = httpx2.get(f"{address}/health")
-        assert (found.status_code, found.json()["reason"]) == (503, "Process 1 of 2 ended.")
+        assert (found.status_code, found.json()["reason"]) == (503, "The engine has failed.")
 
 
 def test_an_address_that_is_taken():

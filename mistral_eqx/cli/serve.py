@@ -170,10 +170,13 @@ def serve(
     with the same command but for --process-id. Process 0 listens.
     """
     _expect_extra()
+    import jax
+
     import mistral_eqx as mx
 
     from ..checkpoint import open_checkpoint
     from ..engine import Engine, Request
+    from ..parallel import watch
     from ..parallel.agreement import check_same
     from ..server import LOOPBACK, create_app, is_loopback, listen, run, url
     from .devices import Devices
@@ -181,6 +184,8 @@ def serve(
 
     if server.api_key is not None and not server.api_key.strip():
         raise InputError("--api-key is empty; give a key, or leave it out.")
+    # JAX would keep SIGTERM of several processes to itself, for training.
+    jax.config.update("jax_enable_preemption_service", False)
     devices = Devices(split)
     model.check_adapter()
     folders, name = engine.folders(), server.name or _name(model.model)
@@ -229,6 +234,7 @@ def serve(
             timeout=server.timeout,
             max_body=server.max_body,
             log_prompts=server.log_prompts,
+            trouble=lambda: getattr(watch.running(), "trouble", None),
         )
         if not local and server.api_key is None:
             processes.say("Whoever reaches this machine can use the model; --api-key lets in only those with the key.")

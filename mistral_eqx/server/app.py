@@ -1,7 +1,7 @@
 """The application: endpoints of OpenAI's API over an engine."""
 
 import asyncio
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def create_app(
     timeout: float = 600.0,
     max_body: int = 4 * 2**20,
     log_prompts: bool = False,
+    trouble: Callable[[], str | None] = lambda: None,
 ) -> FastAPI:
     """An ASGI application with the endpoints of OpenAI's API, a page, and metrics.
 
@@ -59,6 +60,7 @@ def create_app(
     - `timeout`: the most seconds of a request, in the queue and decoding.
     - `max_body`: the most bytes of a request's body.
     - `log_prompts`: whether prompts are logged.
+    - `trouble`: says why the server is about to end, if it is; `/health` asks.
 
     **Raises:** `InputError` if the key is empty, or if an adapter has the name of the model.
     """
@@ -112,6 +114,8 @@ def create_app(
     async def health() -> Response:
         if service.draining:
             return JsonResponse({"status": "draining"}, 503)
+        if (reason := trouble()) is not None:
+            return JsonResponse({"status": "failed", "reason": reason}, 503)
         try:
             load = engine.load
         except Exception as error:
