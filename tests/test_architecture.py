@@ -35,6 +35,9 @@ SEES = {
     "conversion": {"checkpoint", "text"},
     "pretrained": {"parallel", "nn", "quant", "checkpoint", "text"},
     "generation": {"config", "parallel", "nn"},
+    "engine": {"config", "parallel", "nn", "generation", "text"},
+    # HTTP, without JAX.
+    "server": {"config", "engine", "text"},
     "train": {"config", "parallel", "nn", "quant", "lora"},
     "evaluate": {"config", "parallel", "nn", "generation"},
     "planning": {"config", "presets", "parallel", "nn", "quant", "generation", "train"},

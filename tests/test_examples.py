@@ -224,6 +224,14 @@ def test_the_page_on_experts():
 
 
 @pytest.mark.slow
+def test_a_server_is_started_and_used(run):
+    printed = run("serve_client.py")
+    assert re.search(
+        r"\n0: [\s\S]*\n1: [\s\S]*\n\d+ tokens of prompt, \d+ of them cached\nRefused: temperature", printed
+    )
+
+
+@pytest.mark.slow
 def test_hosts_continue_prompts_together(run, tiny):
     first, *lines = run("multi_host.py").splitlines()
     assert first == "4 devices of 2 processes"

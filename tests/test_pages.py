@@ -35,7 +35,7 @@ COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
 
 def test_the_pages_have_commands_of_every_kind():
     assert len(COMMANDS) > 25
-    kinds = {"generate", "chat", "convert", "merge", "plan", "quantize", "train", "evaluate"}
+    kinds = {"generate", "chat", "convert", "merge", "plan", "quantize", "train", "evaluate", "serve"}
     assert {words[0] for _, words in COMMANDS} == kinds
 
 

@@ -22,6 +22,7 @@ from .options import Debug
 from .plan import plan
 from .processes import drop
 from .quantize import quantize
+from .serve import serve
 from .train import train
 
 
@@ -34,7 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (generate, chat, inspect, convert, quantize, merge, plan, train):
+for command in (generate, chat, serve, inspect, convert, quantize, merge, plan, train):
     app.command(cls=Command)(command)
 app.add_typer(evaluate, name="evaluate")
 

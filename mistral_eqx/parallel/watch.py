@@ -39,7 +39,13 @@ class Watch:
     - `process`: the number of this process.
     - `processes`: the number of processes.
     - `peers`: the connection to each peer, by the peer's number.
+
+    **Attributes:**
+
+    - `trouble`: why this process is about to end, from the moment when it knows until it ends.
     """
+
+    trouble: str | None = None
 
     def __init__(self, process: int, processes: int, peers: dict[int, socket.socket]):
         self.process = process
@@ -109,19 +115,20 @@ class Watch:
             if self._ending.is_set():
                 return
             self._ending.set()
+        why = (
+            f"has failed, so process {self.process} ends too; the error of process {peer} says why"
+            if failed
+            else f"is gone, so process {self.process} ends too; it was killed, or its machine or the network failed"
+        )
+        self.trouble = f"Process {peer} {why}."
         if self.process == 0:
             self._send("failed" if failed else "gone", peer)
         # Process 0 ends last: JAX's service runs in it, and its end aborts the others.
         time.sleep(_GRACE if self.process else 2 * _GRACE)
         if self._leaving:
             return
-        why = (
-            f"has failed, so process {self.process} ends too; the error of process {peer} says why"
-            if failed
-            else f"is gone, so process {self.process} ends too; it was killed, or its machine or the network failed"
-        )
         with contextlib.suppress(OSError):
-            os.write(2, f"Error: Process {peer} {why}.\n".encode())
+            os.write(2, f"Error: {self.trouble}\n".encode())
         _exit(1)
 
     def _send(self, kind: str, content: Any):
