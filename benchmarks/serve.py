@@ -175,7 +175,7 @@ def commands(file: Path, rows: int, context: int) -> dict[str, list[str]]:
     llama = ["--n_ctx", str(context), "--n_threads", str(usable_cores()), "--n_threads_batch", str(usable_cores())]
     return {
         OURS: [
-            *(sys.executable, "-m", "mistral_eqx", "serve", "--model", str(file)),
+            *(sys.executable, "-m", "mistral_eqx", "serve", "--model", str(file), "--name", MODEL),
             *("--rows", str(rows), "--context", str(context), "--port"),
         ],
         THEIRS: [sys.executable, "-m", "llama_cpp.server", "--model", str(file), *llama, "--port"],

@@ -35,7 +35,7 @@ SEES = {
     "conversion": {"checkpoint", "text"},
     "pretrained": {"parallel", "nn", "quant", "checkpoint", "text"},
     "generation": {"config", "parallel", "nn"},
-    "engine": {"config", "parallel", "nn", "generation", "text"},
+    "engine": {"config", "parallel", "nn", "lora", "generation", "text"},
     # HTTP, without JAX.
     "server": {"config", "engine", "text"},
     "train": {"config", "parallel", "nn", "quant", "lora"},
