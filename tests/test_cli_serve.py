@@ -1,5 +1,6 @@
 """`mistral-eqx serve`."""
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -7,11 +8,16 @@ import socket
 import subprocess
 import sys
 
+import httpx2
 import openai
 import pytest
 from fixtures.cli import assert_refused, run, save_tiny_model
+from fixtures.multi_host import environment, free_port
 
 import mistral_eqx as mx
+
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,6 @@ def test_what_is_refused_before_the_weights_are_read(tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_model_is_served(tiny):
     """Greedy answers are those of `generate`; SIGTERM ends the server."""
     tokenizer, model = mx.load_tokenizer(tiny), mx.load(tiny)
@@ -74,3 +79,41 @@ def test_a_model_is_served(tiny):
     assert "POST /v1/completions 200" in err
     assert err.endswith("Terminated.\n")
     assert process.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_several_processes_serve_one_model(tiny, end):
+    """The first one listens. If it is told to end, or another one dies, all end, with one sentence each at most."""
+    options = ["--model", str(tiny), "--port", "0", "--mesh", "tp=2", "--quiet", "--num-processes", "2"]
+    command = [sys.executable, "-m", "mistral_eqx", "serve", *options, "--coordinator", f"localhost:{free_port()}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment(1)}
+    with contextlib.ExitStack() as stack:
+        both = [
+            stack.enter_context(subprocess.Popen([*command, "--process-id", str(number)], **pipes))
+            for number in range(2)
+        ]
+        for process in both:
+            stack.callback(process.kill)
+        address = both[0].stdout.readline().split()[-1]
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0) as client:
+            found = client.completions.create(model="model", prompt="Once", max_tokens=6, temperature=0)
+        tokenizer = mx.load_tokenizer(tiny)
+        ids = tokenizer.encode("Once")
+        out = mx.generate(mx.load(tiny), [ids], max_new_tokens=6, eos_id=tokenizer.eos_ids)
+        assert found.choices[0].text == tokenizer.decode(out.tokens[0, : out.lengths[0]], after=ids)
+        both[end == signal.SIGKILL].send_signal(end)
+        if end == signal.SIGKILL:
+            # Two seconds before the end.
+            while (health := httpx2.get(f"{address}/health")).status_code == 200:
+                pass
+            assert health.json()["reason"].startswith("Process 1 is gone")
+        said = [process.communicate(timeout=60)[1] for process in both]
+    codes = [process.returncode for process in both]
+    if end == signal.SIGKILL:
+        assert codes == [1, -signal.SIGKILL]
+        assert said[0].startswith("Error: Process 1 is gone, so process 0 ends too")
+    else:
+        assert codes[0] == 128 + signal.SIGTERM
+        assert said[0] == "Terminated.\n"
+    assert all(len(lines.splitlines()) <= 1 for lines in said)

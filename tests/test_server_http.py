@@ -200,7 +200,7 @@ def test_a_full_queue(server, engine):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_rows(server, engine, stream):
-    engine.reply, engine.pause = "a" * 400, 0.02
+    engine.reply, engine.pause = "a" * 400, 0.05
     before = len(engine.answers)
     body = json.dumps({**ASKED, "stream": stream, "n": 2}).encode()
     address = server.removeprefix("http://").split(":")
@@ -215,8 +215,8 @@ def test_a_client_that_goes_away_frees_its_rows(server, engine, stream):
             time.sleep(0.005)
         if stream:
             assert b"200 OK" in connection.recv(100)
-    # All 400 tokens would take 8 seconds.
-    engine.wait(2)
+    # All 400 tokens would take 20 seconds.
+    engine.wait(8)
     assert engine.finished[-2:] == ["cancelled"] * 2
 
 
@@ -355,7 +355,7 @@ interrupts.stand_by()
 engine = FakeEngine(tiny_tokenizer(Path(sys.argv[1])), "a" * 40, pause=float(sys.argv[2]))
 taken = listen("127.0.0.1", 0)
 try:
-    run(create_app(engine, name="tiny"), taken, drain=1.0, ready=lambda: print(url(taken), flush=True))
+    run(create_app(engine, name="tiny"), taken, drain=float(sys.argv[3]), ready=lambda: print(url(taken), flush=True))
 except KeyboardInterrupt:
     print(engine.finished, flush=True)
     interrupts.leave()
@@ -363,13 +363,13 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize(
-    ("pause", "text", "finish"),
-    [(0.01, "a" * 40, "stop"), pytest.param(0.2, "a", "cancelled", marks=pytest.mark.slow)],
+    ("pause", "drain", "text", "finish"),
+    [(0.05, 30, "a" * 40, "stop"), pytest.param(0.5, 3, "a", "cancelled", marks=pytest.mark.slow)],
 )
-def test_sigterm_drains(tmp_path, pause, text, finish):
+def test_sigterm_drains(tmp_path, pause, drain, text, finish):
     """An answer comes to its end if there is time; a new request is refused meanwhile."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    program = [sys.executable, "-c", SERVES, str(tmp_path / "model"), str(pause)]
+    program = [sys.executable, "-c", SERVES, str(tmp_path / "model"), str(pause), str(drain)]
     with subprocess.Popen(
         program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:

@@ -146,31 +146,23 @@ class _Going:
 
         **Raises:** `ApiError` if an answer does not end well.
         """
-        came: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-
-        async def take(index: int, answer: Answer):
-            async for event in answer:
-                came.put_nowait((index, event))
-
-        tasks = [asyncio.create_task(take(index, answer)) for index, answer in enumerate(self._answers)]
-        late = (0, Event(finish="timeout"))
-        timer = asyncio.get_running_loop().call_later(self._service.timeout + _GRACE, came.put_nowait, late)
+        late = asyncio.get_running_loop().call_later(self._service.timeout + _GRACE, self._give_up)
         try:
-            going = len(tasks)
-            while going:
-                index, event = await came.get()
-                going -= event.finish is not None
-                if event.ids:
-                    self._clock.tick(index)
-                    self._new += len(event.ids)
-                if event.finish not in (None, "stop", "length") and not self._choices[index].enough:
-                    raise self._failure(event)
-                yield index, event
+            async with contextlib.aclosing(_merged(self._answers)) as events:
+                async for index, event in events:
+                    if event.ids:
+                        self._clock.tick(index)
+                        self._new += len(event.ids)
+                    if event.finish not in (None, "stop", "length") and not self._choices[index].enough:
+                        raise self._failure(event)
+                    yield index, event
         finally:
-            timer.cancel()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            late.cancel()
+
+    def _give_up(self):
+        for answer in self._answers:
+            if not answer.finished:
+                answer.put(Event(finish="timeout"))
 
     def _failure(self, event: Event) -> ApiError:
         if event.finish == "timeout":
@@ -189,3 +181,28 @@ class _Going:
             "total_tokens": prompt + self._new,
             "prompt_tokens_details": {"cached_tokens": sum(answer.cached for answer in firsts)},
         }
+
+
+async def _merged(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, Event], None]:
+    """The events of all answers as they come, each with the index of its answer."""
+    if len(answers) == 1:
+        async for event in answers[0]:
+            yield 0, event
+        return
+    came: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+    async def take(index: int, answer: Answer):
+        async for event in answer:
+            came.put_nowait((index, event))
+
+    tasks = [asyncio.create_task(take(index, answer)) for index, answer in enumerate(answers)]
+    try:
+        going = len(tasks)
+        while going:
+            index, event = await came.get()
+            going -= event.finish is not None
+            yield index, event
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

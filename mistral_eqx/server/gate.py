@@ -1,6 +1,7 @@
 """What every HTTP request passes: keys, names of hosts, the end of the server, faults, metrics and the log."""
 
 import hmac
+import logging
 import secrets
 import time
 from collections.abc import Collection
@@ -16,6 +17,8 @@ from .service import LOG, Service
 
 # The page asks for the key, so it comes without one, and so do checks of health.
 _OPEN = ("/", "/health")
+# Other programs ask these again and again.
+_ASKED_OFTEN = ("/health", "/metrics")
 
 
 class Gate:
@@ -74,7 +77,8 @@ class Gate:
             self._service.metrics.count(path if path in self._paths else "other", status, seconds)
             if path in self._paths:
                 did = scope["state"].get("did", id)
-                LOG.info("%s %s %d in %.3f s, %s", scope["method"], path, status, seconds, did)
+                level = logging.DEBUG if path in _ASKED_OFTEN else logging.INFO
+                LOG.log(level, "%s %s %d in %.3f s, %s", scope["method"], path, status, seconds, did)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
@@ -87,7 +91,7 @@ class Gate:
             if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
                 message = "The API key is wrong or missing; send the header Authorization: Bearer KEY."
                 return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        if self._service.draining and path not in ("/health", "/metrics"):
+        if self._service.draining and path not in _ASKED_OFTEN:
             message = "The server ends, and takes no more requests; try another one."
             return ApiError(503, message, kind="server_error", code="shutting_down", headers={"Retry-After": "5"})
         return None
