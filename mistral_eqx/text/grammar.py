@@ -1,0 +1,249 @@
+"""Grammars that answers follow, by token masks of the llguidance library."""
+
+import importlib.util
+import json
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import Any, final
+
+import numpy as np
+from jaxtyping import Bool
+
+from ..documents import parse_json, shown
+from ..errors import InputError
+from .json_types import to_json_types
+from .tokenizer import AbstractTokenizer
+
+
+# The most characters of a schema, pattern or grammar. The largest in use have a tenth of this.
+LONGEST = 2**18
+# JSON may have whitespace where the standard allows it, but an answer must come to its end. A schema of the caller's may
+# not change this, nor that keywords which cannot be followed are refused.
+_JSON = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}", "coerce_one_of": False, "lenient": False}
+# Half a second of one core at most for a grammar and 50 ms for a mask, and 100 MB of lexer states.
+_LIMITS = {
+    "max_items_in_row": 2_000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 100_000,
+    "verbose_errors": False,
+}
+
+
+class GrammarGuide:
+    """Which tokens may come next in one answer that follows a grammar."""
+
+    def __init__(self, grammar: "Grammar", matcher: Any):
+        # The grammar keeps the tokenizer alive, which the matcher calls.
+        self._grammar, self._matcher = grammar, matcher
+
+    def allowed(self) -> Bool[np.ndarray, " vocab"]:
+        """Which tokens may come next.
+
+        Where the answer may end, these are the end tokens too; where it must end, no others.
+
+        **Raises:** `ValueError` if the rest of the grammar cannot be followed: it is too complex, or the vocabulary has
+        no tokens for it.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        mask = np.unpackbits(bits, count=self._grammar.vocab, bitorder="little").view(bool)
+        if self._may_end():
+            mask[list(self._grammar.eos_ids)] = True
+        return mask
+
+    def push(self, id: int):
+        """Adds the next token.
+
+        **Raises:** `ValueError` if the token is not allowed, or if what follows it is too complex.
+        """
+        # llguidance knows one end token.
+        known = self._grammar.eos_ids[0] if id in self._grammar.eos_ids and self._may_end() else id
+        if not 0 <= known < self._grammar.vocab or not self._matcher.consume_token(known):
+            self._check()
+            raise InputError(f"The token {id} does not follow the grammar here; push one of those that are allowed.")
+
+    def _may_end(self) -> bool:
+        return self._matcher.is_stopped() or self._matcher.is_accepting()
+
+    def _check(self):
+        if self._matcher.is_error():
+            raise InputError(
+                f"The grammar cannot be followed any further ({_reason(self._matcher.get_error())}); simplify it."
+            )
+
+
+@final
+class Grammar:
+    """What an answer must be: JSON of a schema, a match of a regular expression, or a text of a grammar.
+
+    ```python
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    grammar = mx.Grammar.json_schema(tokenizer, schema)
+    sampler = mx.Sampler(processors=[mx.Guided(grammar)])
+    out = mx.generate(model, "A dog of seven years as JSON:", tokenizer=tokenizer, sampler=sampler)
+    ```
+
+    The library [llguidance](https://github.com/guidance-ai/llguidance) computes which tokens may come next. Text is
+    compared, not tokens: a token may end in the middle of a word of the grammar, or of a character. Control tokens are
+    never part of the text, unless a grammar names them.
+
+    Make one with a class method. All of them raise `ValueError` if llguidance is not installed, if the tokenizer has no
+    end token, or if the grammar is wrong, too large or too complex.
+
+    **Attributes:**
+
+    - `source`: the grammar as llguidance reads it.
+    - `vocab`: the number of the tokenizer's tokens.
+    - `eos_ids`: its end tokens, with which an answer ends.
+    """
+
+    source: str
+    vocab: int
+    eos_ids: tuple[int, ...]
+
+    def __init__(self, tokenizer: AbstractTokenizer, source: str, name: str):
+        """**Arguments:**
+
+        - `tokenizer`: the model's tokenizer.
+        - `source`: the grammar as llguidance reads it.
+        - `name`: what the user gave, for messages, such as `"The JSON schema"`.
+        """
+        if importlib.util.find_spec("llguidance") is None:
+            raise InputError(
+                "Grammars need the library llguidance, which is not installed; run pip install 'mistral-eqx[serve]'."
+            )
+        from llguidance import LLMatcher, LLParserLimits
+
+        if len(source) > LONGEST:
+            raise InputError(f"{name} has {len(source):,} characters; give one of at most {LONGEST:,}.")
+        self._tokenizer = tokenizer
+        self.source, self.vocab, self.eos_ids = source, tokenizer.vocab, tokenizer.eos_ids
+        self._matcher = LLMatcher(
+            _lltokenizer(tokenizer), _encodable(source, name), log_level=0, limits=LLParserLimits(**_LIMITS)
+        )
+        if self._matcher.is_error():
+            raise InputError(
+                f"{name} is wrong, too complex, or has parts that are not supported "
+                f"({_reason(self._matcher.get_error())}); change these parts."
+            )
+
+    @classmethod
+    def json_schema(cls, tokenizer: AbstractTokenizer, schema: Mapping[str, Any] | str) -> "Grammar":
+        """JSON that a schema accepts.
+
+        **Arguments:**
+
+        - `tokenizer`: the model's tokenizer.
+        - `schema`: a JSON schema (draft 2020-12), or its text. Properties come in the order of the schema. Unsupported
+            keywords are refused.
+        """
+        name = "The JSON schema"
+        if isinstance(schema, str):
+            schema = parse_json(schema, name, remedy="correct it")
+        if not isinstance(schema, Mapping):
+            raise InputError(f"{name} is {shown(schema)}; give a dict, such as {{'type': 'object'}}.")
+        content = to_json_types(dict(schema), "The values of the JSON schema")
+        return cls(tokenizer, json.dumps({"grammars": [{"json_schema": content | {"x-guidance": _JSON}}]}), name)
+
+    @classmethod
+    def json_object(cls, tokenizer: AbstractTokenizer) -> "Grammar":
+        """Any JSON object."""
+        return cls.json_schema(tokenizer, {"type": "object"})
+
+    @classmethod
+    def regex(cls, tokenizer: AbstractTokenizer, pattern: str) -> "Grammar":
+        """A text that a regular expression matches as a whole.
+
+        **Arguments:**
+
+        - `tokenizer`: the model's tokenizer.
+        - `pattern`: an expression in [Rust's syntax](https://docs.rs/regex/latest/regex/#syntax), which is that of
+            Python without references and without assertions about the text before or after.
+        """
+        if not isinstance(pattern, str):
+            raise InputError(f"The regular expression is {shown(pattern)}; give a text.")
+        return cls(tokenizer, json.dumps({"grammars": [{"rx": pattern}]}), "The regular expression")
+
+    @classmethod
+    def lark(cls, tokenizer: AbstractTokenizer, text: str) -> "Grammar":
+        """A text of a context-free grammar.
+
+        **Arguments:**
+
+        - `tokenizer`: the model's tokenizer.
+        - `text`: the grammar in [llguidance's form of
+            Lark](https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md), with a rule `start`.
+        """
+        if not isinstance(text, str):
+            raise InputError(f"The grammar is {shown(text)}; give a text.")
+        return cls(tokenizer, text, "The grammar")
+
+    def guide(self) -> GrammarGuide:
+        """Which tokens may come next, at the beginning of an answer."""
+        return GrammarGuide(self, self._matcher.deep_copy())
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance reads it."""
+
+    is_tokenizer_wrapper = True
+
+    def __init__(self, tokenizer: AbstractTokenizer):
+        # The cache below must not keep its own keys alive.
+        self._tokenizer = weakref.ref(tokenizer)
+        self.tokens = [tokenizer.token_bytes(id, first=False) for id in range(tokenizer.vocab)]
+        self.special_token_ids = [id for id in tokenizer.special_ids if id < tokenizer.vocab]
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_ids[0], tokenizer.bos_id
+        special = frozenset(self.special_token_ids)
+        self._ids = {token: id for id, token in enumerate(self.tokens) if id not in special}
+        self._longest = max(map(len, self._ids))
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids of a text that a grammar leaves no choice about: those that the tokenizer would choose."""
+        tokenizer, content = self._tokenizer(), text.encode()
+        ids = [] if tokenizer is None else tokenizer.encode_plain(text, first=False)
+        if b"".join(self.tokens[id] for id in ids) == content:
+            return ids
+        # The tokenizer changes texts, such as several spaces into one.
+        ids, at = [], 0
+        while at < len(content):
+            lengths = range(min(self._longest, len(content) - at), 0, -1)
+            length = next((length for length in lengths if content[at : at + length] in self._ids), None)
+            if length is None:
+                break
+            ids.append(self._ids[content[at : at + length]])
+            at += length
+        return ids
+
+
+_LOCK = threading.Lock()
+_LLTOKENIZERS: weakref.WeakKeyDictionary[AbstractTokenizer, Any] = weakref.WeakKeyDictionary()
+
+
+def _lltokenizer(tokenizer: AbstractTokenizer) -> Any:
+    """llguidance's form of a tokenizer, which takes a while to make."""
+    from llguidance import LLTokenizer
+
+    if not tokenizer.eos_ids:
+        raise InputError(f"{tokenizer.name} has no end token, so an answer could not end; give another tokenizer.")
+    with _LOCK:
+        if tokenizer not in _LLTOKENIZERS:
+            vocabulary: Any = _Vocabulary(tokenizer)
+            _LLTOKENIZERS[tokenizer] = LLTokenizer(vocabulary)
+        return _LLTOKENIZERS[tokenizer]
+
+
+def _encodable(source: str, name: str) -> str:
+    try:
+        source.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} has half a surrogate pair, which is not a character; leave it out.") from error
+    return source
+
+
+def _reason(error: str) -> str:
+    return shown(" ".join(error.split()), 160)
