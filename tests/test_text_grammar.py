@@ -74,7 +74,7 @@ def said(tokenizer, ids):
 PATTERNS = [
     "[a-c]{0,9}",
     "(the|hello|hell)( the){0,3}",
-    r"\d{3}-\d{2}",
+    "[0-9]{3}-(a|b)\n",
     "[\u00e9\u5929\U0001f600]{1,5}x?",
     r"[^\u0000-\u007f]{2}",
     r"(?i:Hello)|\x41\n\t",
@@ -116,7 +116,7 @@ def test_a_context_free_grammar(tokenizer):
     for _ in range(12):
         text = said(tokenizer, walk(grammar, draw))
         depth = text.count("(")
-        assert re.fullmatch(r"\({%d}[ab]{1,3}\){%d}" % (depth, depth), text)
+        assert re.fullmatch("[ab]{1,3}", text.removeprefix("(" * depth).removesuffix(")" * depth))
 
 
 def test_where_an_answer_may_end(byte_level):
@@ -147,11 +147,12 @@ def test_several_end_tokens_each_end_an_answer(byte_level, tmp_path):
 
 def test_a_token_that_does_not_follow_is_refused(byte_level):
     (a,), (b,) = byte_level.encode("a"), byte_level.encode("b")
-    for ids, wrong in (([], b), ([a], b), ([], byte_level.eos_ids[0]), ([a, byte_level.eos_ids[0]], a), ([], -1), ([], 10**6)):
+    end = byte_level.eos_ids[0]
+    for ids, wrong in (([], b), ([a], b), ([], end), ([a, end], a), ([], -1), ([], 10**6)):
         guide = Grammar.regex(byte_level, "ac?").guide()
         for id in ids:
             guide.push(id)
-        with refused(f"The token {wrong} does not follow the grammar"):
+        with refused(f"The token {wrong} cannot follow here", "push one that is allowed"):
             guide.push(wrong)
 
 
@@ -202,9 +203,9 @@ def test_the_vocabulary_is_read_once_and_forgotten_with_its_tokenizer(tmp_path, 
     [
         (lambda it: Grammar.regex(it, "(a"), ["The regular expression is wrong"]),
         (lambda it: Grammar.regex(it, "(?=a)b"), ["The regular expression is wrong", "look"]),
-        (lambda it: Grammar.regex(it, 5), ["The regular expression is 5", "give a text"]),
+        (lambda it: Grammar.regex(it, 5), ["The regular expression is 5", "must be a text"]),
         (lambda it: Grammar.regex(it, "\ud800"), ["half a surrogate pair"]),
-        (lambda it: Grammar.regex(it, "a" * 300_000), ["characters", "at most 262,144"]),
+        (lambda it: Grammar.regex(it, "a" * 70_000), ["characters", "at most 65,536"]),
         (lambda it: Grammar.lark(it, "start: missing"), ["The grammar is wrong", "missing"]),
         (lambda it: Grammar.lark(it, "begin: 'a'"), ["The grammar is wrong"]),
         (lambda it: Grammar.lark(it, None), ["The grammar is None"]),
@@ -233,11 +234,11 @@ def test_whitespace_has_an_end(byte_level):
     (space,) = byte_level.encode(" ")
     guide = Grammar.json_schema(byte_level, {"type": "array", "items": {"type": "null"}}).guide()
     guide.push(byte_level.encode("[")[0])
-    for count in range(100):
-        if not guide.allowed()[space]:
-            break
+    count = 0
+    while guide.allowed()[space]:
         guide.push(space)
-    assert 1 < count < 64
+        count += 1
+    assert count == 32
 
 
 def test_any_object(byte_level):
@@ -271,7 +272,7 @@ def smollm2(smollm2_path):
     return small_model(config=dataclasses.replace(SMALL, **sizes, max_positions=4096)), tokenizer
 
 
-_NAMES = st.text("ab_ \u00e9\u5929\"\\", max_size=4)
+_NAMES = st.text('ab_ \u00e9\u5929"\\', max_size=4)
 _SCALARS = st.none() | st.booleans() | st.integers(-1000, 1000) | st.text(max_size=4)
 
 
@@ -298,12 +299,14 @@ _LEAVES = st.one_of(
     st.builds(_strings, st.integers(0, 3), st.integers(0, 6)),
     st.builds(lambda values: {"enum": values}, st.lists(_SCALARS, min_size=1, max_size=4)),
     st.builds(lambda value: {"const": value}, _SCALARS | st.lists(_SCALARS, max_size=2)),
-    st.sampled_from([
-        {"type": "string", "pattern": r"^[a-c]{2}\d?$"},
-        {"type": "string", "format": "date"},
-        {"type": "string", "format": "uuid"},
-        {"type": "number", "minimum": -1, "exclusiveMaximum": 3, "multipleOf": 0.5},
-    ]),
+    st.sampled_from(
+        [
+            {"type": "string", "pattern": r"^[a-c]{2}\d?$"},
+            {"type": "string", "format": "date"},
+            {"type": "string", "format": "uuid"},
+            {"type": "number", "minimum": -1, "exclusiveMaximum": 3, "multipleOf": 0.5},
+        ]
+    ),
 )
 _PLAIN = st.recursive(
     _LEAVES,

@@ -1,7 +1,7 @@
 """Tokens that the host allows from step to step, such as those that follow a grammar."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -137,7 +137,7 @@ def grammars_of(sampler: Sampler) -> tuple[Grammar | None, ...]:
 def without_grammars(sampler: Sampler) -> Sampler:
     """The sampler of a compiled loop, which would be compiled for each grammar if it had one."""
 
-    def grammars(sampler: Sampler) -> list[Grammar | None]:
+    def grammars(sampler: Sampler) -> list[Any]:
         return [one.grammar for one in sampler.processors if isinstance(one, Guided)]
 
     return eqx.tree_at(grammars, sampler, replace_fn=lambda _: None) if grammars(sampler) else sampler

@@ -2,29 +2,39 @@
 
 import importlib.util
 import json
+import math
+import re
 import threading
 import weakref
 from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
 from typing import Any, final
 
 import numpy as np
 from jaxtyping import Bool
 
+from ..checks import checked
 from ..documents import parse_json, shown
 from ..errors import InputError
 from .json_types import to_json_types
 from .tokenizer import AbstractTokenizer
 
 
-# The most characters of a schema, pattern or grammar. The largest in use have a tenth of this.
-LONGEST = 2**18
-# JSON may have whitespace where the standard allows it, but an answer must come to its end. A schema of the caller's may
-# not change this, nor that keywords which cannot be followed are refused.
+# The most characters of a schema, pattern or grammar.
+LONGEST = 2**16
+# The automaton of a multiple has a state for each remainder, and that of several in one number for those of their least
+# common multiple.
+_MOST_REMAINDERS = 10_000
+_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([\d.eE+-]+)')
+_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
+# JSON may have whitespace where the standard allows it, but an answer must come to its end. These options replace those
+# of a schema, which could have keywords ignored.
 _JSON = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}", "coerce_one_of": False, "lenient": False}
-# Half a second of one core at most for a grammar and 50 ms for a mask, and 100 MB of lexer states.
+# What a hostile grammar may cost: tests/test_text_grammar.py has some. The time of `a?a?a?...` is the square of the
+# first of these numbers: seconds for 20,000, and half a minute for llguidance's own 1,000,000.
 _LIMITS = {
+    "initial_lexer_fuel": 20_000,
     "max_items_in_row": 2_000,
-    "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,
     "max_lexer_states": 50_000,
@@ -49,7 +59,10 @@ class GrammarGuide:
         no tokens for it.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._check()
+        if self._matcher.is_error():
+            raise InputError(
+                f"The grammar cannot be followed any further ({_reason(self._matcher.get_error())}); simplify it."
+            )
         mask = np.unpackbits(bits, count=self._grammar.vocab, bitorder="little").view(bool)
         if self._may_end():
             mask[list(self._grammar.eos_ids)] = True
@@ -63,17 +76,13 @@ class GrammarGuide:
         # llguidance knows one end token.
         known = self._grammar.eos_ids[0] if id in self._grammar.eos_ids and self._may_end() else id
         if not 0 <= known < self._grammar.vocab or not self._matcher.consume_token(known):
-            self._check()
-            raise InputError(f"The token {id} does not follow the grammar here; push one of those that are allowed.")
+            reason = _reason(self._matcher.get_error() or "it is not allowed")
+            raise InputError(
+                f"The token {id} cannot follow here ({reason}); push one that is allowed, or simplify the grammar."
+            )
 
     def _may_end(self) -> bool:
         return self._matcher.is_stopped() or self._matcher.is_accepting()
-
-    def _check(self):
-        if self._matcher.is_error():
-            raise InputError(
-                f"The grammar cannot be followed any further ({_reason(self._matcher.get_error())}); simplify it."
-            )
 
 
 @final
@@ -112,19 +121,12 @@ class Grammar:
         - `source`: the grammar as llguidance reads it.
         - `name`: what the user gave, for messages, such as `"The JSON schema"`.
         """
-        if importlib.util.find_spec("llguidance") is None:
-            raise InputError(
-                "Grammars need the library llguidance, which is not installed; run pip install 'mistral-eqx[serve]'."
-            )
-        from llguidance import LLMatcher, LLParserLimits
-
-        if len(source) > LONGEST:
-            raise InputError(f"{name} has {len(source):,} characters; give one of at most {LONGEST:,}.")
+        library = _library()
         self._tokenizer = tokenizer
-        self.source, self.vocab, self.eos_ids = source, tokenizer.vocab, tokenizer.eos_ids
-        self._matcher = LLMatcher(
-            _lltokenizer(tokenizer), _encodable(source, name), log_level=0, limits=LLParserLimits(**_LIMITS)
-        )
+        self.source, self.vocab, self.eos_ids = _checked(source, name), tokenizer.vocab, tokenizer.eos_ids
+        limits = library.LLParserLimits(**_LIMITS)
+        self._matcher = library.LLMatcher(_lltokenizer(tokenizer), source, log_level=0, limits=limits)
+        self._matcher.compute_bitmask()
         if self._matcher.is_error():
             raise InputError(
                 f"{name} is wrong, too complex, or has parts that are not supported "
@@ -147,7 +149,8 @@ class Grammar:
         if not isinstance(schema, Mapping):
             raise InputError(f"{name} is {shown(schema)}; give a dict, such as {{'type': 'object'}}.")
         content = to_json_types(dict(schema), "The values of the JSON schema")
-        return cls(tokenizer, json.dumps({"grammars": [{"json_schema": content | {"x-guidance": _JSON}}]}), name)
+        source = json.dumps({"grammars": [{"json_schema": content | {"x-guidance": _JSON}}]})
+        return cls(tokenizer, _with_few_remainders(source, name), name)
 
     @classmethod
     def json_object(cls, tokenizer: AbstractTokenizer) -> "Grammar":
@@ -164,9 +167,8 @@ class Grammar:
         - `pattern`: an expression in [Rust's syntax](https://docs.rs/regex/latest/regex/#syntax), which is that of
             Python without references and without assertions about the text before or after.
         """
-        if not isinstance(pattern, str):
-            raise InputError(f"The regular expression is {shown(pattern)}; give a text.")
-        return cls(tokenizer, json.dumps({"grammars": [{"rx": pattern}]}), "The regular expression")
+        name = "The regular expression"
+        return cls(tokenizer, _library().LLMatcher.grammar_from_regex(_checked(pattern, name)), name)
 
     @classmethod
     def lark(cls, tokenizer: AbstractTokenizer, text: str) -> "Grammar":
@@ -178,9 +180,7 @@ class Grammar:
         - `text`: the grammar in [llguidance's form of
             Lark](https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md), with a rule `start`.
         """
-        if not isinstance(text, str):
-            raise InputError(f"The grammar is {shown(text)}; give a text.")
-        return cls(tokenizer, text, "The grammar")
+        return cls(tokenizer, _with_few_remainders(text, "The grammar"), "The grammar")
 
     def guide(self) -> GrammarGuide:
         """Which tokens may come next, at the beginning of an answer."""
@@ -226,18 +226,46 @@ _LLTOKENIZERS: weakref.WeakKeyDictionary[AbstractTokenizer, Any] = weakref.WeakK
 
 def _lltokenizer(tokenizer: AbstractTokenizer) -> Any:
     """llguidance's form of a tokenizer, which takes a while to make."""
-    from llguidance import LLTokenizer
-
     if not tokenizer.eos_ids:
         raise InputError(f"{tokenizer.name} has no end token, so an answer could not end; give another tokenizer.")
     with _LOCK:
         if tokenizer not in _LLTOKENIZERS:
             vocabulary: Any = _Vocabulary(tokenizer)
-            _LLTOKENIZERS[tokenizer] = LLTokenizer(vocabulary)
+            _LLTOKENIZERS[tokenizer] = _library().LLTokenizer(vocabulary)
         return _LLTOKENIZERS[tokenizer]
 
 
-def _encodable(source: str, name: str) -> str:
+def _library() -> Any:
+    if importlib.util.find_spec("llguidance") is None:
+        raise InputError(
+            "Grammars need the library llguidance, which is not installed; run pip install 'mistral-eqx[serve]'."
+        )
+    import llguidance
+
+    return llguidance
+
+
+def _with_few_remainders(source: Any, name: str) -> str:
+    source = _checked(source, name)
+    try:
+        multiples = _MULTIPLE.findall(_ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), source))
+        digits = [Decimal(multiple).normalize().as_tuple().digits for multiple in multiples]
+    except InvalidOperation:
+        digits = []
+    # Few digits at first: the least common multiple of long numbers takes a while too.
+    short = max(map(len, digits), default=0) < 6
+    if not short or math.lcm(*(int("".join(map(str, one))) for one in digits)) > _MOST_REMAINDERS:
+        raise InputError(
+            f"The least common multiple of the digits of all multipleOf in {name.replace('The', 'the')} is more than "
+            f"{_MOST_REMAINDERS:,}; leave some out."
+        )
+    return source
+
+
+def _checked(source: Any, name: str) -> str:
+    source = checked(source, str, name)
+    if len(source) > LONGEST:
+        raise InputError(f"{name} has {len(source):,} characters; give one of at most {LONGEST:,}.")
     try:
         source.encode()
     except UnicodeEncodeError as error:
