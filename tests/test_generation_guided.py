@@ -108,7 +108,12 @@ def test_every_way_to_generate_gives_the_same():
     assert together == rows_of(generate(model(), PROMPTS, sampler=constrained(table, temperature=1.3), **both))
     streamed = np.stack(list(stream(model(), PROMPTS, sampler=sampler, **both)), 1)
     assert [row[row >= 0].tolist() for row in streamed] == together
-    alone = {**options, "sampler": sampler}
+
+
+@pytest.mark.slow
+def test_a_conversation_follows_a_grammar_in_each_answer():
+    table, options = random_table(seed=3), {"max_new_tokens": 10, "eos_id": [2, 5], "key": jr.key(1)}
+    alone = {**options, "sampler": guided(table, temperature=1.3)}
     chat = mx.Conversation(model())
     first = list(chat.reply(PROMPTS[0], **alone))
     assert [first] == rows_of(generate(model(), PROMPTS[:1], **alone))

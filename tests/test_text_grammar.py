@@ -1,6 +1,7 @@
 """Every answer follows its grammar, with every kind of tokenizer."""
 
 import dataclasses
+import functools
 import gc
 import json
 import re
@@ -175,27 +176,17 @@ def test_control_tokens_are_no_text_unless_they_are_named(byte_level):
     assert walk(named, draw) == [byte_level.control_tokens["<|im_start|>"], *byte_level.encode("a")]
 
 
-def test_a_text_without_choice_gets_the_tokens_that_the_tokenizer_gives_it(tokenizer):
-    # The first token of a schema's text is never chosen by the model alone.
-    text = "the hello"
-    ids = walk(Grammar.regex(tokenizer, text), np.random.default_rng(4))
-    assert ids == tokenizer.encode_plain(text, first=False)
-
-
 def test_the_vocabulary_is_read_once_and_forgotten_with_its_tokenizer(tmp_path, monkeypatch):
     tokenizer = KINDS["byte-level"](tmp_path)
-    first = Grammar.regex(tokenizer, "a")
+    guide = Grammar.regex(tokenizer, "a").guide()
     monkeypatch.setattr(type(tokenizer), "token_bytes", lambda *arguments, **options: pytest.fail("read again"))
-    guide = Grammar.regex(tokenizer, "b").guide()
-    guide.allowed()
+    Grammar.regex(tokenizer, "b")
     gone = weakref.ref(tokenizer)
-    del tokenizer, first
-    gc.collect()
-    assert gone() is not None
-    del guide
+    del tokenizer
     gc.collect()
     assert gone() is None
-    assert len(grammar_file._LLTOKENIZERS) == len(list(grammar_file._LLTOKENIZERS.values()))
+    # A guide needs no tokenizer.
+    assert guide.allowed().any()
 
 
 @pytest.mark.parametrize(
@@ -261,19 +252,90 @@ def test_without_the_library_or_an_end_token(byte_level, tmp_path, monkeypatch):
         Grammar.regex(byte_level, "a")
 
 
+def _optional_fields(count):
+    return {"type": "object", "properties": {f"p{at}": {"type": "string"} for at in range(count)}}
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        # Each would take seconds to minutes, or gigabytes, with llguidance's own limits.
+        pytest.param(lambda it: Grammar.regex(it, "[a-z0-9]?" * 7000), ["too complex"], id="optional"),
+        pytest.param(lambda it: Grammar.regex(it, "a?" * 20_000), ["too complex"], id="more optional"),
+        pytest.param(lambda it: Grammar.regex(it, "(" * 20_000 + ")" * 20_000), ["too complex"], id="parentheses"),
+        pytest.param(lambda it: Grammar.regex(it, "a{1000000}"), ["too complex"], id="repeated"),
+        pytest.param(lambda it: Grammar.regex(it, "((((a{1,99}){1,99}){1,99}){1,99}){1,99}"), [], id="nested"),
+        pytest.param(lambda it: Grammar.regex(it, ".*a.{500}b"), ["too many states"], id="states"),
+        pytest.param(lambda it: Grammar.json_schema(it, _optional_fields(1500)), ["items"], id="optional fields"),
+        pytest.param(
+            lambda it: Grammar.json_schema(it, {"type": "integer", "multipleOf": 999_983}),
+            ["multipleOf"],
+            id="multiple",
+        ),
+        pytest.param(
+            lambda it: Grammar.json_schema(it, {"allOf": [{"type": "integer", "multipleOf": n} for n in (997, 991)]}),
+            ["multipleOf", "10,000"],
+            id="multiples",
+        ),
+        pytest.param(
+            lambda it: Grammar.lark(it, 'start: %json {"type": "integer", "multiple\\u004ff": 999983}'),
+            ["multipleOf in the grammar"],
+            id="escaped",
+        ),
+        pytest.param(lambda it: Grammar.json_schema(it, {"$ref": "#"}), ["no tokens"], id="nothing"),
+        pytest.param(lambda it: Grammar.json_schema(it, functools.reduce(_list_of, range(70), {})), ["64"], id="deep"),
+    ],
+)
+def test_hostile_grammars_are_refused(byte_level, make, words):
+    """In a second or two, most of them at once; some only where the answer comes to it."""
+    with refused(*words):
+        guide, draw = make(byte_level).guide(), np.random.default_rng(0)
+        for _ in range(3000):
+            guide.push(int(draw.choice(np.flatnonzero(guide.allowed()))))
+
+
+def _list_of(items, _):
+    return {"type": "array", "items": items}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda it: Grammar.regex(it, "((a|a)*)*b{0,9}(a|b)*a(a|b){30}c?"),
+        lambda it: Grammar.regex(it, "(.*a){20}.{0,100000}"),
+        lambda it: Grammar.json_schema(it, {"type": "array", "items": {"type": "string"}, "minItems": 10**6}),
+        lambda it: Grammar.json_schema(
+            it,
+            {
+                "$ref": "#/$defs/x15",
+                "$defs": {"x0": {"type": "null"}}
+                | {f"x{at}": {"anyOf": [{"$ref": f"#/$defs/x{at - 1}"}] * 10} for at in range(1, 16)},
+            },
+        ),
+        lambda it: Grammar.lark(it, 'start: start start | "a" | '),
+    ],
+)
+def test_what_only_looks_hostile_is_followed(byte_level, make):
+    guide, draw = make(byte_level).guide(), np.random.default_rng(0)
+    for _ in range(100):
+        guide.push(int(draw.choice(np.flatnonzero(guide.allowed()))))
+
+
 # --- answers of a model, with the vocabulary of the default preset
 
 
-@pytest.fixture(scope="module")
-def smollm2(smollm2_path):
+@functools.lru_cache
+def random_model(path):
     """A random model that costs little, with the tokenizer of the default preset."""
-    tokenizer = load_tokenizer(smollm2_path)
+    tokenizer = load_tokenizer(path)
     sizes = {"vocab": tokenizer.vocab, "embed": 16, "hidden": 16, "layers": 1, "windows": (None,)}
     return small_model(config=dataclasses.replace(SMALL, **sizes, max_positions=4096)), tokenizer
 
 
 _NAMES = st.text('ab_ \u00e9\u5929"\\', max_size=4)
-_SCALARS = st.none() | st.booleans() | st.integers(-1000, 1000) | st.text(max_size=4)
+# The preset has no tokens for the bytes with which the characters after these begin.
+_TEXTS = st.text(st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cs"]), max_size=4)
+_SCALARS = st.none() | st.booleans() | st.integers(-1000, 1000) | _TEXTS
 
 
 def _integers(low, span):
@@ -320,8 +382,8 @@ _PLAIN = st.recursive(
 SCHEMAS = _PLAIN | st.builds(lambda one: _arrays({"$ref": "#/$defs/x"}, 0, 2) | {"$defs": {"x": one}}, _PLAIN)
 
 
-def answers_parse(smollm2, schema, seed, new=1200):
-    model, tokenizer = smollm2
+def answers_parse(path, schema, seed, new=1200):
+    model, tokenizer = random_model(path)
     sampler = mx.Sampler(temperature=5.0, processors=[Guided(Grammar.json_schema(tokenizer, schema))])
     prompt = tokenizer.encode("Once")
     out = mx.generate(
@@ -335,17 +397,27 @@ def answers_parse(smollm2, schema, seed, new=1200):
     )
     assert int(out.lengths[0]) < new, "the answer did not end"
     jsonschema.validate(json.loads(out.texts[0]), schema, jsonschema.Draft202012Validator)
-    return int(out.lengths[0])
 
 
-@settings(deadline=None, max_examples=6, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=5, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(schema=SCHEMAS, seed=st.integers(0, 1000))
-def test_every_answer_is_json_of_its_schema(smollm2, schema, seed):
-    answers_parse(smollm2, schema, seed)
+def test_every_answer_is_json_of_its_schema(smollm2_path, schema, seed):
+    answers_parse(smollm2_path, schema, seed)
 
 
 @settings(deadline=None, max_examples=500, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(schema=SCHEMAS, seed=st.integers(0, 1000))
 @pytest.mark.slow
-def test_every_answer_is_json_of_each_of_500_schemas(smollm2, schema, seed):
-    answers_parse(smollm2, schema, seed)
+def test_every_answer_is_json_of_each_of_500_schemas(smollm2_path, schema, seed):
+    answers_parse(smollm2_path, schema, seed)
+
+
+def test_a_text_that_the_vocabulary_cannot_write_is_refused(smollm2_path):
+    _, tokenizer = random_model(smollm2_path)
+    with refused("The JSON schema", "no tokens for what must come next"):
+        walk(Grammar.json_schema(tokenizer, {"const": "\U000a1603"}), np.random.default_rng(0))
+    # Where there is another way, it is taken.
+    draw = np.random.default_rng(0)
+    grammar = Grammar.regex(tokenizer, "[\U000a1603a-z]{1,9}")
+    for _ in range(20):
+        assert re.fullmatch("[a-z]{1,9}", said(tokenizer, walk(grammar, draw)))

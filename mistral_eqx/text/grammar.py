@@ -30,6 +30,9 @@ _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 # JSON may have whitespace where the standard allows it, but an answer must come to its end. These options replace those
 # of a schema, which could have keywords ignored.
 _JSON = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}", "coerce_one_of": False, "lenient": False}
+# Text that leaves no choice is masked as any other. Otherwise llguidance would have it encoded, and allow wrong tokens if
+# the vocabulary has none for it.
+_OPTIONS = '%llguidance {"no_forcing": true}'
 # What a hostile grammar may cost: tests/test_text_grammar.py has some. The time of `a?a?a?...` is the square of the
 # first of these numbers: seconds for 20,000, and half a minute for llguidance's own 1,000,000.
 _LIMITS = {
@@ -47,7 +50,6 @@ class GrammarGuide:
     """Which tokens may come next in one answer that follows a grammar."""
 
     def __init__(self, grammar: "Grammar", matcher: Any):
-        # The grammar keeps the tokenizer alive, which the matcher calls.
         self._grammar, self._matcher = grammar, matcher
 
     def allowed(self) -> Bool[np.ndarray, " vocab"]:
@@ -118,14 +120,13 @@ class Grammar:
         """**Arguments:**
 
         - `tokenizer`: the model's tokenizer.
-        - `source`: the grammar as llguidance reads it.
+        - `source`: the grammar in llguidance's form of Lark.
         - `name`: what the user gave, for messages, such as `"The JSON schema"`.
         """
         library = _library()
-        self._tokenizer = tokenizer
-        self.source, self.vocab, self.eos_ids = _checked(source, name), tokenizer.vocab, tokenizer.eos_ids
+        self.source, self.vocab, self.eos_ids = f"{source}\n{_OPTIONS}", tokenizer.vocab, tokenizer.eos_ids
         limits = library.LLParserLimits(**_LIMITS)
-        self._matcher = library.LLMatcher(_lltokenizer(tokenizer), source, log_level=0, limits=limits)
+        self._matcher = library.LLMatcher(_lltokenizer(tokenizer), self.source, log_level=0, limits=limits)
         self._matcher.compute_bitmask()
         if self._matcher.is_error():
             raise InputError(
@@ -149,7 +150,7 @@ class Grammar:
         if not isinstance(schema, Mapping):
             raise InputError(f"{name} is {shown(schema)}; give a dict, such as {{'type': 'object'}}.")
         content = to_json_types(dict(schema), "The values of the JSON schema")
-        source = json.dumps({"grammars": [{"json_schema": content | {"x-guidance": _JSON}}]})
+        source = f"start: %json {json.dumps(content | {'x-guidance': _JSON})}"
         return cls(tokenizer, _with_few_remainders(source, name), name)
 
     @classmethod
@@ -168,7 +169,7 @@ class Grammar:
             Python without references and without assertions about the text before or after.
         """
         name = "The regular expression"
-        return cls(tokenizer, _library().LLMatcher.grammar_from_regex(_checked(pattern, name)), name)
+        return cls(tokenizer, f"start: /{_library().regex_to_lark(_checked(pattern, name))}/", name)
 
     @classmethod
     def lark(cls, tokenizer: AbstractTokenizer, text: str) -> "Grammar":
@@ -193,31 +194,13 @@ class _Vocabulary:
     is_tokenizer_wrapper = True
 
     def __init__(self, tokenizer: AbstractTokenizer):
-        # The cache below must not keep its own keys alive.
-        self._tokenizer = weakref.ref(tokenizer)
         self.tokens = [tokenizer.token_bytes(id, first=False) for id in range(tokenizer.vocab)]
         self.special_token_ids = [id for id in tokenizer.special_ids if id < tokenizer.vocab]
         self.eos_token_id, self.bos_token_id = tokenizer.eos_ids[0], tokenizer.bos_id
-        special = frozenset(self.special_token_ids)
-        self._ids = {token: id for id, token in enumerate(self.tokens) if id not in special}
-        self._longest = max(map(len, self._ids))
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of a text that a grammar leaves no choice about: those that the tokenizer would choose."""
-        tokenizer, content = self._tokenizer(), text.encode()
-        ids = [] if tokenizer is None else tokenizer.encode_plain(text, first=False)
-        if b"".join(self.tokens[id] for id in ids) == content:
-            return ids
-        # The tokenizer changes texts, such as several spaces into one.
-        ids, at = [], 0
-        while at < len(content):
-            lengths = range(min(self._longest, len(content) - at), 0, -1)
-            length = next((length for length in lengths if content[at : at + length] in self._ids), None)
-            if length is None:
-                break
-            ids.append(self._ids[content[at : at + length]])
-            at += length
-        return ids
+        """Would encode the text that a grammar forces."""
+        raise NotImplementedError
 
 
 _LOCK = threading.Lock()
@@ -274,4 +257,6 @@ def _checked(source: Any, name: str) -> str:
 
 
 def _reason(error: str) -> str:
+    if error.startswith("NoExtension"):
+        return "the vocabulary has no tokens for what must come next"
     return shown(" ".join(error.split()), 160)
