@@ -30,6 +30,7 @@ from .generation import (
     Conversation as Conversation,
     FrequencyPenalty as FrequencyPenalty,
     Generated as Generated,
+    Guided as Guided,
     LogitBias as LogitBias,
     MinNewTokens as MinNewTokens,
     Prefix as Prefix,
@@ -74,6 +75,7 @@ from .quant import (
 )
 from .text import (
     Detokenizer as Detokenizer,
+    Grammar as Grammar,
     Reply as Reply,
     ReplyParser as ReplyParser,
     StopText as StopText,

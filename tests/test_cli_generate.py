@@ -401,3 +401,31 @@ def test_virtual_devices_are_made_for_the_mesh_unless_their_number_was_asked_for
         )
         assert done.returncode == code, done.stderr
         assert ("takes 2 devices and there are 1" if code else "heads on tp=2") in done.stderr
+
+
+def test_a_text_follows_a_grammar(tiny, tmp_path):
+    (tmp_path / "schema.json").write_text('{"type": "array", "items": {"type": "boolean"}, "maxItems": 3}')
+    (tmp_path / "sums.lark").write_text('start: N ("+" N){1,3}\nN: /[1-9]{2}/')
+    options = ("Call me", "--model", tiny, "-n", 200, "--quiet", "--temperature", 5.0)
+    found = run("generate", *options, "--json-schema", tmp_path / "schema.json")
+    assert found.exit_code == 0, found.stderr
+    assert set(json.loads(found.stdout)) <= {True, False}
+    both = run("generate", "Hi", *options, "--grammar", tmp_path / "sums.lark").stdout.splitlines()
+    assert len([line for line in both if re.fullmatch(r"[1-9]{2}(\+[1-9]{2}){1,3}", line)]) == 2
+    found = run("generate", *options, "--regex", "[ab]{2,5}x", "--logprobs", 1).stdout
+    assert re.fullmatch("[ab]{2,5}x", found.splitlines()[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--regex", "(a"], ["The regular expression is wrong"]),
+        (["--regex", "a", "--grammar", "x"], ["--regex and --grammar both say"]),
+        (["--regex", "a", "--ignore-eos"], ["--regex", "--ignore-eos"]),
+        (["--regex", "a", "--num-beams", "2"], ["--regex does not combine with --num-beams"]),
+        (["--json-schema", "absent.json"], ["absent.json"]),
+    ],
+)
+def test_a_grammar_that_cannot_be_followed_is_refused_before_the_weights_are_read(tiny, monkeypatch, arguments, words):
+    monkeypatch.setattr(mx, "load", lambda *args, **options: pytest.fail("the weights were read"))
+    assert_refused(run("generate", "hi", "--model", tiny, *arguments), *words)

@@ -87,6 +87,14 @@ def test_constraint_writes_what_the_patterns_allow(run):
         assert any(re.fullmatch(pattern, text + end) for end in ("", "a.", ".", ", 1, 1", ", 1"))
 
 
+@pytest.mark.slow
+def test_json_schema_reads_records(run):
+    lines = run("json_schema.py").splitlines()
+    assert len(lines) == 4
+    for line in lines[1::2]:
+        assert list(ast.literal_eval(line)) == ["name", "age", "city", "languages"]
+
+
 @pytest.mark.parametrize(
     "pattern",
     [r"a(b|cd)*e?", r"[^a-y]{3}", r"\d+\.\d\d", r"(ab|a)(bc|c)?x", r"a?b?c?", r"x.{2}y", r"(a*b)*", r"é|ab"],
@@ -310,6 +318,17 @@ def test_the_page_on_sampling(tiny, capsys):
         exec(compile(snippet.replace('"smollm2-135m"', repr(str(tiny))), "sampling.md", "exec"), names)
     assert names["out"].tokens.shape == (2, 8)
     assert capsys.readouterr().out.startswith("(8, 24)")
+
+
+@pytest.mark.slow
+def test_the_page_on_structured_output(tiny, capsys):
+    page = (ROOT / "docs/structured_output.md").read_text()
+    names = {}
+    for snippet in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(snippet.replace('"smollm2-135m"', repr(str(tiny))), "structured_output.md", "exec"), names)
+    record, answer = capsys.readouterr().out.splitlines()
+    assert list(ast.literal_eval(record)) == ["city", "country", "population"]
+    assert answer in (" yes", " no")
 
 
 def test_the_page_on_evaluation(tiny, capsys):

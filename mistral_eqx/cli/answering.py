@@ -20,7 +20,7 @@ from .wanted import Wanted
 
 if TYPE_CHECKING:
     from ..nn import Mistral
-    from ..text.tokenizer import AbstractTokenizer
+    from ..text import AbstractTokenizer, Grammar
 
 
 def answer_one(
@@ -29,6 +29,7 @@ def answer_one(
     prompt: Prompt,
     wanted: Wanted,
     metrics: Metrics | None,
+    grammar: Grammar | None = None,
     *,
     templated: bool = False,
 ):
@@ -37,6 +38,7 @@ def answer_one(
     **Arguments:**
 
     - `metrics`: about the model; `None` shows no metrics at all.
+    - `grammar`: what the text must be, from `wanted`.
     - `templated`: whether the prompt is in the model's chat template.
     """
     import mistral_eqx as mx
@@ -45,7 +47,7 @@ def answer_one(
     stopwatch = Stopwatch()
     interrupted, tokens = False, 0
     try:
-        options = options_of(wanted, tokenizer, [prompt])
+        options = options_of(wanted, tokenizer, [prompt], grammar)
         with waiting(f"Reading {len(prompt.ids):,} tokens") as read:
             for (token,) in Background(lambda: mx.stream(model, [prompt.ids], **options)):
                 read()
@@ -78,6 +80,7 @@ def answer_all(
     size: int,
     metrics: Metrics | None,
     write: Write,
+    grammar: Grammar | None = None,
     total: int | None = None,
     bar: bool = False,
 ):
@@ -87,6 +90,7 @@ def answer_all(
 
     - `size`: of a batch; the last one may have fewer prompts.
     - `metrics`: about the model; `None` shows no metrics at all.
+    - `grammar`: what each text must be, from `wanted`.
     - `total`: how many prompts there are, if that is known.
     - `bar`: whether a bar tells how many are done.
     """
@@ -96,7 +100,7 @@ def answer_all(
             report(done, total)
             # Prompts may come slowly out of a pipe, but no more of them are read than are wanted.
             for batch in Background(lambda: batches, ahead=False):
-                texts, interrupted = continue_batch(model, tokenizer, batch, wanted, size if done else 0)
+                texts, interrupted = continue_batch(model, tokenizer, batch, wanted, size if done else 0, grammar)
                 for prompt, found in zip(batch, texts, strict=False):
                     write(prompt, found)
                 every = [text for found in texts for text in found]

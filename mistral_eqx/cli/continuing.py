@@ -14,7 +14,7 @@ from .wanted import Wanted
 if TYPE_CHECKING:
     from ..generation import Beams, Generated
     from ..nn import Mistral
-    from ..text.tokenizer import AbstractTokenizer
+    from ..text import AbstractTokenizer, Grammar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,12 @@ class Continuation:
 
 
 def continue_batch(
-    model: Mistral, tokenizer: AbstractTokenizer, prompts: Sequence[Prompt], wanted: Wanted, size: int = 0
+    model: Mistral,
+    tokenizer: AbstractTokenizer,
+    prompts: Sequence[Prompt],
+    wanted: Wanted,
+    size: int = 0,
+    grammar: Grammar | None = None,
 ) -> tuple[list[list[Continuation]], bool]:
     """Continues each prompt.
 
@@ -63,6 +68,7 @@ def continue_batch(
 
     - `size`: fewer prompts are filled up with copies of the first, because a batch of another size would be compiled
         anew.
+    - `grammar`: what each text must be, from `wanted`.
 
     **Returns:** for each prompt its texts, and whether ctrl-C came before they were complete. Then the texts have what
     was decoded so far; a beam search, and log-probabilities, then give no texts.
@@ -71,7 +77,7 @@ def continue_batch(
 
     filled = [*prompts, *[prompts[0]] * (size - len(prompts))]
     ids = [prompt.ids for prompt in filled]
-    options = options_of(wanted, tokenizer, filled)
+    options = options_of(wanted, tokenizer, filled, grammar)
     texts = [_Text(tokenizer, wanted, prompt.ids) for prompt in prompts for _ in range(wanted.samples)]
     try:
         if wanted.num_beams is not None:
@@ -89,7 +95,9 @@ def continue_batch(
     return _grouped(found, wanted.samples), False
 
 
-def options_of(wanted: Wanted, tokenizer: AbstractTokenizer, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def options_of(
+    wanted: Wanted, tokenizer: AbstractTokenizer, prompts: Sequence[Prompt], grammar: Grammar | None = None
+) -> dict[str, Any]:
     """The arguments of `stream`, `generate` or `beam_search` besides the model and the prompts."""
     import jax
     import jax.numpy as jnp
@@ -105,7 +113,7 @@ def options_of(wanted: Wanted, tokenizer: AbstractTokenizer, prompts: Sequence[P
         return options if wanted.length_penalty is None else options | {"length_penalty": wanted.length_penalty}
     numbers = jnp.asarray([prompt.number for prompt in prompts])
     options |= {
-        "sampler": wanted.sampler(wanted.min_new_tokens or 0),
+        "sampler": wanted.sampler(wanted.min_new_tokens or 0, grammar),
         "key": jax.vmap(jr.fold_in, in_axes=(None, 0))(jr.key(wanted.seed), numbers),
         "num_samples": wanted.samples,
     }

@@ -131,6 +131,7 @@ def generate(
     wanted.check_vocabulary(config.vocab)
     mesh, strategy, where = devices.place(config)
     tokenizer = mx.load_tokenizer(path)
+    grammar = wanted.read_grammar(tokenizer)
 
     def encode(content: str | list[Any]) -> list[int]:
         if len(str(content)) > _LONGEST_TOKEN * config.max_positions:
@@ -158,7 +159,9 @@ def generate(
     # Of a pipe no more than the first lines can be checked now.
     batches = itertools.chain(list(itertools.islice(batches, 1)), batches)
     ids = [one.ids for one in given]
-    check_same("command", repr((ids, files.batch_size, wanted, model.agreed, tokenizer.eos_ids)))
+    # Processes may have the file of a grammar under different names.
+    alike = dataclasses.replace(wanted, json_schema=None, grammar=None), grammar and grammar.source
+    check_same("command", repr((ids, files.batch_size, alike, model.agreed, tokenizer.eos_ids)))
     # The file of the texts is made before the weights are read, so that it is not refused after.
     several = wanted.num_samples is not None
     with contextlib.ExitStack() as writing:
@@ -172,8 +175,8 @@ def generate(
         loaded = ("loaded", f"in {seconds:.2f} s as {precision(weights)}")
         metrics = None if quiet else [loaded, *([("strategy", where)] if where else [])]
         if prompts is None and len(given) == 1 and wanted.plain:
-            answer_one(weights, tokenizer, given[0], wanted, metrics, templated=files.chat)
+            answer_one(weights, tokenizer, given[0], wanted, metrics, grammar, templated=files.chat)
         else:
             # A bar on the terminal on which lines are written would get between them.
             bar = prompts is not None and (output is not None or not sys.stdout.isatty())
-            answer_all(weights, tokenizer, batches, wanted, files.batch_size, metrics, write, total, bar)
+            answer_all(weights, tokenizer, batches, wanted, files.batch_size, metrics, write, grammar, total, bar)

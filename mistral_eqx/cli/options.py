@@ -18,6 +18,7 @@ from ..checks import checked
 
 if TYPE_CHECKING:
     from ..generation import Sampler
+    from ..text import Grammar
 
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -84,6 +85,7 @@ def flat(command: Callable[..., Any]) -> Callable[..., Any]:
 Penalty = Annotated[float, Ge(-2), Le(2)]
 # Under which heading the help of a command has an option.
 MODEL, PROMPTS, SAMPLING, BEAMS, DEVICES = "Model", "Prompts and output", "Sampling", "Beam search", "Devices"
+GRAMMAR = "Structured output"
 
 MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", "-n", callback=within(checks.Count), help="How many tokens to add at most.")
@@ -232,8 +234,8 @@ class SamplingOptions:
         ),
     ] = None
 
-    def sampler(self, min_new_tokens: int = 0) -> "Sampler":
-        """A sampler with a processor for each penalty that was given.
+    def sampler(self, min_new_tokens: int = 0, grammar: "Grammar | None" = None) -> "Sampler":
+        """A sampler with a processor for each penalty that was given, and one that follows a grammar.
 
         **Raises:** `ValueError` if a value is outside its range.
         """
@@ -248,6 +250,8 @@ class SamplingOptions:
             processors.append(mx.FrequencyPenalty(self.frequency_penalty))
         if min_new_tokens:
             processors.append(mx.MinNewTokens(min_new_tokens))
+        if grammar is not None:
+            processors.append(mx.Guided(grammar))
         return mx.Sampler(self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p, processors)
 
 

@@ -1,15 +1,21 @@
 """What the options of `mistral-eqx generate` ask for, and what of it does not go together."""
 
 import dataclasses
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import checks
 from ..errors import InputError
-from .options import BEAMS, CacheDType, MaxNewTokens, SamplingOptions, Seed, Stop, within
+from .options import BEAMS, GRAMMAR, CacheDType, MaxNewTokens, SamplingOptions, Seed, Stop, within
 
 
+if TYPE_CHECKING:
+    from ..text import AbstractTokenizer, Grammar
+
+
+_GRAMMARS = ("json_schema", "regex", "grammar")
 _NOT_WITH_BEAMS = (
     "temperature",
     "top_k",
@@ -23,6 +29,7 @@ _NOT_WITH_BEAMS = (
     "stop",
     "logprobs",
     "prefill_chunk",
+    *_GRAMMARS,
 )
 
 
@@ -37,6 +44,24 @@ class Wanted(SamplingOptions):
     ] = None
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after a token that ends a text.")] = False
     stop: Stop = None
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write JSON that the JSON schema in this file accepts.", rich_help_panel=GRAMMAR
+        ),
+    ] = None
+    regex: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Write a text that this regular expression matches as a whole.",
+            rich_help_panel=GRAMMAR,
+        ),
+    ] = None
+    grammar: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a text of the Lark grammar in this file.", rich_help_panel=GRAMMAR),
+    ] = None
     num_samples: Annotated[
         int | None,
         typer.Option(
@@ -105,6 +130,7 @@ class Wanted(SamplingOptions):
                 "--min-new-tokens holds back the tokens that end a text, and with --ignore-eos none does; leave one "
                 "of the two out."
             )
+        self._check_grammar()
         if self.num_beams is not None:
             self._check_beams(self.num_beams)
         elif self.length_penalty is not None:
@@ -113,6 +139,16 @@ class Wanted(SamplingOptions):
             raise InputError(
                 f"--num-samples is {self.samples}, but without drawing all texts of a prompt are the same; add "
                 "--temperature, or --num-beams for the best ones of a beam search."
+            )
+
+    def _check_grammar(self):
+        given = [f"--{name.replace('_', '-')}" for name in _GRAMMARS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InputError(f"{given[0]} and {given[1]} both say what a text must be; leave one of the two out.")
+        if given and self.ignore_eos:
+            raise InputError(
+                f"With {given[0]} a text ends with an end token, and --ignore-eos continues after it; leave one of the "
+                "two out."
             )
 
     def _check_beams(self, num_beams: int):
@@ -127,6 +163,20 @@ class Wanted(SamplingOptions):
                 f"--num-samples is {self.samples}, more than the {num_beams} of --num-beams; a beam search has as many "
                 "texts as beams."
             )
+
+    def read_grammar(self, tokenizer: "AbstractTokenizer") -> "Grammar | None":
+        """What a text must be, if an option says it.
+
+        **Raises:** `ValueError` if the file or the pattern cannot be used.
+        """
+        from ..documents import read_json, read_text
+        from ..text import Grammar
+
+        if self.json_schema is not None:
+            return Grammar.json_schema(tokenizer, read_json(self.json_schema))
+        if self.grammar is not None:
+            return Grammar.lark(tokenizer, read_text(self.grammar))
+        return None if self.regex is None else Grammar.regex(tokenizer, self.regex)
 
     def check_vocabulary(self, vocab: int):
         """Refuses what asks for more tokens than there are.

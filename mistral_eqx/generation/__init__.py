@@ -1,5 +1,6 @@
 from .beam import Beams as Beams, beam_search as beam_search
 from .generation import Generated as Generated, generate as generate
+from .guided import Grammar as Grammar, Guide as Guide, Guided as Guided
 from .prefix import Prefix as Prefix, prefill as prefill
 from .processors import (
     AbstractProcessor as AbstractProcessor,

@@ -51,10 +51,10 @@ def read_chunks(
     return read_chunk((model, place_rows(model, ids[:, last]), place_rows(model, positions[:, last])), cache)
 
 
-def place_rows(model: Mistral, x: np.ndarray | Array) -> Array:
-    """Shards an array with one entry a row as the model's rows are."""
+def place_rows(model: Mistral, x: np.ndarray | Array, dims: str = "batch") -> Array:
+    """Shards an array with one entry a row as the model's rows are, and as its other `dims` are."""
     mesh = model.mesh
-    return jnp.asarray(x) if mesh is None else put_on_mesh(np.asarray(x), mesh, model.strategy.spec("batch"))
+    return jnp.asarray(x) if mesh is None else put_on_mesh(np.asarray(x), mesh, model.strategy.spec(dims))
 
 
 def check_chunk(chunk: int, name: str = "prefill_chunk") -> int:

@@ -22,6 +22,7 @@ from ..parallel import gather_to_host, put_on_mesh, specs
 from .caches import capacity, empty_cache, first_room, grow, holds, parts, slots
 from .finite import not_finite
 from .flat import Flat
+from .guided import Allowed, Grammar, Guides, grammars_of, without_grammars
 from .loop import Decoding, decode, first_tokens, grow_state
 from .prefix import Prefix, checked_prefix
 from .processors import MinNewTokens
@@ -46,6 +47,7 @@ class Request:
     - `idle`: how many rows are added so that `batch` can be split; they have ended from the start.
     - `samples`: the number of rows of each prompt.
     - `states`: the first states of the sampler's processors.
+    - `grammars`: the grammar of each processor, `None` for one without; the sampler itself has none.
     - `alternatives`: how many likeliest tokens to record at each step; `None` for no log-probabilities.
     - `prefix`: the beginning of all prompts.
     - `chunk`: the size of prefill chunks.
@@ -60,6 +62,7 @@ class Request:
     idle: int
     samples: int = 1
     states: tuple[PyTree, ...] = ()
+    grammars: tuple[Grammar | None, ...] = ()
     alternatives: int | None = None
     prefix: Prefix | None = None
     chunk: int = CHUNK
@@ -123,13 +126,14 @@ class Request:
         states = tuple(processor.init_state(texts, ends, vocab) for processor in sampler.processors)
         return cls(
             model=model,
-            sampler=placed(model, sampler),
+            sampler=placed(model, without_grammars(sampler)),
             ends=np.asarray(ends, np.int32),
             keys=jr.wrap_key_data(place_rows(model, jr.key_data(keys)), impl=jr.key_impl(keys)),
             max_new_tokens=new_tokens,
             idle=idle,
             samples=num_samples,
             states=placed(model, states),
+            grammars=grammars_of(sampler),
             alternatives=logprobs,
             prefix=prefix,
             chunk=prefill_chunk,
@@ -212,14 +216,19 @@ class Request:
 
         **Arguments:**
 
+        - `size`: 1 is used if there is a grammar.
         - `stops`: looks for stop strings each time; a row with a stop string has ended.
         """
+        guides = Guides(self.grammars, decoding.token.shape[0])
+        size = 1 if guides else size
         while True:
             if stops is not None:
                 decoding = self._stop(decoding, stops)
             yield decoding, cache
             if not decoding.unfinished or int(decoding.step) >= self.max_new_tokens:
                 return
+            if guides:
+                decoding = self._guide(decoding, guides)
             until = min(int(decoding.step) + size, self.max_new_tokens)
             decoding, cache = self.decode(decoding, cache, until)
 
@@ -237,6 +246,15 @@ class Request:
             ended=place_rows(self.model, ended),
             unfinished=jnp.asarray(unfinished) if mesh is None else put_on_mesh(unfinished, mesh, PartitionSpec()),
         )
+
+    def _guide(self, decoding: Decoding, guides: Guides) -> Decoding:
+        tokens, ended = gather_to_host(decoding.token), gather_to_host(decoding.ended)
+        masks = guides.push(tokens, ended, self.model.config.vocab)
+        states = tuple(
+            state if mask is None else Allowed(place_rows(self.model, mask, "batch vocab"))
+            for state, mask in zip(decoding.states, masks, strict=True)
+        )
+        return dataclasses.replace(decoding, states=states)
 
     def _check(self, decoding: Decoding):
         if decoding.unfinished:

@@ -1,5 +1,6 @@
 from .chat import encode_chat as encode_chat, render_chat as render_chat
 from .detokenizer import Detokenizer as Detokenizer
+from .grammar import Grammar as Grammar
 from .huggingface import HuggingFaceTokenizer as HuggingFaceTokenizer
 from .load import load_tokenizer as load_tokenizer
 from .replies import (
