@@ -1,7 +1,7 @@
 """How much faster is decoding with proposed tokens, and where?
 
-One row is decoded without proposals, with those of a prompt lookup, and with those of a draft, which is the model itself
-with its weights rounded to 4 bits. Two tasks: one quotes its prompt, the other writes freely. SmolLM2 quotes greedily,
+One row is decoded without proposals, with those of a prompt lookup, and with those of a draft: the model itself, with
+its weights rounded to 4 bits. Two tasks: one quotes its prompt, the other writes freely. SmolLM2 quotes greedily,
 since its prompt begins a text again, and draws its free text with one key: all contenders write the same tokens. Layers
 of Mistral 7B's sizes have random weights, and a constraint has them write a given text, so that they too quote in one
 task and not in the other.

@@ -36,14 +36,15 @@ COLD = Sampler(temperature=0.3, top_k=20)
 
 @functools.lru_cache
 def other_model():
-    """A draft: the model with smaller changes to its weights, whose likeliest tokens are often the model's."""
+    """A draft: the model with small changes to its weights, whose likeliest tokens are often the model's."""
     one, noise = talking_model(), small_model(seed=1, config=talking_model().config)
-    return jax.tree.map(lambda x, other: x + 0.15 * other if hasattr(x, "dtype") and x.ndim > 1 else x, one, noise)
+    return jax.tree.map(lambda x, other: x + 0.1 * other if hasattr(x, "dtype") and x.ndim > 1 else x, one, noise)
 
 
 def compare(model, prompts, proposer, **options):
     """Checks that the tokens are those of plain decoding, and gives the acceptance."""
-    options = {"max_new_tokens": 24, **options}
+    # As many end tokens as the other tests have, so that they share a program; none of these is ever said.
+    options = {"max_new_tokens": 24, "eos_id": [VOCAB - 1] * 3, **options}
     expected, found = (generate(model, prompts, **options, **more) for more in ({}, {"speculate": proposer}))
     assert found.lengths.tolist() == expected.lengths.tolist()
     assert found.tokens.tolist() == expected.tokens.tolist()
@@ -63,33 +64,20 @@ def test_greedy_tokens_are_those_without_lookups():
     assert found.steps == 0
 
 
-def test_a_text_that_repeats_itself_is_looked_up():
-    model = talking_model()
-    (row,) = generate(model, PROMPTS[:1], max_new_tokens=24).tokens.tolist()
-    # The model continues its own text as before, if it does so from further back too.
-    prompt = PROMPTS[0] + row
-    found = compare(model, [prompt + prompt], dataclasses.replace(LOOKUP, ngram=2))
-    assert found.passes > 0
-
-
 def test_greedy_tokens_are_those_without_a_draft():
     found = compare(talking_model(), PROMPTS, Draft(other_model(), tokens=3, cost=0.0))
     assert 0.1 < found.rate < 1
-
-
-def test_a_draft_that_is_the_model_is_always_right():
-    model = talking_model()
-    # One token comes from the prompt's logits, then four from each pass.
-    found = compare(model, PROMPTS[:1], Draft(model, tokens=3, cost=0.0), max_new_tokens=25)
-    assert found == (18, 18, 6, 0)
+    # The model itself is always right: one token comes from the prompt's logits, then four from each pass.
+    found = compare(talking_model(), PROMPTS, Draft(talking_model(), tokens=3, cost=0.0), max_new_tokens=25)
+    assert found == (3 * 18, 3 * 18, 6, 0)
     assert found.rate == 1
 
 
-@pytest.mark.parametrize("sampler", [NUCLEUS, pytest.param(COLD, marks=pytest.mark.slow)], ids=["warm", "cold"])
 @pytest.mark.parametrize("kind", ["lookup", "draft"])
-def test_drawn_tokens_are_those_without_speculation(kind, sampler):
+@pytest.mark.slow
+def test_drawn_tokens_are_those_without_speculation(kind):
     proposer = LOOKUP if kind == "lookup" else Draft(other_model(), tokens=3, cost=0.0)
-    found = compare(talking_model(), PROMPTS, proposer, sampler=sampler, key=jr.key(3))
+    found = compare(talking_model(), PROMPTS, proposer, sampler=COLD, key=jr.key(3))
     assert found.accepted > 0
 
 
@@ -111,34 +99,37 @@ def _no_repeats():
     return mx.Constraint(allowed, lambda last, token: token, jnp.zeros((), jnp.int32))
 
 
-@pytest.mark.parametrize("sampler", [Sampler(), NUCLEUS], ids=["greedy", "drawn"])
-def test_processors_see_the_tokens_of_each_row(sampler):
+def test_processors_see_the_tokens_of_each_row():
     options = {"max_new_tokens": 24, "key": jr.key(2)}
-    sampler = dataclasses.replace(sampler, processors=(*PROCESSORS, _no_repeats()))
-    free = generate(talking_model(), PROMPTS, sampler=sampler, eos_id=(), **options).tokens.tolist()
+    options["sampler"] = Sampler(temperature=1.5, top_p=0.95, processors=(*PROCESSORS, _no_repeats()))
+    ends = [VOCAB - 1] * 3
+    free = generate(talking_model(), PROMPTS, eos_id=ends, **options).tokens.tolist()
     # Each row would end early but for the processor, and ends at another length.
     ends = [free[0][3], free[1][12], free[2][16]]
-    compare(talking_model(), PROMPTS, LOOKUP, sampler=sampler, eos_id=ends, **options)
+    found = compare(talking_model(), PROMPTS, LOOKUP, eos_id=ends, **options)
+    assert found.accepted > 0
 
 
 def test_rows_end_in_the_middle_of_a_pass():
-    free = generate(talking_model(), PROMPTS, max_new_tokens=24).tokens.tolist()
+    free = generate(talking_model(), PROMPTS, max_new_tokens=24, eos_id=[VOCAB - 1] * 3).tokens.tolist()
+    draft = Draft(talking_model(), tokens=3, cost=0.0)
     for at in range(2, 6):
-        compare(talking_model(), PROMPTS, Draft(talking_model(), cost=0.0), eos_id=[row[at] for row in free])
+        compare(talking_model(), PROMPTS, draft, eos_id=[row[at] for row in free])
     for new in (1, 2, 3, 4):
         compare(talking_model(), PROMPTS, LOOKUP, max_new_tokens=new)
 
 
 def test_a_stream_gives_each_row_its_tokens():
-    options = {"max_new_tokens": 24, "key": jr.key(1), "sampler": COLD}
-    free = generate(talking_model(), PROMPTS, **options).tokens.tolist()
-    for ends in ((), [free[1][7]]):
-        plain = np.stack(list(stream(talking_model(), PROMPTS, eos_id=ends, **options)))
-        found = np.stack(list(stream(talking_model(), PROMPTS, eos_id=ends, speculate=LOOKUP, **options)))
+    free = generate(talking_model(), PROMPTS, max_new_tokens=24, eos_id=[VOCAB - 1] * 3).tokens.tolist()
+    for ends in ([VOCAB - 1] * 3, [free[1][7]] * 3):
+        options = {"max_new_tokens": 24, "eos_id": ends}
+        plain = np.stack(list(stream(talking_model(), PROMPTS, **options)))
+        found = np.stack(list(stream(talking_model(), PROMPTS, speculate=LOOKUP, **options)))
         np.testing.assert_array_equal(found, plain)
 
 
-@pytest.mark.parametrize("kind", ["lookup", pytest.param("draft", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["lookup", "draft"])
+@pytest.mark.slow
 def test_a_conversation_keeps_both_caches(kind):
     model = talking_model()
     proposer = LOOKUP if kind == "lookup" else Draft(other_model(), tokens=3, cost=0.0)
@@ -209,21 +200,18 @@ def test_what_does_not_pay_is_turned_off():
 
 
 def test_the_cost_is_measured_once(monkeypatch):
-    # A model of its own, for which nothing has been compiled or measured yet.
-    model, measured = talking_model(norm_eps=4e-5), []
-    add = clock.Clock.add
+    model, measured, add = talking_model(), [], clock.Clock.add
+    clock.clock_of.cache_clear()
     monkeypatch.setattr(clock.Clock, "add", lambda self, seconds: measured.append(self.wanted) or add(self, seconds))
     proposer = PromptLookup(tokens=3, ngram=1)
-    options = {"max_new_tokens": 48, "speculate": proposer}
-    expected = generate(model, PROMPTS, max_new_tokens=48).tokens.tolist()
-    with count_compilations() as compiled:
-        first = generate(model, PROMPTS, **options)
+    options = {"max_new_tokens": 48, "eos_id": [VOCAB - 1] * 3}
+    expected = generate(model, PROMPTS, **options).tokens.tolist()
+    first = generate(model, PROMPTS, **options, speculate=proposer)
     # Three passes of each kind are measured, in the program that decodes.
-    assert compiled["speculate"] == 1
     assert measured == [0, np.inf] * 3
     with count_compilations() as compiled:
-        second = generate(model, PROMPTS, **options)
-        other = generate(model, PROMPTS, **options | {"speculate": dataclasses.replace(proposer, cost=2.5)})
+        second = generate(model, PROMPTS, **options, speculate=proposer)
+        other = generate(model, PROMPTS, **options, speculate=dataclasses.replace(proposer, cost=2.5))
     assert not compiled
     assert len(measured) == 6
     assert first.tokens.tolist() == second.tokens.tolist() == other.tokens.tolist() == expected
@@ -336,30 +324,31 @@ def test_prefixes_samples_chunks_and_codes():
 
 # The model's strategy and the draft's: slots dealt out, the vocabulary split, rows split, all by other axes.
 STRATEGIES = [
-    ("kv=2,rep=2", mx.HEADS_X_KV_SEQ.layout, mx.HEADS_X_KV_SEQ.layout),
-    ("tp=2", mx.HEADS.layout, ""),
-    ("tp=2", mx.SEQUENCE_PARALLEL.layout, mx.HEAD_DIM.layout),
-    ("dp=2,kv=2,rep=2", f"{mx.HEADS_X_KV_SEQ.layout} batch@dp", "vocab@kv batch@dp"),
+    ("dp=2,kv=2,rep=2", f"{mx.HEADS_X_KV_SEQ.layout} batch@dp", "vocab@kv kv_seq@rep batch@dp"),
+    ("tp=2", mx.SEQUENCE_PARALLEL.layout, ""),
     ("a=2,b=3", "kv_heads@a hidden@a vocab@a tokens@a kv_seq@b", "kv_seq@b,a embed@b"),
-    ("kv=2,rep=3", mx.KV_REPLICATED.layout, mx.KV_REPLICATED.layout),
 ]
+
+
+@functools.lru_cache
+def _divisible(norm_eps=1e-5):
+    config = talking_model().config
+    return small_model(config=dataclasses.replace(config, vocab=72, hidden=48, norm_eps=norm_eps))
 
 
 @pytest.mark.parametrize(("axes", "layout", "drafted"), STRATEGIES)
 @pytest.mark.slow
 def test_every_strategy_gives_the_tokens_of_one_device(axes, layout, drafted):
-    change = functools.partial(dataclasses.replace, talking_model().config, vocab=72, hidden=48)
-    model, draft = small_model(config=change()), small_model(seed=0, config=change(norm_eps=3e-2))
     mesh = mx.make_mesh(axes)
-    split, split_draft = mx.shard(model, mesh, Strategy(layout)), mx.shard(draft, mesh, Strategy(drafted))
-    for options in ({}, {"sampler": NUCLEUS, "key": jr.key(5)}):
-        # Long enough that the draft's and the model's caches are used at many offsets.
+    split = mx.shard(_divisible(), mesh, Strategy(layout))
+    draft = Draft(mx.shard(_divisible(3e-2), mesh, Strategy(drafted)), tokens=3, cost=0.0)
+    # Long enough that passes begin at many slots of each device; sampled and greedy, three rows on two devices.
+    for proposer, options in ((LOOKUP, {}), (draft, {"sampler": COLD, "key": jr.key(5)})):
         options = {"max_new_tokens": 20, **options}
-        expected = generate(model, PROMPTS, **options)
-        for proposer in (LOOKUP, Draft(split_draft, tokens=3, cost=0.0)):
-            found = generate(split, PROMPTS, speculate=proposer, **options)
-            assert found.tokens.tolist() == expected.tokens.tolist()
-            assert found.acceptance.accepted > 0
+        expected = generate(_divisible(), PROMPTS, **options)
+        found = generate(split, PROMPTS, speculate=proposer, **options)
+        assert found.tokens.tolist() == expected.tokens.tolist()
+        assert found.acceptance.accepted > 0
 
 
 TINY = dataclasses.replace(SMALL, vocab=7, layers=1, windows=(None,))

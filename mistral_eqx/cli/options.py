@@ -260,7 +260,7 @@ class SpeculationOptions:
         bool,
         typer.Option(
             "--prompt-lookup",
-            help="Decode faster where the text repeats itself or the prompt: check proposals from it, several at a time.",
+            help="Decode faster where the text repeats itself or its prompt: check several tokens of it at a time.",
             rich_help_panel=MODEL,
         ),
     ] = False
@@ -268,8 +268,7 @@ class SpeculationOptions:
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Decode faster by a smaller model of the same tokenizer, whose proposals the model checks several at a "
-            "time.",
+            help="Decode faster with a smaller model of the same tokenizer: check several of its tokens at a time.",
             rich_help_panel=MODEL,
         ),
     ] = None

@@ -25,9 +25,8 @@ _Tokens = Annotated[int, Ge(1), Le(64)]
 
 @dataclasses.dataclass(frozen=True)
 class PromptLookup:
-    """Speculation without a second model: proposes what followed the latest earlier occurrence of the last n-gram of the
-    row's own sequence, prompt and new tokens
-    ([prompt lookup decoding](https://github.com/apoorvumang/prompt-lookup-decoding)).
+    """Proposes what followed the latest earlier occurrence of the last n-gram of a row's own sequence, prompt and new
+    tokens ([prompt lookup decoding](https://github.com/apoorvumang/prompt-lookup-decoding)).
 
     **Attributes:**
 
@@ -47,7 +46,7 @@ class PromptLookup:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Draft:
-    """Speculation with a smaller model of the same tokenizer, which proposes tokens one by one.
+    """Proposes what a smaller model of the same tokenizer chooses.
 
     **Attributes:**
 

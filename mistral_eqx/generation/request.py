@@ -272,8 +272,8 @@ class Request:
 
         A full cache is replaced by one of at most twice its size, for which another loop is compiled.
         """
-        if self.speculate is not None and isinstance(cache, Speculation):
-            return self._speculate(self.speculate, decoding, cache, until)
+        if isinstance(cache, Speculation):
+            return self._speculate(decoding, cache, until)
         while decoding.unfinished and (step := int(decoding.step)) < until:
             used, room = int(cache.used), holds(self.model, cache.kv_seq)
             if used == room:
@@ -286,9 +286,9 @@ class Request:
             self._check(decoding)
         return decoding, cache
 
-    def _speculate(
-        self, wanted: Speculate, decoding: Decoding, now: Speculation, until: int
-    ) -> tuple[Decoding, Speculation]:
+    def _speculate(self, decoding: Decoding, now: Speculation, until: int) -> tuple[Decoding, Speculation]:
+        wanted = self.speculate
+        assert wanted is not None  # without it, `begin` returns no `Speculation`
         draft, ngram = (None, wanted.ngram) if isinstance(wanted, PromptLookup) else (wanted.flat, 0)
         kind = self._flat.structure, draft and draft.structure, self.model.dtype, wanted.tokens
         clock = clock_of(*kind, decoding.token.shape[0])

@@ -178,7 +178,7 @@ def verify(
     proposals: Int[Array, "batch proposed"],
     sampler: Sampler,
     ends: Int[Array, " ends"],
-    limit: Int[Array, ""],
+    limit: Int[Array | np.ndarray, ""],
     strategy: Strategy,
 ) -> tuple[Decoding, Int[Array, "batch passed"], Int[Array, " batch"]]:
     """Chooses a token at each position as a step would, and keeps those whose context are tokens that were chosen.

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from ..checks import CacheDType, checked
-from ..nn import Cache, Mistral
+from ..nn import Mistral
 from ..parallel import gather_to_host
 from .caches import capacity, first_room, grow, slots
 from .loop import Decoding
