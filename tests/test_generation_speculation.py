@@ -82,8 +82,9 @@ def test_drawn_tokens_are_those_without_speculation(kind):
 
 
 PROCESSORS = [
-    mx.RepetitionPenalty(1.3),
-    mx.FrequencyPenalty(0.5),
+    # Less than one and negative: what was said before is said again.
+    mx.RepetitionPenalty(0.7),
+    mx.FrequencyPenalty(-0.5),
     mx.LogitBias({3: 1.0}),
     mx.BannedTokens([5]),
     mx.MinNewTokens(9),
@@ -101,7 +102,7 @@ def _no_repeats():
 
 def test_processors_see_the_tokens_of_each_row():
     options = {"max_new_tokens": 24, "key": jr.key(2)}
-    options["sampler"] = Sampler(temperature=1.5, top_p=0.95, processors=(*PROCESSORS, _no_repeats()))
+    options["sampler"] = Sampler(temperature=0.7, top_p=0.95, processors=(*PROCESSORS, _no_repeats()))
     ends = [VOCAB - 1] * 3
     free = generate(talking_model(), PROMPTS, eos_id=ends, **options).tokens.tolist()
     # Each row would end early but for the processor, and ends at another length.

@@ -396,7 +396,7 @@ def speculate(
 
 
 @eqx.filter_jit
-def grow_text(model: Mistral, text: Int[Array, "batch text"], width: int) -> Int[Array, "batch text"]:
+def grow_text(model: Mistral, text: Int[Array, "batch text"], width: int) -> Int[Array, "batch _"]:
     """The same with room for a sequence of `width` tokens, sharded as before."""
     rows = model.strategy.spec("batch")
     return spmd(lambda text: jnp.pad(text, ((0, 0), (0, width - text.shape[1]))), model.mesh, (rows,), rows)(text)
