@@ -304,7 +304,7 @@ class Request:
                 draft_room=0 if now.draft is None else holds(self._drafter, now.draft.kv_seq),
                 passes=passes,
                 # Before anything is known, proposals are tried.
-                cost=1 if cost is None else cost,
+                cost=1.0 if cost is None else cost,
             )
             start = time.perf_counter()
             kept = self._flat, draft, decoding, self.sampler, self.ends, limits, wanted.tokens, ngram
