@@ -13,7 +13,7 @@ from pathlib import Path
 
 SCRIPTS = (
     *("peers", "packed", "bandwidth", "first_token", "experts", "batch", "long_prompt", "perplexity", "beam", "train"),
-    "quantization",
+    *("speculation", "quantization"),
 )
 
 

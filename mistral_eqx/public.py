@@ -24,10 +24,12 @@ from .evaluate import (
 )
 from .generation import (
     AbstractProcessor as AbstractProcessor,
+    Acceptance as Acceptance,
     BannedTokens as BannedTokens,
     Beams as Beams,
     Constraint as Constraint,
     Conversation as Conversation,
+    Draft as Draft,
     FrequencyPenalty as FrequencyPenalty,
     Generated as Generated,
     Guided as Guided,
@@ -35,6 +37,7 @@ from .generation import (
     MinNewTokens as MinNewTokens,
     Prefix as Prefix,
     PresencePenalty as PresencePenalty,
+    PromptLookup as PromptLookup,
     RepetitionPenalty as RepetitionPenalty,
     Sampler as Sampler,
     beam_search as beam_search,

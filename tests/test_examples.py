@@ -113,6 +113,28 @@ def test_the_automaton_of_a_pattern_is_that_of_re(pattern):
 
 
 @pytest.mark.slow
+def test_speculative_says_the_same_in_fewer_passes(run):
+    lines = run("speculative.py", 48).splitlines()
+    assert len(lines) == 6
+    for plain, looked_up, same in (lines[:3], lines[3:]):
+        assert re.search(r"plain: [\d.]+ tokens/s$", plain)
+        accepted, proposed, passes = map(int, re.findall(r"(\d+) (?:of|proposed|passes)", looked_up))
+        assert accepted <= proposed
+        assert passes <= 47
+        assert same.startswith("the same text")
+
+
+@pytest.mark.slow
+def test_the_page_on_speculation(tiny, capsys):
+    names = {}
+    for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "docs/speculative.md").read_text(), flags=re.DOTALL):
+        exec(compile(snippet.replace('"smollm2-135m"', repr(str(tiny))), "speculative.md", "exec"), names)
+    # The draft has the model's own weights.
+    assert names["out"].acceptance.rate > 0.5
+    assert "Acceptance(" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_perplexity_tells_what_surprises(run, tiny):
     text = (ROOT / "examples/data/moby-dick.txt").read_text(encoding="utf-8")[:600]
     first, second, *surprises = run("perplexity.py", ROOT / "examples/data/moby-dick.txt", 256, 600).splitlines()

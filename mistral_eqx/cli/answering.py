@@ -19,6 +19,7 @@ from .wanted import Wanted
 
 
 if TYPE_CHECKING:
+    from ..generation.proposals import Speculate
     from ..nn import Mistral
     from ..text import AbstractTokenizer, Grammar
 
@@ -32,6 +33,7 @@ def answer_one(
     grammar: Grammar | None = None,
     *,
     templated: bool = False,
+    speculate: Speculate | None = None,
 ):
     """Writes one text to stdout while it is decoded.
 
@@ -40,6 +42,7 @@ def answer_one(
     - `metrics`: about the model; `None` shows no metrics at all.
     - `grammar`: what the text must be, from `wanted`.
     - `templated`: whether the prompt is in the model's chat template.
+    - `speculate`: what proposes tokens.
     """
     import mistral_eqx as mx
 
@@ -47,7 +50,7 @@ def answer_one(
     stopwatch = Stopwatch()
     interrupted, tokens = False, 0
     try:
-        options = options_of(wanted, tokenizer, [prompt], grammar)
+        options = options_of(wanted, tokenizer, [prompt], grammar, speculate)
         with waiting(f"Reading {len(prompt.ids):,} tokens") as read:
             for (token,) in Background(lambda: mx.stream(model, [prompt.ids], **options)):
                 read()
@@ -83,6 +86,7 @@ def answer_all(
     grammar: Grammar | None = None,
     total: int | None = None,
     bar: bool = False,
+    speculate: Speculate | None = None,
 ):
     """Writes the texts of each batch when all of them are complete, or when ctrl-C ends it.
 
@@ -93,6 +97,7 @@ def answer_all(
     - `grammar`: what each text must be, from `wanted`.
     - `total`: how many prompts there are, if that is known.
     - `bar`: whether a bar tells how many are done.
+    - `speculate`: what proposes tokens.
     """
     tally, done, interrupted, score = Tally(), 0, False, []
     with progress_bar("Generating", counts=True, shown=bar) as report:
@@ -100,7 +105,8 @@ def answer_all(
             report(done, total)
             # Prompts may come slowly out of a pipe, but no more of them are read than are wanted.
             for batch in Background(lambda: batches, ahead=False):
-                texts, interrupted = continue_batch(model, tokenizer, batch, wanted, size if done else 0, grammar)
+                size_now = size if done else 0
+                texts, interrupted = continue_batch(model, tokenizer, batch, wanted, size_now, grammar, speculate)
                 for prompt, found in zip(batch, texts, strict=False):
                     write(prompt, found)
                 every = [text for found in texts for text in found]

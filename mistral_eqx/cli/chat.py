@@ -28,6 +28,7 @@ def chat(
     stop: options.Stop = None,
     cache_dtype: options.CacheDType = None,
     sampling: options.SamplingOptions,
+    speculation: options.SpeculationOptions,
     seed: options.Seed = 0,
     split: options.ProcessOptions,
     quiet: options.Quiet = False,
@@ -51,7 +52,7 @@ def chat(
     from ..text import encode_chat
     from ..text.stops import checked_stops
     from .devices import Devices
-    from .loading import load, locate
+    from .loading import Speculating, load, locate
     from .progress import waiting
     from .replies import ShownReply, as_message
     from .report import Stopwatch
@@ -63,13 +64,16 @@ def chat(
     model.check_adapter()
     path = locate(model.model)
     # All that can be refused without the weights is refused before they are read.
-    mesh, strategy, where = devices.place(open_checkpoint(path).config)
+    config = open_checkpoint(path).config
+    speculating = Speculating(speculation, config.vocab)
+    mesh, strategy, where = devices.place(config)
     tokenizer = mx.load_tokenizer(path)
     opening = [] if system is None else [{"role": "system", "content": system}]
     first = encode_chat(tokenizer, [*opening, {"role": "user", "content": "?"}])
-    asked = first, max_new_tokens, sampling, stops, cache_dtype, seed, model.agreed, tokenizer.eos_ids
-    check_same("command", repr(asked))
+    settings = sampling, stops, cache_dtype, seed, speculation.agreed, model.agreed
+    check_same("command", repr((first, max_new_tokens, settings, tokenizer.eos_ids)))
     weights = load(path, model, mesh, strategy)
+    speculate = speculating(model, mesh, strategy)
     interactive = broadcast("terminal" if sys.stdin.isatty() else "pipe") == "terminal"
     interrupting = "leaves as well" if processes.several() else "stops a reply"
     commands = f"/reset forgets the conversation, /exit leaves, /help shows this line, ctrl-C {interrupting}."
@@ -78,10 +82,11 @@ def chat(
             processes.say(f"The model is split over devices: {where}.")
         processes.say(commands)
 
-    conversation, messages, turn = Conversation(weights, cache_dtype=cache_dtype), list(opening), 0
+    begin = functools.partial(Conversation, weights, cache_dtype=cache_dtype, speculate=speculate)
+    conversation, messages, turn = begin(), list(opening), 0
     for text in _shared_turns(interactive):
         if text == "/reset":
-            conversation, messages = Conversation(weights, cache_dtype=cache_dtype), list(opening)
+            conversation, messages = begin(), list(opening)
             if interactive:
                 processes.say("The conversation starts anew.")
             continue

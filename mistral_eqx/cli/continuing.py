@@ -13,6 +13,7 @@ from .wanted import Wanted
 
 if TYPE_CHECKING:
     from ..generation import Beams, Generated
+    from ..generation.proposals import Speculate
     from ..nn import Mistral
     from ..text import AbstractTokenizer, Grammar
 
@@ -61,6 +62,7 @@ def continue_batch(
     wanted: Wanted,
     size: int = 0,
     grammar: Grammar | None = None,
+    speculate: Speculate | None = None,
 ) -> tuple[list[list[Continuation]], bool]:
     """Continues each prompt.
 
@@ -69,6 +71,7 @@ def continue_batch(
     - `size`: fewer prompts are filled up with copies of the first, because a batch of another size would be compiled
         anew.
     - `grammar`: what each text must be, from `wanted`.
+    - `speculate`: what proposes tokens.
 
     **Returns:** for each prompt its texts, and whether ctrl-C came before they were complete. Then the texts have what
     was decoded so far; a beam search, and log-probabilities, then give no texts.
@@ -77,7 +80,7 @@ def continue_batch(
 
     filled = [*prompts, *[prompts[0]] * (size - len(prompts))]
     ids = [prompt.ids for prompt in filled]
-    options = options_of(wanted, tokenizer, filled, grammar)
+    options = options_of(wanted, tokenizer, filled, grammar, speculate)
     texts = [_Text(tokenizer, wanted, prompt.ids) for prompt in prompts for _ in range(wanted.samples)]
     try:
         if wanted.num_beams is not None:
@@ -96,7 +99,11 @@ def continue_batch(
 
 
 def options_of(
-    wanted: Wanted, tokenizer: AbstractTokenizer, prompts: Sequence[Prompt], grammar: Grammar | None = None
+    wanted: Wanted,
+    tokenizer: AbstractTokenizer,
+    prompts: Sequence[Prompt],
+    grammar: Grammar | None = None,
+    speculate: Speculate | None = None,
 ) -> dict[str, Any]:
     """The arguments of `stream`, `generate` or `beam_search` besides the model and the prompts."""
     import jax
@@ -117,6 +124,8 @@ def options_of(
         "key": jax.vmap(jr.fold_in, in_axes=(None, 0))(jr.key(wanted.seed), numbers),
         "num_samples": wanted.samples,
     }
+    if speculate is not None:
+        options["speculate"] = speculate
     if wanted.stop:
         options |= {"stop": wanted.stop, "tokenizer": tokenizer}
     return options if wanted.prefill_chunk is None else options | {"prefill_chunk": wanted.prefill_chunk}

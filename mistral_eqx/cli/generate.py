@@ -79,6 +79,7 @@ def generate(
     model: options.ModelOptions,
     files: Files,
     wanted: Wanted,
+    speculation: options.SpeculationOptions,
     split: options.ProcessOptions,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -100,11 +101,13 @@ def generate(
     from ..text import encode_chat
     from .answering import answer_all, answer_one
     from .devices import Devices
-    from .loading import load, locate, precision
+    from .loading import Speculating, load, locate, precision
     from .prompts import count_file, encode_texts, expect_file, in_batches, read_file, read_texts, share_batches
     from .texts import expect_output, json_lines, readable
 
     wanted.check()
+    if speculation != options.SpeculationOptions():
+        wanted.check_speculation()
     arguments, prompts, output = prompt or [], files.prompts, files.output
     if prompts is not None and arguments:
         raise InputError("There are prompts as arguments and a file of --prompts; give one or the other.")
@@ -129,6 +132,7 @@ def generate(
     # All that can be refused without the weights is refused before they are read.
     config = open_checkpoint(path).config
     wanted.check_vocabulary(config.vocab)
+    speculating = Speculating(speculation, config.vocab)
     mesh, strategy, where = devices.place(config)
     tokenizer = mx.load_tokenizer(path)
     grammar = wanted.read_grammar(tokenizer)
@@ -161,7 +165,7 @@ def generate(
     ids = [one.ids for one in given]
     # Processes may have the file of a grammar under different names.
     alike = dataclasses.replace(wanted, json_schema=None, grammar=None), grammar and grammar.source
-    check_same("command", repr((ids, files.batch_size, alike, model.agreed, tokenizer.eos_ids)))
+    check_same("command", repr((ids, files.batch_size, alike, speculation.agreed, model.agreed, tokenizer.eos_ids)))
     # The file of the texts is made before the weights are read, so that it is not refused after.
     several = wanted.num_samples is not None
     with contextlib.ExitStack() as writing:
@@ -171,12 +175,16 @@ def generate(
             writing.enter_context(interrupts.answered())
             write = writing.enter_context(json_lines(output if first else None, files.overwrite, several))
         weights = load(path, model, mesh, strategy)
+        speculate = speculating(model, mesh, strategy)
         seconds = time.perf_counter() - start
         loaded = ("loaded", f"in {seconds:.2f} s as {precision(weights)}")
         metrics = None if quiet else [loaded, *([("strategy", where)] if where else [])]
         if prompts is None and len(given) == 1 and wanted.plain:
-            answer_one(weights, tokenizer, given[0], wanted, metrics, grammar, templated=files.chat)
+            answer_one(
+                weights, tokenizer, given[0], wanted, metrics, grammar, templated=files.chat, speculate=speculate
+            )
         else:
             # A bar on the terminal on which lines are written would get between them.
             bar = prompts is not None and (output is not None or not sys.stdout.isatty())
-            answer_all(weights, tokenizer, batches, wanted, files.batch_size, metrics, write, grammar, total, bar)
+            size = files.batch_size
+            answer_all(weights, tokenizer, batches, wanted, size, metrics, write, grammar, total, bar, speculate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,10 @@ from .programs import keep_programs
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from ..generation.proposals import Speculate
     from ..nn import Mistral
     from ..parallel import Strategy
-    from .options import ModelOptions
+    from .options import ModelOptions, SpeculationOptions
 
 
 def locate(name: str) -> Path:
@@ -53,6 +55,36 @@ def load(path: Path, wanted: ModelOptions, mesh: Mesh | None, strategy: Strategy
         model = mx.load_lora(model, wanted.adapter)
     _multiply_as_stored(model)
     return model
+
+
+class Speculating:
+    """What proposes tokens, from the options: checked at once, and loaded when it is called.
+
+    **Arguments:**
+
+    - `wanted`: the options.
+    - `vocab`: the vocabulary of the model.
+
+    **Raises:** `ValueError` if the options do not go together, or the draft has another vocabulary.
+    """
+
+    def __init__(self, wanted: SpeculationOptions, vocab: int):
+        from ..checkpoint import open_checkpoint
+        from ..generation.proposals import check_vocabulary
+
+        wanted.check()
+        self._wanted = wanted
+        self._path = None if wanted.draft is None else locate(wanted.draft)
+        if self._path is not None:
+            check_vocabulary(open_checkpoint(self._path).config.vocab, vocab)
+
+    def __call__(self, model: ModelOptions, mesh: Mesh | None, strategy: Strategy) -> Speculate | None:
+        """Loads a draft as the model is loaded: in the same precision, and split in the same way."""
+        import mistral_eqx as mx
+
+        if self._path is None:
+            return mx.PromptLookup() if self._wanted.prompt_lookup else None
+        return mx.Draft(load(self._path, dataclasses.replace(model, adapter=None), mesh, strategy))
 
 
 def precision(model: Mistral) -> str:

@@ -14,6 +14,7 @@ from annotated_types import Ge, Le
 
 from .. import checks
 from ..checks import checked
+from ..errors import InputError
 
 
 if TYPE_CHECKING:
@@ -253,6 +254,41 @@ class SamplingOptions:
         if grammar is not None:
             processors.append(mx.Guided(grammar))
         return mx.Sampler(self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p, processors)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeculationOptions:
+    """Where tokens are proposed that the model checks several at a time."""
+
+    prompt_lookup: Annotated[
+        bool,
+        typer.Option(
+            "--prompt-lookup",
+            help="Decode faster where the text repeats itself or its prompt: check several tokens of it at a time.",
+            rich_help_panel=MODEL,
+        ),
+    ] = False
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Decode faster with a smaller model of the same tokenizer: check several of its tokens at a time.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+
+    def check(self):
+        """Refuses both at once.
+
+        **Raises:** `ValueError` that names the options.
+        """
+        if self.prompt_lookup and self.draft is not None:
+            raise InputError("--prompt-lookup and --draft both propose tokens; leave one of the two out.")
+
+    @property
+    def agreed(self) -> tuple[bool, bool]:
+        """What all processes must have alike; the paths of the same files may differ."""
+        return self.prompt_lookup, self.draft is not None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -151,6 +151,15 @@ class Wanted(SamplingOptions):
                 "two out."
             )
 
+    def check_speculation(self):
+        """Refuses what does not go together with proposed tokens.
+
+        **Raises:** `ValueError` that names the options.
+        """
+        for option, value in (("--num-beams", self.num_beams), ("--logprobs", self.logprobs)):
+            if value is not None:
+                raise InputError(f"{option} does not combine with --prompt-lookup and --draft; leave one of them out.")
+
     def _check_beams(self, num_beams: int):
         for name in _NOT_WITH_BEAMS:
             if getattr(self, name) not in (None, ()):

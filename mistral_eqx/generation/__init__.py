@@ -12,5 +12,7 @@ from .processors import (
     PresencePenalty as PresencePenalty,
     RepetitionPenalty as RepetitionPenalty,
 )
+from .proposals import Draft as Draft, PromptLookup as PromptLookup
 from .sampler import Sampler as Sampler
+from .speculation import Acceptance as Acceptance
 from .streaming import Conversation as Conversation, stream as stream

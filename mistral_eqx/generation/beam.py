@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -17,7 +16,7 @@ from ..nn import Cache, Mistral
 from ..nn.precision import at_least_float32
 from ..nn.slots import own_slot, own_slots
 from ..parallel import Strategy, gather, gather_to_host, pmax, psum, shard_index, specs, spmd
-from .caches import capacity, empty_cache, holds, parts, slots
+from .caches import capacity, empty_cache, holds, moved_to_front, packed, parts, slots
 from .finite import lost, marked, not_finite, proceeds
 from .prompt import Prompts, checked_prompts, pad_left
 from .reading import prompt_width, read_chunks
@@ -336,18 +335,9 @@ def put_in_order(
 
     def move(search: Search, cache: Cache, used: Array) -> tuple[Search, Cache]:
         live = _live(model, search, cache)
-        order = jnp.argsort(~live, axis=1, stable=True)[:, :share]
-        more = share - order.shape[1]
-
-        def moved(x: Array) -> Array:
-            x = jax.vmap(lambda x, order: jnp.take(x, order, axis=1, mode="clip"))(x, order)
-            return jnp.pad(x, [(0, more if axis == 2 else 0) for axis in range(x.ndim)])
-
-        layers = jax.tree.map(moved, cache.layers)
-        positions = _take(jnp.where(live, cache.positions, -1), order)
-        positions = jnp.pad(positions, ((0, 0), (0, more)), constant_values=-1)
+        moved = moved_to_front(live, share)
         search = eqx.tree_at(lambda search: search.mask, search, moved(search.mask))
-        return search, Cache(layers, positions, used)
+        return search, packed(cache, live, moved, used)
 
     state, split = specs(search, strategy), specs(cache, strategy)
     return spmd(move, model.mesh, (state, split, strategy.spec("")), (state, split))(search, cache, used)

@@ -7,13 +7,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Int
 
 from ..checks import CacheDType
 from ..config import MistralConfig
 from ..nn import Cache, Mistral
 from ..nn.slots import slots_for, tokens_in
-from ..parallel import Strategy, specs, spmd
+from ..parallel import Strategy, pmax, shard_index, specs, spmd
 from .prompt import bucket
 
 
@@ -71,6 +71,56 @@ def grow(model: Mistral, cache: Cache, kv_seq: int, times: int = 1) -> Cache:
         return Cache(layers, positions, cache.used)
 
     return spmd(copy, model.mesh, (split,), split)(cache)
+
+
+def moved_to_front(live: Bool[Array, "batch kv_seq"], kv_seq: int) -> Callable[[Array], Array]:
+    """Copies the entries of some slots to the front, in their order; zeros follow.
+
+    **Arguments:**
+
+    - `live`: which slots of this device's shard.
+    - `kv_seq`: the number of slots of the copy on this device, at least as many as are live in any row.
+
+    **Returns:** a function of arrays of shape `(batch, _, kv_seq, ...)`.
+    """
+    order = jnp.argsort(~live, axis=1, stable=True)[:, :kv_seq]
+    more = kv_seq - order.shape[1]
+
+    def moved(x: Array) -> Array:
+        x = jax.vmap(lambda x, order: jnp.take(x, order, axis=1, mode="clip"))(x, order)
+        return jnp.pad(x, [(0, more if axis == 2 else 0) for axis in range(x.ndim)])
+
+    return moved
+
+
+def packed(
+    cache: Cache, live: Bool[Array, "batch kv_seq"], moved: Callable[[Array], Array], used: Int[Array, ""]
+) -> Cache:
+    """A cache whose live slots are at the front.
+
+    **Arguments:**
+
+    - `moved`: the result of `moved_to_front`.
+    - `used`: the first slot after them.
+    """
+    # Padding by zeros becomes the position -1.
+    positions = moved(jnp.where(live, cache.positions + 1, 0)[:, None])[:, 0] - 1
+    return Cache(jax.tree.map(moved, cache.layers), positions, used)
+
+
+@eqx.filter_jit
+def pack(model: Mistral, cache: Cache) -> Cache:
+    """A copy of a model's cache without padding between its tokens; each device moves those of its own shard."""
+    strategy, split = model.strategy, specs(cache, model.strategy)
+
+    def move(cache: Cache) -> Cache:
+        live = cache.positions >= 0
+        most = pmax(jnp.max(jnp.sum(live, axis=1, dtype=jnp.int32)), "batch kv_seq", strategy)
+        # One slot more is free in all rows, since a draft writes the last token again.
+        used = most * shard_index("kv_seq", strategy)[1] + 1
+        return packed(cache, live, moved_to_front(live, cache.kv_seq), used)
+
+    return spmd(move, model.mesh, (split,), split)(cache)
 
 
 def repeated(x: Array, times: int) -> Array:

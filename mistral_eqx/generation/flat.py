@@ -29,6 +29,11 @@ class Flat:
         """The module."""
         return jax.tree.unflatten(self._structure.value, self._leaves)
 
+    @property
+    def structure(self) -> Hashable:
+        """What two modules of the same kind share, such as copies with other weights."""
+        return self._structure
+
     def tree_flatten(self) -> tuple[list[Any], "_Structure"]:
         return self._leaves, self._structure
 

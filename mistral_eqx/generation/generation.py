@@ -13,9 +13,11 @@ from ..nn import Mistral
 from ..parallel import gather_to_host
 from .prefix import Prefix
 from .prompt import Prompts, checked_prompts
+from .proposals import Speculate
 from .reading import CHUNK
 from .request import Request
 from .sampler import Sampler
+from .speculation import Acceptance, Speculation
 from .stops import Tokenizer, stop_rows
 
 
@@ -34,6 +36,7 @@ class Generated(NamedTuple):
         and leaves out the stop string.
     - `log_probs`: each token's log-probability, 0 past a row's length; if `logprobs` was given.
     - `top_tokens`, `top_log_probs`: the likeliest tokens at each step, likeliest first.
+    - `acceptance`: what came of proposed tokens, with `speculate`.
     """
 
     tokens: Int[Array, "batch new"]
@@ -42,6 +45,7 @@ class Generated(NamedTuple):
     log_probs: Float[Array, "batch new"] | None = None
     top_tokens: Int[Array, "batch new top"] | None = None
     top_log_probs: Float[Array, "batch new top"] | None = None
+    acceptance: Acceptance | None = None
 
 
 def generate(
@@ -59,6 +63,7 @@ def generate(
     prefix: Prefix | None = None,
     prefill_chunk: int = CHUNK,
     cache_dtype: CacheDType | None = None,
+    speculate: Speculate | None = None,
 ) -> Generated:
     """Continues each prompt, in one compiled loop.
 
@@ -90,6 +95,8 @@ def generate(
     - `prefill_chunk`: the size of prefill chunks in tokens; smaller chunks take less memory.
     - `cache_dtype`: `"int8"` or `"float8_e4m3"` for a KV cache that is rounded to 8 bits; by default it has the model's
         precision, or that of `prefix`.
+    - `speculate`: [`mistral_eqx.PromptLookup`][] or [`mistral_eqx.Draft`][], which propose tokens that the model checks
+        several at a time. The tokens are the same; not with `logprobs`.
 
     **Returns:** [`mistral_eqx.Generated`][], with `tokens` of shape `(batch * num_samples, max_new_tokens)` and
     `lengths` of shape `(batch * num_samples,)`.
@@ -97,8 +104,8 @@ def generate(
     **Raises:** `ValueError` if a prompt is empty, has an id outside the vocabulary, or does not fit into the context
     with its new tokens; if an end token is outside the vocabulary; if a sampler draws and there is no key; if a stop
     string is empty; if there is no tokenizer for a text or a stop string; if a processor does not fit the vocabulary or
-    forbids every token; if `cache_dtype` is not one of these, or not that of `prefix`; if a logit of a row that has not
-    ended is not finite.
+    forbids every token; if `cache_dtype` is not one of these, or not that of `prefix`; if a draft has another
+    vocabulary or is on other devices; if a logit of a row that has not ended is not finite.
     """
     vocab = checked(model, Mistral, "model").config.vocab
     # A prefix has the beginning of sequence, which a tokenizer would write again.
@@ -115,13 +122,14 @@ def generate(
         prefix=prefix,
         prefill_chunk=prefill_chunk,
         cache_dtype=cache_dtype,
+        speculate=speculate,
     )
     before = [row for row in rows for _ in range(num_samples)]
     count = len(before)
     stops = stop_rows(stop, tokenizer, before)
     max_new_tokens = request.max_new_tokens
     size = max_new_tokens if stops is None else _STRIDE
-    decoding, _ = collections.deque(request.steps(*request.start(rows), size, stops), maxlen=1).pop()
+    decoding, cache = collections.deque(request.steps(*request.start(rows), size, stops), maxlen=1).pop()
     lengths = gather_to_host(decoding.lengths)[:count]
     if stops is not None:
         lengths = np.where(stops.lengths < 0, lengths, stops.lengths).astype(np.int32)
@@ -135,7 +143,8 @@ def generate(
             tokenizer.decode(row[:length], after=prompt)
             for row, length, prompt in zip(tokens, lengths, before, strict=True)
         ]
-    out = Generated(jnp.asarray(tokens), jnp.asarray(lengths), texts)
+    acceptance = cache.acceptance if isinstance(cache, Speculation) else None
+    out = Generated(jnp.asarray(tokens), jnp.asarray(lengths), texts, acceptance=acceptance)
     if decoding.log_probs is None:
         return out
     past = np.arange(max_new_tokens) >= lengths[:, None]

@@ -23,8 +23,9 @@ class AbstractProcessor(eqx.Module):
 
     To write your own, define the three methods. The state of a processor is what it remembers of each sequence: a
     module whose array fields are annotated with jaxtyping, such as `Int[Array, "batch vocab"]`, or `None`. The compiled
-    loop carries it from token to token. Store a processor's own values as arrays, so that other values do not recompile
-    the loop.
+    loop carries it from token to token. With speculation, rows get tokens at different times, so a field that changes
+    must have the dimension `batch`. Store a processor's own values as arrays, so that other values do not recompile the
+    loop.
     """
 
     @abc.abstractmethod
@@ -233,9 +234,9 @@ class BannedTokens(AbstractProcessor):
 
 
 class Countdown(eqx.Module):
-    """How many tokens must come before one of `ends` is allowed."""
+    """How many tokens must come in each row before one of `ends` is allowed."""
 
-    left: Int[Array, ""]
+    left: Int[Array, " batch"]
     ends: Int[Array, " ends"]
 
 
@@ -257,13 +258,14 @@ class MinNewTokens(AbstractProcessor):
     def init_state(self, texts: Sequence[Sequence[int]], ends: Sequence[int], vocab: int) -> Countdown:
         if self.count > 0:
             _check_choice(set(ends), vocab)
-        return Countdown(jnp.asarray(self.count), jnp.asarray(np.asarray(ends, np.int32)))
+        left = np.full(len(texts), self.count, np.int32)
+        return Countdown(jnp.asarray(left), jnp.asarray(np.asarray(ends, np.int32)))
 
     def __call__(
         self, logits: Float[Array, "batch vocab"], state: Countdown, ids: Int[Array, " vocab"]
     ) -> Float[Array, "batch vocab"]:
-        forbidden = _among(state.ends, ids) & (state.left > 0)
-        return jnp.where(forbidden[None], -jnp.inf, logits)
+        forbidden = _among(state.ends, ids)[None] & (state.left > 0)[:, None]
+        return jnp.where(forbidden, -jnp.inf, logits)
 
     def next_state(self, state: Countdown, tokens: Int[Array, " batch"], ids: Int[Array, " vocab"]) -> Countdown:
         return Countdown(jnp.maximum(state.left - 1, 0), state.ends)

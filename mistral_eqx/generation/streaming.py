@@ -1,22 +1,24 @@
 """Tokens as they are decoded."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Array, Key
 
 from ..checks import CacheDType, checked
-from ..nn import Cache, Mistral
+from ..nn import Mistral
 from ..parallel import gather_to_host
 from .caches import capacity, first_room, grow, slots
 from .loop import Decoding
 from .prefix import Prefix
 from .prompt import Prompts, checked_prompts, pad_left
+from .proposals import Speculate, checked_speculate
 from .reading import CHUNK, prompt_width
-from .request import Request
+from .request import Cached, Request
 from .sampler import Sampler
-from .stops import Tokenizer, stop_rows
+from .speculation import Speculation
+from .stops import Stops, Tokenizer, stop_rows
 
 
 def stream(
@@ -33,10 +35,12 @@ def stream(
     prefix: Prefix | None = None,
     prefill_chunk: int = CHUNK,
     cache_dtype: CacheDType | None = None,
+    speculate: Speculate | None = None,
 ) -> Iterator[np.ndarray]:
     """Like [`mistral_eqx.generate`][], but yields each token as soon as it is decoded.
 
-    It enters the same compiled loop once for each token. The first token comes before the loop is compiled.
+    It enters the same compiled loop once for each token. The first token comes before the loop is compiled. With
+    `speculate`, the tokens of a pass come together, and the rows wait for the one that has fewest.
 
     **Arguments:** those of `generate`, except `logprobs`. A row ends with the token that completes a stop string;
     [`mistral_eqx.StopText`][] decodes the tokens and leaves the stop string out.
@@ -60,17 +64,32 @@ def stream(
         prefix=prefix,
         prefill_chunk=prefill_chunk,
         cache_dtype=cache_dtype,
+        speculate=speculate,
     )
     before = [row for row in rows for _ in range(num_samples)]
     count = len(before)
     stops = stop_rows(stop, tokenizer, before)
 
     def tokens() -> Iterator[np.ndarray]:
-        for decoding, _ in request.steps(*request.start(rows), 1, stops):
-            lengths, token = gather_to_host(decoding.lengths), gather_to_host(decoding.token)
-            yield np.where(lengths == int(decoding.step), token, -1)[:count]
+        states = request.steps(*request.start(rows), 1, stops)
+        yield from _columns((decoding for decoding, _ in states), count, stops)
 
     return tokens()
+
+
+def _columns(states: Iterable[Decoding], count: int, stops: Stops | None) -> Iterator[np.ndarray]:
+    """The new tokens of the first `count` rows, one a row at a time, as soon as all that have not ended have one."""
+    given = 0
+    for decoding in states:
+        tokens, lengths, ended = (
+            gather_to_host(x)[:count] for x in (decoding.tokens, decoding.lengths, decoding.ended)
+        )
+        if stops is not None:
+            lengths = np.where(stops.lengths < 0, lengths, stops.lengths)
+        complete = int(np.min(lengths, where=~ended, initial=lengths.max()))
+        for column in range(given, complete):
+            yield np.where(lengths > column, tokens[:, column], -1)
+        given = complete
 
 
 class Conversation:
@@ -85,14 +104,15 @@ class Conversation:
     **Arguments:**
 
     - `model`: the model.
-    - `cache_dtype`: as in [`mistral_eqx.generate`][].
+    - `cache_dtype`, `speculate`: as in [`mistral_eqx.generate`][].
     """
 
-    def __init__(self, model: Mistral, *, cache_dtype: CacheDType | None = None):
+    def __init__(self, model: Mistral, *, cache_dtype: CacheDType | None = None, speculate: Speculate | None = None):
         self._model = checked(model, Mistral, "model")
         self._cache_dtype = checked(cache_dtype, CacheDType | None, "cache_dtype")
+        self._speculate = checked_speculate(speculate, model)
         self._ids: list[int] = []
-        self._cache: Cache | None = None
+        self._cache: Cached | None = None
 
     def reply(
         self,
@@ -127,24 +147,30 @@ class Conversation:
             eos_id,
             key,
             cache_dtype=self._cache_dtype,
+            speculate=self._speculate,
         )
         stops = stop_rows(stop, tokenizer, [row])
 
         def tokens() -> Iterator[int]:
             state = self._read(request, row)
             self._ids = list(row)
-            for decoding, self._cache in request.steps(*state, 1, stops):
-                token = int(gather_to_host(decoding.token)[0])
-                self._ids.append(token)
-                yield token
+
+            def states() -> Iterator[Decoding]:
+                for decoding, self._cache in request.steps(*state, 1, stops):
+                    yield decoding
+
+            for (token,) in _columns(states(), 1, stops):
+                self._ids.append(int(token))
+                yield int(token)
 
         return tokens()
 
-    def _read(self, request: Request, row: list[int]) -> tuple[Decoding, Cache]:
-        cache, self._cache = self._cache, None
+    def _read(self, request: Request, row: list[int]) -> tuple[Decoding, Cached]:
+        cached, self._cache = self._cache, None
         # An interrupted step leaves a cache that was donated and not replaced.
-        if cache is None or any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
+        if cached is None or any(leaf.is_deleted() for leaf in jax.tree.leaves(cached)):
             return request.start([row], forgets=False)
+        cache, draft = (cached.cache, cached.draft) if isinstance(cached, Speculation) else (cached, None)
         common = next((at for at, (old, new) in enumerate(zip(self._ids, row, strict=False)) if old != new), None)
         common = min(len(self._ids), len(row)) if common is None else common
         # At least one token is prefilled, for its logits.
@@ -156,4 +182,8 @@ class Conversation:
         if room > 2 * capacity(prompt_width(len(row)) + new):
             return request.start([row], forgets=False)
         room = max(slots(self._model, room), cache.kv_seq)
-        return request.read(ids, positions, grow(self._model, cache, room).keep(known))
+        decoding, cache = request.read(ids, positions, grow(self._model, cache, room).keep(known))
+        if draft is not None:
+            # The draft may have read less, if it was off.
+            known = min(known, int(gather_to_host(draft.next_positions)[0]))
+        return decoding, request.begin([row], decoding, cache, draft, known)

@@ -270,6 +270,10 @@ class Cache(eqx.Module):
             self.used,
         )
 
-    def keep(self, length: Int[Array, ""] | int) -> "Cache":
-        """The cache without the tokens at position `length` and after it; their slots are not used again."""
-        return Cache(self.layers, jnp.where(self.positions < length, self.positions, -1), self.used)
+    def keep(self, length: Int[Array, " batch"] | Int[Array, ""] | int) -> "Cache":
+        """The cache without the tokens at position `length` and after it, one length for all rows or one a row.
+
+        Their slots are not used again.
+        """
+        kept = self.positions < jnp.reshape(jnp.asarray(length, jnp.int32), (-1, 1))
+        return Cache(self.layers, jnp.where(kept, self.positions, -1), self.used)
