@@ -1,3 +1,3 @@
 from .answer import Answer as Answer, Event as Event, Finish as Finish, LogProb as LogProb
 from .engine import Engine as Engine, Full as Full, Load as Load
-from .request import Grammar as Grammar, Guide as Guide, Request as Request
+from .request import Request as Request

@@ -29,6 +29,7 @@ from ..generation import (
 from ..generation.caches import empty_cache, holds, parts, slots
 from ..generation.finite import not_finite
 from ..generation.flat import Flat
+from ..generation.guided import Guide, allowed
 from ..generation.prompt import checked_prompts
 from ..generation.reading import check_chunk, check_context, place_rows
 from ..generation.request import Request as Call, placed
@@ -40,7 +41,7 @@ from .answer import Answer, Event, Finish, LogProb
 from .choice import Numbers
 from .prefix_cache import PrefixCache
 from .prompts import PromptReader, block_size
-from .request import MOST_ENDS, Guide, Request
+from .request import MOST_ENDS, Request
 from .ring import aligned, resized, ring_capacity, spare
 from .rows import MOST_STEPS, Rows, decode_rows, enter
 
@@ -545,7 +546,7 @@ class Engine:
         words = np.zeros((self.rows, -(-self.config.vocab // 32) * 4), np.uint8)
         for row, job in enumerate(jobs):
             if job is not None and job.guide is not None:
-                bits = np.packbits(job.guide.allowed(), bitorder="little")
+                bits = np.packbits(allowed(job.guide, self.config.vocab), bitorder="little")
                 words[row, : len(bits)] = bits
         return words.view("<u4")
 

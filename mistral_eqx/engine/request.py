@@ -2,13 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any
 
-import numpy as np
 from annotated_types import Ge, Le
-from jaxtyping import Bool
 
 from ..checks import Count, CountOrZero, NotNegative, Positive, PositiveShare, Seed, Share, check_fields
+from ..generation.guided import Grammar
 
 
 # The most end tokens of a request, and the most alternatives that are reported for a token.
@@ -16,28 +15,6 @@ MOST_ENDS = 8
 MOST_LOGPROBS = 20
 
 _Penalty = Annotated[float, Ge(-2), Le(2)]
-
-
-@runtime_checkable
-class Guide(Protocol):
-    """Allows only some tokens in one answer, such as those that follow a grammar."""
-
-    def allowed(self) -> Bool[np.ndarray, " vocab"]:
-        """Which tokens may come next, end tokens among them."""
-        ...
-
-    def push(self, id: int) -> None:
-        """Adds the next token."""
-        ...
-
-
-@runtime_checkable
-class Grammar(Protocol):
-    """Makes a guide for each answer."""
-
-    def guide(self) -> Guide:
-        """A guide before the first token."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -125,6 +125,8 @@ class Request:
         logprobs = None if logprobs is None else checked(logprobs, Annotated[int, Ge(0), Le(vocab)], "logprobs")
         if logprobs is not None and speculate is not None:
             raise InputError("logprobs are not recorded with speculate; leave one of the two out.")
+        if speculate is not None and any(grammars_of(sampler)):
+            raise InputError("A grammar allows one token at a time; leave speculate out.", key="speculate")
         idle = -len(rows) % parts(model, "batch")
         keys = _row_keys(key, sampler, len(rows), idle, num_samples)
         given: Any = model.config.eos_ids if eos_id is None else eos_id
@@ -264,7 +266,7 @@ class Request:
             text[row, : len(ids)] = ids
         text = np.repeat(text, self.samples, axis=0)
         text[np.arange(len(text)), gather_to_host(decoding.position)] = gather_to_host(decoding.token)
-        balance, tally = _placed(self.model, (Balance.init(self.speculate), Tally.init()))
+        balance, tally = placed(self.model, (Balance.init(self.speculate), Tally.init()))
         return Speculation(cache, draft_cache, place_rows(self.model, text), balance, tally)
 
     def _text_width(self, cache: Cache) -> int:

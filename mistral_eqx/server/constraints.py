@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..documents import shown
-from ..engine import Grammar as EngineGrammar
 from ..errors import InputError
-from ..text import AbstractTokenizer
+from ..text import AbstractTokenizer, Grammar
 from .errors import of_input, refused
 from .protocol import ChatRequest
 
@@ -22,7 +21,7 @@ class Constraint:
     """
 
     tools: Sequence[Mapping[str, Any]] | None = None
-    grammar: EngineGrammar | None = None
+    grammar: Grammar | None = None
     calls: bool = False
 
 
@@ -132,9 +131,7 @@ def _moved(schema: Any, place: str) -> Any:
     }
 
 
-def _grammar(tokenizer: AbstractTokenizer, schema: Mapping[str, Any], param: str) -> EngineGrammar:
-    from ..text.grammar import Grammar
-
+def _grammar(tokenizer: AbstractTokenizer, schema: Mapping[str, Any], param: str) -> Grammar:
     try:
         return Grammar.json_schema(tokenizer, schema)
     except InputError as error:
