@@ -94,6 +94,15 @@ def invariance(session: nox.Session):
 
 
 @nox.session
+def robust(session: nox.Session):
+    """2000 requests of clients that go away, send nonsense or read slowly, and 5000 wrong bodies; some minutes."""
+    install(session, "test")
+    tests = ["tests/test_server_robust.py", "tests/test_server_bodies.py"]
+    counts = {"ROBUST_REQUESTS": "2000", "BODIES": "5000"}
+    session.run("pytest", *tests, "-m", "slow", "-s", *PLAIN, *session.posargs, env=counts)
+
+
+@nox.session
 def gptq(session: nox.Session):
     """GPTQ on every linear layer of SmolLM2, each with less error than rounding to nearest; takes some minutes."""
     install(session, "test")
