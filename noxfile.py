@@ -99,6 +99,12 @@ def engine(session: nox.Session):
     install(session, "test")
     options = ["tests/test_engine.py", "-m", "slow", *PLAIN, *PARALLEL, *session.posargs]
     session.run("pytest", *options, env={**COMPILE_QUICKLY, "ENGINE_EXAMPLES": "50"})
+def robust(session: nox.Session):
+    """2000 requests of clients that go away, send nonsense or read slowly, and 5000 wrong bodies; some minutes."""
+    install(session, "test")
+    tests = ["tests/test_server_robust.py", "tests/test_server_bodies.py"]
+    counts = {"ROBUST_REQUESTS": "2000", "BODIES": "5000"}
+    session.run("pytest", *tests, "-m", "slow", "-s", *PLAIN, *session.posargs, env=counts)
 
 
 @nox.session

@@ -12,6 +12,7 @@ import httpx2
 import openai
 import pytest
 from fixtures.cli import assert_refused, run, save_tiny_model
+from fixtures.lora import adapted
 from fixtures.multi_host import environment, free_port
 
 import mistral_eqx as mx
@@ -43,6 +44,8 @@ def test_what_is_refused_before_the_weights_are_read(tiny):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert_refused(run("serve", "--model", tiny, "--port", taken.getsockname()[1]), "in use", "--host")
     assert_refused(run("serve", "--model", tiny, "--api-key", " "), "--api-key is empty")
+    for wrong in ("poet", "=folder", f"poet={tiny}"):
+        assert_refused(run("serve", "--model", tiny, "--port", 0, "--lora", wrong))
     assert_refused(run("serve", "--model", tiny, "--port", 70000), "--port")
     assert_refused(run("serve", "--model", tiny, "--rows", 0), "--rows")
     assert_refused(run("serve", "--model", tiny, "--timeout", 0), "--timeout")
@@ -50,10 +53,19 @@ def test_what_is_refused_before_the_weights_are_read(tiny):
 
 
 @pytest.mark.slow
-def test_a_model_is_served(tiny):
-    """Greedy answers are those of `generate`; SIGTERM ends the server."""
+def test_a_model_is_served(tiny, tmp_path):
+    """Greedy answers are those of `generate`, of the model and of an adapter; SIGTERM ends the server."""
     tokenizer, model = mx.load_tokenizer(tiny), mx.load(tiny)
+    models = {"model": model, "poet": adapted(model)}
+    mx.save_lora(models["poet"], tmp_path / "poet")
+
+    def expected(name, prompt):
+        ids = tokenizer.encode(prompt)
+        out = mx.generate(models[name], [ids], max_new_tokens=12, eos_id=tokenizer.eos_ids)
+        return tokenizer.decode(out.tokens[0, : out.lengths[0]], after=ids)
+
     program = [sys.executable, "-m", "mistral_eqx", "serve", "--model", str(tiny), "--port", "0", "--rows", "2"]
+    program += ["--lora", f"poet={tmp_path / 'poet'}"]
     environment = {**os.environ, "MISTRAL_EQX_API_KEY": "sesame", "JAX_NUM_CPU_DEVICES": "1"}
     with subprocess.Popen(
         program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -63,12 +75,14 @@ def test_a_model_is_served(tiny):
             assert line.startswith(f"Serving {tiny} on http://127.0.0.1:"), process.stderr.read()
             address = line.split()[-1]
             with openai.OpenAI(base_url=f"{address}/v1", api_key="sesame", max_retries=0) as client:
-                assert [one.id for one in client.models.list()] == ["model"]
-                for prompt in ("The capital of France is", "Once upon a time"):
-                    found = client.completions.create(model="model", prompt=prompt, max_tokens=12, temperature=0)
-                    ids = tokenizer.encode(prompt)
-                    out = mx.generate(model, [ids], max_new_tokens=12, eos_id=tokenizer.eos_ids)
-                    assert found.choices[0].text == tokenizer.decode(out.tokens[0, : out.lengths[0]], after=ids)
+                assert [one.id for one in client.models.list()] == ["model", "poet"]
+                said = []
+                for name in models:
+                    for prompt in ("The capital of France is", "Once upon a time"):
+                        found = client.completions.create(model=name, prompt=prompt, max_tokens=12, temperature=0)
+                        assert found.choices[0].text == expected(name, prompt)
+                        said.append(found.choices[0].text)
+                assert len(set(said)) > 2
                 messages = [{"role": "user", "content": "Hi"}]
                 stream = client.chat.completions.create(model="model", messages=messages, max_tokens=5, stream=True)
                 assert [part.choices[0].finish_reason for part in stream][-1] in ("length", "stop")

@@ -73,7 +73,7 @@ async def respond(service: Service, http: HttpRequest, job: Job) -> Response:
 
     **Raises:** `ApiError`.
     """
-    answers = service.submit(job.requests, job.param)
+    answers = await _submitted(service, job)
     going = _Going(service, http, job, answers)
     if job.asked.stream:
         return EventStream(going.stream(), going.end)
@@ -81,6 +81,22 @@ async def respond(service: Service, http: HttpRequest, job: Job) -> Response:
         return JsonResponse(await going.whole())
     finally:
         going.end()
+
+
+async def _submitted(service: Service, job: Job) -> list[Answer]:
+    """Submits the requests in a thread: the engine takes milliseconds to check one, in which others have tokens."""
+    submitting = asyncio.create_task(asyncio.to_thread(service.submit, job.requests, job.param))
+    try:
+        return await asyncio.shield(submitting)
+    except asyncio.CancelledError:  # the client went away meanwhile
+        submitting.add_done_callback(_cancel)
+        raise
+
+
+def _cancel(submitting: asyncio.Task[list[Answer]]):
+    if not submitting.cancelled() and submitting.exception() is None:
+        for answer in submitting.result():
+            answer.cancel()
 
 
 class _Going:

@@ -68,9 +68,11 @@ def _text(content: Any, place: str) -> Any:
     for part in content:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise refused(f'{place} has a part that is not like {{"type": "text", "text": ...}}.', place)
-        if part["type"] != "text" or not isinstance(part.get("text"), str):
+        if part["type"] != "text":
             kind = shown(part["type"])
             raise refused(f"{place} has a part of type {kind}; only text is supported, so leave it out.", place)
+        if not isinstance(part.get("text"), str):
+            raise refused(f"{place} has a text part whose text is {shown(part.get('text'))}; give a text.", place)
     return "\n".join(part["text"] for part in content)
 
 
