@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -13,6 +14,7 @@ from fixtures.generation import PROMPTS, VOCAB, count_compilations, logits_of, r
 from fixtures.model import SMALL, small_model
 from fixtures.sharding import written as writes
 from hypothesis import given, settings, strategies as st
+from jaxtyping import Array, Int
 from scipy.stats import chi2
 
 import mistral_eqx as mx
@@ -277,6 +279,29 @@ def test_numbers_outside_their_range_are_refused():
 
 
 # Longer ones.
+
+
+class Counter(eqx.Module):
+    count: Int[Array, ""]
+
+
+class EveryOther(mx.AbstractProcessor):
+    """Counts for all rows together."""
+
+    def init_state(self, texts, ends, vocab):
+        return Counter(jnp.zeros((), jnp.int32))
+
+    def __call__(self, logits, state, ids):
+        return jnp.where(state.count % 2 == 0, logits, -logits)
+
+    def next_state(self, state, tokens, ids):
+        return Counter(state.count + 1)
+
+
+@pytest.mark.slow
+def test_a_state_for_all_rows_together_is_refused():
+    with refused("[0].count", "no dimension 'batch'", "one entry a row"):
+        generate(talking_model(), PROMPTS, sampler=Sampler(processors=[EveryOther()]), speculate=LOOKUP)
 
 
 @pytest.mark.slow

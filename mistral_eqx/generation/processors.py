@@ -23,8 +23,8 @@ class AbstractProcessor(eqx.Module):
 
     To write your own, define the three methods. The state of a processor is what it remembers of each sequence: a
     module whose array fields are annotated with jaxtyping, such as `Int[Array, "batch vocab"]`, or `None`. The compiled
-    loop carries it from token to token. With speculation, rows get tokens at different times, so a field that changes
-    must have the dimension `batch`. Store a processor's own values as arrays, so that other values do not recompile the
+    loop carries it from token to token. With `speculate`, rows get tokens at different times: a field that changes must
+    have the dimension `batch`. Store a processor's own values as arrays, so that other values do not recompile the
     loop.
     """
 

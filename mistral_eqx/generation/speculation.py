@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
+from jax.tree_util import KeyPath
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ..errors import InputError
 from ..nn import Cache, Mistral
 from ..parallel import Strategy, pmax, pmin, psum, specs, spmd
 from ..parallel.spmd import dims_of
@@ -269,11 +271,19 @@ def _states_after(
 
 
 def _where_rows(rows: Bool[Array, " batch"], new: PyTree, old: PyTree) -> PyTree:
-    """`new` in some rows, else `old`. An array without rows is `new`."""
+    """`new` in some rows, else `old`.
 
-    def chosen(path: tuple, one: Array, other: Array) -> Array:
+    **Raises:** `ValueError` if an array without rows is another one.
+    """
+
+    def chosen(path: KeyPath, one: Array, other: Array) -> Array:
         dims = dims_of(old, path).split()
         if "batch" not in dims:
+            if one is not other:
+                raise InputError(
+                    f"A processor changes {jax.tree_util.keystr(path)} of its state, which has no dimension 'batch'; with"
+                    " speculate, rows get tokens at different times, so give it one entry a row."
+                )
             return one
         axis = dims.index("batch")
         return jnp.where(rows.reshape([-1 if at == axis else 1 for at in range(one.ndim)]), one, other)
