@@ -99,6 +99,9 @@ def engine(session: nox.Session):
     install(session, "test")
     options = ["tests/test_engine.py", "-m", "slow", *PLAIN, *PARALLEL, *session.posargs]
     session.run("pytest", *options, env={**COMPILE_QUICKLY, "ENGINE_EXAMPLES": "50"})
+
+
+@nox.session
 def robust(session: nox.Session):
     """2000 requests of clients that go away, send nonsense or read slowly, and 5000 wrong bodies; some minutes."""
     install(session, "test")
