@@ -349,13 +349,17 @@ class Engine:
         )
         if len(call.ends) > MOST_ENDS:
             raise InputError(f"There are {len(call.ends)} end tokens; an engine takes at most {MOST_ENDS}.")
+        guide = None if request.grammar is None else request.grammar.guide()
+        if guide is not None:
+            # A grammar for another vocabulary is refused now.
+            allowed(guide, self.config.vocab)
         return _Job(
             request,
             Answer(tuple(ids)),
             sampler,
             call,
             StopText(self.tokenizer, request.stop, skip_special=request.skip_special, after=ids),
-            None if request.grammar is None else request.grammar.guide(),
+            guide,
             np.inf if request.timeout is None else time.monotonic() + request.timeout,
             adapter,
         )
@@ -520,14 +524,14 @@ class Engine:
 
     def _decode(self):
         """Decodes one token of each row, or some if nobody waits, and sends them."""
+        words, guided = self._words()
         jobs = [*self._jobs]
         if not any(jobs):
             return
-        guided = np.asarray([job is not None and job.guide is not None for job in jobs])
         steps = 1 if guided.any() or self._reading or self._waiting else self._stride
         self._fit(steps=steps)
         wanted = np.asarray([job is not None for job in jobs])
-        by_row = tuple(place_rows(self.model, x) for x in (wanted, self._words(jobs), guided))
+        by_row = tuple(place_rows(self.model, x) for x in (wanted, words, guided))
         carried = Flat((self._state, self._cache))
         carried, decoded = decode_rows((self._flat, by_row, np.asarray(steps, np.int32)), carried)
         self._state, self._cache = carried.tree
@@ -541,14 +545,20 @@ class Engine:
             if job is not None:
                 self._send(job, tokens[row].tolist(), int(lost[row]), [x[row].tolist() for x in reported])
 
-    def _words(self, jobs: list[_Job | None]) -> np.ndarray:
-        """Which tokens guides allow, one bit each."""
+    def _words(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which tokens guides allow, one bit each, and which rows have a guide; a guide that fails ends its answer."""
         words = np.zeros((self.rows, -(-self.config.vocab // 32) * 4), np.uint8)
-        for row, job in enumerate(jobs):
-            if job is not None and job.guide is not None:
+        guided = np.zeros(self.rows, bool)
+        for row, job in enumerate(self._jobs):
+            if job is None or job.guide is None:
+                continue
+            try:
                 bits = np.packbits(allowed(job.guide, self.config.vocab), bitorder="little")
-                words[row, : len(bits)] = bits
-        return words.view("<u4")
+            except InputError as error:
+                self._end(job, "error", error=str(error))
+                continue
+            words[row, : len(bits)], guided[row] = bits, True
+        return words.view("<u4"), guided
 
     def _send(self, job: _Job, tokens: list[int], lost: int, reported: list[list[Any]]):
         """Sends the new tokens of a row, up to the one that ends it.
@@ -566,12 +576,15 @@ class Engine:
             ids.append(id)
             job.count += 1
             text += job.text.push(id)
-            if job.guide is not None:
-                job.guide.push(id)
             if job.text.stopped is not None or id in job.call.ends:
                 finish = "stop"
             elif job.count == job.call.max_new_tokens:
                 finish = "length"
+            elif job.guide is not None:
+                try:
+                    job.guide.push(id)
+                except InputError as refused:
+                    finish, error = "error", str(refused)
         if lost and finish is None:
             finish, where = "error", f"new token {job.count + 1}"
             forbidden = "The processors forbid every token; let them allow at least one, such as an end token."
