@@ -16,9 +16,9 @@ import mistral_eqx as mx
 SCHEMA = {
     "type": "object",
     "properties": {
-        "name": {"type": "string", "maxLength": 40},
+        "name": {"type": "string", "maxLength": 20},
         "age": {"type": "integer", "minimum": 0, "maximum": 150},
-        "city": {"type": "string", "maxLength": 40},
+        "city": {"type": "string", "maxLength": 20},
         "languages": {"type": "array", "items": {"enum": ["English", "French", "Italian", "Polish"]}, "maxItems": 4},
     },
     "required": ["name", "age", "city", "languages"],
@@ -39,7 +39,7 @@ def main(name="smollm2-135m"):
     out = mx.generate(
         model,
         [f"{SHOWN}Sentence: {sentence}\nRecord: " for sentence in SENTENCES],
-        max_new_tokens=400,
+        max_new_tokens=700,
         sampler=mx.Sampler(processors=[mx.Guided(grammar)]),
         eos_id=tokenizer.eos_ids,
         tokenizer=tokenizer,

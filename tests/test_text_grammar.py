@@ -229,7 +229,7 @@ def test_whitespace_has_an_end(byte_level):
     while guide.allowed()[space]:
         guide.push(space)
         count += 1
-    assert count == 32
+    assert count == 16
 
 
 def test_any_object(byte_level):

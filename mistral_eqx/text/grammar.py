@@ -29,9 +29,9 @@ _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([\d.eE+-]+)')
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 # JSON may have whitespace where the standard allows it, but an answer must come to its end. These options replace those
 # of a schema, which could have keywords ignored.
-_JSON = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}", "coerce_one_of": False, "lenient": False}
-# Text that leaves no choice is masked as any other. Otherwise llguidance would have it encoded, and allow wrong tokens
-# if the vocabulary has none for it.
+_JSON = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,16}", "coerce_one_of": False, "lenient": False}
+# Text that leaves no choice is masked as any other. Otherwise llguidance would have it encoded, and would allow wrong
+# tokens if the vocabulary has none for it.
 _OPTIONS = '%llguidance {"no_forcing": true}'
 # What a hostile grammar may cost: tests/test_text_grammar.py has some. The time of `a?a?a?...` is the square of the
 # first of these numbers: seconds for 20,000, and half a minute for llguidance's own 1,000,000.
