@@ -280,9 +280,10 @@ def _where_rows(rows: Bool[Array, " batch"], new: PyTree, old: PyTree) -> PyTree
         dims = dims_of(old, path).split()
         if "batch" not in dims:
             if one is not other:
+                name = jax.tree_util.keystr(path)
                 raise InputError(
-                    f"A processor changes {jax.tree_util.keystr(path)} of its state, which has no dimension 'batch'; with"
-                    " speculate, rows get tokens at different times, so give it one entry a row."
+                    f"A processor changes {name} of its state, which has no dimension 'batch'; with speculate, rows "
+                    "get tokens at different times, so give it one entry a row."
                 )
             return one
         axis = dims.index("batch")
