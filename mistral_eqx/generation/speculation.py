@@ -96,18 +96,18 @@ class Balance(eqx.Module):
 
     @classmethod
     def init(cls, speculate: Speculate) -> "Balance":
-        """Begins with hope: as if some proposals had been accepted.
+        """Begins with hope: as if some proposals of a lookup had been accepted, and all of a draft.
 
         A lookup pauses soon, since it can go on at any time. A draft cannot, so it gets a longer trial.
         """
         is_draft = isinstance(speculate, Draft)
-        gain = 1 + speculate.tokens / (2 if is_draft else 4)
+        gain = 1 + speculate.tokens / (1 if is_draft else 4)
         return cls(
             gain=jnp.asarray(gain, jnp.float32),
             wait=jnp.zeros((), jnp.int32),
             pause=jnp.asarray(_FOREVER if is_draft else _PAUSE, jnp.int32),
             ready=jnp.zeros((), bool),
-            window=32 if is_draft else 4,
+            window=16 if is_draft else 4,
         )
 
     def after_pass(self, tokens: Float[Array, ""], cost: Float[Array, ""]) -> "Balance":
