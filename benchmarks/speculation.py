@@ -94,13 +94,15 @@ def start(kind: str, dtype: str | None, task: Task) -> Any:
     model = mx.load(mx.checkpoint.locate(MODEL) if task.file is None else task.file, dtype=dtype)
     proposers = {LOOKUP: mx.PromptLookup, DRAFT: lambda: mx.Draft(mx.quantize(model, mx.GGUF("Q4_0")))}
     proposer, prompts = proposers.get(kind, lambda: None)(), prompts_of(task.ids)
-    texts = {"quotes": task.ids[AGAIN:], "free": task.ids[PASSAGE + 32 :]}
+    samplers = {"quotes": mx.Sampler(), "free": mx.Sampler(1.0, top_p=0.95)}
+    if task.file is not None:
+        # Made once, since other functions would be compiled anew.
+        texts = {"quotes": task.ids[AGAIN:], "free": task.ids[PASSAGE + 32 :]}
+        for name, text in texts.items():
+            samplers[name] = mx.Sampler(processors=[forced(text[: task.new_tokens], model.config.vocab)])
 
     def generate(name: str) -> Any:
-        sampler = mx.Sampler(1.0, top_p=0.95) if name == "free" else mx.Sampler()
-        if task.file is not None:
-            sampler = mx.Sampler(processors=[forced(texts[name][: task.new_tokens], model.config.vocab)])
-        how = {"max_new_tokens": task.new_tokens, "sampler": sampler, "key": jr.key(0), "eos_id": ()}
+        how = {"max_new_tokens": task.new_tokens, "sampler": samplers[name], "key": jr.key(0), "eos_id": ()}
         out = mx.generate(model, [prompts[name]], **how, speculate=proposer)
         return out.tokens[0].tolist(), out.acceptance
 

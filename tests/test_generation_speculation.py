@@ -424,8 +424,9 @@ def test_quantized_weights_and_passes_of_fewer_than_16_rows():
 @pytest.mark.slow
 def test_the_real_model(smollm2_path):
     model, tokenizer = mx.load(smollm2_path, dtype="float32"), mx.load_tokenizer(smollm2_path)
-    code = "def area(width, height):\n    return width * height\n\n\ndef volume(width, height, depth):\n"
-    prompts = [tokenizer.encode(text) for text in (code, "Once upon a time")]
+    text = "The frame was cast in an iron works down by the river, and on a wet morning in March sixteen horses pulled "
+    text += "it up the hill, while children ran beside the cart and counted the turns of its wheels.\n"
+    prompts = [tokenizer.encode(text) for text in (text + text + text[:40], "Once upon a time")]
     found = compare(model, prompts[:1], PromptLookup(cost=0.0), max_new_tokens=48)
     assert found.accepted > 8
     compare(model, prompts, PromptLookup(tokens=4), max_new_tokens=40)

@@ -96,18 +96,18 @@ class Balance(eqx.Module):
 
     @classmethod
     def init(cls, speculate: Speculate) -> "Balance":
-        """Begins with hope: as if some proposals had been accepted.
+        """Begins with hope: as if some proposals of a lookup had been accepted, and all of a draft.
 
         A lookup pauses soon, since it can go on at any time. A draft cannot, so it gets a longer trial.
         """
         is_draft = isinstance(speculate, Draft)
-        gain = 1 + speculate.tokens / (2 if is_draft else 4)
+        gain = 1 + speculate.tokens / (1 if is_draft else 4)
         return cls(
             gain=jnp.asarray(gain, jnp.float32),
             wait=jnp.zeros((), jnp.int32),
             pause=jnp.asarray(_FOREVER if is_draft else _PAUSE, jnp.int32),
             ready=jnp.zeros((), bool),
-            window=32 if is_draft else 4,
+            window=16 if is_draft else 4,
         )
 
     def after_pass(self, tokens: Float[Array, ""], cost: Float[Array, ""]) -> "Balance":
@@ -280,9 +280,10 @@ def _where_rows(rows: Bool[Array, " batch"], new: PyTree, old: PyTree) -> PyTree
         dims = dims_of(old, path).split()
         if "batch" not in dims:
             if one is not other:
+                name = jax.tree_util.keystr(path)
                 raise InputError(
-                    f"A processor changes {jax.tree_util.keystr(path)} of its state, which has no dimension 'batch'; "
-                    "with speculate, rows get tokens at different times, so give it one entry a row."
+                    f"A processor changes {name} of its state, which has no dimension 'batch'; with speculate, rows "
+                    "get tokens at different times, so give it one entry a row."
                 )
             return one
         axis = dims.index("batch")
