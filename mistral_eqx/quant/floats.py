@@ -49,6 +49,8 @@ def _dynamic_codes() -> np.ndarray:
 
 
 DYNAMIC_CODES = _dynamic_codes()
+_BETWEEN_DYNAMIC = (DYNAMIC_CODES[:-1].astype(np.float64) + DYNAMIC_CODES[1:]) / 2
+_HALF_OF_TABLE = (2**16 - 1) / 2
 
 LARGEST_FP8 = 448.0
 
@@ -124,10 +126,9 @@ def double_nf4_scales(largest: np.ndarray, offset: np.float32) -> tuple[np.ndarr
     factors = np.abs(padded).max(axis=1)
     with np.errstate(invalid="ignore"):
         shares = np.nan_to_num(padded / factors[:, None]).reshape(-1)[: len(centred)]
-    below = np.maximum(np.searchsorted(DYNAMIC_CODES, shares, side="right") - 1, 0)
-    above = np.minimum(below + 1, len(DYNAMIC_CODES) - 1)
-    upper = np.abs(shares - DYNAMIC_CODES[above]) < np.abs(shares - DYNAMIC_CODES[below])
-    return np.where(upper, above, below).astype(np.uint8), factors
+    # bitsandbytes looks shares up in a table that has 2^16 of them.
+    steps = np.rint((shares.astype(np.float64) + 1) * _HALF_OF_TABLE) / _HALF_OF_TABLE - 1
+    return np.searchsorted(_BETWEEN_DYNAMIC, steps).astype(np.uint8), factors
 
 
 def double_nf4_rows(
