@@ -110,9 +110,8 @@ def test_clipping_lowers_the_error_of_each_layers_output(zero_point):
     errors = []
     for clip in (False, True):
         scheme = mx.AWQ(bits=3, group_size=16, zero_point=zero_point, clip=clip)
-        found = [
-            np.asarray(scheme.weight(numbers, mx.quant.Layer(name, 1), inputs).dense()) for name in ("q_proj", "up_proj")
-        ]
+        layers = (mx.quant.Layer(name, 1) for name in ("q_proj", "up_proj"))
+        found = [np.asarray(scheme.weight(numbers, layer, inputs).dense()) for layer in layers]
         errors.append([[output_error(numbers[[row]], one[[row]], x) for row in range(32)] for one in found])
     (queries, without), (same, clipped) = np.array(errors)
     np.testing.assert_array_equal(queries, same)

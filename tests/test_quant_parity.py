@@ -160,7 +160,9 @@ def test_transformers_reads_what_was_calibrated(kind, model, tmp_path):
     assert relative_error(theirs, float64_logits(small)) < 1e-5
 
 
-@pytest.mark.parametrize(("bits", "strategy"), [(4, "group"), (4, "channel"), (8, "group"), (8, "channel"), (3, "group")])
+@pytest.mark.parametrize(
+    ("bits", "strategy"), [(4, "group"), (4, "channel"), (8, "group"), (8, "channel"), (3, "group")]
+)
 def test_what_compressed_tensors_packs_with_zero_points_is_loaded(bits, strategy, model, tmp_path):
     """Each linear layer compressed by the package, and compared with its own decompression."""
     torch, package = pytest.importorskip("torch"), pytest.importorskip("compressed_tensors")
@@ -204,8 +206,20 @@ def test_what_compressed_tensors_packs_with_zero_points_is_loaded(bits, strategy
     assert_same_weights(mx.dequantize(kept), mx.load(tmp_path / "floats"))
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+def test_transformers_reads_zero_points_if_it_dequantizes(bits, model, tmp_path):
+    """Without, this release expects them in another shape."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    small = mx.quantize(model, mx.RTN(bits, group_size=32))
+    mx.save(small, tmp_path / "small")
+    config = transformers.CompressedTensorsConfig(dequantize=True)
+    theirs = their_logits(tmp_path / "small", torch.float64, device_map="cpu", quantization_config=config)
+    assert relative_error(theirs, float64_logits(small)) < 1e-5
+    assert_same_weights(mx.dequantize(mx.load(tmp_path / "small")), mx.dequantize(small))
+
+
 def test_zero_points_are_those_of_compressed_tensors(model, tmp_path):
-    """transformers cannot load these with this release of compressed-tensors, which expects another shape."""
     torch, package = pytest.importorskip("torch"), pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
     from safetensors.torch import load_file

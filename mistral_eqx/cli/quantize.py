@@ -81,8 +81,8 @@ def quantize(
 ):
     """Quantize the linear layers of a model and write it as a folder.
 
-    transformers reads nf4 with bitsandbytes, int8 and fp8 with compressed-tensors, which cannot read the zero points of
-    the others yet. Norms, embeddings and head stay as they are, but for the norms with awq. Only one weight at a time
+    transformers reads nf4 with bitsandbytes, int8 and fp8 with compressed-tensors, and the others with it too if it
+    dequantizes them. Norms, embeddings and head stay as they are, but for the norms with awq. Only one weight at a time
     is in memory as floats; with gptq and awq, which need --calibration, the model is.
     """
     import mistral_eqx as mx

@@ -38,9 +38,9 @@ class AWQ(AbstractCalibratedScheme):
     - `bits`: of a number, 2 to 8.
     - `group_size`: how many inputs share a scale.
     - `zero_point`: whether codes span the numbers from the least to the largest.
-    - `clip`: whether large numbers of a group are clipped where this lowers the error of the layer's output. Of 10 limits
-        for each group, from its largest number to 0.55 of it, that with the least error of the group's part of the
-        output is taken. Queries and keys are not clipped, as in the authors' code.
+    - `clip`: whether large numbers of a group are clipped where this lowers the error of the layer's output. Of 10
+        limits for each group, from its largest number to 0.55 of it, that with the least error of the group's part of
+        the output is taken. Queries and keys are not clipped, as in the authors' code.
     """
 
     bits: int = 4
@@ -106,7 +106,9 @@ def _error(
     return jnp.sum(_errors_of_rows(found - numbers, hessian))
 
 
-def _errors_of_rows(change: Float[Array, "rows inputs"], hessian: Float[Array, "inputs inputs"]) -> Float[Array, " rows"]:
+def _errors_of_rows(
+    change: Float[Array, "rows inputs"], hessian: Float[Array, "inputs inputs"]
+) -> Float[Array, " rows"]:
     return jnp.sum(jnp.matmul(change, hessian, precision=lax.Precision.HIGHEST) * change, axis=1)
 
 

@@ -139,7 +139,7 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, bits: int, count: int | None = None) -> np.ndarray:
-    """The codes in bytes of the last axis, as `pack` stores them; of the first `count` if the bytes have room for more."""
+    """The codes in bytes of the last axis, as `pack` stores them; the first `count` if there is room for more."""
     single_bits = np.unpackbits(packed, axis=-1, count=None if count is None else count * bits, bitorder="little")
     single_bits = single_bits.reshape(*packed.shape[:-1], -1, bits)
     return (single_bits << np.arange(bits, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)

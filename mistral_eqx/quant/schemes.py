@@ -235,8 +235,8 @@ class NF4(AbstractBlockScheme):
     **Attributes:**
 
     - `block_size`: how many numbers share a scale.
-    - `double`: whether scales are quantized to 8 bits too, as bitsandbytes does. A block is then a whole row, so that no
-        strategy can split the inputs.
+    - `double`: whether scales are quantized to 8 bits too, as bitsandbytes does. A block is then a whole row, so that
+        no strategy can split the inputs.
     """
 
     block_size: int = 64

@@ -91,7 +91,9 @@ class CompressedTensors(Quantization):
         shape = parts.take("weight_shape", "int64", 1)
         parts.expect(shape.shape == (2,), "weight_shape has two sizes")
         rows, inputs = (int(size) for size in everything(shape))
-        parts.expect(words.shape == (rows, -(-inputs * self.bits // 32)), f"weight_packed has {self.bits} bits a number")
+        parts.expect(
+            words.shape == (rows, -(-inputs * self.bits // 32)), f"weight_packed has {self.bits} bits a number"
+        )
         whole = scale.shape[0] == rows and scale.shape[1] > 0 and inputs % scale.shape[1] == 0
         parts.expect(whole, "weight_scale has one scale a group")
         groups, size = scale.shape[1], inputs // scale.shape[1]
