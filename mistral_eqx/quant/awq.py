@@ -46,7 +46,7 @@ class AWQ(AbstractCalibratedScheme):
     bits: int = 4
     group_size: int = 128
     zero_point: bool = True
-    clip: bool = True
+    clip: bool = False
 
     def __post_init__(self):
         expect_groups("AWQ", self.bits, self.group_size)
