@@ -41,7 +41,7 @@ XLA_FFI_Error* count_threads(XLA_FFI_ThreadPool_NumThreads_Args* threads) {
 const XLA_FFI_Api& api() {
   static const XLA_FFI_Api found = [] {
     XLA_FFI_Api api{};
-    api.struct_size = sizeof api;
+    api.struct_size = XLA_FFI_Api_STRUCT_SIZE;
     api.XLA_FFI_Error_Create = create;
     api.XLA_FFI_Error_GetMessage = [](XLA_FFI_Error_GetMessage_Args* error) { error->message = ""; };
     api.XLA_FFI_Error_Destroy = [](XLA_FFI_Error_Destroy_Args*) {};
@@ -93,7 +93,7 @@ struct Call {
         std::memset(data, 0, bytes);
         std::memcpy(data, sizes.data(), std::min<int64_t>(bytes, 4 * sizes.size()));
       }
-      buffers.push_back({sizeof(XLA_FFI_Buffer), nullptr, array.type, data, int64_t(array.dims.size()), array.dims.data()});
+      buffers.push_back({XLA_FFI_Buffer_STRUCT_SIZE, nullptr, array.type, data, int64_t(array.dims.size()), array.dims.data()});
       to.push_back(&buffers.back());
     };
     for (Array& array : arguments) add(array, given);
@@ -115,10 +115,10 @@ struct Call {
     std::vector<XLA_FFI_ArgType> of_given(given.size(), XLA_FFI_ArgType_BUFFER);
     std::vector<XLA_FFI_RetType> of_made(made.size(), XLA_FFI_RetType_BUFFER);
     XLA_FFI_CallFrame frame{};
-    frame.struct_size = sizeof frame, frame.api = &api(), frame.stage = XLA_FFI_ExecutionStage_EXECUTE;
-    frame.args = {sizeof frame.args, nullptr, int64_t(given.size()), of_given.data(), given.data()};
-    frame.rets = {sizeof frame.rets, nullptr, int64_t(made.size()), of_made.data(), made.data()};
-    frame.attrs = {sizeof frame.attrs, nullptr, int64_t(named.size()), kinds.data(), named.data(), valued.data()};
+    frame.struct_size = XLA_FFI_CallFrame_STRUCT_SIZE, frame.api = &api(), frame.stage = XLA_FFI_ExecutionStage_EXECUTE;
+    frame.args = {XLA_FFI_Args_STRUCT_SIZE, nullptr, int64_t(given.size()), of_given.data(), given.data()};
+    frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, int64_t(made.size()), of_made.data(), made.data()};
+    frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr, int64_t(named.size()), kinds.data(), named.data(), valued.data()};
     return handler(&frame) == nullptr;
   }
 };
@@ -192,30 +192,29 @@ void expect(bool fine, const char* what) {
 
 }  // namespace
 
-// One call of each kind as it should be, and with something changed.
+// A call as it should be, and with something changed.
 void call(std::mt19937& draw) {
   const auto below = [&](int limit) { return int64_t(draw() % unsigned(limit)); };
-  for (const Call& good : {linear(draw, false), linear(draw, true), dense(draw, false), dense(draw, true), attend(draw)}) {
-    Call done = good;
-    expect(done.run(draw), "A call that fits is refused.");
-    Call bad = good;
-    const int64_t at = below(int(good.arguments.size() + good.results.size()));
-    const int64_t count = int64_t(good.arguments.size());
-    Array& array = at < count ? bad.arguments[at] : bad.results[at - count];
-    int64_t& size = array.dims[below(int(array.dims.size()))];
-    size = size > 1 && below(2) ? below(int(size)) : size + 1 + below(3);
-    expect(!bad.run(draw), "Shapes that do not fit are not refused.");
+  const int64_t kind = below(5);
+  const Call good = kind < 2 ? linear(draw, kind == 1) : kind < 4 ? dense(draw, kind == 3) : attend(draw);
+  Call done = good;
+  expect(done.run(draw), "A call that fits is refused.");
+  Call bad = good;
+  const int64_t count = int64_t(good.arguments.size()), at = below(int(count + good.results.size()));
+  Array& array = at < count ? bad.arguments[at] : bad.results[at - count];
+  int64_t& size = array.dims[below(int(array.dims.size()))];
+  size = size > 1 && below(2) ? below(int(size)) : size + 1 + below(3);
+  expect(!bad.run(draw), "Shapes that do not fit are not refused.");
+  bad = good;
+  bad.arguments.pop_back();
+  bad.run(draw);
+  if (good.sizes.empty()) return;
+  const int64_t rows = good.arguments[0].dims[0];
+  for (const int64_t wrong : {int64_t(-1), int64_t(INT32_MIN), rows + 1, int64_t(INT32_MAX), rows + 1 + below(1000)}) {
     bad = good;
-    bad.arguments.pop_back();
-    bad.run(draw);
-    if (good.sizes.empty()) continue;
-    const int64_t rows = good.arguments[0].dims[0];
-    for (const int64_t size : {int64_t(-1), int64_t(INT32_MIN), rows + 1, int64_t(INT32_MAX), rows + 1 + below(1000)}) {
-      bad = good;
-      bad.sizes[below(int(bad.sizes.size()))] = int32_t(size);
-      expect(!bad.run(draw), "Groups that do not fit the rows are not refused.");
-    }
-    for (int32_t& one : (bad = good).sizes) one = INT32_MAX;
+    bad.sizes[below(int(bad.sizes.size()))] = int32_t(wrong);
     expect(!bad.run(draw), "Groups that do not fit the rows are not refused.");
   }
+  bad.sizes.assign(bad.sizes.size(), INT32_MAX);
+  expect(!bad.run(draw), "Groups that do not fit the rows are not refused.");
 }
