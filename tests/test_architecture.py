@@ -16,8 +16,8 @@ PACKAGE = Path(mistral_eqx.__file__).parent
 NAME = PACKAGE.name
 
 # What every room sees: the exception, signals, bounded reading of files, declared checks, checks of JAX's keys and
-# precisions, locks; each sees those before it.
-GROUND = ("errors", "interrupts", "documents", "checks", "arguments", "locks")
+# precisions, locks, the library of the C++ kernels; each sees those before it.
+GROUND = ("errors", "interrupts", "documents", "checks", "arguments", "locks", "kernel_library")
 # What each room sees, besides itself, the ground and other people's packages. A room that is not here sees nothing.
 SEES = {
     "environment": set(),

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 import mistral_eqx as mx
 from mistral_eqx.checkpoint.safetensors import read_header
-from mistral_eqx.quant import formats
+from mistral_eqx.quant import DYNAMIC_CODES, formats
 
 
 FORMS = {
@@ -58,6 +58,27 @@ def test_a_published_folder_has_the_numbers_it_stands_for(form, config, getkey, 
         return
     for split in (mx.load(folder, mesh=mesh, strategy=mx.HEADS), mx.shard(kept, mesh, mx.HEADS)):
         assert relative_error(eqx.filter_jit(split)(ids), logits) < 1e-5
+
+
+def test_double_quantization_stays_as_it_is(getkey, tmp_path):
+    config = tiny(embed=64, hidden=1152, head_dim=32, q_per_kv=2, vocab=64, layers=1, windows=(None,))
+    pack, settings = quantized.nf4(64, double=True, share=256, table=DYNAMIC_CODES)
+    folder, plain = quantized.publish(tmp_path / "model", random_model(config, getkey()), pack, settings)
+    expected, kept = mx.load(plain, dtype="float32"), mx.load(folder)
+    # `down_proj` has rows of 18 scales.
+    assert set(formats(kept)) == {"NF4D/64", "NF4D/128", "NF4D/1152"}
+    found, numbers = (jax.tree.leaves(eqx.filter(one, eqx.is_array)) for one in (mx.dequantize(kept), expected))
+    for one, other in zip(found, numbers, strict=True):
+        # A scale is a product and a sum, which may be rounded once or twice.
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    ids = jnp.arange(16).reshape(2, 8)
+    logits = eqx.filter_jit(expected)(ids)
+    assert relative_error(eqx.filter_jit(kept)(ids), logits) < 1e-5
+    split = mx.load(folder, mesh=mx.make_mesh("tp=2"), strategy=mx.HEADS)
+    assert set(formats(split)) == {"NF4D/64", "NF4/64"}
+    assert relative_error(eqx.filter_jit(split)(ids), logits) < 1e-5
+    mx.save(kept, tmp_path / "again")
+    assert_same_weights(mx.load(tmp_path / "again", dtype="float32"), mx.dequantize(kept))
 
 
 def changed(folder, **settings):

@@ -298,7 +298,8 @@ def test_adapters_take_part(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [(["generate", "--help"], "Continue a prompt."), (["plan", "--x"], "--x")]
+    ("arguments", "said"),
+    [(["generate", "--help"], "Continue a prompt."), (["plan", "--x"], "--x"), (["--version"], "C++ kernels")],
 )
 def test_what_needs_no_model_needs_nothing_heavy(arguments, said):
     script = (

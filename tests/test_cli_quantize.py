@@ -21,7 +21,7 @@ def tiny(tmp_path_factory):
         (["--block-size", "16"], "NF4/16"),
         (["--scheme", "int4", "--block-size", "16", "--search"], "INT4/16"),
         (["--scheme", "int8", "--dtype", "bfloat16"], "INT8"),
-        (["--scheme", "fp8"], "FP8"),
+        (["--scheme", "fp8", "--search"], "FP8"),
     ],
 )
 def test_a_folder_is_written_that_generates(tiny, tmp_path, options, format):

@@ -16,17 +16,21 @@ pytestmark = pytest.mark.skipif(native.instructions() is None, reason="The C++ k
 
 INPUTS = 768
 # Those whose products take activations as they are, and those that round them to two codes.
-FLOATS = ("NF4/32", "NF4/64", "NF4/768", "FP8/32", "FP8/128", "FP8", "INT8", "NVFP4")
+FLOATS = ("NF4/32", "NF4/64", "NF4/768", "NF4D/768", "NF4D/384", "FP8/32", "FP8/128", "FP8", "INT8", "NVFP4")
 CODES = ("MXFP4", "INT2/64", "INT3/32", "INT4/64", "INT4/128", "INT5/96", "INT6/256", "INT7/768", "INT8/64")
 # Each kind of codes once.
-ONE_OF_EACH = ("NF4/64", "FP8/32", "FP8", "INT8", "NVFP4", "MXFP4", "INT4/64", "INT8/64")
+ONE_OF_EACH = ("NF4/64", "NF4D/768", "FP8/32", "FP8", "INT8", "NVFP4", "MXFP4", "INT4/64", "INT8/64")
 
 
 def random_blocks(name, rows, inputs=INPUTS):
     """Random bytes as blocks, with scales of ordinary size and no code of NaN."""
     format, draw = block_format(name), np.random.default_rng(0)
     raw = draw.integers(0, 256, (rows, inputs // format.size, format.nbytes), dtype=np.uint8)
-    if format.fields[0] == 4:
+    if name.startswith("NF4D"):
+        # The offset and the factors.
+        count = sum(format.fields[:2])
+        raw[..., :count] = draw.uniform(0.01, 1, (*raw.shape[:2], count // 4)).astype(np.float32).view(np.uint8)
+    elif format.fields[0] == 4:
         raw[..., :4] = draw.uniform(0.01, 1, (*raw.shape[:2], 1)).astype(np.float32).view(np.uint8)
     if name == "MXFP4":
         raw[..., 0] = draw.integers(120, 134, raw.shape[:2])
@@ -107,9 +111,10 @@ def test_inputs_that_32_does_not_divide(name):
         assert relative_error(product(in_panels(name, raw), x), x @ numbers_of(name, raw).astype(np.float64).T) < 1e-6
 
 
-@pytest.mark.parametrize(
-    "name", ["NF4", "NF4/", "NF4/48", "NF4/-64", "NF4/64x", "NF4/99999999999", "INT4", "INT9/64", "Q4_0/32", "/32", ""]
-)
+NONE = ["NF4", "NF4/", "NF4/48", "NF4/-64", "NF4/64x", "NF4/99999999999", "NF4D/96", "INT4", "INT9/64"]
+
+
+@pytest.mark.parametrize("name", [*NONE, "Q4_0/32", "/32", ""])
 def test_names_that_no_format_has(name):
     assert not native.supports(name)
 
@@ -138,6 +143,7 @@ def test_gradients_are_those_of_the_dequantized_weight(name):
 # Each with the calls of a kernel that three layers of the same input need.
 SCHEMES = {
     "NF4": (mx.NF4(), 1),
+    "NF4, double": (mx.NF4(double=True), 1),
     "RTN": (mx.RTN(), 1),
     "RTN, 3 bits": (mx.RTN(bits=3, group_size=32), 1),
     "Int8": (mx.Int8(zero_point=True), 1),

@@ -101,6 +101,25 @@ def test_codes_are_those_of_round_to_nearest_after_scaling(model):
     assert relative_error(small.blocks[0].attention.q_proj.weight.dense(), expected) < 1e-5
 
 
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_clipping_lowers_the_error_of_each_layers_output(zero_point):
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((256, 64)) @ draw.standard_normal((64, 64)) * np.exp(draw.standard_normal(64))
+    inputs = Inputs((2 * x.T @ x / 256).astype(np.float32), np.abs(x).mean(axis=0).astype(np.float32))
+    numbers = draw.standard_t(3, (32, 64)).astype(np.float32)
+    errors = []
+    for clip in (False, True):
+        scheme = mx.AWQ(bits=3, group_size=16, zero_point=zero_point, clip=clip)
+        layers = (mx.quant.Layer(name, 1) for name in ("q_proj", "up_proj"))
+        found = [np.asarray(scheme.weight(numbers, layer, inputs).dense()) for layer in layers]
+        errors.append([[output_error(numbers[[row]], one[[row]], x) for row in range(32)] for one in found])
+    (queries, without), (same, clipped) = np.array(errors)
+    np.testing.assert_array_equal(queries, same)
+    # Products of the Hessian in float32.
+    assert (clipped <= without * (1 + 1e-4)).all()
+    assert clipped.sum() < 0.95 * without.sum()
+
+
 def _norms(block):
     return block.attention_norm, block.feed_forward_norm
 

@@ -13,7 +13,8 @@ from fixtures.equality import precision
 from fixtures.model import relative_error
 
 import mistral_eqx as mx
-from mistral_eqx.quant import Layer, block_format, formats
+from mistral_eqx.quant import DYNAMIC_CODES, Layer, block_format, formats
+from mistral_eqx.quant.floats import double_nf4_scales
 
 
 pytestmark = pytest.mark.parity
@@ -55,6 +56,29 @@ def test_nf4_codes_are_those_of_bitsandbytes(getkey):
     np.testing.assert_array_equal(ours, theirs)
 
 
+def test_double_quantization_is_that_of_bitsandbytes(getkey):
+    torch, bnb = pytest.importorskip("torch"), pytest.importorskip("bitsandbytes")
+    numbers = np.asarray(jr.normal(getkey(), (300, 576)), np.float32)
+    packed, state = bnb.functional.quantize_4bit(
+        torch.tensor(numbers), blocksize=64, quant_type="nf4", compress_statistics=True
+    )
+    # Theirs are computed in float32, in another way with each instruction set.
+    np.testing.assert_allclose(DYNAMIC_CODES, state.state2.code.numpy(), rtol=3e-7)
+    largest = np.abs(numbers.reshape(-1, 64)).max(axis=1)
+    offset = np.float32(state.offset)
+    scales, factors = double_nf4_scales(largest, offset)
+    np.testing.assert_array_equal(scales, state.absmax.numpy())
+    np.testing.assert_array_equal(factors, state.state2.absmax.numpy())
+    # Ours is the mean in float64, theirs in float32.
+    weight = mx.NF4(double=True).weight(numbers, Layer("layer", 1))
+    rows = np.asarray(weight.blocks).reshape(300, -1)
+    np.testing.assert_allclose(rows[:, :4].copy().view(np.float32)[:, 0], offset, rtol=1e-6)
+    assert (rows[:, 13:22].reshape(-1) != state.absmax.numpy()).mean() < 1e-3
+    np.testing.assert_array_equal(rows[:, 24:].reshape(-1, 1), packed.numpy())
+    theirs = bnb.functional.dequantize_4bit(packed, state).numpy()
+    assert relative_error(weight.dense(), theirs) < 1e-4
+
+
 def test_int8_codes_are_those_of_bitsandbytes(getkey):
     torch, bnb = pytest.importorskip("torch"), pytest.importorskip("bitsandbytes")
     numbers = np.asarray(jr.normal(getkey(), (64, 256)), np.float16).astype(np.float32)
@@ -93,7 +117,7 @@ def test_what_transformers_quantizes_with_bitsandbytes_is_loaded(double, model, 
     for dtype in (None, "float32"):
         ours = mx.load(tmp_path / "nf4", dtype=dtype)
         assert relative_error(eqx.filter_jit(ours)(jnp.asarray(IDS)), expected) < 1e-5
-    assert formats(mx.load(tmp_path / "nf4")) == ["NF4/64"]
+    assert set(formats(mx.load(tmp_path / "nf4"))) == ({"NF4D/64", "NF4D/128"} if double else {"NF4/64"})
 
 
 SCHEMES = {
@@ -136,8 +160,66 @@ def test_transformers_reads_what_was_calibrated(kind, model, tmp_path):
     assert relative_error(theirs, float64_logits(small)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("bits", "strategy"), [(4, "group"), (4, "channel"), (8, "group"), (8, "channel"), (3, "group")]
+)
+def test_what_compressed_tensors_packs_with_zero_points_is_loaded(bits, strategy, model, tmp_path):
+    """Each linear layer compressed by the package, and compared with its own decompression."""
+    torch, package = pytest.importorskip("torch"), pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from safetensors.torch import load_file, save_file
+
+    arguments = {"num_bits": bits, "symmetric": False, "strategy": strategy, "type": "int"}
+    arguments |= {"group_size": 32} if strategy == "group" else {}
+    weights = package.quantization.QuantizationArgs(**arguments)
+    scheme = package.quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    mx.save(model, tmp_path / "floats")
+    written, expected = {}, {}
+    for name, numbers in load_file(tmp_path / "floats/model.safetensors").items():
+        expected[name] = written[name] = numbers
+        if not name.endswith("_proj.weight"):
+            continue
+        groups = numbers.reshape(len(numbers), -1, 32 if strategy == "group" else numbers.shape[1])
+        low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
+        scale = (high - low) / (2**bits - 1)
+        zero = (torch.round(-low / scale) - 2 ** (bits - 1)).to(torch.int8)
+        parts = {"weight": numbers, "weight_scale": scale, "weight_zero_point": zero}
+        packed = PackedQuantizationCompressor.compress(parts, scheme)
+        stem = name.removesuffix("weight")
+        del written[name]
+        written |= {stem + end: tensor.contiguous() for end, tensor in packed.items()}
+        expected[name] = PackedQuantizationCompressor.decompress(packed, scheme)["weight"].contiguous()
+    save_file(expected, tmp_path / "floats/model.safetensors", {"format": "pt"})
+    folder = tmp_path / "small"
+    folder.mkdir()
+    save_file(written, folder / "model.safetensors", {"format": "pt"})
+    settings = json.loads((tmp_path / "floats/config.json").read_text())
+    settings["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": arguments}},
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    kept = mx.load(folder)
+    assert all(name.startswith(f"INT{bits}/") for name in formats(kept))
+    assert_same_weights(mx.dequantize(kept), mx.load(tmp_path / "floats"))
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_transformers_reads_zero_points_if_it_dequantizes(bits, model, tmp_path):
+    """Without, this release expects them in another shape."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    small = mx.quantize(model, mx.RTN(bits, group_size=32))
+    mx.save(small, tmp_path / "small")
+    config = transformers.CompressedTensorsConfig(dequantize=True)
+    theirs = their_logits(tmp_path / "small", torch.float64, device_map="cpu", quantization_config=config)
+    assert relative_error(theirs, float64_logits(small)) < 1e-5
+    assert_same_weights(mx.dequantize(mx.load(tmp_path / "small")), mx.dequantize(small))
+
+
 def test_zero_points_are_those_of_compressed_tensors(model, tmp_path):
-    """transformers cannot load these with this release of compressed-tensors, which expects another shape."""
     torch, package = pytest.importorskip("torch"), pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
     from safetensors.torch import load_file

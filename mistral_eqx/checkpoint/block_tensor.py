@@ -53,6 +53,7 @@ class BlockTensor(LazyTensor):
         nbytes: int,
         scale: LazyTensor | float | None = None,
         order: np.ndarray | None = None,
+        smaller: LazyTensor | None = None,
     ):
         """**Arguments:**
 
@@ -60,12 +61,13 @@ class BlockTensor(LazyTensor):
         - `format`: the name of the format of its blocks.
         - `read`: the blocks of rows `start` to `stop - 1`, shape `(rows, blocks, bytes)`.
         - `nbytes`: its size in the files.
-        - `scale`, `order`: as in `Packed`.
+        - `scale`, `order`, `smaller`: as in `Packed`.
         """
         super().__init__(name, shape, DTYPES["float32"], format, nbytes)
         kind = block_format(format)
         count = shape[1] // kind.size * kind.nbytes
-        self._packed = self.packed = Packed(format, _Bytes(name, (shape[0], count), format, read), scale, order)
+        blocks = _Bytes(name, (shape[0], count), format, read)
+        self._packed = self.packed = Packed(format, blocks, scale, order, smaller)
 
     def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
         packed, kind = self._packed, block_format(self._packed.format)

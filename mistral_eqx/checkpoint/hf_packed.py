@@ -13,7 +13,18 @@ import numpy as np
 from ..config import MistralConfig
 from ..errors import InputError
 from ..nn import AbstractWeight
-from ..quant import NF4_CODES, BlockWeight, OrderedWeight, ScaledWeight, block_format, from_panels, pack, unpack
+from ..quant import (
+    DOUBLE_SIZE,
+    NF4_CODES,
+    BlockWeight,
+    OrderedWeight,
+    ScaledWeight,
+    block_format,
+    double_nf4_largest,
+    from_panels,
+    pack,
+    unpack,
+)
 from .names import LayerSpec
 from .reader import FLOATS
 from .source import file_order
@@ -57,7 +68,9 @@ def packing(spec: LayerSpec, weight: AbstractWeight, config: MistralConfig) -> P
     kind, _, size = base.format.partition("/")
     if kind == "NF4" and sorted_by is None:
         return _nf4(base, rows, inputs, int(size), order)
-    if kind in ("INT4", "INT8") and size:
+    if kind == "NF4D":
+        return _nf4(base, rows, inputs, DOUBLE_SIZE, order)
+    if kind.startswith("INT") and size:
         return _integers(base, sorted_by, rows, inputs, int(kind.removeprefix("INT")), int(size), order)
     remedy = "write it as a GGUF file" if kind.startswith(("Q", "IQ")) else "load or quantize it another way"
     raise _refused(spec, f"has the format {base.format}, which no such file can hold; {remedy}")
@@ -101,10 +114,16 @@ def _nf4(weight: BlockWeight, rows: int, inputs: int, size: int, order: np.ndarr
     described = np.frombuffer(json.dumps(state).encode(), np.uint8)
 
     def arrays() -> Arrays:
-        largest, codes = _fields(weight, order)
+        if weight.format.startswith("NF4D"):
+            # The file has rows in another order, in which scales with the same factor are not side by side.
+            *scales, codes = _fields(weight, order)
+            largest = np.asarray(double_nf4_largest(inputs // size, *map(jnp.asarray, scales)))
+        else:
+            field, codes = _fields(weight, order)
+            largest = _single(field)
         return {
             "weight": codes.reshape(-1, 1),
-            "weight.absmax": _single(largest).reshape(-1),
+            "weight.absmax": largest.reshape(-1),
             "weight.quant_map": NF4_CODES,
             "weight.quant_state.bitsandbytes__nf4": described,
         }
@@ -128,8 +147,9 @@ def _nf4(weight: BlockWeight, rows: int, inputs: int, size: int, order: np.ndarr
 
 def _words(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes of the last axis in 32-bit words, the first one lowest; the last word may have room."""
-    room = -codes.shape[-1] % (32 // bits)
-    return np.ascontiguousarray(pack(np.pad(codes, [*[(0, 0)] * (codes.ndim - 1), (0, room)]), bits)).view("<i4")
+    packed = pack(codes, bits)
+    room = -packed.shape[-1] % 4
+    return np.ascontiguousarray(np.pad(packed, [*[(0, 0)] * (packed.ndim - 1), (0, room)])).view("<i4")
 
 
 def _integers(
@@ -141,7 +161,7 @@ def _integers(
     size: int,
     order: np.ndarray,
 ) -> Packing:
-    per_word, groups, middle = 32 // bits, inputs // size, 2 ** (bits - 1)
+    groups, middle = inputs // size, 2 ** (bits - 1)
     symmetric = bool((_fields(weight, order)[1] == middle).all())
 
     def arrays() -> Arrays:
@@ -160,12 +180,12 @@ def _integers(
         return {"weight_packed": _words(codes, bits), **found}
 
     shapes = {
-        "weight_packed": ((rows, -(-inputs // per_word)), np.dtype(np.int32)),
+        "weight_packed": ((rows, -(-inputs * bits // 32)), np.dtype(np.int32)),
         "weight_scale": ((rows, groups), np.dtype(np.float32)),
         "weight_shape": ((2,), np.dtype(np.int64)),
     }
     if not symmetric:
-        shapes["weight_zero_point"] = ((-(-rows // per_word), groups), np.dtype(np.int32))
+        shapes["weight_zero_point"] = ((-(-rows * bits // 32), groups), np.dtype(np.int32))
     if sorted_by is not None:
         shapes["weight_g_idx"] = ((inputs,), np.dtype(np.int32))
     weights = {

@@ -45,6 +45,8 @@ def read_packed(source: Source, placement: Placement) -> AbstractWeight | None:
     spec, packed = source.spec, source.tensor.packed
     if packed is None or not spec.in_dims:
         return None
+    if packed.smaller is not None and placement.strategy.parts(spec.in_dims, placement.mesh) > 1:
+        return read_packed(dataclasses.replace(source, tensor=packed.smaller), placement)
     in_shape, out_shape = (spec.sizes(source.config, dims) for dims in (spec.in_dims, spec.out_dims))
     merged = merged_sizes(in_shape, block_format(packed.format).size)
     if merged is None:

@@ -101,12 +101,14 @@ class Packed:
     - `blocks`: the bytes, a row of blocks in each row.
     - `scale`: a factor of all numbers, or a tensor with one for each row; `None` without.
     - `order`: for each column of the blocks, its column in the weight; `None` if these are the same.
+    - `smaller`: the same numbers in smaller blocks, for devices that split the columns; `None` if there are none.
     """
 
     format: str
     blocks: LazyTensor
     scale: LazyTensor | float | None = None
     order: np.ndarray | None = None
+    smaller: LazyTensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import interrupts
+from ..kernel_library import open_library
 from .chat import chat
 from .convert import convert
 from .errors import Command, OneSentence
@@ -42,10 +43,8 @@ app.add_typer(evaluate, name="evaluate")
 
 def _show_version(wanted: bool) -> bool:
     if wanted:
-        from ..nn.kernels import native
-
-        kernels = native.instructions()
-        with_kernels = "without C++ kernels" if kernels is None else f"C++ kernels for {kernels}"
+        kernels = open_library()
+        with_kernels = "without C++ kernels" if kernels is None else f"C++ kernels for {kernels[1]}"
         typer.echo(f"mistral-eqx {importlib.metadata.version('mistral-eqx')}, {with_kernels}")
         raise typer.Exit
     return wanted

@@ -59,7 +59,7 @@ def quantize(
         ),
     ] = None,
     search: Annotated[
-        bool, typer.Option("--search", help="Try smaller ranges for the least squared error; int4 and int8.")
+        bool, typer.Option("--search", help="Try smaller ranges for the least squared error; int4, int8 and fp8.")
     ] = False,
     calibration: Annotated[
         Path | None,
@@ -81,8 +81,8 @@ def quantize(
 ):
     """Quantize the linear layers of a model and write it as a folder.
 
-    transformers reads nf4 with bitsandbytes, int8 and fp8 with compressed-tensors, which cannot read the zero points of
-    the others yet. Norms, embeddings and head stay as they are, but for the norms with awq. Only one weight at a time
+    transformers reads nf4 with bitsandbytes, int8 and fp8 with compressed-tensors, and the others with it too if it
+    dequantizes them. Norms, embeddings and head stay as they are, but for the norms with awq. Only one weight at a time
     is in memory as floats; with gptq and awq, which need --calibration, the model is.
     """
     import mistral_eqx as mx
@@ -141,8 +141,8 @@ def scheme_of(scheme: Scheme, size: int | None = None, search: bool = False) -> 
     """The scheme of the options: its name, `--block-size` and `--search`."""
     from ..quant import AWQ, FP8, GPTQ, NF4, RTN, Int8
 
-    if search and scheme not in (Scheme.INT4, Scheme.INT8):
-        raise InputError(f"--search is for int4 and int8, not for {scheme}; leave it out.")
+    if search and scheme not in (Scheme.INT4, Scheme.INT8, Scheme.FP8):
+        raise InputError(f"--search is for int4, int8 and fp8, not for {scheme}; leave it out.")
     match scheme:
         case Scheme.NF4:
             return NF4(size or 64)
@@ -155,5 +155,5 @@ def scheme_of(scheme: Scheme, size: int | None = None, search: bool = False) -> 
         case Scheme.AWQ:
             return AWQ(group_size=size or 128)
         case Scheme.FP8 if size is None:
-            return FP8()
+            return FP8(search=search)
     raise InputError("--block-size is not for fp8, of which a folder holds one scale a row; leave it out.")

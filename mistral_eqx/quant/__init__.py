@@ -12,7 +12,14 @@ from .calibration import (
     Inputs as Inputs,
     checked_calibration as checked_calibration,
 )
-from .floats import NF4_CODES as NF4_CODES, nf4_blocks as nf4_blocks
+from .floats import (
+    DOUBLE_SIZE as DOUBLE_SIZE,
+    DYNAMIC_CODES as DYNAMIC_CODES,
+    NF4_CODES as NF4_CODES,
+    double_nf4_largest as double_nf4_largest,
+    double_nf4_rows as double_nf4_rows,
+    nf4_blocks as nf4_blocks,
+)
 from .ggml import FORMATS as FORMATS
 from .gptq import GPTQ as GPTQ
 from .integers import integer_blocks as integer_blocks, pack as pack, unpack as unpack

@@ -5,6 +5,7 @@ the largest number is absmax quantization if the zero lies in the middle of all 
 lies where the numbers' own zero does.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -48,22 +49,43 @@ def round_to_codes(
 
     **Returns:** codes from 0, scales in float32 and zeros, the last two with an axis of 1.
     """
-    xp, numbers = _namespace(numbers), numbers.astype(np.float32)
-    best: Any = None
-    least: Any = None
-    for shrunk in _TRIED if search else (1.0,):
+    numbers = numbers.astype(np.float32)
+
+    def tried(shrunk: float) -> tuple[AnyArray, AnyArray, AnyArray]:
         scale, zero = grid(numbers, bits, zero_point=zero_point, shrunk=shrunk)
-        found = nearest(numbers, scale, zero, bits, zero_point=zero_point), scale, zero.astype(np.uint8)
-        if not search:
-            return found
-        error = xp.sum((from_codes(*found) - numbers) ** 2, axis=-1, keepdims=True)
-        if best is None:
-            best, least = found, error
-            continue
+        return nearest(numbers, scale, zero, bits, zero_point=zero_point), scale, zero.astype(np.uint8)
+
+    return least_error(numbers, tried, from_codes) if search else tried(1.0)
+
+
+Found = TypeVar("Found", bound=tuple[Any, ...])
+
+
+def least_error(
+    numbers: AnyArray, tried: Callable[[float], Found], restored: Callable[..., AnyArray], axis: int | None = -1
+) -> Found:
+    """Tries smaller ranges, and takes for all numbers that share a scale the one with the least squared error.
+
+    **Arguments:**
+
+    - `numbers`: any shape.
+    - `tried`: from the part of the range that codes span to codes and what belongs to them.
+    - `restored`: the numbers of these.
+    - `axis`: of the numbers that share a scale; `None` for all.
+    """
+    xp = _namespace(numbers)
+
+    def measured(shrunk: float) -> tuple[Found, AnyArray]:
+        found = tried(shrunk)
+        return found, xp.sum((restored(*found) - numbers) ** 2, axis=axis, keepdims=True)
+
+    best, least = measured(_TRIED[0])
+    for shrunk in _TRIED[1:]:
+        found, error = measured(shrunk)
         better = error < least
         best = tuple(xp.where(better, new, old) for new, old in zip(found, best, strict=True))
         least = xp.where(better, error, least)
-    return best
+    return best  # pyright: ignore[reportReturnType]
 
 
 def grid(numbers: AnyArray, bits: int, *, zero_point: bool, shrunk: float = 1.0) -> tuple[AnyArray, AnyArray]:
@@ -116,9 +138,10 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     return np.packbits(single_bits.astype(np.uint8).reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
 
 
-def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
-    """The codes in bytes of the last axis, as `pack` stores them."""
-    single_bits = np.unpackbits(packed, axis=-1, bitorder="little").reshape(*packed.shape[:-1], -1, bits)
+def unpack(packed: np.ndarray, bits: int, count: int | None = None) -> np.ndarray:
+    """The codes in bytes of the last axis, as `pack` stores them; the first `count` if there is room for more."""
+    single_bits = np.unpackbits(packed, axis=-1, count=None if count is None else count * bits, bitorder="little")
+    single_bits = single_bits.reshape(*packed.shape[:-1], -1, bits)
     return (single_bits << np.arange(bits, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
 
 

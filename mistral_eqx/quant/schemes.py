@@ -20,8 +20,15 @@ from ..nn.kernels import native
 from ..parallel import SINGLE, Strategy, gather_to_host
 from .activations import RoundedActivations
 from .blocks import BlockWeight, merged_sizes
-from .floats import LARGEST_FP8, nf4_blocks, nf4_codes
-from .integers import integer_blocks, round_to_codes
+from .floats import (
+    DOUBLE_SIZE,
+    LARGEST_FP8,
+    double_nf4_rows,
+    double_nf4_scales,
+    nf4_blocks,
+    nf4_codes,
+)
+from .integers import integer_blocks, least_error, round_to_codes
 from .k_types import K_TYPES, k_blocks
 from .mixtures import MIXTURES
 from .panels import to_panels
@@ -228,15 +235,36 @@ class NF4(AbstractBlockScheme):
     **Attributes:**
 
     - `block_size`: how many numbers share a scale.
+    - `double`: whether scales are quantized to 8 bits too, as bitsandbytes does. A block is then a whole row, so that
+        no strategy can split the inputs.
     """
 
     block_size: int = 64
+    double: bool = False
 
     def __post_init__(self):
+        if self.double and self.block_size != DOUBLE_SIZE:
+            raise InputError(
+                f"NF4(block_size={self.block_size!r}, double=True) is unknown; double quantization has blocks of "
+                f"{DOUBLE_SIZE}.",
+                key="block_size",
+            )
         if self.block_size < 2 or self.block_size % 2:
             raise InputError(
                 f"NF4(block_size={self.block_size!r}) must be an even number; give one such as 64.", key="block_size"
             )
+
+    def weight(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
+        if not self.double:
+            return super().weight(numbers, layer)
+        return in_blocks(self._row(numbers.shape, layer), numbers, layer, _double_nf4, one_axis=True)
+
+    def zeros(self, shape: tuple[int, ...], layer: Layer) -> AbstractWeight:
+        if not self.double:
+            return super().zeros(shape, layer)
+        name = self._row(shape, layer)
+        shape, merged = _block_shape(name, shape, layer, one_axis=True)
+        return _zeros_in_format(name, shape, layer, merged)
 
     def blocks(self, numbers: np.ndarray) -> np.ndarray:
         return nf4_blocks(*nf4_codes(numbers))
@@ -244,6 +272,23 @@ class NF4(AbstractBlockScheme):
     @property
     def block(self) -> str:
         return f"NF4/{self.block_size}"
+
+    def _row(self, shape: tuple[int, ...], layer: Layer) -> str:
+        inputs = math.prod(shape[layer.out_axes :])
+        expect_whole_blocks(layer.path, inputs, self.block)
+        return f"NF4D/{inputs}"
+
+
+def _double_nf4(numbers: np.ndarray) -> np.ndarray:
+    """The bytes of rows of a weight."""
+    rows = numbers.reshape(-1, numbers.shape[-1])
+    codes, largest = nf4_codes(rows.reshape(len(rows), -1, DOUBLE_SIZE))
+    offset = np.float32(largest.mean(dtype=np.float64))
+    scales, factors = double_nf4_scales(largest.reshape(-1), offset)
+    codes = codes.reshape(rows.shape)
+    pairs = codes[:, 0::2] << 4 | codes[:, 1::2]
+    found = double_nf4_rows(pairs, scales.reshape(len(rows), -1), 0, factors, offset)
+    return found.reshape(*numbers.shape[:-1], -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,10 +299,12 @@ class FP8(AbstractBlockScheme):
 
     - `by`: which numbers share a scale: `"tensor"` (all), `"row"`, or a block of so many inputs, as in `by=128`.
     - `activations`: `"float8_e4m3"` to round activations too, each token with a scale of its own.
+    - `search`: whether smaller scales are tried for the least squared error.
     """
 
     by: Literal["tensor", "row"] | int = "row"
     activations: Literal["float8_e4m3"] | None = None
+    search: bool = False
 
     def __post_init__(self):
         if not (self.by in ("tensor", "row") or (isinstance(self.by, int) and self.by > 0)):
@@ -285,7 +332,7 @@ class FP8(AbstractBlockScheme):
         return RoundedActivations(weight, self.activations, strategy=layer.strategy)
 
     def blocks(self, numbers: np.ndarray) -> np.ndarray:
-        codes, scale = _float8(numbers, axis=-1)
+        codes, scale = _float8(numbers, -1, self.search)
         return np.concatenate([np.ascontiguousarray(scale).view(np.uint8), codes], axis=-1)
 
     @property
@@ -295,7 +342,7 @@ class FP8(AbstractBlockScheme):
     def _scaled(self, numbers: np.ndarray, layer: Layer) -> AbstractWeight:
         out_shape = numbers.shape[: layer.out_axes]
         flat = numbers.reshape(math.prod(out_shape), -1)
-        codes, scale = _float8(flat, axis=-1 if self.by == "row" else None)
+        codes, scale = _float8(flat, -1 if self.by == "row" else None, self.search)
         base = in_format("FP8", codes.reshape(numbers.shape)[..., None], layer)
         by: By = "row" if self.by == "row" else "tensor"
         return ScaledWeight(base, jnp.asarray(scale.reshape(out_shape if by == "row" else ())), by)
@@ -351,11 +398,20 @@ class GGUF(AbstractBlockScheme):
         return raw.view(np.uint8).reshape(len(numbers), -1)
 
 
-def _float8(numbers: np.ndarray, axis: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _float8(numbers: np.ndarray, axis: int | None, search: bool) -> tuple[np.ndarray, np.ndarray]:
     """Codes of float8 e4m3 as bytes, and the scales."""
     largest = np.abs(numbers).max(axis=axis, keepdims=True)
-    scale = (np.where(largest > 0, largest, LARGEST_FP8) / np.float32(LARGEST_FP8)).astype(np.float32)
-    return (numbers / scale).astype(ml_dtypes.float8_e4m3fn).view(np.uint8), scale
+    largest = np.where(largest > 0, largest, LARGEST_FP8).astype(np.float32)
+
+    def tried(shrunk: float) -> tuple[np.ndarray, np.ndarray]:
+        scale = largest * np.float32(shrunk) / np.float32(LARGEST_FP8)
+        codes = np.clip(numbers / scale, -LARGEST_FP8, LARGEST_FP8).astype(ml_dtypes.float8_e4m3fn)
+        return codes.view(np.uint8), scale
+
+    def restored(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        return codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+
+    return least_error(numbers, tried, restored, axis) if search else tried(1.0)
 
 
 def expect_groups(scheme: str, bits: int, group_size: int):

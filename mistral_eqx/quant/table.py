@@ -2,7 +2,7 @@
 
 import functools
 
-from .floats import FP8, NVFP4, fp8_format, nf4_format
+from .floats import FP8, NVFP4, double_nf4_format, fp8_format, nf4_format
 from .ggml import FORMATS
 from .integers import INT8, integer_format
 from .layout import BlockFormat
@@ -18,11 +18,13 @@ def block_format(name: str) -> BlockFormat:
     **Arguments:**
 
     - `name`: a type of GGUF; or `"INT8"`, `"FP8"` or `"NVFP4"`, whose scales belong to the weight; or `"INT4/128"` (2
-        to 8 bits), `"NF4/64"` or `"FP8/128"`, with any size of a block.
+        to 8 bits), `"NF4/64"` or `"FP8/128"`, with any size of a block; or `"NF4D/4096"`, with the size of a row.
     """
     kind, _, size = name.partition("/")
     if kind == "NF4":
         return nf4_format(int(size))
+    if kind == "NF4D":
+        return double_nf4_format(int(size))
     if kind == "FP8" and size:
         return fp8_format(int(size))
     if kind.startswith("INT") and size:

@@ -53,6 +53,8 @@ void multiply(std::mt19937& draw) {
   with(4, SET::multiplying.float32), with(2, SET::multiplying.bfloat16), with(2, SET::multiplying.float16);
 }
 
+void call(std::mt19937& draw);  // fuzz_calls.cc
+
 int main(int, char** arguments) {
   const double seconds = std::atof(arguments[1]);
   std::mt19937 draw(std::atoi(arguments[2]));
@@ -61,7 +63,7 @@ int main(int, char** arguments) {
   long products = 0;
   while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) {
     Format format = SET::instructions.formats[below(SET::instructions.count)];
-    if (format.size == 0) format = format.of_size(32 * (1 + below(10)));
+    if (format.size == 0) format = format.of_size(format.step() * (1 + below(10)));
     const int blocks = format.size == 1 ? 1 + below(300) : 1 + below(5);
     const int64_t inputs = int64_t(blocks) * format.size, rows = 1 + below(19), bytes = 16 * int64_t(format.bytes) * blocks;
     const std::unique_ptr<uint8_t[]> panel(new uint8_t[bytes]);
@@ -80,7 +82,7 @@ int main(int, char** arguments) {
     alignas(64) float numbers[STRETCH * 16];
     format.product_of_many(format, panel.get(), activations, y.get(), 16, numbers);
     products++;
-    attend(draw), multiply(draw);
+    attend(draw), multiply(draw), call(draw);
   }
   std::printf("%ld products\n", products);
 }

@@ -10,13 +10,14 @@ from annotated_types import Ge
 from ...checks import checked
 from ...documents import parse_json
 from ...errors import InputError
-from ...quant import NF4_CODES, nf4_blocks
+from ...quant import DOUBLE_SIZE, DYNAMIC_CODES, NF4_CODES, double_nf4_rows, nf4_blocks
 from ..block_tensor import BlockTensor
 from ..reader import LazyTensor
 from .parts import Parts, Quantization, RowScales, as_float32, everything, scaled_tensor
 
 
 Size = Annotated[int, Ge(1)]
+_NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 
 
 class BitsAndBytes4(Quantization):
@@ -63,7 +64,27 @@ class BitsAndBytes4(Quantization):
             pairs = np.stack([raw >> 4, raw & 15], axis=-1).reshape(stop - start, count, size)
             return nf4_blocks(pairs, largest(start * count, stop * count).reshape(stop - start, count, 1))
 
-        return BlockTensor(name, (rows, inputs), f"NF4/{size}", read, parts.nbytes)
+        plain = BlockTensor(name, (rows, inputs), f"NF4/{size}", read, parts.nbytes)
+        if not state["nested"] or (size, state["nested_blocksize"]) != (DOUBLE_SIZE, 256):
+            return plain
+        factors, numbers = self._nested(parts)
+        # They differ by the rounding of the machine that quantized.
+        if not np.allclose(numbers, DYNAMIC_CODES, rtol=3e-7, atol=0):
+            return plain
+
+        def read_rows(start: int, stop: int) -> np.ndarray:
+            raw = codes.rows(start * inputs // 2, stop * inputs // 2).reshape(stop - start, -1)
+            scales = absmax.rows(start * count, stop * count).reshape(stop - start, count)
+            offset = np.float32(state["nested_offset"])
+            return double_nf4_rows(raw, scales, start * count, factors, offset)
+
+        return BlockTensor(name, (rows, inputs), f"NF4D/{inputs}", read_rows, parts.nbytes, smaller=plain)
+
+    def _nested(self, parts: Parts) -> tuple[np.ndarray, np.ndarray]:
+        """The factors of scales, and the numbers that these stand for."""
+        factors, table = (everything(parts.take(end, "float32", 1)) for end in _NESTED)
+        parts.expect(len(table) == 256, "nested_quant_map must have 256 entries")
+        return factors, table
 
     def _state(self, parts: Parts) -> dict[str, Any]:
         raw = everything(parts.take("weight.quant_state.bitsandbytes__nf4", "uint8")).tobytes()
@@ -91,9 +112,7 @@ class BitsAndBytes4(Quantization):
     def _largest(self, parts: Parts, absmax: LazyTensor, state: dict[str, Any]) -> Any:
         if not state["nested"]:
             return functools.partial(as_float32, absmax)
-        scales = everything(parts.take("weight.nested_absmax", "float32", 1))
-        table = everything(parts.take("weight.nested_quant_map", "float32", 1))
-        parts.expect(len(table) == 256, "nested_quant_map must have 256 entries")
+        scales, table = self._nested(parts)
         parts.expect(len(scales) * state["nested_blocksize"] >= math.prod(absmax.shape), "nested_absmax is too short")
 
         def read(start: int, stop: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from .parts import (
 
 @dataclasses.dataclass(frozen=True)
 class CompressedTensors(Quantization):
-    """Weights as the package compressed-tensors writes them: INT8, FP8, 4-bit integers and NVFP4.
+    """Weights as the package compressed-tensors writes them: integers of 2 to 8 bits, FP8 and NVFP4.
 
     **Attributes:**
 
@@ -91,27 +91,29 @@ class CompressedTensors(Quantization):
         shape = parts.take("weight_shape", "int64", 1)
         parts.expect(shape.shape == (2,), "weight_shape has two sizes")
         rows, inputs = (int(size) for size in everything(shape))
-        per_word = 32 // self.bits
-        parts.expect(words.shape == (rows, -(-inputs // per_word)), f"weight_packed holds {per_word} numbers a word")
+        parts.expect(
+            words.shape == (rows, -(-inputs * self.bits // 32)), f"weight_packed has {self.bits} bits a number"
+        )
         whole = scale.shape[0] == rows and scale.shape[1] > 0 and inputs % scale.shape[1] == 0
         parts.expect(whole, "weight_scale has one scale a group")
         groups, size = scale.shape[1], inputs // scale.shape[1]
         order = sorted_inputs(parts, "weight_g_idx", inputs, size)
         zeros = parts.take("weight_zero_point", "int32", 2) if parts.has("weight_zero_point") else None
         if zeros is not None:
-            parts.expect(zeros.shape == (-(-rows // per_word), groups), "weight_zero_point holds a word of each group")
+            fits = zeros.shape == (-(-rows * self.bits // 32), groups)
+            parts.expect(fits, f"weight_zero_point has {self.bits} bits for each row and group")
 
-        every_zero = functools.cache(lambda: None if zeros is None else codes_of(everything(zeros).T, self.bits))
+        every_zero = functools.cache(lambda: None if zeros is None else codes_of(everything(zeros).T, self.bits, rows))
 
         if groups == 1 and self.bits == 8 and zeros is None and order is None:
             # A row's scale stands beside the codes, so that devices can split the row.
             def signed(start: int, stop: int) -> np.ndarray:
-                return (codes_of(words.rows(start, stop), self.bits)[:, :inputs] ^ 0x80)[..., None]
+                return (codes_of(words.rows(start, stop), self.bits, inputs) ^ 0x80)[..., None]
 
             return BlockTensor(name, (rows, inputs), "INT8", signed, parts.nbytes, RowScales(scale, 1.0))
 
         def read(start: int, stop: int) -> np.ndarray:
-            codes = codes_of(words.rows(start, stop), self.bits)[:, :inputs]
+            codes = codes_of(words.rows(start, stop), self.bits, inputs)
             codes = codes if order is None else codes[:, order]
             found = every_zero()
             zero = (

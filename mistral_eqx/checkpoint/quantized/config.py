@@ -98,7 +98,7 @@ def _compressed_tensors(document: Settings) -> Quantization:
             f"{document.name} has {len(kinds)} groups of layers with a quantization of their own; one is supported.",
         )
     (kind,) = kinds
-    bits = kind.take("num_bits", Literal[4, 8])
+    bits = kind.take("num_bits", Literal[2, 3, 4, 5, 6, 7, 8])
     kind.take("type", Literal["int", "float"])
     return CompressedTensors(bits)
 

@@ -128,9 +128,9 @@ def as_float32(tensor: LazyTensor, start: int, stop: int) -> np.ndarray:
     return tensor.rows(start, stop).astype(np.float32)
 
 
-def codes_of(words: np.ndarray, bits: int) -> np.ndarray:
-    """The codes in 32-bit words of the last axis, one after the other, the lowest bit first."""
-    return unpack(np.ascontiguousarray(words, "<i4").view(np.uint8), bits)
+def codes_of(words: np.ndarray, bits: int, count: int | None = None) -> np.ndarray:
+    """The codes in 32-bit words of the last axis, one after the other, the lowest bit first; `count` if given."""
+    return unpack(np.ascontiguousarray(words, "<i4").view(np.uint8), bits, count)
 
 
 def sorted_inputs(parts: Parts, end: str, inputs: int, size: int) -> np.ndarray | None:

@@ -2,20 +2,16 @@
 
 import ctypes
 import functools
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
+from ....kernel_library import open_library
 from ...precision import to_bits
 
-
-LIBRARY = Path(__file__).with_name("_kernels.so")
-"""Where the build puts the library."""
 
 PANEL = 16
 """How many rows of a weight stand side by side in the layout that the kernels read."""
@@ -32,30 +28,25 @@ def instructions() -> str | None:
     **Returns:** `None` if the kernels were not built, if this processor has none of these, or if the environment
     variable `MISTRAL_EQX_KERNELS` is `off`.
     """
-    if os.environ.get("MISTRAL_EQX_KERNELS", "").lower() == "off":
+    found = open_library()
+    if found is None:
         return None
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except OSError:
-        return None
-    library.mistral_eqx_instructions.restype = ctypes.c_char_p
-    name = library.mistral_eqx_instructions()
-    if name is None:
-        return None
+    library, name = found
     for call in ("linear", "grouped_linear", "dense", "grouped_dense", "attend"):
         call = f"mistral_eqx_{call}"
         jax.ffi.register_ffi_target(call, jax.ffi.pycapsule(getattr(library, call)), platform="cpu")
-    return name.decode()
+    return name
 
 
 def supports(format: str) -> bool:
     """Whether the kernels are there and multiply by blocks of this format."""
-    return instructions() is not None and _has(format)
+    found = open_library()
+    return instructions() is not None and found is not None and _has(found[0], format)
 
 
 @functools.cache
-def _has(format: str) -> bool:
-    return bool(ctypes.CDLL(str(LIBRARY)).mistral_eqx_has_format(format.encode()))
+def _has(library: ctypes.CDLL, format: str) -> bool:
+    return bool(library.mistral_eqx_has_format(format.encode()))
 
 
 def arrange(

@@ -56,9 +56,9 @@ std::optional<Format> found(const Instructions& set, std::string_view name) {
   int numbers = 0;
   const auto [end, error] = std::from_chars(size.data(), size.data() + size.size(), numbers);
   const bool whole = error == std::errc() && end == size.data() + size.size();
-  if (!whole || numbers <= 0 || numbers % 32 || numbers > LARGEST_BLOCK) return {};
+  if (!whole || numbers <= 0 || numbers > LARGEST_BLOCK) return {};
   for (int i = 0; i < set.count; i++)
-    if (kind == set.formats[i].name) return set.formats[i].of_size(numbers);
+    if (kind == set.formats[i].name && numbers % set.formats[i].step() == 0) return set.formats[i].of_size(numbers);
   return {};
 }
 

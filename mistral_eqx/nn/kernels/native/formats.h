@@ -5,6 +5,7 @@
 // next 4, and so on; of fields of 1 or 2 bytes, these of all rows. So 4 codes of a row are one lane of a vector.
 #pragma once
 #include "lanes.h"
+#include "panels.h"
 
 namespace {
 
@@ -16,6 +17,7 @@ struct Panel {
   static constexpr int bits = 0;
   const uint8_t* block;
   int strip;
+  int numbers = 0;  // Of a block.
 
   // The `index`-th 4 bytes of the field that begins at byte `field` of a row's block.
   Words four(int field, int index) const {
@@ -244,18 +246,19 @@ struct Integers : Panel {
 // Each format of floats has
 // - size, bytes: as above, where a row of blocks of 1 number is read as one block;
 // - bits: of a number, so that 64 bytes of a panel have 32 / bits numbers of a row;
+// - group: how many numbers share a scale, or 0 for a block;
 // - number(line, i): the i-th number in the `line`-th 64 bytes of a panel's codes, without the scale;
-// - scale().
+// - scale(group).
 // Their products take activations as they are.
 
 template <Floats (*convert)(Halves)>
 struct Float16Bits : Panel {
   static constexpr bool exact = true;
-  static constexpr int size = 1, bytes = 2, bits = 16;
+  static constexpr int size = 1, bytes = 2, bits = 16, group = 0;
   Floats number(int64_t line, int i) const {
     return convert(load<Halves>(block + 64 * line + 2 * (ROWS * i + LANES * strip)));
   }
-  Floats scale() const { return Floats{} + 1.0f; }
+  Floats scale(int) const { return Floats{} + 1.0f; }
 };
 
 using BF16 = Float16Bits<from_bfloat16>;
@@ -263,29 +266,29 @@ using F16 = Float16Bits<from_float16>;
 
 struct INT8 : Panel {
   static constexpr bool exact = true;
-  static constexpr int size = 1, bytes = 1, bits = 8;
+  static constexpr int size = 1, bytes = 1, bits = 8, group = 0;
   Floats number(int64_t line, int i) const {
     return floats(from_bytes(block + 64 * line + ROWS * i + LANES * strip));
   }
-  Floats scale() const { return Floats{} + 1.0f; }
+  Floats scale(int) const { return Floats{} + 1.0f; }
 };
 
 struct FP8 : Panel {
   static constexpr bool exact = true;
-  static constexpr int size = 1, bytes = 1, bits = 8;
+  static constexpr int size = 1, bytes = 1, bits = 8, group = 0;
   Floats number(int64_t line, int i) const {
     return from_float8(halves_of_bytes(block + 64 * line + ROWS * i + LANES * strip));
   }
-  Floats scale() const { return Floats{} + FLOAT8_UNIT; }
+  Floats scale(int) const { return Floats{} + FLOAT8_UNIT; }
 };
 
 struct FP8InBlocks : Panel {
   static constexpr bool exact = true;
-  static constexpr int size = 0, bytes = 4, bits = 8;
+  static constexpr int size = 0, bytes = 4, bits = 8, group = 0;
   Floats number(int64_t line, int i) const {
     return from_float8(__builtin_convertvector(Ints(four(4, int(line)) << (24 - 8 * i)) >> 24, Halves));
   }
-  Floats scale() const { return (Floats)four(0, 0) * FLOAT8_UNIT; }
+  Floats scale(int) const { return (Floats)four(0, 0) * FLOAT8_UNIT; }
 };
 
 constexpr float NORMAL_FLOAT4[16] = {
@@ -295,21 +298,51 @@ constexpr float NORMAL_FLOAT4[16] = {
 
 struct NF4 : Panel {
   static constexpr bool exact = true;
-  static constexpr int size = 0, bytes = 4, bits = 4;
+  static constexpr int size = 0, bytes = 4, bits = 4, group = 0;
   // The first number of a byte has its high bits.
   Floats number(int64_t line, int i) const {
     return looked_up(four(4, int(line)) >> (4 * (i ^ 1)), NORMAL_FLOAT4);
   }
-  Floats scale() const { return (Floats)four(0, 0); }
+  Floats scale(int) const { return (Floats)four(0, 0); }
+};
+
+// Numbers of 8 bits with more exponents for small ones and more fraction for large ones.
+struct Dynamic {
+  float at[256] = {};
+  constexpr Dynamic() {
+    double unit = 1e-6;
+    for (int exponent = 0, above = 128; exponent < 7; exponent++, unit *= 10)
+      for (int i = 0; i < 1 << exponent; i++, above++)
+        at[above] = float(unit * (0.1 + 0.9 * (i + 0.5) / (1 << exponent))), at[254 - above] = -at[above];
+    at[255] = 1;
+  }
+};
+constexpr Dynamic DYNAMIC;
+
+// A row of codes of NF4, of which each 64 share a scale of 8 bits. Before the codes it has an offset and the factors of
+// scales in float32, then the index of the first scale among those with the same factor, and the scales.
+struct NF4D : Panel {
+  static constexpr bool exact = true;
+  static constexpr int size = 0, bytes = 0, bits = 4, group = SCALED;
+  Floats number(int64_t line, int i) const {
+    return looked_up(four(scale_bytes(numbers / SCALED), int(line)) >> (4 * (i ^ 1)), NORMAL_FLOAT4);
+  }
+  Floats scale(int group) const {
+    const int scales = 4 + 4 * factors_of(numbers / SCALED);
+    const Ints place = Ints(byte(scales, 0)) + group;
+    Floats factor = (Floats)four(0, 1);
+    for (int i = 1; SHARE * i < SHARE + group; i++) factor = place >= SHARE * i ? (Floats)four(0, 1 + i) : factor;
+    return gathered(byte(scales, 1 + group), DYNAMIC.at) * factor + (Floats)four(0, 0);
+  }
 };
 
 constexpr float FLOAT4[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
 
 struct NVFP4 : Panel {
   static constexpr bool exact = true;
-  static constexpr int size = 16, bytes = 9, bits = 4;
+  static constexpr int size = 16, bytes = 9, bits = 4, group = 0;
   Floats number(int64_t line, int i) const { return looked_up(four(1, int(line)) >> (4 * i), FLOAT4); }
-  Floats scale() const { return from_float8(halves_of_bytes(one(0))) * FLOAT8_UNIT; }
+  Floats scale(int) const { return from_float8(halves_of_bytes(one(0))) * FLOAT8_UNIT; }
 };
 
 }  // namespace

@@ -45,6 +45,13 @@ inline Floats from_bfloat16(Halves x) { return (Floats)(widened(x) << 16); }
 // A number of this size has no fraction: a sum with it is rounded to the nearest integer, in its lowest bits.
 inline Ints rounded(Floats x) { return (Ints)((Words)(x + 12582912.0f) - 0x4b400000u); }
 
+// The entries of a table at each lane.
+inline Floats gathered(Words index, const float* table) {
+  float found[LANES];
+  for (int i = 0; i < LANES; i++) found[i] = table[index[i]];
+  return load<Floats>(found);
+}
+
 inline Floats from_float16(Halves x);
 
 // Numbers in float8 e4m3, divided by 256, from their codes with sign extension: float16 has one bit more in the exponent.

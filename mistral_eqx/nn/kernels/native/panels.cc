@@ -82,31 +82,33 @@ template <class F, int rows>
 void product_of_floats(const Format& format, const uint8_t* panel, const Activations& x, int64_t row, float* y,
                        int64_t stride) {
   const int64_t size = F::size == 1 ? x.inputs : size_of<F>(format), bytes = bytes_of<F>(format);
+  const int64_t group = F::group ? F::group : size, lines = group / LINE<F>;
   const float* numbers = x.numbers + row * x.inputs;
   Floats total[STRIPS][rows] = {};
   F f;
-  f.block = panel;
-  for (int64_t from = 0; from < x.inputs; from += size, f.block += ROWS * bytes) {
-    Floats sums[STRIPS][rows][2] = {};
-    const auto add = [&](int64_t line, int count) __attribute__((always_inline)) {
-      __builtin_prefetch(f.block + 64 * line + AHEAD);
+  f.block = panel, f.numbers = int(size);
+  for (int64_t from = 0; from < x.inputs; from += size, f.block += ROWS * bytes)
+    for (int64_t at = 0; at < size / group; at++) {
+      Floats sums[STRIPS][rows][2] = {};
+      const auto add = [&](int64_t line, int count) __attribute__((always_inline)) {
+        __builtin_prefetch(f.block + 64 * line + AHEAD);
 #pragma GCC unroll 8
-      for (int i = 0; i < count; i++)
-        for (int strip = 0; strip < STRIPS; strip++) {
-          f.strip = strip;
-          const Floats w = f.number(line, i);
-          for (int m = 0; m < rows; m++)
-            sums[strip][m][i % 2] += w * numbers[m * x.inputs + from + line * LINE<F> + i];
-        }
-    };
-    for (int64_t line = 0; line < size / LINE<F>; line++) add(line, LINE<F>);
-    if (size % LINE<F>) add(size / LINE<F>, int(size % LINE<F>));
-    for (int strip = 0; strip < STRIPS; strip++) {
-      f.strip = strip;
-      const Floats scale = f.scale();
-      for (int m = 0; m < rows; m++) total[strip][m] += (sums[strip][m][0] + sums[strip][m][1]) * scale;
+        for (int i = 0; i < count; i++)
+          for (int strip = 0; strip < STRIPS; strip++) {
+            f.strip = strip;
+            const Floats w = f.number(line, i);
+            for (int m = 0; m < rows; m++)
+              sums[strip][m][i % 2] += w * numbers[m * x.inputs + from + line * LINE<F> + i];
+          }
+      };
+      for (int64_t line = at * lines; line < (at + 1) * lines; line++) add(line, LINE<F>);
+      if (group % LINE<F>) add(lines, int(group % LINE<F>));
+      for (int strip = 0; strip < STRIPS; strip++) {
+        f.strip = strip;
+        const Floats scale = f.scale(int(at));
+        for (int m = 0; m < rows; m++) total[strip][m] += (sums[strip][m][0] + sums[strip][m][1]) * scale;
+      }
     }
-  }
   for (int m = 0; m < rows; m++)
     for (int strip = 0; strip < STRIPS; strip++)
       std::memcpy(y + (row + m) * stride + strip * LANES, &total[strip][m], sizeof(Floats));
@@ -138,12 +140,14 @@ void dequantize_codes(const Format& format, const uint8_t* panel, int64_t from, 
 template <class F>
 void dequantize_floats(const Format& format, const uint8_t* panel, int64_t from, int64_t to, float* out) {
   const int64_t size = F::size == 1 ? to : size_of<F>(format), bytes = bytes_of<F>(format);
+  const int64_t group = F::group ? F::group : size;
   for (int64_t at = from; at < to; at += LINE<F>)
     for (int strip = 0; strip < STRIPS; strip++) {
       F f;
-      f.block = panel + at / size * ROWS * bytes, f.strip = strip;
+      f.block = panel + at / size * ROWS * bytes, f.strip = strip, f.numbers = int(size);
+      const Floats scale = f.scale(int(at % size / group));
       for (int i = 0; i < std::min<int64_t>(LINE<F>, to - at); i++) {
-        const Floats number = f.number(at % size / LINE<F>, i) * f.scale();
+        const Floats number = f.number(at % size / LINE<F>, i) * scale;
         std::memcpy(out + (at - from + i) * ROWS + strip * LANES, &number, sizeof number);
       }
     }
@@ -243,13 +247,15 @@ void quantize(const Activations& x, int64_t row) {
   }
 }
 
-#define NAMED(name, F) {name, F::size, F::bytes, F::bits, F::exact, product<F>, product_of_many<F>}
+template <class F>
+constexpr int scaled_group() { return F::exact ? F::group : 0; }
+#define NAMED(name, F) {name, F::size, F::bytes, F::bits, scaled_group<F>(), F::exact, product<F>, product_of_many<F>}
 #define BLOCKS(F) NAMED(#F, F)
 constexpr Format FORMATS[] = {
     BLOCKS(Q4_0), BLOCKS(Q4_1), BLOCKS(Q5_0), BLOCKS(Q5_1), BLOCKS(Q8_0), BLOCKS(Q2_K), BLOCKS(Q3_K), BLOCKS(Q4_K),
     BLOCKS(Q5_K), BLOCKS(Q6_K), BLOCKS(IQ4_NL), BLOCKS(IQ4_XS), BLOCKS(MXFP4), BLOCKS(BF16), BLOCKS(F16),
-    BLOCKS(INT8), BLOCKS(FP8), BLOCKS(NVFP4), NAMED("NF4/", NF4), NAMED("FP8/", FP8InBlocks),
-    NAMED("INT2/", Integers<2>), NAMED("INT3/", Integers<3>), NAMED("INT4/", Integers<4>), NAMED("INT5/", Integers<5>),
+    BLOCKS(INT8), BLOCKS(FP8), BLOCKS(NVFP4), NAMED("NF4/", NF4), NAMED("NF4D/", NF4D),
+    NAMED("FP8/", FP8InBlocks), NAMED("INT2/", Integers<2>), NAMED("INT3/", Integers<3>), NAMED("INT4/", Integers<4>), NAMED("INT5/", Integers<5>),
     NAMED("INT6/", Integers<6>), NAMED("INT7/", Integers<7>), NAMED("INT8/", Integers<8>),
 };
 

@@ -16,10 +16,17 @@ struct Activations {
   int64_t rows, inputs;
 };
 
+// Of a row in double quantization: how many numbers share a scale, scales a factor; how many factors `count` scales can
+// have; and the bytes beside the codes: an offset, the factors, the index of the first scale, and the scales.
+constexpr int SCALED = 64, SHARE = 256;
+constexpr int factors_of(int count) { return (count + SHARE - 2) / SHARE + 1; }
+constexpr int scale_bytes(int count) { return 4 + 4 * factors_of(count) + (count + 4) / 4 * 4; }
+
 struct Format {
   const char* name;  // It ends in a slash if blocks have any size.
   int size, bytes;   // Of a block; if it has any size, 0 and the bytes without its codes.
   int bits;          // Of a code, if a block has any size.
+  int group;         // Numbers that share a scale, if it is a row in double quantization; or 0.
   bool exact;        // Whether it takes the numbers of activations, not their codes.
   // The products of one panel, `inputs / size` blocks of 16 * bytes, with rows `from` to `to` of the activations, into
   // y[row * stride + 0 ... 15].
@@ -30,12 +37,14 @@ struct Format {
   void (*product_of_many)(const Format& format, const uint8_t* panel, const Activations& x, float* y, int64_t stride,
                           float* weights);
 
-  // This format with blocks of so many numbers, a multiple of 32.
+  // This format with blocks of so many numbers, a multiple of `step()`.
   Format of_size(int numbers) const {
     Format one = *this;
     one.size = numbers, one.bytes = bytes + numbers / 8 * bits;
+    if (group) one.bytes += scale_bytes(numbers / group);
     return one;
   }
+  int step() const { return group ? group : 32; }
 };
 
 // A block has at most so many numbers.
