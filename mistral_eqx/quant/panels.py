@@ -37,8 +37,7 @@ def to_panels(
     if into is None:
         into = np.empty((*outer, rows // native.PANEL, *inner, native.PANEL * nbytes), np.uint8)
     panels = into.reshape(len(rows_of_panels), count, native.PANEL * nbytes)
-    if native.instructions() is not None:
-        native.arrange(rows_of_panels, format.fields, panels)
+    if native.arrange(rows_of_panels, format.fields, panels):
         return into
     at = 0
     for size in format.fields:

@@ -51,7 +51,7 @@ def _has(library: ctypes.CDLL, format: str) -> bool:
 
 def arrange(
     rows: UInt8[np.ndarray, "panels _ blocks bytes"], fields: Sequence[int], into: UInt8[np.ndarray, "panels blocks _"]
-):
+) -> bool:
     """Puts the blocks of `PANEL` rows side by side, as [`mistral_eqx.quant.to_panels`][] says; other threads go on.
 
     **Arguments:**
@@ -59,10 +59,15 @@ def arrange(
     - `rows`: the blocks of each panel's rows, contiguous.
     - `fields`: the sizes of a block's fields in bytes.
     - `into`: the panels, contiguous.
+
+    **Returns:** whether the kernels are there.
     """
+    found = open_library()
+    if found is None:
+        return False
     panels, _, blocks, nbytes = rows.shape
     sizes = (ctypes.c_int64 * len(fields))(*fields)
-    call = ctypes.CDLL(str(LIBRARY)).mistral_eqx_arrange
+    call = found[0].mistral_eqx_arrange
     counts = (ctypes.c_int64(count) for count in (panels, blocks, nbytes))
     if not call(
         ctypes.c_void_p(rows.ctypes.data),
@@ -72,6 +77,7 @@ def arrange(
         ctypes.c_int64(len(fields)),
     ):
         raise ValueError(f"Fields of {list(fields)} bytes do not make a block of {nbytes}.")
+    return True
 
 
 def linear(
