@@ -58,7 +58,6 @@ def test_a_seed_gives_the_draws_of_generate(model, server):
 
 
 def test_json_follows_its_schema(server):
-    pytest.importorskip("mistral_eqx.text.grammar")
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
     clock = {"type": "function", "function": {"name": "clock", "parameters": schema}}
     with openai.OpenAI(base_url=f"{server}/v1", api_key="-") as client:
