@@ -99,9 +99,9 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("stride", [1, 4])
-def test_requests_get_the_tokens_that_they_get_alone(model, stride):
-    requests = requests_of(*MIXED)
+@pytest.mark.parametrize(("stride", "options"), [(4, MIXED[::2]), pytest.param(1, MIXED, marks=pytest.mark.slow)])
+def test_requests_get_the_tokens_that_they_get_alone(model, stride, options):
+    requests = requests_of(*options)
     with engine_of(model, stride=stride) as engine:
         events = engine.run(requests)
         load = engine.load
