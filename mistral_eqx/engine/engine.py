@@ -482,7 +482,8 @@ class Engine:
         )
         row = self._jobs.index(None)
         kept = (
-            self.model,
+            self.model.mesh,
+            self.model.strategy,
             placed(self.model, state),
             reader.cache,
             np.asarray(length, np.int32),

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from ..generation.caches import parts
 from ..nn import Cache, Mistral
 from ..nn.cache import AbstractLayerCache
-from ..parallel import shard_index, specs, spmd, vary_alike
+from ..parallel import Strategy, shard_index, specs, spmd, vary_alike
 
 
 class Block(eqx.Module):
@@ -68,7 +68,7 @@ class PrefixCache:
     def restored(self, model: Mistral, cache: Cache, blocks: Sequence[Block]) -> Cache:
         """An empty cache with these blocks in its first slots; the cache is donated."""
         for number, block in enumerate(blocks):
-            cache = _put((model, block, np.asarray(number, np.int32)), cache)
+            cache = _put((model.mesh, model.strategy, block, np.asarray(number, np.int32)), cache)
         return cache
 
     def add(self, model: Mistral, ids: Sequence[int], cache: Cache, adapter: int = -1):
@@ -78,7 +78,7 @@ class PrefixCache:
             key = tuple(ids[number * self.block : (number + 1) * self.block])
             child = node.children.get(key)
             if child is None:
-                block = _take(model, cache, np.asarray(number, np.int32), self.block)
+                block = _take(model.mesh, model.strategy, cache, np.asarray(number, np.int32), self.block)
                 child = node.children[key] = _Node(block, key, node)
                 self.bytes += _bytes(block)
                 self._leaves.discard(node)
@@ -107,23 +107,22 @@ def _bytes(block: Block | None) -> int:
 
 
 @eqx.filter_jit
-def _take(model: Mistral, cache: Cache, number: Int[Array | np.ndarray, ""], size: int) -> Block:
+def _take(mesh: Mesh | None, strategy: Strategy, cache: Cache, number: Int[Array | np.ndarray, ""], size: int) -> Block:
     """The keys and values of a block of `size` tokens."""
-    share = size // parts(model, "kv_seq")
+    share = size // strategy.parts("kv_seq", mesh)
 
     def take(number: Array, layers: tuple[AbstractLayerCache, ...]) -> Block:
         return Block(jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, number * share, share, axis=2), layers))
 
-    strategy = model.strategy
     split = specs(cache.layers, strategy)
-    return spmd(take, model.mesh, (strategy.spec(""), split), Block(split))(jnp.asarray(number), cache.layers)
+    return spmd(take, mesh, (strategy.spec(""), split), Block(split))(jnp.asarray(number), cache.layers)
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _put(kept: tuple[Mistral, Block, Int[Array | np.ndarray, ""]], cache: Cache) -> Cache:
+def _put(kept: tuple[Mesh | None, Strategy, Block, Int[Array | np.ndarray, ""]], cache: Cache) -> Cache:
     """Writes a block into its slots of a cache, which is donated."""
-    model, block, number = kept
-    strategy, shards = model.strategy, parts(model, "kv_seq")
+    mesh, strategy, block, number = kept
+    shards = strategy.parts("kv_seq", mesh)
 
     def put(number: Array, block: Block, cache: Cache) -> Cache:
         share = jax.tree.leaves(block)[0].shape[2]
@@ -140,4 +139,4 @@ def _put(kept: tuple[Mistral, Block, Int[Array | np.ndarray, ""]], cache: Cache)
 
     layers = specs(cache, strategy)
     in_specs = strategy.spec(""), specs(block, strategy), layers
-    return spmd(put, model.mesh, in_specs, layers)(jnp.asarray(number), block, cache)
+    return spmd(put, mesh, in_specs, layers)(jnp.asarray(number), block, cache)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from ..generation.finite import lost, marked
@@ -226,18 +227,18 @@ def decode_rows(
 
 @eqx.filter_jit(donate="all-except-first")
 def enter(
-    kept: tuple[Mistral, Rows, Cache, Int[Array | np.ndarray, ""], Int[Array | np.ndarray, ""]], carried: Flat
+    kept: tuple[Mesh | None, Strategy, Rows, Cache, Int[Array | np.ndarray, ""], Int[Array | np.ndarray, ""]],
+    carried: Flat,
 ) -> Flat:
     """Puts a prompt into one row.
 
     **Arguments:**
 
-    - `kept`: the model; the state of the row, and the cache of its prompt without the last token, once for each part of
-        `batch`; the number of tokens in that cache; the row.
+    - `kept`: the model's mesh and strategy; the state of the row, and the cache of its prompt without the last token,
+        once for each part of `batch`; the number of tokens in that cache; the row.
     - `carried`: the rows and the cache, donated and updated in place.
     """
-    model, new, prompt, length, row = kept
-    strategy = model.strategy
+    mesh, strategy, new, prompt, length, row = kept
 
     def replace(new: Rows, prompt: Cache, length: Array, row: Array, rows: Rows, cache: Cache) -> tuple[Rows, Cache]:
         shard, _ = shard_index("batch", strategy)
@@ -254,5 +255,5 @@ def enter(
     rows, cache = carried.tree
     whole, state, layers = strategy.spec(""), specs(rows, strategy), specs(cache, strategy)
     in_specs = specs(new, strategy), specs(prompt, strategy), whole, whole, state, layers
-    result = spmd(replace, model.mesh, in_specs, (state, layers))(new, prompt, length, row, rows, cache)
+    result = spmd(replace, mesh, in_specs, (state, layers))(new, prompt, length, row, rows, cache)
     return Flat(result)
