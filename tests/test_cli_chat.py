@@ -66,7 +66,7 @@ def test_the_cache_can_be_quantized(tiny, monkeypatch):
     monkeypatch.setattr(Conversation, "__init__", spied)
     result = run("chat", "--model", tiny, "-n", 2, "--cache-dtype", "int8", input="Hello\n/reset\nHello\n")
     assert result.exit_code == 0, result.stderr
-    assert made == 2 * [{"cache_dtype": "int8"}]
+    assert [options["cache_dtype"] for options in made] == ["int8", "int8"]
 
 
 @pytest.mark.slow
