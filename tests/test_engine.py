@@ -22,7 +22,7 @@ from mistral_eqx.parallel import Strategy
 from mistral_eqx.parallel.mesh import make_mesh
 
 
-EXAMPLES = int(os.environ.get("ENGINE_EXAMPLES", "6"))
+EXAMPLES = int(os.environ.get("ENGINE_EXAMPLES", "3"))
 # Few of the tokens end a text, so that most have some length.
 ENDS = (3, 17)
 
