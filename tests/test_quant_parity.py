@@ -206,6 +206,7 @@ def test_what_compressed_tensors_packs_with_zero_points_is_loaded(bits, strategy
     assert_same_weights(mx.dequantize(kept), mx.load(tmp_path / "floats"))
 
 
+@pytest.mark.filterwarnings("ignore:You passed .quantization_config")
 @pytest.mark.parametrize("bits", [3, 4])
 def test_transformers_reads_zero_points_if_it_dequantizes(bits, model, tmp_path):
     """Without, this release expects them in another shape."""
