@@ -7,8 +7,8 @@
 
 namespace {
 
-// Bytes ahead of the ones in use, that are fetched from memory.
-constexpr int AHEAD = 2048;
+// Bytes ahead of the ones in use, that are fetched from memory, where an output has more than so many.
+constexpr int AHEAD = 2048, SHORT = 4 * AHEAD;
 
 // So many sums fit in registers beside the rest.
 constexpr int SUMS = LANES == 8 ? 8 : 16;
@@ -28,13 +28,14 @@ float number(const Float16* at) {
 template <class T, int outputs, int rows>
 void multiply(const Product& p, int64_t output) {
   const T* w = static_cast<const T*>(p.w) + output * p.inputs;
+  const int64_t bytes = p.inputs * sizeof(T), ahead = bytes > SHORT ? AHEAD : outputs * bytes;
   Floats sums[outputs][rows] = {};
   int64_t k = 0;
   for (; k + LANES <= p.inputs; k += LANES) {
     Floats x[rows];
     for (int row = 0; row < rows; row++) x[row] = load<Floats>(p.x + row * p.inputs + k);
     for (int i = 0; i < outputs; i++) {
-      if (k * int64_t(sizeof(T)) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(w + i * p.inputs + k) + AHEAD);
+      if (k * int64_t(sizeof(T)) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(w + i * p.inputs + k) + ahead);
       const Floats numbers = Read<T>::at(w + i * p.inputs + k);
       for (int row = 0; row < rows; row++) sums[i][row] = fused(numbers, x[row], sums[i][row]);
     }
