@@ -18,16 +18,18 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTAL
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_tour_runs(smollm2_path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert len(SNIPPETS) == 7
+    assert len(SNIPPETS) == 8
     names = {}
     printed = []
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), names)
         printed.append(capsys.readouterr().out)
-    call, batch, stream, training, run, split, _ = printed
+    call, batch, stream, answers, training, run, split, _ = printed
     assert call == " Paris\n"
     assert len(batch.splitlines()) == 2
     assert len(stream) > 20
+    out = mx.generate(names["model"], "11 + 11 =", max_new_tokens=4, tokenizer=names["tokenizer"])
+    assert answers.endswith(f"\n{out.texts[0]}\n")
     before, after = map(float, training.split("->"))
     assert after < before
     assert re.fullmatch(r"\[\[\d \d \d \d\]\]\n", run)
