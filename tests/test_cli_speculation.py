@@ -41,6 +41,7 @@ def test_texts_and_replies_are_the_same_with_a_draft(tiny):
         (["--prompt-lookup", "--draft", "{tiny}"], ["--prompt-lookup and --draft"]),
         (["--prompt-lookup", "--num-beams", "2"], ["--num-beams", "--prompt-lookup"]),
         (["--draft", "{tiny}", "--logprobs", "2"], ["--logprobs", "--draft"]),
+        (["--prompt-lookup", "--regex", "a+"], ["--regex", "--prompt-lookup"]),
         (["--draft", "absent.gguf"], ["absent.gguf"]),
     ],
 )

@@ -135,6 +135,7 @@ def test_one_program_decodes_whatever_is_asked_for(model):
     assert compiled["enter"] == 0
 
 
+@pytest.mark.slow
 def test_the_ring_grows_turns_and_shrinks(model):
     long, short = requests_of(
         {"max_new_tokens": 4, "eos_ids": ()}, {"max_new_tokens": 330, "eos_ids": ()}, lengths=(700, 5)
@@ -283,6 +284,23 @@ def test_events_can_be_awaited(model):
     assert found == [alone(model, request)[0] for request in requests]
 
 
+def test_a_reader_that_leaves_with_its_loop_disturbs_nobody(model):
+    (request,) = requests_of({"max_new_tokens": 40, "eos_ids": ()})
+
+    async def first_event(answer):
+        events = aiter(answer)
+        return await anext(events), events
+
+    with engine_of(model, rows=1) as engine:
+        left = engine.submit(request)
+        # The iterator is kept, and its loop is closed.
+        event, _events = asyncio.run(first_event(left))
+        assert event.finish is None
+        while not left.finished:
+            time.sleep(0.01)
+        assert engine.run([request])[0].ids == alone(model, request)[0]
+
+
 def test_what_cannot_be_is_refused(model):
     with engine_of(model, context=32) as engine:
         for request, words in [
@@ -298,6 +316,8 @@ def test_what_cannot_be_is_refused(model):
                 engine.submit(request)
     with refused("temperature"):
         mx.Request([1], temperature=-1.0)
+    with refused("stride", "8"):
+        mx.Engine(model, TOKENIZER, stride=9)
     with refused("context"):
         mx.Engine(model, TOKENIZER, context=10**6)
 

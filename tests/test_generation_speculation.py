@@ -248,11 +248,25 @@ def test_the_caches_are_updated_in_place():
     assert {operation for operation in large if operation not in passed_on} == {"dynamic-update-slice"}
 
 
+class AnyText:
+    """A grammar, and a guide, that allows all tokens."""
+
+    def guide(self):
+        return self
+
+    def allowed(self):
+        return np.ones(VOCAB, bool)
+
+    def push(self, id):
+        pass
+
+
 @pytest.mark.parametrize(
     ("proposer", "options", "words"),
     [
         (3, {}, ["speculate is 3", "PromptLookup"]),
         (LOOKUP, {"logprobs": 2}, ["logprobs", "speculate", "leave one"]),
+        (LOOKUP, {"sampler": Sampler(processors=[mx.Guided(AnyText())])}, ["A grammar", "leave speculate out"]),
         ("vocab", {}, ["vocabulary of 60", "one of 61"]),
         ("mesh", {}, ["other devices", "mistral_eqx.shard"]),
     ],

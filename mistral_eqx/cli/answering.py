@@ -105,8 +105,9 @@ def answer_all(
             report(done, total)
             # Prompts may come slowly out of a pipe, but no more of them are read than are wanted.
             for batch in Background(lambda: batches, ahead=False):
-                size_now = size if done else 0
-                texts, interrupted = continue_batch(model, tokenizer, batch, wanted, size_now, grammar, speculate)
+                texts, interrupted = continue_batch(
+                    model, tokenizer, batch, wanted, size if done else 0, grammar, speculate
+                )
                 for prompt, found in zip(batch, texts, strict=False):
                     write(prompt, found)
                 every = [text for found in texts for text in found]

@@ -156,8 +156,9 @@ class Wanted(SamplingOptions):
 
         **Raises:** `ValueError` that names the options.
         """
-        for option, value in (("--num-beams", self.num_beams), ("--logprobs", self.logprobs)):
-            if value is not None:
+        for name in ("num_beams", "logprobs", *_GRAMMARS):
+            if getattr(self, name) is not None:
+                option = f"--{name.replace('_', '-')}"
                 raise InputError(f"{option} does not combine with --prompt-lookup and --draft; leave one of them out.")
 
     def _check_beams(self, num_beams: int):

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -63,10 +64,12 @@ class Answer:
 
     - `prompt`: the prompt's token ids.
     - `cached`: how many of them were not prefilled, because their keys and values were in the prefix cache.
+    - `cancelled`: whether `cancel` was called.
     """
 
     prompt: tuple[int, ...]
     cached: int
+    cancelled: bool
 
     def __init__(self, prompt: tuple[int, ...]):
         self.prompt = prompt
@@ -108,8 +111,14 @@ class Answer:
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake():
+            # The loop may have ended before the answer; that must not reach the engine.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(ready.set)
+
         with self._came:
-            self._wake = lambda: loop.call_soon_threadsafe(ready.set)
+            self._wake = wake
         while True:
             ready.clear()
             while self._events:

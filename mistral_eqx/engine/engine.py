@@ -8,17 +8,19 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from annotated_types import Ge, Le
 
 from ..checks import CacheDType, Count, CountOrZero, checked
 from ..config import MistralConfig
 from ..errors import InputError
 from ..generation import (
+    AbstractProcessor,
     FrequencyPenalty,
     LogitBias,
     MinNewTokens,
@@ -153,8 +155,8 @@ class Engine:
     - `context`: the most tokens of a prompt and its answer; by default the model's context, at most 4096. The KV cache
         grows up to it as needed, and shrinks again.
     - `chunk`: the size of prefill chunks in tokens: decoding waits for at most one chunk.
-    - `stride`: how many tokens are decoded in one call while no request waits for a row; requests with a grammar are
-        decoded one token at a time.
+    - `stride`: how many tokens, at most 8, are decoded in one call while no request waits for a row; requests with a
+        grammar are decoded one token at a time.
     - `queue`: the most requests that wait for a row.
     - `prefix_cache`: the most bytes of keys and values that are kept for later prompts with the same beginning; 0 keeps
         none.
@@ -195,7 +197,7 @@ class Engine:
                 f"{model.strategy.layout!r} splits 'batch'; give a multiple of {split}."
             )
         self._chunk = check_chunk(chunk, "chunk")
-        self._stride = min(checked(stride, Count, "stride"), MOST_STEPS)
+        self._stride: int = checked(stride, Annotated[int, Ge(1), Le(MOST_STEPS)], "stride")
         self._queue = checked(queue, Count, "queue")
         self._cache_dtype: CacheDType | None = checked(cache_dtype, CacheDType | None, "cache_dtype")
         self._prefixes = PrefixCache(block_size(model), checked(prefix_cache, CountOrZero, "prefix_cache"))
@@ -204,12 +206,11 @@ class Engine:
         state = placed(self.model, Rows.init(rows, self.config.vocab, Numbers.init(rows, Sampler())))
         # Copies, because two arrays in one buffer could not both be donated.
         self._state: Rows = jax.tree.map(jnp.copy, state)
-        self._kv_seq = slots(self.model, ring_capacity(1))
-        self._cache = empty_cache(self.model, rows, self._kv_seq, cache_dtype=self._cache_dtype)
+        self._cache = empty_cache(self.model, rows, slots(self.model, ring_capacity(1)), cache_dtype=self._cache_dtype)
         self._written = 0  # slots of the ring, counted from the start
         self._reading: tuple[_Job, PromptReader] | None = None
         self._came: list[_Job] = []
-        self._numbers = itertools.count()
+        self._job_numbers = itertools.count()
         self._waiting: collections.deque[_Job] = collections.deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -239,7 +240,7 @@ class Engine:
                 raise RuntimeError(self._broken or "The engine is closed.")
             if len(self._waiting) + len(self._came) >= self._queue:
                 raise Full(f"{self._queue} requests are waiting; try again later.")
-            job.number = next(self._numbers)
+            job.number = next(self._job_numbers)
             self._came.append(job)
             self._totals["prompt"] += len(job.ids)
             self._started()
@@ -271,7 +272,7 @@ class Engine:
             return Load(
                 active,
                 waiting,
-                self._kv_seq,
+                self._cache.kv_seq,
                 self._totals["prompt"],
                 self._totals["cached"],
                 self._totals["new"],
@@ -323,14 +324,18 @@ class Engine:
             adapter = self.adapters.index(request.adapter)
         new = max(room, 1) if request.max_new_tokens is None else request.max_new_tokens
         check_context(len(ids), new, self.context)
-        # Equal to what `generate` checks, in the order of `Numbers.process`.
-        processors = (
-            RepetitionPenalty(request.repetition_penalty),
-            PresencePenalty(request.presence_penalty),
-            FrequencyPenalty(request.frequency_penalty),
-            LogitBias(request.logit_bias),
-            MinNewTokens(request.min_new_tokens),
-        )
+        # Those of `generate`, which checks them, in the order of `Numbers.process`.
+        processors: list[AbstractProcessor] = []
+        if request.repetition_penalty != 1:
+            processors.append(RepetitionPenalty(request.repetition_penalty))
+        if request.presence_penalty:
+            processors.append(PresencePenalty(request.presence_penalty))
+        if request.frequency_penalty:
+            processors.append(FrequencyPenalty(request.frequency_penalty))
+        if request.logit_bias:
+            processors.append(LogitBias(request.logit_bias))
+        if request.min_new_tokens:
+            processors.append(MinNewTokens(request.min_new_tokens))
         sampler = Sampler(
             request.temperature,
             request.top_k,
@@ -506,21 +511,20 @@ class Engine:
 
     def _begin(self, kv_seq: int):
         """Makes another ring, if it has another size; no row decodes."""
-        if kv_seq == self._kv_seq:
-            return
-        self._cache = empty_cache(self.model, self.rows, kv_seq, cache_dtype=self._cache_dtype)
-        self._kv_seq, self._written = kv_seq, 0
+        if kv_seq != self._cache.kv_seq:
+            self._cache = empty_cache(self.model, self.rows, kv_seq, cache_dtype=self._cache_dtype)
+            self._written = 0
 
     def _fit(self, *, least: int = 0, steps: int = 0):
         """Gives the ring room for all rows that decode, and for `least` tokens of another one."""
         extents = [self._written - job.base for job in self._jobs if job is not None]
         need = max([least, *(extent + steps for extent in extents)]) + spare(self.model)
-        room = holds(self.model, self._kv_seq)
+        room = holds(self.model, self._cache.kv_seq)
         roomy = ring_capacity(need + _FIRST_ROOM)
         if need <= room < 4 * roomy:
             return
         kv_seq = slots(self.model, ring_capacity(need) if need > room else roomy)
-        self._cache, self._kv_seq = resized(self.model, self._cache, kv_seq), kv_seq
+        self._cache = resized(self.model, self._cache, kv_seq)
         self._written = aligned(self.model, self._written)
 
     def _decode(self):

@@ -204,7 +204,7 @@ def draw(
     keys: Key[Array, " batch"],
     strategy: Strategy,
 ) -> Int[Array, " batch"]:
-    """Draws one token a row.
+    """Draws one token a row, as the argmax of logits and Gumbel noise.
 
     **Arguments:**
 
@@ -226,6 +226,7 @@ def draw(
 
 
 def largest_logit(logits: Float[Array, "batch vocab"], strategy: Strategy) -> Float[Array, "batch 1"]:
+    """The largest logit of each row, over all devices that split `vocab`."""
     return pmax(jnp.max(logits, axis=-1, keepdims=True), "vocab", strategy)
 
 

@@ -46,7 +46,7 @@ def _converted(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
     # An answer of this server or of OpenAI's, sent back, has more keys with nothing in them.
     given = {key: value for key, value in message.items() if value not in (None, [], {})}
     for key in given:
-        if key not in _KEYS and key != "content":
+        if key not in _KEYS:
             name = f"{place}.{key}" if key.isidentifier() else place
             raise refused(f"{place} has {shown(key)}, which this server does not read; leave it out.", name)
     given["role"] = _ROLES[role]

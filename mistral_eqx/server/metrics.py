@@ -75,6 +75,7 @@ class _OfEngine(Collector):
             ("active_rows", "Rows that decode.", load.active),
             ("waiting_requests", "Requests that wait for a row, or whose prompt is prefilled.", load.waiting),
             ("cache_slots", "Tokens of each row for which the KV cache has room.", load.slots),
+            ("prefix_cache_bytes", "The size of the prefix cache.", load.prefix_bytes),
         ):
             yield GaugeMetricFamily(f"mistral_eqx_{name}", help, value)
         for name, help, value in (
