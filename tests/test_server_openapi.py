@@ -20,12 +20,34 @@ RIGHT = {
 }
 
 
+def asking(right, found):
+    def ask(case):
+        if right is not None and isinstance(case.body, dict):
+            # What the document leaves open: the names of models, and the form of messages.
+            case.body.pop("model", None)
+            case.body.update(right)
+        response = case.call()
+        found[response.status_code] += 1
+        assert response.status_code < 500, case.as_curl_command()
+        if response.status_code >= 400:
+            # OpenAI's form.
+            assert {"message", "type", "param", "code"} <= set(response.json()["error"])
+
+    return ask
+
+
 @pytest.mark.slow
 def test_each_request_is_answered_or_refused(tmp_path):
     metadata = tiny.byte_level_metadata(chat_template=templates.HERMES)
     tokenizer = mx.load_tokenizer(tiny.write_gguf(tmp_path / "tiny.gguf", **metadata))
-    examples = int(os.environ.get("OPENAPI_EXAMPLES", "30"))
     found = collections.Counter()
+    limits = hypothesis.settings(
+        max_examples=int(os.environ.get("OPENAPI_EXAMPLES", "30")),
+        deadline=None,
+        suppress_health_check=[*hypothesis.HealthCheck],
+        derandomize=True,
+        database=None,
+    )
     with serving(FakeEngine(tokenizer, context=2048, queue=10**6)) as (address, _):
         document = schemathesis.openapi.from_url(f"{address}/openapi.json")
         operations = [one.ok() for one in document.get_all_operations()]
@@ -34,27 +56,7 @@ def test_each_request_is_answered_or_refused(tmp_path):
         for operation in operations:
             # What takes nothing has no wrong request.
             for mode in GenerationMode if operation.body else [GenerationMode.POSITIVE]:
-
-                @hypothesis.settings(
-                    max_examples=examples,
-                    deadline=None,
-                    suppress_health_check=[*hypothesis.HealthCheck],
-                    derandomize=True,
-                    database=None,
-                )
-                @hypothesis.given(operation.as_strategy(generation_mode=mode))
-                def ask(case):
-                    if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
-                        # What the document leaves open: the names of models, and the form of messages.
-                        case.body.pop("model", None)
-                        case.body.update(RIGHT.get(operation.path, {}))
-                    response = case.call()
-                    found[response.status_code] += 1
-                    assert response.status_code < 500, case.as_curl_command()
-                    if response.status_code >= 400:
-                        # OpenAI's form.
-                        assert {"message", "type", "param", "code"} <= set(response.json()["error"])
-
-                ask()
+                cases = operation.as_strategy(generation_mode=mode)
+                right = RIGHT.get(operation.path, {}) if mode is GenerationMode.POSITIVE else None
+                limits(hypothesis.given(cases)(functools.partial(ask, right, found)))()
     assert min(found[200], found[400]) > found.total() / 10
-    print(dict(found))
