@@ -58,5 +58,5 @@ def test_each_request_is_answered_or_refused(tmp_path):
             for mode in GenerationMode if operation.body else [GenerationMode.POSITIVE]:
                 cases = operation.as_strategy(generation_mode=mode)
                 right = RIGHT.get(operation.path, {}) if mode is GenerationMode.POSITIVE else None
-                limits(hypothesis.given(cases)(functools.partial(ask, right, found)))()
+                limits(hypothesis.given(cases)(asking(right, found)))()
     assert min(found[200], found[400]) > found.total() / 10
