@@ -103,10 +103,10 @@ def engine(session: nox.Session):
 
 @nox.session
 def robust(session: nox.Session):
-    """2000 requests of clients that go away or send nonsense, 5000 wrong bodies and 500 schemas; some minutes."""
+    """2000 requests of clients that go away or send nonsense, thousands of wrong bodies, 500 schemas; some minutes."""
     install(session, "test")
-    tests = [f"tests/test_{name}.py" for name in ("server_robust", "server_bodies", "text_grammar")]
-    counts = {"ROBUST_REQUESTS": "2000", "BODIES": "5000", "GRAMMAR_SCHEMAS": "500"}
+    tests = [f"tests/test_{name}.py" for name in ("server_robust", "server_bodies", "server_openapi", "text_grammar")]
+    counts = {"ROBUST_REQUESTS": "2000", "BODIES": "5000", "OPENAPI_EXAMPLES": "300", "GRAMMAR_SCHEMAS": "500"}
     session.run("pytest", *tests, "-m", "slow", "-s", *PLAIN, *session.posargs, env=counts)
 
 

@@ -12,19 +12,20 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rounds import table, use_cpu
+from rounds import table, use_cpu, write
 
 import mistral_eqx as mx
 from mistral_eqx.planning import (
     CHIPS,
-    Chip,
     Collective,
     Exchange,
     Holding,
     decoding_step,
     exchange_seconds,
+    operations,
     prefill,
     smallest,
+    weights_read,
 )
 
 
@@ -36,35 +37,18 @@ MODELS = (
 )
 FORMATS = {"bfloat16": None, "FP8": mx.FP8(), "NF4/64": mx.NF4()}
 BATCH, PROMPT, KV_SEQ = 1, 512, 32_768
-
-# Dense bfloat16 operations, memory and its bandwidth as in NVIDIA's data sheets. A GPU sends half of NVLink's
-# bandwidth; `exchange_seconds` counts two lanes, each of them half of that.
-GPUS = (
-    Chip("A100", 312e12, 80 * 10**9, 2039e9, 150e9, 2, "https://www.nvidia.com/en-us/data-center/a100/"),
-    Chip("H100", 989e12, 80 * 10**9, 3350e9, 225e9, 2, "https://www.nvidia.com/en-us/data-center/h100/"),
-    Chip("H200", 989e12, 141 * 10**9, 4800e9, 225e9, 2, "https://www.nvidia.com/en-us/data-center/h200/"),
-)
-PLACES = (*CHIPS.values(), *GPUS)
-
-
-def entries(config: mx.MistralConfig) -> int:
-    """The weights that compute a token: of the experts those that it is routed to, and not the embedding."""
-    chosen = 0 if config.routing is None else config.routing.per_token
-    others = config.matrix_entries(config.experts) - config.matrix_entries(chosen)
-    return config.parameters - others - (0 if config.tied else config.vocab * config.embed)
+PLACES = tuple(CHIPS.values())
 
 
 def seconds(config: mx.MistralConfig, held: Holding, tokens: int, exchanges: list[Collective]) -> float:
     """The least time of a pass: the longer of compute and memory, and the exchanges, which a layer waits for."""
-    context = (tokens + 1) / 2 if tokens > 1 else held.kv_seq
-    # A new token is compared with latents, if there are any, and a prompt with keys.
-    width = config.head_dim if config.latent is None or tokens > 1 else config.latent.cached
-    attention = 4 * config.layers * config.q_heads * width * context
-    flops = held.batch * tokens * (2 * entries(config) + attention) / held.devices
-    # A prompt has tokens for all experts.
-    read = entries(config) / config.parameters if tokens == 1 else 1.0
+    strategy, axes = mx.Strategy(held.layout), held.axes
+    context = (tokens + 1) / 2 if tokens > 1 else float(held.kv_seq)
+    sizes = {"batch": held.batch, "seq": tokens, "context": context, "logits": 1}
+    read = weights_read(config, strategy, axes, tokens=held.batch * tokens)
     moved = held.weights * read + (held.cache if tokens == 1 else 0)
     links = sum(exchange_seconds(held.chip, Exchange(e.kind, e.devices, e.count, e.count * e.bytes)) for e in exchanges)
+    flops = operations(config, strategy, axes, **sizes)
     return max(flops / held.chip.flops, moved / held.chip.hbm_bandwidth) + links
 
 
@@ -92,16 +76,6 @@ def rows(models: tuple[str, ...]) -> Iterator[tuple[list[str], list[str]]]:
             yield [*first, *memory], [*first, *speed]
 
 
-def write(block: str, name: str):
-    """Replaces what stands between the marks of this name in the page."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, found, rest = PAGE.read_text(encoding="utf-8").partition(begin)
-    _, also, after = rest.partition(end)
-    if not (found and also):
-        sys.exit(f"{PAGE} lacks the marks {begin} and {end}, between which the table goes; put them back.")
-    PAGE.write_text(f"{before}{begin}\n\n{block}\n\n{end}{after}", encoding="utf-8")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[name for name in MODELS if name in mx.PRESETS])
@@ -113,7 +87,7 @@ def main():
     blocks = {"holdings": table([head, *memory]), "times": table([head, *speed])}
     for name, block in blocks.items():
         if arguments.write:
-            write(block, name)
+            write(block, name, PAGE)
         else:
             print(f"{block}\n")
 

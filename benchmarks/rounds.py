@@ -376,14 +376,15 @@ def not_quiet(report: dict[str, Any]) -> str:
     return f"The machine was not quiet: other programs took up to {most:.0f} % of it. Measure again."
 
 
-def write(block: str, name: str):
-    """Replaces what stands between the marks of this name in the README."""
+def write(block: str, name: str, page: Path | None = None):
+    """Replaces what stands between the marks of this name in a page, the README unless another is given."""
+    page = page or README
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, found, rest = README.read_text(encoding="utf-8").partition(begin)
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
     _, also, after = rest.partition(end)
     if not (found and also):
-        sys.exit(f"{README.name} lacks the marks {begin} and {end}, between which the table goes; put them back.")
-    README.write_text(f"{before}{begin}\n\n{block}\n\n{end}{after}", encoding="utf-8")
+        sys.exit(f"{page.name} lacks the marks {begin} and {end}, between which the table goes; put them back.")
+    page.write_text(f"{before}{begin}\n\n{block}\n\n{end}{after}", encoding="utf-8")
 
 
 def _machine() -> dict[str, Any]:

@@ -127,10 +127,12 @@ class Client:
 
 
 def left():
-    """The files and threads of this process, after what ends has ended."""
+    """The files, threads and megabytes of this process, after what ends has ended."""
     time.sleep(0.2)
     gc.collect()
-    return len(os.listdir("/proc/self/fd")), threading.active_count()
+    with open("/proc/self/statm") as statm:
+        resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), resident // 2**20
 
 
 @pytest.mark.slow
@@ -157,8 +159,8 @@ def test_nothing_is_left_of_many_clients(model):
     with Engine(*model, rows=8, context=256, queue=2000) as engine:
         with serving(engine, max_body=LARGEST) as (address, app):
             port = int(address.rpartition(":")[2])
-            # Threads and programs that stay are made now.
-            asyncio.run(all_clients(port, CLIENTS))
+            # Threads, programs and kept prefixes that stay are made now.
+            asyncio.run(all_clients(port, 4 * CLIENTS))
             before = left()
             asyncio.run(all_clients(port, REQUESTS))
             end = time.monotonic() + 20
@@ -167,10 +169,12 @@ def test_nothing_is_left_of_many_clients(model):
                 time.sleep(0.01)
             after = left()
         # Shown with `-s`.
-        print(f"{sum(done.values())} requests: {dict(done)}; files and threads {before} and {after}")  # noqa: T201
+        print(f"{sum(done.values())} requests: {dict(done)}; files, threads and MB {before} and {after}")  # noqa: T201
         assert not wrong
-        assert sum(done.values()) == REQUESTS + CLIENTS
+        assert sum(done.values()) == REQUESTS + 4 * CLIENTS
         assert engine.load.finished["cancelled"] > 0
         # A pool of threads may have grown meanwhile.
         assert after[0] <= before[0] + 2
         assert after[1] <= before[1] + 8
+        # 2000 requests added 2 MB; one that keeps its 256 slots would add 64 kB.
+        assert after[2] <= before[2] + 16

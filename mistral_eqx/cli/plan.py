@@ -18,10 +18,13 @@ from .console import stdout_console
 from .options import within
 
 
+# Of the layouts that --strategy best finds.
+_COMPILED = 3
+
 if TYPE_CHECKING:
     from ..config import MistralConfig
     from ..parallel import Choice
-    from ..planning import Training
+    from ..planning import Ranking, Training
     from ..quant import AbstractScheme
 
 
@@ -29,7 +32,10 @@ def plan(
     model: Annotated[str, typer.Argument(help="A preset, such as '7b-v0.2', or a checkpoint to take the sizes of.")],
     topology: Annotated[
         str | None,
-        typer.Option(help="TPU chips and their number along each side, such as 'v4:2x2x4'."),
+        typer.Option(
+            help="TPU chips and their number along each side, such as 'v4:2x2x4'; for --strategy best also GPUs: "
+            "'H100:8'."
+        ),
     ] = None,
     devices: Annotated[
         int | None,
@@ -39,11 +45,23 @@ def plan(
         list[str] | None,
         typer.Option(
             help="How the model is split: a name such as heads, 'heads batch@dp', or a layout such as 'kv_heads@tp "
-            "hidden@tp'. May be given several times; 'all' takes every legal one. The first legal one unless given."
+            "hidden@tp'. May be given several times; 'all' takes every legal one, 'best' ranks all by an estimate and "
+            "compiles the first three. The first legal one unless given."
         ),
     ] = None,
     mesh: options.Mesh = None,
-    batch: Annotated[int, typer.Option(callback=within(Count), help="Number of rows in a batch.")] = 8,
+    objective: Annotated[
+        Literal["latency", "throughput"],
+        typer.Option(help="With --strategy best: the time of a request, or new tokens per second."),
+    ] = "latency",
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            callback=within(Count),
+            help="Number of rows in a batch; by default 8. With --strategy best: 1 for latency, and for throughput as "
+            "many as fit.",
+        ),
+    ] = None,
     prompt: Annotated[
         int | None,
         typer.Option(callback=within(Count), help="Tokens of each row's prompt; by default 512, or half of the cache."),
@@ -116,7 +134,7 @@ def plan(
     from rich.console import Console
     from rich.text import Text
 
-    from ..planning import count_devices, holdings_table, plan as compile_plan, smallest, table
+    from ..planning import count_devices, holdings_table, plan as compile_plan, rank, ranking_table, smallest, table
     from ..planning.pictures import expect_picture, picture as draw
 
     schemes = [_scheme(name) for name in quantize or ["none"]]
@@ -131,7 +149,7 @@ def plan(
         given = [name for name, value in unused.items() if value is not None]
         if given:
             raise InputError(f"--chip finds the number of chips and compiles nothing; leave out --{given[0]}.")
-        sizes = {"batch": batch, "kv_seq": kv_seq, "dtype": dtype.value, "cache_dtype": cache_dtype}
+        sizes = {"batch": batch or 8, "kv_seq": kv_seq, "dtype": dtype.value, "cache_dtype": cache_dtype}
         found = [
             dataclasses.replace(smallest(config, one, quantize=scheme, **sizes), model=model)
             for one, scheme in itertools.product(chip, schemes)
@@ -148,8 +166,38 @@ def plan(
         )
     if train and quantize:
         raise InputError("A training step has float weights; leave out --quantize beside --train.")
-    strategies = _wanted(config, strategy or [], mesh, count_devices(topology, devices))
-    for wanted, training, scheme in itertools.product(strategies, trainings, schemes):
+    rankings: list[Ranking] = []
+    if strategy == ["best"]:
+        if topology is None or mesh is not None or zero:
+            raise InputError(
+                "--strategy best finds the mesh, and in training the ZeRO stage, for a chip; give --topology, and "
+                "leave out --mesh and --zero."
+            )
+        lengths = {} if train else {"prompt": prompt, "kv_seq": kv_seq, "cache_dtype": cache_dtype}
+        goal = "train" if train else objective
+        sizes = {"topology": topology, "batch": batch, "dtype": dtype.value, "train": trainings[0] or None, **lengths}
+        for scheme in schemes:
+            ranking = rank(config, objective=goal, quantize=scheme, **sizes)
+            rankings.append(dataclasses.replace(ranking, model=model))
+        if not as_json:
+            stdout_console().print(*(ranking_table(ranking) for ranking in rankings), sep="\n\n")
+        reason = _not_compiled(topology)
+        if reason is not None:
+            if as_json:
+                estimates = [ranking.to_dict() for ranking in rankings]
+                typer.echo(json.dumps({"rankings": estimates, "reports": []}, indent=2))
+            else:
+                typer.echo(reason, err=True)
+            return
+        plans = []
+        for ranking, scheme in zip(rankings, schemes, strict=True):
+            for one in ranking.best[:_COMPILED]:
+                training = ranking.training and dataclasses.replace(ranking.training, zero=one.zero)
+                plans.append((one.choice, training or False, scheme, one.batch))
+    else:
+        strategies = _wanted(config, strategy or [], mesh, count_devices(topology, devices))
+        plans = [(*one, batch) for one in itertools.product(strategies, trainings, schemes)]
+    for wanted, training, scheme, rows in plans:
         name = wanted if isinstance(wanted, str) else wanted.name
         try:
             with Console(stderr=True).status(Text(f"Compiling {name} for {topology or 'virtual devices'}")):
@@ -159,7 +207,7 @@ def plan(
                     devices=devices,
                     strategy=wanted,
                     mesh=mesh,
-                    batch=batch,
+                    batch=rows,
                     prompt=prompt,
                     kv_seq=kv_seq,
                     dtype=dtype.value,
@@ -177,11 +225,26 @@ def plan(
         with interrupts.held():
             draw(reports, picture)
     if as_json:
-        typer.echo(json.dumps([report.to_dict() for report in reports], indent=2))
+        found = [report.to_dict() for report in reports]
+        estimates = [ranking.to_dict() for ranking in rankings]
+        typer.echo(json.dumps({"rankings": estimates, "reports": found} if rankings else found, indent=2))
     else:
         stdout_console().print(table(reports))
     for name, error in refused:
         typer.echo(f"{name} is not planned: {error}", err=True)
+
+
+def _not_compiled(topology: str) -> str | None:
+    """Why the best layouts are not compiled, if they are not."""
+    import importlib.util
+
+    from ..planning.arguments import chip_of
+
+    if chip_of(topology).switched is not None:
+        return "Estimated only: programs are compiled for TPUs."
+    if importlib.util.find_spec("libtpu") is None:
+        return "Estimated only: compiling the best needs libtpu; run pip install 'mistral-eqx[tpu]'."
+    return None
 
 
 def _scheme(name: str) -> AbstractScheme | None:

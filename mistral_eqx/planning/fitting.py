@@ -15,8 +15,8 @@ from ..generation.reading import CHUNK
 from ..nn.slots import slots_for
 from ..parallel import SINGLE, Choice, Strategy, strategies
 from ..quant import Recipe
+from .arguments import DTypes, cache_slots, named
 from .chips import CHIPS, Chip
-from .planning import DTypes, cache_slots, named
 from .shapes import bytes_by_format, cache_shapes, device_bytes, model_shapes, split_shapes
 
 

@@ -20,7 +20,7 @@ def roofline(chip: Chip, flops: float, hbm_bytes: float, exchanges: Iterable[Exc
     - `hbm_bytes`: the bytes that one device reads from its memory and writes to it.
     - `exchanges`: the exchanges between devices.
     """
-    interconnect = sum(exchange_seconds(chip, exchange) for exchange in exchanges)
+    interconnect = sum((exchange_seconds(chip, exchange) for exchange in exchanges), 0.0)
     return Roofline(flops / chip.flops, hbm_bytes / chip.hbm_bandwidth, interconnect)
 
 
@@ -31,7 +31,7 @@ def exchange_seconds(chip: Chip, exchange: Exchange) -> float:
     all_gather; an all_reduce is a reduce_scatter and an all_gather. Each of these takes `n // 2` hops in sequence.
     """
     devices = max(exchange.devices, 2)
-    lanes = 1 if devices == 2 else 2
+    lanes = 1 if devices == 2 and chip.switched is None else 2
     passes = 2 if exchange.kind == "all_reduce" else 1
     hops = 1 if exchange.kind == "collective_permute" else passes * (devices // 2)
     latency = exchange.count * hops * HOP_SECONDS

@@ -6,39 +6,27 @@ import json
 import math
 import os
 import pickle
-import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from annotated_types import Ge, Le
 from jax.sharding import AbstractMesh
 
 from ..checks import CacheDType, Count, checked
 from ..config import MistralConfig
-from ..documents import shown
 from ..errors import InputError
-from ..generation.reading import prompt_width
 from ..parallel import Choice, Strategy, read_strategy, strategies
 from ..parallel.mesh import parse_axes, show
-from ..presets import PRESETS
 from ..quant import Recipe
 from ..train import Zero
-from .chips import CHIPS, Chip
+from .arguments import DTypes, chip_of, count_devices, lengths_of, named
 from .limits import roofline
 from .programs import Job
+from .ranking import Objective, rank
 from .report import Report, read_phase
 from .shapes import bytes_by_format, model_shapes
 from .training import Training
-
-
-_TOPOLOGY = re.compile(r"(\w+):([0-9]+(?:x[0-9]+)*)")
-# Above the size of the largest pod.
-_MOST_DEVICES = 16_384
-# Each virtual device takes memory of this machine.
-VirtualDevices = Annotated[int, Ge(1), Le(4096)]
-DTypes = Literal["float32", "bfloat16", "float16"]
 
 
 def plan(
@@ -48,7 +36,8 @@ def plan(
     devices: int | None = None,
     strategy: Strategy | Choice | str = "heads",
     mesh: str | Mapping[str, int] | None = None,
-    batch: int = 8,
+    objective: Objective = "latency",
+    batch: int | None = None,
     prompt: int | None = None,
     kv_seq: int | None = None,
     dtype: str = "bfloat16",
@@ -73,9 +62,10 @@ def plan(
         `"v4:2x2x4"`. It needs the extra `tpu`, but no TPU.
     - `devices`: in place of a topology, a number of virtual CPU devices.
     - `strategy`: a strategy, its name, its name with further entries (`"heads batch@dp"`), its text, or one of
-        `mx.strategies`.
+        `mx.strategies`; or `"best"`, the one that [`mistral_eqx.planning.rank`][] puts first.
     - `mesh`: the sizes of the mesh axes, such as `"kv=8,rep=2"`. Unless given, the first mesh that fits the strategy.
-    - `batch`: the number of rows, over all devices.
+    - `objective`: for `"best"`, by what: `"latency"` or `"throughput"`; with `train` it is the time of a step.
+    - `batch`: the number of rows, over all devices; unless given, 8, or for `"best"` what `rank` takes.
     - `prompt`: the number of tokens of each prompt, which chunked prefill reads as in `generate`; unless given, 512, or
         half of the cache if that is less.
     - `kv_seq`: the number of slots of each row in the cache, which bounds prompt and new tokens together; unless given,
@@ -94,25 +84,41 @@ def plan(
     compiler fails.
     """
     config, name = named(model)
-    batch, dtype = checked(batch, Count, "batch"), checked(dtype, DTypes, "dtype")
+    checked(dtype, DTypes, "dtype")
     checked(cache_dtype, CacheDType | None, "cache_dtype")
-    count, chip = count_devices(topology, devices), _chip(topology)
-    label, split, axes = _strategy_and_axes(config, strategy, mesh, count)
+    count, chip = count_devices(topology, devices), None if topology is None else chip_of(topology)
+    if chip is not None and chip.switched is not None:
+        raise InputError(
+            f"Programs are compiled for TPUs, not for GPUs such as {chip.name}; rank layouts with "
+            "mistral_eqx.planning.rank or --strategy best."
+        )
     training = Training() if train is True else train or None
-    rows = split.parts("batch", axes)
-    if batch % rows:
-        raise InputError(f"A batch of {batch} cannot be split over {rows} devices; take a multiple of {rows}.")
     if training is None:
-        prompt, kv_seq = _generation(config, prompt, kv_seq)
+        prompt, kv_seq = lengths_of(config, prompt, kv_seq)
+    elif (prompt, kv_seq, cache_dtype) != (None, None, None):
+        raise InputError(
+            "Training has no prompt and no cache; leave out prompt, kv_seq and cache_dtype, and set train's seq."
+        )
+    elif quantize is not None:
+        raise InputError("A training step has float weights, and quantize is given; leave it out.")
     else:
-        if (prompt, kv_seq, cache_dtype) != (None, None, None):
-            raise InputError(
-                "Training has no prompt and no cache; leave out prompt, kv_seq and cache_dtype, and set train's seq."
-            )
-        if quantize is not None:
-            raise InputError("A training step has float weights, and quantize is given; leave it out.")
-        _check_training(config, training, split, axes, batch, rows)
         prompt = kv_seq = 0
+    if strategy == "best":
+        if topology is None or mesh is not None:
+            raise InputError("The best strategy is that for a chip, with its mesh; give a topology, and no mesh.")
+        lengths = {} if training is not None else {"prompt": prompt, "kv_seq": kv_seq}
+        sizes = {"batch": batch, "dtype": dtype, "cache_dtype": cache_dtype, "quantize": quantize, "train": training}
+        goal = objective if training is None else "train"
+        first = rank(model, topology=topology, objective=goal, **lengths, **sizes).best[0]
+        strategy, batch = first.choice, first.batch
+        training = training and dataclasses.replace(training, zero=first.zero)
+    total: int = checked(8 if batch is None else batch, Count, "batch")
+    label, split, axes = _strategy_and_axes(config, strategy, mesh, count)
+    rows = split.parts("batch", axes)
+    if total % rows:
+        raise InputError(f"A batch of {total} cannot be split over {rows} devices; take a multiple of {rows}.")
+    if training is not None:
+        _check_training(config, training, split, axes, total, rows)
     if chip is not None and importlib.util.find_spec("libtpu") is None:
         raise InputError(
             "Compiling for a TPU needs libtpu, which is not installed; run pip install 'mistral-eqx[tpu]', or plan "
@@ -124,14 +130,16 @@ def plan(
         platform = "cpu" if topology is None else "tpu"
         formats = bytes_by_format(model_shapes(config, dtype, split, shape, platform, quantize))
     job = Job(
-        config, topology, count, split.layout, axes, batch, prompt, kv_seq, dtype, cache_dtype, training, quantize
+        config, topology, count, split.layout, axes, total, prompt, kv_seq, dtype, cache_dtype, training, quantize
     )
     phases = _compiled(job)
     if chip is not None:
         phases = [
             phase
             if phase.refused is not None
-            else dataclasses.replace(phase, roofline=roofline(chip, phase.flops, phase.hbm_bytes, phase.exchanges))
+            else dataclasses.replace(
+                phase, roofline=roofline(chip, phase.flops, float(phase.hbm_bytes), phase.exchanges)
+            )
             for phase in phases
         ]
     return Report(
@@ -143,7 +151,7 @@ def plan(
         strategy=label,
         layout=split.layout,
         axes=axes,
-        batch=batch,
+        batch=total,
         prompt=prompt,
         kv_seq=kv_seq,
         dtype=dtype,
@@ -152,28 +160,6 @@ def plan(
         training=training,
         formats=formats,
     )
-
-
-def _generation(config: MistralConfig, prompt: int | None, kv_seq: int | None) -> tuple[int, int]:
-    """The lengths of the prompt and of the cache, checked."""
-    slots = cache_slots(config, kv_seq)
-    length: int = checked(min(512, -(-slots // 2)) if prompt is None else prompt, Count, "prompt")
-    if slots < prompt_width(length):
-        raise InputError(
-            f"A prompt of {length} tokens is padded to {prompt_width(length)} and does not fit into a cache of "
-            f"{slots} slots; take a longer kv_seq or a shorter prompt."
-        )
-    return length, slots
-
-
-def cache_slots(config: MistralConfig, kv_seq: int | None) -> int:
-    """The number of slots of each row in the cache, checked; 4096, or the model's context, unless given."""
-    slots: int = checked(min(4096, config.max_positions) if kv_seq is None else kv_seq, Count, "kv_seq")
-    if slots > config.max_positions:
-        raise InputError(
-            f"kv_seq is {slots} and the model's context is {config.max_positions} tokens; take a shorter kv_seq."
-        )
-    return slots
 
 
 def _check_training(
@@ -189,64 +175,6 @@ def _check_training(
         raise InputError(
             f"seq is {training.seq} and the model's context is {config.max_positions} tokens; take a shorter seq."
         )
-
-
-def named(model: MistralConfig | str) -> tuple[MistralConfig, str]:
-    """The config of a preset, or the config itself, and its name in a report."""
-    if isinstance(model, MistralConfig):
-        return model, "config"
-    if not isinstance(model, str) or model not in PRESETS:
-        raise InputError(f"There is no preset {shown(model)}; the presets are {', '.join(PRESETS)}.")
-    return PRESETS[model], model
-
-
-def count_devices(topology: str | None, devices: int | None) -> int:
-    """The number of devices of a topology, or of virtual devices.
-
-    **Raises:** `ValueError` unless exactly one of the two is given, and as [`mistral_eqx.plan`][] says.
-    """
-    if topology is not None:
-        if devices is not None:
-            raise InputError(
-                f"The topology {shown(topology)} fixes the number of devices; leave out devices={shown(devices)}."
-            )
-        return math.prod(_sides(topology))
-    if devices is None:
-        raise InputError(
-            "There are no devices to plan for; give a topology such as 'v4:2x2x4', or a number of virtual devices."
-        )
-    return checked(devices, VirtualDevices, "devices")
-
-
-def _chip(topology: str | None) -> Chip | None:
-    if topology is None:
-        return None
-    chip, sides = CHIPS.get(topology.partition(":")[0]), _sides(topology)
-    if chip is None:
-        raise InputError(f"The chip of the topology {topology!r} is not known; the chips are {', '.join(CHIPS)}.")
-    if len(sides) != chip.links // 2:
-        raise InputError(
-            f"Chips {chip.name} are connected along {chip.links // 2} sides, and {topology!r} has {len(sides)}; write, "
-            f"for example, '{chip.name}:{'x'.join('2' * (chip.links // 2))}'."
-        )
-    return chip
-
-
-def _sides(topology: str) -> list[int]:
-    # int() refuses thousands of digits.
-    match = _TOPOLOGY.fullmatch(topology) if isinstance(topology, str) and len(topology) < 100 else None
-    if match is None:
-        raise InputError(
-            f"The topology {shown(topology)} must be a chip and the number of chips along each side, such as "
-            "'v4:2x2x4' or 'v5e:4x4'."
-        )
-    sides = [int(side) for side in match[2].split("x")]
-    if not 1 <= math.prod(sides) <= _MOST_DEVICES:
-        raise InputError(
-            f"The topology {shown(topology)} has {shown(math.prod(sides))} chips; it must have at least 1 along each "
-            f"side, and {_MOST_DEVICES} at most."
-        )
-    return sides
 
 
 def _strategy_and_axes(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..parallel.mesh import show
 from .fitting import Holding
+from .ranking import Ranking
 from .report import Exchange, Phase, Report
 
 
@@ -162,6 +163,53 @@ def holdings_table(holdings: Sequence[Holding]) -> Table:
             f"{one.total / one.chip.hbm_bytes:.1%}",
         )
     return rows
+
+
+def ranking_table(ranking: Ranking, most: int = 10) -> Group:
+    """The best layouts of a ranking, and why others fall out; rich can print it.
+
+    **Arguments:**
+
+    - `ranking`: the result of [`mistral_eqx.planning.rank`][].
+    - `most`: the number of layouts to show; the others that fit are counted.
+    """
+    from rich.console import Group
+    from rich.text import Text
+
+    training = ranking.training is not None
+    what = "a step" if training else f"{ranking.prompt} tokens read and {ranking.new_tokens} written"
+    rows = _empty(f"{ranking.model} on {ranking.place} by {ranking.objective}: {what}, estimated in seconds")
+    rows.add_column("layout", overflow="fold")
+    for column in ("rows", "GB", "compute", "HBM", "links", "total", "tokens/s", *(["MFU"] if training else [])):
+        rows.add_column(column, justify="right")
+    rows.add_column("bound by")
+    for one in ranking.best[:most]:
+        times = (one.times.compute, one.times.memory, one.times.interconnect, one.seconds)
+        rows.add_row(
+            Text(one.label),
+            str(one.batch),
+            f"{one.memory.total / 1e9:.1f}",
+            *(f"{seconds:.3g}" for seconds in times),
+            f"{one.tokens_per_second:,.0f}",
+            *([f"{one.utilization:.0%}"] if training else []),
+            {"memory": "HBM", "interconnect": "links"}.get(one.times.bound, one.times.bound),
+        )
+    more = len(ranking.best) - most
+    remarks = [f"{more} more fit."] if more > 0 else []
+    if ranking.too_large:
+        least, count = ranking.too_large[0], len(ranking.too_large)
+        room, needs = (f"{size / 1e9:.1f} GB" for size in (ranking.room, least.memory.total))
+        what = "more take" if count > 1 else "more takes"
+        remarks.append(
+            f"{count} {what} more than the {room} of a chip that may be filled, from {needs} on ({least.label})."
+        )
+    reasons: dict[str, list[str]] = {}
+    for label, reason in ranking.refused:
+        reasons.setdefault(reason, []).append(label)
+    for reason, (first, *others) in reasons.items():
+        remarks.append(f"Not {first}{f' and {len(others)} others' if others else ''}: {reason.rstrip('.')}.")
+    chosen = f"The first layout is chosen by {ranking.best[0].options}"
+    return Group(rows, "", *(Text(line) for line in (*remarks, chosen)))
 
 
 def _megabytes(count: int) -> str:

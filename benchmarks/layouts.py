@@ -1,0 +1,172 @@
+"""Which layout for which model, on how many chips? Estimates by `mistral_eqx.planning.rank`, of nothing that was run.
+
+    python benchmarks/layouts.py --write
+
+`--write` puts the tables and plots into docs/which_layout.md: the layouts that are chosen for three models on three
+slices, the time of each kind of layout by the number of chips, and estimates beside published figures. It takes some
+minutes.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from rounds import table, use_cpu, write
+
+import mistral_eqx as mx
+from mistral_eqx.planning import Training, rank
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "which_layout.md"
+MODELS = ("7b-v0.3", "small-3.1-24b", "large-2-123b")
+PLACES = {"v5e-16": "v5e:4x4", "v5p-64 (32 chips)": "v5p:2x4x4", "8 H100": "H100:8"}
+SCALED = ("7b-v0.3", "small-3.1-24b", "large-2-123b", "8x22b", "large-3-675b")
+# The sides of slices of v5p, of which some leave room for wrapped links.
+SIDES = (
+    "1x1x1",
+    "1x1x2",
+    "1x2x2",
+    "2x2x2",
+    "2x2x4",
+    "2x4x4",
+    "4x4x4",
+    "4x4x8",
+    "4x8x8",
+    "8x8x8",
+    "8x8x16",
+    "8x16x16",
+    "16x16x16",
+)
+
+# Shapes of models that others published figures of.
+LLAMA_70B = mx.MistralConfig(
+    vocab=32_000, embed=8192, hidden=28_672, layers=80, kv_heads=8, q_per_kv=8, head_dim=128, rope_theta=1e4,
+    norm_eps=1e-5, max_positions=4096, windows=(None,) * 80,
+)  # fmt: skip
+
+
+def chosen() -> str:
+    """The first layout of each model, slice and objective."""
+    rows = [["model", "on", "latency of a request", "throughput", "a step of training"]]
+    for model in MODELS:
+        for number, (name, topology) in enumerate(PLACES.items()):
+            print(model, name, file=sys.stderr, flush=True)
+            cells = []
+            for objective in ("latency", "throughput", "train"):
+                sizes = {"batch": 64, "train": Training(seq=4096)} if objective == "train" else {"kv_seq": 4096}
+                try:
+                    best = rank(model, topology=topology, objective=objective, **sizes).best[0]
+                except mx.InputError:
+                    cells.append("does not fit")
+                    continue
+                worth = {
+                    "latency": f"{1e3 * best.seconds / 3584:.1f} ms a token",
+                    "throughput": f"{best.tokens_per_second:,.0f} tokens/s with {best.batch} rows",
+                    "train": f"{best.seconds:.1f} s, MFU {best.utilization:.0%}",
+                }[objective]
+                cells.append(f"`{best.label}`: {worth}, bound by {_part(best.times.bound)}")
+            rows.append([f"`{model}`" if number == 0 else "", name, *cells])
+    return table(rows)
+
+
+def _part(bound: str) -> str:
+    return {"memory": "HBM", "interconnect": "links"}.get(bound, bound)
+
+
+def kind(layout: str) -> str:
+    """What a layout splits beside rows."""
+    names = [name.partition("@")[0] for name in layout.split()]
+    if "experts" in names:
+        return "experts"
+    for one in ("head_dim", "kv_seq", "tokens", "q_per_kv", "kv_heads"):
+        if one in names:
+            return one
+    return "rows alone"
+
+
+def by_chips(objective: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """For each model and kind of layout, the best time by the number of chips."""
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for model in SCALED:
+        for sides in SIDES:
+            count = math.prod(int(side) for side in sides.split("x"))
+            print(model, objective, count, file=sys.stderr, flush=True)
+            sizes = {"batch": max(count, 256), "train": Training(seq=4096)} if objective == "train" else {"batch": 1}
+            try:
+                ranking = rank(model, topology=f"v5p:{sides}", objective=objective, **sizes)
+            except mx.InputError:
+                continue
+            best: dict[str, float] = {}
+            for one in ranking.best:
+                seconds = one.seconds if objective == "train" else one.seconds / ranking.new_tokens
+                best.setdefault(kind(one.choice.strategy.layout), seconds)
+            for name, seconds in best.items():
+                found.setdefault(model, {}).setdefault(name, []).append((count, seconds))
+    return found
+
+
+def plot(objective: str, path: Path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = by_chips(objective)
+    figure, axes = plt.subplots(1, len(found), figsize=(3.4 * len(found), 3.2), sharey=False, layout="constrained")
+    names = sorted({name for lines in found.values() for name in lines})
+    colors = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))
+    for axis, (model, lines) in zip(axes, found.items(), strict=True):
+        for name, points in sorted(lines.items()):
+            axis.loglog(*zip(*points, strict=True), marker="o", markersize=3, color=colors[name], label=name, base=2)
+        axis.set_title(model)
+        axis.set_xlabel("chips v5p")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds a step" if objective == "train" else "seconds a token")
+    handles = [plt.Line2D([], [], color=color, marker="o", markersize=3) for color in colors.values()]
+    figure.legend(handles, colors, loc="outside lower center", ncols=len(colors), title="the innermost that is split")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def published() -> str:
+    """Estimates beside figures that others published."""
+    rows = [["model", "on", "figure", "published", "estimate at peaks", "layout"]]
+    for config, name, topology, figure, value, batch in (
+        (LLAMA_70B, "Llama 2 70B", "v5p:4x4x4", "MFU, MaxText", "65 %", 64 * 4),
+        (mx.PRESETS["8x7b"], "Mixtral 8x7B", "v5p:4x4x4", "MFU, MaxText", "53 %", 64 * 4),
+        (mx.PRESETS["8x7b"], "Mixtral 8x7B", "v6e:8x8", "MFU, MaxText", "35 %", 64 * 4),
+    ):
+        try:
+            best = rank(config, topology=topology, objective="train", batch=batch, train=Training(seq=4096)).best[0]
+        except mx.InputError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            continue
+        rows.append([name, topology, figure, value, f"{best.utilization:.0%}", f"`{best.label}`"])
+    ranking = rank(LLAMA_70B, topology="v5e:4x4", objective="latency", batch=1, kv_seq=2048, quantize=mx.Int8())
+    best = ranking.best[0]
+    share = best.times.memory / best.seconds
+    rows.append(
+        ["Llama 2 70B, int8", "v5e:4x4", "HBM bandwidth, jax-llm-examples", "85 %", f"{share:.0%}", f"`{best.label}`"]
+    )
+    return table(rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put tables and plots into docs/which_layout.md")
+    arguments = parser.parse_args()
+    use_cpu()
+    for name, block in {"chosen": chosen(), "published": published()}.items():
+        if arguments.write:
+            write(block, name, PAGE)
+        else:
+            print(f"{block}\n")
+    if arguments.write:
+        for objective in ("latency", "train"):
+            plot(objective, DOCS / f"which_layout_{objective}.png")
+
+
+if __name__ == "__main__":
+    main()

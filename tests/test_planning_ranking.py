@@ -1,0 +1,196 @@
+"""Layouts that are ranked by estimates."""
+
+import dataclasses
+import json
+import math
+
+import equinox as eqx
+import jax
+import jax.random as jr
+import pytest
+from fixtures.cli import assert_refused, run
+from fixtures.generation import refused
+
+import mistral_eqx as mx
+from mistral_eqx.parallel import NAMED
+from mistral_eqx.planning import CHIPS, Memory, Phase, Training, operations, planning, rank, weights_read
+from mistral_eqx.planning.work import device_entries
+
+
+CONFIG = dataclasses.replace(mx.PRESETS["7b-v0.2"], layers=4, windows=(None,) * 4)
+ONE = {"tp": 1}
+
+
+@pytest.mark.parametrize("name", sorted(mx.PRESETS))
+def test_the_matrices_are_all_weights_but_norms(name):
+    config = mx.PRESETS[name]
+    norms = (2 * config.layers + 1) * config.embed
+    if config.latent is not None:
+        norms += config.layers * (config.latent.q_rank + config.latent.kv_rank)
+    assert device_entries(config, mx.SINGLE, ONE) == config.parameters - norms
+
+
+def test_operations_of_one_device():
+    entries = CONFIG.matrix_entries(0)
+    sizes = {"batch": 3, "seq": 8, "context": 4.5}
+    scores = 4 * 3 * 8 * CONFIG.layers * CONFIG.q_heads * CONFIG.head_dim * 4.5
+    found = operations(CONFIG, mx.SINGLE, ONE, **sizes, logits=1)
+    assert found == 2 * 3 * (8 * entries + CONFIG.vocab * CONFIG.embed) + scores
+    # A window hides keys.
+    windows = dataclasses.replace(CONFIG, windows=(2, None, None, None))
+    hidden = 4 * 3 * 8 * CONFIG.q_heads * CONFIG.head_dim * 2.5
+    assert operations(windows, mx.SINGLE, ONE, **sizes, logits=1) == found - hidden
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if name != "experts"])
+def test_devices_share_the_operations(name):
+    axes = {"tp": 4} if "@tp" in NAMED[name].layout else {"kv": 2, "rep": 2}
+    sizes = {"batch": 4, "seq": 16, "context": 8.5, "logits": 1}
+    one = operations(CONFIG, mx.SINGLE, ONE, **sizes)
+    each = operations(CONFIG, NAMED[name], axes, **sizes)
+    # Where `rep` splits no keys or queries, its devices compute them more than once.
+    repeated = {"kv_replicated": ("kv",), "heads_x_kv_seq": ("q", "kv")}.get(name, ())
+    size = 2 * CONFIG.layers * CONFIG.embed * CONFIG.head_dim
+    again = {"q": size * CONFIG.q_heads, "kv": size * CONFIG.kv_heads}
+    assert 4 * each == one + 2 * 4 * 16 * sum(again[which] for which in repeated)
+
+
+def test_experts_are_computed_and_read_by_what_is_chosen():
+    config = mx.PRESETS["8x7b"]
+    other = config.parameters - config.layers * 3 * config.experts * config.embed * config.expert_hidden
+    sizes = {"batch": 1, "seq": 1, "context": 1.0, "logits": 1}
+    dense = operations(dataclasses.replace(config, routing=None), mx.SINGLE, ONE, **sizes)
+    one_more = 2 * config.layers * config.embed * (3 * config.expert_hidden + config.routes)
+    assert operations(config, mx.SINGLE, ONE, **sizes) == dense + one_more
+    # One token reads 2 of 8 experts, many tokens all of them.
+    norms = (2 * config.layers + 1) * config.embed
+    experts = config.parameters - other
+    tables = config.vocab * config.embed
+    assert weights_read(config, mx.SINGLE, ONE, tokens=1) == pytest.approx(
+        (other - norms - tables + experts / 4) / (config.parameters - norms)
+    )
+    assert weights_read(config, mx.SINGLE, ONE, tokens=1000) == pytest.approx(
+        (config.parameters - norms - tables) / (config.parameters - norms)
+    )
+    # All devices together compute a token once, however the experts are split.
+    axes = {"ep": 8}
+    split = operations(config, mx.Strategy("experts@ep"), axes, **sizes)
+    whole = operations(config, mx.SINGLE, ONE, **sizes)
+    assert whole - split == pytest.approx(7 / 8 * 2 * 2 * experts / 8)
+
+
+def test_a_single_chip():
+    found = rank(CONFIG, topology="v5p:1x1x1", batch=1, prompt=512, kv_seq=1024)
+    (best,) = found.best
+    chip = CHIPS["v5p"]
+    assert best.label == "single (tp=1)"
+    tables = CONFIG.vocab * CONFIG.embed
+    assert best.memory.weights == 2 * CONFIG.parameters
+    assert best.memory.cache == 2 * 2 * CONFIG.layers * CONFIG.kv_heads * CONFIG.head_dim * 1024
+    read = 512 * (2 * (CONFIG.parameters - tables) + best.memory.cache * 0.75) / chip.hbm_bandwidth
+    prompt = 2 * (CONFIG.parameters - tables) / chip.hbm_bandwidth
+    assert best.times.memory == pytest.approx(read + prompt, rel=1e-2)
+    assert best.times.bound == "memory"
+    assert best.times.interconnect == 0
+    assert best.tokens_per_second == pytest.approx(512 / best.seconds)
+
+
+def test_memory_is_that_of_the_arrays():
+    config = mx.PRESETS["gpt-nano"]
+    found = rank(config, topology="v5e:2x2", batch=4, prompt=16, kv_seq=32, dtype="float32")
+    assert {one.choice.name for one in found.best} >= {"copies"}
+    model = mx.Mistral.init(config, key=jr.key(0))
+    for one in found.best:
+        split = mx.shard(model, one.choice.mesh(jax.devices()[:4]), one.choice.strategy)
+        arrays = jax.tree.leaves(eqx.filter(split, eqx.is_array))
+        shards = [math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in arrays]
+        assert one.memory.weights == sum(shards), one.label
+
+
+def test_the_best_come_first_and_others_have_reasons():
+    found = rank(CONFIG, topology="v5e:4x4", objective="latency")
+    seconds = [one.seconds for one in found.best]
+    assert seconds == sorted(seconds)
+    assert all(one.memory.total <= 0.9 * found.chip.hbm_bytes for one in found.best)
+    reasons = dict(found.refused)
+    assert "8 kv_heads cannot be split over 16 devices" in reasons["experts"]
+    assert "A batch of 1 cannot be split" in reasons["batch@dp (dp=16)"]
+    assert rank(CONFIG, topology="v5e:4x4", objective="latency") == found
+
+
+def test_throughput_takes_as_many_rows_as_fit():
+    found = rank(CONFIG, topology="v5e:2x2", objective="throughput", prompt=512, kv_seq=1024)
+    rates = [one.tokens_per_second for one in found.best]
+    assert rates == sorted(rates, reverse=True)
+    best, room = found.best[0], 0.9 * found.chip.hbm_bytes
+    assert best.batch > 64
+    assert best.memory.total <= room < best.memory.weights + 2 * best.memory.cache
+    alone = rank(CONFIG, topology="v5e:2x2", objective="latency", batch=1, prompt=512, kv_seq=1024)
+    assert alone.best[0].seconds < best.seconds
+
+
+def test_training_shards_what_does_not_fit():
+    found = rank("7b-v0.3", topology="v5p:2x2x4", objective="train", batch=32, train=Training(seq=4096))
+    best = found.best[0]
+    assert best.zero is not None
+    assert 0.3 < best.utilization < 1
+    tokens, chips = 32 * 4096, 16 * CHIPS["v5p"].flops
+    active = 6 * (mx.PRESETS["7b-v0.3"].parameters - 32768 * 4096)
+    assert best.utilization == pytest.approx(active * tokens / chips / best.seconds, rel=1e-3)
+    by_stage = {one.zero: one for one in found.best if one.choice == best.choice}
+    assert found.too_large[0].memory.total > found.room
+    state = [one.memory.weights + one.memory.gradients + one.memory.optimizer for _, one in sorted(by_stage.items())]
+    assert state == sorted(state, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"topology": "v5e:1x1", "batch": 4096}, ["No layout of config fits v5e:1x1", "GB more than", "fewer rows"]),
+        ({"topology": "H100:16"}, ["16 GPUs", "8 at most"]),
+        ({"topology": "v9:2x2"}, ["'v9:2x2'", "v5p", "H100"]),
+        ({"topology": "v5e:2x2", "objective": "speed"}, ["'speed'", "latency"]),
+        ({"topology": "v5e:2x2", "objective": "train", "prompt": 5}, ["no prompt"]),
+        ({"topology": "v5e:2x2", "train": Training()}, ["objective='train'"]),
+        ({"topology": "v5e:2x2", "objective": "train", "train": Training(seq=10**5)}, ["100000", "32768"]),
+        ({"topology": "v5e:2x2", "batch": 0}, ["batch is 0"]),
+    ],
+)
+def test_what_cannot_be_ranked_is_refused_in_one_sentence(options, words):
+    with refused(*words):
+        rank(CONFIG, **options)
+
+
+def test_the_best_is_planned(monkeypatch):
+    jobs, plan = [], mx.plan
+
+    def compiled(job):
+        jobs.append(job)
+        return [Phase("decode", 1, 1, Memory(10**6), 0.0, 0, 0, (), (), 1.0, None, None)]
+
+    monkeypatch.setattr(planning, "_compiled", compiled)
+    monkeypatch.setattr(planning.importlib.util, "find_spec", lambda name: name)
+    report = plan(CONFIG, topology="v5e:2x2", strategy="best", batch=4, prompt=512, kv_seq=1024)
+    best = rank(CONFIG, topology="v5e:2x2", batch=4, prompt=512, kv_seq=1024).best[0]
+    assert (report.layout, report.axes, report.batch) == (best.choice.strategy.layout, best.choice.axes, 4)
+    (job,) = jobs
+    assert (job.layout, job.axes) == (best.choice.strategy.layout, best.choice.axes)
+    with refused("give a topology"):
+        plan(CONFIG, devices=4, strategy="best")
+    with refused("not for GPUs such as H100", "--strategy best"):
+        plan(CONFIG, topology="H100:8", strategy="best")
+
+
+def test_the_command_ranks():
+    result = run("plan", "gpt-small", "--topology", "H100:8", "--strategy", "best", "--kv-seq", 512)
+    assert result.exit_code == 0, result.stderr
+    assert "gpt-small on H100:8 by latency" in result.stdout
+    assert "cannot be split over" in " ".join(result.stdout.split())
+    assert "The first layout is chosen by --strategy '" in result.stdout
+    assert result.stderr.splitlines() == ["Estimated only: programs are compiled for TPUs."]
+    options = ("--topology", "H100:2", "--strategy", "best", "--train", "--batch", 16, "--seq", 256, "--json")
+    result = run("plan", "gpt-small", *options)
+    (ranking,) = json.loads(result.stdout)["rankings"]
+    assert ranking["objective"] == "train"
+    assert {one["batch"] for one in ranking["best"]} == {16}
+    assert_refused(run("plan", "gpt-small", "--devices", 4, "--strategy", "best"), "give --topology")
