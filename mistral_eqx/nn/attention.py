@@ -68,7 +68,7 @@ class Attention(eqx.Module):
         key_index, codes = context.key_index, None
         if cache is not None:
             cache, k, v, key_index = cache.extend(k, v, context)
-            codes = cache.codes
+            codes = None if context.splits_seq else cache.codes
 
         def attended(keys: tuple[Array, ...], key_index: Array) -> tuple[Array, Array]:
             k, v = keys

@@ -26,13 +26,14 @@ class Context(eqx.Module):
     - `query_scale`: the factor of each query by its position, `None` for 1.
     - `query_index`: the index of each token of this pass; where `seq` is split, of this device's tokens.
     - `key_index`: the index of the key in each of this device's slots, this pass included; without a cache, of each
-        token of this pass that this device keeps. Where `seq` is split, of each token of all devices.
+        token of this pass that this device keeps. Where a pass without a cache splits `seq`, of each token of all
+        devices.
     - `slot`: the slot of the first token of this pass, counted over all devices.
     - `mask`: a further mask: a query attends to a key only if this mask and the index allow it.
     - `span`: the attention span of each query in columns; causal unless given.
     - `strategy`: which dimensions are split over which axes of the mesh.
-    - `splits_seq`: whether each device computes its own tokens of this pass only. A pass with a cache or a `mask`
-        computes all tokens on all devices that split `seq`.
+    - `splits_seq`: whether each device computes its own tokens of this pass only, and keeps their keys. A pass with a
+        `mask` computes all tokens on all devices that split `seq`, and so does one with a cache unless it `prefills`.
     """
 
     query_rotation: Rotation
@@ -57,6 +58,7 @@ class Context(eqx.Module):
         cached: tuple[Int[Array, "batch kv_seq"], Int[Array, ""]] | None = None,
         mask: Bool[Array, "batch seq kv_seq"] | None = None,
         span: Span | None = None,
+        prefills: bool = False,
     ) -> "Context":
         """The context of a pass.
 
@@ -68,18 +70,20 @@ class Context(eqx.Module):
         - `dtype`: the precision of the activations.
         - `strategy`, `mask`, `span`: see the attributes.
         - `cached`: the cache's `positions` and `used`, before this pass.
+        - `prefills`: whether a pass with a cache splits `seq` too.
         """
         seq = positions.shape[1]
         query_index = positions
         if span is not None:
             query_index = jnp.where(positions < 0, -1, jnp.arange(seq, dtype=positions.dtype)[None, :])
         before, slot = (None, jnp.zeros((), jnp.int32)) if cached is None else cached
-        splits_seq = cached is None and mask is None and shard_index("seq", strategy)[1] > 1
+        splits_seq = (cached is None or prefills) and mask is None and shard_index("seq", strategy)[1] > 1
         key_index = query_index
         if splits_seq:
             query_index, positions, span = jax.tree.map(
                 lambda x: own_slices(x, strategy, axis=1), (query_index, positions, span)
             )
+            key_index = key_index if cached is None else query_index
         else:
             key_index = own_slots(query_index, slot, strategy, axis=1, fill=-1)
         if before is not None:

@@ -81,7 +81,7 @@ class LatentAttention(eqx.Module):
         tokens, key_index, codes = context.own(tokens[:, None]), context.key_index, None
         if cache is not None:
             cache, tokens, _, key_index = cache.extend(tokens, tokens, context)
-            codes = cache.codes
+            codes = None if context.splits_seq else cache.codes
 
         def attended(keys: tuple[Array, ...], key_index: Array) -> tuple[Array, Array]:
             (tokens,) = keys

@@ -14,10 +14,10 @@ from ..arguments import check_key, float_dtype
 from ..checks import checked
 from ..config import Latent, MistralConfig, Routing
 from ..errors import InputError
-from ..parallel import SINGLE, Strategy, all_tokens, entered, in_order, pmax, specs, spmd
+from ..parallel import SINGLE, Strategy, all_tokens, entered, in_order, last_token, pmax, specs, spmd
 from .attention import Attention
 from .block import Block
-from .cache import Cache
+from .cache import Cache, WindowCache
 from .context import Context
 from .embedding import Embedding, Unembedding
 from .experts import ExpertLinear, Experts, Router
@@ -202,6 +202,28 @@ class Mistral(eqx.Module):
         out_specs = self.strategy.spec(f"batch {seq} embed"), layers
         return spmd(_hidden, self.mesh, in_specs, out_specs)(self, ids, positions, cache, mask, span)
 
+    def prefill(
+        self, ids: Int[Array, "batch seq"], positions: Int[Array, "batch seq"], cache: Cache
+    ) -> tuple[Float[Array, "batch 1 embed"], Cache]:
+        """What `hidden` returns with a cache, of the last token alone.
+
+        If `seq` is a multiple of twice `prefill_devices`, each of these devices computes its share of the tokens, and
+        keeps their keys and values. Otherwise, all devices compute all tokens.
+        """
+        self._check_rows(ids)
+        rows, layers = self.strategy.spec("batch"), specs(cache, self.strategy)
+        in_specs, out_specs = (specs(self, self.strategy), rows, rows, layers), (self.strategy.spec("batch"), layers)
+        return spmd(_prefill, self.mesh, in_specs, out_specs)(self, ids, positions, cache)
+
+    def prefill_devices(self, cache: Cache) -> int:
+        """The number of devices that can share the tokens of `prefill`: those that split both `seq` and `kv_seq`, or 1.
+
+        It is 1 with a [`mistral_eqx.nn.WindowCache`][]: one device would have all of the last tokens.
+        """
+        is_ring = self.strategy.axes("seq") == self.strategy.axes("kv_seq")
+        forgets = any(isinstance(layer, WindowCache) for layer in cache.layers)
+        return self.strategy.parts("seq", self.mesh) if is_ring and not forgets else 1
+
     def logits(self, hidden: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:
         """Applies the output head to activations that `hidden` returned, or to some of them."""
 
@@ -214,6 +236,13 @@ class Mistral(eqx.Module):
         return spmd(forward, self.mesh, in_specs, self.strategy.spec(f"batch {seq} vocab"))(self, hidden)
 
 
+def _prefill(model: Mistral, ids: Array, positions: Array, cache: Cache) -> tuple[Array, Cache | None]:
+    devices = model.prefill_devices(cache)
+    splits = devices > 1 and ids.shape[1] % (2 * devices) == 0
+    hidden, extended = _hidden(model, ids, positions, cache, None, None, prefills=splits)
+    return last_token(hidden, model.strategy) if splits else hidden[:, -1:], extended
+
+
 def _hidden(
     model: Mistral,
     ids: Array,
@@ -221,6 +250,8 @@ def _hidden(
     cache: Cache | None,
     mask: Array | None,
     span: Span | None,
+    *,
+    prefills: bool = False,
 ) -> tuple[Array, Cache | None]:
     strategy, seq = model.strategy, ids.shape[1]
     if positions is None:
@@ -231,7 +262,14 @@ def _hidden(
         span = Span() if cache is None and span is None else span
     cached = None if cache is None else (cache.positions, cache.used)
     context = Context.init(
-        model.config.rope, positions, dtype=model.dtype, strategy=strategy, cached=cached, mask=mask, span=span
+        model.config.rope,
+        positions,
+        dtype=model.dtype,
+        strategy=strategy,
+        cached=cached,
+        mask=mask,
+        span=span,
+        prefills=prefills,
     )
     x = model.embedding(context.own_ids(ids))
     layers = []
@@ -241,7 +279,7 @@ def _hidden(
     if cache is not None:
         cache = Cache(tuple(layers), context.key_index, context.slot + seq)
     hidden = all_tokens(model.norm(x), context.seq, strategy, to="invarying")
-    return in_order(hidden, strategy) if context.splits_seq else hidden, cache
+    return in_order(hidden, strategy) if context.splits_seq and not prefills else hidden, cache
 
 
 def _block(config: MistralConfig, layer: int, key: PRNGKeyArray, dtype: DTypeLike, strategy: Strategy) -> Block:

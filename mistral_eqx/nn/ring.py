@@ -48,10 +48,15 @@ def over_devices(
     # The mask is known to follow the columns only where it is a span.
     window = None if context.span is None else window
     first, *others = ring_hops(window, key_index.shape[1], shard_index("seq", strategy)[1])
-    found = attend(keys, own_slices(key_index, strategy, axis=1, hop=first))
+    is_cached = key_index.shape[1] == keys[0].shape[2]
+    found = attend(keys, key_index if is_cached else own_slices(key_index, strategy, axis=1))
     for before, hop in zip((first, *others), others, strict=False):
         keys = tuple(send_on(x, hop - before, strategy) for x in keys)
-        found = _merged(found, attend(keys, own_slices(key_index, strategy, axis=1, hop=hop)))
+        if is_cached:
+            # The slots of a cache travel with their indices.
+            key_index = send_on(key_index, hop - before, strategy)
+        index = key_index if is_cached else own_slices(key_index, strategy, axis=1, hop=hop)
+        found = _merged(found, attend(keys, index))
     return found[0]
 
 

@@ -13,6 +13,7 @@ from .collectives import (
     holders as holders,
     in_order as in_order,
     largest_anywhere as largest_anywhere,
+    last_token as last_token,
     own_shard as own_shard,
     own_slices as own_slices,
     own_tokens as own_tokens,

@@ -136,6 +136,12 @@ def all_slices(x: Array, strategy: Strategy, *, axis: int) -> Array:
     return jnp.concatenate([*slices[::2], *slices[::-2]], axis=axis)
 
 
+def last_token(x: Array, strategy: Strategy) -> Array:
+    """The last token of an array `(batch, own, ...)`, on all devices that split `seq`; it is the last of the first."""
+    shard, _ = shard_index("seq", strategy)
+    return lax.psum(jnp.where(jnp.asarray(shard) == 0, x[:, -1:], 0), strategy.axes("seq"))
+
+
 def in_order(x: Array, strategy: Strategy) -> Array:
     """The tokens of an array `(batch, own, ...)` in order: device `d` receives the slices `2 d` and `2 d + 1`.
 

@@ -96,6 +96,8 @@ def prefill(
 ) -> list[Collective]:
     """The exchanges of a prefill of `seq` tokens into a cache, with logits of the last token alone.
 
+    Devices share the tokens as in [`mistral_eqx.nn.Mistral.prefill`][], with full caches.
+
     **Arguments:** those of [`mistral_eqx.planning.forward_pass`][], and
 
     - `kv_seq`: the slots of the cache, over all devices.
@@ -104,7 +106,11 @@ def prefill(
     **Raises:** `ValueError` as for `forward_pass`, and if `kv_seq` cannot be split.
     """
     ledger = Ledger(config, strategy, axes, batch, dtype)
-    ledger.model(seq, ledger.shard_size("kv_seq", kv_seq), logits=1, cache_dtype=cache_dtype)
+    slots, devices = ledger.shard_size("kv_seq", kv_seq), ledger.num_shards("seq")
+    if strategy.axes("seq") == strategy.axes("kv_seq") and devices > 1 and seq % (2 * devices) == 0:
+        ledger.model(seq // devices, slots, logits=1, cache_dtype=cache_dtype, of_seq=seq, cached=True)
+    else:
+        ledger.model(seq, slots, logits=1, cache_dtype=cache_dtype)
     return ledger.entries
 
 
@@ -215,6 +221,7 @@ class Ledger:
         cache_dtype: CacheDType | None = None,
         of_seq: int | None = None,
         in_order: bool = False,
+        cached: bool = False,
     ):
         """Adds the exchanges of the model, for `seq` tokens that attend to `kv_seq` keys on each device.
 
@@ -223,9 +230,12 @@ class Ledger:
         - `logits`: the number of tokens whose logits are computed.
         - `of_seq`: the number of tokens of all devices; without it, no device has a share of the tokens.
         - `in_order`: whether devices that split `seq` exchange the last activations to have them in order.
+        - `cached`: whether devices that split `seq` have caches, all of whose slots travel with their indices.
         """
         split = of_seq is not None and self.num_shards("seq") > 1
         rounds = sum(self.rounds(of_seq)) if split and of_seq is not None else self.config.layers
+        if cached:
+            rounds = self.num_shards("seq") * self.config.layers
         layers, tokens, heads = self.config.layers, self.rows * seq, self.local("kv_heads q_per_kv")
         self.sum_tokens("embedding", "vocab", 1, seq)
 
@@ -234,10 +244,12 @@ class Ledger:
         self.sum("queries", "embed", layers, tokens, self.local("kv_heads q_per_kv head_dim"), self.narrow)
         self.sum("keys and values", "embed", 2 * layers, tokens, self.local("kv_heads head_dim"), self.narrow)
         if cache_dtype is not None:
-            own = self.rows * -(-seq // self.num_shards("kv_seq"))
+            own = self.rows * -(-(of_seq or seq) // self.num_shards("kv_seq"))
             self.sum("cache scales", "head_dim", 2 * layers, own, self.local("kv_heads"), 4)
         if split:
-            self.keys("", seq, rounds - layers)
+            self.keys("", kv_seq if cached else seq, rounds - layers)
+        if cached:
+            self.write("collective_permute", "mask indices of keys", 2, (rounds - layers, self.rows, kv_seq, 4))
         self.sum("attention scores", "head_dim", rounds, tokens, heads, kv_seq, self.wide)
         if not split:
             self.sum("softmax maximum", "kv_seq", layers, tokens, heads, self.wide)
@@ -252,6 +264,8 @@ class Ledger:
         if split and in_order:
             half = self.rows * (seq // 2) * self.local("embed") * self.narrow
             self.write("collective_permute", "last output in order", 2, (2, half))
+        if cached:
+            self.sum("last token", "seq", 1, self.rows, self.local("embed"), self.narrow)
         self.sum("logits", "embed", 1, self.rows * logits, self.local("vocab"), self.wide)
 
     def keys(self, when: str, seq: int, sent: int):
@@ -260,7 +274,7 @@ class Ledger:
         **Arguments:**
 
         - `when`: the end of their name.
-        - `seq`: the tokens of one device.
+        - `seq`: the keys of one device.
         - `sent`: how often keys are sent on along the ring, over all layers.
         """
         latent, arrays, numbers = self.config.latent, 2, self.local("kv_heads head_dim")
