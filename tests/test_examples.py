@@ -219,6 +219,16 @@ def test_tensor_parallel_says_the_same_on_all_meshes(run):
     assert all(text in line for line in others)
 
 
+@pytest.mark.slow
+def test_long_context_has_the_losses_of_one_device(capsys):
+    runpy.run_path(str(ROOT / "examples" / "long_context.py"))["main"](1, 2, 32)
+    lines = capsys.readouterr().out.splitlines()
+    losses = [line.split()[-6] for line in lines if "losses" in line]
+    assert len(losses) == 3
+    assert set(losses) == {losses[0]}
+    assert "18 x collective_permute of 2 kB: keys and values on the ring" in lines[2]
+
+
 def test_own_strategy_splits_both_sides_of_a_weight(run):
     refused, *parts = run("own_strategy.py").splitlines()
     assert refused == (

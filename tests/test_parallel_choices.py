@@ -60,6 +60,18 @@ def test_each_choice_is_legal_and_takes_all_devices_once(name, devices):
     assert copies == sorted(copies)
 
 
+def test_tokens_of_rows_are_split_if_their_number_is_known():
+    alone, found = mx.strategies(SEVEN, 8), mx.strategies(SEVEN, 8, seq=4096)
+    assert found[: len(alone)] == alone
+    more = {(choice.name, *choice.axes.items()): choice.strategy for choice in found[len(alone) :]}
+    assert more["heads, ring over 4", ("cp", 4), ("tp", 2)] == mx.HEADS + "seq@cp kv_seq@cp"
+    name = "heads, gather over 2, batch over 2"
+    assert more[name, ("dp", 2), ("cp", 2), ("tp", 2)] == mx.HEADS + "seq@cp batch@dp"
+    assert not any("kv_seq@rep" in strategy.layout for strategy in more.values())
+    # Four slices do not divide six tokens.
+    assert mx.strategies(SEVEN, 8, seq=6) == alone
+
+
 def test_a_model_that_divides_by_nothing_has_no_choice():
     assert mx.strategies(dataclasses.replace(SMALL, kv_heads=1, head_dim=2, hidden=7, vocab=5), 4) == []
     assert mx.strategies(SEVEN, 1) == []

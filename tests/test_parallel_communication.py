@@ -50,6 +50,12 @@ LAYOUTS = [
     ("kv_heads@a kv_seq@b hidden@a,b vocab@a,b tokens@a batch@c", "a=2,b=2,c=2"),
     # An axis of one device exchanges nothing.
     ("kv_heads@a hidden@a vocab@a kv_seq@b tokens@a", "a=1,b=2"),
+    # Context parallelism: keys travel along a ring, or each device gathers them.
+    ("seq@cp", "cp=3"),
+    ("kv_heads@tp hidden@tp vocab@tp tokens@tp seq@cp kv_seq@cp batch@dp", "dp=2,cp=2,tp=2"),
+    ("seq@a,b kv_seq@a,b", "a=1,b=2"),
+    ("head_dim@tp embed@e seq@cp kv_seq@cp", "cp=2,tp=2,e=2"),
+    ("seq@cp kv_seq@cp", "cp=1,tp=2"),
 ]
 
 

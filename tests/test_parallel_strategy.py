@@ -207,7 +207,7 @@ def test_two_axes_divide_together():
 def test_a_dimension_that_cannot_be_split_is_refused(dim):
     message = _refused(f"{dim}@tp", {"tp": 2})
     assert (
-        f"splits {dim!r}, which is not a dimension that can be split; use one of batch, tokens, kv_seq, vocab"
+        f"splits {dim!r}, which is not a dimension that can be split; use one of batch, seq, tokens, kv_seq, vocab"
         in message
     )
 

@@ -33,6 +33,8 @@ NAMED = {
     "kv_replicated": (mx.KV_REPLICATED.layout, {"kv": 2, "rep": 2}),
     "heads_x_head_dim": (mx.HEADS_X_HEAD_DIM.layout, {"kv": 2, "rep": 2}),
     "heads_x_kv_seq": (mx.HEADS_X_KV_SEQ.layout, {"kv": 2, "rep": 2}),
+    "ring": ("kv_heads@tp hidden@tp vocab@tp seq@cp kv_seq@cp", {"cp": 2, "tp": 2}),
+    "gather": (f"{mx.SEQUENCE_PARALLEL.layout} seq@cp", {"cp": 2, "tp": 2}),
 }
 
 
@@ -64,9 +66,9 @@ def assert_form(strategy, axes, training, **options):
     assert found == expected
 
 
-def check(name, training, **options):
-    layout, axes = NAMED[name]
-    assert_form(mx.Strategy(f"{layout} batch@dp".strip()), {"dp": 2, **axes}, training, **options)
+def check(name, training, axes=None, **options):
+    layout, own = NAMED[name]
+    assert_form(mx.Strategy(f"{layout} batch@dp".strip()), axes or {"dp": 2, **own}, training, **options)
 
 
 @pytest.mark.slow
@@ -100,6 +102,10 @@ ODD = dataclasses.replace(CONFIG, embed=27)
         ("heads_x_kv_seq", Training(SEQ, 2, remat="dots"), {}),
         ("sequence_parallel", Training(SEQ, 3, remat="dots"), {}),
         ("heads_x_kv_seq", Training(SEQ, 2, remat="none"), {}),
+        # A window skips the second of three hops; heads of queries share the keys that travel.
+        ("ring", Training(16, 3, accumulate=2), {"config": TURNS, "axes": {"dp": 1, "cp": 4, "tp": 2}}),
+        ("gather", Training(SEQ, 2, remat="dots"), {"config": TURNS, "dtype": "bfloat16"}),
+        ("ring", Training(SEQ, 1, remat="none"), {}),
         # Attention in tiles, and lengths that are not dealt out evenly.
         ("heads_x_kv_seq", Training(2048), {}),
         ("sequence_parallel", Training(7), {}),

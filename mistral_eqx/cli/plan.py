@@ -195,7 +195,7 @@ def plan(
                 training = ranking.training and dataclasses.replace(ranking.training, zero=one.zero)
                 plans.append((one.choice, training or False, scheme, one.batch))
     else:
-        strategies = _wanted(config, strategy or [], mesh, count_devices(topology, devices))
+        strategies = _wanted(config, strategy or [], mesh, count_devices(topology, devices), seq)
         plans = [(*one, batch) for one in itertools.product(strategies, trainings, schemes)]
     for wanted, training, scheme, rows in plans:
         name = wanted if isinstance(wanted, str) else wanted.name
@@ -287,7 +287,9 @@ def _trainings(train: bool, zero: list[int] | None, asked: dict[str, Any]) -> li
     return [False]
 
 
-def _wanted(config: MistralConfig, asked: list[str], mesh: str | None, count: int) -> list[Choice | str]:
+def _wanted(
+    config: MistralConfig, asked: list[str], mesh: str | None, count: int, seq: int | None
+) -> list[Choice | str]:
     """The strategies that were asked for, those that will be refused too."""
     from ..parallel import NAMED, strategies
     from ..parallel.mesh import parse_axes
@@ -297,7 +299,7 @@ def _wanted(config: MistralConfig, asked: list[str], mesh: str | None, count: in
     if count == 1:
         return ["single"]
     axes = None if mesh is None else parse_axes(mesh)
-    legal = [choice for choice in strategies(config, count) if axes is None or choice.axes == axes]
+    legal = [choice for choice in strategies(config, count, seq=seq) if axes is None or choice.axes == axes]
     if not asked:
         return [*legal[:1]] or ["heads"]
     return [*legal, *(name for name in NAMED if all(choice.strategy != NAMED[name] for choice in legal))]

@@ -32,8 +32,8 @@ def read_chunk(
     model, ids, positions = kept
 
     def forward(model: Mistral, ids: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
-        hidden, cache = model.hidden(ids, positions, cache)
-        return model.logits(hidden[:, -1:])[:, 0], cache
+        hidden, cache = model.prefill(ids, positions, cache)
+        return model.logits(hidden)[:, 0], cache
 
     strategy = model.strategy
     rows, layers = strategy.spec("batch"), specs(cache, strategy)
@@ -45,6 +45,8 @@ def read_chunks(
     model: Mistral, ids: Int[np.ndarray, "rows seq"], positions: Int[np.ndarray, "rows seq"], cache: Cache, chunk: int
 ) -> tuple[Array, Cache]:
     """Reads tokens into a cache, at most `chunk` columns at a time, and returns the last logits and the cache."""
+    # Devices that share the tokens of a pass hold a chunk each.
+    chunk *= model.prefill_devices(cache)
     *earlier, last = (slice(start, start + chunk) for start in range(0, ids.shape[1], chunk))
     for part in earlier:
         _, cache = read_chunk((model, place_rows(model, ids[:, part]), place_rows(model, positions[:, part])), cache)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from ..nn import AbstractWeight, DenseWeight
 from ..nn.precision import at_least_float32
-from ..parallel import SINGLE, Strategy, shard_index
+from ..parallel import SINGLE, Strategy, own_slices, shard_index
 
 
 class LoRAWeight(AbstractWeight):
@@ -115,7 +115,9 @@ def _kept(
         shard, shards = shard_index(dim, strategy)
         own = jnp.uint32(shard * size) + jnp.arange(size, dtype=jnp.uint32)
         index = (index[:, None] * (size * shards) + own[None, :]).reshape(-1)
-    token = jnp.repeat(jnp.arange(seq, dtype=jnp.uint32), index.size)
+    _, shards = shard_index("seq", strategy)
+    columns = own_slices(jnp.arange(seq * shards, dtype=jnp.uint32), strategy, axis=0)
+    token = jnp.repeat(columns, index.size)
     indices = jnp.concatenate([token, jnp.tile(index, seq)])
 
     def bits(key: Key[Array, ""]) -> UInt32[Array, " indices"]:

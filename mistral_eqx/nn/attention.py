@@ -6,12 +6,13 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..parallel import SINGLE, Strategy, pmax, psum, psum_together
+from ..parallel import SINGLE, Strategy, psum
 from .cache import AbstractLayerCache
 from .context import Context
 from .kernels import Codes, attention, flash_attention
 from .linear import Linear, project
 from .mask import attention_mask
+from .ring import over_devices
 
 
 # Above this many scores per head (4 MB of float32), attention runs in tiles.
@@ -67,11 +68,16 @@ class Attention(eqx.Module):
         key_index, codes = context.key_index, None
         if cache is not None:
             cache, k, v, key_index = cache.extend(k, v, context)
-            codes = cache.codes
-        mixed, log_sum = attend(
-            q, k, v, key_index, context, codes, scale=self.scale, window=self.window, strategy=self.strategy
-        )
-        return self.o_proj(over_shards(mixed, log_sum, self.strategy).astype(x.dtype)), cache
+            codes = None if context.splits_seq else cache.codes
+
+        def attended(keys: tuple[Array, ...], key_index: Array) -> tuple[Array, Array]:
+            k, v = keys
+            return attend(
+                q, k, v, key_index, context, codes, scale=self.scale, window=self.window, strategy=self.strategy
+            )
+
+        mixed = over_devices(attended, (k, v), key_index, context, self.window, self.strategy)
+        return self.o_proj(mixed.astype(x.dtype)), cache
 
 
 def attend(
@@ -105,14 +111,3 @@ def attend(
     mask = mask if context.mask is None else mask & context.mask
     total = functools.partial(psum, dims="head_dim", strategy=strategy) if strategy.axes("head_dim") else None
     return attention(q, k, v, mask, scale=scale, total=total, codes=codes)
-
-
-def over_shards(
-    mixed: Float[Array, "batch seq *heads value_dim"], log_sum: Float[Array, "batch seq *heads 1"], strategy: Strategy
-) -> Float[Array, "batch seq *heads value_dim"]:
-    """The weighted sums of the values of all devices that split `kv_seq`, from those that `attend` returns on each."""
-    if not strategy.axes("kv_seq"):
-        return mixed
-    weight = jnp.exp(log_sum - pmax(log_sum, "kv_seq", strategy))
-    mixed, total = psum_together(mixed * weight, weight, "kv_seq", strategy)
-    return mixed / total

@@ -1,12 +1,13 @@
 """What all layers share in one forward pass."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from ..parallel import SINGLE, Strategy
+from ..parallel import SINGLE, Strategy, own_slices, shard_index
 from ..rope import Rope
 from .mask import Span, bounds
 from .rotary import Rotation, query_scale
@@ -23,13 +24,16 @@ class Context(eqx.Module):
 
     - `query_rotation`, `key_rotation`: the rotary embedding of queries, which includes `query_scale`, and of keys.
     - `query_scale`: the factor of each query by its position, `None` for 1.
-    - `query_index`: the index of each token of this pass.
+    - `query_index`: the index of each token of this pass; where `seq` is split, of this device's tokens.
     - `key_index`: the index of the key in each of this device's slots, this pass included; without a cache, of each
-        token of this pass that this device keeps.
+        token of this pass that this device keeps. Where a pass without a cache splits `seq`, of each token of all
+        devices.
     - `slot`: the slot of the first token of this pass, counted over all devices.
     - `mask`: a further mask: a query attends to a key only if this mask and the index allow it.
     - `span`: the attention span of each query in columns; causal unless given.
     - `strategy`: which dimensions are split over which axes of the mesh.
+    - `splits_seq`: whether each device computes its own tokens of this pass only, and keeps their keys. A pass with a
+        `mask` computes all tokens on all devices that split `seq`, and so does one with a cache unless it `prefills`.
     """
 
     query_rotation: Rotation
@@ -41,6 +45,7 @@ class Context(eqx.Module):
     mask: Bool[Array, "batch seq kv_seq"] | None
     span: Span | None
     strategy: Strategy
+    splits_seq: bool = eqx.field(static=True)
 
     @classmethod
     def init(
@@ -53,33 +58,44 @@ class Context(eqx.Module):
         cached: tuple[Int[Array, "batch kv_seq"], Int[Array, ""]] | None = None,
         mask: Bool[Array, "batch seq kv_seq"] | None = None,
         span: Span | None = None,
+        prefills: bool = False,
     ) -> "Context":
         """The context of a pass.
 
         **Arguments:**
 
         - `rope`: the angles of the rotary embedding.
-        - `positions`: the position of each token in the row's sequence, -1 for padding.
+        - `positions`: the position of each token in the row's sequence, -1 for padding. Like `span`, it has the tokens
+            of all devices that split `seq`.
         - `dtype`: the precision of the activations.
         - `strategy`, `mask`, `span`: see the attributes.
         - `cached`: the cache's `positions` and `used`, before this pass.
+        - `prefills`: whether a pass with a cache splits `seq` too.
         """
         seq = positions.shape[1]
         query_index = positions
         if span is not None:
             query_index = jnp.where(positions < 0, -1, jnp.arange(seq, dtype=positions.dtype)[None, :])
         before, slot = (None, jnp.zeros((), jnp.int32)) if cached is None else cached
-        key_index = own_slots(query_index, slot, strategy, axis=1, fill=-1)
+        splits_seq = (cached is None or prefills) and mask is None and shard_index("seq", strategy)[1] > 1
+        key_index = query_index
+        if splits_seq:
+            query_index, positions, span = jax.tree.map(
+                lambda x: own_slices(x, strategy, axis=1), (query_index, positions, span)
+            )
+            key_index = key_index if cached is None else query_index
+        else:
+            key_index = own_slots(query_index, slot, strategy, axis=1, fill=-1)
         if before is not None:
             key_index = lax.dynamic_update_slice_in_dim(before, key_index, own_slot(slot, strategy), axis=1)
         rotation = Rotation.init(rope, positions, dtype, strategy)
         query_rotation = rotation.of_queries(rope.query_scaling, positions)
         scale = query_scale(rope.query_scaling, positions, dtype)
-        return cls(query_rotation, rotation, scale, query_index, key_index, slot, mask, span, strategy)
+        return cls(query_rotation, rotation, scale, query_index, key_index, slot, mask, span, strategy, splits_seq)
 
     @property
     def seq(self) -> int:
-        """The number of tokens of each row in this pass."""
+        """The number of tokens of each row in this pass; where `seq` is split, of this device's."""
         return self.query_index.shape[1]
 
     @property
@@ -92,9 +108,13 @@ class Context(eqx.Module):
         """The first free slot of this device's shard of the cache, after this pass."""
         return own_slot(self.slot + self.seq, self.strategy)
 
+    def own_ids(self, ids: Int[Array, "batch all"]) -> Int[Array, "batch seq"]:
+        """The ids of the tokens that this device computes."""
+        return own_slices(ids, self.strategy, axis=1) if self.splits_seq else ids
+
     def own(self, x: Float[Array, "batch kv_heads seq head_dim"]) -> Float[Array, "batch kv_heads own head_dim"]:
         """The keys or values of the tokens that this device keeps."""
-        return own_slots(x, self.slot, self.strategy, axis=2)
+        return x if self.splits_seq else own_slots(x, self.slot, self.strategy, axis=2)
 
     def bounds(self, window: int | None) -> tuple[Int[Array, "batch seq"], Int[Array, "batch seq"]]:
         """The first and the last key index that each query attends to in a layer with this window."""

@@ -6,13 +6,14 @@ from jaxtyping import Array, Float
 
 from ..config import Latent
 from ..parallel import SINGLE, Strategy
-from .attention import attend, over_shards
+from .attention import attend
 from .cache import AbstractLayerCache
 from .context import Context
 from .kernels import Codes
 from .linear import Linear, project
 from .norm import RMSNorm
 from .precision import at_least_float32
+from .ring import over_devices
 
 
 class LatentAttention(eqx.Module):
@@ -80,13 +81,17 @@ class LatentAttention(eqx.Module):
         tokens, key_index, codes = context.own(tokens[:, None]), context.key_index, None
         if cache is not None:
             cache, tokens, _, key_index = cache.extend(tokens, tokens, context)
-            codes = cache.codes
-        counts = q.shape[1], tokens.shape[2], self.latent
-        if latent_operations(*counts, absorbed=True) < latent_operations(*counts, absorbed=False):
-            mixed, log_sum = self._absorbed(nope, rope, tokens, key_index, context, codes)
-        else:
-            mixed, log_sum = self._expanded(nope, rope, tokens, key_index, context)
-        return self.o_proj(over_shards(mixed, log_sum, self.strategy).astype(x.dtype)), cache
+            codes = None if context.splits_seq else cache.codes
+
+        def attended(keys: tuple[Array, ...], key_index: Array) -> tuple[Array, Array]:
+            (tokens,) = keys
+            counts = q.shape[1], tokens.shape[2], self.latent
+            if latent_operations(*counts, absorbed=True) < latent_operations(*counts, absorbed=False):
+                return self._absorbed(nope, rope, tokens, key_index, context, codes)
+            return self._expanded(nope, rope, tokens, key_index, context)
+
+        mixed = over_devices(attended, (tokens,), key_index, context, self.window, self.strategy)
+        return self.o_proj(mixed.astype(x.dtype)), cache
 
     def _absorbed(
         self, nope: Array, rope: Array, tokens: Array, key_index: Array, context: Context, codes: Codes | None

@@ -14,10 +14,10 @@ from ..arguments import check_key, float_dtype
 from ..checks import checked
 from ..config import Latent, MistralConfig, Routing
 from ..errors import InputError
-from ..parallel import SINGLE, Strategy, all_tokens, entered, pmax, specs, spmd
+from ..parallel import SINGLE, Strategy, all_tokens, entered, in_order, last_token, pmax, specs, spmd
 from .attention import Attention
 from .block import Block
-from .cache import Cache
+from .cache import Cache, WindowCache
 from .context import Context
 from .embedding import Embedding, Unembedding
 from .experts import ExpertLinear, Experts, Router
@@ -110,16 +110,17 @@ class Mistral(eqx.Module):
     def __call__(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocab"]:
         """The logits of the token after each of `ids`; float32 for a 16-bit model.
 
-        On a mesh, the logits are split as the strategy splits `batch` and `vocab`.
+        On a mesh, the logits are split as the strategy splits `batch`, `seq` and `vocab`.
         """
 
         def forward(model: Mistral, ids: Array) -> Array:
-            hidden, _ = model.hidden(ids)
+            hidden, _ = _hidden(model, ids, None, None, None, None)
             return model.logits(hidden)
 
         self._check_rows(ids)
+        self._check_length(ids)
         rows = self.strategy.spec("batch")
-        return spmd(forward, self.mesh, (specs(self, self.strategy), rows), self.strategy.spec("batch _ vocab"))(
+        return spmd(forward, self.mesh, (specs(self, self.strategy), rows), self.strategy.spec("batch seq vocab"))(
             self, ids
         )
 
@@ -136,6 +137,10 @@ class Mistral(eqx.Module):
                 f"{ids.shape[0]} rows cannot be split over {devices} devices, over which the strategy "
                 f"{self.strategy.layout!r} splits 'batch'; give a multiple of {devices}."
             )
+
+    def _check_length(self, ids: Array):
+        if not entered():
+            self.strategy.check_length(ids.shape[1], self.mesh)
 
     @overload
     def hidden(
@@ -179,7 +184,8 @@ class Mistral(eqx.Module):
         - `span`: the attention span of each token, without a cache: for packed documents and attention that is not
             causal. `positions` then determine only rotary angles and padding.
 
-        **Returns:** activations, shape `(batch, seq, embed)`, and the cache with these tokens added.
+        **Returns:** activations, shape `(batch, seq, embed)`, and the cache with these tokens added. Where the strategy
+            splits `seq`, a pass without a cache and without a `mask` returns them split.
         """
         self._check_rows(ids)
         if span is not None and cache is not None:
@@ -189,8 +195,34 @@ class Mistral(eqx.Module):
             )
         rows, layers = self.strategy.spec("batch"), specs(cache, self.strategy)
         in_specs = specs(self, self.strategy), rows, rows, layers, self.strategy.spec("batch _ kv_seq"), rows
-        out_specs = self.strategy.spec("batch _ embed"), layers
+        seq = "_"
+        if cache is None and mask is None:
+            self._check_length(ids)
+            seq = "seq"
+        out_specs = self.strategy.spec(f"batch {seq} embed"), layers
         return spmd(_hidden, self.mesh, in_specs, out_specs)(self, ids, positions, cache, mask, span)
+
+    def prefill(
+        self, ids: Int[Array, "batch seq"], positions: Int[Array, "batch seq"], cache: Cache
+    ) -> tuple[Float[Array, "batch 1 embed"], Cache]:
+        """What `hidden` returns with a cache, of the last token alone.
+
+        If `seq` is a multiple of twice `prefill_devices`, each of these devices computes its share of the tokens, and
+        keeps their keys and values. Otherwise, all devices compute all tokens.
+        """
+        self._check_rows(ids)
+        rows, layers = self.strategy.spec("batch"), specs(cache, self.strategy)
+        in_specs, out_specs = (specs(self, self.strategy), rows, rows, layers), (self.strategy.spec("batch"), layers)
+        return spmd(_prefill, self.mesh, in_specs, out_specs)(self, ids, positions, cache)
+
+    def prefill_devices(self, cache: Cache) -> int:
+        """The number of devices that can share the tokens of `prefill`: those that split both `seq` and `kv_seq`, or 1.
+
+        It is 1 with a [`mistral_eqx.nn.WindowCache`][]: one device would have all of the last tokens.
+        """
+        is_ring = self.strategy.axes("seq") == self.strategy.axes("kv_seq")
+        forgets = any(isinstance(layer, WindowCache) for layer in cache.layers)
+        return self.strategy.parts("seq", self.mesh) if is_ring and not forgets else 1
 
     def logits(self, hidden: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:
         """Applies the output head to activations that `hidden` returned, or to some of them."""
@@ -198,8 +230,17 @@ class Mistral(eqx.Module):
         def forward(model: Mistral, hidden: Array) -> Array:
             return model.unembedding(hidden)
 
-        in_specs = specs(self, self.strategy), self.strategy.spec("batch _ embed")
-        return spmd(forward, self.mesh, in_specs, self.strategy.spec("batch _ vocab"))(self, hidden)
+        # Some of the activations, such as those of the last token, may be too few to be split.
+        seq = "_" if hidden.shape[1] % self.strategy.parts("seq", self.mesh) else "seq"
+        in_specs = specs(self, self.strategy), self.strategy.spec(f"batch {seq} embed")
+        return spmd(forward, self.mesh, in_specs, self.strategy.spec(f"batch {seq} vocab"))(self, hidden)
+
+
+def _prefill(model: Mistral, ids: Array, positions: Array, cache: Cache) -> tuple[Array, Cache | None]:
+    devices = model.prefill_devices(cache)
+    splits = devices > 1 and ids.shape[1] % (2 * devices) == 0
+    hidden, extended = _hidden(model, ids, positions, cache, None, None, prefills=splits)
+    return last_token(hidden, model.strategy) if splits else hidden[:, -1:], extended
 
 
 def _hidden(
@@ -209,6 +250,8 @@ def _hidden(
     cache: Cache | None,
     mask: Array | None,
     span: Span | None,
+    *,
+    prefills: bool = False,
 ) -> tuple[Array, Cache | None]:
     strategy, seq = model.strategy, ids.shape[1]
     if positions is None:
@@ -216,18 +259,27 @@ def _hidden(
         if cache is not None:
             start = pmax(cache.next_positions, "kv_seq", strategy)
         positions = start[:, None] + jnp.arange(seq, dtype=jnp.int32)[None, :]
+        span = Span() if cache is None and span is None else span
     cached = None if cache is None else (cache.positions, cache.used)
     context = Context.init(
-        model.config.rope, positions, dtype=model.dtype, strategy=strategy, cached=cached, mask=mask, span=span
+        model.config.rope,
+        positions,
+        dtype=model.dtype,
+        strategy=strategy,
+        cached=cached,
+        mask=mask,
+        span=span,
+        prefills=prefills,
     )
-    x = model.embedding(ids)
+    x = model.embedding(context.own_ids(ids))
     layers = []
     for block, layer in zip(model.blocks, (None,) * len(model.blocks) if cache is None else cache.layers, strict=True):
         x, layer = block(x, context, layer)
         layers.append(layer)
     if cache is not None:
         cache = Cache(tuple(layers), context.key_index, context.slot + seq)
-    return all_tokens(model.norm(x), seq, strategy, to="invarying"), cache
+    hidden = all_tokens(model.norm(x), context.seq, strategy, to="invarying")
+    return in_order(hidden, strategy) if context.splits_seq and not prefills else hidden, cache
 
 
 def _block(config: MistralConfig, layer: int, key: PRNGKeyArray, dtype: DTypeLike, strategy: Strategy) -> Block:

@@ -70,12 +70,14 @@ class Stacked(eqx.Module):
         *,
         wrapped: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda repeat: repeat,
         gathering: Gathering = AS_IT_IS,
-    ) -> Float[Array, "batch seq embed"]:
+    ) -> Float[Array, "batch own embed"]:
         """The activations that [`mistral_eqx.nn.Mistral.hidden`][] returns for the model that is not stacked.
 
         **Arguments:**
 
-        - `ids`, `positions`, `span`: as for `Mistral.hidden`.
+        - `ids`, `positions`, `span`: as for `Mistral.hidden`, whose result is in the order of the tokens. Where the
+            strategy splits `seq`, this one has the tokens of this device, in the order of
+            [`mistral_eqx.parallel.own_slices`][].
         - `wrapped`: transforms the function of one repeat of the layer pattern, as `jax.checkpoint` does.
         - `gathering`: gathers arrays of which each device has a shard.
         """
@@ -90,7 +92,7 @@ class Stacked(eqx.Module):
         *,
         wrapped: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda repeat: repeat,
         gathering: Gathering = AS_IT_IS,
-    ) -> tuple[Float[Array, "batch seq embed"], RouterSums | None]:
+    ) -> tuple[Float[Array, "batch own embed"], RouterSums | None]:
         """The result of `hidden`, and what the routers of all layers did with the tokens of this device's rows.
 
         **Returns:** activations, and the sums; `None` for a model without experts.
@@ -106,7 +108,9 @@ class Stacked(eqx.Module):
                 found += [] if sums is None else [sums]
             return x, found
 
-        x, found = lax.scan(wrapped(repeat), _embedded(self.outer, jnp.asarray(ids), gathering), arrays)
+        x, found = lax.scan(
+            wrapped(repeat), _embedded(self.outer, context.own_ids(jnp.asarray(ids)), gathering), arrays
+        )
         sums = None
         if found:
             sums = jax.tree.map(lambda *layers: jnp.sum(sum(layers[1:], start=layers[0]), axis=0), *found)

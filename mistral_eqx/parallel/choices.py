@@ -8,11 +8,15 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 from jax.sharding import AbstractMesh, Mesh
 
-from ..checks import checked
+from ..checks import Count, checked
 from ..config import MistralConfig
 from ..errors import InputError
 from .mesh import MOST_DEVICES, make_mesh
 from .strategy import HEADS_X_HEAD_DIM, NAMED, SINGLE, Strategy
+
+
+# How devices share the tokens of rows.
+_WAYS = (("ring", "seq@cp kv_seq@cp"), ("gather", "seq@cp"))
 
 
 def read_strategy(text: str) -> Strategy:
@@ -57,7 +61,7 @@ class Choice:
         return make_mesh(self.axes, devices)
 
 
-def strategies(config: MistralConfig, n_devices: int) -> list[Choice]:
+def strategies(config: MistralConfig, n_devices: int, *, seq: int | None = None) -> list[Choice]:
     """The named strategies that are legal for a model on a number of devices.
 
     Each comes with every mesh that it can have. The axis `dp`, which splits `batch`, takes some or none of the devices.
@@ -67,21 +71,34 @@ def strategies(config: MistralConfig, n_devices: int) -> list[Choice]:
 
     - `config`: the model's config.
     - `n_devices`: the number of devices.
+    - `seq`: the number of tokens of a row. If given, the axis `cp` takes some of the devices in further choices: it
+        splits the tokens of rows, whose keys travel along a ring or are gathered. These choices come last.
 
     **Returns:** the choices; those that split the weights over the most devices come first.
     """
     checked(config, MistralConfig, "config")
     n_devices = checked(n_devices, Annotated[int, Ge(1), Le(MOST_DEVICES)], "n_devices")
+    seq = checked(seq, Count | None, "seq")
+    lengths = [] if seq is None else [size for size in _divisors(n_devices)[1:] if seq % (2 * size) == 0]
     found = []
-    for copies in _divisors(n_devices):
-        for name, strategy in NAMED.items():
-            for axes in _axes(strategy, n_devices // copies):
-                label, split = name, strategy
-                if copies > 1:
-                    label, split, axes = f"{name}, batch over {copies}", strategy + "batch@dp", {"dp": copies, **axes}
-                if _is_legal(split, config, axes):
-                    found.append(Choice(label, split, axes))
+    for label, entries, size in [("", "", 1), *((*way, size) for size in lengths for way in _WAYS)]:
+        for copies in _divisors(n_devices // size):
+            for name, strategy in NAMED.items():
+                for axes in _axes(strategy, n_devices // size // copies):
+                    choice = _with_axis(Choice(name, strategy, axes), label, entries, "cp", size)
+                    choice = _with_axis(choice, "batch", "batch@dp", "dp", copies)
+                    if choice is not None and _is_legal(choice.strategy, config, choice.axes):
+                        found.append(choice)
     return found
+
+
+def _with_axis(choice: Choice | None, label: str, entries: str, axis: str, size: int) -> Choice | None:
+    """The choice with one more axis of the mesh; `None` if its strategy splits one of the dimensions already."""
+    if size == 1 or choice is None:
+        return choice
+    if "kv_seq" in entries and choice.strategy.axes("kv_seq"):
+        return None
+    return Choice(f"{choice.name}, {label} over {size}", choice.strategy + entries, {axis: size, **choice.axes})
 
 
 def _axes(strategy: Strategy, devices: int) -> Iterator[dict[str, int]]:

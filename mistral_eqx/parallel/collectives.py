@@ -103,6 +103,62 @@ def own_tokens(x: Array, tokens: int, strategy: Strategy) -> Array:
     return x if x.shape[1] == tokens else own_shard(x, strategy.axes("tokens"), axis=1)
 
 
+def own_slices(x: Array, strategy: Strategy, *, axis: int, hop: int = 0) -> Array:
+    """This device's tokens of an array that has all tokens; `x` itself where `strategy` does not split `seq`.
+
+    The order is a zigzag: of `2 n` equal slices along `axis`, device `i` of `n` has the slices `i` and `2 n - 1 - i`.
+    With a causal mask, all devices then have the same work. Devices exchange nothing.
+
+    **Arguments:**
+
+    - `hop`: takes the tokens of the device that is so many places before this one on the ring.
+    """
+    shard, shards = shard_index("seq", strategy)
+    if shards == 1:
+        return x
+    first, size = (shard - hop) % shards, x.shape[axis] // (2 * shards)
+    slices = [lax.dynamic_slice_in_dim(x, at * size, size, axis) for at in (first, 2 * shards - 1 - first)]
+    return jnp.concatenate(slices, axis=axis)
+
+
+def send_on(x: Array, hops: int, strategy: Strategy) -> Array:
+    """Sends an array to the device so many places ahead on the ring that splits `seq`, and receives that device's."""
+    axes = strategy.axes("seq")
+    devices = lax.axis_size(axes)
+    return lax.ppermute(x, axes, [(at, (at + hops) % devices) for at in range(devices)]) if hops else x
+
+
+def all_slices(x: Array, strategy: Strategy, *, axis: int) -> Array:
+    """Gathers the slices that `own_slices` took, in the order of the tokens."""
+    axes = strategy.axes("seq")
+    devices = lax.axis_size(axes)
+    slices = jnp.split(lax.all_gather(x, axes, axis=axis, tiled=True, to="varying"), 2 * devices, axis=axis)
+    return jnp.concatenate([*slices[::2], *slices[::-2]], axis=axis)
+
+
+def last_token(x: Array, strategy: Strategy) -> Array:
+    """The last token of an array `(batch, own, ...)`, on all devices that split `seq`; it is the last of the first."""
+    shard, _ = shard_index("seq", strategy)
+    return lax.psum(jnp.where(jnp.asarray(shard) == 0, x[:, -1:], 0), strategy.axes("seq"))
+
+
+def in_order(x: Array, strategy: Strategy) -> Array:
+    """The tokens of an array `(batch, own, ...)` in order: device `d` receives the slices `2 d` and `2 d + 1`.
+
+    One of a device's two slices has an even number, so the devices exchange even slices, and then odd ones.
+    """
+    shard, shards = shard_index("seq", strategy)
+    if shards == 1:
+        return x
+    first, second = jnp.split(x, 2, axis=1)
+    is_even = jnp.asarray(shard) % 2 == 0
+    found = []
+    for parity, own in enumerate((jnp.where(is_even, first, second), jnp.where(is_even, second, first))):
+        slices = [at if at % 2 == parity else 2 * shards - 1 - at for at in range(shards)]
+        found.append(lax.ppermute(own, strategy.axes("seq"), [(at, to // 2) for at, to in enumerate(slices)]))
+    return jnp.concatenate(found, axis=1)
+
+
 def gather(x: Array, dims: str, strategy: Strategy, *, axis: int) -> Array:
     """Gathers, along `axis`, the shards of all devices among which `dims` are split."""
     axes = strategy.axes(dims)

@@ -18,7 +18,7 @@ _ENTRY = re.compile(r"([a-z_]+)@([a-z_0-9]+(?:,[a-z_0-9]+)*)")
 
 # The config has the sizes of the first; each call has the sizes of the second.
 _OF_CONFIG = ("vocab", "embed", "hidden", "experts", "kv_heads", "q_per_kv", "head_dim")
-_OF_CALL = ("batch", "tokens", "kv_seq")
+_OF_CALL = ("batch", "seq", "tokens", "kv_seq")
 
 # Dimensions of the same array: one mesh axis cannot split two of them.
 _ARRAYS = {
@@ -148,6 +148,18 @@ class Strategy:
                     f"over {devices} devices; split another dimension, or load the model with dtype='float32'."
                 )
 
+    def check_length(self, seq: int, mesh: Mesh | AbstractMesh | Mapping[str, int] | None):
+        """Checks that rows of `seq` tokens can be split where this strategy splits `seq`.
+
+        **Raises:** `ValueError`.
+        """
+        devices = self.parts("seq", mesh)
+        if devices > 1 and seq % (2 * devices):
+            raise InputError(
+                f"Rows of {seq} tokens cannot be split over {devices} devices, each of which takes two of "
+                f"{2 * devices} equal slices; pad the rows to a multiple of {2 * devices}."
+            )
+
     def check(self, model: MistralConfig | _HasConfig, mesh: Mesh | AbstractMesh):
         """Checks, before anything is traced, that this strategy can split a model over a mesh.
 
@@ -219,6 +231,18 @@ class Strategy:
                     f"The strategy {self.layout!r} splits 'tokens' over {missing[0]!r}, but none of {dims!r}, whose "
                     "sums are scattered over that axis; split one of them over it too."
                 )
+        for dim, axes in self._axes.items():
+            shared = [axis for axis in axes if axis in self.axes("seq")]
+            if shared and dim not in ("seq", "kv_seq"):
+                raise InputError(
+                    f"The strategy {self.layout!r} splits 'seq' and {dim!r} over the same axis {shared[0]!r}, where a "
+                    "sum would add up different tokens; give one of them another axis."
+                )
+        if self.axes("seq") and self.axes("kv_seq") not in ((), self.axes("seq")):
+            raise InputError(
+                f"The strategy {self.layout!r} splits 'seq' and 'kv_seq' over different axes; split both over the same "
+                "axes, so that keys travel along a ring, or leave 'kv_seq' out, so that each device gathers them."
+            )
         if self.axes("tokens") and self.axes("embed"):
             raise InputError(
                 f"The strategy {self.layout!r} splits the residual stream by 'tokens' and by 'embed'; keep one of them."

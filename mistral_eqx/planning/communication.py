@@ -14,6 +14,7 @@ from ..config import MistralConfig
 from ..errors import InputError
 from ..generation import Sampler
 from ..nn.expert_exchange import capacity, travel_axes
+from ..nn.ring import ring_hops
 from ..parallel import Strategy
 
 
@@ -21,7 +22,7 @@ from ..parallel import Strategy
 _NUCLEUS_ROUNDS, _NUCLEUS_CANDIDATES = 6, 31
 
 
-CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "collective_permute"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Collective:
         size, that of an `all_gather` is `devices` times larger, that of a `reduce_scatter` `devices` times smaller. The
         bytes on the links depend on the algorithm; a ring moves `2 * (devices - 1) / devices` of `bytes` for an
         `all_reduce`, `devices - 1` times `bytes` for an `all_gather`, `(devices - 1) / devices` for a `reduce_scatter`.
-        An `all_to_all` keeps the size, and a device sends `(devices - 1) / devices` of it.
+        An `all_to_all` keeps the size, and a device sends `(devices - 1) / devices` of it. In a `collective_permute`, a
+        device sends `bytes` to one other device; `devices` is 2.
     - `devices`: the number of devices in a group. The other devices of the mesh form groups that make the same exchange
         at the same time.
     """
@@ -73,10 +75,11 @@ def forward_pass(
     entries.
 
     **Raises:** `ValueError` if the strategy does not fit the config or the axes, as in `Strategy.check`, or `batch`
-    cannot be split.
+    or `seq` cannot be split.
     """
     ledger = Ledger(config, strategy, axes, batch, dtype)
-    ledger.model(seq, -(-seq // ledger.num_shards("kv_seq")), logits=seq)
+    own = ledger.own_tokens(seq)
+    ledger.model(own, ledger.own_keys(seq), logits=own, of_seq=seq, in_order=True)
     return ledger.entries
 
 
@@ -93,6 +96,8 @@ def prefill(
 ) -> list[Collective]:
     """The exchanges of a prefill of `seq` tokens into a cache, with logits of the last token alone.
 
+    Devices share the tokens as in [`mistral_eqx.nn.Mistral.prefill`][], with full caches.
+
     **Arguments:** those of [`mistral_eqx.planning.forward_pass`][], and
 
     - `kv_seq`: the slots of the cache, over all devices.
@@ -101,7 +106,11 @@ def prefill(
     **Raises:** `ValueError` as for `forward_pass`, and if `kv_seq` cannot be split.
     """
     ledger = Ledger(config, strategy, axes, batch, dtype)
-    ledger.model(seq, ledger.shard_size("kv_seq", kv_seq), logits=1, cache_dtype=cache_dtype)
+    slots, devices = ledger.shard_size("kv_seq", kv_seq), ledger.num_shards("seq")
+    if strategy.axes("seq") == strategy.axes("kv_seq") and devices > 1 and seq % (2 * devices) == 0:
+        ledger.model(seq // devices, slots, logits=1, cache_dtype=cache_dtype, of_seq=seq, cached=True)
+    else:
+        ledger.model(seq, slots, logits=1, cache_dtype=cache_dtype)
     return ledger.entries
 
 
@@ -153,6 +162,22 @@ class Ledger:
             )
         return size // self.num_shards(dim)
 
+    def own_tokens(self, seq: int) -> int:
+        """The tokens that one device computes in a pass without a cache."""
+        self.strategy.check_length(seq, self.axes)
+        return seq // self.num_shards("seq")
+
+    def own_keys(self, seq: int) -> int:
+        """The keys that queries meet at once in a pass without a cache."""
+        return -(-seq // self.num_shards("kv_seq"))
+
+    def rounds(self, seq: int) -> list[int]:
+        """For each layer, the number of devices on the ring whose keys a device meets, itself included."""
+        devices, windows = self.num_shards("seq"), self.config.windows
+        if not self.strategy.axes("kv_seq"):
+            return [1] * len(windows)
+        return [len(ring_hops(window, seq, devices)) for window in windows]
+
     def local(self, dims: str) -> int:
         """The number of entries of one device along `dims` of the config."""
         return math.prod(getattr(self.config, dim) // self.num_shards(dim) for dim in dims.split())
@@ -187,8 +212,30 @@ class Ledger:
         size = self.rows * (seq // devices) * self.local("embed") * self.narrow
         self.write("all_gather", what, devices, (count, size))
 
-    def model(self, seq: int, kv_seq: int, *, logits: int, cache_dtype: CacheDType | None = None):
-        """Adds the exchanges of the model, for `seq` tokens that attend to `kv_seq` keys on each device."""
+    def model(
+        self,
+        seq: int,
+        kv_seq: int,
+        *,
+        logits: int,
+        cache_dtype: CacheDType | None = None,
+        of_seq: int | None = None,
+        in_order: bool = False,
+        cached: bool = False,
+    ):
+        """Adds the exchanges of the model, for `seq` tokens that attend to `kv_seq` keys on each device.
+
+        **Arguments:**
+
+        - `logits`: the number of tokens whose logits are computed.
+        - `of_seq`: the number of tokens of all devices; without it, no device has a share of the tokens.
+        - `in_order`: whether devices that split `seq` exchange the last activations to have them in order.
+        - `cached`: whether devices that split `seq` have caches, all of whose slots travel with their indices.
+        """
+        split = of_seq is not None and self.num_shards("seq") > 1
+        rounds = sum(self.rounds(of_seq)) if split and of_seq is not None else self.config.layers
+        if cached:
+            rounds = self.num_shards("seq") * self.config.layers
         layers, tokens, heads = self.config.layers, self.rows * seq, self.local("kv_heads q_per_kv")
         self.sum_tokens("embedding", "vocab", 1, seq)
 
@@ -197,11 +244,16 @@ class Ledger:
         self.sum("queries", "embed", layers, tokens, self.local("kv_heads q_per_kv head_dim"), self.narrow)
         self.sum("keys and values", "embed", 2 * layers, tokens, self.local("kv_heads head_dim"), self.narrow)
         if cache_dtype is not None:
-            own = self.rows * -(-seq // self.num_shards("kv_seq"))
+            own = self.rows * -(-(of_seq or seq) // self.num_shards("kv_seq"))
             self.sum("cache scales", "head_dim", 2 * layers, own, self.local("kv_heads"), 4)
-        self.sum("attention scores", "head_dim", layers, tokens, heads, kv_seq, self.wide)
-        self.sum("softmax maximum", "kv_seq", layers, tokens, heads, self.wide)
-        self.sum("softmax sum and values", "kv_seq", layers, tokens, heads, self.value_dim + 1, self.wide)
+        if split:
+            self.keys("", kv_seq if cached else seq, rounds - layers)
+        if cached:
+            self.write("collective_permute", "mask indices of keys", 2, (rounds - layers, self.rows, kv_seq, 4))
+        self.sum("attention scores", "head_dim", rounds, tokens, heads, kv_seq, self.wide)
+        if not split:
+            self.sum("softmax maximum", "kv_seq", layers, tokens, heads, self.wide)
+            self.sum("softmax sum and values", "kv_seq", layers, tokens, heads, self.value_dim + 1, self.wide)
         self.sum_tokens("attention output", "kv_heads q_per_kv head_dim", layers, seq)
 
         self.sum("feed-forward norm", "embed", layers, tokens, self.wide)
@@ -209,7 +261,31 @@ class Ledger:
 
         self.sum("last norm", "embed", 1, tokens, self.wide)
         self.all_tokens("last output", 1, seq)
+        if split and in_order:
+            half = self.rows * (seq // 2) * self.local("embed") * self.narrow
+            self.write("collective_permute", "last output in order", 2, (2, half))
+        if cached:
+            self.sum("last token", "seq", 1, self.rows, self.local("embed"), self.narrow)
         self.sum("logits", "embed", 1, self.rows * logits, self.local("vocab"), self.wide)
+
+    def keys(self, when: str, seq: int, sent: int):
+        """Adds the exchanges of the keys and values of devices that split `seq`.
+
+        **Arguments:**
+
+        - `when`: the end of their name.
+        - `seq`: the keys of one device.
+        - `sent`: how often keys are sent on along the ring, over all layers.
+        """
+        latent, arrays, numbers = self.config.latent, 2, self.local("kv_heads head_dim")
+        if latent is not None:
+            arrays, numbers = 1, latent.cached
+        size = self.rows * seq * numbers * self.narrow
+        if self.strategy.axes("kv_seq"):
+            self.write("collective_permute", f"keys and values on the ring{when}", 2, (arrays * sent, size))
+        else:
+            devices, count = self.num_shards("seq"), arrays * self.config.layers
+            self.write("all_gather", f"keys and values of all devices{when}", devices, (count, size))
 
     def feed_forward(self, seq: int):
         """Adds the exchanges of the feed-forward layers without their norms."""

@@ -118,12 +118,13 @@ def _generation(job: Job, mesh: Mesh, platform: str) -> Iterator[Uncompiled]:
     weights = device_bytes(model)
 
     width = prompt_width(job.prompt)
-    chunk = min(width, CHUNK)
+    least = min(width, CHUNK)
 
     def cache_of(kv_seq: int) -> Cache:
-        return cache_shapes(job.config, job.batch, kv_seq, job.dtype, job.cache_dtype, chunk, strategy, mesh, platform)
+        return cache_shapes(job.config, job.batch, kv_seq, job.dtype, job.cache_dtype, least, strategy, mesh, platform)
 
     small = cache_of(caches.slots(model, width))
+    chunk = min(width, CHUNK * model.prefill_devices(small))
     yield Uncompiled(
         name="prefill",
         runs=math.ceil(width / chunk),

@@ -258,7 +258,11 @@ def _layouts(
     if task.devices == 1:
         choices = [Choice("single", SINGLE, {"tp": 1})]
     else:
-        choices = [*strategies(task.config, task.devices), Choice("copies", SINGLE + "batch@dp", {"dp": task.devices})]
+        seq = None if train is None else train.seq
+        choices = [
+            *strategies(task.config, task.devices, seq=seq),
+            Choice("copies", SINGLE + "batch@dp", {"dp": task.devices}),
+        ]
     mesh = AbstractMesh((1,), ("tp",))
     whole = None if train is not None else model_shapes(task.config, task.dtype, SINGLE, mesh, "tpu", task.quantize)
     for choice in choices:
@@ -266,7 +270,7 @@ def _layouts(
             if train is None:
                 yield _request(task, choice, 1 if batch is None and objective == "latency" else batch, whole)
                 continue
-            stages = range(4) if choice.strategy.parts("batch", choice.axes) > 1 else range(1)
+            stages = range(4) if choice.strategy.parts("batch seq", choice.axes) > 1 else range(1)
             for stage in stages:
                 yield _step(task, choice, batch or 8, dataclasses.replace(train, zero=stage))
         except InputError as error:
@@ -320,12 +324,14 @@ def _step(task: _Task, choice: Choice, batch: int, train: Training) -> Estimate:
     exchanges = training_step(config, strategy, axes, batch=batch, training=train, dtype=jnp.dtype(task.dtype))
     copies = strategy.parts("batch", axes)
     entries = device_entries(config, strategy, axes)
-    kept, gradients, moments = (copies if train.zero >= stage else 1 for stage in (3, 2, 1))
+    holders = strategy.parts("batch seq", axes)
+    kept, gradients, moments = (holders if train.zero >= stage else 1 for stage in (3, 2, 1))
     size = jnp.dtype(task.dtype).itemsize
     rows = batch // copies // train.accumulate
+    own = rows * train.seq / strategy.parts("seq", axes)
     # Each block's input is kept, and the logits of a micro-batch with their gradient.
-    stream = config.layers * rows * train.seq * config.embed * size / strategy.parts("tokens", axes)
-    logits = 2 * rows * train.seq * config.vocab * 4 / strategy.parts("vocab", axes)
+    stream = config.layers * own * config.embed * size / strategy.parts("tokens", axes)
+    logits = 2 * own * config.vocab * 4 / strategy.parts("vocab", axes)
     memory = Memory(
         weights=int(4 * entries / kept),
         gradients=int(4 * entries / gradients),

@@ -36,8 +36,8 @@ def training_step(
     stages 2 and 3 once per micro-batch.
 
     **Raises:** `ValueError` if the strategy does not fit the config or the axes, the rows cannot be split, or there is
-    no closed form: for a strategy that splits `embed`, both `head_dim` and `kv_seq`, or `tokens` over other axes than
-    the heads.
+    no closed form: for a strategy that splits `embed`, `head_dim` beside `kv_seq` or `seq`, or `tokens` over other
+    axes than the heads.
     """
     if batch % training.accumulate:
         raise InputError(
@@ -78,9 +78,11 @@ class _TrainingLedger(Ledger):
         training: Training,
     ):
         super().__init__(config, strategy, axes, batch, dtype)
-        self.training, self.tokens = training, self.rows * training.seq
-        self.splits_tokens = self.token_shards(training.seq) > 1
-        self.kv_seq = -(-training.seq // self.num_shards("kv_seq"))
+        self.training, self.seq, self.kv_seq = training, self.own_tokens(training.seq), self.own_keys(training.seq)
+        self.tokens, self.splits_tokens = self.rows * self.seq, self.token_shards(self.seq) > 1
+        self.splits_seq = self.num_shards("seq") > 1
+        # How often queries meet keys, over all layers.
+        self.meetings = sum(self.rounds(training.seq)) if self.splits_seq else config.layers
 
     def check(self):
         """Refuses strategies without a closed form."""
@@ -95,7 +97,11 @@ class _TrainingLedger(Ledger):
             )
         axes = self.strategy.axes
         heads = set(axes("kv_heads head_dim"))
-        if self.num_shards("embed") > 1 or (axes("head_dim") and axes("kv_seq")) or not set(axes("tokens")) <= heads:
+        if (
+            self.num_shards("embed") > 1
+            or (axes("head_dim") and axes("kv_seq seq"))
+            or not set(axes("tokens")) <= heads
+        ):
             raise InputError(
                 f"There is no closed form of a training step under {self.strategy.layout!r}; take a named strategy, or "
                 "count the exchanges of a plan."
@@ -103,18 +109,21 @@ class _TrainingLedger(Ledger):
 
     def forward(self):
         """Adds the exchanges of the forward pass and of the loss."""
-        self.model(self.training.seq, self.kv_seq, logits=0)
+        self.model(self.seq, self.kv_seq, logits=0, of_seq=self.training.seq)
         self.sum("largest logit", "vocab", 1, self.tokens, self.wide)
         self.sum("sum of exponentials, target and whether it is first", "vocab", 1, 3 * self.tokens, self.wide)
 
     def recompute(self):
         """Adds the exchanges that rematerialisation repeats: all of a repeat of the layer pattern but its last sum."""
-        seq, layers, heads = self.training.seq, self.config.layers, self.local("kv_heads q_per_kv")
+        seq, layers, heads = self.seq, self.config.layers, self.local("kv_heads q_per_kv")
         self.all_tokens("attention input again", layers, seq)
-        self.sum("attention scores again", "head_dim", layers, self.tokens, heads, self.kv_seq, self.wide)
-        self.sum("softmax maximum again", "kv_seq", layers, self.tokens, heads, self.wide)
-        head_dim = self.local("head_dim") + 1
-        self.sum("softmax sum and values again", "kv_seq", layers, self.tokens, heads, head_dim, self.wide)
+        self.sum("attention scores again", "head_dim", self.meetings, self.tokens, heads, self.kv_seq, self.wide)
+        if self.splits_seq:
+            self.keys(" again", seq, self.meetings - layers)
+        else:
+            self.sum("softmax maximum again", "kv_seq", layers, self.tokens, heads, self.wide)
+            head_dim = self.local("head_dim") + 1
+            self.sum("softmax sum and values again", "kv_seq", layers, self.tokens, heads, head_dim, self.wide)
         self.all_tokens("feed-forward input again", layers, seq)
         if self.training.remat == "dots":
             return  # the summed results of linear layers are kept
@@ -143,18 +152,26 @@ class _TrainingLedger(Ledger):
             size = self.config.embed * self.narrow
             self.write("all_reduce", "gradient of norms", devices, (2 * layers + 1, size))
         # Scores are replicated over the axes of head_dim, but values are not.
-        self.sum("gradient of the softmax", "head_dim", layers, self.tokens, heads, self.kv_seq, self.narrow)
-        self.sum("gradient of the softmax sum", "head_dim", layers, self.tokens, heads, self.wide)
-        self.sum("gradient of queries", "kv_seq", layers, self.tokens, heads, head_dim, self.narrow)
+        self.sum("gradient of the softmax", "head_dim", self.meetings, self.tokens, heads, self.kv_seq, self.narrow)
+        self.sum("gradient of the softmax sum", "head_dim", self.meetings, self.tokens, heads, self.wide)
         keys = self.rows * self.local("kv_heads") * head_dim * self.narrow
-        padded = self.kv_seq * self.num_shards("kv_seq")
-        self.sum("gradient of keys and values", "kv_seq", 2 * layers, keys, padded)
-        self.sum("gradient of shared keys and values", "q_per_kv", 2 * layers, keys, self.kv_seq)
+        self.sum("gradient of shared keys and values", "q_per_kv", 2 * self.meetings, keys, self.kv_seq)
+        if not self.splits_seq:
+            self.sum("gradient of queries", "kv_seq", layers, self.tokens, heads, head_dim, self.narrow)
+            padded = self.kv_seq * self.num_shards("kv_seq")
+            self.sum("gradient of keys and values", "kv_seq", 2 * layers, keys, padded)
+        elif self.strategy.axes("kv_seq"):
+            sent = 2 * (self.meetings - layers)
+            self.write("collective_permute", "gradient of keys and values", 2, (sent, keys, self.seq))
+        else:
+            # The gradient of an all-gather is a reduce-scatter.
+            count = 2 * layers, keys, self.training.seq
+            self.write("reduce_scatter", "gradient of keys and values", self.num_shards("seq"), count)
 
     def state(self):
         """Adds the exchanges of weights and their gradients, and the sums over all rows."""
         zero, micro_batches = self.training.zero, self.training.accumulate
-        devices = self.num_shards("batch")
+        devices = self.num_shards("batch seq")
         sets: set[tuple[str, ...]] = set()
         for weight in self.weights():
             sizes = [self.local(dim) for dim in weight.dims.split()]
@@ -163,7 +180,7 @@ class _TrainingLedger(Ledger):
             count, whole = weight.arrays, 4 * numbers * max(weight.layers, 1)
             name, sharded = f"of {weight.name}", zero and divisible
             axes = set(self.strategy.axes(weight.dims))
-            sets.add(tuple(sorted(axes | set(self.strategy.axes("batch") if sharded else ()))))
+            sets.add(tuple(sorted(axes | set(self.strategy.axes("batch seq") if sharded else ()))))
             if zero < 2:
                 self.write("all_reduce", f"gradient {name}", devices, (count, whole))
             elif zero == 2:
@@ -179,7 +196,8 @@ class _TrainingLedger(Ledger):
                 self.write("all_gather", name, devices, (count, whole // devices))
         for axes in sorted(sets):
             self.write("all_reduce", "squares of gradients", math.prod(self.axes[axis] for axis in axes), (1, 4))
-        self.write("all_reduce", "weight of all rows, and sums of the loss", devices, (5, 4))
+        self.sum("weight of all rows", "batch", 1, 4)
+        self.sum("sums of the loss", "batch seq", 4, 4)
 
     def weights(self) -> Iterator[_Weight]:
         """All trained weights."""

@@ -38,17 +38,19 @@ def operations(
     - `context`: the number of keys that a token attends to, on average; a window may hide some of them.
     - `logits`: the tokens of each row that have logits.
     """
+    # Devices that split the tokens of a row compute a new one together.
+    rows = "batch seq" if seq > 1 else "batch"
     total = 0.0
     for one in _matrices(config):
         share = config.routing.per_token / config.experts if one.routed and config.routing is not None else 1.0
         tokens = batch * (logits if one.head else seq)
-        total += 2 * tokens * share * one.entries / strategy.parts(f"batch {one.dims}", axes)
+        total += 2 * tokens * share * one.entries / strategy.parts(f"{rows} {one.dims}", axes)
     # A new token is compared with latents, if there are any, and a prompt with the keys that they stand for.
     latents = config.latent is not None and seq == 1
     width = config.latent.cached if latents and config.latent is not None else config.head_dim
     keys = sum(context if window is None else min(context, window) for window in config.windows)
     scores = 4 * batch * seq * config.q_heads * width * keys
-    return total + scores / strategy.parts("batch kv_heads q_per_kv head_dim kv_seq", axes)
+    return total + scores / strategy.parts(f"{rows} kv_heads q_per_kv head_dim kv_seq", axes)
 
 
 def weights_read(config: MistralConfig, strategy: Strategy, axes: Mapping[str, int], *, tokens: int) -> float:

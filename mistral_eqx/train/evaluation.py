@@ -39,7 +39,7 @@ def make_evaluation(*, compute_dtype: DTypeLike | None = jnp.bfloat16) -> Evalua
         model = eqx.combine(weights, constants)
         hidden = model.hidden(batch.inputs, batch.positions, batch.span, gathering=gathering)
         sums = loss_sums(model.head(gathering), hidden, batch)
-        return jax.tree.map(lambda sum: psum(sum, "batch", strategy), sums)
+        return jax.tree.map(lambda sum: psum(sum, "batch seq", strategy), sums)
 
     @eqx.filter_jit
     def evaluation(state: TrainState, batch: Batch) -> Sums:
@@ -47,4 +47,8 @@ def make_evaluation(*, compute_dtype: DTypeLike | None = jnp.bfloat16) -> Evalua
         in_specs = state.model_specs(), state.strategy.spec("batch")
         return spmd(run, state.model.outer.mesh, in_specs, PartitionSpec())(state.model, batch)
 
-    return lambda state, batch: evaluation(state, jax.tree.map(jnp.asarray, batch))
+    def checked(state: TrainState, batch: Batch) -> Sums:
+        state.strategy.check_length(batch.inputs.shape[1], state.model.outer.mesh)
+        return evaluation(state, jax.tree.map(jnp.asarray, batch))
+
+    return checked

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..nn import RouterSums, Unembedding, log_likelihood
-from ..parallel import Strategy, psum
+from ..parallel import Strategy, own_slices, psum
 from .batch import Batch
 
 
@@ -44,15 +44,16 @@ def loss_sums(
     **Arguments:**
 
     - `head`: the output head.
-    - `hidden`: the last hidden states, the input of the head.
+    - `hidden`: the last hidden states, the input of the head; where `seq` is split, of this device's tokens.
     - `batch`: the targets and their weights.
     - `label_smoothing`: the part of a target's probability that is spread over all tokens.
     - `z_loss`: the weight of the term that keeps logits from drifting; PaLM takes 1e-4.
 
-    **Returns:** the sums; over this device's rows alone if `batch` is split.
+    **Returns:** the sums; over this device's rows and tokens alone if `batch` or `seq` is split.
     """
-    found = log_likelihood(head, hidden, jnp.asarray(batch.targets))
-    weights = jnp.asarray(batch.weights).astype(found.log_probs.dtype)
+    targets, weights = (own_slices(jnp.asarray(x), head.strategy, axis=1) for x in (batch.targets, batch.weights))
+    found = log_likelihood(head, hidden, targets)
+    weights = weights.astype(found.log_probs.dtype)
     loss = -found.log_probs
     if label_smoothing:
         loss = (1 - label_smoothing) * loss + label_smoothing * (found.log_sums - found.means)
@@ -93,8 +94,8 @@ def router_losses(sums: RouterSums, share: Float[Array, ""], strategy: Strategy)
     - `share`: the tokens of the micro-batch, over all devices, divided by those of the whole batch.
     - `strategy`: which dimensions are split over which mesh axes.
     """
-    tokens = jnp.maximum(psum(sums.tokens, "batch", strategy), 1)
-    fractions = psum(sums.chosen, "batch", strategy) / tokens
+    tokens = jnp.maximum(psum(sums.tokens, "batch seq", strategy), 1)
+    fractions = psum(sums.chosen, "batch seq", strategy) / tokens
     scale = share.astype(tokens.dtype) / tokens
     balance = len(fractions) * jnp.sum(fractions * sums.probabilities)
     return RouterLosses(scale * balance, scale * sums.squares)

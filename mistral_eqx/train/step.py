@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from ..checks import Count, NotNegative, Positive, Seed, ShareBelowOne, check_arguments
 from ..errors import InputError
 from ..nn import Gathering, Mistral, RouterSums, Stacked, stack, unstack
-from ..parallel import Strategy, psum, psum_varying, shard_index, specs, spmd, vary_alike
+from ..parallel import Strategy, own_slices, psum, psum_varying, shard_index, specs, spmd, vary_alike
 from .batch import Batch
 from .dropout import with_dropout
 from .loss import RouterLosses, Sums, loss_sums, router_losses
@@ -276,7 +276,9 @@ def make_step(
         return eqx.combine(_between_steps(updated), _static(state)), metrics
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        divisor = accumulate * state.strategy.parts("batch", state.model.outer.mesh)
+        mesh = state.model.outer.mesh
+        state.strategy.check_length(batch.inputs.shape[1], mesh)
+        divisor = accumulate * state.strategy.parts("batch", mesh)
         if batch.inputs.shape[0] % divisor:
             raise InputError(
                 f"A batch has {batch.inputs.shape[0]} rows, not a multiple of {divisor}, which is accumulate times the "
@@ -357,16 +359,17 @@ def _gradient(
     shapes = jax.eval_shape(mean, light, first)[1]
     # Stage 2 accumulates shards of the gradient from the first micro-batch on.
     like = zero.own_shards(weights, shard_dims) if zero.stage == 2 else varying
+    own = own_slices(jnp.asarray(batch.weights), strategy, axis=1)
     start = (
         jax.tree.map(lambda leaf: vary_alike(jnp.zeros_like(leaf), leaf)[0], like),
-        jax.tree.map(lambda sum: vary_alike(jnp.zeros(sum.shape, sum.dtype), jnp.asarray(batch.weights))[0], shapes),
+        jax.tree.map(lambda sum: vary_alike(jnp.zeros(sum.shape, sum.dtype), own)[0], shapes),
     )
     (gradient, losses), _ = lax.scan(add, start, micro_batches)
     if zero.stage < 2:
         gradient = zero.sum(gradient, shard_dims)
     if zero.stage == 1:
         gradient = zero.own_shards(gradient, shard_dims)
-    return gradient, *jax.tree.map(lambda sum: psum(sum, "batch", strategy), losses)
+    return gradient, *jax.tree.map(lambda sum: psum(sum, "batch seq", strategy), losses)
 
 
 def _tokens(batch: Batch, strategy: Strategy) -> Float[Array, ""]:

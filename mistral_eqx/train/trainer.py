@@ -400,7 +400,7 @@ def _global_batch(batch: Batch, state: TrainState) -> Batch:
     mesh = state.model.outer.mesh
     if jax.process_count() == 1 or mesh is None:
         return batch
-    sharding = NamedSharding(mesh, state.strategy.spec("batch seq"))
+    sharding = NamedSharding(mesh, state.strategy.spec("batch"))
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)
 
 
