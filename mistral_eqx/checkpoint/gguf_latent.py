@@ -125,18 +125,17 @@ def read_latent(document: Settings, arch: str, heads: int, eps: float, scale: fl
     - `scale`: the factor of the scores.
     """
 
-    def take(name: str, default: Any = REQUIRED) -> Any:
-        return document.take(f"{arch}.attention.{name}", Size, default)
+    def take(name: str) -> int:
+        return document.take(f"{arch}.attention.{name}", Size)
 
     q_rank, kv_rank = take("q_lora_rank"), take("kv_lora_rank")
     rope = document.take(f"{arch}.rope.dimension_count", Size)
-    head, value = take("key_length_mla", None), take("value_length_mla", None)
-    absorbed = head is not None or value is not None
-    head, value = (take("key_length_mla"), take("value_length_mla")) if absorbed else (head, value)
-    expected = {"key_length": kv_rank + rope, "value_length": kv_rank, "head_count_kv": 1}
-    if not absorbed:
-        head, value = take("key_length"), take("value_length")
-        expected = {"head_count_kv": heads}
+    absorbed = document.take(f"{arch}.attention.key_length_mla", Size | None, None) is not None
+    end = "_mla" if absorbed else ""
+    head, value = take(f"key_length{end}"), take(f"value_length{end}")
+    expected = {"head_count_kv": heads}
+    if absorbed:
+        expected = {"key_length": kv_rank + rope, "value_length": kv_rank, "head_count_kv": 1}
     for name, size in expected.items():
         document.expect(f"{arch}.attention.{name}", (size,), size, Size)
     with document.naming():
