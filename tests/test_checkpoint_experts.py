@@ -9,9 +9,12 @@ import jax
 import numpy as np
 import pytest
 from fixtures import quantized
+from fixtures.cases import every_third
 from fixtures.checkpoint import TINY
+from fixtures.latent import LATENT
 from fixtures.model import relative_error, run, small_model
 from fixtures.text import tiny as vocabularies
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import mistral_eqx as mx
@@ -239,6 +242,84 @@ def test_fp8_folders_keep_one_byte_a_weight(stacked, block, model, tmp_path):
         assert relative_error(eqx.filter_jit(split)(ids), expected) < 2e-5
 
 
+EP = mx.Strategy("experts@ep")
+SCHEMES = {
+    "RTN": (mx.RTN(4, 32), "weight_packed", "INT4/32"),
+    "RTN without zero points": (mx.RTN(3, 16, zero_point=False), "weight_packed", "INT3/16"),
+    "Int8": (mx.Int8(), "weight_packed", "INT8"),
+    "FP8": (mx.FP8(), "weight_scale", "FP8"),
+    "FP8, one scale": (mx.FP8("tensor"), "weight_scale", "FP8"),
+    "NF4": (mx.NF4(32), "weight.absmax", "NF4/32"),
+}
+
+
+@pytest.mark.parametrize("name", every_third(SCHEMES))
+@pytest.mark.parametrize("latent", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_quantized_experts_are_saved_one_by_one(name, latent, model, tmp_path):
+    scheme, end, format = SCHEMES[name]
+    if latent:
+        sizes = mx.Latent(q_rank=32, kv_rank=32, nope_dim=16, rope_dim=16, value_dim=32)
+        changed = {"embed": 64, "hidden": 64, "head_dim": 32, "latent": sizes}
+        routing = dataclasses.replace(LATENT.routing, hidden=32)
+        model = small_model(config=dataclasses.replace(LATENT, **changed, routing=routing))
+    small = mx.quantize(model, scheme)
+    mx.save(small, tmp_path)
+    stem = "mlp.experts.2.down_proj" if latent else "block_sparse_moe.experts.2.w2"
+    with safe_open(tmp_path / "model.safetensors", "np") as file:
+        assert f"model.layers.1.{stem}.{end}" in file.keys()  # noqa: SIM118
+    again = mx.load(tmp_path)
+    assert (formats(again), again.config) == ([format], small.config)
+    down, expected = (one.blocks[1].feed_forward.down_proj.weight for one in (again, small))
+    if name == "FP8, one scale":  # which each expert has in the file
+        np.testing.assert_array_equal(down.dense(), expected.dense())
+    else:
+        assert_same(again, small)
+    if name == "NF4":
+        split = mx.load(tmp_path, mesh=mx.make_mesh("ep=2" if latent else "ep=3"), strategy=EP)
+        np.testing.assert_array_equal(split.blocks[1].feed_forward.down_proj.weight.blocks, down.blocks)
+
+
+def test_experts_beside_quantized_layers_keep_their_floats(model, tmp_path):
+    """And experts may be quantized while the other layers are not."""
+    for number, pattern in enumerate(("*.attention.*", "*.feed_forward.*")):
+        small = mx.quantize(model, {pattern: mx.RTN(4, 32)})
+        mx.save(small, tmp_path / str(number))
+        assert_same(mx.load(tmp_path / str(number)), small)
+        left_out = json.loads((tmp_path / str(number) / "config.json").read_text())["quantization_config"]["ignore"]
+        assert ("model.layers.1.block_sparse_moe.experts.2.w3" in left_out) == (number == 0)
+        assert "model.layers.0.block_sparse_moe.gate" in left_out
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        quantized.gptq(4, 32),
+        pytest.param(quantized.gptq(8, 16, act_order=True), marks=pytest.mark.slow),
+        pytest.param(quantized.awq(16), marks=pytest.mark.slow),
+        pytest.param(quantized.bnb_int8(), marks=pytest.mark.slow),
+    ],
+)
+def test_published_experts_have_the_numbers_they_stand_for(form, model, tmp_path):
+    """In Mixtral's names of linear layers, as tools before version 5 of transformers wrote them."""
+    pack, config = form
+    mx.save(model, tmp_path / "packed")
+    mx.save(model, tmp_path / "plain")
+    packed, plain = {}, {}
+    for name, value in load_file(tmp_path / "packed" / "model.safetensors").items():
+        stem = name.removesuffix(".weight")
+        packed[name] = plain[name] = value
+        if ".experts." in name:
+            del packed[name]
+            parts, plain[name] = pack(value.astype(np.float32))
+            plain[name] = np.ascontiguousarray(plain[name].astype(np.float32))
+            packed |= {f"{stem}.{end}": np.ascontiguousarray(part) for end, part in parts.items()}
+    save_file(packed, tmp_path / "packed" / "model.safetensors")
+    save_file(plain, tmp_path / "plain" / "model.safetensors")
+    settings = json.loads((tmp_path / "packed" / "config.json").read_text())
+    (tmp_path / "packed" / "config.json").write_text(json.dumps({**settings, "quantization_config": config}))
+    assert_same(mx.dequantize(mx.load(tmp_path / "packed")), mx.load(tmp_path / "plain"))
+
+
 @pytest.mark.parametrize("routed", [True, False])
 def test_fp8_releases_with_params(routed, tmp_path):
     """The codes and scales of a release, and the logits of the numbers that they stand for."""
@@ -315,11 +396,6 @@ METADATA = {
             "num_local_experts of config.json is 0; it must be at least 1",
         ),
         (hf.read_config, {**HF, "model_type": "mistral"}, "sets num_local_experts to 3, which this package does not"),
-        (
-            hf.read_config,
-            {**HF, "quantization_config": {"quant_method": "awq"}},
-            "of a model with experts quantized by 'awq', which is not supported",
-        ),
         (mistral.read_config, {**PARAMS, "moe": {"num_experts": 3}}, "lacks the key num_experts_per_tok"),
         (mistral.read_config, {**PARAMS, "moe": {**PARAMS["moe"], "num_experts_per_tok": 4}}, "but a layer has 3"),
         (mistral.read_config, {**PARAMS, "moe": {**PARAMS["moe"], "num_shared_experts": 1}}, "sets num_shared_experts"),
@@ -377,8 +453,10 @@ def test_tensors_that_are_missing_or_wrong_are_refused(change, sentence, model, 
 def test_what_is_not_there_yet_is_refused(model, tmp_path):
     with pytest.raises(mx.InputError, match=r"has experts, whose weights Int8.* does not quantize, because it rounds"):
         mx.quantize(model, mx.Int8(activations="int8"))
-    with pytest.raises(mx.InputError, match=r"gate_proj' is of experts, which no such file can hold"):
-        mx.save(mx.quantize(model, {"*.gate_proj": mx.NF4(32)}), tmp_path / "small")
+    with pytest.raises(
+        mx.InputError, match=r"gate_proj' has the format Q8_0, which no such file can hold; write it as"
+    ):
+        mx.save(mx.quantize(model, {"*.gate_proj": mx.GGUF("Q8_0")}), tmp_path / "small")
     with pytest.raises(mx.InputError, match="windows in only some layers, scaled queries, experts"):
         hf.write_config(dataclasses.replace(ROUTED, windows=(None, 8)))
     with pytest.raises(mx.InputError, match="no closed form of a training step of a model with experts"):

@@ -16,7 +16,6 @@ from test_checkpoint_wrapped import SKIPPED, since_5, wrap
 
 import mistral_eqx as mx
 from mistral_eqx.checkpoint import hf, mistral
-from mistral_eqx.checkpoint.gguf_writing import _config_metadata
 from mistral_eqx.checkpoint.names import layer_specs
 from mistral_eqx.quant import formats
 from mistral_eqx.rope import yarn_magnitude
@@ -192,11 +191,6 @@ def test_the_factor_of_the_scores():
         (hf.read_config, {**HF, "n_shared_experts": 0}, "n_shared_experts"),
         (hf.read_config, {**HF, "sliding_window": 16}, "sets sliding_window to 16"),
         (hf.read_config, {**HF, "num_local_experts": 9}, "n_routed_experts 8 and num_local_experts 9"),
-        (
-            hf.read_config,
-            {**HF, "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
-            "quantized by",
-        ),
         (hf.read_config, {**HF, "qk_head_dim": 20}, "qk_head_dim 20"),
         (hf.read_config, {**HF, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (mistral.read_config, {**PARAMS, "moe": {**PARAMS["moe"], "route_every_n": 2}}, "route_every_n 2"),
@@ -222,7 +216,6 @@ def _with(**changes):
         (hf.write_config, dataclasses.replace(PLAIN, routing=mx.Routing(4, 2)), "of which none is shared"),
         (mistral.write_config, dataclasses.replace(PLAIN, routing=mx.Routing(4, 2, normalized=False)), "the sum 1"),
         (hf.write_config, dataclasses.replace(PLAIN, latent=None, routing=mx.Routing(4, 2, shared=1)), "no model type"),
-        (lambda config: _config_metadata(config, "F32"), PLAIN, "not written to GGUF files yet"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(write, config, words):

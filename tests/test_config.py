@@ -326,7 +326,6 @@ def test_params_json_of_later_releases():
     [
         ({"general.architecture": "qwen2"}, r"has general\.architecture 'qwen2', which is not supported"),
         ({"general.architecture": "mamba2"}, r"'mamba2', which is not supported because it has a state in place of"),
-        ({"general.architecture": "deepseek2"}, r"'deepseek2', which is not supported because of its latent attention"),
         ({"general.type": "adapter"}, r"has general\.type 'adapter'"),
         ({"split.count": 3}, r"is one of 3 shards; merge them first with llama\.cpp's llama-gguf-split --merge"),
         ({"llama.rope.scaling.type": "longrope"}, r"has llama\.rope\.scaling\.type 'longrope'"),

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from fixtures.cases import every_third
 from fixtures.checkpoint import TINY
+from fixtures.latent import LATENT
 from fixtures.model import relative_error, run, small_model
 
 import mistral_eqx as mx
 from mistral_eqx.config import Routing
+from mistral_eqx.nn import Context
 from mistral_eqx.nn.kernels import contract_grouped, native
-from mistral_eqx.quant import BlockWeight, Layer
+from mistral_eqx.quant import BlockWeight, Layer, blockwise, formats
 
 
 ROUTED = dataclasses.replace(TINY, routing=Routing(experts=3, per_token=2))
@@ -94,5 +96,80 @@ def test_other_layers_may_be_calibrated():
     recipe = {"*.feed_forward.*": mx.NF4(32), "*.q_proj": mx.GPTQ(group_size=32)}
     layer = mx.quantize(model, recipe, calibration=ids).blocks[1]
     assert (layer.feed_forward.up_proj.weight.format, layer.attention.q_proj.weight.format) == ("NF4/32", "INT4/32")
-    with pytest.raises(mx.InputError, match=r"has experts, whose weights GPTQ.* does not quantize"):
-        mx.quantize(model, mx.GPTQ(group_size=32), calibration=ids)
+
+
+def errors_of_experts(numbers, weight, inputs):
+    """Twice the mean squared error of the outputs of each expert on its own tokens."""
+    change = np.asarray(weight.dense(), np.float64) - np.asarray(numbers, np.float64)
+    return np.einsum("eoi,eij,eoj->e", change, inputs.hessian.astype(np.float64), change)
+
+
+def test_each_expert_is_calibrated_by_its_own_tokens(monkeypatch):
+    """Statistics are those of the tokens that chose an expert, and errors are below those of rounding."""
+    model, ids = small_model(config=ROUTED), np.random.default_rng(0).integers(0, 80, (6, 40)).astype(np.int32)
+    seen, observed = [], blockwise._observed
+    monkeypatch.setattr(blockwise, "_observed", lambda *args: seen.append(observed(*args)) or seen[-1])
+    scheme = mx.GPTQ(bits=3, group_size=16)
+    small = mx.quantize(model, {"blocks.0.feed_forward.*": scheme}, calibration=ids)
+    layers, found = model.blocks[0].feed_forward, small.blocks[0].feed_forward
+    assert isinstance(small.blocks[1].feed_forward.up_proj.weight, type(layers.up_proj.weight))
+    by_layer = {path: inputs for shared, inputs in seen[0].items() for path in shared.layers}
+    nearest = mx.quantize(model, {"blocks.0.feed_forward.*": mx.RTN(3, 16)}).blocks[0].feed_forward
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        numbers, own = (getattr(each, name).weight for each in (layers, found))
+        assert own.format == "INT3/16"
+        inputs = by_layer[f"feed_forward.{name}"]
+        plain = errors_of_experts(numbers.value, getattr(nearest, name).weight, inputs)
+        assert (errors_of_experts(numbers.value, own, inputs) < 0.9 * plain).all(), name
+    # The tokens of each expert, chosen one by one.
+    context = Context.init(ROUTED.rope, jnp.arange(40, dtype=jnp.int32)[None], dtype=jnp.float32)
+
+    @eqx.filter_jit
+    def chosen(model, row):
+        block, x = model.blocks[0], model.embedding(row)
+        x = block.feed_forward_norm(x + block.attention(block.attention_norm(x), context)[0])
+        return x[0], block.feed_forward.router(x)[0][0]
+
+    normed, experts = (
+        np.concatenate(each) for each in zip(*(chosen(model, jnp.asarray(row[None])) for row in ids), strict=True)
+    )
+    for expert in range(3):
+        own = normed[np.any(experts == expert, axis=-1)].astype(np.float64)
+        expected = 2 * own.T @ own / len(own)
+        # Sums of some hundred products in float32.
+        assert relative_error(by_layer["feed_forward.up_proj"].hessian[expert], expected) < 1e-5
+
+
+def test_experts_that_saw_few_tokens_are_rounded_to_the_nearest():
+    model = small_model(config=dataclasses.replace(ROUTED, layers=1, windows=(None,)))
+    ids, recipe = np.random.default_rng(0).integers(0, 80, (4, 24)), {"*.down_proj": mx.GPTQ(4, 16)}
+    with pytest.warns(UserWarning, match=r"experts of blocks\.0\.feed_forward\.down_proj saw fewer tokens"):
+        found = mx.quantize(model, recipe, calibration=ids).blocks[0].feed_forward.down_proj.weight
+    plain = mx.quantize(model, {"*.down_proj": mx.RTN(4, 16)}).blocks[0].feed_forward.down_proj.weight
+    errors = [relative_error(one, other) for one, other in zip(found.dense(), plain.dense(), strict=True)]
+    # Scales are rounded once or twice. The third expert saw enough tokens.
+    assert max(errors[:2]) < 1e-6 < 1e-2 < errors[2]
+
+
+@pytest.mark.slow
+def test_latent_attention_and_shared_experts_are_calibrated():
+    latent = mx.Latent(q_rank=32, kv_rank=32, nope_dim=16, rope_dim=16, value_dim=32)
+    routing = dataclasses.replace(LATENT.routing, experts=4, groups=2, groups_per_token=1, per_token=2, hidden=32)
+    changed = {"embed": 32, "hidden": 32, "head_dim": 32, "latent": latent, "routing": routing}
+    model = small_model(config=dataclasses.replace(LATENT, **changed))
+    ids = np.random.default_rng(0).integers(0, 64, (8, 32))
+    small = mx.quantize(model, mx.GPTQ(4, 16), calibration=ids)
+    assert formats(small) == ["INT4/16"]
+    dense = mx.dequantize(small)
+    assert relative_error(run(small, ids[:2].astype(np.int32))[0], run(dense, ids[:2].astype(np.int32))[0]) < 1e-4
+
+
+def test_what_experts_cannot_have_is_refused():
+    model, ids = small_model(config=ROUTED), np.random.default_rng(0).integers(0, 80, (4, 32))
+    with pytest.raises(mx.InputError, match=r"is of experts, whose inputs AWQ.* cannot scale; give it another scheme"):
+        mx.quantize(model, mx.AWQ(group_size=32), calibration=ids)
+    with pytest.raises(mx.InputError, match=r"is of experts, whose inputs cannot be sorted for each of them"):
+        mx.quantize(model, {"*.up_proj": mx.GPTQ(4, 16, act_order=True)}, calibration=ids)
+    latent = small_model(config=LATENT)
+    with pytest.raises(mx.InputError, match=r"is beside latent attention, whose inputs AWQ.* cannot scale"):
+        mx.quantize(latent, {"*.o_proj": mx.AWQ(group_size=8)}, calibration=ids)

@@ -77,7 +77,10 @@ def _packed(name: str, runs: Runs) -> Packed | None:
     scale = None
     if any(packed.scale is not None for packed, *_ in found):
         scale = RowsTensor(name, [(scale_of(packed), first, count) for packed, first, count in found])
-    return Packed(found[0][0].format, blocks, scale)
+    smaller = None
+    if all(packed.smaller is not None for packed, *_ in found):
+        smaller = RowsTensor(name, [(packed.smaller, first, count) for packed, first, count in found if packed.smaller])
+    return Packed(found[0][0].format, blocks, scale, smaller=smaller)
 
 
 def join_experts(
@@ -86,7 +89,7 @@ def join_experts(
     """The tensors of a checkpoint, with one matrix for each weight of all experts.
 
     Hugging Face and Mistral store a tensor for each expert, GGUF stacks them. Newer Hugging Face models also stack
-    them, with the rows of `gate_proj` before those of `up_proj` in each expert.
+    them, with the rows of `gate_proj` before those of `up_proj` in each expert; so do some GGUF files.
 
     **Arguments:**
 
@@ -120,23 +123,18 @@ def _runs(
     rows = total // experts
 
     def expected(name: str, *shape: int) -> LazyTensor:
-        if tensors[name].shape != shape:
-            raise InputError(
-                f"The tensor {name!r} of {str(path)!r} has shape {shown(tensors[name].shape)}, but its config requires "
-                f"{shape}; the weights and the config belong to different models: fetch both again together.",
-                file=path,
-                key=name,
-            )
-        return tensors[name]
+        return expect_shape(tensors, name, shape, path)
 
     block = re.split(r"\.(?:block_sparse_moe|mlp)\.", spec.hf)[0]
     weight = spec.path.rpartition(".")[2]
     router, down, both = (f"{block}.mlp.{end}" for end in ("gate.weight", "experts.down_proj", "experts.gate_up_proj"))
+    if format == "gguf":
+        both = f"{spec.gguf.rpartition('.')[0]}.ffn_gate_up_exps.weight"
     if format == "hf" and weight == "router" and router in tensors:
         return [(expected(router, total, inner), 0, total)]
     if format == "hf" and weight == "down_proj" and down in tensors:
         return [(expected(down, experts, rows, inner), 0, total)]
-    if format == "hf" and weight in ("gate_proj", "up_proj") and both in tensors:
+    if weight in ("gate_proj", "up_proj") and both in tensors:
         tensor, first = expected(both, experts, 2 * rows, inner), rows * (weight == "up_proj")
         return [(tensor, 2 * rows * expert + first, rows) for expert in range(experts)]
     names = spec.names(config, format)
@@ -154,3 +152,15 @@ def _runs(
         return [(expected(name, rows, inner), 0, rows) for name in names]
     shape = (total, inner) if weight == "router" else (experts, rows, inner)
     return [(expected(names[0], *shape), 0, total)]
+
+
+def expect_shape(tensors: Mapping[str, LazyTensor], name: str, shape: tuple[int, ...], path: Path) -> LazyTensor:
+    """A tensor of a checkpoint; an `InputError` names it if it has another shape."""
+    if tensors[name].shape != shape:
+        raise InputError(
+            f"The tensor {name!r} of {str(path)!r} has shape {shown(tensors[name].shape)}, but its config requires "
+            f"{shape}; the weights and the config belong to different models: fetch both again together.",
+            file=path,
+            key=name,
+        )
+    return tensors[name]

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..quant import FORMATS
 from .experts import join_experts
 from .gguf_header import TensorInfo, read_header, shortest
+from .gguf_latent import ARCHITECTURES, join_keys_and_values, read_groups, read_latent
 from .gguf_rope import DIVISORS, read_rope, with_divisors
 from .gguf_shards import first_shard, shard_count, shard_path
 from .mixed import keep_16_bits
@@ -87,7 +88,8 @@ def open_gguf(path: Path) -> Checkpoint:
 
     **Arguments:**
 
-    - `path`: the file, of architecture `llama` or `mistral3`; any of them, if the model is split.
+    - `path`: the file, of architecture `llama`, `mistral3`, `mistral4` or `deepseek2`; any of them, if the model is
+        split.
 
     **Returns:** the checkpoint.
 
@@ -100,13 +102,13 @@ def open_gguf(path: Path) -> Checkpoint:
     if not tensors:
         raise InputError(f"{str(path)!r} holds no tensors; give a file with a model's weights.", file=path)
     config = read_config(metadata, tied=HEAD.name("gguf") not in tensors, file=path)
-    if DIVISORS in tensors:
+    if DIVISORS in tensors and config.latent is None:
         config = _with_divisors(config, tensors[DIVISORS], path)
     dtypes = {tensor.dtype for tensor in tensors.values() if len(tensor.shape) >= 2}
     dtype = dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
     if dtype == DTYPES["float32"]:
         keep_16_bits(tensors)
-    tensors = join_experts(tensors, config, "gguf", path)
+    tensors = join_experts(join_keys_and_values(tensors, config, path), config, "gguf", path)
     return Checkpoint(path, "gguf", config, dtype, tensors, metadata)
 
 
@@ -325,15 +327,15 @@ def eos_ids_by_name(tokens: Any, unknown: int | None) -> list[int]:
     return sorted(ids.values())
 
 
-_ARCHITECTURES = ("llama", "mistral3")
+_ARCHITECTURES = ("llama", "mistral3", *ARCHITECTURES)
 _WITHOUT_EFFECT = ("tensor_data_layout", "rope.scaling.finetuned")
 
 
 def read_config(
     metadata: Mapping[str, Any], *, tied: bool = False, file: str | os.PathLike[str] | None = None
 ) -> MistralConfig:
-    """Reads the metadata of a GGUF file of architecture `llama`, which llama.cpp uses for Mistral models too, or
-    `mistral3`.
+    """Reads the metadata of a GGUF file of architecture `llama`, which llama.cpp uses for Mistral models too,
+    `mistral3`, or with latent attention `mistral4` or `deepseek2`.
 
     **Arguments:**
 
@@ -362,10 +364,20 @@ def read_config(
     max_positions = document.take(f"{arch}.context_length", Count)
     embed = document.take(f"{arch}.embedding_length", Size)
     heads = document.take(f"{arch}.attention.head_count", Size)
-    kv_heads = document.take(f"{arch}.attention.head_count_kv", Size, heads)
-    head_dim = document.take(f"{arch}.attention.key_length", Size, embed // heads if embed % heads == 0 else REQUIRED)
-    for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
-        document.expect(key, (head_dim,), head_dim, Size)
+    norm_eps = shortest(document.take(f"{arch}.attention.layer_norm_rms_epsilon", Epsilon))
+    with document.naming():
+        rope, of_scores = read_rope(document, arch, max_positions)
+    latent, routing = None, _routing(document, arch)
+    if arch in ARCHITECTURES:
+        latent = read_latent(document, arch, heads, norm_eps, of_scores)
+        routing = read_groups(document, arch, routing, layers)
+        kv_heads, head_dim = heads, latent.nope_dim + latent.rope_dim
+    else:
+        kv_heads = document.take(f"{arch}.attention.head_count_kv", Size, heads)
+        default = embed // heads if embed % heads == 0 else REQUIRED
+        head_dim = document.take(f"{arch}.attention.key_length", Size, default)
+        for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
+            document.expect(key, (head_dim,), head_dim, Size)
     tokens = document.take("tokenizer.ggml.tokens", Any, None)
     count = None if tokens is None or isinstance(tokens, str) else getattr(tokens, "__len__", None)
     vocab = document.take(f"{arch}.vocab_size", Size, REQUIRED if count is None else count())
@@ -374,8 +386,6 @@ def read_config(
     bos_id, *eos_ids = (document.take(key, CountOrZero | None, None) for key in ids.values())
     unknown_id = document.take("tokenizer.ggml.unknown_token_id", CountOrZero | None, None)
     eos_ids += [id for id in eos_ids_by_name(tokens, unknown_id) if id < vocab]
-    with document.naming():
-        rope = read_rope(document, arch, max_positions)
     config = document.make(
         vocab=vocab,
         embed=embed,
@@ -385,11 +395,12 @@ def read_config(
         q_per_kv=per_kv(heads, kv_heads, document),
         head_dim=head_dim,
         rope_theta=shortest(document.take(f"{arch}.rope.freq_base", Base, 10000.0)),
-        norm_eps=shortest(document.take(f"{arch}.attention.layer_norm_rms_epsilon", Epsilon)),
+        norm_eps=norm_eps,
         max_positions=max_positions,
         windows=(window or None,) * layers,
         tied=tied,
-        routing=_routing(document, arch),
+        routing=routing,
+        latent=latent,
         bos_id=bos_id,
         eos_ids=tuple(dict.fromkeys(token for token in eos_ids if token is not None)),
         **rope,

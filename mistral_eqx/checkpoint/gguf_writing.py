@@ -15,6 +15,7 @@ from gguf import GGUFValueType
 from ..config import MistralConfig
 from ..errors import InputError
 from ..quant import GGUF, MIXTURES, block_format, fitting_type, mixed_type
+from .gguf_latent import divided, divided_tensors, is_divided, write_latent
 from .gguf_rope import DIVISORS, architecture, divisors, write_rope
 from .names import EMBEDDING, HEAD, LayerSpec, layer_specs
 from .staging import hidden_beside, make_folder, naming, restore
@@ -85,18 +86,19 @@ def write_gguf(
                 _add(writer, key, value)
             specs = list(layer_specs(config))
             for spec in specs:
-                shape, kind = _shape(spec, config), types[spec.path]
-                format = block_format(kind)
-                stored = (*shape[:-1], shape[-1] // format.size * format.nbytes)
-                number = gguf.GGMLQuantizationType[kind]
-                writer.add_tensor_info(spec.name("gguf"), stored, np.dtype(np.uint8), math.prod(stored), number)
+                for name, shape, kind in _tensors(spec, config, types[spec.path]):
+                    format = block_format(kind)
+                    stored = (*shape[:-1], shape[-1] // format.size * format.nbytes)
+                    number = gguf.GGMLQuantizationType[kind]
+                    writer.add_tensor_info(name, stored, np.dtype(np.uint8), math.prod(stored), number)
             if (of_angles := divisors(config)) is not None:
                 writer.add_tensor_info(DIVISORS, of_angles.shape, of_angles.dtype, of_angles.nbytes)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for spec in specs:
-                writer.write_tensor_data(_bytes(weights, spec, types[spec.path]))
+                for raw in _bytes(weights, spec, config, types[spec.path]):
+                    writer.write_tensor_data(raw)
             if of_angles is not None:
                 writer.write_tensor_data(of_angles)
         os.replace(file, path)
@@ -133,7 +135,8 @@ def chosen_types(config: MistralConfig, type: str, kept: Mapping[str, str]) -> d
         if not spec.in_dims or "routes" in spec.dims:
             found[spec.path] = "F32"
         elif spec.path in kept:
-            found[spec.path] = kept[spec.path]
+            # The blocks of a weight in two tensors cannot be kept, but the numbers can.
+            found[spec.path] = "F32" if is_divided(spec) else kept[spec.path]
         elif type in MIXTURES:
             found[spec.path] = mixed_type(type, spec.path, config)
         else:
@@ -142,27 +145,32 @@ def chosen_types(config: MistralConfig, type: str, kept: Mapping[str, str]) -> d
     return found
 
 
-def _shape(spec: LayerSpec, config: MistralConfig) -> tuple[int, ...]:
-    """The shape of a tensor in the file, where the matrices of experts are stacked."""
+def _tensors(spec: LayerSpec, config: MistralConfig, kind: str) -> list[tuple[str, tuple[int, ...], str]]:
+    """The name, shape and type of each tensor of the file that holds a weight. The matrices of experts are stacked."""
+    if is_divided(spec):
+        return divided_tensors(spec, config, kind)
     rows, *inner = spec.file_shape(config)
-    return (config.experts, rows // config.experts, *inner) if "experts" in spec.dims.split() else (rows, *inner)
+    stacked = "experts" in spec.dims.split()
+    return [(spec.name("gguf"), (config.experts, rows // config.experts, *inner) if stacked else (rows, *inner), kind)]
 
 
-def _bytes(weights: AbstractWeights, spec: LayerSpec, kind: str) -> np.ndarray:
-    if (kept := weights.blocks(spec, kind)) is not None:
-        return kept
-    size = block_format(kind).size
-    chunks = weights.numbers(spec)
-    return np.concatenate(
-        [GGUF(kind).blocks(chunk.astype(np.float32).reshape(len(chunk), -1, size)) for chunk in chunks]
-    )
+def _bytes(weights: AbstractWeights, spec: LayerSpec, config: MistralConfig, kind: str) -> Iterator[np.ndarray]:
+    """The content of each of these tensors."""
+    if is_divided(spec):
+        parts = divided(np.concatenate(list(weights.numbers(spec))), config)
+        tensors = divided_tensors(spec, config, kind)
+        yield from (_blocks(part, own) for part, (*_, own) in zip(parts, tensors, strict=True))
+    elif (kept := weights.blocks(spec, kind)) is not None:
+        yield kept
+    else:
+        yield np.concatenate([_blocks(chunk, kind) for chunk in weights.numbers(spec)])
+
+
+def _blocks(numbers: np.ndarray, kind: str) -> np.ndarray:
+    return GGUF(kind).blocks(numbers.astype(np.float32).reshape(len(numbers), -1, block_format(kind).size))
 
 
 def _config_metadata(config: MistralConfig, type: str) -> dict[str, Any]:
-    if config.latent is not None:
-        raise InputError(
-            "The model has latent attention, which is not written to GGUF files yet; use the format 'hf' or 'mistral'."
-        )
     windows = set(config.windows)
     if len(windows) > 1:
         raise InputError(
@@ -193,6 +201,8 @@ def _config_metadata(config: MistralConfig, type: str) -> dict[str, Any]:
         metadata[f"{arch}.expert_used_count"] = config.routing.per_token
     if window is not None:
         metadata[f"{arch}.attention.sliding_window"] = window
+    if config.latent is not None:
+        metadata |= {f"{arch}.{key}": value for key, value in write_latent(config, config.latent).items()}
     return metadata | write_rope(config)
 
 

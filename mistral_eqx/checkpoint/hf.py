@@ -379,7 +379,6 @@ def _groups(document: Settings, defaults: Mapping[str, Any], layers: int) -> Rou
     names = "n_routed_experts", "num_local_experts"
     found = {name: document.take(name, Size | None, None) for name in names}
     experts = consistent_value(found, document, defaults["n_routed_experts"])
-    _refuse_quantized_experts(document)
     normalized = document.take("norm_topk_prob", bool | None, True)
     with document.naming():
         routing = Routing(
@@ -437,18 +436,7 @@ def _routing(document: Settings, defaults: Mapping[str, Any]) -> Routing | None:
     experts, per_token = (
         document.take(key, Size, defaults[key]) for key in ("num_local_experts", "num_experts_per_tok")
     )
-    _refuse_quantized_experts(document)
     return read_routing(document, experts, per_token, "num_experts_per_tok")
-
-
-def _refuse_quantized_experts(document: Settings):
-    method = (document.take("quantization_config", dict[str, Any] | None, None) or {}).get("quant_method", "fp8")
-    if method != "fp8":
-        raise document.wrong(
-            "quantization_config",
-            f"{document.name} is of a model with experts quantized by {shown(method)}, which is not supported; use a "
-            "checkpoint in floats or FP8, or a GGUF file.",
-        )
 
 
 def _windows(document: Settings, layers: int, defaults: Mapping[str, Any]) -> tuple[int | None, ...]:

@@ -49,15 +49,44 @@ class Packing:
     arrays: Callable[[], Arrays]
 
 
-def packing(spec: LayerSpec, weight: AbstractWeight, config: MistralConfig) -> Packing:
-    """Finds out how a quantized weight is written.
+def packings(spec: LayerSpec, weight: AbstractWeight, config: MistralConfig) -> dict[str, Packing]:
+    """Finds out how a quantized weight is written, as one linear layer or as one for each expert.
+
+    **Returns:** by what the names of a layer's tensors begin with.
 
     **Raises:** `InputError` that names the layer, if neither form can hold it.
     """
+    first, _, others = spec.out_dims.partition(" ")
+    if first != "experts":
+        return {spec.hf: _packing(spec, weight, config)}
+
+    def of_expert(expert: int) -> Packing:
+        return _packing(dataclasses.replace(spec, out_dims=others), _expert(weight, expert), config)
+
+    # The copies of experts are made again when they are written, one after the other.
+    return {
+        spec.hf.replace("*", str(expert)): dataclasses.replace(
+            of_expert(expert), arrays=lambda expert=expert: of_expert(expert).arrays()
+        )
+        for expert in range(config.experts)
+    }
+
+
+def _expert(weight: AbstractWeight, expert: int) -> AbstractWeight:
+    """The weight of one expert of a weight of all."""
+    if isinstance(weight, BlockWeight):
+        return dataclasses.replace(weight, blocks=weight.blocks[expert], out_axes=weight.out_axes - 1)
+    if isinstance(weight, ScaledWeight):
+        scale, zero = weight.scale, weight.zero
+        if weight.by == "row":
+            scale, zero = scale[expert], None if zero is None else zero[expert]
+        return dataclasses.replace(weight, base=_expert(weight.base, expert), scale=scale, zero=zero)
+    return weight
+
+
+def _packing(spec: LayerSpec, weight: AbstractWeight, config: MistralConfig) -> Packing:
     if not spec.path.endswith("_proj"):
         raise _refused(spec, "is not a linear layer of a block; leave it in floats")
-    if "experts" in spec.dims:
-        raise _refused(spec, "is of experts, which no such file can hold; write it as a GGUF file")
     rows, inputs = spec.file_shape(config)
     order = np.argsort(file_order(spec, config, "hf"))
     if isinstance(weight, ScaledWeight) and isinstance(weight.base, BlockWeight):
@@ -250,7 +279,7 @@ def whole_config(packings: Mapping[str, Packing], left_out: list[str]) -> dict[s
 
     **Arguments:**
 
-    - `packings`: by the paths of the layers.
+    - `packings`: by the names of the layers.
     - `left_out`: the names of the linear layers that are not quantized.
 
     **Raises:** `InputError` if layers are quantized in more than one way, which transformers would need a group for.

@@ -15,10 +15,9 @@ REQUIRED: Any = object()
 
 
 # Why kinds of models and of rotary embeddings are refused, in whichever key a dialect has them.
-_STATE, _LATENT = " because it has a state in place of attention", " because of its latent attention"
+_STATE = " because it has a state in place of attention"
 _LENGTH = " because its angles depend on the length of the whole sequence, and keys in the cache keep theirs"
-REASONS = {"mamba": _STATE, "mamba2": _STATE, "mistral4": _LATENT, "deepseek2": _LATENT}
-REASONS |= {"dynamic": _LENGTH, "longrope": _LENGTH}
+REASONS = {"mamba": _STATE, "mamba2": _STATE, "dynamic": _LENGTH, "longrope": _LENGTH}
 
 
 class Settings:

@@ -23,7 +23,7 @@ from ..quant import FORMATS, GGUF, QUANTIZED, BlockWeight
 from . import hf, mistral, safetensors
 from .finite import all_finite
 from .gguf_writing import AbstractWeights, Vocabulary, chosen_types, write_gguf
-from .hf_packed import Packing, float_blocks, packing, rows_of_blocks, whole_config
+from .hf_packed import Packing, float_blocks, packings, rows_of_blocks, whole_config
 from .hub import locate
 from .loading import Progress, is_weight, layer_path, supported_dtype
 from .names import EMBEDDING, LayerSpec, layer_specs
@@ -74,7 +74,8 @@ def save(
     **Arguments:**
 
     - `model`: a model. In the format `"hf"` its linear layers may be quantized, all in one way: NF4 is written as
-        bitsandbytes does, integers and FP8 as compressed-tensors does, so that transformers reads both.
+        bitsandbytes does, integers and FP8 as compressed-tensors does, so that transformers reads both. The layers of
+        experts are written one by one.
     - `path`: the folder. It appears when all of its files are complete.
     - `format`: `"hf"` for `config.json` and `model.safetensors`, which transformers loads; `"mistral"` for
         `params.json` and `consolidated.safetensors`; `"gguf"` for a file that llama.cpp runs.
@@ -106,7 +107,7 @@ def save(
     weights = {layer_path(keys): node for keys, node in nodes if is_weight(node)}
     specs = list(layer_specs(config))
     unwritten: dict[str, jax.Array | np.ndarray] = {}
-    packings: dict[str, Packing] = {}
+    packed: dict[str, dict[str, Packing]] = {}
     in_blocks: dict[str, BlockWeight] = {}
     unquantized: dict[str, BlockWeight] = {}
     for spec in specs:
@@ -118,7 +119,7 @@ def save(
             unquantized[spec.path] = weight
             continue
         if isinstance(weight, QUANTIZED) and format == "hf":
-            packings[spec.path] = packing(spec, weight, config)
+            packed[spec.path] = packings(spec, weight, config)
             continue
         found = weight.value if isinstance(weight, DenseWeight) else weight
         if not isinstance(found, jax.Array | np.ndarray):
@@ -137,7 +138,7 @@ def save(
             f"The model has a weight {min(weights)!r}, which a checkpoint cannot store; merge its adapters."
         )
     several = not all(isinstance(array, np.ndarray) or array.is_fully_addressable for array in unwritten.values())
-    if several and (packings or unquantized or format == "gguf"):
+    if several and (packed or unquantized or format == "gguf"):
         raise InputError(
             "The model is split over several processes, from which quantized weights and GGUF files are not written; "
             "load and save it in one process."
@@ -155,14 +156,15 @@ def save(
         return
     tensors: list[_Tensor] = []
     for spec in specs:
-        if spec.path in packings:
-            tensors += _from_packing(spec, packings[spec.path])
+        if spec.path in packed:
+            tensors += _from_packings(packed[spec.path])
         else:
             tensors += _divided(spec, config, format, _from_array(spec, unwritten, config, format, allow_nonfinite))
     quantization = None
-    if packings:
-        linear = (spec for spec in specs if spec.in_dims and spec is not EMBEDDING and spec.path not in packings)
-        quantization = whole_config(packings, [spec.hf for spec in linear])
+    if packed:
+        linear = (spec for spec in specs if spec.in_dims and spec is not EMBEDDING and spec.path not in packed)
+        left_out = [name.removesuffix(".weight") for spec in linear for name in spec.names(config, "hf")]
+        quantization = whole_config({name: one for own in packed.values() for name, one in own.items()}, left_out)
 
     def write():
         with staged(path, overwrite=overwrite) as folder:
@@ -338,14 +340,17 @@ def _from_array(
     return _Tensor(spec.name(format), shape, np.dtype(unwritten[spec.path].dtype), chunks)
 
 
-def _from_packing(spec: LayerSpec, packing: Packing) -> list[_Tensor]:
-    """The tensors of a quantized weight."""
+def _from_packings(packings: Mapping[str, Packing]) -> list[_Tensor]:
+    """The tensors of a quantized weight, or of those of its experts, by what their names begin with."""
 
-    def of(end: str) -> Callable[[], Iterator[np.ndarray]]:
+    def of(packing: Packing, end: str) -> Callable[[], Iterator[np.ndarray]]:
         return lambda: iter([packing.arrays()[end]])
 
-    stem = spec.hf
-    return [_Tensor(f"{stem}.{end}", shape, dtype, of(end)) for end, (shape, dtype) in packing.shapes.items()]
+    return [
+        _Tensor(f"{stem}.{end}", shape, dtype, of(packing, end))
+        for stem, packing in packings.items()
+        for end, (shape, dtype) in packing.shapes.items()
+    ]
 
 
 def _from_source(
@@ -415,14 +420,14 @@ _EXPERT = re.compile(r"(.+\.experts)\.\d+\.(gate|up|down)_proj\.weight")
 
 
 def _stacked(tensors: list[_Tensor]) -> list[_Tensor]:
-    """The tensors, with those of the experts of a layer in two, as type `mistral4` of transformers has them.
+    """The tensors, with the floats of the experts of a layer in two, as type `mistral4` of transformers has them.
 
     In `gate_up_proj`, the rows of an expert's `gate_proj` come before those of its `up_proj`.
     """
     found: dict[str, dict[str, list[_Tensor]]] = {}
     for tensor in tensors:
         kind, name = "", tensor.name
-        if (match := _EXPERT.fullmatch(tensor.name)) is not None:
+        if (match := _EXPERT.fullmatch(tensor.name)) is not None and tensor.dtype in DTYPES.values():
             layer, kind = match.groups()
             name = f"{layer}.{'down' if kind == 'down' else 'gate_up'}_proj"
         found.setdefault(name, {}).setdefault(kind, []).append(tensor)

@@ -24,10 +24,16 @@ class Inputs:
         the mean squared error of its output is `d hessian dᵀ / 2`.
     - `magnitude`: the mean of `|x|`, float32, shape `(inputs,)`; for inputs that can only be scaled together, because
         one number produces all of them, the mean over these.
+
+    Where each of several experts has its own inputs, both have a first axis of experts.
     """
 
     hessian: np.ndarray
     magnitude: np.ndarray
+
+    def of_expert(self, expert: int) -> "Inputs":
+        """The statistics of one expert."""
+        return Inputs(self.hessian[expert], self.magnitude[expert])
 
     def divided(self, factors: np.ndarray) -> "Inputs":
         """The statistics of the activations divided by these factors, shape `(inputs,)`."""
@@ -37,7 +43,9 @@ class Inputs:
 class AbstractCalibratedScheme(abc.ABC):
     """A way to quantize a weight that depends on its inputs. To add one, subclass this and define `weight`.
 
-    Layers are quantized block by block, so that the inputs are those that the quantized blocks before produce.
+    Layers are quantized block by block, so that the inputs are those that the quantized blocks before produce. Experts
+    are quantized one by one, by the tokens that chose them; a scheme with `factors` does not quantize experts, nor a
+    model with latent attention.
     """
 
     def factors(self, numbers: Mapping[str, np.ndarray], inputs: Inputs) -> np.ndarray | None:
@@ -54,6 +62,11 @@ class AbstractCalibratedScheme(abc.ABC):
         weights as they are.
         """
         return None
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether the scheme scales columns."""
+        return type(self).factors is not AbstractCalibratedScheme.factors
 
     @abc.abstractmethod
     def weight(self, numbers: np.ndarray, layer: Layer, inputs: Inputs) -> AbstractWeight:

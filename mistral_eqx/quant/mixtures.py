@@ -37,7 +37,7 @@ def mixed_type(mixture: str, path: str, config: MistralConfig) -> str:
     - `config`: the model's sizes.
     """
     *block, name = path.split(".")
-    columns = {"down_proj": config.hidden, "o_proj": config.q_heads * config.head_dim}.get(name, config.embed)
+    columns = _columns(path, config)
     most = MIXTURES[mixture]
     if name == "head" or (name == "embedding" and config.tied):
         wanted = "Q8_0" if columns % block_format(most).size else "Q6_K"
@@ -49,6 +49,19 @@ def mixed_type(mixture: str, path: str, config: MistralConfig) -> str:
     else:
         wanted = most
     return fitting_type(wanted, columns)
+
+
+def _columns(path: str, config: MistralConfig) -> int:
+    """The inputs of a layer."""
+    *block, name = path.split(".")
+    if name == "down_proj":
+        with_experts = int(block[1]) >= config.dense_layers
+        width = "shared_hidden" if "shared" in block else "expert_hidden" if with_experts else ""
+        return config.sizes[width] if width else config.hidden
+    inputs = {"o_proj": config.q_heads * config.value_dim}
+    if config.latent is not None:
+        inputs |= {"q_b_proj": config.latent.q_rank, "kv_b_proj": config.latent.kv_rank}
+    return inputs.get(name, config.embed)
 
 
 def fitting_type(kind: str, columns: int) -> str:

@@ -58,7 +58,8 @@ def quantize(
         for each pattern of layers' paths, as in `fnmatch`, of which the first that fits is taken; `None` leaves a layer
         as it is.
     - `calibration`: token ids of a text, shape `(rows, seq)`, at least as many as a layer has inputs. `GPTQ` and `AWQ`
-        need them, and quantize linear layers of the blocks of a model on one device.
+        need them, and quantize linear layers of the blocks of a model on one device; experts and latent attention
+        `GPTQ` alone. An expert that fewer tokens chose than it has inputs is rounded to the nearest, with a warning.
     - `progress`: called after each layer with the number of layers done so far, and of those there are.
 
     **Returns:** the model. Norms stay as they are, but for `AWQ`, which moves factors from them, and from the rows of
@@ -79,8 +80,12 @@ def quantize(
     in_blocks, ids = {}, None
     if calibration is not None:
         in_blocks = {path: one for path, one in chosen.items() if path.startswith("blocks.")}
-        # Experts have no calibrated scheme, and need not wait for the blocks before theirs.
-        in_blocks = {path: one for path, one in in_blocks.items() if not isinstance(layers[path], ExpertLinear)}
+        # Experts with another scheme need not wait for the blocks before theirs.
+        in_blocks = {
+            path: one
+            for path, one in in_blocks.items()
+            if isinstance(one, AbstractCalibratedScheme) or not isinstance(layers[path], ExpertLinear)
+        }
         ids = _checked_calibration(model, calibration, in_blocks)
     alone = uncalibrated({path: one for path, one in chosen.items() if path not in in_blocks})
     done = 0
@@ -202,10 +207,17 @@ def chosen_schemes(recipe: Recipe, paths: Sequence[str], config: MistralConfig) 
         if scheme is not None:
             chosen[path] = scheme
         of_experts = config.routing is not None and ".feed_forward." in path
-        if of_experts and (isinstance(scheme, AbstractCalibratedScheme) or getattr(scheme, "activations", None)):
+        if of_experts and getattr(scheme, "activations", None):
             raise InputError(
-                f"{path} has experts, whose weights {scheme} does not quantize, because it rounds activations or needs "
-                "a calibration; give experts another scheme, as in {'*.feed_forward.*': mx.NF4(), ...}.",
+                f"{path} has experts, whose weights {scheme} does not quantize, because it rounds activations; give "
+                "experts another scheme, as in {'*.feed_forward.*': mx.NF4(), ...}.",
+                key="scheme",
+            )
+        has_factors = isinstance(scheme, AbstractCalibratedScheme) and scheme.has_factors
+        if has_factors and (of_experts or config.latent is not None):
+            raise InputError(
+                f"{path} is {'of experts' if of_experts else 'beside latent attention'}, whose inputs {scheme} cannot "
+                "scale; give it another scheme, as in {" + f"{path!r}" + ": mx.GPTQ(), ...}.",
                 key="scheme",
             )
     return chosen

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from ..nn import Block
-from ..nn.layers import adaptable_layers, dims_of
+from ..nn.layers import dims_of, quantizable_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,19 +15,20 @@ class SharedInput:
     **Attributes:**
 
     - `layers`: the paths of these layers in the block.
-    - `producer`: the norm, or the layer, whose outputs the input is proportional to.
+    - `producer`: the norm, or the layer, whose outputs the input is proportional to; `None` if no layer can take
+        factors of the input alone.
     """
 
     layers: tuple[str, ...]
-    producer: str
+    producer: str | None = None
 
     def dims(self, block: Block) -> list[str]:
         """The dimensions of the input."""
-        return dims_of(adaptable_layers(block)[self.layers[0]])[0].split()
+        return dims_of(quantizable_layers(block)[self.layers[0]])[0].split()
 
     def together(self, block: Block) -> tuple[int, ...]:
         """The axes along which all entries can only be scaled together: query heads share a value head."""
-        producer = adaptable_layers(block).get(self.producer)
+        producer = quantizable_layers(block).get(self.producer or "")
         produced = "embed" if producer is None else dims_of(producer)[1]
         return tuple(axis for axis, dim in enumerate(self.dims(block)) if dim not in produced.split())
 
@@ -40,6 +41,7 @@ class SharedInput:
         - `numbers`: its weights and norms by their paths, replaced by the scaled ones.
         - `factors`: for each input, shape `(inputs,)`.
         """
+        assert self.producer is not None
         axes, together = len(self.dims(block)), self.together(block)
         of_inputs = factors.reshape(numbers[self.layers[0]].shape[-axes:])
         for path in self.layers:
@@ -54,5 +56,10 @@ SHARED = (
     SharedInput(("attention.o_proj",), "attention.v_proj"),
     SharedInput(("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_forward_norm"),
     SharedInput(("feed_forward.down_proj",), "feed_forward.up_proj"),
+    SharedInput(("attention.q_a_proj", "attention.kv_a_proj")),
+    SharedInput(("attention.q_b_proj",)),
+    SharedInput(("attention.kv_b_proj",)),
+    SharedInput(("feed_forward.shared.gate_proj", "feed_forward.shared.up_proj")),
+    SharedInput(("feed_forward.shared.down_proj",)),
 )
-"""The inputs of all layers of a block."""
+"""The inputs of all layers of a block. Those of experts have statistics for each expert."""
