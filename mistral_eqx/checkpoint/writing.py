@@ -75,7 +75,7 @@ def save(
 
     - `model`: a model. In the format `"hf"` its linear layers may be quantized, all in one way: NF4 is written as
         bitsandbytes does, integers and FP8 as compressed-tensors does, so that transformers reads both. The layers of
-        experts are written one by one.
+        experts are written one by one in the same forms, which was compared with our own reader alone.
     - `path`: the folder. It appears when all of its files are complete.
     - `format`: `"hf"` for `config.json` and `model.safetensors`, which transformers loads; `"mistral"` for
         `params.json` and `consolidated.safetensors`; `"gguf"` for a file that llama.cpp runs.
