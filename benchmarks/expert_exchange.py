@@ -27,7 +27,8 @@ import jax.random as jr
 from rounds import positive, table, timed, write
 
 import mistral_eqx as mx
-from mistral_eqx.nn import Experts, expert_exchange
+from mistral_eqx.nn import Experts
+from mistral_eqx.nn.expert_exchange import gathered
 from mistral_eqx.parallel import specs, spmd, with_strategy
 from mistral_eqx.planning.limits import sent_share
 from mistral_eqx.planning.stablehlo import written
@@ -74,12 +75,12 @@ def runs(repetitions: int) -> Iterator[dict[str, Any]]:
 def _run(
     way: str, strategy: mx.Strategy, whole: Experts, x: jax.Array, mesh: jax.sharding.Mesh, repetitions: int
 ) -> dict[str, Any]:
-    fewest = expert_exchange._FEWEST_TOKENS
-    if way == "gathered":
-        expert_exchange._FEWEST_TOKENS = 10**9
+    def compute(layer: Experts, x: jax.Array) -> jax.Array:
+        return gathered(layer.own_sums, layer.router, x, ("dp",)) if way == "gathered" else layer(x)
+
     split, rows = with_strategy(whole, strategy), strategy.spec("batch _ _")
     places = specs(split, strategy)
-    run: Any = eqx.filter_jit(spmd(lambda layer, x: layer(x), mesh, (places, rows), rows))
+    run: Any = eqx.filter_jit(spmd(compute, mesh, (places, rows), rows))
     placed = jax.tree.map(
         lambda leaf, spec: jax.device_put(leaf, jax.NamedSharding(mesh, spec)) if eqx.is_array(leaf) else leaf,
         split,
@@ -89,7 +90,6 @@ def _run(
     arguments = placed, jax.device_put(x, jax.NamedSharding(mesh, rows))
     exchanges = written(run.lower(*arguments).lowered)
     jax.block_until_ready(run(*arguments))
-    expert_exchange._FEWEST_TOKENS = fewest
     times = [timed(lambda: jax.block_until_ready(run(*arguments)))[0] for _ in range(repetitions)]
     return {
         "way": way,

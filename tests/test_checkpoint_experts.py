@@ -22,7 +22,6 @@ from mistral_eqx.checkpoint import gguf as gguf_dialect, hf, mistral
 from mistral_eqx.checkpoint.experts import RowsTensor
 from mistral_eqx.checkpoint.reader import LazyTensor
 from mistral_eqx.config import Routing
-from mistral_eqx.planning import Training, training_step
 from mistral_eqx.quant import formats
 
 
@@ -459,5 +458,3 @@ def test_what_is_not_there_yet_is_refused(model, tmp_path):
         mx.save(mx.quantize(model, {"*.gate_proj": mx.GGUF("Q8_0")}), tmp_path / "small")
     with pytest.raises(mx.InputError, match="windows in only some layers, scaled queries, experts"):
         hf.write_config(dataclasses.replace(ROUTED, windows=(None, 8)))
-    with pytest.raises(mx.InputError, match="no closed form of a training step of a model with experts"):
-        training_step(ROUTED, mx.HEADS, {"tp": 2}, batch=2, training=Training(8))

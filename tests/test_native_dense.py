@@ -69,15 +69,24 @@ def test_a_mesh_gives_what_one_device_gives():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_grouped_kernel_computes_each_group_with_its_own_weight(dtype):
-    # Empty groups, groups of more rows than are multiplied at once, and rows of no group.
-    draw, sizes = np.random.default_rng(0).standard_normal, np.array([0, 1, 11, 0, 3])
-    weights, x = jnp.asarray(draw((5, 33, 37)), dtype), jnp.asarray(draw((18, 37)), dtype)
+@pytest.mark.parametrize(("sizes", "width"), [([0, 1, 11, 0, 3], 37), ([300, 0, 8, 17, 9], 520)])
+def test_grouped_kernel_computes_each_group_with_its_own_weight(sizes, width, dtype):
+    # Empty groups, more rows and inputs than are multiplied at once, parts of tiles, and rows of no group.
+    draw, own = np.random.default_rng(0).standard_normal, np.repeat(np.arange(5), sizes)
+    weights, x = jnp.asarray(draw((5, 33, width)), dtype), jnp.asarray(draw((len(own) + 3, width)), dtype)
     found = jax.jit(native.grouped_dense)(x.astype(jnp.float32), jnp.asarray(sizes), weights)
-    for row, group in enumerate(np.repeat(np.arange(5), sizes)):
-        exact = np.asarray(weights, np.float64)[group] @ np.asarray(x, np.float64)[row]
-        np.testing.assert_allclose(found[row], exact, rtol=1e-6, atol=1e-6 * np.sqrt(37))
-    assert not found[15:].any()
+    every = np.einsum("goi,ri->rgo", np.asarray(weights, np.float64), np.asarray(x, np.float64)[:-3])
+    exact = every[np.arange(len(own)), own]
+    # Products are added one after the other: each of `width` partial sums, up to sqrt(width) large, is rounded.
+    np.testing.assert_allclose(found[:-3], exact, rtol=1e-6, atol=1e-7 * width)
+    assert not found[-3:].any()
+
+
+def test_row_of_a_group_does_not_depend_on_the_others():
+    draw = np.random.default_rng(0).standard_normal
+    weights, x = jnp.asarray(draw((1, 33, 300)), jnp.float32), jnp.asarray(draw((40, 300)), jnp.float32)
+    all_rows, some = (jax.jit(native.grouped_dense)(x[:rows], jnp.asarray([rows]), weights) for rows in (40, 19))
+    np.testing.assert_array_equal(some, all_rows[:19])
 
 
 def test_groups_that_do_not_fit_are_refused_by_the_library():

@@ -112,9 +112,9 @@ def _largest_written(text):
 
 
 @pytest.mark.skipif(native.instructions() is None, reason="The C++ kernels were not built.")
-def test_decoding_by_the_kernel_copies_no_expert():
-    text = applied.lower(layer(), activations(1, 1)).compile().compiled.as_text()
-    assert _readers_of_all_experts(text) == {"custom-call"}
+def test_the_kernel_copies_no_expert():
+    prefill, text = (applied.lower(layer(), activations(1, seq)).compile().compiled.as_text() for seq in (300, 1))
+    assert _readers_of_all_experts(prefill) == _readers_of_all_experts(text) == {"custom-call"}
     # Two rows of `hidden`, and nothing of the size of an expert.
     assert _largest_written(text) <= 2 * 40
     # Two rows meet three weights of an expert each.

@@ -116,7 +116,47 @@ def test_the_closed_form_of_other_steps(name, training, options):
     check(name, training, **options)
 
 
+# 128 tokens on a device are the fewest that travel by all_to_all; fewer are gathered.
+ROUTED = dataclasses.replace(CONFIG, routing=mx.Routing(experts=8, per_token=2, hidden=48))
+FAR = 128
+
+
+@pytest.mark.parametrize(
+    ("layout", "axes", "training", "options"),
+    [
+        ("experts@ep hidden@tp batch@dp", {"dp": 2, "ep": 2, "tp": 2}, Training(SEQ, 3), {}),
+        ("batch@dp experts@dp hidden@tp", {"dp": 4, "tp": 2}, Training(FAR, 1), {"batch": 4}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("experts@ep batch@dp", {"dp": 2, "ep": 4}, Training(SEQ, 2, accumulate=2), {"dtype": "bfloat16"}),
+                ("experts@ep kv_heads@tp hidden@tp", {"ep": 2, "tp": 2}, Training(SEQ, remat="none"), {}),
+                ("kv_heads@tp hidden@tp vocab@tp tokens@tp batch@dp", {"dp": 2, "tp": 2}, Training(SEQ, 1), {}),
+                ("experts@ep kv_heads@tp hidden@tp vocab@tp tokens@tp", {"ep": 2, "tp": 2}, Training(SEQ), {}),
+                ("batch@dp experts@dp hidden@tp", {"dp": 2, "tp": 2}, Training(SEQ, 2), {}),
+                ("batch@dp,ep experts@ep", {"dp": 2, "ep": 4}, Training(FAR, 3), {"batch": 8, "dtype": "bfloat16"}),
+                ("batch@dp experts@ep,dp", {"dp": 4, "ep": 2}, Training(FAR, remat="dots"), {}),
+                ("kv_heads@tp experts@tp vocab@tp tokens@tp batch@dp", {"dp": 2, "tp": 4}, Training(2 * FAR), {}),
+                ("kv_heads@tp experts@tp vocab@tp tokens@tp batch@dp", {"dp": 2, "tp": 4}, Training(SEQ, 3), {}),
+            )
+        ),
+    ],
+)
+def test_the_closed_form_with_experts(layout, axes, training, options):
+    assert_form(mx.Strategy(layout), axes, training, config=ROUTED, **options)
+
+
+@pytest.mark.slow
+def test_the_closed_form_of_a_layer_pattern_with_experts():
+    config = dataclasses.replace(ROUTED, windows=(3, None, 3, None), layers=4)
+    assert_form(mx.Strategy("batch@dp experts@dp hidden@tp"), {"dp": 4, "tp": 2}, Training(FAR, 1), config=config)
+    assert_form(mx.Strategy("experts@ep hidden@tp"), {"ep": 4, "tp": 2}, Training(SEQ), config=config)
+
+
 def test_what_has_no_closed_form_is_refused():
+    with refused("no closed form", "shared experts or dense first layers"):
+        config = dataclasses.replace(ROUTED, routing=mx.Routing(experts=8, per_token=2, shared=1))
+        training_step(config, mx.HEADS, {"tp": 2}, batch=2, training=Training(SEQ))
     with refused("no closed form", "'embed@tp batch@dp'"):
         training_step(CONFIG, mx.Strategy("embed@tp batch@dp"), {"dp": 2, "tp": 2}, batch=4, training=Training(SEQ))
     with refused("batch of 3", "2 micro-batches"):

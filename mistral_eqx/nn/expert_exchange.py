@@ -1,7 +1,7 @@
 """How tokens meet the experts that other devices hold: each device gathers all tokens, or the tokens travel."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,6 +15,7 @@ from ..parallel import (
     largest_anywhere,
     psum_tokens,
     scatter_sum,
+    vary_over,
 )
 from .precision import at_least_float32
 
@@ -85,6 +86,14 @@ def exchanged(
     return psum_tokens(y, "experts hidden", strategy, done=axes)
 
 
+def gathered(
+    compute: Compute, route: Route, x: Float[Array, "batch own embed"], axes: Sequence[str]
+) -> Float[Array, "batch own embed"]:
+    """The sums for the tokens of this device: each device along mesh axes gathers all tokens and computes them."""
+    every = gather_shards(x, axes, axis=0, to="varying")
+    return scatter_sum(compute(every, *route(every)), axes, axis=0)
+
+
 def _from_other_devices(
     compute: Compute,
     route: Route,
@@ -95,8 +104,7 @@ def _from_other_devices(
     count: int,
 ) -> Array:
     def by_gathering(x: Array, *_: Array) -> Array:
-        every = gather_shards(x, axes, axis=0, to="varying")
-        return scatter_sum(compute(every, *route(every)), axes, axis=0)
+        return gathered(compute, route, x, axes)
 
     experts, shares = (choice.reshape(-1, choice.shape[-1]) for choice in chosen)
     (tokens, per_token), (holder, devices) = experts.shape, holders("experts", axes, strategy)
@@ -105,6 +113,8 @@ def _from_other_devices(
         return by_gathering(x)
 
     def by_all_to_all(x: Array, experts: Array, shares: Array) -> Array:
+        # Here their gradients are smaller than those of the buffers.
+        x, shares = vary_over("experts hidden", strategy, x, shares)
         flat = x.reshape(-1, x.shape[-1])
         source, is_used, back = _packing(holder[experts // count], devices, slots)
         numbers = jnp.where(is_used[..., None], experts[source], -1).astype(shares.dtype)

@@ -7,7 +7,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from ..parallel import SINGLE, AbstractNamed, Strategy, all_tokens, shard_index, vary_alike
+from ..parallel import SINGLE, AbstractNamed, Strategy, all_tokens, shard_index, vary_alike, vary_over
 from .expert_exchange import exchanged
 from .feed_forward import FeedForward
 from .linear import LINEAR
@@ -126,7 +126,7 @@ class Experts(eqx.Module):
     def for_own_tokens(self, x: Float[Array, "batch own embed"], seq: int) -> Float[Array, "batch tokens embed"]:
         """The result for the tokens of this device, of `seq` in each row over all devices."""
         x = x if self.shared is None else all_tokens(x, seq, self.strategy)
-        y = exchanged(self._own_sums, self.router, x, seq, self.strategy, self.gate_proj.weight.row_count)
+        y = exchanged(self.own_sums, self.router, x, seq, self.strategy, self.gate_proj.weight.row_count)
         y = checkpoint_name(y, LINEAR)
         return y if self.shared is None else y + self.shared(x)
 
@@ -135,13 +135,15 @@ class Experts(eqx.Module):
         experts, _ = self.router(x)
         return router_sums(self.router.weight.contract(x, "embed", "routes"), experts, counted)
 
-    def _own_sums(
+    def own_sums(
         self,
         x: Float[Array, "batch seq embed"],
         experts: Int[Array, "batch seq per_token"],
         shares: Float[Array, "batch seq per_token"],
     ) -> Float[Array, "batch seq embed"]:
         """The terms of this device's experts, and of its shard of `hidden`."""
+        # Marked here, their gradients are added up over devices once, and not for each of their uses.
+        x, shares = vary_over("experts hidden", self.strategy, x, shares)
         count = self.gate_proj.weight.row_count
         shard, _ = shard_index("experts", self.strategy)
         # Rows of other devices' experts come last, and no expert computes them.

@@ -28,6 +28,7 @@ from .collectives import (
     shard_index as shard_index,
     vary as vary,
     vary_alike as vary_alike,
+    vary_over as vary_over,
 )
 from .mesh import initialize as initialize, make_mesh as make_mesh
 from .sharding import (

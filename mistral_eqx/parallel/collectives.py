@@ -171,13 +171,22 @@ def vary_alike(*arrays: Array) -> tuple[Array, ...]:
     Along an axis on which an array was not varying, its gradient is then added up.
     """
     axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
-    missing = [tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying)) for x in arrays]
-    return tuple(lax.pcast(x, more, to="varying") if more else x for x, more in zip(arrays, missing, strict=True))
+    return _varying(sorted(axes), arrays)
 
 
 def vary(x: Array, axes: Sequence[str]) -> Array:
     """Marks a replicated array as varying along mesh axes; each device then has its own gradient of it."""
     return lax.pcast(x, tuple(axes), to="varying")
+
+
+def vary_over(dims: str, strategy: Strategy, *arrays: Array) -> tuple[Array, ...]:
+    """Marks arrays as varying along the mesh axes that split any of `dims`; their gradients are then added up there."""
+    return _varying(strategy.axes(dims), arrays)
+
+
+def _varying(axes: Sequence[str], arrays: Sequence[Array]) -> tuple[Array, ...]:
+    missing = [tuple(axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying) for x in arrays]
+    return tuple(lax.pcast(x, more, to="varying") if more else x for x, more in zip(arrays, missing, strict=True))
 
 
 def own_shard(x: Array, axes: Sequence[str], *, axis: int) -> Array:

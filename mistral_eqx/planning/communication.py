@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import jax.numpy as jnp
@@ -135,6 +135,26 @@ def decoding_step(
     ledger.model(1, ledger.shard_size("kv_seq", kv_seq), logits=1, cache_dtype=cache_dtype)
     ledger.choice(sampler or Sampler())
     return ledger.entries
+
+
+@dataclasses.dataclass(frozen=True)
+class Travel:
+    """How tokens meet the experts of other devices.
+
+    **Attributes:**
+
+    - `devices`: those among which tokens travel; `gathered`: those whose tokens are gathered before; `others`: those
+        that add up their sums afterwards; `everywhere`: those with different choices.
+    - `tokens`: the tokens of a device; `slots`: those that it can send to another one, all if they are gathered.
+    """
+
+    devices: int
+    gathered: int
+    others: int
+    everywhere: int
+    tokens: int
+    slots: int
+    per_token: int
 
 
 class Ledger:
@@ -289,46 +309,54 @@ class Ledger:
 
     def feed_forward(self, seq: int):
         """Adds the exchanges of the feed-forward layers without their norms."""
-        dense, routing, split = self.config.dense_layers, self.config.routing, self.token_shards(seq) > 1
-        axes = travel_axes(self.strategy, tokens_split=split)
-        devices = math.prod(self.axes[axis] for axis in axes)
-        layers, travels = self.config.layers - dense, routing is not None and devices > 1
-        whole = dense if travels else self.config.layers
+        dense, routing, travel = self.config.dense_layers, self.config.routing, self.travel(seq)
+        layers = self.config.layers - dense
+        whole = self.config.layers if travel is None else dense
         self.all_tokens("feed-forward input", whole, seq)
         self.sum("gate and up", "embed", 2 * whole, self.rows * seq, self.local("hidden"), self.narrow)
         self.sum_tokens("feed-forward output", "hidden", dense, seq)
-        if routing is None:
-            return
-        if routing.shared:
+        if routing is not None and routing.shared:
             self.sum_tokens("shared experts' output", "hidden", layers, seq)
-        if not travels:
-            self.sum_tokens("experts' output", "experts hidden", layers, seq)
-            return
-        rest = [axis for axis in self.strategy.axes("tokens") if axis not in axes] if split else []
-        gathered = math.prod(self.axes[axis] for axis in rest)
-        own = self.rows * seq // self.token_shards(seq)
-        row, per_token = self.config.embed * self.narrow, routing.per_token
-        self.write("all_gather", "feed-forward input", gathered, (layers, own, row))
-        tokens = own * gathered
-        slots = capacity(tokens, per_token, self.config.experts, self.local("experts"))
-        if slots < tokens:
-            varying = self.strategy.axes("experts batch" + " tokens" * split)
-            everywhere = math.prod(self.axes[axis] for axis in varying)
-            self.write("all_reduce", "most tokens from one device to another", everywhere, (layers, 4))
-            self.write(
-                "all_to_all",
-                "experts and shares of tokens",
-                devices,
-                (layers, devices, slots, 2 * per_token, self.wide),
-            )
-            self.write("all_to_all", "tokens to experts and back", devices, (2 * layers, devices, slots, row))
+        if travel is not None:
+            self.experts(travel, there=layers, back=layers)
         else:
-            self.write("all_gather", "tokens of all devices", devices, (layers, tokens, row))
-            self.write("reduce_scatter", "sums for all tokens", devices, (layers, devices, tokens, row))
-        summed = [axis for axis in self.strategy.axes("experts hidden") if axis not in axes]
-        others = math.prod(self.axes[axis] for axis in summed)
-        self.write("all_reduce", "experts' output", others // gathered, (layers, tokens, row))
-        self.write("reduce_scatter", "experts' output", gathered, (layers, tokens, row))
+            self.sum_tokens("experts' output", "experts hidden", layers, seq)
+
+    def travel(self, seq: int) -> Travel | None:
+        """How tokens meet the experts of other devices; `None` if they need not, or there are no experts."""
+        routing, split = self.config.routing, self.token_shards(seq) > 1
+        axes = travel_axes(self.strategy, tokens_split=split)
+        if routing is None or (devices := self.devices(axes)) == 1:
+            return None
+        gathered = self.devices(axis for axis in self.strategy.axes("tokens") if split and axis not in axes)
+        tokens = self.rows * seq // self.token_shards(seq) * gathered
+        slots = capacity(tokens, routing.per_token, self.config.experts, self.local("experts"))
+        others = self.devices(axis for axis in self.strategy.axes("experts hidden") if axis not in axes)
+        everywhere = self.devices(self.strategy.axes("experts batch" + " tokens" * split))
+        return Travel(devices, gathered, others // gathered, everywhere, tokens, slots, routing.per_token)
+
+    def experts(self, travel: Travel, *, there: int, back: int, again: str = ""):
+        """Adds the exchanges of `there` layers whose tokens meet experts, and `back` whose results return."""
+        devices, tokens, row = travel.devices, travel.tokens, self.config.embed * self.narrow
+        own = tokens // travel.gathered
+        self.write("all_gather", f"feed-forward input{again}", travel.gathered, (there, own, row))
+        if travel.slots < tokens:
+            note = 2 * travel.per_token, self.wide
+            entry = there, 4
+            self.write("all_reduce", f"most tokens from one device to another{again}", travel.everywhere, entry)
+            entry = there, devices, travel.slots, *note
+            self.write("all_to_all", f"experts and shares of tokens{again}", devices, entry)
+            entry = there + back, devices, travel.slots, row
+            self.write("all_to_all", f"tokens to experts and back{again}", devices, entry)
+        else:
+            self.write("all_gather", f"tokens of all devices{again}", devices, (there, tokens, row))
+            self.write("reduce_scatter", f"sums for all tokens{again}", devices, (back, devices, tokens, row))
+        self.write("all_reduce", f"experts' output{again}", travel.others, (back, tokens, row))
+        self.write("reduce_scatter", f"experts' output{again}", travel.gathered, (back, tokens, row))
+
+    def devices(self, axes: Iterable[str]) -> int:
+        """The number of devices along mesh axes."""
+        return math.prod(self.axes[axis] for axis in axes)
 
     def choice(self, sampler: Sampler):
         """Adds the exchanges of the choice of the next token."""

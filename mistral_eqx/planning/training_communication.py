@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from ..config import MistralConfig
 from ..errors import InputError
 from ..parallel import Strategy
-from .communication import Collective, Ledger
+from .communication import Collective, Ledger, Travel
 from .training import Training
 
 
@@ -35,9 +35,12 @@ def training_step(
     **Returns:** the exchanges. In the ZeRO stages 0 and 1, gradients are summed over devices once per step, in the
     stages 2 and 3 once per micro-batch.
 
+    Experts that need tokens of other devices exchange them as in [`mistral_eqx.planning.forward_pass`][], and losses of
+    routers have no weight.
+
     **Raises:** `ValueError` if the strategy does not fit the config or the axes, the rows cannot be split, or there is
-    no closed form: for a strategy that splits `embed`, `head_dim` beside `kv_seq` or `seq`, or `tokens` over other
-    axes than the heads.
+    no closed form: for latent attention, shared experts or dense first layers, experts beside a split `seq`, or a
+    strategy that splits `embed`, `head_dim` beside `kv_seq` or `seq`, or `tokens` over other axes than the heads.
     """
     if batch % training.accumulate:
         raise InputError(
@@ -77,23 +80,38 @@ class _TrainingLedger(Ledger):
         dtype: DTypeLike,
         training: Training,
     ):
-        super().__init__(config, strategy, axes, batch, dtype)
+        # Without dense layers, `hidden` is the width of an expert.
+        super().__init__(dataclasses.replace(config, hidden=config.expert_hidden), strategy, axes, batch, dtype)
         self.training, self.seq, self.kv_seq = training, self.own_tokens(training.seq), self.own_keys(training.seq)
         self.tokens, self.splits_tokens = self.rows * self.seq, self.token_shards(self.seq) > 1
         self.splits_seq = self.num_shards("seq") > 1
         # How often queries meet keys, over all layers.
         self.meetings = sum(self.rounds(training.seq)) if self.splits_seq else config.layers
+        # The dimensions that a feed-forward layer sums over.
+        self.summed = "hidden" if config.routing is None else "experts hidden"
 
     def check(self):
         """Refuses strategies without a closed form."""
-        if self.config.routing is not None:
+        routing = self.config.routing
+        if routing is not None and (routing.shared or routing.first_dense):
             raise InputError(
-                "There is no closed form of a training step of a model with experts; count the exchanges of a plan."
+                "There is no closed form of a training step of a model with shared experts or dense first layers; "
+                "count the exchanges of a plan."
+            )
+        if routing is not None and self.splits_seq:
+            raise InputError(
+                "There is no closed form of a training step of a model with experts whose strategy splits 'seq'; count "
+                "the exchanges of a plan."
             )
         if self.config.latent is not None:
             raise InputError(
                 "There is no closed form of a training step of a model with latent attention; count the exchanges of a "
                 "plan."
+            )
+        if (travel := self.travel(self.training.seq)) is not None and travel.gathered > 1:
+            raise InputError(
+                "There is no closed form of a training step whose tokens are split over an axis that does not split "
+                "experts, if another axis splits both; count the exchanges of a plan."
             )
         axes = self.strategy.axes
         heads = set(axes("kv_heads head_dim"))
@@ -112,6 +130,13 @@ class _TrainingLedger(Ledger):
         self.model(self.seq, self.kv_seq, logits=0, of_seq=self.training.seq)
         self.sum("largest logit", "vocab", 1, self.tokens, self.wide)
         self.sum("sum of exponentials, target and whether it is first", "vocab", 1, 3 * self.tokens, self.wide)
+        if self.config.routing is None:
+            return
+        if self.splits_tokens:
+            self.sum("tokens and squares of routers", "tokens", 2, 4)
+            self.sum("choices and probabilities of routers", "tokens", 2, self.config.routes, 4)
+        self.sum("tokens, and tokens of a micro-batch", "batch", 2, 4)
+        self.sum("choices of routers", "batch", 1, self.config.routes, 4)
 
     def recompute(self):
         """Adds the exchanges that rematerialisation repeats: all of a repeat of the layer pattern but its last sum."""
@@ -124,33 +149,45 @@ class _TrainingLedger(Ledger):
             self.sum("softmax maximum again", "kv_seq", layers, self.tokens, heads, self.wide)
             head_dim = self.local("head_dim") + 1
             self.sum("softmax sum and values again", "kv_seq", layers, self.tokens, heads, head_dim, self.wide)
+        # "dots" keeps the summed results of linear layers.
+        kept = self.training.remat == "dots"
+        inner = 0 if kept else layers - layers // _pattern_length(self.config)
+        self.sum_tokens("attention output again", "kv_heads q_per_kv head_dim", 0 if kept else layers, seq)
+        if (travel := self.travel(seq)) is not None:
+            self.experts(travel, there=layers, back=inner, again=" again")
+            return
         self.all_tokens("feed-forward input again", layers, seq)
-        if self.training.remat == "dots":
-            return  # the summed results of linear layers are kept
-        self.sum_tokens("attention output again", "kv_heads q_per_kv head_dim", layers, seq)
-        inner = layers - layers // _pattern_length(self.config)
-        if inner:
-            self.sum_tokens("feed-forward output again", "hidden", inner, seq)
+        self.sum_tokens("feed-forward output again", self.summed, inner, seq)
 
     def backward(self):
         """Adds the gradients of activations, and of norms if `tokens` is split."""
         layers, stream = self.config.layers, self.tokens * self.config.embed * self.narrow
         heads, head_dim = self.local("kv_heads q_per_kv"), self.local("head_dim")
         self.sum("gradient of the last output", "vocab", 1, stream)
+        travel, routing, devices = self.travel(self.training.seq), self.config.routing, self.num_shards("tokens")
         for what, dims, maps in (
-            ("of the feed-forward input", "hidden", 2),
+            ("of the feed-forward input", "hidden", 2 if routing is None else 0),
             ("of the queries' input", "kv_heads q_per_kv head_dim", 1),
             ("of the keys' and values' input", "kv_heads head_dim", 2),
         ):
             if not self.splits_tokens:
                 self.sum(f"gradient {what}", dims, maps * layers, stream)
         if self.splits_tokens:
-            devices = self.num_shards("tokens")
             # The gradient of an all-gather is a reduce-scatter, and the reverse.
-            self.write("reduce_scatter", "gradient of inputs", devices, (2 * layers, stream))
-            self.write("all_gather", "gradient of outputs", devices, (2 * layers + 1, stream // devices))
+            gathers = layers if travel else 2 * layers
+            self.write("reduce_scatter", "gradient of inputs", devices, (gathers, stream))
+            self.write("all_gather", "gradient of outputs", devices, (gathers + 1, stream // devices))
             size = self.config.embed * self.narrow
             self.write("all_reduce", "gradient of norms", devices, (2 * layers + 1, size))
+            routers = 0 if routing is None else layers
+            self.write("all_reduce", "gradient of routers", devices, (routers, self.config.routes, size))
+        if travel is not None:
+            self.experts_backward(travel)
+        elif routing is not None:
+            gathered = self.strategy.axes("tokens") if self.splits_tokens else ()
+            others = self.devices(axis for axis in self.strategy.axes(self.summed) if axis not in gathered)
+            self.write("all_reduce", "gradient of the experts' input", others, (layers, stream))
+            self.write("all_reduce", "gradient of shares", others, (layers, self.tokens, routing.per_token, self.wide))
         # Scores are replicated over the axes of head_dim, but values are not.
         self.sum("gradient of the softmax", "head_dim", self.meetings, self.tokens, heads, self.kv_seq, self.narrow)
         self.sum("gradient of the softmax sum", "head_dim", self.meetings, self.tokens, heads, self.wide)
@@ -168,19 +205,36 @@ class _TrainingLedger(Ledger):
             count = 2 * layers, keys, self.training.seq
             self.write("reduce_scatter", "gradient of keys and values", self.num_shards("seq"), count)
 
+    def experts_backward(self, travel: Travel):
+        """Adds the gradients of tokens that travel to their experts, and of their results."""
+        layers, row, note = self.config.layers, self.config.embed * self.narrow, travel.per_token * self.wide
+        devices, tokens = travel.devices, travel.tokens
+        if travel.slots < tokens:
+            slots = devices * travel.slots
+            self.write("all_to_all", "gradient of experts and shares of tokens", devices, (layers, slots, 2 * note))
+            self.write("all_to_all", "gradient of tokens and of results", devices, (2 * layers, slots, row))
+        else:
+            self.write("all_gather", "gradient of results", devices, (layers, tokens, row))
+            tokens *= devices
+            self.write("reduce_scatter", "gradient of tokens", devices, (layers, tokens, row))
+        self.write("all_reduce", "gradient of tokens", travel.others, (layers, tokens, row))
+        self.write("all_reduce", "gradient of shares", travel.others, (layers, tokens, note))
+
     def state(self):
         """Adds the exchanges of weights and their gradients, and the sums over all rows."""
         zero, micro_batches = self.training.zero, self.training.accumulate
-        devices = self.num_shards("batch seq")
         sets: set[tuple[str, ...]] = set()
         for weight in self.weights():
+            # Along another axis of the batch, each device has other experts.
+            axes = set(self.strategy.axes(weight.dims))
+            shared = [axis for axis in self.strategy.axes("batch seq") if axis not in axes]
+            devices = self.devices(shared)
             sizes = [self.local(dim) for dim in weight.dims.split()]
             numbers, divisible = math.prod(sizes), any(size % devices == 0 for size in sizes)
             stacked = weight.arrays * max(weight.layers, 1)
             count, whole = weight.arrays, 4 * numbers * max(weight.layers, 1)
             name, sharded = f"of {weight.name}", zero and divisible
-            axes = set(self.strategy.axes(weight.dims))
-            sets.add(tuple(sorted(axes | set(self.strategy.axes("batch seq") if sharded else ()))))
+            sets.add(tuple(sorted(axes | set(shared if sharded else ()))))
             if zero < 2:
                 self.write("all_reduce", f"gradient {name}", devices, (count, whole))
             elif zero == 2:
@@ -197,7 +251,7 @@ class _TrainingLedger(Ledger):
         for axes in sorted(sets):
             self.write("all_reduce", "squares of gradients", math.prod(self.axes[axis] for axis in axes), (1, 4))
         self.sum("weight of all rows", "batch", 1, 4)
-        self.sum("sums of the loss", "batch seq", 4, 4)
+        self.sum("sums of the loss", "batch seq", 4 if self.config.routing is None else 7, 4)
 
     def weights(self) -> Iterator[_Weight]:
         """All trained weights."""
@@ -206,7 +260,9 @@ class _TrainingLedger(Ledger):
         queries = "kv_heads q_per_kv head_dim embed"
         yield _Weight("queries' and output maps", queries, 2 * pattern, repeats)
         yield _Weight("keys' and values' maps", "kv_heads head_dim embed", 2 * pattern, repeats)
-        yield _Weight("feed-forward maps", "hidden embed", 3 * pattern, repeats)
+        yield _Weight("feed-forward maps", f"{self.summed} embed", 3 * pattern, repeats)
+        if self.config.routing is not None:
+            yield _Weight("routers", "routes embed", pattern, repeats)
         yield _Weight("norms", "embed", 2 * pattern, repeats)
         yield _Weight("last norm", "embed", 1, 0)
         if self.config.tied:

@@ -34,7 +34,8 @@ def contract_grouped(
     - `sizes`: the number of rows of each group. Results of rows after the last group are arbitrary.
     """
     # The mean size of a group decides, because the compiler does not know the sizes.
-    if native.instructions() is None or len(x) > native.FEW * len(weights) or x.dtype.itemsize == 8:
+    slow = native.has_slow_products(weights.dtype) and len(x) > native.FEW * len(weights)
+    if native.instructions() is None or slow or x.dtype.itemsize == 8:
         return lax.platform_dependent(weights, x, sizes, cpu=_grouped_cpu, default=_grouped)
     by_kernel = kernel(partial(lax.platform_dependent, cpu=_grouped_native, default=_grouped))
     return by_kernel(*vary_alike(weights, x, sizes))

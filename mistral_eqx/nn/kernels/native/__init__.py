@@ -38,6 +38,11 @@ def instructions() -> str | None:
     return name
 
 
+def has_slow_products(dtype: jnp.dtype) -> bool:
+    """Whether XLA may multiply many rows faster: processors with AVX-512 or NEON may have instructions for bfloat16."""
+    return dtype == jnp.bfloat16 and instructions() != "avx2"
+
+
 def supports(format: str) -> bool:
     """Whether the kernels are there and multiply by blocks of this format."""
     found = open_library()
@@ -146,7 +151,7 @@ def grouped_dense(
 
     **Arguments:**
 
-    - `x`: activations in float32, group after group. Each `FEW` rows of a group read its weight again, from the cache.
+    - `x`: activations in float32, group after group, any number of rows.
     - `sizes`: the number of rows of each group. The results of rows after the last group are zero.
     - `weights`: float32, bfloat16 or float16.
     """

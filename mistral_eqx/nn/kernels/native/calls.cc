@@ -240,20 +240,33 @@ OfFloats of_floats(const Multiplying& set, ffi::DataType type) {
   }
 }
 
-// The product of any number of rows. A part of the weight stays in a thread's cache for all of them.
-void multiply(ffi::ThreadPool& pool, const OfFloats& kind, const Product& product) {
+// So many rows are multiplied at a time, so that their tiles take little memory.
+constexpr int64_t MOST_ROWS = 256;
+
+// The product of any number of rows.
+void multiply(ffi::ThreadPool& pool, const Multiplying& set, const OfFloats& kind, Product product) {
   if (product.rows == 0 || product.outputs == 0) return;
+  const bool many = product.rows > FEW_ROWS;
   const int64_t bytes = std::max<int64_t>(1, product.inputs * kind.bytes);
+  // Of few rows, parts of 128 KB and not fewer than eight, so that threads end together.
   int64_t part = std::clamp<int64_t>((128 * 1024) / bytes, 1, std::max<int64_t>(1, product.outputs / 8));
+  if (many) part = set.outputs * std::clamp<int64_t>(product.outputs / (8 * set.outputs * pool.num_threads()), 1, 4);
   if (product.outputs * bytes * product.rows < SMALL) part = product.outputs;
-  in_parallel(pool, (product.outputs + part - 1) / part, [&](int64_t i) {
-    for (Product few = product; few.rows > 0; few.rows -= FEW_ROWS) {
-      Product now = few;
-      now.rows = std::min(few.rows, FEW_ROWS);
-      kind.multiply(now, i * part, std::min(product.outputs, (i + 1) * part));
-      few.x += FEW_ROWS * product.inputs, few.y += FEW_ROWS * product.outputs;
-    }
-  });
+  const auto all_outputs = [&](const Product& p) {
+    in_parallel(pool, (p.outputs + part - 1) / part,
+                [&](int64_t i) { kind.multiply(p, i * part, std::min(p.outputs, (i + 1) * part)); });
+  };
+  if (!many) return all_outputs(product);
+  const auto tiles_of = [&](int64_t rows) { return (rows + set.tile - 1) / set.tile; };
+  const int64_t most = tiles_of(std::min(product.rows, MOST_ROWS)) * set.tile;
+  const std::unique_ptr<float[]> tiles(new float[std::max<int64_t>(1, most * product.inputs)]);
+  product.tiles = tiles.get();
+  for (int64_t left = product.rows; left > 0; left -= MOST_ROWS) {
+    product.rows = std::min(left, MOST_ROWS);
+    in_parallel(pool, tiles_of(product.rows), [&](int64_t tile) { set.arrange(product, tile); });
+    all_outputs(product);
+    product.x += product.rows * product.inputs, product.y += product.rows * product.outputs;
+  }
 }
 
 ffi::Error dense(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> y) {
@@ -265,7 +278,7 @@ ffi::Error dense(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w
     return ffi::Error::InvalidArgument("The shapes of x, w and y do not fit each other.");
   const OfFloats kind = of_floats(*set, w.element_type());
   if (!kind.multiply) return ffi::Error::InvalidArgument("The kernels have no products for the precision of w.");
-  multiply(pool, kind, {x.typed_data(), w.untyped_data(), y->typed_data(), xs[0], xs[1], ws[0]});
+  multiply(pool, *set, kind, {x.typed_data(), w.untyped_data(), y->typed_data(), xs[0], xs[1], ws[0]});
   return ffi::Error::Success();
 }
 
@@ -286,7 +299,7 @@ ffi::Error grouped_dense(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, Sizes si
   float* result = y->typed_data();
   for (int64_t group = 0; group < groups; group++, weight += ws[1] * ws[2] * kind.bytes) {
     const int64_t rows = sizes.typed_data()[group];
-    multiply(pool, kind, {own, weight, result, rows, xs[1], ws[1]});
+    multiply(pool, *set, kind, {own, weight, result, rows, xs[1], ws[1]});
     own += rows * xs[1], result += rows * ws[1];
   }
   std::fill(result, y->typed_data() + xs[0] * ws[1], 0.0f);

@@ -1,8 +1,8 @@
-// Products of few rows of activations and a weight of floats, which is read where it is.
+// Products of rows of activations and a weight of floats, which is read where it is.
 #pragma once
 #include <cstdint>
 
-// At most so many rows; more are faster as products of matrices.
+// Up to so many rows, a product waits for the weight; more are multiplied in tiles.
 constexpr int64_t FEW_ROWS = 8;
 
 struct Product {
@@ -10,6 +10,7 @@ struct Product {
   const void* w;   // (outputs, inputs)
   float* y;        // (rows, outputs)
   int64_t rows, inputs, outputs;
+  float* tiles = nullptr;  // (rows / tile, inputs, tile), if there are many: rows side by side, 0 where there is no row
 };
 
 // What the library for one instruction set offers: the results for outputs `from` to `to`, for weights in each precision.
@@ -17,6 +18,9 @@ struct Multiplying {
   void (*float32)(const Product& p, int64_t from, int64_t to);
   void (*bfloat16)(const Product& p, int64_t from, int64_t to);
   void (*float16)(const Product& p, int64_t from, int64_t to);
+  // How many rows a tile has, and how many outputs are computed together with it; and makes a tile.
+  int64_t tile, outputs;
+  void (*arrange)(const Product& p, int64_t tile);
 };
 
 namespace avx512 { extern const Multiplying multiplying; }
