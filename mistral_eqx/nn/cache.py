@@ -34,6 +34,11 @@ class AbstractLayerCache(eqx.Module):
     def values(self) -> Buffer:
         """The buffer of the values, which may be that of the keys."""
 
+    @property
+    @abc.abstractmethod
+    def forgets(self) -> bool:
+        """Whether new tokens overwrite old ones."""
+
     @abc.abstractmethod
     def extend(
         self, k: New, v: New, context: Context
@@ -98,6 +103,10 @@ class FullCache(AbstractLayerCache):
     def values(self) -> Buffer:
         return self.v_buffer
 
+    @property
+    def forgets(self) -> bool:
+        return False
+
     def extend(self, k: New, v: New, context: Context) -> tuple["FullCache", Array, Array, Array]:
         def write(x: Array, new: Array) -> Array:
             return lax.dynamic_update_slice_in_dim(x, new, context.own_slot, axis=2)
@@ -125,6 +134,10 @@ class WindowCache(AbstractLayerCache):
     @property
     def values(self) -> Buffer:
         return self.v_buffer
+
+    @property
+    def forgets(self) -> bool:
+        return True
 
     def extend(self, k: New, v: New, context: Context) -> tuple["WindowCache", Array, Array, Array]:
         def write(x: Array, new: Array) -> Array:
@@ -164,6 +177,10 @@ class LatentCache(AbstractLayerCache, AbstractNamed):
     @property
     def values(self) -> Buffer:
         return self.k_buffer
+
+    @property
+    def forgets(self) -> bool:
+        return False
 
     def extend(self, k: New, v: New, context: Context) -> tuple["LatentCache", Array, Array, Array]:
         def write(x: Array, new: Array) -> Array:

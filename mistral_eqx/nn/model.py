@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..parallel import SINGLE, Strategy, all_tokens, entered, in_order, last_token, pmax, specs, spmd
 from .attention import Attention
 from .block import Block
-from .cache import Cache, WindowCache
+from .cache import Cache
 from .context import Context
 from .embedding import Embedding, Unembedding
 from .experts import ExpertLinear, Experts, Router
@@ -221,7 +221,7 @@ class Mistral(eqx.Module):
         It is 1 with a [`mistral_eqx.nn.WindowCache`][]: one device would have all of the last tokens.
         """
         is_ring = self.strategy.axes("seq") == self.strategy.axes("kv_seq")
-        forgets = any(isinstance(layer, WindowCache) for layer in cache.layers)
+        forgets = any(layer.forgets for layer in cache.layers)
         return self.strategy.parts("seq", self.mesh) if is_ring and not forgets else 1
 
     def logits(self, hidden: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:
