@@ -173,6 +173,28 @@ void arrange(const Activations& x, int64_t tile) {
     for (int m = 0; m < TILE; m++) out[k * TILE + m] = m < rows ? x.numbers[(from + m) * x.inputs + k] : 0;
 }
 
+// The products of a tile and `count` inputs of a panel, whose numbers stand in weights[input][row]. It is not inlined: beside
+// the sums there is a register for everything here, and for nothing else.
+__attribute__((noinline)) void multiply_tile(const float* weights, const float* tile, int64_t count, int64_t rows,
+                                             bool first, float* y, int64_t stride) {
+  Floats total[STRIPS][TILE] = {};
+  for (int64_t k = 0; k < count; k++) {
+    Floats w[STRIPS];
+#pragma GCC unroll 4
+    for (int strip = 0; strip < STRIPS; strip++) w[strip] = load<Floats>(weights + k * ROWS + strip * LANES);
+#pragma GCC unroll 16
+    for (int m = 0; m < TILE; m++)
+#pragma GCC unroll 4
+      for (int strip = 0; strip < STRIPS; strip++) total[strip][m] += w[strip] * tile[k * TILE + m];
+  }
+  for (int64_t m = 0; m < rows; m++)
+    for (int strip = 0; strip < STRIPS; strip++) {
+      float* at = y + m * stride + strip * LANES;
+      const Floats sum = first ? total[strip][m] : load<Floats>(at) + total[strip][m];
+      std::memcpy(at, &sum, sizeof sum);
+    }
+}
+
 template <class F>
 void product_of_many(const Format& format, const uint8_t* panel, const Activations& x, float* y, int64_t stride,
                      float* weights) {
@@ -180,26 +202,9 @@ void product_of_many(const Format& format, const uint8_t* panel, const Activatio
     const int64_t count = std::min(STRETCH, x.inputs - from);
     if constexpr (F::exact) dequantize_floats<F>(format, panel, from, from + count, weights);
     else dequantize_codes<F>(format, panel, from, from + count, weights);
-    for (int64_t row = 0; row < x.rows; row += TILE) {
-      const float* tile = x.tiles + row * x.inputs + from * TILE;
-      Floats total[STRIPS][TILE] = {};
-      for (int64_t k = 0; k < count; k++) {
-        Floats w[STRIPS];
-#pragma GCC unroll 4
-        for (int strip = 0; strip < STRIPS; strip++) w[strip] = load<Floats>(weights + k * ROWS + strip * LANES);
-        // In this order only one activation needs a register at a time; the sums have most of them.
-#pragma GCC unroll 16
-        for (int m = 0; m < TILE; m++)
-#pragma GCC unroll 4
-          for (int strip = 0; strip < STRIPS; strip++) total[strip][m] += w[strip] * tile[k * TILE + m];
-      }
-      for (int64_t m = 0; m < std::min<int64_t>(TILE, x.rows - row); m++)
-        for (int strip = 0; strip < STRIPS; strip++) {
-          float* at = y + (row + m) * stride + strip * LANES;
-          const Floats sum = from == 0 ? total[strip][m] : load<Floats>(at) + total[strip][m];
-          std::memcpy(at, &sum, sizeof sum);
-        }
-    }
+    for (int64_t row = 0; row < x.rows; row += TILE)
+      multiply_tile(weights, x.tiles + row * x.inputs + from * TILE, count, std::min<int64_t>(TILE, x.rows - row), from == 0,
+                    y + row * stride, stride);
   }
 }
 
