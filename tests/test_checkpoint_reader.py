@@ -10,6 +10,7 @@ from hypothesis import given, strategies as st
 from mistral_eqx import checkpoint
 from mistral_eqx.checkpoint import open_checkpoint, reader
 from mistral_eqx.checkpoint.reader import DTYPES, LazyTensor, read_columns, read_rows
+from mistral_eqx.checkpoint.safetensors import PlainTensor
 from mistral_eqx.checkpoint.source import sources
 
 
@@ -85,6 +86,15 @@ def test_a_result_begins_where_a_device_can_use_it(monkeypatch):
     assert found.ctypes.data % 64 == 0
     array = jax.device_put(found)
     assert array.unsafe_buffer_pointer() == found.ctypes.data
+
+
+def test_rows_that_stay_as_they_are_are_read_in_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 64)
+    numbers = np.arange(60, dtype=np.float32).reshape(20, 3)
+    numbers.tofile(tmp_path / "numbers")
+    tensor = PlainTensor("numbers", numbers.shape, numbers.dtype, "F32", tmp_path / "numbers", 0)
+    monkeypatch.setattr(tensor, "rows", None)
+    assert np.array_equal(read_rows(tensor, numbers.dtype, rows=np.arange(4, 17)), numbers[4:17])
 
 
 @pytest.mark.parametrize("format", ["hf", "mistral", "gguf"])

@@ -63,6 +63,15 @@ class LazyTensor(abc.ABC):
         - `columns`: the columns of a matrix to read, ascending; by default all.
         """
 
+    def rows_into(self, start: int, into: np.ndarray):
+        """Reads as many rows as `into` has, from row `start` on. A format that needs no other array overrides this.
+
+        **Arguments:**
+
+        - `into`: a contiguous array of this tensor's dtype.
+        """
+        into[...] = self.rows(start, start + len(into))
+
     @property
     def rows_per_chunk(self) -> int:
         """The number of rows that fit in `CHUNK_BYTES`, even if a format reads whole rows to get a few columns."""
@@ -202,9 +211,14 @@ def read_columns(
         union = None if len(union) == tensor.shape[1] else union
     indices = [_index_in(union, each) for each in columns]
     results = [aligned((count, *(tensor.shape[1:] if each is None else each.shape)), dtype) for each in columns]
+    as_stored = order is None and indices == [()] and dtype == tensor.dtype
     for start, stop in runs(file_rows, tensor.rows_per_chunk):
         first = int(file_rows[start])
-        block = tensor.rows(first, first + stop - start, union)
+        if as_stored:
+            block = results[0][start:stop]
+            tensor.rows_into(first, block)
+        else:
+            block = tensor.rows(first, first + stop - start, union)
         # A number too large for float16 becomes infinity, which `check` finds.
         with np.errstate(over="ignore"):
             block = block.astype(dtype, copy=False)
@@ -214,6 +228,8 @@ def read_columns(
                 f" (as {dtype.name}); the file is damaged or was written by a training run that diverged: fetch it "
                 "again, or load it without the check."
             )
+        if as_stored:
+            continue
         for result, index in zip(results, indices, strict=True):
             result[slice(start, stop) if order is None else order[start:stop]] = block[(slice(None), *index)]
     return results

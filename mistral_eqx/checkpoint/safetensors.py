@@ -45,16 +45,25 @@ class PlainTensor(LazyTensor):
         self._offset = offset
 
     def rows(self, start: int, stop: int, columns: np.ndarray | None = None) -> np.ndarray:
-        count, row_bytes = stop - start, self.nbytes // max(self.shape[0] if self.shape else 1, 1)
-        offset = self._offset + start * row_bytes
+        count = stop - start
         if columns is None:
             result = np.empty((count, *self.shape[1:]), self.dtype)
-            ranges = [(offset, result.nbytes)]
-        else:
-            result = np.empty((count, len(columns)), self.dtype)
-            ranges = of_columns(offset, count, row_bytes, columns, self.dtype.itemsize)
+            self.rows_into(start, result)
+            return result
+        result = np.empty((count, len(columns)), self.dtype)
+        ranges = of_columns(self._offset_of(start), count, self._row_bytes, columns, self.dtype.itemsize)
         read_ranges(self._path, ranges, result)
         return result
+
+    def rows_into(self, start: int, into: np.ndarray):
+        read_ranges(self._path, [(self._offset_of(start), into.nbytes)], into)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.nbytes // max(self.shape[0] if self.shape else 1, 1)
+
+    def _offset_of(self, row: int) -> int:
+        return self._offset + row * self._row_bytes
 
     def in_bytes(self) -> "PlainTensor":
         """The bytes of a matrix, or of several, a row in each row."""

@@ -27,7 +27,8 @@ struct Panel {
   const uint8_t* one(int field) const { return block + ROWS * field + LANES * strip; }
   Floats half(int field) const { return from_float16(two(field)); }
   // One byte of each row, as numbers.
-  Words byte(int field, int index) const { return (four(field, index / 4) >> (8 * (index % 4))) & 0xffu; }
+  Words byte(int field, int index) const { return byte_of(four(field, index / 4), index % 4); }
+  static Words byte_of(Words x, int index) { return (x >> (8 * index)) & 0xffu; }
 };
 
 inline Words low4(Words x) { return x & 0x0f0f0f0fu; }
@@ -119,24 +120,26 @@ struct Q3_K : Panel {
     }
   }
   Floats scale(int group) const {
-    Words low = (byte(96, group % 8) >> (group / 8 * 4)) & 15u, high = (byte(96, 8 + group % 4) >> (group / 4 * 2)) & 3u;
-    return half(108) * floats(Ints(low | high << 4) - 32);
+    // Of four groups.
+    const int four_groups = group / 4;
+    const Words low = (four(96, four_groups % 2) >> (four_groups / 2 * 4)) & 0x0f0f0f0fu;
+    const Words high = (four(96, 2) >> (four_groups * 2)) & 0x03030303u;
+    return half(108) * floats(Ints(byte_of(low | high << 4, group % 4)) - 32);
   }
   static constexpr bool has_offset = false;
   Floats offset(int) const { return Floats{}; }
 };
 
-// Eight scales and eight minima of 6 bits in 12 bytes.
+// Eight scales and eight minima of 6 bits in 12 bytes. Those of four groups come out together, a byte each: where all
+// groups of a block follow each other, the compiler does this once for the four.
 struct ScalesOf6Bits : Panel {
-  Floats scale(int group) const {
-    Words six = group < 4 ? byte(4, group) & 63u : (byte(4, group + 4) & 15u) | (byte(4, group - 4) >> 6) << 4;
-    return half(0) * floats(six);
+  Words six(int first, int group) const {
+    const Words own = four(4, first), rest = four(4, 2) >> (4 * first);
+    return byte_of(group < 4 ? own & 0x3f3f3f3fu : (rest & 0x0f0f0f0fu) | ((own >> 2) & 0x30303030u), group % 4);
   }
+  Floats scale(int group) const { return half(0) * floats(six(0, group)); }
   static constexpr bool has_offset = true;
-  Floats offset(int group) const {
-    Words six = group < 4 ? byte(4, group + 4) & 63u : byte(4, group + 4) >> 4 | (byte(4, group) >> 6) << 4;
-    return -(half(2) * floats(six));
-  }
+  Floats offset(int group) const { return -(half(2) * floats(six(1, group))); }
 };
 
 struct Q4_K : ScalesOf6Bits {
@@ -165,7 +168,7 @@ struct Q6_K : Panel {
       out[i] = low | ((four(128, half * 8 + i) >> (quarter * 2)) & 0x03030303u) << 4;
     }
   }
-  Floats scale(int group) const { return half(208) * floats(Ints(byte(192, group) << 24) >> 24); }
+  Floats scale(int group) const { return half(208) * floats(Ints(four(192, group / 4) << (24 - group % 4 * 8)) >> 24); }
   static constexpr bool has_offset = false;
   Floats offset(int) const { return Floats{}; }
 };
@@ -192,7 +195,7 @@ struct IQ4_XS : Panel {
     }
   }
   Floats scale(int group) const {
-    Words low = (byte(4, group / 2) >> (group % 2 * 4)) & 15u, high = (widened(two(2)) >> (group * 2)) & 3u;
+    const Words low = (four(4, 0) >> (group * 4)) & 15u, high = (widened(two(2)) >> (group * 2)) & 3u;
     return half(0) * floats(Ints(low | high << 4) - 32);
   }
   static constexpr bool has_offset = false;

@@ -52,6 +52,9 @@ inline Floats gathered(Words index, const float* table) {
   return load<Floats>(found);
 }
 
+// The `i`-th four numbers of 8 bits.
+inline int32_t four_of(const int8_t* x, int i) { return load<int32_t>(x + 4 * i); }
+
 inline Floats from_float16(Halves x);
 
 // Numbers in float8 e4m3, divided by 256, from their codes with sign extension: float16 has one bit more in the exponent.
@@ -82,19 +85,19 @@ inline Floats from_float16(Halves x) { return _mm512_cvtph_ps((__m256i)x); }
 
 // Products of four unsigned codes of each lane and four signed numbers of 8 bits, added up.
 template <int largest, int count>
-inline Ints dot(const Words* codes, const int32_t* x) {
+inline Ints dot(const Words* codes, const int8_t* x) {
   __m512i sum = _mm512_setzero_si512();
-  for (int i = 0; i < count; i++) sum = _mm512_dpbusd_epi32(sum, (__m512i)codes[i], _mm512_set1_epi32(x[i]));
+  for (int i = 0; i < count; i++) sum = _mm512_dpbusd_epi32(sum, (__m512i)codes[i], _mm512_set1_epi32(four_of(x, i)));
   return (Ints)sum;
 }
 
 // These instructions have no signed codes: 128 is added to them, and later taken off.
 constexpr int SIGNED_ZERO = 128;
 template <int count>
-inline Ints dot_signed(const Words* codes, const int32_t* x) {
+inline Ints dot_signed(const Words* codes, const int8_t* x) {
   __m512i sum = _mm512_setzero_si512();
   for (int i = 0; i < count; i++)
-    sum = _mm512_dpbusd_epi32(sum, (__m512i)(codes[i] ^ 0x80808080u), _mm512_set1_epi32(x[i]));
+    sum = _mm512_dpbusd_epi32(sum, (__m512i)(codes[i] ^ 0x80808080u), _mm512_set1_epi32(four_of(x, i)));
   return (Ints)sum;
 }
 
@@ -128,14 +131,14 @@ inline Floats from_float16(Halves x) { return (Floats)_mm256_cvtph_ps((__m128i)x
 
 // Sums of two products have 16 bits; `largest` says how many of these can be added before they are widened.
 template <int largest, int count>
-inline Ints dot(const Words* codes, const int32_t* x) {
+inline Ints dot(const Words* codes, const int8_t* x) {
   constexpr int fit = 32767 / (largest * 127 * 2), step = fit < count ? fit : count;
   static_assert(fit >= 1 && count % step == 0);
   __m256i sum = _mm256_setzero_si256();
   for (int i = 0; i < count; i += step) {
-    __m256i part = _mm256_maddubs_epi16((__m256i)codes[i], _mm256_set1_epi32(x[i]));
+    __m256i part = _mm256_maddubs_epi16((__m256i)codes[i], _mm256_set1_epi32(four_of(x, i)));
     for (int j = i + 1; j < i + step; j++)
-      part = _mm256_add_epi16(part, _mm256_maddubs_epi16((__m256i)codes[j], _mm256_set1_epi32(x[j])));
+      part = _mm256_add_epi16(part, _mm256_maddubs_epi16((__m256i)codes[j], _mm256_set1_epi32(four_of(x, j))));
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));
   }
   return (Ints)sum;
@@ -143,11 +146,11 @@ inline Ints dot(const Words* codes, const int32_t* x) {
 
 constexpr int SIGNED_ZERO = 0;
 template <int count>
-inline Ints dot_signed(const Words* codes, const int32_t* x) {
+inline Ints dot_signed(const Words* codes, const int8_t* x) {
   __m256i sum = _mm256_setzero_si256();
   for (int i = 0; i < count; i++) {
     // 128 * 127 * 2 still fits 16 bits, as no x is -128.
-    __m256i w = (__m256i)codes[i], signs = _mm256_sign_epi8(_mm256_set1_epi32(x[i]), w);
+    __m256i w = (__m256i)codes[i], signs = _mm256_sign_epi8(_mm256_set1_epi32(four_of(x, i)), w);
     sum = _mm256_add_epi32(
         sum, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), signs), _mm256_set1_epi16(1)));
   }
@@ -182,16 +185,16 @@ inline Ints from_bytes(const void* at) { return (Ints)vmovl_s16((int16x4_t)halve
 inline Floats from_float16(Halves x) { return (Floats)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)x)); }
 
 template <int largest, int count>
-inline Ints dot(const Words* codes, const int32_t* x) {
+inline Ints dot(const Words* codes, const int8_t* x) {
   int32x4_t sum = vdupq_n_s32(0);
   for (int i = 0; i < count; i++)
-    sum = vdotq_s32(sum, vreinterpretq_s8_u32((uint32x4_t)codes[i]), vreinterpretq_s8_s32(vdupq_n_s32(x[i])));
+    sum = vdotq_s32(sum, vreinterpretq_s8_u32((uint32x4_t)codes[i]), vreinterpretq_s8_s32(vdupq_n_s32(four_of(x, i))));
   return (Ints)sum;
 }
 
 constexpr int SIGNED_ZERO = 0;
 template <int count>
-inline Ints dot_signed(const Words* codes, const int32_t* x) { return dot<127, count>(codes, x); }
+inline Ints dot_signed(const Words* codes, const int8_t* x) { return dot<127, count>(codes, x); }
 
 inline Words looked_up(Words codes, const int8_t* table) {
   return (Words)vqtbl1q_s8(vld1q_s8(table), vreinterpretq_u8_u32((uint32x4_t)codes));

@@ -13,15 +13,15 @@ constexpr int STRIPS = ROWS / LANES;
 // Bytes ahead of the ones in use, that are fetched from memory.
 constexpr int AHEAD = 8192;
 
-inline void fetch(const uint8_t* block, int bytes) {
-  for (int at = 0; at < bytes; at += 64) __builtin_prefetch(block + AHEAD + at);
+inline void fetch(const uint8_t* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + AHEAD + at);
 }
 
 template <class F>
 constexpr int zero_of() { return F::largest ? F::zero : SIGNED_ZERO; }
 
 template <class F, int count>
-inline Ints dot_of(const Words* codes, const int32_t* x) {
+inline Ints dot_of(const Words* codes, const int8_t* x) {
   if constexpr (F::largest) return dot<F::largest, count>(codes, x);
   else return dot_signed<count>(codes, x);
 }
@@ -36,15 +36,21 @@ template <class F, int rows>
 void product_of_codes(const Format& format, const uint8_t* panel, const Activations& x, int64_t row, float* y,
                       int64_t stride) {
   const int64_t parts = size_of<F>(format) / 32, bytes = bytes_of<F>(format), blocks = x.inputs / 32 / parts;
-  const int8_t* codes = x.codes + row * x.inputs * 2;
-  const float *scales = x.scales + row * (x.inputs / 32), *sums = x.sums + row * (x.inputs / 16);
   Floats total[STRIPS][rows] = {};
-  for (int64_t block = 0; block < blocks; block++, panel += ROWS * bytes) {
-    fetch(panel, ROWS * int(bytes));
+  // What is read is fetched bit by bit: all of a large block at once would be more than a core waits for.
+  const int64_t share = ROWS * bytes / (parts * STRIPS);
+  for (int64_t block = 0; block < blocks; block++, panel += ROWS * bytes)
     for (int strip = 0; strip < STRIPS; strip++) {
+      const int8_t* codes = x.codes + row * x.inputs * 2;
+      const float *scales = x.scales + row * (x.inputs / 32), *sums = x.sums + row * (x.inputs / 16);
+      // Hides that each strip reads the same activations: a compiler keeps them for the next one, where no register is left.
+      asm volatile("" : "+r"(codes), "+r"(scales), "+r"(sums));
       F f;
       f.block = panel, f.strip = strip;
-      for (int part = 0; part < parts; part++) {
+      Floats own[rows];
+      for (int m = 0; m < rows; m++) own[m] = total[strip][m];
+      const auto add = [&](int part) __attribute__((always_inline)) {
+        fetch(panel + (strip * parts + part) * share, share);
         const int64_t at = block * parts + part;
         Words w[8];
         f.codes(part, w);
@@ -53,21 +59,25 @@ void product_of_codes(const Format& format, const uint8_t* panel, const Activati
           const Floats scale = f.scale(part * groups + g);
           const Floats offset = f.offset(part * groups + g) - scale * float(zero_of<F>());
           for (int m = 0; m < rows; m++) {
-            int32_t first[count], second[count];
-            const int8_t* both = codes + (m * x.inputs + at * 32) * 2 + g * F::group;
-            std::memcpy(first, both, sizeof first), std::memcpy(second, both + 32, sizeof second);
+            const int8_t* first = codes + (m * x.inputs + at * 32) * 2 + g * F::group;
             const float* sum = sums + m * (x.inputs / 16) + at * 2 + g;
             const float all = groups == 2 ? sum[0] : sum[0] + sum[1];
             const float factor = scales[m * (x.inputs / 32) + at];
             const Floats products = floats(dot_of<F, count>(w + g * count, first)) +
-                                    floats(dot_of<F, count>(w + g * count, second)) * (1 / FINER);
-            total[strip][m] += products * (scale * factor);
-            if constexpr (zero_of<F>() != 0 || F::has_offset) total[strip][m] += offset * all;
+                                    floats(dot_of<F, count>(w + g * count, first + 32)) * (1 / FINER);
+            own[m] += products * (scale * factor);
+            if constexpr (zero_of<F>() != 0 || F::has_offset) own[m] += offset * all;
           }
         }
-      }
+      };
+      // With known parts, what they share is unpacked once.
+      if constexpr (F::size) {
+#pragma GCC unroll 8
+        for (int part = 0; part < F::size / 32; part++) add(part);
+      } else
+        for (int part = 0; part < parts; part++) add(part);
+      for (int m = 0; m < rows; m++) total[strip][m] = own[m];
     }
-  }
   for (int m = 0; m < rows; m++)
     for (int strip = 0; strip < STRIPS; strip++)
       std::memcpy(y + (row + m) * stride + strip * LANES, &total[strip][m], sizeof(Floats));
@@ -163,6 +173,28 @@ void arrange(const Activations& x, int64_t tile) {
     for (int m = 0; m < TILE; m++) out[k * TILE + m] = m < rows ? x.numbers[(from + m) * x.inputs + k] : 0;
 }
 
+// The products of a tile and `count` inputs of a panel, whose numbers stand in weights[input][row]. It is not inlined: beside
+// the sums there is a register for everything here, and for nothing else.
+__attribute__((noinline)) void multiply_tile(const float* weights, const float* tile, int64_t count, int64_t rows,
+                                             bool first, float* y, int64_t stride) {
+  Floats total[STRIPS][TILE] = {};
+  for (int64_t k = 0; k < count; k++) {
+    Floats w[STRIPS];
+#pragma GCC unroll 4
+    for (int strip = 0; strip < STRIPS; strip++) w[strip] = load<Floats>(weights + k * ROWS + strip * LANES);
+#pragma GCC unroll 16
+    for (int m = 0; m < TILE; m++)
+#pragma GCC unroll 4
+      for (int strip = 0; strip < STRIPS; strip++) total[strip][m] += w[strip] * tile[k * TILE + m];
+  }
+  for (int64_t m = 0; m < rows; m++)
+    for (int strip = 0; strip < STRIPS; strip++) {
+      float* at = y + m * stride + strip * LANES;
+      const Floats sum = first ? total[strip][m] : load<Floats>(at) + total[strip][m];
+      std::memcpy(at, &sum, sizeof sum);
+    }
+}
+
 template <class F>
 void product_of_many(const Format& format, const uint8_t* panel, const Activations& x, float* y, int64_t stride,
                      float* weights) {
@@ -170,22 +202,9 @@ void product_of_many(const Format& format, const uint8_t* panel, const Activatio
     const int64_t count = std::min(STRETCH, x.inputs - from);
     if constexpr (F::exact) dequantize_floats<F>(format, panel, from, from + count, weights);
     else dequantize_codes<F>(format, panel, from, from + count, weights);
-    for (int64_t row = 0; row < x.rows; row += TILE) {
-      const float* tile = x.tiles + row * x.inputs + from * TILE;
-      Floats total[STRIPS][TILE] = {};
-      for (int64_t k = 0; k < count; k++)
-        for (int strip = 0; strip < STRIPS; strip++) {
-          const Floats w = load<Floats>(weights + k * ROWS + strip * LANES);
-#pragma GCC unroll 16
-          for (int m = 0; m < TILE; m++) total[strip][m] += w * tile[k * TILE + m];
-        }
-      for (int64_t m = 0; m < std::min<int64_t>(TILE, x.rows - row); m++)
-        for (int strip = 0; strip < STRIPS; strip++) {
-          float* at = y + (row + m) * stride + strip * LANES;
-          const Floats sum = from == 0 ? total[strip][m] : load<Floats>(at) + total[strip][m];
-          std::memcpy(at, &sum, sizeof sum);
-        }
-    }
+    for (int64_t row = 0; row < x.rows; row += TILE)
+      multiply_tile(weights, x.tiles + row * x.inputs + from * TILE, count, std::min<int64_t>(TILE, x.rows - row), from == 0,
+                    y + row * stride, stride);
   }
 }
 
