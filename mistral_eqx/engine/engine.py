@@ -4,10 +4,12 @@ import collections
 import dataclasses
 import itertools
 import json
+import os
 import secrets
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import jax
@@ -239,6 +241,7 @@ class Engine:
         self._waiting: collections.deque[_Job] = collections.deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._pool = ThreadPoolExecutor(min(rows, os.cpu_count() or 1), "mistral-eqx guides")
         self._closing = False
         self._broken: str | None = None
         self._totals = collections.Counter[str]()
@@ -334,7 +337,11 @@ class Engine:
         """Compiles what requests of at most so many tokens, their answers included, will need, whatever their number.
 
         Otherwise the first of them wait for the compiler. Call it before the first request, and in all processes.
+
+        **Raises:** `RuntimeError` if there was a request.
         """
+        if self._thread is not None:
+            raise RuntimeError("The engine has had requests; warm it before the first.")
         sizes = [ring_capacity(1)]
         while sizes[-1] < min(tokens, self.context):
             sizes.append(2 * sizes[-1])
@@ -437,9 +444,10 @@ class Engine:
 
     def _work(self):
         try:
-            while self._obey(orders := self._orders()):
-                self._read(orders.chunk)
-                self._decode(orders.proposes)
+            with self._pool:
+                while self._obey(orders := self._orders()):
+                    self._read(orders.chunk)
+                    self._decode(orders.proposes)
         except Exception as error:
             self._broken = f"The engine has failed: {type(error).__name__}: {error}"
             with self._changed:
@@ -708,15 +716,14 @@ class Engine:
         """
         words = np.zeros((len(self._jobs), -(-self.config.vocab // 32) * 4), np.uint8)
         guided = np.zeros(len(self._jobs), bool)
-        for row, job in enumerate(self._jobs):
-            if job is None or job.guide is None:
-                continue
-            try:
-                bits = np.packbits(allowed(job.guide, self.config.vocab), bitorder="little")
-            except InputError as error:
-                self._end(job, "error", error=str(error))
-                continue
-            words[row, : len(bits)], guided[row] = bits, True
+        jobs = [(row, job) for row, job in enumerate(self._jobs) if job is not None and job.guide is not None]
+        # llguidance computes several masks at a time.
+        masks = (self._pool.map if len(jobs) > 1 else map)(lambda item: _bits(item[1].guide, self.config.vocab), jobs)
+        for (row, job), bits in zip(jobs, masks, strict=True):
+            if isinstance(bits, InputError):
+                self._end(job, "error", error=str(bits))
+            else:
+                words[row, : len(bits)], guided[row] = bits, True
         wanted = [job is not None for job in self._jobs]
         if self._given is None or guided.any() or self._given[0] != wanted:
             arrays = np.asarray(wanted), words.view("<u4"), guided
@@ -764,3 +771,11 @@ class Engine:
             job.answer.put(event)
         else:
             self._end(job, finish, event, error=error)
+
+
+def _bits(guide: Guide, vocab: int) -> np.ndarray | InputError:
+    """Which tokens a guide allows, one bit each, or why it cannot say."""
+    try:
+        return np.packbits(allowed(guide, vocab), bitorder="little")
+    except InputError as error:
+        return error
