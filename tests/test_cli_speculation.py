@@ -21,6 +21,8 @@ def test_a_text_is_the_same_with_lookups(tiny):
     found = run("generate", "Call me", "--model", tiny, "-n", 9, "--ignore-eos", "--prompt-lookup")
     assert found.exit_code == 0, found.stderr
     assert found.stdout == plain.stdout
+    assert "proposed tokens" in found.stderr
+    assert "proposed tokens" not in plain.stderr
 
 
 @pytest.mark.slow

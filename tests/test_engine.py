@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import os
 import threading
 import time
 
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
@@ -15,9 +17,12 @@ from fixtures.lora import adapted
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 import mistral_eqx as mx
-from mistral_eqx.engine import Full
+from mistral_eqx.engine import Full, engine as engine_module
+from mistral_eqx.engine.pace import Pace
 from mistral_eqx.engine.prefix_cache import PrefixCache
+from mistral_eqx.engine.proposing import Balance, History
 from mistral_eqx.engine.ring import ring_capacity
+from mistral_eqx.generation.proposals import look_up
 from mistral_eqx.parallel import Strategy
 from mistral_eqx.parallel.mesh import make_mesh
 
@@ -25,6 +30,7 @@ from mistral_eqx.parallel.mesh import make_mesh
 EXAMPLES = int(os.environ.get("ENGINE_EXAMPLES", "3"))
 # Few of the tokens end a text, so that most have some length.
 ENDS = (3, 17)
+LOOKUP = mx.PromptLookup(tokens=3, ngram=1, cost=0.0)
 
 
 def sampler_of(request):
@@ -126,13 +132,49 @@ def test_log_probabilities_are_those_of_generate(model):
     np.testing.assert_array_equal(found, out.top_tokens[0, : len(ids)])
 
 
-def test_one_program_decodes_whatever_is_asked_for(model):
-    with engine_of(model, rows=2, prefix_cache=0) as engine:
-        engine.run(requests_of({}, lengths=(9,)))
+def test_nothing_is_compiled_after_it_was_warmed(model):
+    with engine_of(model, rows=2) as engine:
+        engine.warm()
         with count_compilations() as compiled:
-            engine.run(requests_of(*MIXED[:-1], lengths=(9,)))
-    assert compiled["decode_rows"] == 0
-    assert compiled["enter"] == 0
+            engine.run(requests_of(*MIXED[:-1], lengths=(9, 40)))
+    assert not {"decode_rows", "enter", "resized", "read_chunk", "_take", "_put"} & {*compiled}
+
+
+def test_a_step_computes_the_rows_that_are_needed(model, monkeypatch):
+    rows, decode = [], engine_module.decode_rows
+
+    def spied(kept, carried):
+        rows.append(len(carried.tree[0].token))
+        return decode(kept, carried)
+
+    monkeypatch.setattr(engine_module, "decode_rows", spied)
+    requests = requests_of({"max_new_tokens": 60, "eos_ids": ()}, *[{"eos_ids": ()}] * 2)
+    with engine_of(model, rows=3) as engine:
+        events = engine.run(requests)
+    # All come while the first decodes, which is alone in the end.
+    assert [count for count, _ in itertools.groupby(rows)] == [1, 2, 3, 2, 1]
+    for request, event in zip(requests, events, strict=True):
+        assert event.ids == alone(model, request)[0]
+
+
+def test_a_chunk_takes_as_long_as_two_steps():
+    pace = Pace(300)
+    assert (pace.most, pace.size) == (288, 32)
+    for _ in range(8):
+        pace.step(0.01)
+    sizes = []
+    # A token takes a twentieth of a step, then a fifth.
+    for token in [0.0005] * 5 + [0.002] * 4:
+        pace.chunk(pace.size, pace.size * token)
+        sizes.append(pace.size)
+    assert sizes == [32, 32, 32, 32, 32, 16, 16, 16, 16]
+    # A last chunk that is short says nothing of longer ones.
+    pace.chunk(4, 0.001)
+    assert pace.size == 16
+    for _ in range(6):
+        pace.chunk(pace.size, 0.001)
+    assert pace.size == 288
+    assert Pace(5).size == Pace(5).most == 5
 
 
 @pytest.mark.slow
@@ -155,11 +197,11 @@ def test_the_ring_grows_turns_and_shrinks(model):
 
 
 def test_the_pointer_goes_round_many_times(model):
-    requests = requests_of(*[{"eos_ids": ()}] * 40, lengths=(40, 5, 17))
+    requests = requests_of(*[{"eos_ids": ()}] * 40, lengths=(40, 5, 17), new=40)
     with engine_of(model, rows=2, stride=8) as engine:
         events = engine.run(requests)
-        assert engine.load.slots == 128
-    assert sum(len(event.ids) for event in events) == 480
+        assert engine.load.slots == 256
+    assert sum(len(event.ids) for event in events) == 1600
     for request, event in zip(requests[::7], events[::7], strict=True):
         assert event.ids == alone(model, request)[0]
 
@@ -350,8 +392,56 @@ def test_rows_with_several_adapters_share_a_batch(model):
     assert len({event.ids for event in events}) == 3
 
 
+def test_proposed_tokens_change_nothing(model):
+    requests = requests_of(*MIXED[:2], *MIXED[5:7], MIXED[10], {"eos_ids": ()}, new=30)
+    with engine_of(model, speculate=LOOKUP) as engine:
+        answers = [engine.submit(request) for request in requests]
+        events = [answer.result() for answer in answers]
+        load = engine.load
+    for request, event in zip(requests, events, strict=True):
+        ids, _, out = alone(model, request)
+        assert event.ids == ids, request
+        if request.logprobs is not None:
+            # Float32 sums in another order.
+            np.testing.assert_allclose(
+                [one.log_prob for one in event.log_probs], out.log_probs[0, : len(ids)], atol=1e-5
+            )
+    assert load.proposed > load.accepted > 0
+    assert sum(answer.accepted for answer in answers) == load.accepted
+    assert sum(answer.proposed for answer in answers) == load.proposed
+    with refused("no draft"):
+        mx.Engine(model, TOKENIZER, speculate=mx.Draft(model))
+
+
+@given(ids=st.lists(st.integers(0, 2), min_size=1, max_size=16), ngram=st.integers(1, 3))
+@settings(deadline=None, max_examples=10, derandomize=True)
+def test_a_history_proposes_what_a_lookup_does(ids, ngram):
+    text, last = jnp.asarray([[*ids, *[9] * (20 - len(ids))]], jnp.int32), jnp.asarray([len(ids) - 1], jnp.int32)
+    expected = look_up(text, last, 5, ngram)
+    assert History(ids, ngram).propose(5) == np.asarray(expected)[0].tolist()
+
+
+def test_proposals_that_do_not_pay_pause():
+    balance, trials = Balance(mx.PromptLookup(tokens=4)), []
+    balance.after_step(1, 0.02)
+    for _ in range(4):
+        passes = pauses = 0
+        while balance.ready:
+            balance.after_pass(1, 1.0, 0.03)
+            passes += 1
+        while not balance.ready:
+            balance.after_step(1, 0.02)
+            pauses += 1
+        trials.append((passes, pauses))
+    assert balance.cost(1) == pytest.approx(1.5)
+    # Each bad trial makes the next pause longer.
+    assert trials == [(3, 8), (1, 16), (1, 32), (1, 64)]
+    balance.after_pass(1, 4.0, 0.03)
+    assert balance.ready
+
+
 def test_sizes_of_the_ring():
-    assert [ring_capacity(count) for count in (1, 128, 129, 300, 4096)] == [128, 128, 256, 512, 4096]
+    assert [ring_capacity(count) for count in (1, 128, 129, 300, 4096)] == [256, 256, 256, 512, 4096]
 
 
 LAYOUTS = {
@@ -394,7 +484,9 @@ def test_the_law(layout, data):
     rows = data.draw(st.sampled_from([4, 8]), "rows")
     chunk, stride = data.draw(st.sampled_from([16, 32, 64]), "chunk"), data.draw(st.integers(1, 8), "stride")
     limit = data.draw(st.sampled_from([0, 40_000, 2**28]), "prefix cache")
-    with engine_of(model, rows=rows, chunk=chunk, stride=stride, prefix_cache=limit) as engine:
+    speculate = data.draw(st.sampled_from([None, LOOKUP]), "speculate")
+    options = {"chunk": chunk, "stride": stride, "prefix_cache": limit, "speculate": speculate}
+    with engine_of(model, rows=rows, **options) as engine:
         answers = []
         for number, (request, pause) in enumerate(zip(requests, pauses, strict=True)):
             answers.append(engine.submit(request))

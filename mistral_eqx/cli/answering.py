@@ -49,10 +49,12 @@ def answer_one(
     text = mx.StopText(tokenizer, wanted.stop or (), after=prompt.ids)
     stopwatch = Stopwatch()
     interrupted, tokens = False, 0
+    stream = None
     try:
         options = options_of(wanted, tokenizer, [prompt], grammar, speculate)
+        stream = mx.stream(model, [prompt.ids], **options)
         with waiting(f"Reading {len(prompt.ids):,} tokens") as read:
-            for (token,) in Background(lambda: mx.stream(model, [prompt.ids], **options)):
+            for (token,) in Background(lambda: stream):
                 read()
                 stopwatch.tick()
                 tokens += 1
@@ -61,7 +63,9 @@ def answer_one(
         interrupted = True
     _write(text.flush() + "\n")
     if metrics is not None:
-        show([("prompt", f"{len(prompt.ids)} tokens"), *metrics, *stopwatch.metrics()])
+        found = None if stream is None else stream.acceptance
+        accepted = [("accepted", f"{found.accepted} of {found.proposed} proposed tokens")] if found else []
+        show([("prompt", f"{len(prompt.ids)} tokens"), *metrics, *stopwatch.metrics(), *accepted])
     if interrupted:
         raise typer.Exit(130)
     at_once = tokens == 1 < wanted.max_new_tokens and text.stopped is None

@@ -109,7 +109,7 @@ class EngineOptions:
         int,
         typer.Option(
             callback=within(Count),
-            help="Prefill this many tokens of a prompt between two steps of the other answers.",
+            help="Prefill at most this many tokens of a prompt at a time; fewer while the steps of other answers wait.",
             rich_help_panel=_ENGINE,
         ),
     ] = 256
@@ -122,6 +122,14 @@ class EngineOptions:
             rich_help_panel=_ENGINE,
         ),
     ] = 256
+    prompt_lookup: Annotated[
+        bool,
+        typer.Option(
+            "--prompt-lookup",
+            help="Decode faster where an answer repeats itself or its prompt: check several tokens of it at a time.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = False
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -175,7 +183,7 @@ def serve(
     import mistral_eqx as mx
 
     from ..checkpoint import open_checkpoint
-    from ..engine import Engine, Request
+    from ..engine import Engine
     from ..parallel import watch
     from ..parallel.agreement import check_same
     from ..server import LOOPBACK, create_app, is_loopback, listen, run, url
@@ -215,15 +223,16 @@ def serve(
                 prefix_cache=engine.prefix_cache * 2**20,
                 cache_dtype=cache_dtype,
                 adapters={one: mx.load_lora(weights, folder) for one, folder in folders.items()},
+                speculate=mx.PromptLookup() if engine.prompt_lookup else None,
             )
         )
+        # The first clients do not wait for the compiler.
+        running.warm()
         if taken is None:
             # Process 0 has the last word.
             with interrupts.answered():
                 running.follow()
             return
-        # The first client does not wait for the compiler.
-        running.run([Request([0], max_new_tokens=2)])
         local = is_loopback(taken)
         app = create_app(
             running,

@@ -64,16 +64,19 @@ class Answer:
 
     - `prompt`: the prompt's token ids.
     - `cached`: how many of them were not prefilled, because their keys and values were in the prefix cache.
+    - `proposed`, `accepted`: how many tokens were proposed, with `speculate`, and how many of them the model chose too.
     - `cancelled`: whether `cancel` was called.
     """
 
     prompt: tuple[int, ...]
     cached: int
+    proposed: int
+    accepted: int
     cancelled: bool
 
     def __init__(self, prompt: tuple[int, ...]):
         self.prompt = prompt
-        self.cached = 0
+        self.cached = self.proposed = self.accepted = 0
         self.cancelled = False
         self._events: collections.deque[Event] = collections.deque()
         self._came = threading.Condition()

@@ -4,10 +4,12 @@ import collections
 import dataclasses
 import itertools
 import json
+import os
 import secrets
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import jax
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from annotated_types import Ge, Le
+from jaxtyping import Array, Int
 
 from ..checks import CacheDType, Count, CountOrZero, checked
 from ..config import MistralConfig
@@ -25,6 +28,7 @@ from ..generation import (
     LogitBias,
     MinNewTokens,
     PresencePenalty,
+    PromptLookup,
     RepetitionPenalty,
     Sampler,
 )
@@ -36,20 +40,26 @@ from ..generation.prompt import checked_prompts
 from ..generation.reading import check_chunk, check_context, place_rows
 from ..generation.request import Request as Call, placed
 from ..lora import with_several
-from ..nn import Mistral
+from ..nn import Cache, Mistral
 from ..parallel import broadcast, gather_to_host
 from ..text import AbstractTokenizer, StopText
 from .answer import Answer, Event, Finish, LogProb
 from .choice import Numbers
+from .pace import Pace
 from .prefix_cache import PrefixCache
 from .prompts import PromptReader, block_size
+from .proposing import Balance, History
 from .request import MOST_ENDS, Request
-from .ring import aligned, resized, ring_capacity, spare
-from .rows import MOST_STEPS, Rows, decode_rows, enter
+from .ring import aligned, ring_capacity, spare
+from .rows import MOST_STEPS, Decoded, Rows, decode_rows, enter, resized
 
 
 # A ring first has room for so many new tokens of a row; few, because attention reads all slots in each step.
 _FIRST_ROOM = 128
+# On CPUs a step is bound by arithmetic from here on, and products of quantized weights round in another way.
+_MOST_ON_CPU = 15
+# After so many steps in which half of the rows would do, the others are given up.
+_PATIENCE = 16
 
 
 class Full(RuntimeError):
@@ -64,21 +74,26 @@ class Load:
 
     - `active`: rows that decode.
     - `waiting`: requests that wait for a row, or whose prompt is prefilled.
+    - `rows`: rows that a step computes.
     - `slots`: the size of the KV cache in tokens of each row.
     - `prompt_tokens`, `cached_tokens`, `new_tokens`: totals; `cached_tokens` are those of prompts that came out of the
         prefix cache.
     - `finished`: the number of answers that ended, by their `finish`.
     - `prefix_bytes`: the size of the prefix cache.
+    - `proposed`, `accepted`: totals of proposed tokens, and of those among them that the model chose too.
     """
 
     active: int
     waiting: int
+    rows: int
     slots: int
     prompt_tokens: int
     cached_tokens: int
     new_tokens: int
     finished: Mapping[str, int]
     prefix_bytes: int = 0
+    proposed: int = 0
+    accepted: int = 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -93,6 +108,7 @@ class _Job:
     guide: Guide | None
     deadline: float
     adapter: int
+    history: History | None
     number: int = 0
     count: int = 0  # new tokens
     base: int = 0  # the ring's slot, counted from the start, of the first token
@@ -112,25 +128,29 @@ class _Orders:
     - `came`: the numbers of new jobs, and their requests.
     - `ended`: the numbers of jobs that end, and why.
     - `closed`: whether the engine ends.
+    - `chunk`: the size of the next chunk of a prompt.
+    - `proposes`: whether tokens are proposed.
     """
 
     came: list[tuple[int, Request]]
     ended: list[tuple[int, Finish]]
     closed: bool
+    chunk: int
+    proposes: bool
 
     def written(self) -> str:
         """As text, for the other processes."""
         came = [
             (number, {**vars(request), "logit_bias": [*request.logit_bias.items()]}) for number, request in self.came
         ]
-        return json.dumps([came, self.ended, self.closed])
+        return json.dumps([came, self.ended, self.closed, self.chunk, self.proposes])
 
     @classmethod
     def read(cls, text: str) -> "_Orders":
         """From the text of the first process."""
-        came, ended, closed = json.loads(text)
+        came, *rest = json.loads(text)
         requests = [(number, Request(**{**of, "logit_bias": dict(of["logit_bias"])})) for number, of in came]
-        return cls(requests, ended, closed)
+        return cls(requests, *rest)
 
 
 class Engine:
@@ -151,10 +171,11 @@ class Engine:
 
     - `model`: the model, on one device or sharded by [`mistral_eqx.shard`][].
     - `tokenizer`: its tokenizer.
-    - `rows`: how many requests are decoded together.
+    - `rows`: how many requests are decoded together. A step computes 1, 2, 4, ... rows, as many as decode.
     - `context`: the most tokens of a prompt and its answer; by default the model's context, at most 4096. The KV cache
         grows up to it as needed, and shrinks again.
-    - `chunk`: the size of prefill chunks in tokens: decoding waits for at most one chunk.
+    - `chunk`: the most tokens of a prefill chunk. While rows decode, they wait for one chunk at a time, and the engine
+        makes it so small that it takes at most two steps.
     - `stride`: how many tokens, at most 8, are decoded in one call while no request waits for a row; requests with a
         grammar are decoded one token at a time.
     - `queue`: the most requests that wait for a row.
@@ -163,6 +184,8 @@ class Engine:
     - `cache_dtype`: as in [`mistral_eqx.generate`][].
     - `adapters`: models that [`mistral_eqx.load_lora`][] or [`mistral_eqx.apply_lora`][] made of `model`, by the name
         with which requests choose them; rows with several of them share a batch.
+    - `speculate`: a [`mistral_eqx.PromptLookup`][] proposes tokens, of which the model checks several in one pass. The
+        tokens are the same.
 
     **Raises:** `ValueError` if an argument is outside its range, or `rows` cannot be split as the strategy splits
         `batch`.
@@ -181,6 +204,7 @@ class Engine:
         prefix_cache: int = 2**28,
         cache_dtype: CacheDType | None = None,
         adapters: Mapping[str, Mistral] | None = None,
+        speculate: PromptLookup | None = None,
     ):
         self._base = checked(model, Mistral, "model")
         self.adapters = tuple(adapters or ())
@@ -191,33 +215,38 @@ class Engine:
         longest = min(self.config.max_positions, 4096) if context is None else checked(context, Count, "context")
         check_context(longest, 0, self.config.max_positions)
         self.context: int = longest
-        if rows % (split := parts(model, "batch")):
+        self._shards = parts(model, "batch")
+        self._platform = jax.default_backend() if model.mesh is None else model.mesh.devices.flat[0].platform
+        if rows % self._shards:
             raise InputError(
-                f"{rows} rows cannot be split over {split} devices, over which the strategy "
-                f"{model.strategy.layout!r} splits 'batch'; give a multiple of {split}."
+                f"{rows} rows cannot be split over {self._shards} devices, over which the strategy "
+                f"{model.strategy.layout!r} splits 'batch'; give a multiple of {self._shards}."
             )
-        self._chunk = check_chunk(chunk, "chunk")
+        most = rows // self._shards
+        # The numbers of rows on each device.
+        self._counts = [min(2**power, most) for power in range((most - 1).bit_length() + 1)]
+        self._pace = Pace(check_chunk(chunk, "chunk"))
         self._stride: int = checked(stride, Annotated[int, Ge(1), Le(MOST_STEPS)], "stride")
         self._queue = checked(queue, Count, "queue")
         self._cache_dtype: CacheDType | None = checked(cache_dtype, CacheDType | None, "cache_dtype")
         self._prefixes = PrefixCache(block_size(model), checked(prefix_cache, CountOrZero, "prefix_cache"))
+        self._speculate: PromptLookup | None = checked(
+            speculate, PromptLookup | None, "speculate", remedy="an engine takes mistral_eqx.PromptLookup(), no draft"
+        )
+        self._balance = None if speculate is None else Balance(speculate)
         self._flat = Flat(self.model)
-        self._jobs: list[_Job | None] = [None] * rows
-        state = placed(self.model, Rows.init(rows, self.config.vocab, Numbers.init(rows, Sampler())))
-        # Copies, because two arrays in one buffer could not both be donated.
-        self._state: Rows = jax.tree.map(jnp.copy, state)
-        self._cache = empty_cache(self.model, rows, slots(self.model, ring_capacity(1)), cache_dtype=self._cache_dtype)
-        self._written = 0  # slots of the ring, counted from the start
         self._reading: tuple[_Job, PromptReader] | None = None
         self._came: list[_Job] = []
         self._job_numbers = itertools.count()
         self._waiting: collections.deque[_Job] = collections.deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._pool = ThreadPoolExecutor(min(rows, os.cpu_count() or 1), "mistral-eqx guides")
         self._closing = False
         self._broken: str | None = None
         self._totals = collections.Counter[str]()
         self._finished = collections.Counter[str]()
+        self._empty(1, slots(self.model, ring_capacity(1)))
 
     def submit(self, request: Request) -> Answer:
         """Puts a request into the queue, from any thread, and returns at once.
@@ -272,12 +301,15 @@ class Engine:
             return Load(
                 active,
                 waiting,
-                self._cache.kv_seq,
+                len(self._jobs),
+                self._slots,
                 self._totals["prompt"],
                 self._totals["cached"],
                 self._totals["new"],
                 dict(self._finished),
                 self._prefixes.bytes,
+                self._totals["proposed"],
+                self._totals["accepted"],
             )
 
     def close(self, *, drain: bool = False, timeout: float | None = None):
@@ -300,6 +332,37 @@ class Engine:
         for job in [*self._all(), *self._came]:
             job.answer.cancel()
         thread.join()
+
+    def warm(self, tokens: int = 256):
+        """Compiles what requests of at most so many tokens, their answers included, will need, whatever their number.
+
+        Otherwise the first of them wait for the compiler. Call it before the first request, and in all processes.
+
+        **Raises:** `RuntimeError` if there was a request.
+        """
+        if self._thread is not None:
+            raise RuntimeError("The engine has had requests; warm it before the first.")
+        sizes = [ring_capacity(1)]
+        while sizes[-1] < min(tokens, self.context):
+            sizes.append(2 * sizes[-1])
+        state = Rows.init(self._shards, self.config.vocab, Numbers.init(self._shards, Sampler()))
+        for size in reversed(sizes):
+            kv_seq, ids, known = slots(self.model, size), (0,) * size, PrefixCache(self._prefixes.block, 2**62)
+            reader = PromptReader(self._flat, ids, known, self._cache_dtype)
+            for power in range(4, min(size, self._pace.most).bit_length()):
+                reader = PromptReader(self._flat, ids, known, self._cache_dtype)
+                reader.read(2**power)
+            if self._prefixes.limit:
+                known.add(self.model, ids[: known.block], reader.cache)
+                PromptReader(self._flat, ids, known, self._cache_dtype)
+            for count in self._counts:
+                self._empty(count, kv_seq)
+                self._put(state, reader.cache, 1, 0)
+                for proposed in {0, self._proposed}:
+                    self._step(self._by_row(), np.full((len(self._jobs), proposed), -1, np.int32), 1)
+            for count in [*reversed(self._counts[:-1]), *self._counts[1:]]:
+                self._resize(count, kv_seq)
+            self._empty(1, kv_seq)
 
     def follow(self):
         """In every process but the first: does what the engine of the first process does, until that one is closed."""
@@ -367,6 +430,7 @@ class Engine:
             guide,
             np.inf if request.timeout is None else time.monotonic() + request.timeout,
             adapter,
+            None if self._speculate is None else History(ids, self._speculate.ngram),
         )
 
     def _started(self) -> threading.Thread:
@@ -380,9 +444,10 @@ class Engine:
 
     def _work(self):
         try:
-            while self._obey(self._orders()):
-                self._read()
-                self._decode()
+            with self._pool:
+                while self._obey(orders := self._orders()):
+                    self._read(orders.chunk)
+                    self._decode(orders.proposes)
         except Exception as error:
             self._broken = f"The engine has failed: {type(error).__name__}: {error}"
             with self._changed:
@@ -399,7 +464,9 @@ class Engine:
             while not (work := self._came or self._waiting or self._reading or any(self._jobs)) and not self._closing:
                 self._changed.wait()
             came = [*self._came]
-        orders = _Orders([(job.number, job.request) for job in came], self._unwanted(), not work)
+        chunk = self._pace.size if any(self._jobs) else self._pace.most
+        proposes = self._balance is not None and self._balance.ready
+        orders = _Orders([(job.number, job.request) for job in came], self._unwanted(), not work, chunk, proposes)
         if jax.process_count() > 1:
             broadcast(orders.written())
         return orders
@@ -443,23 +510,25 @@ class Engine:
         text = event.text + job.text.flush()
         job.answer.put(dataclasses.replace(event, text=text, finish=finish, stopped=job.text.stopped, error=error))
 
-    def _read(self):
-        """Reads a chunk of one prompt, and puts it into a row if that was the last chunk."""
+    def _read(self, chunk: int):
+        """Reads at most `chunk` tokens of one prompt, and puts it into a row if these were the last."""
         if self._reading is None:
             with self._changed:
-                if not self._waiting or None not in self._jobs:
+                if not self._waiting or sum(job is not None for job in self._jobs) == self.rows:
                     return
                 job = self._waiting.popleft()
                 # The last token is decoded with the other rows.
-                reader = PromptReader(
-                    self._flat, job.ids[:-1], self._chunk, self._prefixes, self._cache_dtype, job.adapter
-                )
+                reader = PromptReader(self._flat, job.ids[:-1], self._prefixes, self._cache_dtype, job.adapter)
                 self._reading = job, reader
             job.answer.cached = reader.known
             self._totals["cached"] += reader.known
         job, reader = self._reading
         if not reader.done:
-            reader.read()
+            start = time.perf_counter()
+            width = reader.read(chunk)
+            if any(self._jobs):
+                jax.block_until_ready(reader.cache.positions)
+                self._pace.chunk(width, time.perf_counter() - start)
         if reader.done:
             self._prefixes.add(self.model, reader.ids, reader.cache, job.adapter)
             self._enter(job, reader)
@@ -467,14 +536,15 @@ class Engine:
     def _enter(self, job: _Job, reader: PromptReader):
         length = len(reader.ids)
         least = max(holds(self.model, reader.cache.kv_seq), length + min(job.call.max_new_tokens, _FIRST_ROOM))
+        kv_seq = slots(self.model, ring_capacity(least + spare(self.model)))
         if any(self._jobs):
-            self._fit(least=least)
-        else:
-            self._begin(slots(self.model, ring_capacity(least + spare(self.model))))
+            self._fit(entering=least)
+        elif (1, kv_seq) != (self._count, self._slots):
+            self._empty(1, kv_seq)
         self._written = aligned(self.model, self._written)
         job.base = self._written - aligned(self.model, length)
         state = Rows.init(
-            parts(self.model, "batch"),
+            self._shards,
             self.config.vocab,
             self._numbers_of(job),
             text=job.ids,
@@ -485,23 +555,20 @@ class Engine:
             reports=job.request.logprobs is not None,
             adapter=job.adapter,
         )
-        row = self._jobs.index(None)
-        kept = (
-            self.model.mesh,
-            self.model.strategy,
-            placed(self.model, state),
-            reader.cache,
-            np.asarray(length, np.int32),
-            np.asarray(row, np.int32),
-        )
-        self._state, self._cache = enter(kept, Flat((self._state, self._cache))).tree
+        busy = self._busy()
+        row = self._jobs.index(None, busy.index(min(busy)) * self._count)
+        self._put(state, reader.cache, length, row)
         with self._changed:
             self._jobs[row], self._reading = job, None
+
+    def _put(self, state: Rows, prompt: Cache, length: int, row: int):
+        state, numbers = placed(self.model, state), (np.asarray(length, np.int32), np.asarray(row, np.int32))
+        self._carried = enter((self.model.mesh, self.model.strategy, state, prompt, *numbers), self._carried)
 
     def _numbers_of(self, job: _Job) -> Numbers:
         request = job.request
         return Numbers.init(
-            parts(self.model, "batch"),
+            self._shards,
             job.sampler,
             repetition=request.repetition_penalty,
             presence=request.presence_penalty,
@@ -509,39 +576,106 @@ class Engine:
             least=request.min_new_tokens,
         )
 
-    def _begin(self, kv_seq: int):
-        """Makes another ring, if it has another size; no row decodes."""
-        if kv_seq != self._cache.kv_seq:
-            self._cache = empty_cache(self.model, self.rows, kv_seq, cache_dtype=self._cache_dtype)
-            self._written = 0
+    @property
+    def _count(self) -> int:
+        """The number of rows on each device."""
+        return len(self._jobs) // self._shards
 
-    def _fit(self, *, least: int = 0, steps: int = 0):
-        """Gives the ring room for all rows that decode, and for `least` tokens of another one."""
+    def _busy(self) -> list[int]:
+        """How many rows decode, on each device."""
+        return [
+            sum(job is not None for job in self._jobs[shard * self._count : (shard + 1) * self._count])
+            for shard in range(self._shards)
+        ]
+
+    def _empty(self, count: int, kv_seq: int):
+        """Makes `count` empty rows on each device and an empty ring."""
+        rows = count * self._shards
+        state = placed(self.model, Rows.init(rows, self.config.vocab, Numbers.init(rows, Sampler())))
+        cache = empty_cache(self.model, rows, kv_seq, cache_dtype=self._cache_dtype)
+        # Copies, because two arrays in one buffer could not both be donated.
+        self._hold(Flat((jax.tree.map(jnp.copy, state), cache)), [None] * rows, kv_seq)
+        self._written = 0  # slots of the ring, counted from the start
+
+    def _hold(self, carried: Flat, jobs: list[_Job | None], kv_seq: int):
+        self._carried, self._patience = carried, _PATIENCE
+        # What was last sent to the devices for each row, and whom it wants.
+        self._given: tuple[list[bool] | None, tuple[Array, ...]] | None = None
+        with self._changed:
+            self._jobs, self._slots = jobs, kv_seq
+
+    def _fit(self, *, entering: int | None = None, steps: int = 0):
+        """Gives room to all rows that decode, for `steps` more tokens, and to another one with `entering` tokens."""
+        busy = self._busy()
+        if entering is not None:
+            busy[busy.index(min(busy))] += 1
         extents = [self._written - job.base for job in self._jobs if job is not None]
-        need = max([least, *(extent + steps for extent in extents)]) + spare(self.model)
-        room = holds(self.model, self._cache.kv_seq)
+        need = max([entering or 0, *(extent + steps for extent in extents)]) + spare(self.model)
+        room, kv_seq = holds(self.model, self._slots), self._slots
         roomy = ring_capacity(need + _FIRST_ROOM)
-        if need <= room < 4 * roomy:
-            return
-        kv_seq = slots(self.model, ring_capacity(need) if need > room else roomy)
-        self._cache = resized(self.model, self._cache, kv_seq)
+        if not need <= room < 4 * roomy:
+            kv_seq = slots(self.model, ring_capacity(need) if need > room else roomy)
+        fewer = max((count for count in self._counts if count < self._count), default=0)
+        self._patience = self._patience - 1 if max(busy) <= fewer else _PATIENCE
+        count = fewer if self._patience < 0 else max(self._count, next(x for x in self._counts if x >= max(busy)))
+        if (count, kv_seq) != (self._count, self._slots):
+            self._resize(count, kv_seq)
+
+    def _resize(self, count: int, kv_seq: int):
+        """Copies what is on the devices to other numbers of rows and slots; each device moves its own rows."""
+        order: list[int] = []
+        jobs: list[_Job | None] = []
+        for shard in range(self._shards):
+            start = shard * self._count
+            busy = [row for row in range(self._count) if self._jobs[start + row] is not None]
+            order += [*busy, *[-1] * (count - len(busy))]
+            jobs += [*(self._jobs[start + row] for row in busy), *[None] * (count - len(busy))]
+        placed_order = place_rows(self.model, np.asarray(order, np.int32))
+        carried = resized(self.model.mesh, self.model.strategy, placed_order, self._carried, kv_seq)
+        self._hold(carried, jobs, kv_seq)
         self._written = aligned(self.model, self._written)
 
-    def _decode(self):
+    @property
+    def _proposed(self) -> int:
+        """How many tokens are proposed to each row, if any."""
+        if self._speculate is None:
+            return 0
+        most = _MOST_ON_CPU // len(self._jobs) - 1 if self._platform == "cpu" else self._speculate.tokens
+        return max(0, min(self._speculate.tokens, most))
+
+    def _proposals(self) -> Int[np.ndarray, "rows proposed"]:
+        """The proposed tokens of each row, -1 for none; without columns if there are none at all."""
+        count = self._proposed
+        found = np.full((len(self._jobs), count), -1, np.int32)
+        for row, job in enumerate(self._jobs):
+            if job is not None and job.history is not None:
+                # A pass, and what it skips at the end of the ring. Rows that get fewer tokens than others leave slots
+                # empty; the rest of an answer must fit all the same.
+                extent = self._written - job.base + 2 * (count + 1) + spare(self.model)
+                left = job.call.max_new_tokens - job.count
+                if extent > holds(self.model, self._slots) or extent + left > ring_capacity(self.context):
+                    return found[:, :0]
+                if job.guide is None:
+                    found[row] = job.history.propose(count)
+        return found if (found >= 0).any() else found[:, :0]
+
+    def _decode(self, proposes: bool):
         """Decodes one token of each row, or some if nobody waits, and sends them."""
-        words, guided = self._words()
-        jobs = [*self._jobs]
-        if not any(jobs):
+        if not any(self._jobs):
             return
-        steps = 1 if guided.any() or self._reading or self._waiting else self._stride
+        guided = any(job is not None and job.guide is not None for job in self._jobs)
+        one = guided or self._reading or self._waiting or self._speculate
+        steps = 1 if one else self._stride
         self._fit(steps=steps)
-        wanted = np.asarray([job is not None for job in jobs])
-        by_row = tuple(place_rows(self.model, x) for x in (wanted, words, guided))
-        carried = Flat((self._state, self._cache))
-        carried, decoded = decode_rows((self._flat, by_row, np.asarray(steps, np.int32)), carried)
-        self._state, self._cache = carried.tree
+        by_row, proposals = self._by_row(), self._proposals()
+        proposals = proposals if proposes else proposals[:, :0]
+        jobs = [*self._jobs]
+        start = time.perf_counter()
+        decoded = self._step(by_row, proposals, steps)
         tokens, lost = gather_to_host(decoded.tokens), gather_to_host(decoded.lost)
-        self._written += int((tokens >= 0).any(axis=0).sum())
+        seconds = time.perf_counter() - start
+        self._written += int(decoded.slots)
+        self._account(proposals, tokens, seconds)
         log_probs = decoded.log_probs
         reports = any(job is not None and job.request.logprobs is not None for job in jobs)
         arrays = (log_probs.chosen, log_probs.tokens, log_probs.top) if reports else ()
@@ -550,20 +684,51 @@ class Engine:
             if job is not None:
                 self._send(job, tokens[row].tolist(), int(lost[row]), [x[row].tolist() for x in reported])
 
-    def _words(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which tokens guides allow, one bit each, and which rows have a guide; a guide that fails ends its answer."""
-        words = np.zeros((self.rows, -(-self.config.vocab // 32) * 4), np.uint8)
-        guided = np.zeros(self.rows, bool)
+    def _account(self, proposals: np.ndarray, tokens: np.ndarray, seconds: float):
+        """Notes the time of a call, and what came of proposals."""
+        rows, new = len(tokens), tokens >= 0
+        if not proposals.shape[1]:
+            self._pace.step(seconds / max(int(new.any(axis=0).sum()), 1))
+            if self._balance is not None:
+                self._balance.after_step(rows, seconds)
+            return
+        accepted = ((tokens[:, : proposals.shape[1]] == proposals) & (proposals >= 0)).sum(axis=1)
+        proposed = (proposals >= 0).sum(axis=1)
         for row, job in enumerate(self._jobs):
-            if job is None or job.guide is None:
-                continue
-            try:
-                bits = np.packbits(allowed(job.guide, self.config.vocab), bitorder="little")
-            except InputError as error:
-                self._end(job, "error", error=str(error))
-                continue
-            words[row, : len(bits)], guided[row] = bits, True
-        return words.view("<u4"), guided
+            if job is not None:
+                job.answer.proposed += int(proposed[row])
+                job.answer.accepted += int(accepted[row])
+        with self._changed:
+            self._totals["proposed"] += int(proposed.sum())
+            self._totals["accepted"] += int(accepted.sum())
+        if self._balance is not None:
+            self._balance.after_pass(rows, float(new.sum() / max(new.any(axis=1).sum(), 1)), seconds)
+
+    def _step(self, by_row: tuple[Array, ...], proposals: Int[np.ndarray, "rows proposed"], passes: int) -> Decoded:
+        given = *by_row, place_rows(self.model, proposals)
+        self._carried, decoded = decode_rows((self._flat, given, np.asarray(passes, np.int32)), self._carried)
+        return decoded
+
+    def _by_row(self) -> tuple[Array, ...]:
+        """Which rows decode, which tokens guides allow, one bit each, and which rows have a guide.
+
+        A guide that fails ends its answer. Arrays that say the same as at the step before are not sent again.
+        """
+        words = np.zeros((len(self._jobs), -(-self.config.vocab // 32) * 4), np.uint8)
+        guided = np.zeros(len(self._jobs), bool)
+        jobs = [(row, job) for row, job in enumerate(self._jobs) if job is not None and job.guide is not None]
+        # llguidance computes several masks at a time.
+        masks = (self._pool.map if len(jobs) > 1 else map)(lambda item: _bits(item[1].guide, self.config.vocab), jobs)
+        for (row, job), bits in zip(jobs, masks, strict=True):
+            if isinstance(bits, InputError):
+                self._end(job, "error", error=str(bits))
+            else:
+                words[row, : len(bits)], guided[row] = bits, True
+        wanted = [job is not None for job in self._jobs]
+        if self._given is None or guided.any() or self._given[0] != wanted:
+            arrays = np.asarray(wanted), words.view("<u4"), guided
+            self._given = None if guided.any() else wanted, tuple(place_rows(self.model, x) for x in arrays)
+        return self._given[1]
 
     def _send(self, job: _Job, tokens: list[int], lost: int, reported: list[list[Any]]):
         """Sends the new tokens of a row, up to the one that ends it.
@@ -580,6 +745,8 @@ class Engine:
                 break
             ids.append(id)
             job.count += 1
+            if job.history is not None:
+                job.history.push(id)
             text += job.text.push(id)
             if job.text.stopped is not None or id in job.call.ends:
                 finish = "stop"
@@ -604,3 +771,11 @@ class Engine:
             job.answer.put(event)
         else:
             self._end(job, finish, event, error=error)
+
+
+def _bits(guide: Guide, vocab: int) -> np.ndarray | InputError:
+    """Which tokens a guide allows, one bit each, or why it cannot say."""
+    try:
+        return np.packbits(allowed(guide, vocab), bitorder="little")
+    except InputError as error:
+        return error

@@ -43,13 +43,14 @@ class PrefixCache:
     **Attributes:**
 
     - `block`: the number of tokens in a block.
+    - `limit`: the most bytes; 0 keeps none.
     - `bytes`: the size of all blocks.
     """
 
     def __init__(self, block: int, limit: int):
         self.block = block
         self.bytes = 0
-        self._limit = limit
+        self.limit = limit
         self._roots: dict[int, _Node] = {}
         self._leaves: set[_Node] = set()
         self._clock = itertools.count(1)
@@ -74,7 +75,7 @@ class PrefixCache:
     def add(self, model: Mistral, ids: Sequence[int], cache: Cache, adapter: int = -1):
         """Keeps the whole blocks of a prompt, whose token of position `i` is in slot `i` of the cache."""
         node = self._root(adapter)
-        for number in range(len(ids) // self.block if self._limit > 0 else 0):
+        for number in range(len(ids) // self.block if self.limit > 0 else 0):
             key = tuple(ids[number * self.block : (number + 1) * self.block])
             child = node.children.get(key)
             if child is None:
@@ -85,7 +86,7 @@ class PrefixCache:
                 self._leaves.add(child)
             child.used = next(self._clock)
             node = child
-        while self.bytes > self._limit:
+        while self.bytes > self.limit:
             self._drop(min(self._leaves, key=lambda leaf: leaf.used))
 
     def _root(self, adapter: int) -> _Node:

@@ -1,6 +1,5 @@
 """Chunked prefill of one prompt, in a cache of its own."""
 
-import collections
 import math
 
 import equinox as eqx
@@ -41,20 +40,20 @@ def read_chunk(
     return spmd(forward, model.mesh, in_specs, layers)(model, ids, positions, adapter, cache)
 
 
-def chunks(known: int, length: int, size: int) -> list[tuple[int, int]]:
-    """The chunks in which tokens `known` to `length` are read: the first token of each, and its width.
-
-    All but the last have `size` tokens. The width of the last is a power of two, at least 16, so that few programs are
+def chunk_width(left: int, size: int, room: int) -> int:
+    """The width of the next chunk: the least power of two that holds all tokens, at least 16, so that few programs are
     compiled.
+
+    **Arguments:**
+
+    - `left`: how many tokens are to be read.
+    - `size`: the most tokens of a chunk.
+    - `room`: how many slots are free.
     """
-    starts = range(known, length, size)
-    return [(start, min(size, bucket(length - start, step=16, per_octave=1))) for start in starts]
-
-
-def prompt_slots(model: Mistral, known: int, length: int, size: int) -> int:
-    """The size of the cache in which such a prompt is read."""
-    start, width = chunks(known, length, size)[-1] if known < length else (known, 0)
-    return slots(model, ring_capacity(start + width))
+    width = min(size, bucket(left, step=16, per_octave=1))
+    while width > room:
+        width = max(width // 2, min(room, 16))
+    return width
 
 
 class PromptReader:
@@ -71,7 +70,6 @@ class PromptReader:
         self,
         flat: Flat,
         ids: tuple[int, ...],
-        size: int,
         prefixes: PrefixCache,
         cache_dtype: CacheDType | None,
         adapter: int = -1,
@@ -81,26 +79,29 @@ class PromptReader:
         self.ids = ids
         self.known = len(found) * prefixes.block
         self._flat, self._rows, self._adapter = flat, parts(model, "batch"), adapter
-        self._chunks = collections.deque(chunks(self.known, len(ids), size))
-        room = prompt_slots(model, self.known, len(ids), size)
-        cache = empty_cache(model, self._rows, room, cache_dtype=cache_dtype)
+        self._read = self.known
+        self._room = ring_capacity(len(ids))
+        cache = empty_cache(model, self._rows, slots(model, self._room), cache_dtype=cache_dtype)
         self.cache: Cache = prefixes.restored(model, cache, found)
 
     @property
     def done(self) -> bool:
         """Whether all tokens are in the cache."""
-        return not self._chunks
+        return self._read == len(self.ids)
 
-    def read(self):
-        """Reads one chunk."""
+    def read(self, size: int) -> int:
+        """Reads one chunk of at most `size` tokens, and returns its width."""
         model: Mistral = self._flat.tree
-        start, width = self._chunks.popleft()
+        start = self._read
+        width = chunk_width(len(self.ids) - start, size, self._room - start)
         part = self.ids[start : start + width]
         ids, positions = np.zeros((self._rows, width), np.int32), np.full((self._rows, width), -1, np.int32)
         ids[:, : len(part)], positions[:, : len(part)] = part, np.arange(start, start + len(part))
         adapter = np.full(self._rows, self._adapter, np.int32)
         ids, positions, adapter = (place_rows(model, x) for x in (ids, positions, adapter))
         self.cache = read_chunk((self._flat, ids, positions, adapter), self.cache)
+        self._read += len(part)
+        return width
 
 
 def block_size(model: Mistral) -> int:

@@ -1,9 +1,10 @@
 """The KV cache of an engine: a ring of slots, with one write pointer for all rows.
 
 Each pass writes one token of every row into the slot at the pointer, so the cache is updated in place. After the last
-slot the pointer goes back to the first. The text of a row that entered is in the slots before the pointer, however
-many slots the other rows have. The mask depends on positions alone, so that the slots of one row need no order, and a
-slot without a token has position -1.
+slot the pointer goes back to the first. A pass over proposed tokens writes several slots; the pointer then moves on by
+as many as the row with the most new tokens has, and the others have slots without tokens. The text of a row that
+entered is in the slots before the pointer, however many slots the other rows have. The mask depends on positions alone,
+so that the slots of one row need no order, and a slot without a token has position -1.
 
 Where the strategy splits `kv_seq`, the tokens of an entering row are dealt out as they are in its own cache: the
 pointer first moves on to a multiple of the number of shards. A device that does not store a token writes padding into
@@ -12,7 +13,6 @@ its next slot. So the ring needs as many spare slots as there are shards.
 
 from collections.abc import Callable
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -21,12 +21,12 @@ from jaxtyping import Array, Int
 from ..generation.caches import parts
 from ..generation.prompt import bucket
 from ..nn import Cache, Mistral
-from ..parallel import Strategy, shard_index, specs, spmd
+from ..parallel import Strategy, shard_index
 
 
 def ring_capacity(count: int) -> int:
     """The size of a ring for at least `count` tokens: one size per octave, so that few programs are compiled."""
-    return bucket(count, step=128, per_octave=1)
+    return bucket(count, step=256, per_octave=1)
 
 
 def spare(model: Mistral) -> int:
@@ -41,10 +41,12 @@ def aligned(model: Mistral, slot: int) -> int:
     return -(-slot // shards) * shards
 
 
-def turned(cache: Cache, strategy: Strategy) -> Cache:
-    """The cache with its pointer in the ring again."""
+def turned(cache: Cache, width: int, strategy: Strategy) -> tuple[Cache, Int[Array, ""]]:
+    """The cache with its pointer in the ring again, and so many slots before its end; and how many were skipped."""
     own, shards = _own(cache, strategy)
-    return Cache(cache.layers, cache.positions, cache.used % (own * shards))
+    used = cache.used % (own * shards)
+    skipped = jnp.where(used + width > own * shards, own * shards - used, 0)
+    return Cache(cache.layers, cache.positions, (used + skipped) % (own * shards)), skipped
 
 
 def entered_cache(
@@ -76,27 +78,27 @@ def entered_cache(
     return Cache(layers, positions, pointer * shards % (own * shards))
 
 
-@eqx.filter_jit
-def resized(model: Mistral, cache: Cache, kv_seq: int) -> Cache:
-    """A copy of a ring with `kv_seq` slots, which has the last tokens before the pointer."""
-    strategy = model.strategy
-    share = kv_seq // parts(model, "kv_seq")
+def resized_cache(cache: Cache, order: Int[Array, " new"], share: int, strategy: Strategy) -> Cache:
+    """A copy of a ring with other rows and slots, which has the last tokens before the pointer.
 
-    def copy(cache: Cache) -> Cache:
-        own, shards = _own(cache, strategy)
-        new = share if shards == 1 else share - 1
-        kept = min(own, new)
-        pointer = -(-cache.used // shards)
+    **Arguments:**
 
-        def last(x: Array, axis: int, fill: int) -> Array:
-            x = jnp.roll(lax.slice_in_dim(x, 0, own, axis=axis), -pointer, axis=axis)
-            return _padded(lax.slice_in_dim(x, own - kept, own, axis=axis), share - kept, axis, fill)
+    - `order`: for each row of this device the old one that it continues, -1 for an empty row.
+    - `share`: the number of slots on this device.
+    """
+    own, shards = _own(cache, strategy)
+    new = share if shards == 1 else share - 1
+    kept = min(own, new)
+    pointer = -(-cache.used // shards)
 
-        layers = jax.tree.map(lambda x: last(x, 2, 0), cache.layers)
-        return Cache(layers, last(cache.positions, 1, -1), jnp.full_like(cache.used, kept * shards % (new * shards)))
+    def last(x: Array, axis: int, fill: int) -> Array:
+        x = jnp.take(x, order, axis=0, mode="clip")
+        x = jnp.roll(lax.slice_in_dim(x, 0, own, axis=axis), -pointer, axis=axis)
+        return _padded(lax.slice_in_dim(x, own - kept, own, axis=axis), share - kept, axis, fill)
 
-    split = specs(cache, strategy)
-    return spmd(copy, model.mesh, (split,), split)(cache)
+    layers = jax.tree.map(lambda x: last(x, 2, 0), cache.layers)
+    positions = jnp.where((order >= 0)[:, None], last(cache.positions, 1, -1), -1)
+    return Cache(layers, positions, jnp.full_like(cache.used, kept * shards % (new * shards)))
 
 
 def _own(cache: Cache, strategy: Strategy) -> tuple[int, int]:

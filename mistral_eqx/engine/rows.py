@@ -22,10 +22,10 @@ from ..nn import Cache, Mistral
 from ..parallel import Strategy, shard_index, specs, spmd
 from .choice import Numbers, any_row, where_any
 from .request import MOST_ENDS, MOST_LOGPROBS
-from .ring import entered_cache, turned
+from .ring import entered_cache, resized_cache, turned
 
 
-# How many tokens of a row one call can decode.
+# How many tokens of a row one call can decode without proposals.
 MOST_STEPS = 8
 
 
@@ -148,79 +148,116 @@ class Decoded(eqx.Module):
 
     **Attributes:**
 
-    - `tokens`: one column a step; -1 where a row did not decode.
+    - `tokens`: -1 where a row has none. Each pass has as many columns as it checks tokens of a row, and each row's
+        new tokens are in the first of them.
     - `lost`: as in `generation.loop.Decoding`; the last token of such a row is none.
     - `log_probs`: of rows that ask for them.
+    - `slots`: how many slots the pointer went on.
     """
 
     tokens: Int[Array, "batch _"]
     lost: Int[Array, " batch"]
     log_probs: LogProbs
+    slots: Int[Array, ""]
 
     @classmethod
-    def init(cls, batch: int, vocab: int) -> "Decoded":
+    def init(cls, batch: int, vocab: int, columns: int) -> "Decoded":
         """Without a token."""
-        log_probs = LogProbs.init(batch, MOST_STEPS, min(MOST_LOGPROBS, vocab))
-        return cls(jnp.full((batch, MOST_STEPS), -1, jnp.int32), jnp.zeros(batch, jnp.int32), log_probs)
+        log_probs = LogProbs.init(batch, columns, min(MOST_LOGPROBS, vocab))
+        none = jnp.zeros(batch, jnp.int32)
+        return cls(jnp.full((batch, columns), -1, jnp.int32), none, log_probs, jnp.zeros((), jnp.int32))
 
 
 @eqx.filter_jit(donate="all-except-first")
 def decode_rows(
     kept: tuple[Flat, tuple[Array, ...], Int[Array | np.ndarray, ""]], carried: Flat
 ) -> tuple[Flat, Decoded]:
-    """Decodes up to some tokens of each row in one loop; it ends when no row decodes.
+    """Decodes some tokens of each row in one loop; it ends when no row decodes.
 
     **Arguments:**
 
-    - `kept`: the model; by row, whether it is still wanted, and `words` and `guided` as for `Rows.next`; the number of
-        steps, at most `MOST_STEPS`.
+    - `kept`: the model; by row, whether it is still wanted, `words` and `guided` as for `Rows.next`, and proposed
+        tokens, -1 for none; the number of passes, which is 1 if there are proposals, else at most `MOST_STEPS`.
     - `carried`: the rows and the cache, donated and updated in place.
     """
-    flat, given, steps = kept
+    flat, given, passes = kept
     model: Mistral = flat.tree
     strategy = model.strategy
 
     def loop(
-        model: Mistral, wanted: Array, words: Array, guided: Array, steps: Array, rows: Rows, cache: Cache, out: Decoded
+        model: Mistral,
+        wanted: Array,
+        words: Array,
+        guided: Array,
+        proposals: Array,
+        passes: Array,
+        rows: Rows,
+        cache: Cache,
+        out: Decoded,
     ) -> tuple[Rows, Cache, Decoded]:
-        def going(rows: Rows) -> Array:
-            # All devices leave the loop together, even those whose own rows have ended.
-            return any_row(rows.active, strategy)
+        width = 1 + proposals.shape[1]
+        # No token follows the last proposal.
+        following = jnp.pad(proposals, ((0, 0), (0, 1)), constant_values=-1)
 
         def unfinished(carry):
-            at, goes_on, *_ = carry
-            return (at < steps) & goes_on
+            number, goes_on, *_ = carry
+            return (number < passes) & goes_on
 
-        def next_token(carry):
-            at, _, rows, cache, out = carry
-            positions = jnp.where(rows.active, rows.position, -1)
-            hidden, cache = model.hidden(rows.token[:, None], positions[:, None], cache)
-            logits = model.logits(hidden)[:, 0]
-            after = rows.next(logits, words, guided, strategy)
-            token = jnp.where(rows.active, after.token, -1)
-            tokens = lax.dynamic_update_slice_in_dim(out.tokens, token[:, None], at, axis=1)
+        def next_pass(carry):
+            number, _, rows, cache, out = carry
+            checked = jnp.concatenate([rows.token[:, None], proposals], axis=1)
+            at = rows.position[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
+            positions = jnp.where(rows.active[:, None] & (checked >= 0), at, -1)
+            cache, skipped = turned(cache, width, strategy)
+            hidden, written = model.hidden(jnp.maximum(checked, 0), positions, cache)
+            logits = model.logits(hidden)
 
-            def record(log_probs: LogProbs) -> LogProbs:
-                return log_probs.record(logits, after.token, at, strategy)
+            def next_token(carry):
+                column, _, going, rows, out = carry
+                one = lax.dynamic_index_in_dim(logits, column, 1, keepdims=False)
+                after = dataclasses.replace(rows, active=going).next(one, words, guided, strategy)
+                token = jnp.where(going, after.token, -1)
+                number_of = number * width + column
+                tokens = lax.dynamic_update_slice_in_dim(out.tokens, token[:, None], number_of, axis=1)
 
-            reports = any_row(rows.active & rows.reports, strategy)
-            log_probs = lax.cond(reports, record, lambda log_probs: log_probs, out.log_probs)
-            return at + 1, going(after), after, turned(cache, strategy), Decoded(tokens, after.lost, log_probs)
+                def record(log_probs: LogProbs) -> LogProbs:
+                    return log_probs.record(one, after.token, number_of, strategy)
+
+                reports = any_row(going & rows.reports, strategy)
+                log_probs = lax.cond(reports, record, lambda log_probs: log_probs, out.log_probs)
+                # A row goes on if the next logits are those after the token that it has now.
+                proposed = lax.dynamic_index_in_dim(following, column, 1, keepdims=False)
+                goes_on = after.active & (token == proposed)
+                rows = dataclasses.replace(after, active=jnp.where(going, after.active, rows.active))
+                out = Decoded(tokens, after.lost, log_probs, out.slots)
+                # All devices leave the loop together, even those whose own rows have ended.
+                return column + 1, any_row(goes_on, strategy), goes_on, rows, out
+
+            column, _, _, rows, out = lax.while_loop(
+                lambda carry: carry[1],
+                next_token,
+                (jnp.zeros_like(number), any_row(rows.active, strategy), rows.active, rows, out),
+            )
+            # The slots of rejected tokens are empty. The next pass overwrites those that no row has used.
+            cache = Cache(written.layers, written.keep(rows.position).positions, cache.used + column)
+            out = dataclasses.replace(out, slots=out.slots + skipped + column)
+            return number + 1, any_row(rows.active, strategy), rows, cache, out
 
         model = for_rows(model, rows.adapter)
         rows = dataclasses.replace(rows, active=rows.active & wanted)
         _, _, rows, cache, out = lax.while_loop(
-            unfinished, next_token, (jnp.zeros_like(steps), going(rows), rows, cache, out)
+            unfinished, next_pass, (jnp.zeros_like(passes), any_row(rows.active, strategy), rows, cache, out)
         )
         return rows, cache, out
 
     rows, cache = carried.tree
-    out = Decoded.init(len(rows.token), rows.prompt.shape[1])
+    columns = max(MOST_STEPS, 1 + given[-1].shape[1])
+    out = Decoded.init(len(rows.token), rows.prompt.shape[1], columns)
     by_row, whole = strategy.spec("batch"), strategy.spec("")
     state, layers, decoded = specs(rows, strategy), specs(cache, strategy), specs(out, strategy)
-    in_specs = specs(model, strategy), by_row, by_row, by_row, whole, state, layers, decoded
+    in_specs = specs(model, strategy), *(by_row for _ in given), whole, state, layers, decoded
     rows, cache, out = spmd(loop, model.mesh, in_specs, (state, layers, decoded))(
-        model, *given, steps, rows, cache, out
+        model, *given, passes, rows, cache, out
     )
     return Flat((rows, cache)), out
 
@@ -257,3 +294,26 @@ def enter(
     in_specs = specs(new, strategy), specs(prompt, strategy), whole, whole, state, layers
     result = spmd(replace, mesh, in_specs, (state, layers))(new, prompt, length, row, rows, cache)
     return Flat(result)
+
+
+@eqx.filter_jit
+def resized(mesh: Mesh | None, strategy: Strategy, order: Int[Array, " batch"], carried: Flat, kv_seq: int) -> Flat:
+    """Copies of the rows and of the cache, of other sizes.
+
+    **Arguments:**
+
+    - `mesh`, `strategy`: those of the model.
+    - `order`: for each new row the old one of the same device that it continues, -1 for an empty row.
+    - `carried`: the rows and the cache.
+    - `kv_seq`: the new number of slots.
+    """
+    share = kv_seq // strategy.parts("kv_seq", mesh)
+
+    def copy(order: Array, rows: Rows, cache: Cache) -> tuple[Rows, Cache]:
+        rows = jax.tree.map(lambda x: jnp.take(x, order, axis=0, mode="clip"), rows)
+        rows = dataclasses.replace(rows, active=rows.active & (order >= 0))
+        return rows, resized_cache(cache, order, share, strategy)
+
+    rows, cache = carried.tree
+    split = specs(rows, strategy), specs(cache, strategy)
+    return Flat(spmd(copy, mesh, (strategy.spec("batch"), *split), split)(order, rows, cache))

@@ -17,8 +17,34 @@ from .proposals import Speculate, checked_speculate
 from .reading import CHUNK, prompt_width
 from .request import Cached, Request
 from .sampler import Sampler
-from .speculation import Speculation
+from .speculation import Acceptance, Speculation
 from .stops import Stops, Tokenizer, stop_rows
+
+
+class Stream(Iterator[np.ndarray]):
+    """The tokens of a call of [`mistral_eqx.stream`][], as they are decoded.
+
+    **Attributes:**
+
+    - `acceptance`: what came of proposed tokens so far, with `speculate`.
+    """
+
+    acceptance: Acceptance | None
+
+    def __init__(self, request: Request, rows: list[list[int]], stops: Stops | None):
+        self.acceptance = None
+        self._tokens = self._decoded(request, rows, stops)
+
+    def __next__(self) -> np.ndarray:
+        return next(self._tokens)
+
+    def _decoded(self, request: Request, rows: list[list[int]], stops: Stops | None) -> Iterator[np.ndarray]:
+        def states() -> Iterator[Decoding]:
+            for decoding, cache in request.steps(*request.start(rows), 1, stops):
+                self.acceptance = cache.acceptance if isinstance(cache, Speculation) else None
+                yield decoding
+
+        yield from _columns(states(), len(rows) * request.samples, stops)
 
 
 def stream(
@@ -36,7 +62,7 @@ def stream(
     prefill_chunk: int = CHUNK,
     cache_dtype: CacheDType | None = None,
     speculate: Speculate | None = None,
-) -> Iterator[np.ndarray]:
+) -> Stream:
     """Like [`mistral_eqx.generate`][], but yields each token as soon as it is decoded.
 
     It enters the same compiled loop once for each token. The first token comes before the loop is compiled. With
@@ -46,7 +72,8 @@ def stream(
     [`mistral_eqx.StopText`][] decodes the tokens and leaves the stop string out.
 
     **Returns:** an iterator over int32 arrays of shape `(batch * num_samples,)`: one token a row, -1 for a row that has
-    ended. It stops when all rows have ended, or after `max_new_tokens`.
+    ended. It stops when all rows have ended, or after `max_new_tokens`. With `speculate`, its `acceptance` counts
+    proposed and accepted tokens, as in [`mistral_eqx.Acceptance`][].
 
     **Raises:** `ValueError` as `generate` does, at the call.
     """
@@ -67,14 +94,7 @@ def stream(
         speculate=speculate,
     )
     before = [row for row in rows for _ in range(num_samples)]
-    count = len(before)
-    stops = stop_rows(stop, tokenizer, before)
-
-    def tokens() -> Iterator[np.ndarray]:
-        states = request.steps(*request.start(rows), 1, stops)
-        yield from _columns((decoding for decoding, _ in states), count, stops)
-
-    return tokens()
+    return Stream(request, rows, stop_rows(stop, tokenizer, before))
 
 
 def _columns(states: Iterable[Decoding], count: int, stops: Stops | None) -> Iterator[np.ndarray]:

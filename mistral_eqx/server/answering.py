@@ -191,11 +191,16 @@ class _Going:
     def _usage(self) -> dict[str, Any]:
         firsts = self._answers[:: self._job.asked.n]
         prompt = sum(len(answer.prompt) for answer in firsts)
+        accepted = sum(answer.accepted for answer in self._answers)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": self._new,
             "total_tokens": prompt + self._new,
             "prompt_tokens_details": {"cached_tokens": sum(answer.cached for answer in firsts)},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": accepted,
+                "rejected_prediction_tokens": sum(answer.proposed for answer in self._answers) - accepted,
+            },
         }
 
 

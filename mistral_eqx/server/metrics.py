@@ -71,7 +71,8 @@ class _OfEngine(Collector):
     def collect(self) -> Iterator[Metric]:
         load = self._engine.load
         for name, help, value in (
-            ("rows", "Rows of the batch.", self._engine.rows),
+            ("rows", "The most rows of the batch.", self._engine.rows),
+            ("step_rows", "Rows that a step computes.", load.rows),
             ("active_rows", "Rows that decode.", load.active),
             ("waiting_requests", "Requests that wait for a row, or whose prompt is prefilled.", load.waiting),
             ("cache_slots", "Tokens of each row for which the KV cache has room.", load.slots),
@@ -82,6 +83,8 @@ class _OfEngine(Collector):
             ("prompt_tokens", "Tokens of prompts.", load.prompt_tokens),
             ("cached_tokens", "Tokens of prompts that came out of the prefix cache.", load.cached_tokens),
             ("new_tokens", "Tokens of answers.", load.new_tokens),
+            ("proposed_tokens", "Tokens that a prompt lookup proposed.", load.proposed),
+            ("accepted_tokens", "Proposed tokens that the model chose too.", load.accepted),
         ):
             yield CounterMetricFamily(f"mistral_eqx_{name}", help, value)
         finished = CounterMetricFamily("mistral_eqx_answers", "Answers by the reason of their end.", labels=["finish"])
