@@ -189,6 +189,7 @@ def serve(
     from ..server import LOOPBACK, create_app, is_loopback, listen, run, url
     from .devices import Devices
     from .loading import load, locate
+    from .progress import waiting
 
     if server.api_key is not None and not server.api_key.strip():
         raise InputError("--api-key is empty; give a key, or leave it out.")
@@ -227,7 +228,8 @@ def serve(
             )
         )
         # The first clients do not wait for the compiler.
-        running.warm()
+        with waiting("Compiling for requests; later starts find the programs"):
+            running.warm()
         if taken is None:
             # Process 0 has the last word.
             with interrupts.answered():
