@@ -30,6 +30,18 @@ def _alone(tmp_path, monkeypatch):
     monkeypatch.setenv("MISTRAL_EQX_CACHE", str(tmp_path / "cache"))
 
 
+class Streamed:
+    """Stands for what `mx.stream` returns."""
+
+    acceptance = None
+
+    def __init__(self, tokens):
+        self._tokens = tokens
+
+    def __iter__(self):
+        return self._tokens
+
+
 def continuation(model, text, **options):
     """What the library says of the same prompt."""
     tokenizer = mx.load_tokenizer(model)
@@ -90,7 +102,7 @@ def test_a_text_ends_at_the_end_token_unless_told_otherwise(tiny, monkeypatch):
 
     def stream(model, prompts, **options):
         asked.update(options)
-        return ids
+        return Streamed(ids)
 
     monkeypatch.setattr(mx, "stream", stream)
     result = run("generate", "Call me", "--model", tiny)
@@ -186,12 +198,12 @@ def test_debug_shows_the_traceback(arguments):
 
 
 def test_ctrl_c_keeps_what_was_decoded(tiny, monkeypatch):
-    def stream(*args, **options):
+    def tokens():
         yield [10]
         yield [11]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mx, "stream", stream)
+    monkeypatch.setattr(mx, "stream", lambda *args, **options: Streamed(tokens()))
     result = run("generate", "Call me", "--model", tiny)
     assert result.exit_code == 130
     assert result.stdout == mx.load_tokenizer(tiny).decode([10, 11]) + "\n"
@@ -275,7 +287,7 @@ def test_a_prompt_and_messages_in_the_chat_template(tiny, tmp_path):
 
 
 def test_a_text_that_ends_at_once_is_a_hint(tiny, monkeypatch):
-    monkeypatch.setattr(mx, "stream", lambda *arguments, **options: iter([[1]]))
+    monkeypatch.setattr(mx, "stream", lambda *arguments, **options: Streamed(iter([[1]])))
     assert "try --chat" in run("generate", "Hi", "--model", tiny).stderr
     assert "--chat" not in run("generate", "Hi", "--model", tiny, "--chat").stderr
     assert "--chat" not in run("generate", "Hi", "--model", tiny, "-n", 1).stderr
