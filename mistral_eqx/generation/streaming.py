@@ -1,6 +1,7 @@
 """Tokens as they are decoded."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from .speculation import Acceptance, Speculation
 from .stops import Stops, Tokenizer, stop_rows
 
 
-class Stream(Iterator[np.ndarray]):
+class Stream(Generator[np.ndarray, None, None]):
     """The tokens of a call of [`mistral_eqx.stream`][], as they are decoded.
 
     **Attributes:**
@@ -35,10 +36,15 @@ class Stream(Iterator[np.ndarray]):
         self.acceptance = None
         self._tokens = self._decoded(request, rows, stops)
 
-    def __next__(self) -> np.ndarray:
-        return next(self._tokens)
+    def send(self, value: None) -> np.ndarray:
+        return self._tokens.send(value)
 
-    def _decoded(self, request: Request, rows: list[list[int]], stops: Stops | None) -> Iterator[np.ndarray]:
+    def throw(self, *raised: Any) -> np.ndarray:
+        return self._tokens.throw(*raised)
+
+    def _decoded(
+        self, request: Request, rows: list[list[int]], stops: Stops | None
+    ) -> Generator[np.ndarray, None, None]:
         def states() -> Iterator[Decoding]:
             for decoding, cache in request.steps(*request.start(rows), 1, stops):
                 self.acceptance = cache.acceptance if isinstance(cache, Speculation) else None
