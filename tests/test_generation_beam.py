@@ -192,13 +192,17 @@ def test_trap_dead_eos_check():
 
 
 def test_trap_one_forward_a_beam(monkeypatch):
-    calls, hidden = [], Mistral.hidden
+    calls = []
 
-    def spied(model, ids, *arguments):
-        calls.append(ids.shape)
-        return hidden(model, ids, *arguments)
+    def spied(forward):
+        def called(model, ids, *arguments):
+            calls.append(ids.shape)
+            return forward(model, ids, *arguments)
 
-    monkeypatch.setattr(Mistral, "hidden", spied)
+        return called
+
+    for name in ("prefill", "hidden"):
+        monkeypatch.setattr(Mistral, name, spied(getattr(Mistral, name)))
     model = talking_model(windows=(None,), kv_heads=1)
     beam_search(model, PROMPTS, num_beams=6, max_new_tokens=4)
     # Traced twice: the prompts, each once, and a step, all beams of a prompt at once.
