@@ -188,17 +188,18 @@ def test_the_least_times_of_the_family_follow_from_weights_and_exchanges(monkeyp
     prompt, token = family.times(config, held)
     # One chip exchanges nothing: it reads all but the embedding, and keys and values, for each token.
     assert held.devices == 1
-    entries = config.parameters - config.vocab * config.embed
-    assert token == pytest.approx((2 * entries + held.cache) / chip.hbm_bandwidth)
+    head = config.vocab * config.embed
+    entries = config.matrix_entries(0) + head  # without norms
+    read = entries / (entries + head)
+    assert token == pytest.approx((held.weights * read + held.cache) / chip.hbm_bandwidth)
     # Token i of a prompt attends to i others; each pair is two products of 32 heads.
     pairs = 512 * 513 // 2 * 2 * 32 * 128 * config.layers
-    head = config.vocab * config.embed
     assert prompt == pytest.approx(2 * (512 * (entries - head) + head + pairs) / chip.flops)
     small = dataclasses.replace(chip, hbm_bytes=int(held.total))
     split = smallest(config, small, batch=1, kv_seq=32_768)
     # Half of the weights on each, and two sums a layer, one after the embedding and two of the choice, over two hops.
     assert split.devices == 2
-    halved = ((split.weights * entries / config.parameters) + held.cache / 2) / chip.hbm_bandwidth
+    halved = (split.weights * read + held.cache / 2) / chip.hbm_bandwidth
     exchanged = (5 * 2 * config.embed + 8) / chip.link_bandwidth + 7 * 2e-6
     assert family.times(config, split)[1] == pytest.approx(halved + exchanged)
     lines = list(family.rows(("gpt-micro",)))
