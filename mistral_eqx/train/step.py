@@ -17,7 +17,17 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from ..checks import Count, NotNegative, Positive, Seed, ShareBelowOne, check_arguments
 from ..errors import InputError
 from ..nn import Gathering, Mistral, RouterSums, Stacked, stack, unstack
-from ..parallel import Strategy, own_slices, psum, psum_varying, shard_index, specs, spmd, vary_alike
+from ..parallel import (
+    Strategy,
+    of_last_stage,
+    own_slices,
+    psum,
+    psum_varying,
+    shard_index,
+    specs,
+    spmd,
+    vary_alike,
+)
 from .batch import Batch
 from .dropout import with_dropout
 from .loss import RouterLosses, Sums, loss_sums, router_losses
@@ -50,7 +60,7 @@ class TrainState(eqx.Module):
     @classmethod
     def init(
         cls,
-        model: Mistral,
+        model: Mistral | Stacked,
         optimizer: optax.GradientTransformation,
         *,
         dtype: DTypeLike = jnp.float32,
@@ -61,7 +71,8 @@ class TrainState(eqx.Module):
 
         **Arguments:**
 
-        - `model`: a model on one device or on a mesh; the state is sharded like the model. The model is copied.
+        - `model`: a model on one device or on a mesh; the state is sharded like the model. The model is copied. Its
+            blocks may be stacked, as they are where the strategy splits `layers`.
         - `optimizer`: any elementwise optax transformation; one that reduces over a whole array would reduce over a
             device's shard.
         - `dtype`: the precision of master weights and optimizer state. Forward and backward pass may use less; see
@@ -77,8 +88,8 @@ class TrainState(eqx.Module):
         if offload:
             check_host(model.mesh)
 
-        def build(model: Mistral, shard_dims: Stacked | None = None) -> TrainState:
-            stacked = stack(model)
+        def build(model: Mistral | Stacked, shard_dims: Stacked | None = None) -> TrainState:
+            stacked = stack(model) if isinstance(model, Mistral) else model
             weights, constants = eqx.partition(stacked, trained(stacked))
             weights = cast_floats(weights, dtype)  # weights that are not trained keep their precision
             shards = weights
@@ -112,7 +123,7 @@ class TrainState(eqx.Module):
 
     def specs(self, optimizer: optax.GradientTransformation) -> "TrainState":
         """The PartitionSpec of each array; the optimizer state has those of the ZeRO shards of its weights."""
-        shards = self.zero.specs(self.model.specs(self.strategy), self.shard_dims())
+        shards = self.zero.specs(specs(self.model, self.strategy), self.shard_dims())
         optimizer_state = optax.tree.map_params(
             optimizer,
             lambda _, spec: spec,
@@ -128,12 +139,12 @@ class TrainState(eqx.Module):
 
     def model_specs(self) -> Stacked:
         """The PartitionSpec of each array of the model."""
-        whole = self.model.specs(self.strategy)
+        whole = specs(self.model, self.strategy)
         return self.zero.specs(whole, self.shard_dims()) if self.zero.stage == 3 else whole
 
     def shard_dims(self) -> Stacked:
         """How ZeRO shards each array."""
-        return self.zero.shard_dims(self.model, self.model.specs(self.strategy), self.model.outer.mesh)
+        return self.zero.shard_dims(self.model, specs(self.model, self.strategy), self.model.outer.mesh)
 
 
 class Metrics(NamedTuple):
@@ -187,7 +198,8 @@ def make_step(
         weights as they are. Weights that adapters leave untrained are never cast: activations have their precision.
         bfloat16 has the range of float32, so that small gradients do not vanish and no loss scale is needed.
     - `accumulate`: the number of micro-batches that a batch is split into; activations take the memory of one
-        micro-batch. Gradients are accumulated in the precision of the master weights.
+        micro-batch. Gradients are accumulated in the precision of the master weights. Where the strategy splits
+        `layers`, so many micro-batches pass through the stages, at least as many as there are stages.
     - `clip`: the largest global norm of the gradients; larger gradients are scaled down to it.
     - `remat`: the rematerialisation policy; see [`mistral_eqx.train.rematerialised`][].
     - `label_smoothing`, `z_loss`: as for [`mistral_eqx.train.loss_sums`][].
@@ -217,13 +229,16 @@ def make_step(
         strategy, zero = state.strategy, state.zero
         weights, constants = eqx.partition(state.model, trained(state.model))
         options = {"wrapped": wrapped, "label_smoothing": label_smoothing, "z_loss": z_loss}
+        # All micro-batches of a pipeline have one gradient.
+        in_stages, parts = (accumulate, 1) if strategy.axes("layers") else (1, accumulate)
         # Dropout needs threefry, whichever generator is the default of the process.
         key = jr.fold_in(jr.key(seed, impl="threefry2x32"), state.steps)
-        loss = partial(_loss, constants=constants, key=key, gathering=zero.gathering(shard_dims), **options)
+        gathering = zero.gathering(shard_dims)
+        loss = partial(_loss, constants=constants, key=key, gathering=gathering, micro_batches=in_stages, **options)
         shard_dims = eqx.filter(shard_dims, trained(state.model))
         weigh = partial(_weighed, balance_loss=balance_loss, router_z_loss=router_z_loss)
         gradient, sums, router = _gradient(
-            loss, weigh, weights, batch, strategy, compute_dtype, accumulate, zero, shard_dims
+            loss, weigh, weights, batch, strategy, compute_dtype, parts, zero, shard_dims
         )
         if zero.stage in (1, 2):
             # The optimizer updates this device's shards alone.
@@ -278,6 +293,13 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         mesh = state.model.outer.mesh
         state.strategy.check_length(batch.inputs.shape[1], mesh)
+        stages = state.strategy.parts("layers", mesh)
+        if accumulate < stages:
+            raise InputError(
+                f"With {accumulate} micro-batches, some of {stages} stages always wait; let accumulate be at least "
+                f"{stages}.",
+                key="accumulate",
+            )
         divisor = accumulate * state.strategy.parts("batch", mesh)
         if batch.inputs.shape[0] % divisor:
             raise InputError(
@@ -298,12 +320,13 @@ def _loss(
     key: PRNGKeyArray,
     gathering: Gathering,
     wrapped: Callable[..., Any],
+    micro_batches: int,
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Sums, RouterSums | None]:
     model = with_dropout(eqx.combine(weights, constants), key, rows)
     hidden, routed = model.hidden_and_router_sums(
-        batch.inputs, batch.positions, batch.span, wrapped=wrapped, gathering=gathering
+        batch.inputs, batch.positions, batch.span, wrapped=wrapped, gathering=gathering, micro_batches=micro_batches
     )
     head = model.head(gathering)
     return loss_sums(head, hidden, batch, label_smoothing=label_smoothing, z_loss=z_loss), routed
@@ -359,7 +382,7 @@ def _gradient(
     shapes = jax.eval_shape(mean, light, first)[1]
     # Stage 2 accumulates shards of the gradient from the first micro-batch on.
     like = zero.own_shards(weights, shard_dims) if zero.stage == 2 else varying
-    own = own_slices(jnp.asarray(batch.weights), strategy, axis=1)
+    own = of_last_stage(own_slices(jnp.asarray(batch.weights), strategy, axis=1), strategy)
     start = (
         jax.tree.map(lambda leaf: vary_alike(jnp.zeros_like(leaf), leaf)[0], like),
         jax.tree.map(lambda sum: vary_alike(jnp.zeros(sum.shape, sum.dtype), own)[0], shapes),
@@ -369,7 +392,7 @@ def _gradient(
         gradient = zero.sum(gradient, shard_dims)
     if zero.stage == 1:
         gradient = zero.own_shards(gradient, shard_dims)
-    return gradient, *jax.tree.map(lambda sum: psum(sum, "batch seq", strategy), losses)
+    return gradient, *jax.tree.map(lambda sum: psum(sum, "batch seq layers", strategy), losses)
 
 
 def _tokens(batch: Batch, strategy: Strategy) -> Float[Array, ""]:

@@ -1,0 +1,214 @@
+"""Pipeline parallelism: blocks in stages, through which micro-batches pass."""
+
+import dataclasses
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from fixtures.equality import FLOAT64_BOUND, precision, random_model, worst_error
+from fixtures.generation import refused
+from fixtures.latent import LATENT
+from fixtures.lora import LINEAR
+from fixtures.model import SMALL, small_model
+from fixtures.sharding import exchanges
+from jax.sharding import AbstractMesh
+
+import mistral_eqx as mx
+from mistral_eqx import train
+from mistral_eqx.nn import stack, unstack
+
+
+CONFIG = dataclasses.replace(SMALL, vocab=64, layers=4, windows=(3, None) * 2)
+# A program of half the size.
+PLAIN = dataclasses.replace(CONFIG, layers=2, windows=(None, None))
+ROWS, SEQ = 8, 16
+THREE = ("layers@pp batch@dp kv_heads@tp hidden@tp vocab@tp", {"pp": 2, "dp": 2, "tp": 2})
+
+
+def _slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+def _staged(model, layout, axes):
+    return mx.shard(stack(model), mx.make_mesh(axes), mx.Strategy(layout))
+
+
+def _batch(seed):
+    """Packed documents, causal and with a prefix; rows count unequally and have padding."""
+    draw, examples = np.random.default_rng(seed), []
+    for _ in range(2 * ROWS):
+        ids = draw.integers(0, CONFIG.vocab, draw.integers(6, 16))
+        examples += [train.causal(ids), train.prefix_lm(ids, 4)]
+    return jax.tree.map(lambda leaf: leaf[:ROWS], train.pack(examples, SEQ))
+
+
+def _gradient(model, *, zero=0, **options):
+    """The gradient of the training loss: with this optimizer, what a step subtracts from the weights."""
+    optimizer = optax.sgd(1.0)
+    state = train.TrainState.init(model, optimizer, dtype=jnp.float64, zero=zero)
+    options = {"compute_dtype": None, "clip": None, "accumulate": 4} | options
+    state, metrics = train.make_step(optimizer, **options)(state, _batch(0))
+    stacked = stack(model) if isinstance(model, mx.Mistral) else model
+    before, after = (eqx.filter(tree, train.trained(tree)) for tree in (stacked, state.model))
+    return metrics, jax.tree.map(lambda one, other: np.asarray(one) - np.asarray(other), before, after)
+
+
+@functools.cache
+def _gradient_of_one_device(config):
+    with precision("float64"):
+        return _gradient(random_model(config, "float64"), accumulate=1, label_smoothing=0.1, z_loss=1e-3)
+
+
+# The results of one device.
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "axes", "options"),
+    [
+        (PLAIN, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 1}),
+        _slow(CONFIG, *THREE, {"zero": 1}),
+        _slow(CONFIG, "layers@pp", {"pp": 2}, {"remat": "dots"}),
+        _slow(CONFIG, "layers@a,b", {"a": 2, "b": 1}, {"accumulate": 2, "remat": "none"}),
+        _slow(CONFIG, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 2, "accumulate": 2}),
+        _slow(CONFIG, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 3}),
+        _slow(CONFIG, "layers@pp kv_heads@tp hidden@tp vocab@tp tokens@tp", {"pp": 2, "tp": 2}, {"zero": 1}),
+        _slow(CONFIG, "layers@pp seq@cp kv_seq@cp", {"pp": 2, "cp": 2}, {}),
+        _slow(CONFIG, "layers@pp seq@cp embed@tp", {"pp": 2, "cp": 2, "tp": 2}, {}),
+        _slow(CONFIG, "layers@pp head_dim@tp kv_seq@rep", {"pp": 2, "tp": 2, "rep": 2}, {}),
+    ],
+)
+def test_the_gradient_of_the_training_loss_is_that_of_one_device(config, layout, axes, options):
+    metrics, expected = _gradient_of_one_device(config)
+    with precision("float64"):
+        model = _staged(random_model(config, "float64"), layout, axes)
+        found, gradient = _gradient(model, label_smoothing=0.1, z_loss=1e-3, **options)
+        np.testing.assert_allclose(found, metrics, rtol=FLOAT64_BOUND)
+        # Weights near 1 have 16 digits, and their gradients near 0.01 then 14.
+        assert worst_error(gradient, expected) < FLOAT64_BOUND
+
+
+def _trained(model, steps, **options):
+    optimizer = train.adamw(1e-2)
+    state = train.TrainState.init(model, optimizer, dtype=jnp.float64, zero=options.pop("zero", 0))
+    step, losses = train.make_step(optimizer, compute_dtype=None, **options), []
+    for number in range(steps):
+        state, metrics = step(state, _batch(number))
+        losses.append(float(metrics.loss))
+    return losses, state
+
+
+@pytest.mark.slow
+def test_twenty_steps_are_those_of_one_device():
+    """Four stages; a tied table, whose gradient comes from the first and from the last."""
+    config = dataclasses.replace(CONFIG, tied=True, windows=(3,) * 4)
+    with precision("float64"):
+        model = random_model(config, "float64")
+        expected, alone = _trained(model, 20)
+        found, state = _trained(_staged(model, "layers@pp batch@dp", {"dp": 2, "pp": 4}), 20, accumulate=4, zero=1)
+        # Thousands of operations in 20 steps, each off by 1e-16.
+        np.testing.assert_allclose(found, expected, atol=1e-10)
+        assert worst_error(state.unstacked(), alone.unstacked()) < 1e-10
+        # A stage has its layers alone, and the table that all stages have.
+        own = sum(
+            leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(eqx.filter(state.model, eqx.is_array))
+        )
+        whole = CONFIG.vocab * CONFIG.embed + CONFIG.embed
+        assert own == whole + (config.parameters - whole) // 4
+
+
+@pytest.mark.parametrize(
+    ("layout", "axes", "micro_batches"),
+    [("layers@pp vocab@tp", {"pp": 2, "tp": 2}, 2), _slow(*THREE, 1), _slow("layers@pp seq@cp", {"pp": 2, "cp": 4}, 8)],
+)
+def test_logits_are_those_of_one_device(layout, axes, micro_batches):
+    with precision("float64"):
+        model = random_model(CONFIG, "float64")
+        ids = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab, (ROWS, SEQ)), jnp.int32)
+        run = eqx.filter_jit(lambda model, ids, **options: model(ids, **options))
+        found = run(_staged(model, layout, axes), ids, micro_batches=micro_batches)
+        assert worst_error(found, run(model, ids)) < FLOAT64_BOUND
+
+
+@pytest.mark.slow
+def test_evaluations_adapters_and_the_model_afterwards():
+    """In float32, sums in another order."""
+    model = small_model(config=CONFIG)
+    model = mx.apply_lora(model, rank=2, alpha=4.0, targets=LINEAR, key=jr.key(0))
+    model = jax.tree.map(lambda leaf: leaf + 0.1 if eqx.is_inexact_array(leaf) else leaf, model)
+    states = []
+    for one in (model, _staged(model, *THREE)):
+        state = train.TrainState.init(one, optax.sgd(0.1))
+        state, _ = train.make_step(optax.sgd(0.1), compute_dtype=None, accumulate=2)(state, _batch(0))
+        states.append((train.make_evaluation(compute_dtype=None)(state, _batch(1)), state.unstacked()))
+    (expected, alone), (found, after) = states
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert after.strategy.layout == "batch@dp kv_heads@tp hidden@tp vocab@tp"
+    prompts = [[5, 9, 2], [7, 7, 1]]
+    tokens = [mx.generate(one, prompts, max_new_tokens=5, eos_id=()).tokens for one in (alone, after)]
+    np.testing.assert_array_equal(*tokens)
+    assert worst_error(unstack(stack(alone)), alone) == 0
+
+
+# What is exchanged, and what is refused.
+
+
+def _permutes(lowered):
+    """The number and bytes of what is sent from stage to stage."""
+    ((_, size, _), count) = next(item for item in exchanges(lowered).items() if item[0][0] == "collective_permute")
+    return count, size
+
+
+@pytest.mark.parametrize(("stages", "micro_batches"), [(2, 4), _slow(4, 8)])
+def test_the_bubble_is_in_the_number_of_ticks(stages, micro_batches):
+    """A tick is one exchange; a stage has work in `micro_batches` of them."""
+    config = dataclasses.replace(CONFIG, windows=(None,) * 4)
+    model = _staged(small_model(config=config), "layers@pp", {"pp": stages})
+    ticks = micro_batches + stages - 1
+    size = ROWS // micro_batches * SEQ * CONFIG.embed * 4
+    lowered = eqx.filter_jit(lambda model, ids: model(ids, micro_batches=micro_batches)).lower(
+        model, jnp.zeros((ROWS, SEQ), jnp.int32)
+    )
+    assert _permutes(lowered) == (ticks, size)
+    state = train.TrainState.init(model, optax.sgd(1.0))
+    step = train.make_step(optax.sgd(1.0), compute_dtype=None, accumulate=micro_batches)
+    # As many again for gradients, in the other direction.
+    assert _permutes(eqx.filter_jit(step).lower(state, _batch(0))) == (2 * ticks, size)
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "axes", "words"),
+    [
+        (CONFIG, "layers@pp", {"pp": 3}, ("4 layers", "3 devices", "leave 'layers' out")),
+        (CONFIG, "layers@pp", {"pp": 4}, ("4 stages", "windows differ", "fewer devices")),
+        (LATENT, "layers@pp", {"pp": 2}, ("'layers'", "a model with experts")),
+        (dataclasses.replace(LATENT, routing=None), "layers@pp", {"pp": 2}, ("'layers'", "latent attention")),
+        (CONFIG, "layers@a hidden@a", {"a": 2}, ("'layers' and 'hidden'", "'a'", "another axis")),
+        (CONFIG, "batch@a layers@b,a", {"a": 2, "b": 1}, ("'layers' and 'batch'", "'a'")),
+    ],
+)
+def test_what_cannot_be_split_into_stages_is_refused(config, layout, axes, words):
+    with refused(*words):
+        mx.Strategy(layout).check(config, AbstractMesh(tuple(axes.values()), tuple(axes)))
+
+
+def test_what_a_pipeline_cannot_do_is_refused():
+    model = small_model(config=CONFIG)
+    with refused("'layers'", "not stacked", "mistral_eqx.nn.stack(model)"):
+        mx.shard(model, mx.make_mesh("pp=2"), mx.Strategy("layers@pp"))
+    staged = _staged(model, "layers@pp batch@dp", {"pp": 2, "dp": 2})
+    with refused("6 rows", "2 micro-batches", "multiple of 4"):
+        staged(jnp.zeros((6, 4), jnp.int32), micro_batches=2)
+    with refused("model", "Stacked"):
+        mx.generate(staged, [[1, 2]], max_new_tokens=2)
+    optimizer = optax.sgd(1.0)
+    with refused("1 micro-batches", "2 stages", "at least 2"):
+        train.make_step(optimizer)(train.TrainState.init(staged, optimizer), _batch(0))
+    adapted = mx.apply_lora(model, rank=2, alpha=4.0, targets=LINEAR, dropout=0.5, key=jr.key(0))
+    state = train.TrainState.init(_staged(adapted, "layers@pp", {"pp": 2}), optimizer)
+    with refused("drop no entries", "'layers@pp'", "dropout=0"):
+        train.make_step(optimizer, accumulate=2)(state, _batch(0))
