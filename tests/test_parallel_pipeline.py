@@ -27,6 +27,7 @@ CONFIG = dataclasses.replace(SMALL, vocab=64, layers=4, windows=(3, None) * 2)
 # A program of half the size.
 PLAIN = dataclasses.replace(CONFIG, layers=2, windows=(None, None))
 ROWS, SEQ = 8, 16
+ONE_BY_ONE = {"schedule": "1f1b"}
 THREE = ("layers@pp batch@dp kv_heads@tp hidden@tp vocab@tp", {"pp": 2, "dp": 2, "tp": 2})
 
 
@@ -71,6 +72,11 @@ def _gradient_of_one_device(config):
     ("config", "layout", "axes", "options"),
     [
         (PLAIN, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 1}),
+        (PLAIN, "layers@pp", {"pp": 2}, ONE_BY_ONE),
+        _slow(CONFIG, *THREE, {"zero": 1} | ONE_BY_ONE),
+        _slow(CONFIG, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 2} | ONE_BY_ONE),
+        _slow(CONFIG, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 3, "accumulate": 2} | ONE_BY_ONE),
+        _slow(CONFIG, "layers@pp seq@cp kv_seq@cp", {"pp": 2, "cp": 2}, {"remat": "none"} | ONE_BY_ONE),
         _slow(CONFIG, *THREE, {"zero": 1}),
         _slow(CONFIG, "layers@pp", {"pp": 2}, {"remat": "dots"}),
         _slow(CONFIG, "layers@a,b", {"a": 2, "b": 1}, {"accumulate": 2, "remat": "none"}),
@@ -103,13 +109,16 @@ def _trained(model, steps, **options):
 
 
 @pytest.mark.slow
-def test_twenty_steps_are_those_of_one_device():
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_twenty_steps_are_those_of_one_device(schedule):
     """Four stages; a tied table, whose gradient comes from the first and from the last."""
     config = dataclasses.replace(CONFIG, tied=True, windows=(3,) * 4)
     with precision("float64"):
         model = random_model(config, "float64")
         expected, alone = _trained(model, 20)
-        found, state = _trained(_staged(model, "layers@pp batch@dp", {"dp": 2, "pp": 4}), 20, accumulate=4, zero=1)
+        found, state = _trained(
+            _staged(model, "layers@pp batch@dp", {"dp": 2, "pp": 4}), 20, accumulate=4, zero=1, schedule=schedule
+        )
         # Thousands of operations in 20 steps, each off by 1e-16.
         np.testing.assert_allclose(found, expected, atol=1e-10)
         assert worst_error(state.unstacked(), alone.unstacked()) < 1e-10
@@ -178,6 +187,30 @@ def test_the_bubble_is_in_the_number_of_ticks(stages, micro_batches):
     step = train.make_step(optax.sgd(1.0), compute_dtype=None, accumulate=micro_batches)
     # As many again for gradients, in the other direction.
     assert _permutes(eqx.filter_jit(step).lower(state, _batch(0))) == (2 * ticks, size)
+    step = train.make_step(optax.sgd(1.0), compute_dtype=None, accumulate=micro_batches, schedule="1f1b")
+    ticks += stages - 1
+    assert _permutes(eqx.filter_jit(step).lower(state, _batch(0))) == (2 * ticks, size)
+
+
+@pytest.mark.slow
+def test_one_by_one_keeps_the_activations_of_few_micro_batches():
+    """GPipe keeps the input of each layer in each tick, one by one that of a stage in `2 stages - 1` ticks."""
+    config = dataclasses.replace(PLAIN, layers=4, windows=(None,) * 4)
+    state = train.TrainState.init(_staged(small_model(config=config), "layers@pp", {"pp": 2}), optax.sgd(1.0))
+    temporary = {}
+    for schedule in ("gpipe", "1f1b"):
+        for count in (4, 16):
+            step = train.make_step(optax.sgd(1.0), compute_dtype=None, accumulate=count, schedule=schedule)
+            rows = train.one_a_row([train.causal([1, 2])] * count, 64)
+            sizes = eqx.filter_jit(step, donate="all").lower(state, rows).compile().compiled.memory_analysis()
+            temporary[schedule, count] = sizes.temp_size_in_bytes
+            print(f"| {schedule} | {count} | {sizes.temp_size_in_bytes:,} |")  # noqa: T201
+    stream = 64 * CONFIG.embed * 4
+    # Two layers of a stage, in 12 more ticks; and the activations after each tick.
+    assert temporary["gpipe", 16] - temporary["gpipe", 4] >= 12 * 3 * stream
+    # A copy of the batch, six arrays of numbers of 4 bytes, and the indices of its rows.
+    assert temporary["1f1b", 16] - temporary["1f1b", 4] < 12 * 6 * 64 * 4 + 256
+    assert temporary["1f1b", 16] < temporary["gpipe", 16]
 
 
 @pytest.mark.parametrize(

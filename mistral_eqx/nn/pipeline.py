@@ -1,6 +1,7 @@
 """Pipeline parallelism: the blocks are split into stages, and micro-batches pass from stage to stage."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ from jax import lax
 from jaxtyping import Array, Int, PyTree
 
 from ..parallel import Strategy, next_stage, shard_index, vary
+
+
+Sums = TypeVar("Sums")
 
 
 def pipelined(
@@ -40,6 +44,53 @@ def pipelined(
     _, outputs = lax.scan(tick, nothing_sent(stage, parts), jnp.arange(micro_batches + stages - 1, dtype=jnp.int32))
     # The last stage has the first micro-batch in tick `stages - 1`.
     return outputs[stages - 1 :].reshape(-1, *outputs.shape[2:])
+
+
+def one_forward_one_backward(
+    forward: Callable[[Array | None, PyTree[Array]], Array],
+    backward: Callable[[Sums, Array, PyTree[Array], Array, Array], tuple[Sums, Array]],
+    start: Sums,
+    parts: PyTree[Array],
+    strategy: Strategy,
+) -> Sums:
+    """Passes micro-batches through all stages and back, each as soon as its loss is there.
+
+    In tick `t`, stage `s` computes micro-batch `t - s` forward, and micro-batch `t - 2 (stages - 1) + s` backward. So
+    there are `micro_batches + 2 (stages - 1)` ticks. Between the two, a stage keeps what it has received alone, of at
+    most `2 stages - 1` micro-batches.
+
+    **Arguments:**
+
+    - `forward`: as `stage` of [`mistral_eqx.nn.pipelined`][].
+    - `backward`: takes sums, what the stage received, the rows of a micro-batch, the gradient of the stage's
+        activations, and whether there is such a micro-batch: if not, it adds zeros, and that gradient is zero. It
+        returns the sums, and the gradient of what the stage received.
+    - `start`: the sums before the first micro-batch.
+    - `parts`: arrays with one entry per micro-batch, which all stages have.
+    """
+    number, stages = shard_index("layers", strategy)
+    count, slots = jax.tree.leaves(parts)[0].shape[0], 2 * stages - 1
+    nothing = nothing_sent(forward, parts)
+
+    def tick(
+        carry: tuple[Array, Array, Array, Sums], at: Int[Array, ""]
+    ) -> tuple[tuple[Array, Array, Array, Sums], None]:
+        sent, sent_back, kept, sums = carry
+        received = next_stage(sent, strategy)
+        kept = lax.dynamic_update_index_in_dim(kept, received, at % slots, 0)
+        x = forward(received, taken(parts, at - number))
+        late = 2 * (stages - 1 - number)
+        own = at - number - late
+        exists = (own >= 0) & (own < count)
+        received = lax.dynamic_index_in_dim(kept, (at - late) % slots, keepdims=False)
+        gradient = jnp.where(exists, next_stage(sent_back, strategy, back=True), 0)
+        sums, sent_back = backward(sums, received, taken(parts, own), gradient, exists)
+        return (x, sent_back, kept, sums), None
+
+    kept = jnp.broadcast_to(nothing[None], (slots, *nothing.shape))
+    ticks = jnp.arange(count + 2 * (stages - 1), dtype=jnp.int32)
+    (*_, sums), _ = lax.scan(tick, (nothing, nothing, kept, start), ticks)
+    return sums
 
 
 def micro_batched(rows: PyTree[Array], micro_batches: int) -> PyTree[Array]:

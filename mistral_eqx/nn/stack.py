@@ -164,7 +164,7 @@ class Stacked(eqx.Module):
             sums = jax.tree.map(lambda *layers: jnp.sum(sum(layers[1:], start=layers[0]), axis=0), *found)
             if x.shape[1] != seq:
                 sums = jax.tree.map(lambda leaf: psum(leaf, "tokens", strategy), sums)
-        return all_tokens(self.whole(gathering).norm(x), seq, strategy, to="invarying"), sums
+        return self.normed(x, seq, gathering), sums
 
     def stage(
         self,
@@ -200,6 +200,12 @@ class Stacked(eqx.Module):
             is_first = shard_index("layers", strategy)[0] == 0
             x = jnp.where(is_first, x, jnp.zeros_like(x) if received is None else received)
         return lax.scan(wrapped(repeat), x, arrays)
+
+    def normed(
+        self, x: Float[Array, "batch tokens embed"], seq: int, gathering: Gathering = AS_IT_IS
+    ) -> Float[Array, "batch own embed"]:
+        """The input of the head: the normalised residual stream after the last block, with all `seq` tokens."""
+        return all_tokens(self.whole(gathering).norm(x), seq, self.strategy, to="invarying")
 
     def head(self, gathering: Gathering = AS_IT_IS) -> Unembedding:
         """The output head; with tied embeddings, its weight is the embedding table."""
