@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -73,19 +74,15 @@ def _gradient_of_one_device(config):
     [
         (PLAIN, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 1}),
         (PLAIN, "layers@pp", {"pp": 2}, ONE_BY_ONE),
-        _slow(CONFIG, *THREE, {"zero": 1} | ONE_BY_ONE),
-        _slow(CONFIG, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 2} | ONE_BY_ONE),
-        _slow(CONFIG, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 3, "accumulate": 2} | ONE_BY_ONE),
-        _slow(CONFIG, "layers@pp seq@cp kv_seq@cp", {"pp": 2, "cp": 2}, {"remat": "none"} | ONE_BY_ONE),
         _slow(CONFIG, *THREE, {"zero": 1}),
-        _slow(CONFIG, "layers@pp", {"pp": 2}, {"remat": "dots"}),
-        _slow(CONFIG, "layers@a,b", {"a": 2, "b": 1}, {"accumulate": 2, "remat": "none"}),
-        _slow(CONFIG, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 2, "accumulate": 2}),
-        _slow(CONFIG, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 3}),
-        _slow(CONFIG, "layers@pp kv_heads@tp hidden@tp vocab@tp tokens@tp", {"pp": 2, "tp": 2}, {"zero": 1}),
-        _slow(CONFIG, "layers@pp seq@cp kv_seq@cp", {"pp": 2, "cp": 2}, {}),
-        _slow(CONFIG, "layers@pp seq@cp embed@tp", {"pp": 2, "cp": 2, "tp": 2}, {}),
-        _slow(CONFIG, "layers@pp head_dim@tp kv_seq@rep", {"pp": 2, "tp": 2, "rep": 2}, {}),
+        _slow(CONFIG, *THREE, {"zero": 1} | ONE_BY_ONE),
+        _slow(PLAIN, "layers@a,b", {"a": 2, "b": 1}, {"accumulate": 2, "remat": "none"}),
+        _slow(PLAIN, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 3, "remat": "dots"}),
+        _slow(PLAIN, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 2} | ONE_BY_ONE),
+        _slow(PLAIN, "layers@pp kv_heads@tp hidden@tp vocab@tp tokens@tp", {"pp": 2, "tp": 2}, {}),
+        _slow(PLAIN, "layers@pp seq@cp kv_seq@cp", {"pp": 2, "cp": 2}, {"remat": "none"} | ONE_BY_ONE),
+        _slow(PLAIN, "layers@pp seq@cp embed@tp", {"pp": 2, "cp": 2, "tp": 2}, {}),
+        _slow(PLAIN, "layers@pp head_dim@tp kv_seq@rep", {"pp": 2, "tp": 2, "rep": 2}, {}),
     ],
 )
 def test_the_gradient_of_the_training_loss_is_that_of_one_device(config, layout, axes, options):
@@ -109,16 +106,13 @@ def _trained(model, steps, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
-def test_twenty_steps_are_those_of_one_device(schedule):
+def test_twenty_steps_are_those_of_one_device():
     """Four stages; a tied table, whose gradient comes from the first and from the last."""
     config = dataclasses.replace(CONFIG, tied=True, windows=(3,) * 4)
     with precision("float64"):
         model = random_model(config, "float64")
         expected, alone = _trained(model, 20)
-        found, state = _trained(
-            _staged(model, "layers@pp batch@dp", {"dp": 2, "pp": 4}), 20, accumulate=4, zero=1, schedule=schedule
-        )
+        found, state = _trained(_staged(model, "layers@pp batch@dp", {"dp": 2, "pp": 4}), 20, accumulate=4, zero=1)
         # Thousands of operations in 20 steps, each off by 1e-16.
         np.testing.assert_allclose(found, expected, atol=1e-10)
         assert worst_error(state.unstacked(), alone.unstacked()) < 1e-10
@@ -146,24 +140,80 @@ def test_logits_are_those_of_one_device(layout, axes, micro_batches):
 @pytest.mark.slow
 def test_evaluations_adapters_and_the_model_afterwards():
     """In float32, sums in another order."""
-    model = small_model(config=CONFIG)
+    model = small_model(config=PLAIN)
     model = mx.apply_lora(model, rank=2, alpha=4.0, targets=LINEAR, key=jr.key(0))
     model = jax.tree.map(lambda leaf: leaf + 0.1 if eqx.is_inexact_array(leaf) else leaf, model)
     states = []
-    for one in (model, _staged(model, *THREE)):
+    for one in (model, _staged(model, "layers@pp batch@dp", {"pp": 2, "dp": 2})):
         state = train.TrainState.init(one, optax.sgd(0.1))
         state, _ = train.make_step(optax.sgd(0.1), compute_dtype=None, accumulate=2)(state, _batch(0))
         states.append((train.make_evaluation(compute_dtype=None)(state, _batch(1)), state.unstacked()))
     (expected, alone), (found, after) = states
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert after.strategy.layout == "batch@dp kv_heads@tp hidden@tp vocab@tp"
+    assert after.strategy.layout == "batch@dp"
     prompts = [[5, 9, 2], [7, 7, 1]]
-    tokens = [mx.generate(one, prompts, max_new_tokens=5, eos_id=()).tokens for one in (alone, after)]
+    tokens = [mx.generate(one, prompts, max_new_tokens=3, eos_id=()).tokens for one in (alone, after)]
     np.testing.assert_array_equal(*tokens)
     assert worst_error(unstack(stack(alone)), alone) == 0
 
 
 # What is exchanged, and what is refused.
+
+
+def _ticks(stages, micro_batches, schedule):
+    """For each tick and stage, the micro-batch of the forward and that of the backward pass."""
+
+    def own(at):
+        return at if 0 <= at < micro_batches else None
+
+    if schedule == "gpipe":
+        forward = [[(own(at - stage), None) for stage in range(stages)] for at in range(micro_batches + stages - 1)]
+        return forward + [[(None, found) for found, _ in tick] for tick in reversed(forward)]
+    late = 2 * (stages - 1)
+    return [
+        [(own(at - stage), own(at - late + stage)) for stage in range(stages)] for at in range(micro_batches + late)
+    ]
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize(("stages", "micro_batches"), [(1, 1), (3, 4), (4, 9)])
+def test_what_a_stage_needs_was_sent_to_it(schedule, stages, micro_batches):
+    ticks = _ticks(stages, micro_batches, schedule)
+    done = {
+        (stage, direction, micro_batch): number
+        for number, tick in enumerate(ticks)
+        for stage, pair in enumerate(tick)
+        for direction, micro_batch in enumerate(pair)
+        if micro_batch is not None
+    }
+    assert len(done) == 2 * stages * micro_batches
+    kept = [0] * stages
+    for (stage, direction, micro_batch), number in done.items():
+        source = stage + (1 if direction else -1)
+        # GPipe begins the backward pass in the tick after the loss, 1F1B in the same one.
+        if 0 <= source < stages:
+            assert done[source, direction, micro_batch] == number - 1
+        if direction == 0:
+            last = done[stage, 1, micro_batch]
+            kept[stage] = max(kept[stage], sum(number <= done[stage, 0, of] <= last for of in range(micro_batches)))
+    bound = micro_batches if schedule == "gpipe" else min(2 * stages - 1, micro_batches)
+    assert max(kept) == bound
+
+
+def test_the_pictures_of_the_page_are_the_schedules():
+    page = (Path(__file__).parents[1] / "docs" / "pipelines.md").read_text()
+    for schedule in ("gpipe", "1f1b"):
+        ticks = _ticks(3, 4, schedule)
+        width = 4 if schedule == "gpipe" else 6
+
+        def cell(forward, backward, schedule=schedule):
+            there, back = ("." if found is None else str(found) for found in (forward, backward))
+            back = back if backward is None else f"{back}'"
+            return f"{there} {back}" if schedule == "1f1b" else back if forward is None else there
+
+        for stage in range(3):
+            row = "".join(cell(*tick[stage]).ljust(width) for tick in ticks).rstrip()
+            assert f"    stage {stage}   {row}\n" in page
 
 
 def _permutes(lowered):
