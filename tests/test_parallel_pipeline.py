@@ -18,10 +18,13 @@ from fixtures.lora import LINEAR
 from fixtures.model import SMALL, small_model
 from fixtures.sharding import exchanges
 from jax.sharding import AbstractMesh
+from test_parallel_communication import CONFIG as COUNTED, _counted
 
 import mistral_eqx as mx
 from mistral_eqx import train
 from mistral_eqx.nn import stack, unstack
+from mistral_eqx.parallel import with_auto_axes, with_strategy
+from mistral_eqx.planning import Training, communication, training_step
 
 
 CONFIG = dataclasses.replace(SMALL, vocab=64, layers=4, windows=(3, None) * 2)
@@ -158,6 +161,41 @@ def test_evaluations_adapters_and_the_model_afterwards():
 
 
 # What is exchanged, and what is refused.
+
+
+@pytest.mark.parametrize(
+    ("layout", "axes", "options"),
+    [
+        ("layers@pp hidden@tp", {"pp": 2, "tp": 2}, {}),
+        _slow(*THREE, {"zero": 1}),
+        _slow("layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 2}),
+        _slow(f"{mx.SEQUENCE_PARALLEL.layout} layers@pp", {"pp": 2, "tp": 2}, {"remat": "dots"}),
+        _slow("vocab@tp layers@pp seq@cp kv_seq@cp", {"pp": 2, "cp": 2, "tp": 2}, {}),
+    ],
+)
+def test_the_closed_form_is_what_the_programs_exchange(layout, axes, options):
+    strategy, config = mx.Strategy(layout), dataclasses.replace(COUNTED, layers=4, windows=(3, None) * 2)
+    model = with_strategy(stack(small_model(config=config)), strategy).on_mesh(with_auto_axes(mx.make_mesh(axes)))
+    sizes = {"batch": ROWS, "dtype": "float32"}
+    form = communication.forward_pass(config, strategy, axes, seq=SEQ, micro_batches=4, **sizes)
+    run = eqx.filter_jit(lambda model, ids: model(ids, micro_batches=4))
+    assert exchanges(run.lower(model, jnp.zeros((ROWS, SEQ), jnp.int32))) == _counted(form)
+    training = Training(SEQ, accumulate=4, **options)
+    form = training_step(config, strategy, axes, training=training, **sizes)
+    optimizer = train.adamw(1e-3)
+    state = eqx.filter_eval_shape(lambda: train.TrainState.init(model, optimizer, zero=training.zero))
+    shapes, static = eqx.partition(state, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    step = train.make_step(optimizer, compute_dtype="float32", accumulate=4, remat=training.remat)
+    program = jax.jit(lambda shapes, rows: eqx.filter(step(eqx.combine(shapes, static), rows), eqx.is_array))
+    assert exchanges(program.lower(shapes, _batch(0))) == _counted(form)
+
+
+def test_what_has_no_closed_form_is_refused():
+    strategy, axes = mx.Strategy("layers@pp batch@dp"), {"pp": 2, "dp": 2}
+    with refused("no closed form", "layers@pp"):
+        training_step(CONFIG, strategy, axes, batch=8, training=Training(SEQ, 3, accumulate=4))
+    with refused("generates", "leave 'layers' out"):
+        communication.decoding_step(CONFIG, strategy, axes, batch=8, kv_seq=SEQ)
 
 
 def _ticks(stages, micro_batches, schedule):

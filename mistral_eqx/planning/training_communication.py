@@ -33,11 +33,12 @@ def training_step(
     - `dtype`: the precision of the forward and the backward pass. Master weights and accumulated gradients are float32.
 
     **Returns:** the exchanges. In the ZeRO stages 0 and 1, gradients are summed over devices once per step, in the
-    stages 2 and 3 once per micro-batch.
+    stages 2 and 3 once per micro-batch. Where the strategy splits `layers`, the schedule is GPipe, and gradients are
+    summed once.
 
     **Raises:** `ValueError` if the strategy does not fit the config or the axes, the rows cannot be split, or there is
-    no closed form: for a strategy that splits `embed`, `head_dim` beside `kv_seq` or `seq`, or `tokens` over other
-    axes than the heads.
+    no closed form: for a strategy that splits `embed`, `head_dim` beside `kv_seq` or `seq`, `tokens` over other axes
+    than the heads, or `layers` in ZeRO 3.
     """
     if batch % training.accumulate:
         raise InputError(
@@ -49,9 +50,20 @@ def training_step(
     if training.remat != "none":
         ledger.recompute()
     ledger.backward()
-    ledger.entries = [dataclasses.replace(entry, count=entry.count * training.accumulate) for entry in ledger.entries]
+    ledger.each_tick(ledger.seq, training.accumulate, back=True)
+    ledger.entries = [ledger.outside_of_ticks(entry) for entry in ledger.entries]
     ledger.state()
     return ledger.entries
+
+
+# What follows the last block.
+_OF_LOSS = (
+    "last output",
+    "largest logit",
+    "sum of exponentials, target and whether it is first",
+    "gradient of the last output",
+    "gradient of the last norm",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +113,7 @@ class _TrainingLedger(Ledger):
             self.num_shards("embed") > 1
             or (axes("head_dim") and axes("kv_seq seq"))
             or not set(axes("tokens")) <= heads
+            or (axes("layers") and self.training.zero == 3)
         ):
             raise InputError(
                 f"There is no closed form of a training step under {self.strategy.layout!r}; take a named strategy, or "
@@ -150,7 +163,8 @@ class _TrainingLedger(Ledger):
             self.write("reduce_scatter", "gradient of inputs", devices, (2 * layers, stream))
             self.write("all_gather", "gradient of outputs", devices, (2 * layers + 1, stream // devices))
             size = self.config.embed * self.narrow
-            self.write("all_reduce", "gradient of norms", devices, (2 * layers + 1, size))
+            self.write("all_reduce", "gradient of norms", devices, (2 * layers, size))
+            self.write("all_reduce", "gradient of the last norm", devices, (1, size))
         # Scores are replicated over the axes of head_dim, but values are not.
         self.sum("gradient of the softmax", "head_dim", self.meetings, self.tokens, heads, self.kv_seq, self.narrow)
         self.sum("gradient of the softmax sum", "head_dim", self.meetings, self.tokens, heads, self.wide)
@@ -168,19 +182,29 @@ class _TrainingLedger(Ledger):
             count = 2 * layers, keys, self.training.seq
             self.write("reduce_scatter", "gradient of keys and values", self.num_shards("seq"), count)
 
+    def outside_of_ticks(self, entry: Collective) -> Collective:
+        """An exchange that a pipeline makes once for all micro-batches, and any other as it is."""
+        if not self.strategy.axes("layers") or entry.what not in _OF_LOSS:
+            return entry
+        ticks = self.training.accumulate + self.num_shards("layers") - 1
+        parts = 1 if entry.what == "gradient of the last norm" else self.training.accumulate
+        return dataclasses.replace(entry, count=entry.count // ticks, bytes=entry.bytes * parts)
+
     def state(self):
         """Adds the exchanges of weights and their gradients, and the sums over all rows."""
-        zero, micro_batches = self.training.zero, self.training.accumulate
-        devices = self.num_shards("batch seq")
+        zero, micro_batches = self.training.zero, 1 if self.strategy.axes("layers") else self.training.accumulate
         sets: set[tuple[str, ...]] = set()
         for weight in self.weights():
+            # Stages have copies of what is not in a layer.
+            copies = self.strategy.axes("batch seq" if weight.layers else "batch seq layers")
+            devices = math.prod(self.axes[axis] for axis in copies)
             sizes = [self.local(dim) for dim in weight.dims.split()]
             numbers, divisible = math.prod(sizes), any(size % devices == 0 for size in sizes)
             stacked = weight.arrays * max(weight.layers, 1)
             count, whole = weight.arrays, 4 * numbers * max(weight.layers, 1)
             name, sharded = f"of {weight.name}", zero and divisible
-            axes = set(self.strategy.axes(weight.dims))
-            sets.add(tuple(sorted(axes | set(self.strategy.axes("batch seq") if sharded else ()))))
+            axes = set(self.strategy.axes(f"{weight.dims} layers" if weight.layers else weight.dims))
+            sets.add(tuple(sorted(axes | set(copies if sharded else ()))))
             if zero < 2:
                 self.write("all_reduce", f"gradient {name}", devices, (count, whole))
             elif zero == 2:
@@ -197,7 +221,7 @@ class _TrainingLedger(Ledger):
         for axes in sorted(sets):
             self.write("all_reduce", "squares of gradients", math.prod(self.axes[axis] for axis in axes), (1, 4))
         self.sum("weight of all rows", "batch", 1, 4)
-        self.sum("sums of the loss", "batch seq", 4, 4)
+        self.sum("sums of the loss", "batch seq layers", 4, 4)
 
     def weights(self) -> Iterator[_Weight]:
         """All trained weights."""
