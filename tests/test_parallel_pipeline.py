@@ -160,6 +160,19 @@ def test_evaluations_adapters_and_the_model_afterwards():
     assert worst_error(unstack(stack(alone)), alone) == 0
 
 
+@pytest.mark.slow
+def test_a_run_continues_in_a_pipeline(tmp_path):
+    """Two steps on one device, and two in stages: the weights of four steps on one device, in float32."""
+    model, trained = small_model(config=PLAIN), []
+    for folder, last in (("alone", model), ("changed", _staged(model, "layers@pp", {"pp": 2}))):
+        options = {"accumulate": 2, "compute_dtype": None, "progress": False, "schedule": "1f1b"}
+        trainer = train.Trainer(optax.sgd(0.1), checkpoint_dir=tmp_path / folder, **options)
+        for steps, one in ((2, model), (4, last)):
+            after = trainer.fit(one, [_batch(number) for number in range(4)], steps=steps)
+        trained.append(after)
+    assert worst_error(trained[1], trained[0]) < 1e-5
+
+
 # What is exchanged, and what is refused.
 
 
@@ -324,7 +337,7 @@ def test_what_a_pipeline_cannot_do_is_refused():
     staged = _staged(model, "layers@pp batch@dp", {"pp": 2, "dp": 2})
     with refused("6 rows", "2 micro-batches", "multiple of 4"):
         staged(jnp.zeros((6, 4), jnp.int32), micro_batches=2)
-    with refused("model", "Stacked"):
+    with refused("Stacked", "must be a Mistral", "mistral_eqx.nn.unstack"):
         mx.generate(staged, [[1, 2]], max_new_tokens=2)
     optimizer = optax.sgd(1.0)
     with refused("1 micro-batches", "2 stages", "at least 2"):
