@@ -78,14 +78,9 @@ def _gradient_of_one_device(config):
         (PLAIN, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 1}),
         (PLAIN, "layers@pp", {"pp": 2}, ONE_BY_ONE),
         _slow(CONFIG, *THREE, {"zero": 1}),
-        _slow(CONFIG, *THREE, {"zero": 1} | ONE_BY_ONE),
-        _slow(PLAIN, "layers@a,b", {"a": 2, "b": 1}, {"accumulate": 2, "remat": "none"}),
-        _slow(PLAIN, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 3, "remat": "dots"}),
-        _slow(PLAIN, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 2} | ONE_BY_ONE),
-        _slow(PLAIN, "layers@pp kv_heads@tp hidden@tp vocab@tp tokens@tp", {"pp": 2, "tp": 2}, {}),
-        _slow(PLAIN, "layers@pp seq@cp kv_seq@cp", {"pp": 2, "cp": 2}, {"remat": "none"} | ONE_BY_ONE),
-        _slow(PLAIN, "layers@pp seq@cp embed@tp", {"pp": 2, "cp": 2, "tp": 2}, {}),
-        _slow(PLAIN, "layers@pp head_dim@tp kv_seq@rep", {"pp": 2, "tp": 2, "rep": 2}, {}),
+        _slow(PLAIN, f"{THREE[0]} tokens@tp", THREE[1], {"zero": 2} | ONE_BY_ONE),
+        _slow(PLAIN, "layers@a,b batch@dp", {"a": 2, "b": 1, "dp": 2}, {"zero": 3, "accumulate": 2, "remat": "dots"}),
+        _slow(PLAIN, "layers@pp embed@tp batch@dp", {"pp": 2, "dp": 2, "tp": 2}, {"remat": "none"} | ONE_BY_ONE),
     ],
 )
 def test_the_gradient_of_the_training_loss_is_that_of_one_device(config, layout, axes, options):
@@ -129,7 +124,7 @@ def test_twenty_steps_are_those_of_one_device():
 
 @pytest.mark.parametrize(
     ("layout", "axes", "micro_batches"),
-    [("layers@pp vocab@tp", {"pp": 2, "tp": 2}, 2), _slow(*THREE, 1), _slow("layers@pp seq@cp", {"pp": 2, "cp": 4}, 8)],
+    [("layers@pp vocab@tp", {"pp": 2, "tp": 2}, 2)],
 )
 def test_logits_are_those_of_one_device(layout, axes, micro_batches):
     with precision("float64"):
@@ -154,23 +149,22 @@ def test_evaluations_adapters_and_the_model_afterwards():
     (expected, alone), (found, after) = states
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert after.strategy.layout == "batch@dp"
-    prompts = [[5, 9, 2], [7, 7, 1]]
-    tokens = [mx.generate(one, prompts, max_new_tokens=3, eos_id=()).tokens for one in (alone, after)]
-    np.testing.assert_array_equal(*tokens)
+    ids = jnp.asarray(_batch(1).inputs)
+    logits = [np.asarray(eqx.filter_jit(one)(ids)) for one in (after, alone)]
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
     assert worst_error(unstack(stack(alone)), alone) == 0
 
 
 @pytest.mark.slow
 def test_a_run_continues_in_a_pipeline(tmp_path):
     """Two steps on one device, and two in stages: the weights of four steps on one device, in float32."""
-    model, trained = small_model(config=PLAIN), []
-    for folder, last in (("alone", model), ("changed", _staged(model, "layers@pp", {"pp": 2}))):
-        options = {"accumulate": 2, "compute_dtype": None, "progress": False, "schedule": "1f1b"}
-        trainer = train.Trainer(optax.sgd(0.1), checkpoint_dir=tmp_path / folder, **options)
-        for steps, one in ((2, model), (4, last)):
-            after = trainer.fit(one, [_batch(number) for number in range(4)], steps=steps)
-        trained.append(after)
-    assert worst_error(trained[1], trained[0]) < 1e-5
+    model, options = small_model(config=PLAIN), {"accumulate": 2, "compute_dtype": None, "progress": False}
+    rows = [_batch(number) for number in range(4)]
+    expected = train.Trainer(optax.sgd(0.1), **options).fit(model, rows)
+    trainer = train.Trainer(optax.sgd(0.1), checkpoint_dir=tmp_path, schedule="1f1b", **options)
+    trainer.fit(model, rows, steps=2)
+    found = trainer.fit(_staged(model, "layers@pp", {"pp": 2}), rows, steps=4)
+    assert worst_error(found, expected) < 1e-5
 
 
 # What is exchanged, and what is refused.
@@ -181,9 +175,7 @@ def test_a_run_continues_in_a_pipeline(tmp_path):
     [
         ("layers@pp hidden@tp", {"pp": 2, "tp": 2}, {}),
         _slow(*THREE, {"zero": 1}),
-        _slow("layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 2}),
         _slow(f"{mx.SEQUENCE_PARALLEL.layout} layers@pp", {"pp": 2, "tp": 2}, {"remat": "dots"}),
-        _slow("vocab@tp layers@pp seq@cp kv_seq@cp", {"pp": 2, "cp": 2, "tp": 2}, {}),
     ],
 )
 def test_the_closed_form_is_what_the_programs_exchange(layout, axes, options):
@@ -273,9 +265,9 @@ def _permutes(lowered):
     return count, size
 
 
-@pytest.mark.parametrize(("stages", "micro_batches"), [(2, 4), _slow(4, 8)])
-def test_the_bubble_is_in_the_number_of_ticks(stages, micro_batches):
+def test_the_bubble_is_in_the_number_of_ticks():
     """A tick is one exchange; a stage has work in `micro_batches` of them."""
+    stages, micro_batches = 4, 8
     config = dataclasses.replace(CONFIG, windows=(None,) * 4)
     model = _staged(small_model(config=config), "layers@pp", {"pp": stages})
     ticks = micro_batches + stages - 1
@@ -321,6 +313,7 @@ def test_one_by_one_keeps_the_activations_of_few_micro_batches():
         (CONFIG, "layers@pp", {"pp": 4}, ("4 stages", "windows differ", "fewer devices")),
         (LATENT, "layers@pp", {"pp": 2}, ("'layers'", "a model with experts")),
         (dataclasses.replace(LATENT, routing=None), "layers@pp", {"pp": 2}, ("'layers'", "latent attention")),
+        (CONFIG, "layers@pp seq@cp", {"pp": 2, "cp": 2}, ("'layers' and 'seq'", "leave one of them out")),
         (CONFIG, "layers@a hidden@a", {"a": 2}, ("'layers' and 'hidden'", "'a'", "another axis")),
         (CONFIG, "batch@a layers@b,a", {"a": 2, "b": 1}, ("'layers' and 'batch'", "'a'")),
     ],

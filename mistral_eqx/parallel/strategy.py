@@ -274,6 +274,10 @@ class Strategy:
                     f"The strategy {self.layout!r} splits 'layers' and {dim!r} over the same axis {shared[0]!r}, whose "
                     "devices have different layers; give one of them another axis."
                 )
+        if self.axes("seq"):
+            raise InputError(
+                f"The strategy {self.layout!r} splits 'layers' and 'seq', which cannot be combined; leave one of them out."
+            )
         if config.routing is not None or config.latent is not None:
             kind = "latent attention" if config.routing is None else "experts"
             raise InputError(
