@@ -276,7 +276,8 @@ class Strategy:
                 )
         if self.axes("seq"):
             raise InputError(
-                f"The strategy {self.layout!r} splits 'layers' and 'seq', which cannot be combined; leave one of them out."
+                f"The strategy {self.layout!r} splits 'layers' and 'seq', which cannot be combined; leave one of "
+                "them out."
             )
         if config.routing is not None or config.latent is not None:
             kind = "latent attention" if config.routing is None else "experts"
