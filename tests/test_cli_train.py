@@ -128,6 +128,15 @@ def test_texts_with_the_tokenizer_of_a_model(recipe, tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_pipeline_saves_a_model_of_all_layers(recipe, tmp_path):
+    more = ("model.config.layers=2", "training.accumulate=2", "training.schedule=1f1b", "training.steps=2")
+    result = run("train", recipe, *changed(*more), "--mesh", "pp=2", "--strategy", "layers@pp")
+    assert result.exit_code == 0, result.stderr
+    assert ", layers@pp on pp=2" in result.stderr
+    assert mx.load(tmp_path / "run/model").config.layers == 2
+
+
+@pytest.mark.slow
 def test_quantized_weights_are_expanded(recipe, tiny, tmp_path):
     small = tmp_path / "small"
     assert run("quantize", tiny, small, "--block-size", 16).exit_code == 0

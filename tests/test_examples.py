@@ -229,6 +229,16 @@ def test_long_context_has_the_losses_of_one_device(capsys):
     assert "18 x collective_permute of 2 kB: keys and values on the ring" in lines[2]
 
 
+@pytest.mark.slow
+def test_a_pipeline_has_the_losses_of_one_device(capsys):
+    runpy.run_path(str(ROOT / "examples" / "pipeline.py"))["main"](1, 4, 16)
+    lines = capsys.readouterr().out.splitlines()
+    losses = [line.split()[-6] for line in lines if "losses" in line]
+    assert len(losses) == 3
+    assert set(losses) == {losses[0]}
+    assert "7 ticks, in 3 of which a stage waits: 43%" in lines[3]
+
+
 def test_own_strategy_splits_both_sides_of_a_weight(run):
     refused, *parts = run("own_strategy.py").splitlines()
     assert refused == (

@@ -203,7 +203,7 @@ def test_two_axes_divide_together():
     assert "8 kv_heads cannot be split over 16 devices" in _refused(layout, {"a": 4, "b": 4})
 
 
-@pytest.mark.parametrize("dim", ["layers", "rank", "heads", "kvheads"])
+@pytest.mark.parametrize("dim", ["rank", "heads", "kvheads"])
 def test_a_dimension_that_cannot_be_split_is_refused(dim):
     message = _refused(f"{dim}@tp", {"tp": 2})
     assert (

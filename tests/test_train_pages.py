@@ -32,6 +32,15 @@ def test_the_page_on_training(capsys):
     assert norm > 0
 
 
+@pytest.mark.slow
+def test_the_page_on_pipelines():
+    (snippet,) = _snippets("pipelines.md")
+    names = {}
+    exec(compile(snippet, "pipelines.md", "exec"), names)
+    assert names["logits"].shape == (2, 64, 256)
+    assert bool(names["metrics"].finite)
+
+
 def test_the_page_on_objectives():
     snippet, conversation = _snippets("objectives.md")
     names = {}

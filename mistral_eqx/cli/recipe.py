@@ -104,6 +104,7 @@ class Training:
     zero: Literal[0, 1, 2, 3] = 0
     offload: bool = False
     seed: Seed = 0
+    schedule: Literal["gpipe", "1f1b"] = "gpipe"
     save_every: Count = 500
     keep: Count = 2
     evaluate_every: Count = 500

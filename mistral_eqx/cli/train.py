@@ -12,7 +12,7 @@ from . import options, processes
 
 
 if TYPE_CHECKING:
-    from ..nn import Mistral
+    from ..nn import Mistral, Stacked
     from .recipe import Recipe
 
 
@@ -167,7 +167,7 @@ def _with_vocab(recipe: "Recipe", config: Any, vocab: int) -> Any:
     return dataclasses.replace(config, vocab=wanted)
 
 
-def _model(recipe: "Recipe", config: Any, path: Path | None, placed: Any, split: Any) -> "Mistral":
+def _model(recipe: "Recipe", config: Any, path: Path | None, placed: Any, split: Any) -> "Mistral | Stacked":
     import equinox as eqx
     import jax.random as jr
 
@@ -177,24 +177,25 @@ def _model(recipe: "Recipe", config: Any, path: Path | None, placed: Any, split:
     from .options import DType, ModelOptions
 
     key, adapters = jr.split(jr.key(recipe.model.seed))
+    stages, split = split, split.without("layers")
     if path is not None:
         model = load(path, ModelOptions(dtype=DType.FLOAT32), placed, split)
     else:
         model = eqx.filter_jit(mx.Mistral.init)(config, key=key)
         model = model if placed is None else mx.shard(model, placed, split)
-    if recipe.lora is None:
-        return model
-    lora = recipe.lora
-    return mx.apply_lora(
-        model,
-        rank=lora.rank,
-        alpha=lora.alpha,
-        targets=tuple(lora.targets),
-        dropout=lora.dropout,
-        use_rslora=lora.use_rslora,
-        train_embeddings=lora.train_embeddings,
-        key=adapters,
-    )
+    if recipe.lora is not None:
+        lora = recipe.lora
+        model = mx.apply_lora(
+            model,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=tuple(lora.targets),
+            dropout=lora.dropout,
+            use_rslora=lora.use_rslora,
+            train_embeddings=lora.train_embeddings,
+            key=adapters,
+        )
+    return model if placed is None or stages == split else mx.shard(mx.nn.stack(model), placed, stages)
 
 
 def _tell(folder: Path):

@@ -324,6 +324,7 @@ _OF_TRAINER = (
     "zero",
     "offload",
     "seed",
+    "schedule",
     "save_every",
     "keep",
     "evaluate_every",

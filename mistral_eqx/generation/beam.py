@@ -401,7 +401,7 @@ def beam_search(
     **Raises:** `ValueError` if an argument is out of its range, or as [`mistral_eqx.generate`][] does for prompts and
     end tokens; if a logit is not finite.
     """
-    checked(model, Mistral, "model")
+    checked(model, Mistral, "model", remedy="mistral_eqx.nn.unstack makes one of stacked blocks")
     if sampler is not None:
         raise InputError("A beam search draws nothing and takes no sampler; leave it out, or use mistral_eqx.generate.")
     num_beams, num_return_sequences = _check_beams(num_beams, num_return_sequences, model.config.vocab)

@@ -19,6 +19,7 @@ from .linear import Linear as Linear
 from .mask import Span as Span, attention_mask as attention_mask
 from .model import Mistral as Mistral
 from .norm import RMSNorm as RMSNorm
+from .pipeline import one_forward_one_backward as one_forward_one_backward, pipelined as pipelined
 from .rotary import Rotation as Rotation
 from .router_sums import RouterSums as RouterSums
 from .stack import Gathering as Gathering, Stacked as Stacked, stack as stack, unstack as unstack

@@ -1,5 +1,6 @@
 """The language model."""
 
+import dataclasses
 import math
 from typing import overload
 
@@ -123,6 +124,10 @@ class Mistral(eqx.Module):
         return spmd(forward, self.mesh, (specs(self, self.strategy), rows), self.strategy.spec("batch seq vocab"))(
             self, ids
         )
+
+    def on_mesh(self, mesh: Mesh) -> "Mistral":
+        """This model, whose arrays were put on a mesh, with that mesh."""
+        return dataclasses.replace(self, mesh=mesh)
 
     def _check_rows(self, ids: Array):
         if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -9,15 +10,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
-from ..parallel import Strategy, all_tokens, psum, specs
+from ..config import MistralConfig
+from ..parallel import (
+    LEADING,
+    Strategy,
+    all_tokens,
+    in_order,
+    of_last_stage,
+    psum,
+    shard_index,
+    specs,
+    spmd,
+    with_strategy,
+)
 from .block import Block
 from .context import Context
 from .embedding import Unembedding
 from .mask import Span
 from .model import Mistral
+from .pipeline import pipelined
 from .router_sums import RouterSums
 
 
@@ -50,17 +64,52 @@ class Stacked(eqx.Module):
     """
 
     outer: Mistral
-    pattern: tuple[Block, ...]
+    pattern: tuple[Block, ...] = eqx.field(metadata={LEADING: "layers "})
+
+    @property
+    def config(self) -> MistralConfig:
+        """The config of the model."""
+        return self.outer.config
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices over which the arrays are split, or `None`."""
+        return self.outer.mesh
+
+    @property
+    def strategy(self) -> Strategy:
+        """Which dimensions are split over which axes of the mesh."""
+        return self.outer.strategy
 
     @property
     def repeats(self) -> int:
-        """The number of repeats of the layer pattern."""
+        """The number of repeats of the layer pattern; inside `shard_map`, of those on this device."""
         return jax.tree.leaves(eqx.filter(self.pattern, eqx.is_array))[0].shape[0]
 
-    def specs(self, strategy: Strategy) -> "Stacked":
-        """The `PartitionSpec` of each array; see [`mistral_eqx.parallel.specs`][]. Layers are not split."""
-        pattern = jax.tree.map(lambda spec: PartitionSpec(None, *spec), specs(self.pattern, strategy))
-        return Stacked(specs(self.outer, strategy), pattern)
+    def on_mesh(self, mesh: Mesh) -> "Stacked":
+        """This model, whose arrays were put on a mesh, with that mesh."""
+        return Stacked(self.outer.on_mesh(mesh), self.pattern)
+
+    def __call__(self, ids: Int[Array, "batch seq"], *, micro_batches: int = 1) -> Float[Array, "batch seq vocab"]:
+        """The logits of the token after each of `ids`, as [`mistral_eqx.nn.Mistral`][] computes them.
+
+        **Arguments:**
+
+        - `ids`: tokens, shape `(batch, seq)`.
+        - `micro_batches`: the number of equal parts of the rows that pass through the stages one after another, where
+            the strategy splits `layers`.
+        """
+
+        def forward(model: Stacked, ids: Array) -> Array:
+            columns = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+            hidden = model.hidden(ids, columns, Span(), micro_batches=micro_batches)
+            return model.head()(in_order(psum(of_last_stage(hidden, strategy), "layers", strategy), strategy))
+
+        strategy, mesh = self.strategy, self.mesh
+        strategy.check_length(ids.shape[1], mesh)
+        strategy.check_micro_batches(ids.shape[0], micro_batches, mesh)
+        in_specs, out_specs = (specs(self, strategy), strategy.spec("batch")), strategy.spec("batch seq vocab")
+        return spmd(forward, mesh, in_specs, out_specs)(self, ids)
 
     def hidden(
         self,
@@ -70,6 +119,7 @@ class Stacked(eqx.Module):
         *,
         wrapped: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda repeat: repeat,
         gathering: Gathering = AS_IT_IS,
+        micro_batches: int = 1,
     ) -> Float[Array, "batch own embed"]:
         """The activations that [`mistral_eqx.nn.Mistral.hidden`][] returns for the model that is not stacked.
 
@@ -80,8 +130,13 @@ class Stacked(eqx.Module):
             [`mistral_eqx.parallel.own_slices`][].
         - `wrapped`: transforms the function of one repeat of the layer pattern, as `jax.checkpoint` does.
         - `gathering`: gathers arrays of which each device has a shard.
+        - `micro_batches`: the number of equal parts of the rows that pass through the stages one after another, where
+            the strategy splits `layers`. The result is then right on the last stage alone; the others have finite
+            numbers.
         """
-        x, _ = self.hidden_and_router_sums(ids, positions, span, wrapped=wrapped, gathering=gathering)
+        x, _ = self.hidden_and_router_sums(
+            ids, positions, span, wrapped=wrapped, gathering=gathering, micro_batches=micro_batches
+        )
         return x
 
     def hidden_and_router_sums(
@@ -92,13 +147,45 @@ class Stacked(eqx.Module):
         *,
         wrapped: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda repeat: repeat,
         gathering: Gathering = AS_IT_IS,
+        micro_batches: int = 1,
     ) -> tuple[Float[Array, "batch own embed"], RouterSums | None]:
         """The result of `hidden`, and what the routers of all layers did with the tokens of this device's rows.
 
         **Returns:** activations, and the sums; `None` for a model without experts.
         """
-        strategy, dtype, rope = self.outer.strategy, self.outer.dtype, self.outer.config.rope
-        context = Context.init(rope, jnp.asarray(positions), dtype=dtype, strategy=strategy, span=span)
+        strategy, rows = self.strategy, (jnp.asarray(ids), jnp.asarray(positions), span)
+        stage = partial(self.stage, wrapped=wrapped, gathering=gathering)
+        if strategy.axes("layers"):
+            x, found = pipelined(lambda *arguments: stage(*arguments)[0], rows, micro_batches, strategy), []
+        else:
+            x, found = stage(None, rows)
+        seq, sums = rows[0].shape[1] // shard_index("seq", strategy)[1], None
+        if found:
+            sums = jax.tree.map(lambda *layers: jnp.sum(sum(layers[1:], start=layers[0]), axis=0), *found)
+            if x.shape[1] != seq:
+                sums = jax.tree.map(lambda leaf: psum(leaf, "tokens", strategy), sums)
+        return self.normed(x, seq, gathering), sums
+
+    def stage(
+        self,
+        received: Float[Array, "batch tokens embed"] | None,
+        rows: tuple[Array, Array, Span | None],
+        *,
+        wrapped: Callable[[Callable[..., Any]], Callable[..., Any]],
+        gathering: Gathering,
+    ) -> tuple[Float[Array, "batch tokens embed"], list[RouterSums]]:
+        """The residual stream after the blocks of this device, and the sums of each layer of the pattern with experts.
+
+        **Arguments:**
+
+        - `received`: the stream after the blocks of the stage before; without it, zeros. The first stage begins with
+            the embedded tokens.
+        - `rows`: ids, positions and span.
+        - `wrapped`, `gathering`: as for `hidden`.
+        """
+        ids, positions, span = rows
+        strategy, dtype, rope = self.strategy, self.outer.dtype, self.config.rope
+        context = Context.init(rope, positions, dtype=dtype, strategy=strategy, span=span)
         arrays, static = eqx.partition(self.pattern, eqx.is_array)
 
         def repeat(x: Array, arrays: PyTree) -> tuple[Array, list[RouterSums]]:
@@ -108,15 +195,17 @@ class Stacked(eqx.Module):
                 found += [] if sums is None else [sums]
             return x, found
 
-        x, found = lax.scan(
-            wrapped(repeat), _embedded(self.outer, context.own_ids(jnp.asarray(ids)), gathering), arrays
-        )
-        sums = None
-        if found:
-            sums = jax.tree.map(lambda *layers: jnp.sum(sum(layers[1:], start=layers[0]), axis=0), *found)
-            if x.shape[1] != context.seq:
-                sums = jax.tree.map(lambda leaf: psum(leaf, "tokens", strategy), sums)
-        return all_tokens(self.whole(gathering).norm(x), context.seq, strategy, to="invarying"), sums
+        x = _embedded(self.outer, context.own_ids(ids), gathering)
+        if strategy.axes("layers"):
+            is_first = shard_index("layers", strategy)[0] == 0
+            x = jnp.where(is_first, x, jnp.zeros_like(x) if received is None else received)
+        return lax.scan(wrapped(repeat), x, arrays)
+
+    def normed(
+        self, x: Float[Array, "batch tokens embed"], seq: int, gathering: Gathering = AS_IT_IS
+    ) -> Float[Array, "batch own embed"]:
+        """The input of the head: the normalised residual stream after the last block, with all `seq` tokens."""
+        return all_tokens(self.whole(gathering).norm(x), seq, self.strategy, to="invarying")
 
     def head(self, gathering: Gathering = AS_IT_IS) -> Unembedding:
         """The output head; with tied embeddings, its weight is the embedding table."""
@@ -138,13 +227,17 @@ def stack(model: Mistral) -> Stacked:
 
 
 def unstack(stacked: Stacked) -> Mistral:
-    """The model with a tuple of blocks, for generating and for writing to a file."""
+    """The model with a tuple of blocks, for generating and for writing to a file.
+
+    If the strategy splits `layers`, each of its devices then has all layers.
+    """
     blocks = tuple(
         jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat] if eqx.is_array(leaf) else leaf, block)
         for repeat in range(stacked.repeats)
         for block in stacked.pattern
     )
-    return dataclasses.replace(stacked.outer, blocks=blocks)
+    model = dataclasses.replace(stacked.outer, blocks=blocks)
+    return with_strategy(model, model.strategy.without("layers"))
 
 
 def _kind(block: Block) -> tuple[PyTree, list[tuple[Any, ...]]]:

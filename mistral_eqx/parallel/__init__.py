@@ -14,6 +14,8 @@ from .collectives import (
     in_order as in_order,
     largest_anywhere as largest_anywhere,
     last_token as last_token,
+    next_stage as next_stage,
+    of_last_stage as of_last_stage,
     own_shard as own_shard,
     own_slices as own_slices,
     own_tokens as own_tokens,
@@ -41,7 +43,14 @@ from .sharding import (
     with_auto_axes as with_auto_axes,
     with_strategy as with_strategy,
 )
-from .spmd import AbstractNamed as AbstractNamed, entered as entered, kernel as kernel, specs as specs, spmd as spmd
+from .spmd import (
+    LEADING as LEADING,
+    AbstractNamed as AbstractNamed,
+    entered as entered,
+    kernel as kernel,
+    specs as specs,
+    spmd as spmd,
+)
 from .strategy import (
     EXPERTS as EXPERTS,
     HEAD_DIM as HEAD_DIM,

@@ -165,6 +165,24 @@ def gather(x: Array, dims: str, strategy: Strategy, *, axis: int) -> Array:
     return lax.all_gather(x, axes, axis=axis, tiled=True, to="invarying") if axes else x
 
 
+def next_stage(x: Array, strategy: Strategy, *, back: bool = False) -> Array:
+    """Sends an array to the device that has the next layers, and receives that of the device before; the first gets 0.
+
+    **Arguments:**
+
+    - `back`: sends to the device that has the layers before, and the last gets 0.
+    """
+    axes = strategy.axes("layers")
+    pairs = [(at, at + 1) for at in range(lax.axis_size(axes) - 1)]
+    return lax.ppermute(x, axes, [pair[::-1] for pair in pairs] if back else pairs) if pairs else x
+
+
+def of_last_stage(x: Array, strategy: Strategy) -> Array:
+    """An array of the devices that have the last layers, and zeros on others; `x` where `layers` is not split."""
+    stage, stages = shard_index("layers", strategy)
+    return jnp.where(stage == stages - 1, x, 0) if strategy.axes("layers") else x
+
+
 def vary_alike(*arrays: Array) -> tuple[Array, ...]:
     """Marks arrays as varying along all mesh axes along which one of them varies, as the carry of a loop must be.
 

@@ -1,6 +1,5 @@
 """Arrays and whole models on a mesh."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -20,7 +19,7 @@ from .spmd import dims_of, specs
 from .strategy import Strategy
 
 
-# A module with the fields `config` and `mesh`; its class is in a room above this one.
+# A module with the attributes `config` and `mesh` and the method `on_mesh`; its class is in a room above this one.
 Model = TypeVar("Model", bound=Any)
 
 
@@ -53,7 +52,7 @@ def shard(model: Model, mesh: Mesh, strategy: Strategy) -> Model:
     arrays, static = eqx.partition(with_strategy(model, strategy), eqx.is_array)
     check_shapes(arrays, mesh, strategy)
     placed = jax.tree.map(lambda x, spec: put_on_mesh(x, mesh, spec), arrays, specs(arrays, strategy))
-    return dataclasses.replace(eqx.combine(placed, static), mesh=mesh)
+    return eqx.combine(placed, static).on_mesh(mesh)
 
 
 def check_shapes(arrays: PyTree, mesh: Mesh | AbstractMesh, strategy: Strategy):
@@ -64,11 +63,19 @@ def check_shapes(arrays: PyTree, mesh: Mesh | AbstractMesh, strategy: Strategy):
     - `arrays`: a model with its arrays, or their shapes, and nothing else.
     - `mesh`, `strategy`: the devices, and which dimensions are split over which axes.
 
-    **Raises:** `ValueError` that names the layer.
+    **Raises:** `ValueError` that names the layer, or if the strategy splits `layers` and the blocks are not stacked.
     """
+    stacked = False
     for path, array in jax.tree_util.tree_leaves_with_path(arrays):
         layer = jax.tree_util.keystr(path[:-1], simple=True, separator=".").removesuffix(".weight")
-        strategy.check_shape(layer, dims_of(arrays, path), array.shape, mesh)
+        dims = dims_of(arrays, path)
+        strategy.check_shape(layer, dims, array.shape, mesh)
+        stacked |= "layers" in dims.split()
+    if strategy.axes("layers") and not stacked:
+        raise InputError(
+            f"The strategy {strategy.layout!r} splits 'layers', and the model's blocks are not stacked; load it "
+            "without that entry, and split it with mistral_eqx.shard(mistral_eqx.nn.stack(model), mesh, strategy)."
+        )
 
 
 def put_named(module: Model, name: str, dims: Mapping[str, str], mesh: Mesh, strategy: Strategy) -> Model:

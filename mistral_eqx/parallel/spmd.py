@@ -17,6 +17,10 @@ from .collectives import vary_alike
 from .strategy import Strategy
 
 
+# The metadata of a field of stacked modules: the name of the first dimension that all of their arrays have.
+LEADING = "leading dimension"
+
+
 class AbstractNamed(eqx.Module):
     """A module that names the dimensions of its arrays in a method, because its annotations cannot."""
 
@@ -29,7 +33,8 @@ def specs(tree: PyTree, strategy: Strategy) -> PyTree[PartitionSpec]:
     """The `PartitionSpec` of each array of a module.
 
     The dimensions of an array are those of its jaxtyping annotation, `Float[Array, "batch kv_heads kv_seq head_dim"]`,
-    or those that an enclosing [`mistral_eqx.parallel.AbstractNamed`][] module gives.
+    or those that an enclosing [`mistral_eqx.parallel.AbstractNamed`][] module gives. The dimension in the metadata
+    `LEADING` of an enclosing field comes before them.
 
     **Arguments:**
 
@@ -102,12 +107,13 @@ def _is_array(leaf: Any) -> bool:
 
 def dims_of(root: PyTree, path: KeyPath) -> str:
     """The names of the dimensions of an array of a module."""
-    node, annotation = root, ""
+    node, annotation, leading = root, "", ""
     for depth, key in enumerate(path):
         if isinstance(node, AbstractNamed):
-            return node.array_dims()[jax.tree_util.keystr(path[depth:], simple=True, separator=".")]
+            return leading + node.array_dims()[jax.tree_util.keystr(path[depth:], simple=True, separator=".")]
         if isinstance(key, jax.tree_util.GetAttrKey):
-            annotation = next(field.type for field in dataclasses.fields(node) if field.name == key.name)
+            field = next(field for field in dataclasses.fields(node) if field.name == key.name)
+            annotation, leading = field.type, leading + field.metadata.get(LEADING, "")
             node = getattr(node, key.name)
         elif isinstance(key, jax.tree_util.SequenceKey):
             node = node[key.idx]
@@ -115,7 +121,7 @@ def dims_of(root: PyTree, path: KeyPath) -> str:
             node = node[key.key]
     for kind in (annotation, *typing.get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, AbstractArray):
-            return kind.dim_str
+            return leading + kind.dim_str
     raise InputError(
         f"The dimensions of {jax.tree_util.keystr(path)} are unknown; annotate the field with jaxtyping, as in "
         "Float[Array, 'embed']."

@@ -17,7 +17,7 @@ from ..errors import InputError
 _ENTRY = re.compile(r"([a-z_]+)@([a-z_0-9]+(?:,[a-z_0-9]+)*)")
 
 # The config has the sizes of the first; each call has the sizes of the second.
-_OF_CONFIG = ("vocab", "embed", "hidden", "experts", "kv_heads", "q_per_kv", "head_dim")
+_OF_CONFIG = ("vocab", "embed", "hidden", "experts", "kv_heads", "q_per_kv", "head_dim", "layers")
 _OF_CALL = ("batch", "seq", "tokens", "kv_seq")
 
 # Dimensions of the same array: one mesh axis cannot split two of them.
@@ -80,6 +80,10 @@ class Strategy:
     def __add__(self, entries: str) -> "Strategy":
         checked(entries, str, "The entry added to a strategy", key="entries", remedy="for example 'batch@dp'")
         return Strategy(f"{self.layout} {entries}".strip())
+
+    def without(self, dim: str) -> "Strategy":
+        """The strategy without the entry of a dimension."""
+        return Strategy(" ".join(entry for entry in self.layout.split() if not entry.startswith(f"{dim}@")))
 
     def spec(self, dims: str) -> PartitionSpec:
         """The `PartitionSpec` of an array.
@@ -160,6 +164,18 @@ class Strategy:
                 f"{2 * devices} equal slices; pad the rows to a multiple of {2 * devices}."
             )
 
+    def check_micro_batches(self, rows: int, count: int, mesh: Mesh | AbstractMesh | Mapping[str, int] | None):
+        """Checks that rows can be split into so many micro-batches on the devices that split `batch`.
+
+        **Raises:** `ValueError`.
+        """
+        devices = self.parts("batch", mesh)
+        if count < 1 or rows % (count * devices):
+            raise InputError(
+                f"{rows} rows cannot be split into {count} micro-batches on each of {devices} devices that split "
+                f"'batch'; give a multiple of {max(count, 1) * devices} rows."
+            )
+
     def check(self, model: MistralConfig | _HasConfig, mesh: Mesh | AbstractMesh):
         """Checks, before anything is traced, that this strategy can split a model over a mesh.
 
@@ -231,6 +247,8 @@ class Strategy:
                     f"The strategy {self.layout!r} splits 'tokens' over {missing[0]!r}, but none of {dims!r}, whose "
                     "sums are scattered over that axis; split one of them over it too."
                 )
+        if self.axes("layers"):
+            self._check_stages(config, self.parts("layers", sizes))
         for dim, axes in self._axes.items():
             shared = [axis for axis in axes if axis in self.axes("seq")]
             if shared and dim not in ("seq", "kv_seq"):
@@ -246,6 +264,31 @@ class Strategy:
         if self.axes("tokens") and self.axes("embed"):
             raise InputError(
                 f"The strategy {self.layout!r} splits the residual stream by 'tokens' and by 'embed'; keep one of them."
+            )
+
+    def _check_stages(self, config: MistralConfig, stages: int):
+        for dim in self._axes:
+            shared = [axis for axis in self.axes("layers") if axis in self.axes(dim)]
+            if dim != "layers" and shared:
+                raise InputError(
+                    f"The strategy {self.layout!r} splits 'layers' and {dim!r} over the same axis {shared[0]!r}, whose "
+                    "devices have different layers; give one of them another axis."
+                )
+        if self.axes("seq"):
+            raise InputError(
+                f"The strategy {self.layout!r} splits 'layers' and 'seq', which cannot be combined; leave one of "
+                "them out."
+            )
+        if config.routing is not None or config.latent is not None:
+            kind = "latent attention" if config.routing is None else "experts"
+            raise InputError(
+                f"The strategy {self.layout!r} splits 'layers', which a model with {kind} cannot split; leave 'layers' "
+                "out of it."
+            )
+        if config.windows[: config.layers // stages] * stages != config.windows:
+            raise InputError(
+                f"The strategy {self.layout!r} splits the layers into {stages} stages whose windows differ; use fewer "
+                "devices on that axis, so that the windows repeat from stage to stage."
             )
 
 

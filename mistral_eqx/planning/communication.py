@@ -59,6 +59,7 @@ def forward_pass(
     batch: int,
     seq: int,
     dtype: DTypeLike = jnp.bfloat16,
+    micro_batches: int = 1,
 ) -> list[Collective]:
     """The exchanges of `model(ids)`.
 
@@ -70,6 +71,8 @@ def forward_pass(
     - `batch`, `seq`: the global shape of `ids`.
     - `dtype`: the precision of the model. Sums in the softmax, in norms and of logits are computed and exchanged in
         float32 at least.
+    - `micro_batches`: into how many parts `model(ids, micro_batches=...)` cuts the rows, where the strategy splits
+        `layers`.
 
     **Returns:** the exchanges, in order; equal exchanges of several layers are one entry. Groups of one device have no
     entries.
@@ -78,8 +81,11 @@ def forward_pass(
     or `seq` cannot be split.
     """
     ledger = Ledger(config, strategy, axes, batch, dtype)
+    strategy.check_micro_batches(batch, micro_batches, axes)
     own = ledger.own_tokens(seq)
-    ledger.model(own, ledger.own_keys(seq), logits=own, of_seq=seq, in_order=True)
+    parts = micro_batches if strategy.axes("layers") else 1
+    ledger.model(own, ledger.own_keys(seq), logits=own, of_seq=seq, in_order=True, micro_batches=parts)
+    ledger.sum("last output of the last stage", "layers", 1, ledger.rows, own, ledger.local("embed"), ledger.narrow)
     return ledger.entries
 
 
@@ -105,6 +111,7 @@ def prefill(
 
     **Raises:** `ValueError` as for `forward_pass`, and if `kv_seq` cannot be split.
     """
+    _check_no_stages(strategy)
     ledger = Ledger(config, strategy, axes, batch, dtype)
     slots, devices = ledger.shard_size("kv_seq", kv_seq), ledger.num_shards("seq")
     if strategy.axes("seq") == strategy.axes("kv_seq") and devices > 1 and seq % (2 * devices) == 0:
@@ -131,10 +138,18 @@ def decoding_step(
 
     - `sampler`: the sampler; greedy unless given.
     """
+    _check_no_stages(strategy)
     ledger = Ledger(config, strategy, axes, batch, dtype)
     ledger.model(1, ledger.shard_size("kv_seq", kv_seq), logits=1, cache_dtype=cache_dtype)
     ledger.choice(sampler or Sampler())
     return ledger.entries
+
+
+def _check_no_stages(strategy: Strategy):
+    if strategy.axes("layers"):
+        raise InputError(
+            f"A model that generates is not split into stages; leave 'layers' out of the strategy {strategy.layout!r}."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +179,9 @@ class Ledger:
         self, config: MistralConfig, strategy: Strategy, axes: Mapping[str, int], batch: int, dtype: DTypeLike
     ):
         strategy.check(config, AbstractMesh(tuple(axes.values()), tuple(axes)))
+        layers = config.layers // strategy.parts("layers", axes)
+        # That of one stage: all stages are equal.
+        config = dataclasses.replace(config, layers=layers, windows=config.windows[:layers])
         self.config, self.strategy, self.axes = config, strategy, axes
         self.rows = self.shard_size("batch", batch)
         self.narrow = jnp.dtype(dtype).itemsize
@@ -242,6 +260,7 @@ class Ledger:
         of_seq: int | None = None,
         in_order: bool = False,
         cached: bool = False,
+        micro_batches: int | None = None,
     ):
         """Adds the exchanges of the model, for `seq` tokens that attend to `kv_seq` keys on each device.
 
@@ -251,7 +270,9 @@ class Ledger:
         - `of_seq`: the number of tokens of all devices; without it, no device has a share of the tokens.
         - `in_order`: whether devices that split `seq` exchange the last activations to have them in order.
         - `cached`: whether devices that split `seq` have caches, all of whose slots travel with their indices.
+        - `micro_batches`: the number of parts of the rows that pass through stages; `None` adds the exchanges of one.
         """
+        all_rows, self.rows = self.rows, self.rows // (micro_batches or 1)
         split = of_seq is not None and self.num_shards("seq") > 1
         rounds = sum(self.rounds(of_seq)) if split and of_seq is not None else self.config.layers
         if cached:
@@ -278,8 +299,11 @@ class Ledger:
 
         self.sum("feed-forward norm", "embed", layers, tokens, self.wide)
         self.feed_forward(seq)
+        if micro_batches is not None:
+            self.each_tick(seq, micro_batches)
 
-        self.sum("last norm", "embed", 1, tokens, self.wide)
+        self.rows = all_rows
+        self.sum("last norm", "embed", 1, self.rows, seq, self.wide)
         self.all_tokens("last output", 1, seq)
         if split and in_order:
             half = self.rows * (seq // 2) * self.local("embed") * self.narrow
@@ -287,6 +311,22 @@ class Ledger:
         if cached:
             self.sum("last token", "seq", 1, self.rows, self.local("embed"), self.narrow)
         self.sum("logits", "embed", 1, self.rows * logits, self.local("vocab"), self.wide)
+
+    def each_tick(self, seq: int, micro_batches: int, *, back: bool = False):
+        """Counts all exchanges so far once for each tick of a pipeline, and adds those between stages.
+
+        **Arguments:**
+
+        - `back`: whether gradients are sent back too.
+        """
+        stages = self.num_shards("layers")
+        ticks = micro_batches + stages - 1
+        self.entries = [dataclasses.replace(entry, count=entry.count * ticks) for entry in self.entries]
+        if stages > 1:
+            size = self.rows * (seq // self.token_shards(seq)) * self.local("embed") * self.narrow
+            self.write("collective_permute", "activations to the next stage", 2, (ticks, size))
+            if back:
+                self.write("collective_permute", "gradients to the stage before", 2, (ticks, size))
 
     def keys(self, when: str, seq: int, sent: int):
         """Adds the exchanges of the keys and values of devices that split `seq`.

@@ -184,7 +184,7 @@ def _training(job: Job, training: Training, mesh: Mesh) -> Uncompiled:
     if training.offload:
         state = eqx.tree_at(lambda state: state.optimizer_state, state, replace_fn=_on_host)
     # In stage 1 each device accumulates whole gradients, and updates its own shard.
-    whole = shapes.model.specs(strategy)
+    whole = specs(shapes.model, strategy)
     gradient_specs = state.zero.specs(whole, state.shard_dims()) if training.zero > 1 else whole
     has_gradient = trained(shapes.model)
     gradients = device_bytes(

@@ -33,14 +33,16 @@ def training_step(
     - `dtype`: the precision of the forward and the backward pass. Master weights and accumulated gradients are float32.
 
     **Returns:** the exchanges. In the ZeRO stages 0 and 1, gradients are summed over devices once per step, in the
-    stages 2 and 3 once per micro-batch.
+    stages 2 and 3 once per micro-batch. Where the strategy splits `layers`, the schedule is GPipe, and gradients are
+    summed once.
 
     Experts that need tokens of other devices exchange them as in [`mistral_eqx.planning.forward_pass`][], and losses of
     routers have no weight.
 
     **Raises:** `ValueError` if the strategy does not fit the config or the axes, the rows cannot be split, or there is
-    no closed form: for latent attention, shared experts or dense first layers, experts beside a split `seq`, or a
-    strategy that splits `embed`, `head_dim` beside `kv_seq` or `seq`, or `tokens` over other axes than the heads.
+    no closed form: for latent attention, shared experts or dense first layers, experts beside a split `seq`, `layers`
+    in ZeRO 3, or a strategy that splits `embed`, `head_dim` beside `kv_seq` or `seq`, or `tokens` over other axes than
+    the heads.
     """
     if batch % training.accumulate:
         raise InputError(
@@ -52,9 +54,20 @@ def training_step(
     if training.remat != "none":
         ledger.recompute()
     ledger.backward()
-    ledger.entries = [dataclasses.replace(entry, count=entry.count * training.accumulate) for entry in ledger.entries]
+    ledger.each_tick(ledger.seq, training.accumulate, back=True)
+    ledger.entries = [ledger.outside_of_ticks(entry) for entry in ledger.entries]
     ledger.state()
     return ledger.entries
+
+
+# What follows the last block.
+_OF_LOSS = (
+    "last output",
+    "largest logit",
+    "sum of exponentials, target and whether it is first",
+    "gradient of the last output",
+    "gradient of the last norm",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +132,7 @@ class _TrainingLedger(Ledger):
             self.num_shards("embed") > 1
             or (axes("head_dim") and axes("kv_seq seq"))
             or not set(axes("tokens")) <= heads
+            or (axes("layers") and self.training.zero == 3)
         ):
             raise InputError(
                 f"There is no closed form of a training step under {self.strategy.layout!r}; take a named strategy, or "
@@ -178,7 +192,8 @@ class _TrainingLedger(Ledger):
             self.write("reduce_scatter", "gradient of inputs", devices, (gathers, stream))
             self.write("all_gather", "gradient of outputs", devices, (gathers + 1, stream // devices))
             size = self.config.embed * self.narrow
-            self.write("all_reduce", "gradient of norms", devices, (2 * layers + 1, size))
+            self.write("all_reduce", "gradient of norms", devices, (2 * layers, size))
+            self.write("all_reduce", "gradient of the last norm", devices, (1, size))
             routers = 0 if routing is None else layers
             self.write("all_reduce", "gradient of routers", devices, (routers, self.config.routes, size))
         if travel is not None:
@@ -220,21 +235,29 @@ class _TrainingLedger(Ledger):
         self.write("all_reduce", "gradient of tokens", travel.others, (layers, tokens, row))
         self.write("all_reduce", "gradient of shares", travel.others, (layers, tokens, note))
 
+    def outside_of_ticks(self, entry: Collective) -> Collective:
+        """An exchange that a pipeline makes once for all micro-batches, and any other as it is."""
+        if not self.strategy.axes("layers") or entry.what not in _OF_LOSS:
+            return entry
+        ticks = self.training.accumulate + self.num_shards("layers") - 1
+        parts = 1 if entry.what == "gradient of the last norm" else self.training.accumulate
+        return dataclasses.replace(entry, count=entry.count // ticks, bytes=entry.bytes * parts)
+
     def state(self):
         """Adds the exchanges of weights and their gradients, and the sums over all rows."""
-        zero, micro_batches = self.training.zero, self.training.accumulate
+        zero, micro_batches = self.training.zero, 1 if self.strategy.axes("layers") else self.training.accumulate
         sets: set[tuple[str, ...]] = set()
         for weight in self.weights():
-            # Along another axis of the batch, each device has other experts.
-            axes = set(self.strategy.axes(weight.dims))
-            shared = [axis for axis in self.strategy.axes("batch seq") if axis not in axes]
-            devices = self.devices(shared)
+            axes = set(self.strategy.axes(f"{weight.dims} layers" if weight.layers else weight.dims))
+            # Stages have copies of what is not in a layer. Along another axis of the batch, each device has other experts.
+            copies = [axis for axis in self.strategy.axes("batch seq layers") if axis not in axes]
+            devices = self.devices(copies)
             sizes = [self.local(dim) for dim in weight.dims.split()]
             numbers, divisible = math.prod(sizes), any(size % devices == 0 for size in sizes)
             stacked = weight.arrays * max(weight.layers, 1)
             count, whole = weight.arrays, 4 * numbers * max(weight.layers, 1)
             name, sharded = f"of {weight.name}", zero and divisible
-            sets.add(tuple(sorted(axes | set(shared if sharded else ()))))
+            sets.add(tuple(sorted(axes | set(copies if sharded else ()))))
             if zero < 2:
                 self.write("all_reduce", f"gradient {name}", devices, (count, whole))
             elif zero == 2:
@@ -251,7 +274,7 @@ class _TrainingLedger(Ledger):
         for axes in sorted(sets):
             self.write("all_reduce", "squares of gradients", math.prod(self.axes[axis] for axis in axes), (1, 4))
         self.sum("weight of all rows", "batch", 1, 4)
-        self.sum("sums of the loss", "batch seq", 4 if self.config.routing is None else 7, 4)
+        self.sum("sums of the loss", "batch seq layers", 4 if self.config.routing is None else 7, 4)
 
     def weights(self) -> Iterator[_Weight]:
         """All trained weights."""

@@ -3,6 +3,7 @@
 import jax.random as jr
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from ..errors import InputError
 from ..lora import with_keys
 from ..nn import Stacked
 
@@ -14,6 +15,14 @@ def with_dropout(model: Stacked, key: PRNGKeyArray, rows: Int[Array, " batch"]) 
 
     - `key`: the key of the step.
     - `rows`: the index of each batch row in the whole batch.
+
+    **Raises:** `InputError` if adapters have dropout and the strategy splits `layers`.
     """
     outer, blocks = jr.split(key)
-    return Stacked(with_keys(model.outer, outer, rows), with_keys(model.pattern, blocks, rows, layers=model.repeats))
+    pattern = with_keys(model.pattern, blocks, rows, layers=model.repeats)
+    if model.strategy.axes("layers") and pattern is not model.pattern:
+        raise InputError(
+            f"Adapters drop no entries under the strategy {model.strategy.layout!r}, which splits 'layers'; add them "
+            "with dropout=0, or leave 'layers' out of it."
+        )
+    return Stacked(with_keys(model.outer, outer, rows), pattern)

@@ -39,7 +39,7 @@ def make_evaluation(*, compute_dtype: DTypeLike | None = jnp.bfloat16) -> Evalua
         model = eqx.combine(weights, constants)
         hidden = model.hidden(batch.inputs, batch.positions, batch.span, gathering=gathering)
         sums = loss_sums(model.head(gathering), hidden, batch)
-        return jax.tree.map(lambda sum: psum(sum, "batch seq", strategy), sums)
+        return jax.tree.map(lambda sum: psum(sum, "batch seq layers", strategy), sums)
 
     @eqx.filter_jit
     def evaluation(state: TrainState, batch: Batch) -> Sums:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..nn import RouterSums, Unembedding, log_likelihood
-from ..parallel import Strategy, own_slices, psum
+from ..parallel import Strategy, of_last_stage, own_slices, psum
 from .batch import Batch
 
 
@@ -49,11 +49,12 @@ def loss_sums(
     - `label_smoothing`: the part of a target's probability that is spread over all tokens.
     - `z_loss`: the weight of the term that keeps logits from drifting; PaLM takes 1e-4.
 
-    **Returns:** the sums; over this device's rows and tokens alone if `batch` or `seq` is split.
+    **Returns:** the sums; over this device's rows and tokens alone if `batch` or `seq` is split. If `layers` is split,
+    they are 0 but on the last stage, whose activations are the last ones.
     """
     targets, weights = (own_slices(jnp.asarray(x), head.strategy, axis=1) for x in (batch.targets, batch.weights))
     found = log_likelihood(head, hidden, targets)
-    weights = weights.astype(found.log_probs.dtype)
+    weights = of_last_stage(weights.astype(found.log_probs.dtype), head.strategy)
     loss = -found.log_probs
     if label_smoothing:
         loss = (1 - label_smoothing) * loss + label_smoothing * (found.log_sums - found.means)

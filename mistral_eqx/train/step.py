@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -16,8 +16,18 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ..checks import Count, NotNegative, Positive, Seed, ShareBelowOne, check_arguments
 from ..errors import InputError
-from ..nn import Gathering, Mistral, RouterSums, Stacked, stack, unstack
-from ..parallel import Strategy, own_slices, psum, psum_varying, shard_index, specs, spmd, vary_alike
+from ..nn import Gathering, Mistral, RouterSums, Stacked, one_forward_one_backward, stack, unstack
+from ..parallel import (
+    Strategy,
+    of_last_stage,
+    own_slices,
+    psum,
+    psum_varying,
+    shard_index,
+    specs,
+    spmd,
+    vary_alike,
+)
 from .batch import Batch
 from .dropout import with_dropout
 from .loss import RouterLosses, Sums, loss_sums, router_losses
@@ -50,7 +60,7 @@ class TrainState(eqx.Module):
     @classmethod
     def init(
         cls,
-        model: Mistral,
+        model: Mistral | Stacked,
         optimizer: optax.GradientTransformation,
         *,
         dtype: DTypeLike = jnp.float32,
@@ -61,7 +71,8 @@ class TrainState(eqx.Module):
 
         **Arguments:**
 
-        - `model`: a model on one device or on a mesh; the state is sharded like the model. The model is copied.
+        - `model`: a model on one device or on a mesh; the state is sharded like the model. The model is copied. Its
+            blocks may be stacked, as they are where the strategy splits `layers`.
         - `optimizer`: any elementwise optax transformation; one that reduces over a whole array would reduce over a
             device's shard.
         - `dtype`: the precision of master weights and optimizer state. Forward and backward pass may use less; see
@@ -77,8 +88,8 @@ class TrainState(eqx.Module):
         if offload:
             check_host(model.mesh)
 
-        def build(model: Mistral, shard_dims: Stacked | None = None) -> TrainState:
-            stacked = stack(model)
+        def build(model: Mistral | Stacked, shard_dims: Stacked | None = None) -> TrainState:
+            stacked = stack(model) if isinstance(model, Mistral) else model
             weights, constants = eqx.partition(stacked, trained(stacked))
             weights = cast_floats(weights, dtype)  # weights that are not trained keep their precision
             shards = weights
@@ -112,7 +123,7 @@ class TrainState(eqx.Module):
 
     def specs(self, optimizer: optax.GradientTransformation) -> "TrainState":
         """The PartitionSpec of each array; the optimizer state has those of the ZeRO shards of its weights."""
-        shards = self.zero.specs(self.model.specs(self.strategy), self.shard_dims())
+        shards = self.zero.specs(specs(self.model, self.strategy), self.shard_dims())
         optimizer_state = optax.tree.map_params(
             optimizer,
             lambda _, spec: spec,
@@ -128,12 +139,12 @@ class TrainState(eqx.Module):
 
     def model_specs(self) -> Stacked:
         """The PartitionSpec of each array of the model."""
-        whole = self.model.specs(self.strategy)
+        whole = specs(self.model, self.strategy)
         return self.zero.specs(whole, self.shard_dims()) if self.zero.stage == 3 else whole
 
     def shard_dims(self) -> Stacked:
         """How ZeRO shards each array."""
-        return self.zero.shard_dims(self.model, self.model.specs(self.strategy), self.model.outer.mesh)
+        return self.zero.shard_dims(self.model, specs(self.model, self.strategy), self.model.outer.mesh)
 
 
 class Metrics(NamedTuple):
@@ -160,6 +171,7 @@ class Metrics(NamedTuple):
 
 
 _Losses = tuple[Sums, RouterLosses | None]
+Schedule = Literal["gpipe", "1f1b"]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
@@ -175,6 +187,7 @@ def make_step(
     balance_loss: NotNegative = 0.0,
     router_z_loss: NotNegative = 0.0,
     seed: Seed = 0,
+    schedule: Schedule = "gpipe",
 ) -> Step:
     """Makes the function of one training step: `state, metrics = step(state, batch)`.
 
@@ -187,7 +200,8 @@ def make_step(
         weights as they are. Weights that adapters leave untrained are never cast: activations have their precision.
         bfloat16 has the range of float32, so that small gradients do not vanish and no loss scale is needed.
     - `accumulate`: the number of micro-batches that a batch is split into; activations take the memory of one
-        micro-batch. Gradients are accumulated in the precision of the master weights.
+        micro-batch. Gradients are accumulated in the precision of the master weights. Where the strategy splits
+        `layers`, so many micro-batches pass through the stages, at least as many as there are stages.
     - `clip`: the largest global norm of the gradients; larger gradients are scaled down to it.
     - `remat`: the rematerialisation policy; see [`mistral_eqx.train.rematerialised`][].
     - `label_smoothing`, `z_loss`: as for [`mistral_eqx.train.loss_sums`][].
@@ -196,6 +210,9 @@ def make_step(
     - `seed`: the seed of the dropout of adapters. The dropped entries depend on this seed, the number of the step and
         the batch row alone: they are the same on every mesh, for every `accumulate`, and after a state was saved and
         loaded.
+    - `schedule`: the order of micro-batches where the strategy splits `layers`. `"gpipe"` computes all of them forward
+        and then all backward; `"1f1b"` computes each backward as soon as possible. The latter takes less memory for
+        many micro-batches, and more time.
 
     **Returns:** the function. It raises `ValueError` if the rows cannot be split evenly into micro-batches on all
     devices.
@@ -210,6 +227,7 @@ def make_step(
         balance_loss=balance_loss,
         router_z_loss=router_z_loss,
         seed=seed,
+        schedule=schedule,
     )
     wrapped = rematerialised(remat)
 
@@ -217,13 +235,27 @@ def make_step(
         strategy, zero = state.strategy, state.zero
         weights, constants = eqx.partition(state.model, trained(state.model))
         options = {"wrapped": wrapped, "label_smoothing": label_smoothing, "z_loss": z_loss}
+        staged = bool(strategy.axes("layers"))
+        # One gradient is taken through all micro-batches of GPipe.
+        in_stages, parts = (accumulate, 1) if staged and schedule == "gpipe" else (1, accumulate)
         # Dropout needs threefry, whichever generator is the default of the process.
         key = jr.fold_in(jr.key(seed, impl="threefry2x32"), state.steps)
-        loss = partial(_loss, constants=constants, key=key, gathering=zero.gathering(shard_dims), **options)
+        gathering = zero.gathering(shard_dims)
+        loss = partial(_loss, constants=constants, key=key, gathering=gathering, micro_batches=in_stages, **options)
+        of_stage = partial(_of_stage, constants=constants, key=key, gathering=gathering, **options)
         shard_dims = eqx.filter(shard_dims, trained(state.model))
         weigh = partial(_weighed, balance_loss=balance_loss, router_z_loss=router_z_loss)
         gradient, sums, router = _gradient(
-            loss, weigh, weights, batch, strategy, compute_dtype, accumulate, zero, shard_dims
+            loss,
+            weigh,
+            weights,
+            batch,
+            strategy,
+            compute_dtype,
+            parts,
+            zero,
+            shard_dims,
+            of_stage if staged and schedule == "1f1b" else None,
         )
         if zero.stage in (1, 2):
             # The optimizer updates this device's shards alone.
@@ -278,6 +310,13 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         mesh = state.model.outer.mesh
         state.strategy.check_length(batch.inputs.shape[1], mesh)
+        stages = state.strategy.parts("layers", mesh)
+        if accumulate < stages:
+            raise InputError(
+                f"With {accumulate} micro-batches, some of {stages} stages always wait; let accumulate be at least "
+                f"{stages}.",
+                key="accumulate",
+            )
         divisor = accumulate * state.strategy.parts("batch", mesh)
         if batch.inputs.shape[0] % divisor:
             raise InputError(
@@ -298,15 +337,41 @@ def _loss(
     key: PRNGKeyArray,
     gathering: Gathering,
     wrapped: Callable[..., Any],
+    micro_batches: int,
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Sums, RouterSums | None]:
     model = with_dropout(eqx.combine(weights, constants), key, rows)
     hidden, routed = model.hidden_and_router_sums(
-        batch.inputs, batch.positions, batch.span, wrapped=wrapped, gathering=gathering
+        batch.inputs, batch.positions, batch.span, wrapped=wrapped, gathering=gathering, micro_batches=micro_batches
     )
     head = model.head(gathering)
     return loss_sums(head, hidden, batch, label_smoothing=label_smoothing, z_loss=z_loss), routed
+
+
+def _of_stage(
+    weights: Stacked,
+    received: Array | None,
+    batch: Batch,
+    rows: Int[Array, " batch"],
+    *,
+    constants: Stacked,
+    key: PRNGKeyArray,
+    gathering: Gathering,
+    wrapped: Callable[..., Any],
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Array, Callable[[], Sums]]:
+    """The activations after this device's blocks, and a function that computes the loss: 0 but on the last stage."""
+    model = with_dropout(eqx.combine(weights, constants), key, rows)
+    inputs = jnp.asarray(batch.inputs), jnp.asarray(batch.positions), batch.span
+    x, _ = model.stage(received, inputs, wrapped=wrapped, gathering=gathering)
+
+    def sums() -> Sums:
+        hidden = model.normed(x, own_slices(inputs[0], model.strategy, axis=1).shape[1], gathering)
+        return loss_sums(model.head(gathering), hidden, batch, label_smoothing=label_smoothing, z_loss=z_loss)
+
+    return x, sums
 
 
 def _weighed(loss: Array, router: RouterLosses | None, *, balance_loss: float, router_z_loss: float) -> Array:
@@ -326,10 +391,12 @@ def _gradient(
     accumulate: int,
     zero: Zero,
     shard_dims: Stacked,
+    of_stage: Callable[..., tuple[Array, Callable[[], Sums]]] | None,
 ) -> tuple[Stacked, Sums, RouterLosses | None]:
     """The gradient of the mean loss over the whole batch, in the precision of the master weights; and the losses.
 
-    Where weights or their updates are sharded, each device gets its shard of the gradient.
+    Where weights or their updates are sharded, each device gets its shard of the gradient. With `of_stage`, the
+    backward pass of a micro-batch begins when its loss is there.
     """
     # Dividing by the total weight makes micro-batches of unequal weight add up to the mean of the batch.
     total = psum(jnp.sum(batch.weights), "batch", strategy)
@@ -345,12 +412,31 @@ def _gradient(
             router = router_losses(routed, _tokens(micro_batch[0], strategy) / tokens, strategy)
         return weigh(sums.loss / total.astype(sums.loss.dtype), router), (sums, router)
 
-    def add(so_far: tuple[Stacked, _Losses], micro_batch: tuple[Batch, Array]) -> tuple[tuple[Stacked, _Losses], None]:
-        gradient, losses = jax.grad(mean, has_aux=True)(light, micro_batch)
+    def added(so_far: tuple[Stacked, _Losses], gradient: Stacked, losses: _Losses) -> tuple[Stacked, _Losses]:
         gradient = jax.tree.map(lambda leaf, weight: leaf.astype(weight.dtype), gradient, weights)
         if zero.stage == 2:
             gradient = zero.scatter(gradient, shard_dims)
-        return jax.tree.map(jnp.add, so_far, (gradient, losses)), None
+        return jax.tree.map(jnp.add, so_far, (gradient, losses))
+
+    def add(so_far: tuple[Stacked, _Losses], micro_batch: tuple[Batch, Array]) -> tuple[tuple[Stacked, _Losses], None]:
+        return added(so_far, *jax.grad(mean, has_aux=True)(light, micro_batch)), None
+
+    def backward(
+        so_far: tuple[Stacked, _Losses],
+        received: Array,
+        micro_batch: tuple[Batch, Array],
+        gradient: Array,
+        exists: Array,
+    ) -> tuple[tuple[Stacked, _Losses], Array]:
+        def run(light: Stacked, received: Array) -> tuple[tuple[Array, Array], _Losses]:
+            x, loss_of = cast(Any, of_stage)(light, received, *micro_batch)
+            sums = loss_of()
+            return (x, sums.loss / total.astype(sums.loss.dtype)), (sums, None)
+
+        (_, loss), pull, losses = jax.vjp(run, light, received, has_aux=True)
+        of_light, of_received = pull((gradient, *vary_alike(exists.astype(loss.dtype), loss)[:1]))
+        losses = jax.tree.map(lambda sum: jnp.where(exists, sum, 0), losses)
+        return added(so_far, of_light, losses), of_received
 
     count = batch.inputs.shape[0]
     rows = shard_index("batch", strategy)[0] * count + jnp.arange(count, dtype=jnp.int32)
@@ -359,17 +445,23 @@ def _gradient(
     shapes = jax.eval_shape(mean, light, first)[1]
     # Stage 2 accumulates shards of the gradient from the first micro-batch on.
     like = zero.own_shards(weights, shard_dims) if zero.stage == 2 else varying
-    own = own_slices(jnp.asarray(batch.weights), strategy, axis=1)
+    own = of_last_stage(own_slices(jnp.asarray(batch.weights), strategy, axis=1), strategy)
     start = (
         jax.tree.map(lambda leaf: vary_alike(jnp.zeros_like(leaf), leaf)[0], like),
         jax.tree.map(lambda sum: vary_alike(jnp.zeros(sum.shape, sum.dtype), own)[0], shapes),
     )
-    (gradient, losses), _ = lax.scan(add, start, micro_batches)
+    if of_stage is None:
+        (gradient, losses), _ = lax.scan(add, start, micro_batches)
+    else:
+        forward = partial(of_stage, light)
+        gradient, losses = one_forward_one_backward(
+            lambda received, micro_batch: forward(received, *micro_batch)[0], backward, start, micro_batches, strategy
+        )
     if zero.stage < 2:
         gradient = zero.sum(gradient, shard_dims)
     if zero.stage == 1:
         gradient = zero.own_shards(gradient, shard_dims)
-    return gradient, *jax.tree.map(lambda sum: psum(sum, "batch seq", strategy), losses)
+    return gradient, *jax.tree.map(lambda sum: psum(sum, "batch seq layers", strategy), losses)
 
 
 def _tokens(batch: Batch, strategy: Strategy) -> Float[Array, ""]:

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from ..checks import Count, NotNegative, Positive, Seed, ShareBelowOne, checked, kinds_of
 from ..errors import InputError
-from ..nn import Mistral
+from ..nn import Mistral, Stacked
 from .batch import Batch
 from .callback import Callback, Run
 from .callbacks import CSV, ProgressBar
@@ -29,7 +29,7 @@ from .checkpoints import Checkpoints
 from .evaluation import Evaluation, make_evaluation
 from .lock import lock_folder
 from .loss import Sums
-from .step import Metrics, Step, TrainState, make_step
+from .step import Metrics, Schedule, Step, TrainState, make_step
 from .stopping import Stopping
 from .throughput import flops_per_token, peak_flops
 
@@ -55,7 +55,7 @@ class Trainer:
     **Arguments:**
 
     - `optimizer`, `compute_dtype`, `accumulate`, `clip`, `remat`, `label_smoothing`, `z_loss`, `balance_loss`,
-        `router_z_loss`, `seed`: as for [`mistral_eqx.train.make_step`][].
+        `router_z_loss`, `seed`, `schedule`: as for [`mistral_eqx.train.make_step`][].
     - `dtype`, `zero`, `offload`: as for [`mistral_eqx.train.TrainState`][]'s `init`.
     - `checkpoint_dir`: the run's folder, for checkpoints, `training.csv` and `evaluation.csv`. It needs the extra
         `train`. Without it nothing is written, and an interrupted run cannot continue.
@@ -85,6 +85,7 @@ class Trainer:
     zero: int = 0
     offload: bool = False
     seed: Seed = 0
+    schedule: Schedule = "gpipe"
     checkpoint_dir: str | Path | None = None
     save_every: Count = 500
     keep: Count = 2
@@ -99,7 +100,7 @@ class Trainer:
         for name in _CHECKED:
             checked(getattr(self, name), kinds_of(Trainer)[name], f"The trainer's {name}", key=name)
 
-    def fit(self, model: Mistral, batches: Iterable[Batch], *, steps: int | None = None) -> Mistral:
+    def fit(self, model: Mistral | Stacked, batches: Iterable[Batch], *, steps: int | None = None) -> Mistral:
         """Trains a model.
 
         If `checkpoint_dir` holds a run, the run continues from its newest checkpoint, with the same results as if it
@@ -109,8 +110,8 @@ class Trainer:
 
         **Arguments:**
 
-        - `model`: a model on one device or on a mesh. If it has adapters, only these are trained; otherwise its weights
-            must not be quantized.
+        - `model`: a model on one device or on a mesh, stacked where the strategy splits `layers`. If it has adapters,
+            only these are trained; otherwise its weights must not be quantized.
         - `batches`: the batches in order; with several processes, each gives its own rows.
         - `steps`: the number of steps of the whole run, those before it continued included; unless given, training ends
             with the batches.
@@ -146,7 +147,7 @@ class Trainer:
             )
         return run.model()
 
-    def restore(self, model: Mistral, *, best: bool = False) -> Mistral:
+    def restore(self, model: Mistral | Stacked, *, best: bool = False) -> Mistral:
         """Reads the model of the newest checkpoint, or of the best one, without training.
 
         **Arguments:**
@@ -167,7 +168,7 @@ class Trainer:
         with contextlib.closing(Checkpoints(folder, {}) if best else self._checkpoints(folder, model)) as checkpoints:
             return checkpoints.restore(state)[0].unstacked()
 
-    def _state(self, model: Mistral) -> TrainState:
+    def _state(self, model: Mistral | Stacked) -> TrainState:
         return TrainState.init(model, self.optimizer, dtype=self.dtype, zero=self.zero, offload=self.offload)
 
     def _own_callbacks(self) -> list[Callback]:
@@ -176,7 +177,7 @@ class Trainer:
             *([ProgressBar()] if self.progress else []),
         ]
 
-    def _checkpoints(self, folder: Path, model: Mistral) -> Checkpoints:
+    def _checkpoints(self, folder: Path, model: Mistral | Stacked) -> Checkpoints:
         about = {f"the config's {name}": value for name, value in dataclasses.asdict(model.config).items()}
         return Checkpoints(folder, about, keep=self.keep)
 
@@ -302,6 +303,7 @@ class Trainer:
             balance_loss=self.balance_loss,
             router_z_loss=self.router_z_loss,
             seed=self.seed,
+            schedule=self.schedule,
         )
 
 
@@ -313,6 +315,7 @@ _CHECKED = (
     "balance_loss",
     "router_z_loss",
     "seed",
+    "schedule",
     "save_every",
     "keep",
     "evaluate_every",

@@ -50,7 +50,8 @@ class Zero:
     **Attributes:**
 
     - `stage`: from 0 to 3.
-    - `axes`: the mesh axes over which the batch is split, by rows and by tokens.
+    - `axes`: the mesh axes over which the batch is split, by rows and by tokens; and those that split the layers, along
+        which the table, the last norm and the head are copies.
     """
 
     stage: int = 0
@@ -64,7 +65,7 @@ class Zero:
         """
         if stage not in (0, 1, 2, 3):
             raise InputError(f"There is no ZeRO stage {stage}; take 0, 1, 2 or 3.")
-        axes = strategy.axes("batch seq")
+        axes = strategy.axes("batch seq layers")
         if stage and (mesh is None or not axes):
             raise InputError(
                 f"ZeRO {stage} shards the state over devices that share a batch, and the strategy {strategy.layout!r} "

@@ -1,0 +1,111 @@
+"""Pipeline parallelism: the blocks are split into stages, and micro-batches pass from stage to stage."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int, PyTree
+
+from ..parallel import Strategy, next_stage, shard_index, vary
+
+
+Sums = TypeVar("Sums")
+
+
+def pipelined(
+    stage: Callable[[Array | None, PyTree[Array]], Array],
+    rows: PyTree[Array],
+    micro_batches: int,
+    strategy: Strategy,
+) -> Array:
+    """Passes rows through all stages, which split `layers` ([GPipe](https://arxiv.org/abs/1811.06965)).
+
+    In tick `t`, stage `s` computes micro-batch `t - s`. So there are `micro_batches + stages - 1` ticks, and each
+    begins with one exchange. In its other ticks, a stage computes something that is not used.
+
+    **Arguments:**
+
+    - `stage`: computes the activations after this device's blocks, from those of the stage before and from the rows
+        of a micro-batch. The first stage ignores the former.
+    - `rows`: arrays with one entry per row, which all stages have.
+    - `micro_batches`: the number of equal parts of the rows.
+
+    **Returns:** the activations of all rows after this device's blocks: on the last stage, those of the last block.
+    """
+    number, stages = shard_index("layers", strategy)
+    parts = micro_batched(rows, micro_batches)
+
+    def tick(sent: Array, at: Int[Array, ""]) -> tuple[Array, Array]:
+        x = stage(next_stage(sent, strategy), taken(parts, at - number))
+        return x, x
+
+    _, outputs = lax.scan(tick, nothing_sent(stage, parts), jnp.arange(micro_batches + stages - 1, dtype=jnp.int32))
+    # The last stage has the first micro-batch in tick `stages - 1`.
+    return outputs[stages - 1 :].reshape(-1, *outputs.shape[2:])
+
+
+def one_forward_one_backward(
+    forward: Callable[[Array | None, PyTree[Array]], Array],
+    backward: Callable[[Sums, Array, PyTree[Array], Array, Array], tuple[Sums, Array]],
+    start: Sums,
+    parts: PyTree[Array],
+    strategy: Strategy,
+) -> Sums:
+    """Passes micro-batches through all stages and back, each as soon as its loss is there.
+
+    In tick `t`, stage `s` computes micro-batch `t - s` forward, and micro-batch `t - 2 (stages - 1) + s` backward. So
+    there are `micro_batches + 2 (stages - 1)` ticks. Between the two, a stage keeps what it has received alone, of at
+    most `2 stages - 1` micro-batches.
+
+    **Arguments:**
+
+    - `forward`: as `stage` of [`mistral_eqx.nn.pipelined`][].
+    - `backward`: takes sums, what the stage received, the rows of a micro-batch, the gradient of the stage's
+        activations, and whether there is such a micro-batch: if not, it adds zeros, and that gradient is zero. It
+        returns the sums, and the gradient of what the stage received.
+    - `start`: the sums before the first micro-batch.
+    - `parts`: arrays with one entry per micro-batch, which all stages have.
+    """
+    number, stages = shard_index("layers", strategy)
+    count, slots = jax.tree.leaves(parts)[0].shape[0], 2 * stages - 1
+    nothing = nothing_sent(forward, parts)
+
+    def tick(
+        carry: tuple[Array, Array, Array, Sums], at: Int[Array, ""]
+    ) -> tuple[tuple[Array, Array, Array, Sums], None]:
+        sent, sent_back, kept, sums = carry
+        received = next_stage(sent, strategy)
+        kept = lax.dynamic_update_index_in_dim(kept, received, at % slots, 0)
+        x = forward(received, taken(parts, at - number))
+        late = 2 * (stages - 1 - number)
+        own = at - number - late
+        exists = (own >= 0) & (own < count)
+        received = lax.dynamic_index_in_dim(kept, (at - late) % slots, keepdims=False)
+        gradient = jnp.where(exists, next_stage(sent_back, strategy, back=True), 0)
+        sums, sent_back = backward(sums, received, taken(parts, own), gradient, exists)
+        return (x, sent_back, kept, sums), None
+
+    kept = jnp.broadcast_to(nothing[None], (slots, *nothing.shape))
+    ticks = jnp.arange(count + 2 * (stages - 1), dtype=jnp.int32)
+    (*_, sums), _ = lax.scan(tick, (nothing, nothing, kept, start), ticks)
+    return sums
+
+
+def micro_batched(rows: PyTree[Array], micro_batches: int) -> PyTree[Array]:
+    """Rows in equal parts, along a new first axis."""
+    return jax.tree.map(lambda leaf: leaf.reshape(micro_batches, -1, *leaf.shape[1:]), rows)
+
+
+def taken(parts: PyTree[Array], at: Array) -> PyTree[Array]:
+    """One of the parts; in a tick without one, the nearest."""
+    count = jax.tree.leaves(parts)[0].shape[0]
+    own = jnp.clip(at, 0, count - 1)
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, own, keepdims=False), parts)
+
+
+def nothing_sent(stage: Callable[[Array | None, PyTree[Array]], Array], parts: PyTree[Array]) -> Array:
+    """Zeros in place of what is sent before the first tick."""
+    like = jax.eval_shape(lambda parts: stage(None, jax.tree.map(lambda leaf: leaf[0], parts)), parts)
+    return vary(jnp.zeros(like.shape, like.dtype), sorted(like.manual_axis_type.varying))
