@@ -116,7 +116,7 @@ class _TrainingLedger(Ledger):
     def recompute(self):
         """Adds the exchanges that rematerialisation repeats: all of a repeat of the layer pattern but its last sum."""
         seq, layers, heads = self.seq, self.config.layers, self.local("kv_heads q_per_kv")
-        self.all_tokens("attention input again", layers, seq)
+        self.all_tokens("attention input again", layers, seq, "kv_heads head_dim")
         self.sum("attention scores again", "head_dim", self.meetings, self.tokens, heads, self.kv_seq, self.wide)
         if self.splits_seq:
             self.keys(" again", seq, self.meetings - layers)
@@ -124,7 +124,7 @@ class _TrainingLedger(Ledger):
             self.sum("softmax maximum again", "kv_seq", layers, self.tokens, heads, self.wide)
             head_dim = self.local("head_dim") + 1
             self.sum("softmax sum and values again", "kv_seq", layers, self.tokens, heads, head_dim, self.wide)
-        self.all_tokens("feed-forward input again", layers, seq)
+        self.all_tokens("feed-forward input again", layers, seq, "hidden")
         if self.training.remat == "dots":
             return  # the summed results of linear layers are kept
         self.sum_tokens("attention output again", "kv_heads q_per_kv head_dim", layers, seq)
@@ -146,9 +146,13 @@ class _TrainingLedger(Ledger):
                 self.sum(f"gradient {what}", dims, maps * layers, stream)
         if self.splits_tokens:
             devices = self.num_shards("tokens")
-            # The gradient of an all-gather is a reduce-scatter, and the reverse.
-            self.write("reduce_scatter", "gradient of inputs", devices, (2 * layers, stream))
-            self.write("all_gather", "gradient of outputs", devices, (2 * layers + 1, stream // devices))
+            # The gradient of an all-gather is a reduce-scatter, and the reverse; so it is with their rings.
+            if self.strategy.overlap:
+                self.on_ring("gradient of inputs and outputs", 4 * layers, self.seq)
+                self.write("all_gather", "gradient of the embedding", devices, (1, stream // devices))
+            else:
+                self.write("reduce_scatter", "gradient of inputs", devices, (2 * layers, stream))
+                self.write("all_gather", "gradient of outputs", devices, (2 * layers + 1, stream // devices))
             size = self.config.embed * self.narrow
             self.write("all_reduce", "gradient of norms", devices, (2 * layers + 1, size))
         # Scores are replicated over the axes of head_dim, but values are not.
