@@ -1,6 +1,11 @@
 """Products beside the exchange of their tokens: the same results, in the exchanges of the closed form."""
 
 import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 
 import equinox as eqx
 import jax
@@ -19,7 +24,8 @@ import mistral_eqx as mx
 from mistral_eqx import train
 from mistral_eqx.parallel import Strategy, gathered_product, scattered_product
 from mistral_eqx.parallel.mesh import make_mesh
-from mistral_eqx.planning import Training
+from mistral_eqx.planning import CHIPS, HOP_SECONDS, Training, exposed, ring_wait
+from mistral_eqx.planning.hlo import Program
 
 
 SMALLEST = dataclasses.replace(SMALL, vocab=48, embed=8, hidden=24, kv_heads=8, q_per_kv=1, layers=1, windows=(None,))
@@ -200,3 +206,99 @@ def test_quantized_weights_and_adapters_need_nothing_of_their_own():
 )
 def test_the_exchanges_of_a_training_step_are_those_of_the_closed_form(word, axes, training, options):
     assert_form(mx.SEQUENCE_PARALLEL + f"{word} batch@dp", axes, training, config=CONFIG, **options)
+
+
+def _schedule(ways, devices, hop, product):
+    """When the last product ends: a device multiplies what has arrived, and each direction brings a slice a hop."""
+    ahead = devices // 2 if ways == 2 else devices - 1
+    arrivals = [0.0, *(hop * at for at in range(1, ahead + 1)), *(hop * at for at in range(1, devices - ahead))]
+    end = 0.0
+    for arrival in sorted(arrivals):
+        end = max(end, arrival) + product
+    assert len(arrivals) == devices
+    return end
+
+
+@pytest.mark.parametrize("ways", [1, 2])
+def test_products_wait_as_long_as_in_the_schedule(ways):
+    for devices in (2, 3, 4, 7, 8):
+        for hop in (0.5, 1.5, 3.0):
+            assert ring_wait(ways, devices, hop, 1.0) == pytest.approx(_schedule(ways, devices, hop, 1.0) - devices)
+
+
+def test_known_answers_for_a_7b():
+    config, chip = mx.PRESETS["7b-v0.2"], CHIPS["v5e"]
+
+    def waits(word, seq=4096, chip=chip, **options):
+        strategy = mx.SEQUENCE_PARALLEL + word
+        return {one.what: one.wait for one in exposed(config, strategy, {"tp": 8}, chip, batch=1, seq=seq, **options)}
+
+    slice_seconds = 4096 * 4096 * 2 / 8 / 50e9
+    # Two links in a ring: seven slices over both of them, four hops one after the other.
+    assert waits("") == pytest.approx(dict.fromkeys(waits(""), 3.5 * slice_seconds + 4 * HOP_SECONDS))
+    product = 2 * 512 * 4096 * (2 * 14336 / 8) / 197e12
+    found = waits("overlap=1")
+    assert found["feed-forward input"] == pytest.approx(7 * (slice_seconds + HOP_SECONDS - product))
+    assert sum(waits("overlap").values()) < 0.5 * sum(waits("").values()) < 0.5 * sum(found.values())
+    # A device of a switch can send all that it can in one direction.
+    assert sum(waits("overlap=1", chip=CHIPS["H100"]).values()) < sum(waits("overlap", chip=CHIPS["H100"]).values())
+    # Slices of 64 tokens read the weights as often as they multiply with them.
+    assert sum(waits("overlap", 512).values()) > sum(waits("", 512).values())
+    # The backward pass has twice the product to hide an exchange behind.
+    assert waits("overlap=1", backward=True)["feed-forward input"] == 0
+    # A new token cannot be split: two sums over all devices.
+    assert waits("overlap", 1) == waits("", 1)
+    assert list(waits("", 1)) == ["attention output", "feed-forward output"]
+    with pytest.raises(ValueError, match="with experts or latent attention; plan it"):
+        exposed(mx.PRESETS["8x7b"], mx.SEQUENCE_PARALLEL, {"tp": 8}, chip, batch=1, seq=64)
+
+
+def test_the_schedule_is_read_from_the_program():
+    """Two permutes, of which one has a product between its start and its end."""
+    text = """HloModule made_up, is_scheduled=true
+
+%fused (p: f32[8,8]) -> f32[8,8] {
+  %p = f32[8,8]{1,0} parameter(0)
+  ROOT %product = f32[8,8]{1,0} convolution(%p, %p), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %start = (f32[8,8]{1,0}, f32[8,8]{1,0}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %y = f32[8,8]{1,0} fusion(%x), kind=kOutput, calls=%fused
+  %done = f32[8,8]{1,0} collective-permute-done(%start)
+  %start.1 = (f32[8,8]{1,0}, f32[8,8]{1,0}) collective-permute-start(%done), source_target_pairs={{0,1},{1,0}}
+  %done.1 = f32[8,8]{1,0} collective-permute-done(%start.1)
+  ROOT %sum = f32[8,8]{1,0} add(%y, %done.1)
+}
+"""
+    assert Program(text).permutes_beside_products() == (1, 2)
+
+
+_COMPILE = """
+import json
+from mistral_eqx import PRESETS, SEQUENCE_PARALLEL
+from mistral_eqx.planning.hlo import Program
+from mistral_eqx.planning.programs import Job, programs
+from mistral_eqx.planning.worker import _topology
+import dataclasses
+
+config = dataclasses.replace(PRESETS["7b-v0.2"], layers=1, windows=(None,), vocab=1024)
+layout = f"{SEQUENCE_PARALLEL.layout} overlap"
+job = Job(config, "v5e:2x4", 8, layout, {"tp": 8}, batch=1, prompt=512, kv_seq=576, dtype="bfloat16")
+prefill = next(programs(job, _topology("v5e:2x4")))
+print(json.dumps(Program(prefill.lower("tpu").compile().as_text()).permutes_beside_products()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, of the extra tpu, is not installed.")
+def test_the_compiler_for_tpus_runs_products_beside_the_exchanges():
+    """In a layer of the shape of Mistral 7B. A few exchanges run beside attention or element-wise operations alone."""
+    variables = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE], capture_output=True, env={**os.environ, **variables}, check=True
+    )
+    beside, total = json.loads(done.stdout.splitlines()[-1])
+    assert total == 4 * 7
+    assert beside >= 0.8 * total
