@@ -37,11 +37,12 @@ class Linear(AbstractNamed):
     strategy: Strategy = SINGLE
 
     def __call__(self, x: Float[Array, "batch seq *in"]) -> Float[Array, "batch tokens *out"]:
-        def product(x: Array) -> Array:
-            return self.weight.contract(x, self.in_dims, self.out_dims)
+        def product(weight: AbstractWeight, x: Array) -> Array:
+            return weight.contract(x, self.in_dims, self.out_dims)
 
         whole = self.weight.depends_on_index
-        return checkpoint_name(scattered_product(product, x, self.in_dims, self.strategy, whole=whole), LINEAR)
+        y = scattered_product(product, self.weight, x, self.in_dims, self.strategy, whole=whole)
+        return checkpoint_name(y, LINEAR)
 
     def array_dims(self) -> dict[str, str]:
         return {f"weight.{field}": dims for field, dims in self.weight.dims(self.in_dims, self.out_dims).items()}
@@ -63,7 +64,7 @@ def project(
     """
     weights, first, out_dims = [layer.weight for layer in layers], layers[0], [layer.out_dims for layer in layers]
 
-    def product(x: Array) -> list[Array]:
+    def product(weights: Sequence[AbstractWeight], x: Array) -> list[Array]:
         if len({type(weight) for weight in weights}) > 1:
             ys = [weight.contract(x, first.in_dims, dims) for weight, dims in zip(weights, out_dims, strict=True)]
         else:
@@ -72,5 +73,5 @@ def project(
 
     whole = any(weight.depends_on_index for weight in weights)
     seq = x.shape[1] if seq is None else seq
-    ys = gathered_product(product, x, seq, first.strategy, out_dims, to=to, whole=whole)
+    ys = gathered_product(product, weights, x, seq, first.strategy, out_dims, to=to, whole=whole)
     return [checkpoint_name(psum_tokens(y, first.in_dims, first.strategy), LINEAR) for y in ys]
