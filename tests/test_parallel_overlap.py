@@ -119,7 +119,6 @@ def test_a_model_is_that_of_one_device():
     ("word", "devices", "seq"),
     [
         ("overlap", 2, 8),
-        ("overlap", 4, 12),
         ("overlap=1", 4, 12),
         ("overlap", 8, 8),
         ("overlap=1", 8, 8),
