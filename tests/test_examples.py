@@ -239,6 +239,14 @@ def test_a_pipeline_has_the_losses_of_one_device(capsys):
     assert "7 ticks, in 3 of which a stage waits: 43%" in lines[3]
 
 
+@pytest.mark.slow
+def test_overlap_has_the_logits_of_one_device(capsys):
+    runpy.run_path(str(ROOT / "examples" / "overlap.py"))["main"](1, 8)
+    out = capsys.readouterr().out
+    assert out.count("logits off by") == 3
+    assert out.count("12 x collective_permute of 1 kB: attention input") == 2
+
+
 def test_own_strategy_splits_both_sides_of_a_weight(run):
     refused, *parts = run("own_strategy.py").splitlines()
     assert refused == (

@@ -35,6 +35,7 @@ LAYOUTS = [
     *((NAMED[name].layout, "kv=4,rep=2") for name in ("kv_replicated", "heads_x_head_dim", "heads_x_kv_seq")),
     *((f"{layout.layout} batch@dp", "dp=2,tp=4") for layout in (mx.HEADS, mx.HEAD_DIM, mx.SEQUENCE_PARALLEL)),
     *((f"{layout.layout} batch@dp", "dp=2,kv=2,rep=2") for layout in (mx.KV_REPLICATED, mx.HEADS_X_KV_SEQ)),
+    (f"{mx.SEQUENCE_PARALLEL.layout} overlap", "tp=4"),
     ("", "tp=2"),
     ("batch@dp", "dp=2,tp=2"),
     ("hidden@tp", "tp=8"),

@@ -59,6 +59,7 @@ def test_parts_are_those_of_the_mesh():
         (SEQUENCE_PARALLEL, "sequence_parallel"),
         (SEQUENCE_PARALLEL + "batch@dp", "sequence_parallel batch@dp"),
         (HEADS + "batch@dp", "heads batch@dp"),
+        (SEQUENCE_PARALLEL + "overlap=1 batch@dp", "sequence_parallel overlap=1 batch@dp"),
         (Strategy("batch@dp"), "batch@dp"),
         (Strategy("kv_heads@tp"), "kv_heads@tp"),
     ],
@@ -75,7 +76,8 @@ def test_white_space_and_order_are_free():
 
 
 @pytest.mark.parametrize(
-    "entry", ["hidden", "hidden@", "@tp", "hidden@tp,", "hidden@,tp", "Hidden@tp", "hidden=tp", "a@b@c"]
+    "entry",
+    ["hidden", "hidden@", "@tp", "hidden@tp,", "hidden@,tp", "Hidden@tp", "hidden=tp", "a@b@c", "overlap=3"],
 )
 def test_an_entry_of_another_form_is_refused(entry):
     with pytest.raises(ValueError, match="must be a dimension and its mesh axes, such as 'kv_heads@tp'") as error:
@@ -88,6 +90,20 @@ def test_a_dimension_or_an_axis_that_comes_twice_is_refused():
         Strategy("hidden@tp hidden@dp")
     with pytest.raises(ValueError, match="'hidden@tp,tp' of a strategy names one mesh axis twice; keep one"):
         Strategy("hidden@tp,tp")
+    with pytest.raises(ValueError, match="has the word 'overlap' twice; keep one"):
+        Strategy("tokens@tp overlap overlap=1")
+
+
+def test_the_word_overlap_gives_the_number_of_directions():
+    assert [SINGLE.overlap, HEADS.overlap, SEQUENCE_PARALLEL.overlap] == [0, 0, 0]
+    words = "overlap", "overlap=1", "overlap=2"
+    assert [(SEQUENCE_PARALLEL + word).overlap for word in words] == [2, 1, 2]
+    # It splits nothing.
+    assert (SEQUENCE_PARALLEL + "overlap").axes() == ("tp",)
+    model, mesh = PRESETS["7b-v0.2"], AbstractMesh((2,), ("tp",))
+    with pytest.raises(ValueError, match=r"has the word 'overlap' but does not split 'tokens'.*add 'tokens@'"):
+        (HEADS + "overlap").check(model, mesh)
+    (SEQUENCE_PARALLEL + "overlap").check(model, mesh)
 
 
 _names = st.from_regex(r"[a-z][a-z_]{0,6}", fullmatch=True)

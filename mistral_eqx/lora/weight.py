@@ -57,6 +57,10 @@ class LoRAWeight(AbstractWeight):
         """The factor of the change."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
+    @property
+    def depends_on_index(self) -> bool:
+        return self.key is not None or self.base.depends_on_index
+
     def contract(self, x: Float[Array, "batch seq *in"], in_dims: str, out_dims: str) -> Float[Array, "batch seq *out"]:
         y = self.base.contract(x, in_dims, out_dims)
         dtype = self.a.value.dtype

@@ -47,7 +47,7 @@ class Attention(eqx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "batch seq embed"],
+        x: Float[Array, "batch own embed"],
         context: Context,
         cache: AbstractLayerCache | None = None,
     ) -> tuple[Float[Array, "batch tokens embed"], AbstractLayerCache | None]:
@@ -55,13 +55,15 @@ class Attention(eqx.Module):
 
         **Arguments:**
 
-        - `x`: activations, shape `(batch, seq, embed)`.
+        - `x`: activations, shape `(batch, seq, embed)`; where `tokens` is split, those of this device.
         - `context`: what all layers share in this forward pass.
         - `cache`: the keys and values of earlier tokens; without a cache, the keys and values are those of `x`.
 
         **Returns:** an array like `x`, and the cache with the new keys and values.
         """
-        q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj))
+        # All devices write the same keys and values into a cache, and JAX must know that they are the same.
+        to = "varying" if cache is None else "invarying"
+        q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj), context.seq, to=to)
         q = context.query_rotation(q)
         k = context.own(jnp.swapaxes(context.key_rotation(k), 1, 2))
         v = context.own(jnp.swapaxes(v, 1, 2))

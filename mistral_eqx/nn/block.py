@@ -3,7 +3,7 @@
 import equinox as eqx
 from jaxtyping import Array, Float
 
-from ..parallel import all_tokens, own_tokens
+from ..parallel import own_tokens
 from .attention import Attention
 from .cache import AbstractLayerCache
 from .context import Context
@@ -49,13 +49,10 @@ class Block(eqx.Module):
     def _fed(self, normed: Array, context: Context) -> Array:
         if isinstance(self.feed_forward, Experts):
             return self.feed_forward.for_own_tokens(normed, context.seq)
-        return self.feed_forward(all_tokens(normed, context.seq, context.strategy))
+        return self.feed_forward(normed, context.seq)
 
     def _attended(
         self, x: Array, context: Context, cache: AbstractLayerCache | None
     ) -> tuple[Array, AbstractLayerCache | None]:
-        # All devices write the same latents into a cache, and JAX must know that they are the same.
-        to = "varying" if cache is None else "invarying"
-        whole = all_tokens(self.attention_norm(x), context.seq, context.strategy, to=to)
-        mixed, cache = self.attention(whole, context, cache)
+        mixed, cache = self.attention(self.attention_norm(x), context, cache)
         return x + mixed, cache

@@ -56,7 +56,7 @@ class LatentAttention(eqx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "batch seq embed"],
+        x: Float[Array, "batch own embed"],
         context: Context,
         cache: AbstractLayerCache | None = None,
     ) -> tuple[Float[Array, "batch tokens embed"], AbstractLayerCache | None]:
@@ -64,13 +64,15 @@ class LatentAttention(eqx.Module):
 
         **Arguments:**
 
-        - `x`: activations, shape `(batch, seq, embed)`.
+        - `x`: activations, shape `(batch, seq, embed)`; where `tokens` is split, those of this device.
         - `context`: what all layers share in this forward pass.
         - `cache`: the latents and shared keys of earlier tokens; without a cache, those of `x` alone.
 
         **Returns:** an array like `x`, and the cache with the new latents and shared keys.
         """
-        low, compressed = project(x, (self.q_a_proj, self.kv_a_proj))
+        # All devices write the same latents into a cache, and JAX must know that they are the same.
+        to = "varying" if cache is None else "invarying"
+        low, compressed = project(x, (self.q_a_proj, self.kv_a_proj), context.seq, to=to)
         q = self.q_b_proj(self.q_a_norm(low))
         nope, rope = jnp.split(q, [self.latent.nope_dim], axis=-1)
         if (scale := context.query_scale) is not None:

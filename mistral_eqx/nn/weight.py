@@ -67,6 +67,11 @@ class AbstractWeight(eqx.Module):
         """Looks up rows by their index in the first dimension, as an embedding does."""
 
     @property
+    def depends_on_index(self) -> bool:
+        """Whether the result for a token depends on its index too: then all tokens must be contracted at once."""
+        return False
+
+    @property
     @abc.abstractmethod
     def row_count(self) -> int:
         """The number of rows."""

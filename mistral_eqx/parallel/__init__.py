@@ -33,6 +33,7 @@ from .collectives import (
     vary_over as vary_over,
 )
 from .mesh import initialize as initialize, make_mesh as make_mesh
+from .overlap import gathered_product as gathered_product, scattered_product as scattered_product
 from .sharding import (
     check_shapes as check_shapes,
     einshard as einshard,

@@ -121,9 +121,9 @@ def own_slices(x: Array, strategy: Strategy, *, axis: int, hop: int = 0) -> Arra
     return jnp.concatenate(slices, axis=axis)
 
 
-def send_on(x: Array, hops: int, strategy: Strategy) -> Array:
-    """Sends an array to the device so many places ahead on the ring that splits `seq`, and receives that device's."""
-    axes = strategy.axes("seq")
+def send_on(x: Array, hops: int, strategy: Strategy, *, dims: str = "seq") -> Array:
+    """Sends an array to the device so many places ahead on the ring that splits `dims`, and receives another one's."""
+    axes = strategy.axes(dims)
     devices = lax.axis_size(axes)
     return lax.ppermute(x, axes, [(at, (at + hops) % devices) for at in range(devices)]) if hops else x
 

@@ -15,6 +15,7 @@ from ..errors import InputError
 
 
 _ENTRY = re.compile(r"([a-z_]+)@([a-z_0-9]+(?:,[a-z_0-9]+)*)")
+_OVERLAP = re.compile(r"overlap(?:=([12]))?")
 
 # The config has the sizes of the first; each call has the sizes of the second.
 _OF_CONFIG = ("vocab", "embed", "hidden", "experts", "kv_heads", "q_per_kv", "head_dim", "layers")
@@ -48,26 +49,32 @@ class Strategy:
     **Arguments:**
 
     - `layout`: entries `dim@axis` with spaces between, such as `"kv_heads@tp hidden@tp"`; a dimension may take
-        several axes, the major one first: `"hidden@kv,rep"`. A dimension that is not named is not split.
+        several axes, the major one first: `"hidden@kv,rep"`. A dimension that is not named is not split. Where `tokens`
+        is split, the word `overlap` runs products beside the exchange of their tokens, which travel along a ring in
+        both directions; with `overlap=1` in one.
 
-    **Raises:** `ValueError` if an entry has another form, or a dimension or one of its axes is named twice.
+    **Raises:** `ValueError` if an entry has another form, or a dimension, one of its axes or `overlap` comes twice.
     """
 
     layout: str = ""
 
     def __post_init__(self):
         checked(self.layout, str, "A strategy's layout", key="layout", remedy="for example 'kv_heads@tp hidden@tp'")
-        self._axes  # noqa: B018  (a wrong layout is refused here, not in the middle of a trace)
+        # A wrong layout is refused here, not in the middle of a trace.
+        self._axes  # noqa: B018
+        self.overlap  # noqa: B018
 
     @functools.cached_property
     def _axes(self) -> dict[str, tuple[str, ...]]:
         axes: dict[str, tuple[str, ...]] = {}
         for entry in self.layout.split():
             match = _ENTRY.fullmatch(entry)
+            if _OVERLAP.fullmatch(entry):
+                continue
             if match is None:
                 raise InputError(
                     f"The entry {entry!r} of the strategy {self.layout!r} must be a dimension and its mesh axes, "
-                    "such as 'kv_heads@tp' or 'hidden@kv,rep'."
+                    "such as 'kv_heads@tp' or 'hidden@kv,rep', or the word 'overlap' or 'overlap=1'."
                 )
             dim, names = match[1], tuple(match[2].split(","))
             if dim in axes:
@@ -76,6 +83,14 @@ class Strategy:
                 raise InputError(f"The entry {entry!r} of a strategy names one mesh axis twice; keep one.")
             axes[dim] = names
         return axes
+
+    @functools.cached_property
+    def overlap(self) -> int:
+        """In how many directions of a ring tokens travel beside products; 0 if products wait for exchanges."""
+        found = [match for match in map(_OVERLAP.fullmatch, self.layout.split()) if match is not None]
+        if len(found) > 1:
+            raise InputError(f"The strategy {self.layout!r} has the word 'overlap' twice; keep one.")
+        return int(found[0][1] or 2) if found else 0
 
     def __add__(self, entries: str) -> "Strategy":
         checked(entries, str, "The entry added to a strategy", key="entries", remedy="for example 'batch@dp'")
@@ -260,6 +275,11 @@ class Strategy:
             raise InputError(
                 f"The strategy {self.layout!r} splits 'seq' and 'kv_seq' over different axes; split both over the same "
                 "axes, so that keys travel along a ring, or leave 'kv_seq' out, so that each device gathers them."
+            )
+        if self.overlap and not self.axes("tokens"):
+            raise InputError(
+                f"The strategy {self.layout!r} has the word 'overlap' but does not split 'tokens', whose exchanges it "
+                "would overlap; add 'tokens@' with the axis that splits the heads, or leave the word out."
             )
         if self.axes("tokens") and self.axes("embed"):
             raise InputError(

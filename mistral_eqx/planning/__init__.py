@@ -6,6 +6,7 @@ from .communication import (
     forward_pass as forward_pass,
     prefill as prefill,
 )
+from .exposure import Exposed as Exposed, exposed as exposed, ring_wait as ring_wait
 from .fitting import Holding as Holding, smallest as smallest
 from .limits import HOP_SECONDS as HOP_SECONDS, exchange_seconds as exchange_seconds, roofline as roofline
 from .pictures import picture as picture

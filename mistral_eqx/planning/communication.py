@@ -238,17 +238,31 @@ class Ledger:
         """The number of shards of the residual stream along `tokens`."""
         return self.num_shards("tokens") if seq % self.num_shards("tokens") == 0 else 1
 
-    def sum_tokens(self, what: str, dims: str, count: int, seq: int):
+    def sum_tokens(self, what: str, dims: str, count: int, seq: int, *, of_linear: bool = True):
         """Adds the sums into the residual stream, of which each device receives its own tokens."""
         devices, size = self.token_shards(seq), self.rows * seq * self.local("embed") * self.narrow
-        self.write("all_reduce", what, self.num_shards(dims) // devices, (count, size))
-        self.write("reduce_scatter", what, devices, (count, size))
+        rings = of_linear and self.strategy.overlap and devices > 1
+        others = count, size // devices if rings else size
+        self.write("all_reduce", what, self.num_shards(dims) // devices, others)
+        if rings:
+            self.on_ring(what, count, seq)
+        else:
+            self.write("reduce_scatter", what, devices, (count, size))
 
-    def all_tokens(self, what: str, count: int, seq: int):
-        """Adds the all-gathers of the tokens of the residual stream."""
+    def all_tokens(self, what: str, count: int, seq: int, out_dims: str = ""):
+        """Adds the all-gathers of the tokens of the residual stream, for products with these resulting dimensions."""
         devices = self.token_shards(seq)
+        if self.strategy.overlap and {*self.strategy.axes("tokens")} <= {*self.strategy.axes(out_dims)}:
+            self.on_ring(what, count, seq)
+            return
         size = self.rows * (seq // devices) * self.local("embed") * self.narrow
         self.write("all_gather", what, devices, (count, size))
+
+    def on_ring(self, what: str, count: int, seq: int):
+        """Adds the exchanges of tokens or of their sums that travel along a ring beside products."""
+        devices = self.token_shards(seq)
+        size = self.rows * (seq // devices) * self.local("embed") * self.narrow
+        self.write("collective_permute", what, 2, (count * (devices - 1), size))
 
     def model(
         self,
@@ -278,10 +292,10 @@ class Ledger:
         if cached:
             rounds = self.num_shards("seq") * self.config.layers
         layers, tokens, heads = self.config.layers, self.rows * seq, self.local("kv_heads q_per_kv")
-        self.sum_tokens("embedding", "vocab", 1, seq)
+        self.sum_tokens("embedding", "vocab", 1, seq, of_linear=False)
 
         self.sum("attention norm", "embed", layers, tokens, self.wide)
-        self.all_tokens("attention input", layers, seq)
+        self.all_tokens("attention input", layers, seq, "" if self.config.latent is not None else "kv_heads head_dim")
         self.sum("queries", "embed", layers, tokens, self.local("kv_heads q_per_kv head_dim"), self.narrow)
         self.sum("keys and values", "embed", 2 * layers, tokens, self.local("kv_heads head_dim"), self.narrow)
         if cache_dtype is not None:
@@ -352,7 +366,8 @@ class Ledger:
         dense, routing, travel = self.config.dense_layers, self.config.routing, self.travel(seq)
         layers = self.config.layers - dense
         whole = self.config.layers if travel is None else dense
-        self.all_tokens("feed-forward input", whole, seq)
+        self.all_tokens("feed-forward input", dense, seq, "hidden")
+        self.all_tokens("feed-forward input", whole - dense, seq)
         self.sum("gate and up", "embed", 2 * whole, self.rows * seq, self.local("hidden"), self.narrow)
         self.sum_tokens("feed-forward output", "hidden", dense, seq)
         if routing is not None and routing.shared:
@@ -360,7 +375,7 @@ class Ledger:
         if travel is not None:
             self.experts(travel, there=layers, back=layers)
         else:
-            self.sum_tokens("experts' output", "experts hidden", layers, seq)
+            self.sum_tokens("experts' output", "experts hidden", layers, seq, of_linear=False)
 
     def travel(self, seq: int) -> Travel | None:
         """How tokens meet the experts of other devices; `None` if they need not, or there are no experts."""

@@ -144,6 +144,29 @@ class Program:
             totals[kind, devices] = count + times, total + times * size
         return [Exchange(kind, devices, count, total) for (kind, devices), (count, total) in totals.items()]
 
+    def permutes_beside_products(self) -> tuple[int, int]:
+        """How many permutes have a product between their start and their end in the schedule, and how many there are.
+
+        Each computation counts once, however often it runs. The kernels of attention do not count as products.
+        """
+        beside = total = 0
+        for scope in self._computations.values():
+            under_way: dict[str, bool] = {}
+            for one in scope.values():
+                if one.opcode == "collective-permute-start":
+                    under_way[one.name] = False
+                elif one.opcode == "collective-permute-done":
+                    beside, total = beside + under_way.pop(one.operands[0]), total + 1
+                elif self._multiplies(one):
+                    under_way = dict.fromkeys(under_way, True)
+        return beside, total
+
+    def _multiplies(self, one: Instruction) -> bool:
+        if one.opcode in ("dot", "convolution"):
+            return True
+        called = one.called if one.opcode in ("fusion", "call") else []
+        return any(self._multiplies(inner) for name in called for inner in self._computations[name].values())
+
     def _collectives(self, computation: str, times: int) -> Iterator[tuple[str, int, int, int]]:
         scope = self._computations[computation]
         for one in scope.values():

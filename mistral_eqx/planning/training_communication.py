@@ -40,9 +40,9 @@ def training_step(
     routers have no weight.
 
     **Raises:** `ValueError` if the strategy does not fit the config or the axes, the rows cannot be split, or there is
-    no closed form: for latent attention, shared experts or dense first layers, experts beside a split `seq`, `layers`
-    in ZeRO 3, or a strategy that splits `embed`, `head_dim` beside `kv_seq` or `seq`, or `tokens` over other axes than
-    the heads.
+    no closed form: for latent attention, shared experts or dense first layers, experts beside a split `seq` or
+    `overlap`, `layers` in ZeRO 3, or a strategy that splits `embed`, `head_dim` beside `kv_seq` or `seq`, or `tokens`
+    over other axes than the heads.
     """
     if batch % training.accumulate:
         raise InputError(
@@ -111,10 +111,10 @@ class _TrainingLedger(Ledger):
                 "There is no closed form of a training step of a model with shared experts or dense first layers; "
                 "count the exchanges of a plan."
             )
-        if routing is not None and self.splits_seq:
+        if routing is not None and (self.splits_seq or self.strategy.overlap):
             raise InputError(
-                "There is no closed form of a training step of a model with experts whose strategy splits 'seq'; count "
-                "the exchanges of a plan."
+                "There is no closed form of a training step of a model with experts whose strategy splits 'seq' or "
+                "says 'overlap'; count the exchanges of a plan."
             )
         if self.config.latent is not None:
             raise InputError(
@@ -155,7 +155,7 @@ class _TrainingLedger(Ledger):
     def recompute(self):
         """Adds the exchanges that rematerialisation repeats: all of a repeat of the layer pattern but its last sum."""
         seq, layers, heads = self.seq, self.config.layers, self.local("kv_heads q_per_kv")
-        self.all_tokens("attention input again", layers, seq)
+        self.all_tokens("attention input again", layers, seq, "kv_heads head_dim")
         self.sum("attention scores again", "head_dim", self.meetings, self.tokens, heads, self.kv_seq, self.wide)
         if self.splits_seq:
             self.keys(" again", seq, self.meetings - layers)
@@ -170,7 +170,7 @@ class _TrainingLedger(Ledger):
         if (travel := self.travel(seq)) is not None:
             self.experts(travel, there=layers, back=inner, again=" again")
             return
-        self.all_tokens("feed-forward input again", layers, seq)
+        self.all_tokens("feed-forward input again", layers, seq, "hidden")
         self.sum_tokens("feed-forward output again", self.summed, inner, seq)
 
     def backward(self):
@@ -187,10 +187,14 @@ class _TrainingLedger(Ledger):
             if not self.splits_tokens:
                 self.sum(f"gradient {what}", dims, maps * layers, stream)
         if self.splits_tokens:
-            # The gradient of an all-gather is a reduce-scatter, and the reverse.
-            gathers = layers if travel else 2 * layers
-            self.write("reduce_scatter", "gradient of inputs", devices, (gathers, stream))
-            self.write("all_gather", "gradient of outputs", devices, (gathers + 1, stream // devices))
+            # The gradient of an all-gather is a reduce-scatter, and the reverse; so it is with their rings.
+            if self.strategy.overlap:
+                self.on_ring("gradient of inputs and outputs", 4 * layers, self.seq)
+                self.write("all_gather", "gradient of the embedding", devices, (1, stream // devices))
+            else:
+                gathers = layers if travel else 2 * layers
+                self.write("reduce_scatter", "gradient of inputs", devices, (gathers, stream))
+                self.write("all_gather", "gradient of outputs", devices, (gathers + 1, stream // devices))
             size = self.config.embed * self.narrow
             self.write("all_reduce", "gradient of norms", devices, (2 * layers, size))
             self.write("all_reduce", "gradient of the last norm", devices, (1, size))
@@ -249,7 +253,7 @@ class _TrainingLedger(Ledger):
         sets: set[tuple[str, ...]] = set()
         for weight in self.weights():
             axes = set(self.strategy.axes(f"{weight.dims} layers" if weight.layers else weight.dims))
-            # Stages have copies of what is not in a layer. Along another axis of the batch, each device has other experts.
+            # Stages have copies of what is not in a layer; an axis of the batch that splits experts has none of them.
             copies = [axis for axis in self.strategy.axes("batch seq layers") if axis not in axes]
             devices = self.devices(copies)
             sizes = [self.local(dim) for dim in weight.dims.split()]
