@@ -23,22 +23,8 @@ PAGE = DOCS / "which_layout.md"
 MODELS = ("7b-v0.3", "small-3.1-24b", "large-2-123b")
 PLACES = {"v5e-16": "v5e:4x4", "v5p-64 (32 chips)": "v5p:2x4x4", "8 H100": "H100:8"}
 SCALED = ("7b-v0.3", "small-3.1-24b", "large-2-123b", "8x22b", "large-3-675b")
-# The sides of slices of v5p, of which some leave room for wrapped links.
-SIDES = (
-    "1x1x1",
-    "1x1x2",
-    "1x2x2",
-    "2x2x2",
-    "2x2x4",
-    "2x4x4",
-    "4x4x4",
-    "4x4x8",
-    "4x8x8",
-    "8x8x8",
-    "8x8x16",
-    "8x16x16",
-    "16x16x16",
-)
+# The sides of slices of v5p.
+SIDES = ("1x1x1", "1x2x2", "2x2x4", "4x4x4", "4x8x8", "8x8x16", "16x16x16")
 
 # Shapes of models that others published figures of.
 LLAMA_70B = mx.MistralConfig(

@@ -17,7 +17,7 @@ from ..parallel import SINGLE, Choice, Strategy, strategies
 from ..quant import Recipe
 from .arguments import DTypes, cache_slots, named
 from .chips import CHIPS, Chip
-from .shapes import bytes_by_format, cache_shapes, device_bytes, model_shapes, split_shapes
+from .shapes import bytes_by_format, cache_shapes, device_bytes, split_shapes, whole_shapes
 
 
 # The rest is for temporary buffers and the program.
@@ -104,8 +104,7 @@ def smallest(
             raise InputError(f"The chip {shown(chip)} is not known; the chips are {', '.join(CHIPS)}.")
         chip = CHIPS[chip]
     room = SHARE * chip.hbm_bytes
-    # Without a kernel's panels of rows, the shapes do not depend on how the model is split.
-    whole = model_shapes(config, dtype, SINGLE, _mesh({"tp": 1}), "tpu", quantize)
+    whole = whole_shapes(config, dtype, quantize)
     all_weights = device_bytes(whole)
 
     def cache_on(strategy: Strategy, mesh: AbstractMesh) -> int:

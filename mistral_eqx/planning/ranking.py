@@ -22,7 +22,7 @@ from .communication import Collective, decoding_step, prefill
 from .fitting import SHARE
 from .limits import roofline
 from .report import Exchange, Memory, Roofline
-from .shapes import cache_shapes, device_bytes, model_shapes, split_shapes
+from .shapes import cache_shapes, device_bytes, split_shapes, whole_shapes
 from .training import Training
 from .training_communication import training_step
 from .work import device_entries, operations, weights_read
@@ -263,8 +263,7 @@ def _layouts(
             *strategies(task.config, task.devices, seq=seq),
             Choice("copies", SINGLE + "batch@dp", {"dp": task.devices}),
         ]
-    mesh = AbstractMesh((1,), ("tp",))
-    whole = None if train is not None else model_shapes(task.config, task.dtype, SINGLE, mesh, "tpu", task.quantize)
+    whole = None if train is not None else whole_shapes(task.config, task.dtype, task.quantize)
     for choice in choices:
         try:
             if train is None:

@@ -3,6 +3,7 @@
 import collections
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -15,7 +16,7 @@ from jaxtyping import PyTree
 from ..checks import CacheDType
 from ..config import MistralConfig
 from ..nn import Cache, Mistral
-from ..parallel import Strategy, check_shapes, specs
+from ..parallel import SINGLE, Strategy, check_shapes, specs
 from ..quant import QUANTIZED, Recipe, formats, quantized_shapes
 
 
@@ -41,6 +42,22 @@ def model_shapes(
     if quantize is not None:
         model = quantized_shapes(model, quantize, mesh, platform)
     return split_shapes(model, strategy, mesh)
+
+
+def whole_shapes(config: MistralConfig, dtype: str, quantize: Recipe | None) -> Mistral:
+    """The shapes of a model on one device, from which those of any split follow; the last ones are kept.
+
+    They are those of a TPU: with a CPU kernel's panels of rows, they would depend on the split.
+
+    **Arguments:** as for [`mistral_eqx.plan`][].
+    """
+    return _whole(config, dtype, tuple(quantize.items()) if isinstance(quantize, Mapping) else quantize)
+
+
+@functools.lru_cache(maxsize=2)
+def _whole(config: MistralConfig, dtype: str, recipe: Any) -> Mistral:
+    quantize = dict(recipe) if isinstance(recipe, tuple) else recipe
+    return model_shapes(config, dtype, SINGLE, AbstractMesh((1,), ("tp",)), "tpu", quantize)
 
 
 def split_shapes(model: Mistral, strategy: Strategy, mesh: Mesh | AbstractMesh) -> Mistral:
