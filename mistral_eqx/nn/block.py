@@ -3,7 +3,7 @@
 import equinox as eqx
 from jaxtyping import Array, Float
 
-from ..parallel import own_tokens
+from ..parallel import all_tokens, own_tokens
 from .attention import Attention
 from .cache import AbstractLayerCache
 from .context import Context
@@ -47,9 +47,10 @@ class Block(eqx.Module):
         return x + self._fed(normed, context), sums
 
     def _fed(self, normed: Array, context: Context) -> Array:
-        if isinstance(self.feed_forward, Experts):
+        if isinstance(self.feed_forward, FeedForward | Experts):
             return self.feed_forward.for_own_tokens(normed, context.seq)
-        return self.feed_forward(normed, context.seq)
+        # A user's layer needs no more than a call with all tokens.
+        return self.feed_forward(all_tokens(normed, context.seq, context.strategy))
 
     def _attended(
         self, x: Array, context: Context, cache: AbstractLayerCache | None

@@ -20,9 +20,10 @@ class FeedForward(eqx.Module):
     up_proj: Linear
     down_proj: Linear
 
-    def __call__(
-        self, x: Float[Array, "batch own embed"], seq: int | None = None
-    ) -> Float[Array, "batch tokens embed"]:
-        """The results for the tokens of this device, of `seq` in each row over all devices; by default those of `x`."""
+    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch tokens embed"]:
+        return self.for_own_tokens(x, x.shape[1])
+
+    def for_own_tokens(self, x: Float[Array, "batch own embed"], seq: int) -> Float[Array, "batch tokens embed"]:
+        """The result for the tokens of this device, of `seq` in each row over all devices."""
         gate, up = project(x, (self.gate_proj, self.up_proj), seq)
         return self.down_proj(jax.nn.silu(gate) * up)
