@@ -48,10 +48,17 @@ def newest(session: nox.Session):
 def tests_slow(session: nox.Session):
     """What takes too long for the default suite: many steps under every strategy, the real model; as users run it."""
     install(session, "test")
-    options = ["-m", "slow and not parity", "--durations=10", *PLAIN, *ONE_MORE, *session.posargs]
+    options = ["-m", "slow and not long and not parity", "--durations=10", *PLAIN, *ONE_MORE, *session.posargs]
     others = [f"--ignore={file}" for file in COMPUTE_LONG]
     session.run("pytest", *options, *others, env=COMPILE_QUICKLY)
     session.run("pytest", *options, *COMPUTE_LONG)
+
+
+@nox.session
+def tests_long(session: nox.Session):
+    """More layouts and types of what the slow tests hold; run it after a change of what they share."""
+    install(session, "test")
+    session.run("pytest", "-m", "long and not parity", *PLAIN, *ONE_MORE, *session.posargs, env=COMPILE_QUICKLY)
 
 
 @nox.session
@@ -69,7 +76,7 @@ def parity(session: nox.Session):
     session.install("torch==2.13.0")
     install(session, "test,eval", "transformers>=5.23,<6", "protobuf", "accelerate", "peft>=0.17")
     session.install("bitsandbytes>=0.46", "compressed-tensors>=0.10")
-    session.run("pytest", "-m", "parity", "--durations=10", *PARALLEL, *session.posargs)
+    session.run("pytest", "-m", "parity", "--durations=10", *PLAIN, *PARALLEL, *session.posargs)
 
 
 @nox.session

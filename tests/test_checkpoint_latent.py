@@ -73,7 +73,7 @@ def test_fp8_releases_keep_one_byte_a_weight(model, format, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", [mx.FP8(), mx.GGUF("Q4_0")], ids=str)
+@pytest.mark.parametrize("scheme", [pytest.param(mx.FP8(), marks=pytest.mark.long), mx.GGUF("Q4_0")], ids=str)
 def test_a_quantized_model_is_that_of_its_numbers(scheme):
     sizes = {"embed": 64, "hidden": 64, "head_dim": 32}
     latent = mx.Latent(q_rank=32, kv_rank=32, nope_dim=16, rope_dim=16, value_dim=32)

@@ -452,6 +452,8 @@ LAYOUTS = {
     "batch": (f"{mx.HEADS.layout} batch@dp", "dp=4,tp=2"),
     "batch, kv_seq": ("batch@dp kv_seq@kv vocab@kv", "dp=2,kv=4"),
 }
+# These share their ways of splitting rows, slots and the vocabulary with the others.
+_MORE = ("heads, vocab", "kv_seq", "batch")
 
 
 @settings(
@@ -462,7 +464,9 @@ LAYOUTS = {
     suppress_health_check=list(HealthCheck),
 )
 @given(data=st.data())
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.long if name in _MORE else ()) for name in LAYOUTS]
+)
 @pytest.mark.slow
 def test_the_law(layout, data):
     model = whole = talking_model(vocab=64, kv_heads=4)

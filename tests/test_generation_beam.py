@@ -323,7 +323,8 @@ def on_one_device():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "heads" else pytest.mark.slow) for name in NAMED]
+    "name",
+    [pytest.param(name, marks=() if name in ("heads", "heads_x_kv_seq") else pytest.mark.long) for name in NAMED],
 )
 def test_named_strategies_find_the_same(name, on_one_device):
     """Three prompts also where the batch is split in two."""

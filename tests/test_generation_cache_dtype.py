@@ -134,9 +134,11 @@ def on_one_device(cache_dtype):
     return mx.generate(model(), PROMPTS, max_new_tokens=NEW, logprobs=0, prefill_chunk=8, cache_dtype=cache_dtype)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "head_dim" else pytest.mark.slow) for name in MESHES]
-)
+# Scales are split in two ways: by heads and slots, and copied where `head_dim` is split.
+_OFTEN = {"head_dim": (), "heads_x_kv_seq": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_OFTEN.get(name, pytest.mark.long)) for name in MESHES])
 @pytest.mark.parametrize("cache_dtype", [CODES[0], pytest.param(CODES[1], marks=pytest.mark.slow)])
 def test_a_mesh_gives_what_one_device_gives(name, cache_dtype):
     with precision("float64"):

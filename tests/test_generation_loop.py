@@ -56,7 +56,7 @@ def test_prompts_that_are_read_in_several_pieces_and_fill_the_context():
     assert out.tokens.tolist() == greedy_without_cache(model, prompts, 6, width=1006)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.long), 2, 8])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.slow
 def test_16_bit_models_decode_in_any_batch(dtype, batch):

@@ -40,7 +40,7 @@ def test_the_text_is_that_of_a_full_cache(model, lengths, chunk, seed):
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(dtype):
     model = talking_model(windows=(7, 7), dtype=dtype)
@@ -57,8 +57,8 @@ def test_memory_does_not_grow_with_the_text(dtype):
 @pytest.mark.parametrize(
     ("layout", "axes"),
     [
-        ("kv_heads@tp hidden@tp", "tp=2"),
-        ("kv_seq@x", "x=3"),
+        pytest.param("kv_heads@tp hidden@tp", "tp=2", marks=pytest.mark.long),
+        pytest.param("kv_seq@x", "x=3", marks=pytest.mark.long),
         ("kv_seq@x batch@dp vocab@x", "dp=2,x=2"),
     ],
 )

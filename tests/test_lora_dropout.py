@@ -156,7 +156,7 @@ def expected():
 @pytest.mark.parametrize(
     ("axes", "strategy", "options"),
     [
-        ({"dp": 2, "tp": 2}, mx.HEADS + "batch@dp", {"accumulate": 2}),
+        pytest.param({"dp": 2, "tp": 2}, mx.HEADS + "batch@dp", {"accumulate": 2}, marks=pytest.mark.long),
         ({"dp": 2, "kv": 2, "rep": 2}, mx.HEADS_X_HEAD_DIM + "batch@dp", {"zero": 3}),
     ],
     ids=["HEADS, in two parts", "HEADS_X_HEAD_DIM, ZeRO 3"],

@@ -60,7 +60,7 @@ def test_weights_in_blocks_are_not_trained(scheme):
     train.TrainState.init(mx.apply_lora(model, rank=2, alpha=4.0, key=jr.key(0)), OPTIMIZER)
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("kind", [pytest.param("float32", marks=pytest.mark.long), "bfloat16", "int8"])
 @pytest.mark.slow
 def test_adapters_alone_are_trained(kind):
     model = small_model(config=CONFIG, dtype=jnp.bfloat16 if kind == "bfloat16" else jnp.float32)
@@ -94,7 +94,7 @@ def expected():
 @pytest.mark.parametrize(
     ("axes", "strategy", "zero"),
     [
-        ({"dp": 2}, mx.Strategy("batch@dp"), 3),
+        pytest.param({"dp": 2}, mx.Strategy("batch@dp"), 3, marks=pytest.mark.long),
         ({"dp": 2, "kv": 2, "rep": 2}, mx.HEADS_X_HEAD_DIM + "batch@dp", 2),
     ],
     ids=["ZeRO 3", "HEADS_X_HEAD_DIM, ZeRO 2"],
@@ -124,7 +124,7 @@ def test_zero_3_splits_what_is_not_trained_too():
     assert same(frozen(after), frozen(model))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.long), jnp.bfloat16])
 @pytest.mark.slow
 def test_the_table_too_on_request(dtype):
     model = small_model(config=dataclasses.replace(CONFIG, tied=True), dtype=dtype)

@@ -44,7 +44,7 @@ def _loss(function, arrays, seen):
 
 
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(1, 13), st.integers(1, 19), st.none() | st.integers(1, 9), st.booleans(), st.integers(0, 2**32 - 1))
 def test_value_and_gradient_are_those_of_all_scores_at_once(seq, kv_seq, window, causal, seed):
     draw = np.random.default_rng(seed)

@@ -42,7 +42,12 @@ def test_logits_and_gradients_are_those_of_one_device(strategy, axes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("strategy", "axes"), [HEADS_AND_SLOTS, *CASES[1:4]], ids=lambda case: getattr(case, "layout", None)
+    ("strategy", "axes"),
+    [
+        pytest.param(*case, marks=pytest.mark.long if case in CASES[1:3] else ())
+        for case in (HEADS_AND_SLOTS, *CASES[1:4])
+    ],
+    ids=lambda case: getattr(case, "layout", None),
 )
 def test_tokens_are_those_of_one_device(strategy, axes):
     model = small_model(config=LATENT)

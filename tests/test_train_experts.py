@@ -93,7 +93,13 @@ LAYOUTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "zero", "accumulate"),
-    [("tokens travel", 2, 2), ("tokens travel", 3, 1), ("tokens are split", 1, 2)],
+    [
+        ("tokens travel", 2, 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (("tokens travel", 3, 1), ("tokens are split", 1, 2))
+        ),
+    ],
 )
 def test_steps_are_those_of_one_device(layout, zero, accumulate):
     options = {"balance_loss": 0.5, "router_z_loss": 0.25, "accumulate": accumulate}

@@ -130,7 +130,8 @@ def test_a_run_that_is_done_makes_no_step(whole):
 
 
 @pytest.mark.parametrize(
-    ("axes", "layout", "zero"), [("dp=2,tp=2", "hidden@tp vocab@tp batch@dp", 3), ("dp=4", "batch@dp", 1)]
+    ("axes", "layout", "zero"),
+    [("dp=2,tp=2", "hidden@tp vocab@tp batch@dp", 3), pytest.param("dp=4", "batch@dp", 1, marks=pytest.mark.long)],
 )
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(whole, tmp_path, axes, layout, zero):

@@ -95,8 +95,14 @@ def twenty_steps_alone():
         return trained(model64(), 20)
 
 
+# The others have other layouts of the same exchanges, and `alone` is the one with every stage.
+_OFTEN = ("HEADS_X_KV_SEQ", "SEQUENCE_PARALLEL", "alone")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in _OFTEN else pytest.mark.long) for name in STRATEGIES]
+)
 def test_twenty_steps_at_every_stage(name):
     """And twice the rows a device in two parts, one after the other."""
     axes, strategy = STRATEGIES[name]
@@ -113,7 +119,7 @@ EPSILON32, OPERATIONS = 2.0**-23, 100
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["alone", "HEADS_X_KV_SEQ"])
+@pytest.mark.parametrize("name", ["HEADS_X_KV_SEQ", pytest.param("alone", marks=pytest.mark.long)])
 def test_twenty_steps_in_float32(name):
     """Losses, as far as rounding can move them; docs/sharded_training.md derives the bound.
 
@@ -144,7 +150,9 @@ def test_the_third_stage_holds_its_part_of_everything(devices):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize(
+    "devices", [pytest.param(2, marks=pytest.mark.long), 4, pytest.param(8, marks=pytest.mark.long)]
+)
 def test_a_step_of_the_third_stage_takes_its_part_and_a_layer(devices):
     """Of little activations: the state, the gradients, and one layer at a time."""
     layers = 16
@@ -163,7 +171,7 @@ def test_a_step_of_the_third_stage_takes_its_part_and_a_layer(devices):
 @pytest.mark.parametrize(
     ("axes", "strategy", "zero"),
     [
-        (None, mx.SINGLE, 0),
+        pytest.param(None, mx.SINGLE, 0, marks=pytest.mark.long),
         ({"dp": 2, "tp": 2}, mx.HEADS + "batch@dp", 3),
     ],
 )
