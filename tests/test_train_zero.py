@@ -156,8 +156,8 @@ def test_a_step_of_the_third_stage_takes_its_part_and_a_layer(devices):
     sizes = eqx.filter_jit(step, donate="all").lower(state, rows).compile().compiled.memory_analysis()
     layer = sum(leaf.nbytes for leaf in arrays(model.blocks[0]))
     print(f"| {devices} | {held(state)[1]:,} | {sizes.temp_size_in_bytes:,} |")  # noqa: T201
-    # The update is in place: new moments are never beside the old ones.
-    assert held(state)[1] + sizes.temp_size_in_bytes < (16 + 1) * config.parameters / devices + layer
+    # One layer's weights and gradients are whole. The update is in place: no new moments are beside the old ones.
+    assert held(state)[1] + sizes.temp_size_in_bytes < 16 * config.parameters / devices + 2 * layer
 
 
 @pytest.mark.parametrize(
