@@ -68,8 +68,10 @@ def _arrays(tree):
 
 
 # 13 = 5 + 5 + 3, 3 is less than a chunk; sums of a few numbers in float64, taken in another order.
-@pytest.mark.parametrize("vocab", [3, 13])
-def test_value_and_gradient_are_those_of_log_softmax(vocab):
+@pytest.mark.parametrize(("vocab", "kept"), [(3, True), (13, True), (13, False)])
+def test_value_and_gradient_are_those_of_log_softmax(vocab, kept, monkeypatch):
+    if not kept:
+        monkeypatch.setattr(cross_entropy, "_KEPT", 0)
     with jax.enable_x64(True):
         inputs = _inputs(vocab)
         found, expected = (_arrays(eqx.filter_jit(_both(f))(*inputs)) for f in (_found, _all_at_once))
@@ -127,8 +129,8 @@ def test_devices_exchange_16_bytes_a_token():
     assert exchanges(backward) - forward == {("all_reduce", 4 * tokens * EMBED, 2): 1}
 
 
-def test_no_array_has_a_logit_for_each_token_and_entry_of_the_vocabulary():
-    """The largest array is the head itself, or its gradient."""
+def test_no_array_has_a_logit_for_each_token_and_entry_of_the_vocabulary(monkeypatch):
+    """The largest array is the head itself, or its gradient; if they are kept, the logits of all chunks but the first."""
     vocab, tokens = 400, BATCH * SEQ
     head, hidden, targets = _inputs(vocab, jnp.float32)
 
@@ -138,6 +140,8 @@ def test_no_array_has_a_logit_for_each_token_and_entry_of_the_vocabulary():
 
     table = vocab * EMBED
     assert tokens * vocab in sizes(_all_at_once)
+    assert (vocab - 5) * tokens in sizes(log_likelihood)
+    monkeypatch.setattr(cross_entropy, "_KEPT", vocab * tokens - 1)
     assert {size for size in sizes(log_likelihood) if size >= 20 * tokens} <= {table}
 
 

@@ -19,6 +19,8 @@ from .embedding import Unembedding
 # whole panels of a weight that is stored in them.
 _LOGITS = 8 * 1024 * 1024
 _ROWS_OF_CHUNK = 1024
+# At most this many logits (256 MB of float32) are kept for the backward pass; more are computed again.
+_KEPT = 64 * 1024 * 1024
 
 _ROWS = Strategy("vocab@rows")
 
@@ -50,10 +52,10 @@ def log_likelihood(
 ) -> Likelihood:
     """The logarithms of the probabilities of the given tokens.
 
-    The forward pass goes through the head's rows in chunks, with a running maximum and sum. The backward pass computes
-    each chunk's logits again and uses the saved logarithm of each token's sum. Where the strategy splits `vocab`,
-    devices exchange 16 bytes per token: the maximum, the sum of exponentials, the target's logit and whether it comes
-    first.
+    The forward pass goes through the head's rows in chunks, with a running maximum and sum. The backward pass uses the
+    saved logarithm of each token's sum. Up to 64 Mi logits are saved too; if there are more, the backward pass computes
+    each chunk's logits again. Where the strategy splits `vocab`, devices exchange 16 bytes per token: the maximum, the
+    sum of exponentials, the target's logit and whether it comes first.
 
     **Arguments:**
 
@@ -105,41 +107,58 @@ class _Sums(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _shard_sums(inputs: _Inputs, static: PyTree) -> _Sums:
+    return _chunked(inputs, static, keeps=False)[0]
+
+
+def _chunked(inputs: _Inputs, static: PyTree, *, keeps: bool) -> tuple[_Sums, tuple[Array | None, Array | None]]:
+    """The statistics, and the logits of the first chunk and of all others if they are kept."""
     count = _row_count(inputs, static)
 
-    def chunk_sums(start: Array | int, size: int) -> _Sums:
+    def chunk_sums(start: Array | int, size: int) -> tuple[_Sums, Array | None]:
         floats, others = (_take(part, count, start, size) for part in (inputs.floats, inputs.others))
-        return _sums(eqx.combine(floats, others, static)(inputs.hidden), inputs.rows - start, start)
+        logits = eqx.combine(floats, others, static)(inputs.hidden)
+        return _sums(logits, inputs.rows - start, start), logits if keeps else None
+
+    def add(sums: _Sums, start: Array, _: None) -> tuple[_Sums, Array | None]:
+        of_chunk, logits = chunk_sums(start, size)
+        return _merged(sums, of_chunk), logits
 
     first, size, starts = _chunks(count, inputs.rows.size)
-    return _over(starts, lambda sums, start: _merged(sums, chunk_sums(start, size)), chunk_sums(0, first))
+    sums, of_first = chunk_sums(0, first)
+    sums, of_others = _over(starts, add, sums, None)
+    return sums, (of_first, of_others)
 
 
 def _forward(inputs: _Inputs, static: PyTree):
-    sums: Any = _shard_sums(inputs, static)
-    return sums, (inputs, sums.log_sum)
+    keeps = _row_count(inputs, static) * inputs.rows.size <= _KEPT
+    sums, kept = _chunked(inputs, static, keeps=keeps)
+    return sums, (inputs, sums.log_sum, kept)
 
 
-def _backward(static: PyTree, saved: tuple[_Inputs, Array], gradient: _Sums):
-    inputs, log_sum = saved
+def _backward(static: PyTree, saved: tuple[_Inputs, Array, tuple[Any, Any]], gradient: _Sums):
+    inputs, log_sum, (of_first, of_others) = saved
     count = _row_count(inputs, static)
 
-    def add(carry: tuple[PyTree, Array], start: Array | int, size: int) -> tuple[PyTree, Array]:
+    def add(
+        carry: tuple[PyTree, Array], start: Array | int, kept: Array | None, size: int
+    ) -> tuple[tuple[PyTree, Array], None]:
         others = _take(inputs.others, count, start, size)
-        logits, pull = jax.vjp(
+        computed, pull = jax.vjp(
             lambda floats, hidden: eqx.combine(floats, others, static)(hidden),
             _take(inputs.floats, count, start, size),
             inputs.hidden,
         )
+        logits = computed if kept is None else kept
         target = (inputs.rows - start)[..., None]
         rows = jnp.arange(size, dtype=inputs.rows.dtype)[None, None, :]
         d_logits = jnp.exp(logits - log_sum[..., None]) * gradient.log_sum[..., None] + gradient.sum[..., None]
         d_floats, d_hidden = pull(d_logits + jnp.where(rows == target, gradient.chosen[..., None], 0))
-        return _added(carry[0], d_floats, count, start), carry[1] + d_hidden.astype(log_sum.dtype)
+        return (_added(carry[0], d_floats, count, start), carry[1] + d_hidden.astype(log_sum.dtype)), None
 
     first, size, starts = _chunks(count, inputs.rows.size)
     none = jax.tree.map(jnp.zeros_like, inputs.floats), jnp.zeros_like(inputs.hidden, dtype=log_sum.dtype)
-    d_floats, d_hidden = _over(starts, lambda carry, start: add(carry, start, size), add(none, 0, first))
+    carry, _ = add(none, 0, of_first, first)
+    (d_floats, d_hidden), _ = _over(starts, functools.partial(add, size=size), carry, of_others)
     return (_Inputs(d_floats, d_hidden.astype(inputs.hidden.dtype), None, None),)
 
 
@@ -158,11 +177,14 @@ def _chunks(rows: int, tokens: int) -> tuple[int, int, range]:
     return first, size, range(first, rows, size)
 
 
-def _over(starts: range, add: Callable[[Carry, Array], Carry], carry: Carry) -> Carry:
+def _over(
+    starts: range, add: Callable[[Carry, Array, Any], tuple[Carry, Any]], carry: Carry, given: Any
+) -> tuple[Carry, Any]:
+    """Scans the chunks after the first one, of which `given` has one entry each."""
     if not starts:
-        return carry
+        return carry, None
     numbers = jnp.arange(starts.start, starts.stop, starts.step, dtype=jnp.int32)
-    return lax.scan(lambda carry, start: (add(carry, start), None), carry, numbers)[0]
+    return lax.scan(lambda carry, one: add(carry, *one), carry, (numbers, given))
 
 
 def _take(head: PyTree, rows: int, start: Array | int, size: int) -> PyTree:

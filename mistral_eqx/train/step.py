@@ -262,15 +262,20 @@ def make_step(
             weights = zero.own_shards(weights, shard_dims)
         norm = jnp.sqrt(psum_varying([jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient)]))
         finite = jnp.isfinite(weigh(sums.loss, router)) & jnp.isfinite(norm)
-        if clip is not None:
-            shrink = jnp.minimum(1, clip / norm)
-            gradient = jax.tree.map(lambda leaf: leaf * shrink.astype(leaf.dtype), gradient)
-        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-            updates, optimizer_state = optimizer.update(cast(Any, gradient), state.optimizer_state, weights)
-        updated = eqx.apply_updates(weights, updates), optimizer_state
-        weights, optimizer_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), updated, (weights, state.optimizer_state)
-        )
+        shrink = None if clip is None else jnp.minimum(1, clip / norm)
+
+        def update(weights: Stacked, optimizer_state: PyTree, gradient: Stacked) -> tuple[Stacked, PyTree]:
+            if shrink is not None:
+                gradient = jax.tree.map(lambda leaf: leaf * shrink.astype(leaf.dtype), gradient)
+            with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+                updates, optimizer_state = optimizer.update(cast(Any, gradient), optimizer_state, weights)
+            return eqx.apply_updates(weights, updates), optimizer_state
+
+        def keep(weights: Stacked, optimizer_state: PyTree, _: Stacked) -> tuple[Stacked, PyTree]:
+            return weights, optimizer_state
+
+        # A select instead would need the old moments after the new ones are there, and so a copy of both.
+        weights, optimizer_state = lax.cond(finite, update, keep, weights, state.optimizer_state, gradient)
         if zero.stage in (1, 2):
             weights = zero.gather(weights, shard_dims, to="invarying")
         state = TrainState(
