@@ -72,6 +72,19 @@ class LazyTensor(abc.ABC):
         """
         into[...] = self.rows(start, start + len(into))
 
+    def write(self, start: int, block: np.ndarray, columns: np.ndarray | None = None):
+        """Writes rows into the file in place. A format that is written so overrides this.
+
+        The rows of a tensor with three axes are those of its matrices, one after the other.
+
+        **Arguments:**
+
+        - `start`: the first row.
+        - `block`: the rows, of this tensor's dtype.
+        - `columns`: their columns, ascending; by default all.
+        """
+        raise NotImplementedError(f"{self!r} is only read")
+
     @property
     def rows_per_chunk(self) -> int:
         """The number of rows that fit in `CHUNK_BYTES`, even if a format reads whole rows to get a few columns."""
