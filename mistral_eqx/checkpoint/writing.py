@@ -153,10 +153,10 @@ def save(
         if spec.path in unquantized
     }
     if format == "gguf":
-        own = _ModelWeights(config, unwritten, in_blocks, allow_nonfinite)
+        model_weights = _ModelWeights(config, unwritten, in_blocks, allow_nonfinite)
         kept = {key: weight.format for key, weight in in_blocks.items()}
         main = max(unwritten.values(), key=lambda array: array.size).dtype.name
-        _save_gguf(path, config, own, kept, main, type, tokenizer, overwrite)
+        _save_gguf(path, config, model_weights, kept, main, type, tokenizer, overwrite)
         return
     tensors: list[_Tensor] = []
     for spec in specs:
