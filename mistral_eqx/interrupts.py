@@ -191,15 +191,20 @@ def leave(said: bool = False) -> NoReturn:
     - `said`: whether a line about it was written already.
     """
     number = signal.SIGINT if _came is None else _came
+    undo_all()
+    _restore_terminal()
+    with contextlib.suppress(OSError):
+        os.write(2, b"" if said else _SAID[signal.Signals(number)])
+    end(128 + number)
+
+
+def undo_all():
+    """Undoes what is half done, because the process ends."""
     # Never let go of: who waits for it ends with the process.
     _lock.acquire()
     for undo in reversed(_undoings):
         with contextlib.suppress(Exception):
             undo()
-    _restore_terminal()
-    with contextlib.suppress(OSError):
-        os.write(2, b"" if said else _SAID[signal.Signals(number)])
-    end(128 + number)
 
 
 def end(code: int) -> NoReturn:

@@ -95,6 +95,9 @@ def test_stacked_names_of_newer_models(model, tmp_path):
     down = split.blocks[1].feed_forward.down_proj.weight.value
     assert {shard.data.shape for shard in down.addressable_shards} == {(1, 32, 32)}
     np.testing.assert_array_equal(down, model.blocks[1].feed_forward.down_proj.weight.value)
+    mx.save(model, tmp_path / "one")
+    mx.save(split, tmp_path / "several")
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "several/model.safetensors").read_bytes()
 
 
 def test_rows_of_several_tensors():

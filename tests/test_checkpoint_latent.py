@@ -144,6 +144,9 @@ def test_each_device_reads_its_own_rows(model, tmp_path):
     layer = split.blocks[1]
     assert layer.feed_forward.up_proj.weight.value.addressable_shards[0].data.shape == (4, 20, 24)
     assert layer.attention.kv_b_proj.weight.value.addressable_shards[0].data.shape == (2, 24, 26)
+    # And they are written from there to where one device writes them, in tensors with three axes too.
+    mx.save(split, tmp_path / "b")
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
 def test_configs():

@@ -1,5 +1,6 @@
-"""Four processes load one checkpoint, as four hosts do."""
+"""Four processes load and save one checkpoint, as four hosts do."""
 
+import filecmp
 import json
 import os
 import socket
@@ -34,7 +35,7 @@ SMALL = tiny(vocab=96, embed=64, hidden=128, kv_heads=8, q_per_kv=1, head_dim=16
 
 # What each process runs. It reports what it measured, and the sentence of each error that it met.
 CHILD = """
-import json, pathlib, sys
+import json, pathlib, resource, sys
 tests, folder, port, number = sys.argv[1:]
 number, folder = int(number), pathlib.Path(folder)
 sys.path.insert(0, tests)
@@ -43,7 +44,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"localhost:{port}", 4, number)
 import numpy as np
 import mistral_eqx as mx
-from fixtures.checkpoint import counted_reads
+from fixtures.checkpoint import counted_reads, counted_writes
 from mistral_eqx.checkpoint import open_checkpoint
 
 mesh = jax.make_mesh((8,), ("tp",))
@@ -72,13 +73,32 @@ report["held"] = sum(parts.values())
 report["progress"] = progress[-1]
 tensors = open_checkpoint(folder / "large").tensors.values()
 report["sampled"] = sum(2 * tensor.nbytes // tensor.shape[0] for tensor in tensors)
-del model, arrays
+del arrays
 
 mx.save(small, folder / "saved")
 report["written"] = (folder / "saved" / "model.safetensors").exists()
+if sys.platform == "linux":
+    # From here on the peak is that of saving.
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+mx.save(model, folder / "saved-large")
+report["saving"] = status("VmHWM") - before
+del model
 head_dim = mx.load(folder / "small", dtype="bfloat16", mesh=mesh, strategy=mx.HEAD_DIM)
-mx.save(head_dim, folder / "saved-bfloat16", format="mistral")
+mx.save(head_dim, folder / "saved-bfloat16", format="mistral", max_shard_size="50KB")
+replicas = mx.load(folder / "small", mesh=mx.make_mesh("dp=4,tp=2"), strategy=mx.HEADS + "batch@dp")
+with counted_writes() as seen:
+    mx.save(replicas, folder / ("other-host" if number else "saved-replicas"))
+report["wrote"] = sum(seen)
 report["occupied"] = refused(lambda: mx.save(small, folder / "saved"))
+report["unshared"] = refused(lambda: mx.save(small, folder / ("other-host" if number == 2 else "new")))
+damaged = mx.load(folder / "damaged", mesh=mesh, strategy=mx.HEADS)
+report["nonfinite"] = refused(lambda: mx.save(damaged, folder / "new"))
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+if number == 1:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+report["full"] = refused(lambda: mx.save(small, folder / "new"))
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 def load(path="small", **options):
     return refused(lambda: mx.load(folder / path, **{"mesh": mesh, "strategy": mx.HEADS, **options}))
@@ -166,6 +186,36 @@ def test_trap_device_put_cannot_place_across_hosts(reports, folder):
     assert_same_weights(load(folder / "saved-bfloat16"), load(folder / "small", dtype="bfloat16"))
 
 
+def assert_same_files(folder, expected):
+    names = sorted(file.name for file in expected.iterdir())
+    assert sorted(file.name for file in folder.iterdir()) == names
+    assert filecmp.cmpfiles(folder, expected, names, shallow=False) == (names, [], [])
+
+
+def test_the_files_of_four_processes_are_those_of_one_device(reports, folder, tmp_path):
+    """Byte for byte: the parts of each tensor in both orders of rotary pairs, and replicas once."""
+    assert_same_files(folder / "saved", folder / "small")
+    assert_same_files(folder / "saved-replicas", folder / "small")
+    save(load(folder / "small", dtype="bfloat16"), tmp_path / "one", format="mistral", max_shard_size="50KB")
+    assert_same_files(folder / "saved-bfloat16", tmp_path / "one")
+    assert filecmp.cmp(folder / "saved-large/model.safetensors", folder / "large/model.safetensors", shallow=False)
+    # Each host has all of this one, so that the others need no disk that is shared.
+    assert [report["wrote"] for report in reports] == [4 * SMALL.parameters, 0, 0, 0]
+
+
+def test_what_is_refused_leaves_nothing_behind(reports, folder):
+    left = {path.name for path in folder.iterdir()}
+    assert not {name for name in left if name.startswith(".") or name in ("new", "other-host")}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_trap_saving_gathered_whole_tensors(reports):
+    """A process that saves holds one shard of one device and a chunk, not a tensor, and not its share of the model."""
+    table = 2 * LARGE.vocab * LARGE.embed
+    for report in reports:
+        assert report["saving"] < table / 2
+
+
 @pytest.mark.parametrize(
     ("case", "where", "here", "elsewhere"),
     [
@@ -177,6 +227,9 @@ def test_trap_device_put_cannot_place_across_hosts(reports, folder):
         ("absent", 2, "There is no file, folder or preset", "The checkpoint is not the same on all processes"),
         ("damaged", 3, "'lm_head.weight' holds NaN or infinity", "The content of the checkpoint is not the same"),
         ("occupied", 0, "is not empty; give another path", "The target folder is not the same on all processes"),
+        ("unshared", 2, "which another process cannot see; give the same path", "The saved checkpoint is not the same"),
+        ("nonfinite", 3, "'lm_head.weight' (the model's 'head') holds NaN", "The saved checkpoint is not the same"),
+        ("full", 1, "new/model.safetensors' cannot be written: File too large; f", "The saved checkpoint is not the"),
     ],
 )
 def test_what_differs_between_processes_is_refused_on_all(case, where, here, elsewhere, reports):

@@ -1,14 +1,17 @@
+import threading
+import time
 import tracemalloc
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from fixtures.checkpoint import random_model, tiny, weights, write_gguf
+from fixtures.checkpoint import assert_same_weights, random_model, tiny, weights, write_gguf
 from hypothesis import given, strategies as st
 
 from mistral_eqx import checkpoint
-from mistral_eqx.checkpoint import open_checkpoint, reader
+from mistral_eqx.checkpoint import open_checkpoint, reader, safetensors
+from mistral_eqx.checkpoint.ranges import read_ranges
 from mistral_eqx.checkpoint.reader import DTYPES, LazyTensor, read_columns, read_rows
 from mistral_eqx.checkpoint.safetensors import PlainTensor
 from mistral_eqx.checkpoint.source import sources
@@ -127,7 +130,7 @@ def test_check_names_the_tensor_and_the_rows():
 
 
 def test_trap_a_whole_torch_model_in_memory(getkey, tmp_path, monkeypatch):
-    """No read, cast or write holds more than a chunk beside the model, and a conversion not even that."""
+    """Reads hold no more than their chunks beside the model, and a conversion or a save one."""
     chunk = 2**16
     monkeypatch.setattr(reader, "CHUNK_BYTES", chunk)
     monkeypatch.setattr("mistral_eqx.checkpoint.writing.CHUNK_BYTES", chunk)
@@ -150,13 +153,41 @@ def test_trap_a_whole_torch_model_in_memory(getkey, tmp_path, monkeypatch):
     del model
     _peak(lambda: checkpoint.load(tmp_path / "hf", dtype="bfloat16"))  # what is imported and traced once
     assert _peak(lambda: checkpoint.load(tmp_path / "hf")) < size + 4 * chunk + slack < size + largest
-    assert _peak(lambda: checkpoint.load(tmp_path / "hf", dtype="bfloat16")) < size // 2 + 4 * chunk + slack
+    # Each read has a chunk, and the same cast; small tensors are read together.
+    together = reader.READS * reader.READS_WITH_COPY * 3 * chunk // 2
+    assert _peak(lambda: checkpoint.load(tmp_path / "hf", dtype="bfloat16")) < size // 2 + together + slack
     assert (
         _peak(lambda: checkpoint.convert(tmp_path / "hf", tmp_path / "mistral", format="mistral")) < 4 * chunk + slack
     )
     model = checkpoint.load(tmp_path / "mistral")
     assert _peak(lambda: checkpoint.save(model, tmp_path / "again")) < 4 * chunk + slack
     assert 0 < longest_read <= chunk
+
+
+def test_slow_storage_has_several_reads_in_flight(getkey, tmp_path, monkeypatch):
+    """A network disk answers each read late: ranges of a large tensor wait together, and so do small tensors."""
+    checkpoint.save(random_model(tiny(layers=4, windows=(None,) * 4), getkey()), tmp_path / "hf")
+    lock, flying, most = threading.Lock(), 0, 0
+
+    def slow(path, ranges, into):
+        nonlocal flying, most
+        with lock:
+            flying += 1
+            most = max(most, flying)
+        time.sleep(0.01)
+        with lock:
+            flying -= 1
+        read_ranges(path, ranges, into)
+
+    monkeypatch.setattr(safetensors, "read_ranges", slow)
+    assert_same_weights(checkpoint.load(tmp_path / "hf"), checkpoint.load(tmp_path / "hf", check=True))
+    assert most == reader.READS
+    table = open_checkpoint(tmp_path / "hf").tensors["model.embed_tokens.weight"]
+    monkeypatch.setattr(reader, "CHUNK_BYTES", table.nbytes // 16)
+    for dtype, reads in ((DTYPES["float32"], reader.READS), (DTYPES["bfloat16"], reader.READS_WITH_COPY)):
+        most = 0
+        read_rows(table, dtype)
+        assert most == reads
 
 
 def _peak(call):

@@ -234,14 +234,14 @@ def test_a_model_on_several_devices_is_saved_as_on_one(format, layout, names, si
         assert file.read_bytes() == (tmp_path / "several" / file.name).read_bytes()
 
 
-def test_saving_needs_memory_for_the_largest_tensor(getkey, tmp_path):
-    config = tiny(vocab=2048, embed=256, hidden=512, layers=8, windows=(None,) * 8, kv_heads=4)
+def test_a_quarter_of_a_tensor_is_the_most_that_saving_holds(getkey, tmp_path):
+    config = tiny(vocab=2**14, embed=256, hidden=512, kv_heads=4)
     save(random_model(config, getkey()), tmp_path / "one")
     model = load(tmp_path / "one", mesh=mesh_of(*FOUR), strategy=mx.HEADS)
-    largest = 4 * config.vocab * config.embed
-    tracemalloc.start()
     save(model, tmp_path / "several")
+    tracemalloc.start()
+    save(model, tmp_path / "several", overwrite=True)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    # The tensor, and a chunk of it in the order of the file.
-    assert peak < 2 * largest + 2**21 < 4 * config.parameters / 3
+    # What is looked at for NaN is no more than the shard of a device, and the rest of what is made here is small.
+    assert peak < config.vocab * config.embed + 2**20 < 4 * config.vocab * config.embed

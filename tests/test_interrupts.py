@@ -97,11 +97,11 @@ def test_in_native_code_nothing_is_waited_for_and_what_is_half_written_goes(tiny
         """
         from mistral_eqx.checkpoint import safetensors, writing
 
-        def write(path, tensors):
+        def create(path, tensors):
             path.write_bytes(b"half of it")
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(60)
-        writing.safetensors.write = write
+        writing.safetensors.create = create
         from mistral_eqx.cli import main
         main()
         """,

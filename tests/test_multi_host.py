@@ -123,6 +123,18 @@ def test_a_process_that_is_killed_while_decoding_ends_the_others_with_a_sentence
 
 
 @pytest.mark.slow
+def test_a_process_that_is_killed_while_all_save_leaves_nothing_behind(folder):
+    mx.save(mx.load(folder / "other"), folder / "saved")
+    codes = finish(start("saving", 2, 1, folder))
+    assert codes == [1, -signal.SIGKILL], words(folder, "saving", 0)[1]
+    assert "Error: Process 1 is gone, so process 0 ends too" in words(folder, "saving", 0)[1]
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    np.testing.assert_array_equal(
+        mx.load(folder / "saved").embedding.weight.value, mx.load(folder / "other").embedding.weight.value
+    )
+
+
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_others(folder):
     assert finish(start("failing", 3, 1, folder), seconds=30) == [1, 1, 1]
     assert words(folder, "failing", 1)[1].splitlines()[-1] == "ValueError: This host has no disk."

@@ -46,6 +46,14 @@ class RowsTensor(LazyTensor):
             first += count
         return found[0] if len(found) == 1 else np.concatenate(found)
 
+    def write(self, start: int, block: np.ndarray, columns: np.ndarray | None = None):
+        first, stop = 0, start + len(block)
+        for tensor, offset, count in self._runs:
+            low, high = max(start - first, 0), min(stop - first, count)
+            if low < high:
+                tensor.write(offset + low, block[first + low - start : first + high - start], columns)
+            first += count
+
 
 class _Constant(LazyTensor):
     """A scale for each row of a weight that has one scale."""
@@ -83,6 +91,11 @@ def _packed(name: str, runs: Runs) -> Packed | None:
     return Packed(found[0][0].format, blocks, scale, smaller=smaller)
 
 
+def is_joined(spec: LayerSpec) -> bool:
+    """Whether the rows of a weight may be in several tensors of a file, or in one with three axes."""
+    return not {"experts", "routes"}.isdisjoint(spec.dims.split())
+
+
 def join_experts(
     tensors: Mapping[str, LazyTensor], config: MistralConfig, format: str, path: Path
 ) -> Mapping[str, LazyTensor]:
@@ -104,9 +117,9 @@ def join_experts(
     # By identity: a tensor of a wrapped model has another name in its file.
     used: set[int] = set()
     for spec in layer_specs(config):
-        if not {"experts", "routes"} & set(spec.dims.split()):
+        if not is_joined(spec):
             continue
-        runs = _runs(tensors, spec, config, format, path)
+        runs = runs_of(tensors, spec, config, format, path)
         if not runs:
             break  # `sources` names the missing tensor
         used |= {id(tensor) for tensor, *_ in runs}
@@ -114,10 +127,10 @@ def join_experts(
     return {name: tensor for name, tensor in tensors.items() if id(tensor) not in used} | joined
 
 
-def _runs(
+def runs_of(
     tensors: Mapping[str, LazyTensor], spec: LayerSpec, config: MistralConfig, format: str, path: Path
 ) -> list[tuple[LazyTensor, int, int]]:
-    """Where the rows of a weight are; empty if its tensors are missing."""
+    """Where the rows of a weight of experts are, for `RowsTensor`; empty if its tensors are missing."""
     experts = config.experts
     total, inner = spec.file_shape(config)
     rows = total // experts

@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import equinox as eqx
@@ -25,11 +26,14 @@ from .opening import open_checkpoint
 from .packed import read_packed
 from .placement import Placement
 from .processes import fingerprint, run_on_all
-from .reader import DTYPES, Checkpoint
+from .reader import DTYPES, READS, Checkpoint
 from .source import Source, sources
 
 
 Progress = Callable[[int, int], None]
+
+# Bytes of small tensors that are on their way to the devices at the same time.
+TOGETHER = 64 * 2**20
 
 
 def load(
@@ -42,7 +46,7 @@ def load(
     strategy: Strategy = SINGLE,
     quantize: Recipe | None = None,
 ) -> Mistral:
-    """Loads a model, one tensor at a time: each is read, cast and put on its devices before the next.
+    """Loads a model: one large tensor or a few small ones at a time are read, cast and put on their devices.
 
     ```python
     model = mx.load("path", mesh=jax.make_mesh((8,), ("tp",)), strategy=mx.HEADS)
@@ -119,23 +123,41 @@ def _read(
     schemes: Mapping[str, AbstractScheme],
 ) -> dict[str, AbstractWeight | jax.Array]:
     """Reads the shards of this process's devices, and returns the weight of each layer by the layer's path."""
+
+    def read(source: Source) -> AbstractWeight | jax.Array:
+        path = source.spec.path
+        if path in schemes:
+            return _quantized(source, placement, check, schemes[path])
+        kept = read_packed(source, placement) if keep else None
+        if kept is not None and check:
+            # The numbers are looked at and not kept.
+            source.read(dtype, placement.shards(source.spec.dims, source.shape), check=True)
+        return _read_dense(source, dtype, placement, check) if kept is None else kept
+
     sizes = [_bytes_here(source, placement) for source in found]
     weights: dict[str, AbstractWeight | jax.Array] = {}
     done = 0
-    for source, size in zip(found, sizes, strict=True):
-        path = source.spec.path
-        if path in schemes:
-            weights[path] = _quantized(source, placement, check, schemes[path])
-        else:
-            kept = read_packed(source, placement) if keep else None
-            if kept is not None and check:
-                # The numbers are looked at and not kept.
-                source.read(dtype, placement.shards(source.spec.dims, source.shape), check=True)
-            weights[path] = _read_dense(source, dtype, placement, check) if kept is None else kept
-        done += size
-        if progress is not None:
-            progress(done, sum(sizes))
+    with ThreadPoolExecutor(READS) as pool:
+        # Quantizing takes memory, and puts shards on devices in an order that must be that of the other processes.
+        each = map if schemes else pool.map
+        for group in _groups(sizes):
+            for number, weight in zip(group, each(read, [found[number] for number in group]), strict=True):
+                weights[found[number].spec.path] = weight
+                done += sizes[number]
+                if progress is not None:
+                    progress(done, sum(sizes))
     return weights
+
+
+def _groups(sizes: list[int]) -> Iterator[range]:
+    """The tensors that are read at the same time: consecutive ones of at most `TOGETHER` bytes, or one."""
+    first, total = 0, 0
+    for number, size in enumerate(sizes):
+        if number > first and total + size > TOGETHER:
+            yield range(first, number)
+            first, total = number, 0
+        total += size
+    yield range(first, len(sizes))
 
 
 def _read_dense(source: Source, dtype: np.dtype, placement: Placement, check: bool) -> DenseWeight | jax.Array:

@@ -1,5 +1,6 @@
-"""Reads byte ranges of a file into an existing array."""
+"""Reads byte ranges of a file into an existing array, and writes them from one."""
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,6 +32,25 @@ def read_ranges(path: Path, ranges: Iterable[tuple[int, int]], into: np.ndarray)
                 if not count:
                     raise InputError(f"{str(path)!r} is truncated: it ended while it was read; fetch it again.")
                 begin += count
+
+
+def write_ranges(path: Path, ranges: Iterable[tuple[int, int]], array: np.ndarray):
+    """Writes a contiguous array to byte ranges of a file that exists: the inverse of `read_ranges`."""
+    view = array.reshape(-1).view(np.uint8).data
+    begin = 0
+    # Opened for writing alone: for a file that is also open for reading, a network file system may read a page,
+    # and later write all of it back, over what other hosts have written there.
+    with open(path, "wb", buffering=0, opener=_existing) as file:
+        for offset, nbytes in ranges:
+            file.seek(offset)
+            end = begin + nbytes
+            while begin < end:
+                begin += file.write(view[begin:end])
+
+
+def _existing(path: str, flags: int) -> int:
+    """Opens a file that must exist, and keeps its content."""
+    return os.open(path, flags & ~(os.O_CREAT | os.O_TRUNC))
 
 
 def of_columns(offset: int, rows: int, row_bytes: int, columns: np.ndarray, width: int) -> Iterator[tuple[int, int]]:

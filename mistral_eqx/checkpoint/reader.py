@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from .ranges import runs
 # The bytes of a tensor that are read and cast at once: few enough for the allocator to reuse the same pages, enough
 # for efficient reads from a disk.
 CHUNK_BYTES = 16 * 2**20
+# How many reads wait for the disk at the same time: a network disk answers each of them late. Those into arrays of
+# their own, which are then cast or reordered, are fewer, because each needs memory for a chunk.
+READS, READS_WITH_COPY = 8, 2
 
 DTYPES: Mapping[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -71,6 +75,19 @@ class LazyTensor(abc.ABC):
         - `into`: a contiguous array of this tensor's dtype.
         """
         into[...] = self.rows(start, start + len(into))
+
+    def write(self, start: int, block: np.ndarray, columns: np.ndarray | None = None):
+        """Writes rows into the file in place. A format that is written so overrides this.
+
+        The rows of a tensor with three axes are those of its matrices, one after the other.
+
+        **Arguments:**
+
+        - `start`: the first row.
+        - `block`: the rows, of this tensor's dtype.
+        - `columns`: their columns, ascending; by default all.
+        """
+        raise NotImplementedError(f"{self!r} is only read")
 
     @property
     def rows_per_chunk(self) -> int:
@@ -167,7 +184,7 @@ def main_dtype(tensors: Mapping[str, LazyTensor]) -> np.dtype:
 def read_rows(
     tensor: LazyTensor, dtype: np.dtype, *, rows: np.ndarray | None = None, check: bool = False
 ) -> np.ndarray:
-    """Reads rows of a tensor in any order, a chunk at a time, and casts them.
+    """Reads rows of a tensor in any order, in chunks, and casts them.
 
     **Arguments:**
 
@@ -193,7 +210,8 @@ def read_columns(
 ) -> list[np.ndarray]:
     """Reads several sets of columns of the same rows; see `read_rows`.
 
-    All sets are read together. One read for adjacent sets replaces many small reads.
+    Several chunks are read at the same time. All sets are read together: one read for adjacent sets replaces many small
+    reads.
 
     **Arguments:**
 
@@ -212,7 +230,9 @@ def read_columns(
     indices = [_index_in(union, each) for each in columns]
     results = [aligned((count, *(tensor.shape[1:] if each is None else each.shape)), dtype) for each in columns]
     as_stored = order is None and indices == [()] and dtype == tensor.dtype
-    for start, stop in runs(file_rows, tensor.rows_per_chunk):
+
+    def read(bounds: tuple[int, int]):
+        start, stop = bounds
         first = int(file_rows[start])
         if as_stored:
             block = results[0][start:stop]
@@ -229,9 +249,13 @@ def read_columns(
                 "again, or load it without the check."
             )
         if as_stored:
-            continue
+            return
         for result, index in zip(results, indices, strict=True):
             result[slice(start, stop) if order is None else order[start:stop]] = block[(slice(None), *index)]
+
+    with ThreadPoolExecutor(READS if as_stored else READS_WITH_COPY) as pool:
+        for _ in pool.map(read, runs(file_rows, tensor.rows_per_chunk)):
+            pass
     return results
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +14,9 @@ from annotated_types import Ge
 from ..checks import checked
 from ..documents import expect_regular, parse_json, shown
 from ..errors import InputError
-from .ranges import of_columns, read_ranges
+from .ranges import of_columns, read_ranges, write_ranges
 from .reader import FLOATS, LazyTensor
+from .staging import naming
 
 
 # What weights that are quantized are made of.
@@ -57,6 +58,15 @@ class PlainTensor(LazyTensor):
 
     def rows_into(self, start: int, into: np.ndarray):
         read_ranges(self._path, [(self._offset_of(start), into.nbytes)], into)
+
+    def write(self, start: int, block: np.ndarray, columns: np.ndarray | None = None):
+        row_bytes = math.prod(self.shape[1:][-1:]) * self.dtype.itemsize
+        offset = self._offset + start * row_bytes
+        ranges = [(offset, block.nbytes)]
+        if columns is not None:
+            ranges = of_columns(offset, len(block), row_bytes, columns, self.dtype.itemsize)
+        with naming(self._path):
+            write_ranges(self._path, ranges, np.ascontiguousarray(block))
 
     @property
     def _row_bytes(self) -> int:
@@ -186,6 +196,20 @@ def _truncated(path: Path, expected: int, size: int) -> InputError:
     )
 
 
+def create(path: Path, tensors: Iterable[tuple[str, tuple[int, ...], np.dtype]]):
+    """Creates a safetensors file of its full size, into whose tensors `PlainTensor.write` puts the numbers.
+
+    **Arguments:**
+
+    - `path`: the file.
+    - `tensors`: the name, shape and dtype of each tensor.
+    """
+    header, size = _header(tensors)
+    with open(path, "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + size)
+
+
 def write(
     path: Path,
     tensors: Iterable[tuple[str, tuple[int, ...], np.dtype, Iterator[np.ndarray]]],
@@ -198,17 +222,22 @@ def write(
     - `tensors`: for each tensor its name, shape, dtype, and an iterator of chunks. The bytes of the chunks together are
         the bytes of the tensor; each chunk is written before the next is requested.
     """
+    tensors = list(tensors)
+    header, _ = _header(described for *described, _ in tensors)
+    with open(path, "wb") as file:
+        file.write(header)
+        for *_, chunks in tensors:
+            for chunk in chunks:
+                file.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
+
+
+def _header(tensors: Iterable[Sequence[Any]]) -> tuple[bytes, int]:
+    """The bytes before the tensors of a file, and the size of all tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    tensors = list(tensors)
-    for name, shape, dtype, _ in tensors:
+    for name, shape, dtype in tensors:
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for _, _, _, chunks in tensors:
-            for chunk in chunks:
-                file.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
+    return len(text).to_bytes(8, "little") + text, end

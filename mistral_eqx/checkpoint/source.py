@@ -1,7 +1,7 @@
 """Maps an index into a tensor of the model to rows and columns of a tensor in a file."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from ..documents import shown
 from ..errors import InputError
 from .names import EMBEDDING, HEAD, LayerSpec, is_derived, layer_specs
 from .placement import ON_DEFAULT_DEVICE, Index, Placement
+from .ranges import runs
 from .reader import Checkpoint, LazyTensor, read_columns
 
 
@@ -36,7 +37,7 @@ def file_order(spec: LayerSpec, config: MistralConfig, format: str) -> np.ndarra
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A tensor of the model and the tensor of a file that it is read from.
+    """A tensor of the model and the tensor of a file that it is read from or written to.
 
     **Attributes:**
 
@@ -103,6 +104,26 @@ class Source:
             found = read_columns(self.tensor, dtype, columns, rows=located[numbers[0]][0], check=check)
             arrays |= zip(numbers, found, strict=True)
         return [arrays[number].reshape(shape) for number, (_, _, shape) in enumerate(located)]
+
+    def pieces(self, shard: Index, array: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
+        """Splits a shard into the arguments of `LazyTensor.write`, a chunk each: the inverse of `read`.
+
+        **Arguments:**
+
+        - `shard`: the position of the shard.
+        - `array`: its numbers, in the model's order and shape.
+
+        **Returns:** for each piece its first row in the file, its rows, and their columns in the file.
+        """
+        order, columns, _ = self.locate(shard)
+        rows = array.reshape((len(order), -1)[: len(self.tensor.shape)])
+        ascending = np.argsort(order)
+        for start, stop in runs(order[ascending], self.tensor.rows_per_chunk):
+            chosen = ascending[start:stop]
+            # Rows that are side by side in the model too are not copied.
+            side_by_side = len(list(runs(chosen))) == 1
+            block = rows[chosen[0] : chosen[-1] + 1] if side_by_side else rows[chosen]
+            yield int(order[chosen[0]]), block, columns
 
 
 def sources(checkpoint: Checkpoint, placement: Placement = ON_DEFAULT_DEVICE) -> list[Source]:

@@ -5,8 +5,8 @@ import errno
 import functools
 import os
 import re
+import secrets
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +77,34 @@ def hidden_beside(path: Path, target: Path) -> Iterator[Path]:
             hidden = _make_hidden(path, cleaning)
         with _as_input_error(target, hidden / _NEW):
             yield hidden / _NEW
+
+
+def number_of(folder: Path) -> int:
+    """The number by which another process finds the folder of `staged` with `staged_elsewhere`."""
+    return int(folder.parent.name.rpartition("-")[2], 16)
+
+
+@contextlib.contextmanager
+def staged_elsewhere(target: str | os.PathLike[str], number: int) -> Iterator[Path]:
+    """Gives the temporary folder of another process, to write into it too. That process renames or removes it.
+
+    **Arguments:**
+
+    - `target`: the path of the folder, as that process has it.
+    - `number`: the number that `number_of` returns there.
+
+    **Raises:** `InputError` if this process cannot see the folder, or cannot write into it.
+    """
+    target = _resolved(target)
+    folder = _hidden_beside(target, number) / _NEW
+    if not folder.is_dir():
+        raise InputError(
+            f"Process 0 writes {str(target)!r} in the folder {folder.parent.name!r} beside it, which another process "
+            "cannot see; give the same path on all processes, in a file system that their hosts share.",
+            file=target,
+        )
+    with _as_input_error(target, folder):
+        yield folder
 
 
 @contextlib.contextmanager
@@ -196,10 +224,14 @@ def naming(file: Path) -> Iterator[None]:
         raise
 
 
+def _hidden_beside(target: Path, number: int) -> Path:
+    return target.with_name(f".{target.name}.partial-{number:08x}")
+
+
 def _make_hidden(target: Path, cleaning: contextlib.ExitStack) -> Path:
     """Makes the hidden folder, and holds its lock until `cleaning` removes it."""
     for _ in range(10):
-        hidden = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
+        hidden = _hidden_beside(target, secrets.randbits(32))
         remove = functools.partial(_remove, hidden)
         with contextlib.ExitStack() as own:
             with interrupts.held():
@@ -265,7 +297,7 @@ def _move(hidden: Path, target: Path, overwrite: bool, kind: str):
                 # This fails if another process has filled the target.
                 new.rename(target)
                 return
-            _sync(new)
+            sync(new)
             if exchange(new, target):
                 _undo_if_not_replaceable(new, target, kind)
                 return
@@ -302,8 +334,8 @@ def _undo_if_not_replaceable(replaced: Path, target: Path, kind: str):
         expect_free(target, True, kind)
 
 
-def _sync(folder: Path):
-    """Flushes the files of the new folder to the disk before they replace the old ones."""
+def sync(folder: Path):
+    """Flushes the files of a new folder to the disk, before they replace old ones or are complete for other hosts."""
     for path in folder.iterdir():
         if path.is_file():
             with open(path, "rb") as file:

@@ -1,5 +1,6 @@
 """Writes the files of a checkpoint, from a model or from another checkpoint."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,15 +13,16 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
 from ..nn import DenseWeight, Mistral
+from ..parallel import number_of_first
 from ..quant import FORMATS, GGUF, QUANTIZED, BlockWeight
 from . import hf, mistral, safetensors
+from .experts import RowsTensor, is_joined, runs_of
 from .finite import all_finite
 from .gguf_writing import AbstractWeights, Vocabulary, chosen_types, write_gguf
 from .hf_packed import Packing, float_blocks, packings, rows_of_blocks, whole_config
@@ -28,23 +30,24 @@ from .hub import locate
 from .loading import Progress, is_weight, layer_path, supported_dtype
 from .names import EMBEDDING, LayerSpec, layer_specs
 from .opening import open_checkpoint
+from .placement import Index
 from .processes import run_on_all
-from .reader import CHUNK_BYTES, DTYPES, FLOATS, read_rows
+from .reader import CHUNK_BYTES, DTYPES, FLOATS, LazyTensor, read_rows
 from .source import Source, file_order, sources
-from .staging import expect_free, naming, staged
+from .staging import naming, number_of, staged, staged_elsewhere, sync
 
 
 Format = Literal["hf", "mistral", "gguf"]
+Shards = list[tuple[Index, jax.Array | np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """A tensor to write. `chunks` is called when the tensor is written."""
+    """A tensor of the files."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    chunks: Callable[[], Iterator[np.ndarray]]
 
     @property
     def nbytes(self) -> int:
@@ -68,8 +71,9 @@ def save(
     [`mistral_eqx.load`][] restores every weight bit for bit. The tokenizer is not part of the model:
     `finish=tokenizer.save` writes it into the same folder ([`mistral_eqx.text.AbstractTokenizer.save`][]).
 
-    A sharded model is gathered to host one tensor at a time. If it is sharded over several processes, all of them must
-    call this function, and process 0 writes.
+    A sharded model is written one shard at a time, each to its place in the files. If it is sharded over several
+    processes, all of them must call this function, with the same path in a file system that their hosts share: each
+    writes the shards of its own devices, and process 0 the other files.
 
     **Arguments:**
 
@@ -85,7 +89,7 @@ def save(
         checkpoint is complete, and after an error or a kill, the old one is there.
     - `allow_nonfinite`: whether to write weights with NaN or infinity. By default they are refused, because they are
         most likely the result of a training run that diverged or of a cast that overflowed.
-    - `finish`: called with the temporary folder before it becomes `path`, to add more files.
+    - `finish`: called by process 0 with the temporary folder before it becomes `path`, to add more files.
     - `type`: of the weights in a GGUF file, such as `"Q8_0"`, or a mixture such as `"Q4_K_M"`
         ([`mistral_eqx.GGUF`][] has them). Unless given, weights in a type of GGUF keep it, and floats keep their
         precision. The embedding and the head have at least 8 bits, except in a mixture.
@@ -149,43 +153,56 @@ def save(
         if spec.path in unquantized
     }
     if format == "gguf":
-        own = _ModelWeights(config, unwritten, in_blocks, allow_nonfinite)
+        model_weights = _ModelWeights(config, unwritten, in_blocks, allow_nonfinite)
         kept = {key: weight.format for key, weight in in_blocks.items()}
         main = max(unwritten.values(), key=lambda array: array.size).dtype.name
-        _save_gguf(path, config, own, kept, main, type, tokenizer, overwrite)
+        _save_gguf(path, config, model_weights, kept, main, type, tokenizer, overwrite)
         return
     tensors: list[_Tensor] = []
     for spec in specs:
         if spec.path in packed:
-            tensors += _from_packings(packed[spec.path])
+            tensors += _of_packings(packed[spec.path])
         else:
-            tensors += _divided(spec, config, format, _from_array(spec, unwritten, config, format, allow_nonfinite))
+            tensors += _described(spec, config, format, np.dtype(unwritten[spec.path].dtype))
     quantization = None
     if packed:
         linear = (spec for spec in specs if spec.in_dims and spec is not EMBEDDING and spec.path not in packed)
         left_out = [name.removesuffix(".weight") for spec in linear for name in spec.names(config, "hf")]
         quantization = whole_config({name: one for own in packed.values() for name, one in own.items()}, left_out)
 
-    def write():
-        with staged(path, overwrite=overwrite) as folder:
-            _write(folder, config, tensors, format, max_shard_size, quantization)
-            if finish is not None:
-                finish(folder)
+    with contextlib.ExitStack() as staging:
 
-    def write_or_gather():
-        try:
-            if jax.process_index() == 0:
-                write()
-        finally:
-            # Gathering is collective: all processes must gather all tensors, even if process 0 cannot write.
-            for name in tuple(unwritten):
-                _gather_to_host(unwritten.pop(name))
+        def create() -> Path | None:
+            if several and jax.process_index():
+                return None
+            folder = staging.enter_context(staged(path, overwrite=overwrite))
+            _create(folder, config, tensors, format, max_shard_size, quantization)
+            return folder
 
-    if not several:
-        write()
-        return
-    run_on_all("target folder", lambda: jax.process_index() == 0 and expect_free(path, overwrite), several)
-    run_on_all("saved checkpoint", write_or_gather, several)
+        def fill():
+            shards = {name: _own_shards(array, several) for name, array in unwritten.items()}
+            if own is None and not any(shards.values()):
+                return
+            folder = staging.enter_context(staged_elsewhere(path, number)) if own is None else own
+            written = _written(folder)
+            for spec in specs:
+                for stem, packing in packed.get(spec.path, {}).items():
+                    for end, array in packing.arrays().items():
+                        written[f"{stem}.{end}"].write(0, array)
+                if spec.path in shards:
+                    _write_shards(_into(written, spec, config, format, folder), shards[spec.path], allow_nonfinite)
+            if several:
+                sync(folder)
+
+        def complete():
+            if own is not None and finish is not None:
+                finish(own)
+            staging.close()
+
+        own = run_on_all("target folder", create, several)
+        number = number_of_first(0 if own is None else number_of(own)) if several else 0
+        run_on_all("saved checkpoint", fill, several)
+        run_on_all("saved checkpoint", complete, several)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +222,11 @@ class _ModelWeights(AbstractWeights):
         if (weight := self.in_blocks.get(spec.path)) is not None:
             yield np.asarray(weight.dense(), np.float32).reshape(spec.file_shape(self.config))
             return
-        yield from _from_array(spec, dict(self.arrays), self.config, "gguf", self.allow_nonfinite).chunks()
+        flat = _gathered(self.arrays[spec.path]).reshape(spec.file_shape(self.config))
+        for rows in _chunks_of_rows(spec, self.config, "gguf", flat.dtype):
+            if not self.allow_nonfinite:
+                _expect_finite(flat[rows], spec, "gguf")
+            yield flat[rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +250,8 @@ class _FileWeights(AbstractWeights):
     def numbers(self, spec: LayerSpec) -> Iterator[np.ndarray]:
         source = self.sources[spec.path]
         dtype = np.dtype(np.float32)
-        yield from _from_source(source, dtype, "gguf", self.report, self.path, self.allow_nonfinite).chunks()
+        yield from _from_source(source, dtype, "gguf", self.path, self.allow_nonfinite)
+        self.report(source.tensor.nbytes)
 
 
 def _save_gguf(
@@ -307,113 +329,98 @@ def convert(
         return
     tensors: list[_Tensor] = []
     for each in found:
-        whole = _from_source(each, target_dtype, format, report, checkpoint.path, allow_nonfinite)
-        tensors += _divided(each.spec, checkpoint.config, format, whole)
+        tensors += _described(each.spec, checkpoint.config, format, target_dtype)
     with staged(target, overwrite=overwrite) as folder:
-        _write(folder, checkpoint.config, tensors, format, max_shard_size)
+        _create(folder, checkpoint.config, tensors, format, max_shard_size)
+        written = _written(folder)
+        for each in found:
+            into, start = _into(written, each.spec, checkpoint.config, format, folder), 0
+            for chunk in _from_source(each, target_dtype, format, checkpoint.path, allow_nonfinite):
+                into.tensor.write(start, chunk)
+                start += len(chunk)
+            report(each.tensor.nbytes)
         if finish is not None:
             finish(folder)
 
 
-def _from_array(
-    spec: LayerSpec,
-    unwritten: dict[str, jax.Array | np.ndarray],
-    config: MistralConfig,
-    format: Format,
-    allow_nonfinite: bool,
-) -> _Tensor:
-    """A tensor of the model. Its `chunks` removes the array from `unwritten`, and gathers it to host."""
-    shape = spec.file_shape(config)
-
-    def chunks() -> Iterator[np.ndarray]:
-        flat = _gather_to_host(unwritten.pop(spec.path)).reshape(shape)
-        for model_rows in _model_rows(spec, config, format, flat.dtype):
-            chunk = flat[model_rows]
-            if not allow_nonfinite and not all_finite(chunk):
-                raise InputError(
-                    f"The tensor {spec.name(format)!r} (the model's {spec.path!r}) holds NaN or infinity, so nothing "
-                    "was saved; use the model from before it diverged, or save it as it is (allow_nonfinite=True).",
-                    key=spec.name(format),
-                )
-            yield chunk
-
-    return _Tensor(spec.name(format), shape, np.dtype(unwritten[spec.path].dtype), chunks)
+def _described(spec: LayerSpec, config: MistralConfig, format: Format, dtype: np.dtype) -> list[_Tensor]:
+    """The tensors of a file that hold a weight in floats: one, or one for each expert."""
+    names, (rows, *inner) = spec.names(config, format), spec.file_shape(config)
+    return [_Tensor(name, (rows // len(names), *inner), dtype) for name in names]
 
 
-def _from_packings(packings: Mapping[str, Packing]) -> list[_Tensor]:
+def _of_packings(packings: Mapping[str, Packing]) -> list[_Tensor]:
     """The tensors of a quantized weight, or of those of its experts, by what their names begin with."""
-
-    def of(packing: Packing, end: str) -> Callable[[], Iterator[np.ndarray]]:
-        return lambda: iter([packing.arrays()[end]])
-
     return [
-        _Tensor(f"{stem}.{end}", shape, dtype, of(packing, end))
+        _Tensor(f"{stem}.{end}", shape, dtype)
         for stem, packing in packings.items()
         for end, (shape, dtype) in packing.shapes.items()
     ]
 
 
+def _written(folder: Path) -> dict[str, LazyTensor]:
+    """The tensors of the files that `_create` made."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in safetensors.read_header(file, packed=True).items()}
+
+
+def _into(
+    written: Mapping[str, LazyTensor], spec: LayerSpec, config: MistralConfig, format: Format, folder: Path
+) -> Source:
+    """Where a weight is written: the source from which it will be read."""
+    name = spec.name(format)
+    if is_joined(spec):
+        return Source(spec, RowsTensor(name, runs_of(written, spec, config, format, folder)), config, format)
+    return Source(spec, written[name], config, format)
+
+
+def _write_shards(into: Source, shards: Shards, allow_nonfinite: bool):
+    for index, shard in shards:
+        for start, block, columns in into.pieces(index, _copy_to_host(shard)):
+            if not allow_nonfinite:
+                _expect_finite(block, into.spec, into.format)
+            into.tensor.write(start, block, columns)
+
+
+def _expect_finite(block: np.ndarray, spec: LayerSpec, format: str):
+    if not all_finite(block):
+        raise InputError(
+            f"The tensor {spec.name(format)!r} (the model's {spec.path!r}) holds NaN or infinity, so nothing was "
+            "saved; use the model from before it diverged, or save it as it is (allow_nonfinite=True).",
+            key=spec.name(format),
+        )
+
+
 def _from_source(
-    source: Source,
-    dtype: np.dtype,
-    format: Format,
-    report: Callable[[int], None],
-    path: Path,
-    allow_nonfinite: bool,
-) -> _Tensor:
+    source: Source, dtype: np.dtype, format: Format, path: Path, allow_nonfinite: bool
+) -> Iterator[np.ndarray]:
+    """The rows of a weight of a checkpoint in the order of a file in `format`, a chunk at a time."""
     spec, config, tensor = source.spec, source.config, source.tensor
-
-    def chunks() -> Iterator[np.ndarray]:
-        order = file_order(spec, config, source.format)
-        for model_rows in _model_rows(spec, config, format, dtype):
-            rows = order[model_rows]
-            with naming(path):
-                chunk = read_rows(tensor, dtype, rows=rows)
-            if not allow_nonfinite and not all_finite(chunk):
-                overflows = dtype != tensor.dtype and all_finite(read_rows(tensor, tensor.dtype, rows=rows))
-                problem = f"has numbers that {dtype.name} cannot hold" if overflows else "holds NaN or infinity"
-                remedy = "choose another dtype" if overflows else "fetch it again"
-                raise InputError(
-                    f"The tensor {tensor.name!r} of {str(path)!r} {problem}, so nothing was written; {remedy}, or "
-                    "write it as it is (allow_nonfinite=True).",
-                    file=path,
-                    key=tensor.name,
-                )
-            yield chunk
-        report(tensor.nbytes)
-
-    return _Tensor(spec.name(format), spec.file_shape(config), dtype, chunks)
+    order = file_order(spec, config, source.format)
+    for model_rows in _chunks_of_rows(spec, config, format, dtype):
+        rows = order[model_rows]
+        with naming(path):
+            chunk = read_rows(tensor, dtype, rows=rows)
+        if not allow_nonfinite and not all_finite(chunk):
+            overflows = dtype != tensor.dtype and all_finite(read_rows(tensor, tensor.dtype, rows=rows))
+            problem = f"has numbers that {dtype.name} cannot hold" if overflows else "holds NaN or infinity"
+            remedy = "choose another dtype" if overflows else "fetch it again"
+            raise InputError(
+                f"The tensor {tensor.name!r} of {str(path)!r} {problem}, so nothing was written; {remedy}, or "
+                "write it as it is (allow_nonfinite=True).",
+                file=path,
+                key=tensor.name,
+            )
+        yield chunk
 
 
-def _model_rows(spec: LayerSpec, config: MistralConfig, format: Format, dtype: np.dtype) -> Iterator[np.ndarray]:
+def _chunks_of_rows(spec: LayerSpec, config: MistralConfig, format: Format, dtype: np.dtype) -> Iterator[np.ndarray]:
     """The rows of the model's tensor in the order of the file, a chunk at a time."""
     _, *width = spec.file_shape(config)
     order = np.argsort(file_order(spec, config, format))
     step = max(1, CHUNK_BYTES // (int(np.prod(width)) * dtype.itemsize))
-    for tensor in np.split(order, len(spec.names(config, format))):
-        for start in range(0, len(tensor), step):
-            yield tensor[start : start + step]
-
-
-def _divided(spec: LayerSpec, config: MistralConfig, format: Format, whole: _Tensor) -> list[_Tensor]:
-    """The tensors of a file that hold a weight, of which the format may store one for each expert.
-
-    They are written one after the other, and each takes its chunks from those of the whole weight.
-    """
-    names = spec.names(config, format)
-    if len(names) == 1:
-        return [whole]
-    rows, inner = whole.shape[0] // len(names), whole.shape[1:]
-    remaining = whole.chunks()
-
-    def chunks() -> Iterator[np.ndarray]:
-        done = 0
-        while done < rows:
-            chunk = next(remaining)
-            done += len(chunk)
-            yield chunk
-
-    return [dataclasses.replace(whole, name=name, shape=(rows, *inner), chunks=chunks) for name in names]
+    for start in range(0, len(order), step):
+        yield order[start : start + step]
 
 
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.(gate|up|down)_proj\.weight")
@@ -438,31 +445,30 @@ def _joined(name: str, columns: list[list[_Tensor]]) -> _Tensor:
     """One tensor that holds, for each expert, the rows of its tensor of each column."""
     first = columns[0][0]
     rows = sum(column[0].shape[0] for column in columns)
-
-    def chunks() -> Iterator[np.ndarray]:
-        for of_expert in zip(*columns, strict=True):
-            for tensor in of_expert:
-                yield from tensor.chunks()
-
-    return dataclasses.replace(first, name=name, shape=(len(columns[0]), rows, *first.shape[1:]), chunks=chunks)
+    return _Tensor(name, (len(columns[0]), rows, *first.shape[1:]), first.dtype)
 
 
-def _gather_to_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """Gathers an array to host. All processes that hold shards of it must call this function."""
+def _own_shards(array: jax.Array | np.ndarray, several: bool) -> Shards:
+    """The shards of an array that this process writes. Of `several` processes, one writes each shard."""
+    is_local = isinstance(array, np.ndarray) or array.is_fully_addressable
+    if several and is_local and jax.process_index():
+        return []
     if isinstance(array, np.ndarray):
-        return array
-    if array.is_fully_replicated:
-        return _copy_to_host(array.addressable_data(0))
-    if not array.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+        return [((slice(None),) * array.ndim, array)]
+    return [(shard.index, shard.data) for shard in array.addressable_shards if shard.replica_id == 0]
+
+
+def _gathered(array: jax.Array | np.ndarray) -> np.ndarray:
+    """An array of this process's devices, on the host."""
     result = np.empty(array.shape, array.dtype)
-    for shard in array.addressable_shards:
-        if shard.replica_id == 0:
-            result[shard.index] = _copy_to_host(shard.data)
+    for index, shard in _own_shards(array, several=False):
+        result[index] = _copy_to_host(shard)
     return result
 
 
-def _copy_to_host(array: jax.Array) -> np.ndarray:
+def _copy_to_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    if isinstance(array, np.ndarray):
+        return array
     try:
         # A `jax.Array` caches its numpy copy. A temporary copy on the CPU backend keeps that memory short-lived.
         return np.asarray(jax.device_put(array, jax.local_devices(backend="cpu")[0]))
@@ -470,7 +476,7 @@ def _copy_to_host(array: jax.Array) -> np.ndarray:
         return np.asarray(array)
 
 
-def _write(
+def _create(
     folder: Path,
     config: MistralConfig,
     tensors: list[_Tensor],
@@ -478,7 +484,7 @@ def _write(
     max_shard_size: int | str,
     quantization: dict[str, Any] | None = None,
 ):
-    """Writes the config and the weights, in files of at most the given size."""
+    """Writes the config and the index, and creates files for the weights, of at most the given size."""
     floats = {tensor.dtype for tensor in tensors if tensor.dtype in DTYPES.values()}
     dtype = max(floats, key=lambda kind: _total(tensors, kind))
     if format == "hf" and config.latent is not None:
@@ -500,9 +506,8 @@ def _write(
     for number, shard in enumerate(shards, start=1):
         name = single if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         placed |= {tensor.name: name for tensor in shard}
-        described = [(tensor.name, tensor.shape, tensor.dtype, tensor.chunks()) for tensor in shard]
         with naming(folder / name):
-            safetensors.write(folder / name, described)
+            safetensors.create(folder / name, [(tensor.name, tensor.shape, tensor.dtype) for tensor in shard])
     if len(shards) > 1:
         size = sum(tensor.nbytes for tensor in tensors)
         _write_json(folder / index, {"metadata": {"total_size": size}, "weight_map": placed})

@@ -1,4 +1,4 @@
-from .agreement import broadcast as broadcast, check_same as check_same
+from .agreement import broadcast as broadcast, check_same as check_same, number_of_first as number_of_first
 from .choices import (
     Choice as Choice,
     read_strategy as read_strategy,

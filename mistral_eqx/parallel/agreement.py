@@ -60,6 +60,11 @@ def broadcast(text: str | None) -> Any:
     return text
 
 
+def number_of_first(number: int) -> int:
+    """Gives a number of process 0, of 32 bits, to all processes; all of them must call it, in the same order."""
+    return int(multihost_utils.broadcast_one_to_all(np.uint32(number)))
+
+
 def _listed(processes: list[int]) -> str:
     """For example `"1, 2 and 3 differ"`; of more than eight, the first seven and the number of the others."""
     if len(processes) == 1:

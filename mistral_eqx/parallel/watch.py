@@ -127,6 +127,7 @@ class Watch:
         time.sleep(_GRACE if self.process else 2 * _GRACE)
         if self._leaving:
             return
+        interrupts.undo_all()
         with contextlib.suppress(OSError):
             os.write(2, f"Error: {self.trouble}\n".encode())
         _exit(1)
