@@ -1,14 +1,15 @@
 """Which strategy for 8 devices, which for 16, and from which length on does another one win?
 
     python benchmarks/strategies.py time --json time.json
+    python benchmarks/strategies.py train --json train.json
     python benchmarks/strategies.py plan --json plan.json
-    python benchmarks/strategies.py write time.json plan.json
+    python benchmarks/strategies.py write time.json train.json plan.json
 
-`time` runs a small model of Mistral 7B's proportions under every legal strategy on virtual devices. Two cores stand
-behind all of them, so that seconds say only what a strategy costs in operations; what it exchanges and what each
-device holds carries over to real chips. `plan` compiles Mistral 7B for TPUs that are not here (extra `tpu`), and
-estimates times from its operations, its bytes and its exchanges. `write` puts tables and pictures into the README
-(extra `plot`).
+`time` runs a small model of Mistral 7B's proportions under every legal strategy on virtual devices, and `train` takes
+steps of training. Two cores stand behind all of them, so that seconds say only what a strategy costs in operations;
+what it exchanges and what each device holds carries over to real chips. `plan` compiles Mistral 7B for TPUs that are
+not here (extra `tpu`), and estimates times from its operations, its bytes and its exchanges. `write` puts tables and
+pictures of the given files into the README (extra `plot`), and the answers that follow from closed forms alone.
 """
 
 import argparse
@@ -30,7 +31,20 @@ import mistral_eqx as mx
 from mistral_eqx.generation import Sampler
 from mistral_eqx.generation.request import Request
 from mistral_eqx.parallel import Choice
-from mistral_eqx.planning import CHIPS, Exchange, Report, decoding_step, exchange_seconds, prefill
+from mistral_eqx.planning import (
+    CHIPS,
+    Collective,
+    Exchange,
+    Report,
+    Training,
+    decoding_step,
+    exchange_seconds,
+    exposed,
+    forward_pass,
+    prefill,
+    training_step,
+)
+from mistral_eqx.planning.limits import sent_share
 
 
 HERE = Path(__file__).parent
@@ -39,6 +53,9 @@ MODEL = "7b-v0.2"
 SMALL = dataclasses.replace(
     mx.PRESETS[MODEL], embed=512, hidden=1792, head_dim=32, vocab=4096, layers=2, windows=(None, None)
 )
+# Eight layers, so that each of eight devices can be a stage.
+TRAINED = dataclasses.replace(SMALL, embed=256, hidden=896, layers=8, windows=(None,) * 8)
+ROWS, SEQ = 8, 256
 TOPOLOGIES = {"v5e-8": "v5e:2x4", "v4-32": "v4:2x2x4", "v5e-16": "v5e:4x4"}
 BATCH, PROMPT, KV_SEQ = 8, 512, 4096
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
@@ -48,6 +65,17 @@ def choices(config: mx.MistralConfig, devices: int) -> list[Choice]:
     """The legal strategies, and of those that copy the model the ones with two copies."""
     found = mx.strategies(config, devices)
     return [choice for choice in found if choice.axes.get("dp", 1) == 1 or choice.name == "heads, batch over 2"]
+
+
+def more_choices(devices: int) -> list[Choice]:
+    """Of what splits the tokens of rows or overlaps its exchanges: alone, and beside the heads."""
+    ways = {"ring": "seq@cp kv_seq@cp", "gather": "seq@cp"}
+    found = [Choice(name, mx.Strategy(entries), {"cp": devices}) for name, entries in ways.items()]
+    half = {"cp": 2, "tp": devices // 2}
+    found += [Choice(f"heads, {name} over 2", mx.HEADS + entries, half) for name, entries in ways.items()]
+    if devices <= SMALL.kv_heads:
+        found += [Choice("sequence_parallel overlap", mx.SEQUENCE_PARALLEL + "overlap", {"tp": devices})]
+    return found
 
 
 def label(choice: Choice) -> str:
@@ -62,7 +90,7 @@ def runs(repetitions: int) -> Iterator[dict[str, Any]]:
     """Runs prefill and decoding under every strategy, batch and length."""
     model = mx.Mistral.init(SMALL, key=jr.key(0))
     for devices in (8, 16):
-        for choice in choices(SMALL, devices):
+        for choice in [*choices(SMALL, devices), *more_choices(devices)]:
             parts = mx.shard(model, choice.mesh(), choice.strategy)
             for batch in (1, 8):
                 if batch % choice.axes.get("dp", 1) == 0:
@@ -81,10 +109,12 @@ def _run(choice: Choice, model: mx.Mistral, devices: int, batch: int, length: in
         state, cache = jax.block_until_ready(request.decode(state, cache, 2))
         taken, (state, cache) = timed(lambda *at: jax.block_until_ready(request.decode(*at, 2 + steps)), state, cache)
         decoded.append(taken / steps)
-    sizes = {"batch": batch, "dtype": jnp.float32}
+    form, sizes = (SMALL, choice.strategy, choice.axes), {"batch": batch, "dtype": jnp.float32}
+    # Devices that split the tokens of rows have a chunk each.
+    chunk = min(length, 512 * choice.strategy.parts("seq", choice.axes))
     exchanged = {
-        "prefill": prefill(SMALL, choice.strategy, choice.axes, seq=min(length, 512), kv_seq=length, **sizes),
-        "decode": decoding_step(SMALL, choice.strategy, choice.axes, kv_seq=cache.kv_seq, **sizes),
+        "prefill": length // chunk * prefill(*form, seq=chunk, kv_seq=length, **sizes),
+        "decode": decoding_step(*form, kv_seq=cache.kv_seq, **sizes),
     }
     result = {
         "devices": devices,
@@ -105,6 +135,179 @@ def _run(choice: Choice, model: mx.Mistral, devices: int, batch: int, length: in
 def held(tree: Any) -> int:
     """The bytes that the first device holds of it."""
     return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
+
+
+# ---- train ----
+
+
+def steps() -> list[tuple[Choice, Training]]:
+    """The layouts of eight devices, with the stage of ZeRO, and for pipelines eight micro-batches and a schedule."""
+    plain = Training(SEQ)
+    ways = {"ring": "seq@cp kv_seq@cp", "gather": "seq@cp"}
+    found = [(choice, plain) for choice in choices(TRAINED, 8) if choice.name in ("heads", "sequence_parallel")]
+    found += [
+        (Choice(f"sequence_parallel {word}", mx.SEQUENCE_PARALLEL + word, {"tp": 8}), plain)
+        for word in ("overlap", "overlap=1")
+    ]
+    found += [
+        (Choice("batch", mx.Strategy("batch@dp"), {"dp": 8}), dataclasses.replace(plain, zero=zero))
+        for zero in (0, 1, 3)
+    ]
+    found += [(Choice("heads, batch over 2", mx.HEADS + "batch@dp", {"dp": 2, "tp": 4}), plain)]
+    found += [(Choice(name, mx.Strategy(entries), {"cp": 8}), plain) for name, entries in ways.items()]
+    for schedule in ("gpipe", "1f1b"):
+        pipeline = Training(SEQ, accumulate=8, schedule=schedule)
+        found += [
+            (Choice("stages", mx.Strategy("layers@pp"), {"pp": 8}), pipeline),
+            (Choice("heads, stages over 2", mx.HEADS + "layers@pp", {"pp": 2, "tp": 4}), pipeline),
+            (
+                Choice("sequence_parallel, stages over 2", mx.SEQUENCE_PARALLEL + "layers@pp", {"pp": 2, "tp": 4}),
+                pipeline,
+            ),
+        ]
+    two = Training(SEQ, 1, accumulate=2)
+    return [*found, (Choice("stages, batch over 4", mx.Strategy("layers@pp batch@dp"), {"dp": 4, "pp": 2}), two)]
+
+
+def trained(repetitions: int) -> Iterator[dict[str, Any]]:
+    """Takes steps under each layout."""
+    model, optimizer = mx.nn.stack(mx.Mistral.init(TRAINED, key=jr.key(0))), mx.train.adamw(1e-3)
+    rows = mx.train.one_a_row([mx.train.causal(row) for row in jr.randint(jr.key(1), (ROWS, SEQ), 0, 64).tolist()], SEQ)
+    for choice, training in steps():
+        state = mx.train.TrainState.init(mx.shard(model, choice.mesh(), choice.strategy), optimizer, zero=training.zero)
+        taken = mx.train.make_step(
+            optimizer, compute_dtype=None, accumulate=training.accumulate, schedule=training.schedule
+        )
+        compiled = eqx.filter_jit(lambda rows, state, taken=taken: taken(state, rows), donate="all-except-first")
+        compiled = compiled.lower(rows, state).compile()
+        held_mb, times = held(state) / 1e6, []
+        for _ in range(1 + repetitions):
+            seconds, (state, _) = timed(lambda state, run=compiled: jax.block_until_ready(run(rows, state)), state)
+            times.append(seconds)
+        sizes = {"batch": ROWS, "training": training, "dtype": jnp.float32}
+        entries = training_step(TRAINED, choice.strategy, choice.axes, **sizes)
+        words = [f"ZeRO {training.zero}"] if training.zero else []
+        words += [{"gpipe": "GPipe", "1f1b": "1F1B"}[training.schedule]] if "pp" in choice.axes else []
+        yield {
+            "step": True,
+            "strategy": ", ".join([label(choice), *words]),
+            "step_ms": 1e3 * statistics.median(times[1:]),
+            "state_mb": held_mb,
+            "temporary_mb": compiled.compiled.memory_analysis().temp_size_in_bytes / 1e6,
+            "exchanges": sum(entry.count for entry in entries),
+            "kb": sum(entry.count * entry.bytes for entry in entries) / 1e3,
+            "sent_kb": sent(entries) / 1e3,
+        }
+
+
+def sent(entries: list[Collective]) -> float:
+    """The bytes that a device sends, if each exchange goes along a ring."""
+    return sum(sent_share(entry.kind, max(entry.devices, 2)) * entry.count * entry.bytes for entry in entries)
+
+
+# ---- closed forms ----
+
+
+# Bytes per second of a device to those of another host: 400 Gbit/s of each GPU in a DGX H100, and the network of a data
+# centre, of which a v5p has 50 Gbit/s.
+NETWORKS = {"H100": 50e9, "v5p": 6.25e9}
+
+
+def across_hosts() -> str:
+    """What a step of training sends between two hosts of eight devices, by what is split over them."""
+    config, rows, seq = mx.PRESETS["small-3.1-24b"], 64, 4096
+    head = ["over the hosts", "exchanges", "GB a device sends", *(f"s, {name}" for name in NETWORKS)]
+    lines = [[*head, "products, s (H100)", "waits in the bubble"]]
+    names = {
+        "heads": ("kv_replicated", {"kv": 8, "rep": 2}, Training(seq)),
+        "tokens, gathered": ("sequence_parallel seq@cp", {"cp": 2, "tp": 8}, Training(seq)),
+        "rows, ZeRO 1": ("sequence_parallel batch@dp", {"dp": 2, "tp": 8}, Training(seq, 1)),
+        "layers, GPipe": ("sequence_parallel layers@pp", {"pp": 2, "tp": 8}, Training(seq, accumulate=16)),
+        "layers, 1F1B": (
+            "sequence_parallel layers@pp", {"pp": 2, "tp": 8}, Training(seq, accumulate=16, schedule="1f1b"),
+        ),
+    }  # fmt: skip
+    for name, (layout, axes, training) in names.items():
+        entries = training_step(config, mx.parallel.read_strategy(layout), axes, batch=rows, training=training)
+        # Groups of eight are the devices of a host.
+        across = [entry for entry in entries if entry.devices != 8]
+        # Forward, again, and twice backward; 1F1B computes a stage forward once more.
+        passes = 10 if training.schedule == "1f1b" else 8
+        products = passes * config.parameters * rows * seq / 16 / CHIPS["H100"].flops
+        bubble = 0.0 if "pp" not in axes else 1 - training.accumulate / training.ticks(2)
+        lines.append(
+            [
+                f"{name}: `{layout}`",
+                f"{sum(entry.count for entry in across):,}",
+                f"{sent(across) / 1e9:,.2f}",
+                *(f"{sent(across) / speed:.2f}" for speed in NETWORKS.values()),
+                f"{products:.1f}",
+                f"{bubble:.0%}",
+            ]
+        )
+    return table(lines)
+
+
+def key_waits(chip: str, config: mx.MistralConfig, seq: int, devices: int = 8) -> tuple[float, float]:
+    """The seconds that attention waits for keys in a forward pass of one row: with a ring, and with a gather.
+
+    A hop is sent while the device computes with the keys before.
+    """
+    axes, sizes, of = {"cp": devices}, {"batch": 1, "seq": seq}, CHIPS[chip]
+
+    def keys(layout: str) -> Exchange:
+        (one,) = (one for one in forward_pass(config, mx.Strategy(layout), axes, **sizes) if "keys" in one.what)
+        return Exchange(one.kind, one.devices, one.count, one.count * one.bytes)
+
+    ring = keys("seq@cp kv_seq@cp")
+    # Keys and values of a hop are two permutes.
+    hops = ring.count // 2
+    hop = exchange_seconds(of, ring) / hops
+    product = 2 * (seq / devices) ** 2 * config.q_heads * config.head_dim / of.flops
+    return hops * max(0.0, hop - product), exchange_seconds(of, keys("seq@cp"))
+
+
+def ring_or_gather() -> str:
+    """How long attention waits for keys, by the length of a row on eight devices."""
+    lengths = [2**power for power in range(12, 19)]
+    lines = [["model", "on 8", *(f"{seq // 1024}k" for seq in lengths), "ring from"]]
+    for model in ("7b-v0.2", "large-2-123b"):
+        config = dataclasses.replace(mx.PRESETS[model], max_positions=2**20)
+        for chip in ("v5e", "v5p", "v6e", "H100"):
+            waits = [key_waits(chip, config, seq) for seq in lengths]
+            steps = (
+                seq
+                for seq in range(1024, 2**19, 1024)
+                if key_waits(chip, config, seq)[0] < key_waits(chip, config, seq)[1]
+            )
+            first = next(steps, None)
+            cells = [f"{1e3 * ring:.1f} / {1e3 * gather:.1f}" for ring, gather in waits]
+            lines.append([f"`{model}`", chip, *cells, "never" if first is None else f"{first:,}"])
+    return table(lines)
+
+
+def overlap_from() -> str:
+    """From how many tokens on products wait less with overlap, and what share of the time that saves at 8192."""
+    lines = [["model", "on 8", "prefill from", "saves at 8192", "training from", "saves at 8192"]]
+    for model in ("7b-v0.2", "large-2-123b"):
+        for chip in ("v4", "v5e", "v5p", "v6e", "H100"):
+            cells = []
+            for passes in ((False,), (False, True)):
+
+                def seconds(word: str, seq: int, passes=passes, model=model, chip=chip) -> float:
+                    form = mx.PRESETS[model], mx.SEQUENCE_PARALLEL + word, {"tp": 8}, CHIPS[chip]
+                    found = [one for back in passes for one in exposed(*form, batch=1, seq=seq, backward=back)]
+                    return sum(one.product + one.wait for one in found)
+
+                def best(seq: int, seconds=seconds) -> float:
+                    return min(seconds("overlap", seq), seconds("overlap=1", seq))
+
+                lengths = [2**power for power in range(6, 18)]
+                first = next((seq for seq in lengths if best(seq) < seconds("", seq)), None)
+                saved = 1 - best(8192) / seconds("", 8192)
+                cells += ["never" if first is None else f"{first:,}", f"{saved:.0%}"]
+            lines.append([f"`{model}`", chip, *cells])
+    return table(lines)
 
 
 # ---- plan ----
@@ -165,8 +368,8 @@ def decode_seconds(report: Report, kv_seq: int) -> float:
 # ---- write ----
 
 
-def tables(times: list[dict[str, Any]], plans: list[dict[str, Any]]) -> str:
-    """What stands in the README."""
+def time_tables(times: list[dict[str, Any]]) -> str:
+    """Prefill and decoding on virtual devices."""
     parts = []
     for devices in (8, 16):
         for length in (128, 1024):
@@ -175,6 +378,30 @@ def tables(times: list[dict[str, Any]], plans: list[dict[str, Any]]) -> str:
                 continue
             parts.append(f"**{devices} virtual devices, {length} tokens**\n")
             parts.append(_times(found) + "\n")
+    return "\n".join(parts)
+
+
+def train_table(rows: list[dict[str, Any]]) -> str:
+    """Steps of training on virtual devices."""
+    head = ["strategy", "state, MB", "temporary, MB", "step, ms", "exchanges", "kB put in", "kB sent"]
+    cells = [
+        [
+            row["strategy"],
+            f"{row['state_mb']:.1f}",
+            f"{row['temporary_mb']:.1f}",
+            f"{row['step_ms']:,.0f}",
+            f"{row['exchanges']:,}",
+            f"{row['kb']:,.0f}",
+            f"{row['sent_kb']:,.0f}",
+        ]
+        for row in rows
+    ]
+    return table([head, *cells])
+
+
+def plan_tables(plans: list[dict[str, Any]]) -> str:
+    """Mistral 7B, compiled for TPUs."""
+    parts = []
     for place in TOPOLOGIES:
         reports = [row for row in plans if row["place"] == place]
         if reports:
@@ -243,8 +470,8 @@ def _lines(plans: list[dict[str, Any]], place: str) -> dict[str, list[float]]:
     return {name: [1e3 * decode_seconds(report, length) for length in LENGTHS] for name, report in reports.items()}
 
 
-def draw(times: list[dict[str, Any]], plans: list[dict[str, Any]], folder: Path):
-    """Two pictures: time by length on each topology, and what each strategy exchanges a decoding step."""
+def draw_plans(plans: list[dict[str, Any]], folder: Path):
+    """Time by length on each topology."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, len(TOPOLOGIES), figsize=(15, 5), layout="constrained")
@@ -267,7 +494,12 @@ def draw(times: list[dict[str, Any]], plans: list[dict[str, Any]], folder: Path)
     figure.savefig(folder / "strategies_length.png", dpi=110)
     plt.close(figure)
 
-    figure, panels = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+
+def draw_times(times: list[dict[str, Any]], folder: Path):
+    """What each strategy exchanges a decoding step."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
     for panel, devices in zip(panels, (8, 16), strict=True):
         found = [row for row in times if (row["devices"], row["batch"]) == (devices, 8)]
         names = list(dict.fromkeys(row["strategy"] for row in found))
@@ -283,27 +515,59 @@ def draw(times: list[dict[str, Any]], plans: list[dict[str, Any]], folder: Path)
     plt.close(figure)
 
 
+def draw_steps(rows: list[dict[str, Any]], folder: Path):
+    """What each layout sends, and what a device has, in a step of training."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(13, 6), layout="constrained", sharey=True)
+    names, at = [row["strategy"] for row in rows], range(len(rows))
+    panels[0].barh(at, [row["sent_kb"] / 1e3 for row in rows], 0.7)
+    panels[0].set(xscale="log", xlabel="MB that a device sends in a step")
+    panels[1].barh(at, [row["state_mb"] for row in rows], 0.7, label="weights and moments")
+    panels[1].barh(at, [row["temporary_mb"] for row in rows], 0.7, [row["state_mb"] for row in rows], label="temporary")
+    panels[1].set(xlabel="MB of a device")
+    panels[1].legend(fontsize=8)
+    panels[0].set_yticks(at, names, fontsize=8)
+    panels[0].invert_yaxis()
+    for panel in panels:
+        panel.grid(axis="x", alpha=0.3)
+    figure.savefig(folder / "strategies_training.png", dpi=110)
+    plt.close(figure)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     timing = commands.add_parser("time", help="run on virtual devices")
     timing.add_argument("--json", type=Path, required=True)
     timing.add_argument("--repetitions", type=int, default=3)
+    training = commands.add_parser("train", help="take steps of training on virtual devices")
+    training.add_argument("--json", type=Path, required=True)
+    training.add_argument("--repetitions", type=int, default=3)
     planning = commands.add_parser("plan", help="compile for TPUs that are not here")
     planning.add_argument("--json", type=Path, required=True)
     planning.add_argument("--topologies", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
-    writing = commands.add_parser("write", help="put both into the README")
-    writing.add_argument("files", type=Path, nargs="+")
+    writing = commands.add_parser("write", help="put them into the README")
+    writing.add_argument("files", type=Path, nargs="*")
     arguments = parser.parse_args()
     if arguments.command == "write":
         rows = [row for file in arguments.files for row in json.loads(file.read_text())]
-        times, plans = [row for row in rows if "place" not in row], [row for row in rows if "place" in row]
-        draw(times, plans, HERE)
-        write(tables(times, plans).strip(), "strategies")
+        plans, taken = [row for row in rows if "place" in row], [row for row in rows if "step" in row]
+        times = [row for row in rows if "length" in row]
+        for name, found, block, draw in (
+            ("strategies_time", times, time_tables, draw_times),
+            ("strategies_train", taken, train_table, draw_steps),
+            ("strategies_plan", plans, plan_tables, draw_plans),
+        ):
+            if found:
+                write(block(found).strip(), name)
+                draw(found, HERE)
+        for answer in (across_hosts, ring_or_gather, overlap_from):
+            write(answer(), f"strategies_{answer.__name__}")
         return
-    if arguments.command == "time":
-        jax.config.update("jax_num_cpu_devices", 16)
-        done, rows = [], runs(arguments.repetitions)
+    if arguments.command in ("time", "train"):
+        jax.config.update("jax_num_cpu_devices", 16 if arguments.command == "time" else 8)
+        done, rows = [], (runs if arguments.command == "time" else trained)(arguments.repetitions)
     else:
         done = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
         rows = planned(arguments.topologies, list(done))

@@ -13,7 +13,18 @@ from fixtures.generation import refused
 
 import mistral_eqx as mx
 from mistral_eqx.parallel import NAMED
-from mistral_eqx.planning import CHIPS, Memory, Phase, Training, operations, planning, rank, weights_read
+from mistral_eqx.planning import (
+    CHIPS,
+    Memory,
+    Phase,
+    Training,
+    exposed,
+    operations,
+    planning,
+    rank,
+    ranking,
+    weights_read,
+)
 from mistral_eqx.planning.work import device_entries
 
 
@@ -141,6 +152,94 @@ def test_training_shards_what_does_not_fit():
     assert found.too_large[0].memory.total > found.room
     state = [one.memory.weights + one.memory.gradients + one.memory.optimizer for _, one in sorted(by_stage.items())]
     assert state == sorted(state, reverse=True)
+
+
+def test_micro_batches_are_as_many_as_fit():
+    sizes = {"topology": "v5e:4x4", "objective": "train", "batch": 64}
+    found = rank("7b-v0.3", **sizes, train=Training(seq=4096))
+    assert all(one.memory.total <= found.room for one in found.best)
+    best = next(one for one in found.best if "layers@" not in one.choice.strategy.layout)
+    assert best.training.accumulate > 1
+    fewer = best.training.accumulate // 2
+    task = ranking._Task(mx.PRESETS["7b-v0.3"], found.chip, 16, "bfloat16", None, None, 0, 0)
+    with_fewer = ranking._step(task, best.choice, 64, dataclasses.replace(best.training, accumulate=fewer))
+    assert with_fewer.memory.total > found.room
+    # All layouts keep a number of micro-batches that is asked for, as far as they can.
+    found = rank("7b-v0.3", **sizes, train=Training(seq=4096, accumulate=4))
+    assert {one.training.accumulate % 4 for one in found.best} == {0}
+
+
+def _pipelines(found):
+    return {
+        (one.choice.strategy.layout, *one.choice.axes.values(), one.zero, one.training.schedule): one
+        for one in (*found.best, *found.too_large)
+        if one.choice.strategy.axes("layers")
+    }
+
+
+def test_a_pipeline_waits_for_the_bubble():
+    """Of M + S - 1 ticks a stage has work in M, of M + 2 (S - 1) ticks in 1F1B, and in these a forward pass more."""
+    found = rank(CONFIG, topology="v5p:1x2x2", objective="train", batch=8, train=Training(seq=4096, accumulate=8))
+    pipelines, alone = _pipelines(found), {one.label: one for one in found.best}["batch@dp (dp=4, ZeRO 0)"]
+    gpipe, one_by_one = (pipelines["layers@pp", 4, 0, schedule] for schedule in ("gpipe", "1f1b"))
+    assert gpipe.label == "layers@pp (pp=4, ZeRO 0, 8 micro-batches, GPipe)"
+    assert one_by_one.options == "--strategy 'layers@pp' --mesh pp=4 --accumulate 8 --schedule 1f1b"
+    sizes = {"batch": 8, "seq": 4096, "context": 4097 / 2}
+    blocks = operations(CONFIG, mx.SINGLE, ONE, **sizes, logits=0)
+    head = operations(CONFIG, mx.SINGLE, ONE, **sizes, logits=4096) - blocks
+    peak = found.chip.flops
+    # All stages compute the head, and one of four its quarter of the blocks.
+    assert gpipe.times.compute == pytest.approx((blocks + 4 * head) / peak)
+    assert one_by_one.times.compute == pytest.approx((5 * blocks / 4 + 4 * head) / peak)
+    tick, permute = blocks / 8 / peak, 2 * (1e-6 + 4096 * CONFIG.embed * 2 / found.chip.link_bandwidth)
+    assert gpipe.times.bubble == pytest.approx(3 * (tick + permute))
+    longer = tick * 5 / 4 + 4 * head / 8 / peak
+    assert one_by_one.times.bubble == pytest.approx(6 * (longer + permute), rel=1e-6)
+    assert alone.times.bubble == 0
+    # 1F1B keeps the activations of seven micro-batches, GPipe those of 11 ticks in a layer and after it.
+    stream = 4096 * CONFIG.embed * 2
+    kept = gpipe.memory.temporary - one_by_one.memory.temporary
+    # Fewer rows of the head at once for more tokens.
+    logits = 2 * 4 * 4096 * (8 * 1024 - 2048)
+    assert kept == pytest.approx((2 * 11 - (1 + 7)) * stream + logits, abs=1)
+    both = pipelines["layers@pp batch@dp", 2, 2, 1, "gpipe"]
+    assert both.memory.optimizer < pipelines["layers@pp batch@dp", 2, 2, 0, "gpipe"].memory.optimizer
+
+
+def test_what_bounds_may_be_the_bubble():
+    config = dataclasses.replace(CONFIG, layers=32, windows=(None,) * 32)
+    found = rank(config, topology="v5p:2x2x4", objective="train", batch=16, train=Training(seq=4096))
+    pipeline = _pipelines(found)["layers@pp", 16, 0, "1f1b"]
+    # 30 of 46 ticks.
+    assert pipeline.times.bound == "bubble"
+    assert pipeline.times.bubble > pipeline.seconds / 2
+    assert pipeline.to_dict()["bound"] == "bubble"
+
+
+def test_models_without_stages_have_a_reason():
+    found = rank("8x7b", topology="v5p:4x4x4", objective="train", batch=64)
+    assert "which a model with experts cannot split" in dict(found.refused)["layers@pp"]
+    few = rank(CONFIG, topology="v5p:1x2x2", objective="train", batch=8, train=Training(accumulate=8))
+    reasons = dict(few.refused)
+    assert "8 rows cannot be split into 8 micro-batches" in reasons["layers@pp batch@dp (dp=2,pp=2)"]
+
+
+def test_overlapped_exchanges_take_what_products_wait():
+    sizes = {"topology": "v5e:2x4", "batch": 1, "prompt": 4096, "kv_seq": 4224}
+    config = mx.PRESETS["7b-v0.3"]
+    by_layout = {one.choice.strategy.layout: one for one in rank(config, **sizes).best if "tp" in one.choice.axes}
+    plain, overlapped = (by_layout[f"{mx.SEQUENCE_PARALLEL.layout}{word}"] for word in ("", " overlap"))
+    # The eight chunks of 512 tokens, of which each layer waits for four exchanges; decoding is the same.
+    waits = [
+        sum(one.wait for one in exposed(config, one.choice.strategy, {"tp": 8}, CHIPS["v5e"], batch=1, seq=512))
+        for one in (plain, overlapped)
+    ]
+    difference = 8 * config.layers * (waits[1] - waits[0])
+    assert overlapped.seconds - plain.seconds == pytest.approx(difference)
+    assert plain.memory == overlapped.memory
+    reasons = dict(rank("8x7b", topology="v5e:8x8").refused)
+    layout = "sequence_parallel overlap batch@dp (dp=8,tp=8)"
+    assert any("exposed exchanges of a model with experts" in reason for reason in reasons.values()), layout
 
 
 @pytest.mark.parametrize(

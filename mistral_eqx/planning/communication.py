@@ -314,7 +314,7 @@ class Ledger:
         self.sum("feed-forward norm", "embed", layers, tokens, self.wide)
         self.feed_forward(seq)
         if micro_batches is not None:
-            self.each_tick(seq, micro_batches)
+            self.each_tick(seq, micro_batches + self.num_shards("layers") - 1)
 
         self.rows = all_rows
         self.sum("last norm", "embed", 1, self.rows, seq, self.wide)
@@ -326,17 +326,15 @@ class Ledger:
             self.sum("last token", "seq", 1, self.rows, self.local("embed"), self.narrow)
         self.sum("logits", "embed", 1, self.rows * logits, self.local("vocab"), self.wide)
 
-    def each_tick(self, seq: int, micro_batches: int, *, back: bool = False):
+    def each_tick(self, seq: int, ticks: int, *, back: bool = False):
         """Counts all exchanges so far once for each tick of a pipeline, and adds those between stages.
 
         **Arguments:**
 
         - `back`: whether gradients are sent back too.
         """
-        stages = self.num_shards("layers")
-        ticks = micro_batches + stages - 1
         self.entries = [dataclasses.replace(entry, count=entry.count * ticks) for entry in self.entries]
-        if stages > 1:
+        if self.num_shards("layers") > 1:
             size = self.rows * (seq // self.token_shards(seq)) * self.local("embed") * self.narrow
             self.write("collective_permute", "activations to the next stage", 2, (ticks, size))
             if back:
