@@ -392,6 +392,8 @@ def _step(task: _Task, choice: Choice, batch: int, train: Training) -> Estimate:
     size, stages = jnp.dtype(task.dtype).itemsize, strategy.parts("layers", axes)
     count, ticks = train.accumulate, train.ticks(stages)
     one_by_one = stages > 1 and train.schedule == "1f1b"
+    # GPipe computes the head for all micro-batches at once, and otherwise it is computed for each of them.
+    apart = stages > 1 and not one_by_one
     in_ticks, once = step_exchanges(config, strategy, axes, batch=batch, training=train, dtype=jnp.dtype(task.dtype))
     entries = device_entries(config, strategy, axes)
     blocks = device_entries(config, strategy, axes, blocks=True)
@@ -403,9 +405,9 @@ def _step(task: _Task, choice: Choice, batch: int, train: Training) -> Estimate:
     # last block; 1F1B keeps what stages have received.
     stream = own * config.embed * size / strategy.parts("tokens", axes)
     layers = config.layers / stages
-    streams = layers + 2 * stages - 1 if one_by_one else layers if stages == 1 else (layers + 1) * ticks
-    # Logits and their gradient; the loss of GPipe is that of all micro-batches.
-    scored = own if one_by_one or stages == 1 else own * count
+    streams = (layers + 1) * ticks if apart else layers + (2 * stages - 1 if one_by_one else 0)
+    # Logits and their gradient.
+    scored = own * count if apart else own
     logits = 2 * 4 * scored * chunk_rows(config.vocab // strategy.parts("vocab", axes), int(scored))
     memory = Memory(
         weights=int(4 * kept),
@@ -419,20 +421,15 @@ def _step(task: _Task, choice: Choice, batch: int, train: Training) -> Estimate:
     of_head = operations(config, strategy, axes, logits=train.seq, **sizes) / count - of_blocks
     again = 1.0 if train.remat == "block" else 0.0
     # 1F1B computes a stage forward once more.
-    passes, of_loss = 3 + again + one_by_one, 3 + again
-    # GPipe computes the head for all micro-batches at once, and otherwise it is computed in each tick.
-    inside, outside = (1, 0) if one_by_one or stages == 1 else (0, count)
+    passes = 3 + again + one_by_one
+    head = (3 + again) * of_head, (3 + again) * size * (entries - blocks)
+    inside, outside = ((0.0, 0.0), (count * head[0], head[1])) if apart else (head, (0.0, 0.0))
     waits = _waits(task, choice, batch // count, train.seq, training=True)
-    tick, tick_seconds = _times(
-        task.chip,
-        1,
-        passes * of_blocks + inside * of_loss * of_head,
-        size * (passes * blocks + inside * of_loss * (entries - blocks)),
-        _exchanged(task.chip, in_ticks, waits) / ticks,
-    )
+    links = _exchanged(task.chip, in_ticks, waits) / ticks
+    tick, tick_seconds = _times(task.chip, 1, passes * of_blocks + inside[0], passes * size * blocks + inside[1], links)
     # The optimizer reads weights, gradients and moments and writes all but gradients.
-    moved = 28 * moments + min(outside, 1) * of_loss * size * (entries - blocks)
-    rest, rest_seconds = _times(task.chip, 1, outside * of_loss * of_head, moved, _exchanged(task.chip, once, waits))
+    moved, links = 28 * moments + outside[1], _exchanged(task.chip, once, waits)
+    rest, rest_seconds = _times(task.chip, 1, outside[0], moved, links)
     work = _sum(_scaled(tick, count), rest)
     times = dataclasses.replace(work, bubble=(ticks - count) * tick_seconds)
     seconds, tokens = ticks * tick_seconds + rest_seconds, batch * train.seq
