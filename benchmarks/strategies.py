@@ -208,8 +208,8 @@ def sent(entries: list[Collective]) -> float:
 # ---- closed forms ----
 
 
-# Bytes per second of a device to those of another host: 400 Gbit/s of each GPU in a DGX H100, and the network of a data
-# centre, of which a v5p has 50 Gbit/s.
+# Bytes per second of a device to those of another host: each of eight H100 in a server has 400 Gbit/s of InfiniBand, a
+# v5p 50 Gbit/s of the data centre's network (https://docs.cloud.google.com/tpu/docs/tpu7x has a table).
 NETWORKS = {"H100": 50e9, "v5p": 6.25e9}
 
 
