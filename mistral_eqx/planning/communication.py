@@ -1,6 +1,7 @@
 """The exchanges of a forward pass or a decoding step, in closed form: nothing is traced or compiled."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
@@ -172,6 +173,15 @@ class Travel:
     per_token: int
 
 
+@functools.lru_cache(maxsize=64)
+def _of_stage(config: MistralConfig, stages: int) -> MistralConfig:
+    """The config of the layers of one stage: all stages are equal. A new config is checked, which takes long."""
+    if stages == 1:
+        return config
+    layers = config.layers // stages
+    return dataclasses.replace(config, layers=layers, windows=config.windows[:layers])
+
+
 class Ledger:
     """Lists exchanges in the order in which the modules of `nn` make them."""
 
@@ -179,10 +189,7 @@ class Ledger:
         self, config: MistralConfig, strategy: Strategy, axes: Mapping[str, int], batch: int, dtype: DTypeLike
     ):
         strategy.check(config, AbstractMesh(tuple(axes.values()), tuple(axes)))
-        layers = config.layers // strategy.parts("layers", axes)
-        # That of one stage: all stages are equal.
-        config = dataclasses.replace(config, layers=layers, windows=config.windows[:layers])
-        self.config, self.strategy, self.axes = config, strategy, axes
+        self.config, self.strategy, self.axes = _of_stage(config, strategy.parts("layers", axes)), strategy, axes
         self.rows = self.shard_size("batch", batch)
         self.narrow = jnp.dtype(dtype).itemsize
         self.wide = max(self.narrow, 4)

@@ -290,7 +290,8 @@ def _layouts(
             Choice(f"{one.name}, {word}", one.strategy + word, one.axes)
             for one in named
             if one.strategy.axes("tokens")
-            for word in ("overlap", "overlap=1")
+            # Both directions are faster, unless a switch gives one of them all that a device can send.
+            for word in ("overlap",) + ("overlap=1",) * (task.chip.switched is not None)
         ]
     whole = None if train is not None else whole_shapes(task.config, task.dtype, task.quantize)
     for choice in choices:
@@ -364,18 +365,19 @@ def _fastest_step(task: _Task, choice: Choice, batch: int, train: Training) -> E
     counts = [count for count in _divisors(rows) if count >= stages and count % train.accumulate == 0]
 
     def step(count: int) -> Estimate:
-        return _step(task, choice, batch, dataclasses.replace(train, accumulate=count))
+        return _step(task, choice, batch, with_count(count))
 
-    def fits(one: Estimate) -> bool:
-        return one.memory.total <= SHARE * task.chip.hbm_bytes
+    def with_count(count: int) -> Training:
+        return dataclasses.replace(train, accumulate=count)
+
+    def fits(count: int) -> bool:
+        return _step_memory(task, choice, batch, with_count(count)).total <= SHARE * task.chip.hbm_bytes
 
     if stages == 1:
-        found = (step(count) for count in counts)
-        return next((one for one in found if fits(one)), None) or step(rows)
+        return step(next((count for count in counts if fits(count)), rows))
     best = step(rows)
     for count in reversed(counts[:-1]):
-        one = step(count)
-        if not fits(one) or one.seconds >= best.seconds:
+        if not fits(count) or (one := step(count)).seconds >= best.seconds:
             break
         best = one
     return best
@@ -386,8 +388,38 @@ def _divisors(number: int) -> tuple[int, ...]:
     return tuple(divisor for divisor in range(1, number + 1) if number % divisor == 0)
 
 
+def _step_memory(task: _Task, choice: Choice, batch: int, train: Training) -> Memory:
+    """The memory of a step of training with AdamW, whose master weights and moments are float32."""
+    config, strategy, axes = task.config, choice.strategy, choice.axes
+    size, stages = jnp.dtype(task.dtype).itemsize, strategy.parts("layers", axes)
+    entries = device_entries(config, strategy, axes)
+    shards = device_entries(config, strategy, axes, over="batch seq layers")
+    kept, gradients, moments = (shards if train.zero >= stage else entries for stage in (3, 2, 1))
+    tokens = batch // strategy.parts("batch", axes) / train.accumulate * train.seq / strategy.parts("seq", axes)
+    # The residual stream of a micro-batch. Blocks keep their inputs, and GPipe those of all ticks and what follows the
+    # last block; 1F1B keeps what stages have received.
+    stream = tokens * config.embed * size / strategy.parts("tokens", axes)
+    layers, scored = config.layers / stages, tokens
+    if stages == 1:
+        stream *= layers
+    elif train.schedule == "1f1b":
+        stream *= layers + 2 * stages - 1
+    else:
+        stream, scored = stream * (layers + 1) * train.ticks(stages), tokens * train.accumulate
+    # Logits and their gradient; and the weights in the precision of activations.
+    logits = 2 * 4 * scored * chunk_rows(config.vocab // strategy.parts("vocab", axes), int(scored))
+    narrow = size * entries / (layers if train.zero == 3 else 1)
+    return Memory(
+        weights=int(4 * kept),
+        gradients=int(4 * gradients),
+        optimizer=0 if train.offload else int(8 * moments),
+        host=int(8 * moments) if train.offload else 0,
+        temporary=int(stream + logits + narrow),
+    )
+
+
 def _step(task: _Task, choice: Choice, batch: int, train: Training) -> Estimate:
-    """The estimate of a step of training with AdamW, whose master weights and moments are float32."""
+    """The estimate of a step of training."""
     config, strategy, axes = task.config, choice.strategy, choice.axes
     size, stages = jnp.dtype(task.dtype).itemsize, strategy.parts("layers", axes)
     count, ticks = train.accumulate, train.ticks(stages)
@@ -397,25 +429,7 @@ def _step(task: _Task, choice: Choice, batch: int, train: Training) -> Estimate:
     in_ticks, once = step_exchanges(config, strategy, axes, batch=batch, training=train, dtype=jnp.dtype(task.dtype))
     entries = device_entries(config, strategy, axes)
     blocks = device_entries(config, strategy, axes, blocks=True)
-    shards = device_entries(config, strategy, axes, over="batch seq layers")
-    kept, gradients, moments = (shards if train.zero >= stage else entries for stage in (3, 2, 1))
-    rows = batch // strategy.parts("batch", axes)
-    own = rows / count * train.seq / strategy.parts("seq", axes)
-    # The residual stream of a micro-batch. Blocks keep their inputs, and GPipe those of all ticks and what follows the
-    # last block; 1F1B keeps what stages have received.
-    stream = own * config.embed * size / strategy.parts("tokens", axes)
-    layers = config.layers / stages
-    streams = (layers + 1) * ticks if apart else layers + (2 * stages - 1 if one_by_one else 0)
-    # Logits and their gradient.
-    scored = own * count if apart else own
-    logits = 2 * 4 * scored * chunk_rows(config.vocab // strategy.parts("vocab", axes), int(scored))
-    memory = Memory(
-        weights=int(4 * kept),
-        gradients=int(4 * gradients),
-        optimizer=0 if train.offload else int(8 * moments),
-        host=int(8 * moments) if train.offload else 0,
-        temporary=int(streams * stream + logits + (size * entries / layers if train.zero == 3 else size * entries)),
-    )
+    moments = device_entries(config, strategy, axes, over="batch seq layers") if train.zero else entries
     sizes = {"batch": batch, "seq": train.seq, "context": (train.seq + 1) / 2}
     of_blocks = operations(config, strategy, axes, logits=0, **sizes) / count
     of_head = operations(config, strategy, axes, logits=train.seq, **sizes) / count - of_blocks
@@ -437,7 +451,7 @@ def _step(task: _Task, choice: Choice, batch: int, train: Training) -> Estimate:
         choice=choice,
         batch=batch,
         training=train,
-        memory=memory,
+        memory=_step_memory(task, choice, batch, train),
         times=times,
         seconds=seconds,
         tokens_per_second=tokens / seconds,

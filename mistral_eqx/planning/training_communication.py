@@ -117,7 +117,9 @@ class _TrainingLedger(Ledger):
         training: Training,
     ):
         # Without dense layers, `hidden` is the width of an expert.
-        super().__init__(dataclasses.replace(config, hidden=config.expert_hidden), strategy, axes, batch, dtype)
+        if config.routing is not None:
+            config = dataclasses.replace(config, hidden=config.expert_hidden)
+        super().__init__(config, strategy, axes, batch, dtype)
         self.training, self.seq, self.kv_seq = training, self.own_tokens(training.seq), self.own_keys(training.seq)
         self.tokens, self.splits_tokens = self.rows * self.seq, self.token_shards(self.seq) > 1
         self.splits_seq = self.num_shards("seq") > 1
