@@ -174,7 +174,7 @@ def test_a_run_continues_in_a_pipeline(tmp_path):
     ("layout", "axes", "options"),
     [
         ("layers@pp hidden@tp", {"pp": 2, "tp": 2}, {}),
-        ("layers@pp batch@dp", {"pp": 4, "dp": 2}, ONE_BY_ONE | {"zero": 2}),
+        ("layers@pp batch@dp", {"pp": 2, "dp": 2}, ONE_BY_ONE | {"zero": 2}),
         _slow(*THREE, {"zero": 1}),
         _slow(*THREE, ONE_BY_ONE | {"zero": 1, "remat": "dots"}),
         _slow(f"{mx.SEQUENCE_PARALLEL.layout} layers@pp", {"pp": 2, "tp": 2}, ONE_BY_ONE),

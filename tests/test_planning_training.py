@@ -158,10 +158,10 @@ def test_the_command_plans_several_stages(compiled):
     assert result.exit_code == 0, result.stderr
     assert [job.training for job in compiled] == [Training(64, zero, remat="dots") for zero in (1, 3)]
     assert [Report.from_dict(fields).training.zero for fields in json.loads(result.stdout)] == [1, 3]
-    options = ("--devices", 2, "--strategy", "layers@pp", "--batch", 8, "--seq", 64, "--accumulate", 4)
+    options = ("--devices", 3, "--strategy", "layers@pp", "--batch", 6, "--seq", 64, "--accumulate", 3)
     result = run("plan", "gpt-nano", *options, "--train", "--schedule", "1f1b")
-    assert "layers@pp (pp=2, ZeRO 0, 1F1B)" in " ".join(result.stdout.split())
-    assert compiled[-1].training == Training(64, accumulate=4, schedule="1f1b")
+    assert "layers@pp (pp=3, ZeRO 0, 1F1B)" in " ".join(result.stdout.split())
+    assert compiled[-1].training == Training(64, accumulate=3, schedule="1f1b")
 
 
 @pytest.mark.parametrize(

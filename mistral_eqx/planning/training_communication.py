@@ -124,7 +124,7 @@ class _TrainingLedger(Ledger):
         self.tokens, self.splits_tokens = self.rows * self.seq, self.token_shards(self.seq) > 1
         self.splits_seq = self.num_shards("seq") > 1
         # How often queries meet keys, over all layers.
-        self.meetings = sum(self.rounds(training.seq)) if self.splits_seq else config.layers
+        self.meetings = sum(self.rounds(training.seq)) if self.splits_seq else self.config.layers
         # The dimensions that a feed-forward layer sums over.
         self.summed = "hidden" if config.routing is None else "experts hidden"
 
