@@ -1,15 +1,14 @@
 """Which strategy for 8 devices, which for 16, and from which length on does another one win?
 
     python benchmarks/strategies.py time --json time.json
-    python benchmarks/strategies.py train --json train.json
     python benchmarks/strategies.py plan --json plan.json
-    python benchmarks/strategies.py write time.json train.json plan.json
+    python benchmarks/strategies.py write time.json plan.json
 
-`time` runs a small model of Mistral 7B's proportions under every legal strategy on virtual devices, and `train` takes
-steps of training. Two cores stand behind all of them, so that seconds say only what a strategy costs in operations;
-what it exchanges and what each device holds carries over to real chips. `plan` compiles Mistral 7B for TPUs that are
-not here (extra `tpu`), and estimates times from its operations, its bytes and its exchanges. `write` puts tables and
-pictures of the given files into the README (extra `plot`), and the answers that follow from closed forms alone.
+`time` runs a small model of Mistral 7B's proportions under every legal strategy on virtual devices. Two cores stand
+behind all of them, so that seconds say only what a strategy costs in operations; what it exchanges and what each
+device holds carries over to real chips. `plan` compiles Mistral 7B for TPUs that are not here (extra `tpu`), and
+estimates times from its operations, its bytes and its exchanges. `write` puts tables and pictures of the given files
+into the README (extra `plot`), and the answers that follow from closed forms alone, those for training too.
 """
 
 import argparse
@@ -42,6 +41,7 @@ from mistral_eqx.planning import (
     exposed,
     forward_pass,
     prefill,
+    rank,
     training_step,
 )
 from mistral_eqx.planning.limits import sent_share
@@ -53,9 +53,6 @@ MODEL = "7b-v0.2"
 SMALL = dataclasses.replace(
     mx.PRESETS[MODEL], embed=512, hidden=1792, head_dim=32, vocab=4096, layers=2, windows=(None, None)
 )
-# Eight layers, so that each of eight devices can be a stage.
-TRAINED = dataclasses.replace(SMALL, embed=256, hidden=896, layers=8, windows=(None,) * 8)
-ROWS, SEQ = 8, 256
 TOPOLOGIES = {"v5e-8": "v5e:2x4", "v4-32": "v4:2x2x4", "v5e-16": "v5e:4x4"}
 BATCH, PROMPT, KV_SEQ = 8, 512, 4096
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
@@ -137,75 +134,65 @@ def held(tree: Any) -> int:
     return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
 
 
-# ---- train ----
+# ---- closed forms ----
 
 
-def steps() -> list[tuple[Choice, Training]]:
-    """The layouts of eight devices, with the stage of ZeRO, and for pipelines eight micro-batches and a schedule."""
-    plain = Training(SEQ)
-    ways = {"ring": "seq@cp kv_seq@cp", "gather": "seq@cp"}
-    found = [(choice, plain) for choice in choices(TRAINED, 8) if choice.name in ("heads", "sequence_parallel")]
-    found += [
-        (Choice(f"sequence_parallel {word}", mx.SEQUENCE_PARALLEL + word, {"tp": 8}), plain)
-        for word in ("overlap", "overlap=1")
-    ]
-    found += [
-        (Choice("batch", mx.Strategy("batch@dp"), {"dp": 8}), dataclasses.replace(plain, zero=zero))
-        for zero in (0, 1, 3)
-    ]
-    found += [(Choice("heads, batch over 2", mx.HEADS + "batch@dp", {"dp": 2, "tp": 4}), plain)]
-    found += [(Choice(name, mx.Strategy(entries), {"cp": 8}), plain) for name, entries in ways.items()]
-    for schedule in ("gpipe", "1f1b"):
-        pipeline = Training(SEQ, accumulate=8, schedule=schedule)
-        found += [
-            (Choice("stages", mx.Strategy("layers@pp"), {"pp": 8}), pipeline),
-            (Choice("heads, stages over 2", mx.HEADS + "layers@pp", {"pp": 2, "tp": 4}), pipeline),
-            (
-                Choice("sequence_parallel, stages over 2", mx.SEQUENCE_PARALLEL + "layers@pp", {"pp": 2, "tp": 4}),
-                pipeline,
-            ),
+TRAINED, TRAIN_TOPOLOGY, TRAIN_ROWS = "7b-v0.2", "v5p:2x2x2", 64
+# The layouts of eight devices whose steps are compared, by what they split; each in its best stage of ZeRO that fits.
+LAYOUTS = {
+    "heads": "heads",
+    "heads and tokens": "sequence_parallel",
+    "the same, overlapped": "sequence_parallel overlap",
+    "rows": "batch@dp",
+    "tokens of rows, ring": "heads seq@cp kv_seq@cp",
+    "tokens of rows, gather": "heads seq@cp",
+    "layers": "layers@pp",
+    "layers and rows": "layers@pp batch@dp",
+    "layers, heads and tokens, overlapped": "sequence_parallel layers@pp overlap",
+}
+
+
+def training() -> str:
+    """The estimate of a step of training under each parallelism, and what a device sends, along rings."""
+    ranking = rank(TRAINED, topology=TRAIN_TOPOLOGY, objective="train", batch=TRAIN_ROWS, train=Training(seq=4096))
+    config = mx.PRESETS[TRAINED]
+    lines = [
+        [
+            "split",
+            "layout",
+            "GB of a device",
+            "exchanges",
+            "GB sent",
+            "compute, s",
+            "links, s",
+            "bubble, s",
+            "in all, s",
         ]
-    two = Training(SEQ, 1, accumulate=2)
-    return [*found, (Choice("stages, batch over 4", mx.Strategy("layers@pp batch@dp"), {"dp": 4, "pp": 2}), two)]
-
-
-def trained(repetitions: int) -> Iterator[dict[str, Any]]:
-    """Takes steps under each layout."""
-    model, optimizer = mx.nn.stack(mx.Mistral.init(TRAINED, key=jr.key(0))), mx.train.adamw(1e-3)
-    rows = mx.train.one_a_row([mx.train.causal(row) for row in jr.randint(jr.key(1), (ROWS, SEQ), 0, 64).tolist()], SEQ)
-    for choice, training in steps():
-        state = mx.train.TrainState.init(mx.shard(model, choice.mesh(), choice.strategy), optimizer, zero=training.zero)
-        taken = mx.train.make_step(
-            optimizer, compute_dtype=None, accumulate=training.accumulate, schedule=training.schedule
-        )
-        compiled = eqx.filter_jit(lambda rows, state, taken=taken: taken(state, rows), donate="all-except-first")
-        compiled = compiled.lower(rows, state).compile()
-        held_mb, times = held(state) / 1e6, []
-        for _ in range(1 + repetitions):
-            seconds, (state, _) = timed(lambda state, run=compiled: jax.block_until_ready(run(rows, state)), state)
-            times.append(seconds)
-        sizes = {"batch": ROWS, "training": training, "dtype": jnp.float32}
-        entries = training_step(TRAINED, choice.strategy, choice.axes, **sizes)
-        words = [f"ZeRO {training.zero}"] if training.zero else []
-        words += [{"gpipe": "GPipe", "1f1b": "1F1B"}[training.schedule]] if "pp" in choice.axes else []
-        yield {
-            "step": True,
-            "strategy": ", ".join([label(choice), *words]),
-            "step_ms": 1e3 * statistics.median(times[1:]),
-            "state_mb": held_mb,
-            "temporary_mb": compiled.compiled.memory_analysis().temp_size_in_bytes / 1e6,
-            "exchanges": sum(entry.count for entry in entries),
-            "kb": sum(entry.count * entry.bytes for entry in entries) / 1e3,
-            "sent_kb": sent(entries) / 1e3,
-        }
+    ]
+    for name, layout in LAYOUTS.items():
+        for schedule in ("gpipe", "1f1b") if "layers@" in layout else ("gpipe",):
+            found = [one for one in ranking.best if one.choice.strategy == mx.parallel.read_strategy(layout)]
+            for one in [one for one in found if one.training.schedule == schedule][:1]:
+                entries = training_step(
+                    config, one.choice.strategy, one.choice.axes, batch=TRAIN_ROWS, training=one.training
+                )
+                times = one.times.compute, one.times.interconnect, one.times.bubble, one.seconds
+                lines.append(
+                    [
+                        name,
+                        f"`{one.label}`",
+                        f"{one.memory.total / 1e9:.1f}",
+                        f"{sum(entry.count for entry in entries):,}",
+                        f"{sent(entries) / 1e9:,.1f}",
+                        *(f"{seconds:.2f}" for seconds in times),
+                    ]
+                )
+    return table(lines)
 
 
 def sent(entries: list[Collective]) -> float:
     """The bytes that a device sends, if each exchange goes along a ring."""
     return sum(sent_share(entry.kind, max(entry.devices, 2)) * entry.count * entry.bytes for entry in entries)
-
-
-# ---- closed forms ----
 
 
 # Bytes per second of a device to those of another host: each of eight H100 in a server has 400 Gbit/s of InfiniBand, a
@@ -381,24 +368,6 @@ def time_tables(times: list[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-def train_table(rows: list[dict[str, Any]]) -> str:
-    """Steps of training on virtual devices."""
-    head = ["strategy", "state, MB", "temporary, MB", "step, ms", "exchanges", "kB put in", "kB sent"]
-    cells = [
-        [
-            row["strategy"],
-            f"{row['state_mb']:.1f}",
-            f"{row['temporary_mb']:.1f}",
-            f"{row['step_ms']:,.0f}",
-            f"{row['exchanges']:,}",
-            f"{row['kb']:,.0f}",
-            f"{row['sent_kb']:,.0f}",
-        ]
-        for row in rows
-    ]
-    return table([head, *cells])
-
-
 def plan_tables(plans: list[dict[str, Any]]) -> str:
     """Mistral 7B, compiled for TPUs."""
     parts = []
@@ -515,35 +484,12 @@ def draw_times(times: list[dict[str, Any]], folder: Path):
     plt.close(figure)
 
 
-def draw_steps(rows: list[dict[str, Any]], folder: Path):
-    """What each layout sends, and what a device has, in a step of training."""
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(13, 6), layout="constrained", sharey=True)
-    names, at = [row["strategy"] for row in rows], range(len(rows))
-    panels[0].barh(at, [row["sent_kb"] / 1e3 for row in rows], 0.7)
-    panels[0].set(xscale="log", xlabel="MB that a device sends in a step")
-    panels[1].barh(at, [row["state_mb"] for row in rows], 0.7, label="weights and moments")
-    panels[1].barh(at, [row["temporary_mb"] for row in rows], 0.7, [row["state_mb"] for row in rows], label="temporary")
-    panels[1].set(xlabel="MB of a device")
-    panels[1].legend(fontsize=8)
-    panels[0].set_yticks(at, names, fontsize=8)
-    panels[0].invert_yaxis()
-    for panel in panels:
-        panel.grid(axis="x", alpha=0.3)
-    figure.savefig(folder / "strategies_training.png", dpi=110)
-    plt.close(figure)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     timing = commands.add_parser("time", help="run on virtual devices")
     timing.add_argument("--json", type=Path, required=True)
     timing.add_argument("--repetitions", type=int, default=3)
-    training = commands.add_parser("train", help="take steps of training on virtual devices")
-    training.add_argument("--json", type=Path, required=True)
-    training.add_argument("--repetitions", type=int, default=3)
     planning = commands.add_parser("plan", help="compile for TPUs that are not here")
     planning.add_argument("--json", type=Path, required=True)
     planning.add_argument("--topologies", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
@@ -552,22 +498,20 @@ def main():
     arguments = parser.parse_args()
     if arguments.command == "write":
         rows = [row for file in arguments.files for row in json.loads(file.read_text())]
-        plans, taken = [row for row in rows if "place" in row], [row for row in rows if "step" in row]
-        times = [row for row in rows if "length" in row]
+        times, plans = [row for row in rows if "place" not in row], [row for row in rows if "place" in row]
         for name, found, block, draw in (
             ("strategies_time", times, time_tables, draw_times),
-            ("strategies_train", taken, train_table, draw_steps),
             ("strategies_plan", plans, plan_tables, draw_plans),
         ):
             if found:
                 write(block(found).strip(), name)
                 draw(found, HERE)
-        for answer in (across_hosts, ring_or_gather, overlap_from):
+        for answer in (training, across_hosts, ring_or_gather, overlap_from):
             write(answer(), f"strategies_{answer.__name__}")
         return
-    if arguments.command in ("time", "train"):
-        jax.config.update("jax_num_cpu_devices", 16 if arguments.command == "time" else 8)
-        done, rows = [], (runs if arguments.command == "time" else trained)(arguments.repetitions)
+    if arguments.command == "time":
+        jax.config.update("jax_num_cpu_devices", 16)
+        done, rows = [], runs(arguments.repetitions)
     else:
         done = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
         rows = planned(arguments.topologies, list(done))
