@@ -85,11 +85,9 @@ def ranked(model: str, sides: str, objective: str) -> Ranking | None:
     """The ranking on a slice of v5p; `None` if nothing fits."""
     count = math.prod(int(side) for side in sides.split("x"))
     print(model, objective, count, file=sys.stderr, flush=True)
-    rows = {"latency": 1, "train": max(count, 256), "rows": ROWS}[objective]
-    training = {} if objective == "latency" else {"train": Training(seq=4096)}
-    goal = "latency" if objective == "latency" else "train"
+    sizes = {"batch": 1} if objective == "latency" else {"batch": ROWS, "train": Training(seq=4096)}
     try:
-        return rank(SCALED[model], topology=f"v5p:{sides}", objective=goal, batch=rows, **training)
+        return rank(SCALED[model], topology=f"v5p:{sides}", objective=objective, **sizes)
     except mx.InputError as error:
         print(str(error)[:200], file=sys.stderr, flush=True)
         return None
@@ -117,7 +115,7 @@ def staged() -> str:
             continue
         name = f"`{model}`" if model in mx.PRESETS else model
         for sides in SIDES:
-            ranking = ranked(model, sides, "rows")
+            ranking = ranked(model, sides, "train")
             if ranking is None:
                 continue
             cells = [name, f"{ranking.devices:,}"]
@@ -191,7 +189,7 @@ def main():
         else:
             print(f"{block}\n")
     if arguments.write:
-        for objective in ("latency", "train", "rows"):
+        for objective in ("latency", "train"):
             plot(objective, DOCS / f"which_layout_{objective}.png")
 
 
