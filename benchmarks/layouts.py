@@ -3,11 +3,12 @@
     python benchmarks/layouts.py --write
 
 `--write` puts the tables and plots into docs/which_layout.md: the layouts that are chosen for three models on three
-slices, the time of each kind of layout by the number of chips, and estimates beside published figures. It takes some
-minutes.
+slices, the time of each kind of layout by the number of chips, pipelines beside the others, and estimates beside
+published figures. It takes some minutes.
 """
 
 import argparse
+import functools
 import math
 import sys
 from pathlib import Path
@@ -15,22 +16,31 @@ from pathlib import Path
 from rounds import table, use_cpu, write
 
 import mistral_eqx as mx
-from mistral_eqx.planning import Training, rank
+from mistral_eqx.planning import Ranking, Training, rank
 
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "which_layout.md"
 MODELS = ("7b-v0.3", "small-3.1-24b", "large-2-123b")
 PLACES = {"v5e-16": "v5e:4x4", "v5p-64 (32 chips)": "v5p:2x4x4", "8 H100": "H100:8"}
-SCALED = ("7b-v0.3", "small-3.1-24b", "large-2-123b", "8x22b", "large-3-675b")
 # The sides of slices of v5p.
 SIDES = ("1x1x1", "1x2x2", "2x2x4", "4x4x4", "4x8x8", "8x8x16", "16x16x16")
+# The rows of 4096 tokens in a step that does not grow with the number of chips: 4 million tokens.
+ROWS = 1024
 
 # Shapes of models that others published figures of.
 LLAMA_70B = mx.MistralConfig(
     vocab=32_000, embed=8192, hidden=28_672, layers=80, kv_heads=8, q_per_kv=8, head_dim=128, rope_theta=1e4,
     norm_eps=1e-5, max_positions=4096, windows=(None,) * 80,
 )  # fmt: skip
+LLAMA_405B = mx.MistralConfig(
+    vocab=128_256, embed=16_384, hidden=53_248, layers=126, kv_heads=8, q_per_kv=16, head_dim=128, rope_theta=5e5,
+    norm_eps=1e-5, max_positions=131_072, windows=(None,) * 126,
+)  # fmt: skip
+SCALED = {
+    **{name: mx.PRESETS[name] for name in ("7b-v0.3", "small-3.1-24b", "large-2-123b", "8x22b", "large-3-675b")},
+    "Llama 3.1 405B": LLAMA_405B,
+}
 
 
 def chosen() -> str:
@@ -58,18 +68,29 @@ def chosen() -> str:
 
 
 def _part(bound: str) -> str:
-    return {"memory": "HBM", "interconnect": "links"}.get(bound, bound)
+    return {"memory": "HBM", "interconnect": "links", "bubble": "the bubble"}.get(bound, bound)
 
 
 def kind(layout: str) -> str:
     """What a layout splits beside rows."""
-    names = [name.partition("@")[0] for name in layout.split()]
-    if "experts" in names:
-        return "experts"
-    for one in ("head_dim", "kv_seq", "tokens", "q_per_kv", "kv_heads"):
+    names = [name.partition("@")[0].partition("=")[0] for name in layout.split()]
+    for one in ("layers", "seq", "experts", "overlap", "head_dim", "kv_seq", "tokens", "q_per_kv", "kv_heads"):
         if one in names:
             return one
     return "rows alone"
+
+
+@functools.cache
+def ranked(model: str, sides: str, objective: str) -> Ranking | None:
+    """The ranking on a slice of v5p; `None` if nothing fits."""
+    count = math.prod(int(side) for side in sides.split("x"))
+    print(model, objective, count, file=sys.stderr, flush=True)
+    sizes = {"batch": 1} if objective == "latency" else {"batch": ROWS, "train": Training(seq=4096)}
+    try:
+        return rank(SCALED[model], topology=f"v5p:{sides}", objective=objective, **sizes)
+    except mx.InputError as error:
+        print(str(error)[:200], file=sys.stderr, flush=True)
+        return None
 
 
 def by_chips(objective: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
@@ -77,20 +98,38 @@ def by_chips(objective: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for model in SCALED:
         for sides in SIDES:
-            count = math.prod(int(side) for side in sides.split("x"))
-            print(model, objective, count, file=sys.stderr, flush=True)
-            sizes = {"batch": max(count, 256), "train": Training(seq=4096)} if objective == "train" else {"batch": 1}
-            try:
-                ranking = rank(model, topology=f"v5p:{sides}", objective=objective, **sizes)
-            except mx.InputError:
-                continue
-            best: dict[str, float] = {}
-            for one in ranking.best:
-                seconds = one.seconds if objective == "train" else one.seconds / ranking.new_tokens
+            ranking, best = ranked(model, sides, objective), {}
+            for one in () if ranking is None else ranking.best:
+                seconds = one.seconds / max(ranking.new_tokens, 1)
                 best.setdefault(kind(one.choice.strategy.layout), seconds)
             for name, seconds in best.items():
-                found.setdefault(model, {}).setdefault(name, []).append((count, seconds))
+                found.setdefault(model, {}).setdefault(name, []).append((ranking.devices, seconds))
     return found
+
+
+def staged() -> str:
+    """The best layout without stages and the best pipeline, for steps of a fixed number of rows."""
+    rows = [["model", "chips v5p", "without stages", "s", "MFU", "pipeline", "s", "MFU", "of that bubble"]]
+    for model, config in SCALED.items():
+        if config.routing is not None or config.latent is not None:
+            continue
+        name = f"`{model}`" if model in mx.PRESETS else model
+        for sides in SIDES:
+            ranking = ranked(model, sides, "train")
+            if ranking is None:
+                continue
+            cells = [name, f"{ranking.devices:,}"]
+            for pipeline in (False, True):
+                best = [one for one in ranking.best if ("layers@" in one.choice.strategy.layout) == pipeline][:1]
+                cells += [
+                    cell for one in best for cell in (f"`{one.label}`", f"{one.seconds:.2f}", f"{one.utilization:.0%}")
+                ]
+                cells += [] if best else ["none fits", "", ""]
+                if pipeline:
+                    cells += [f"{one.times.bubble / one.seconds:.0%}" for one in best] or [""]
+            rows.append(cells)
+            name = ""
+    return table(rows)
 
 
 def plot(objective: str, path: Path):
@@ -109,7 +148,7 @@ def plot(objective: str, path: Path):
         axis.set_title(model)
         axis.set_xlabel("chips v5p")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("seconds a step" if objective == "train" else "seconds a token")
+    axes[0].set_ylabel("seconds a token" if objective == "latency" else "seconds a step")
     handles = [plt.Line2D([], [], color=color, marker="o", markersize=3) for color in colors.values()]
     figure.legend(handles, colors, loc="outside lower center", ncols=len(colors), title="the innermost that is split")
     figure.savefig(path, dpi=120)
@@ -144,7 +183,7 @@ def main():
     parser.add_argument("--write", action="store_true", help="put tables and plots into docs/which_layout.md")
     arguments = parser.parse_args()
     use_cpu()
-    for name, block in {"chosen": chosen(), "published": published()}.items():
+    for name, block in {"chosen": chosen(), "staged": staged(), "published": published()}.items():
         if arguments.write:
             write(block, name, PAGE)
         else:

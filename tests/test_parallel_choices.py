@@ -72,6 +72,17 @@ def test_tokens_of_rows_are_split_if_their_number_is_known():
     assert mx.strategies(SEVEN, 8, seq=6) == alone
 
 
+def test_layers_are_split_if_there_are_micro_batches():
+    alone, found = mx.strategies(SEVEN, 8), mx.strategies(SEVEN, 8, micro_batches=4)
+    assert found[: len(alone)] == alone
+    more = {(choice.name, *choice.axes.items()): choice.strategy for choice in found[len(alone) :]}
+    assert more["heads, stages over 4", ("pp", 4), ("tp", 2)] == mx.HEADS + "layers@pp"
+    assert more["single, stages over 2, batch over 4", ("dp", 4), ("pp", 2)] == mx.SINGLE + "layers@pp batch@dp"
+    # Eight stages would wait for four micro-batches, and stages must be equal.
+    assert {choice.axes["pp"] for choice in found[len(alone) :]} == {2, 4}
+    assert mx.strategies(mx.PRESETS["8x7b"], 8, micro_batches=8) == mx.strategies(mx.PRESETS["8x7b"], 8)
+
+
 def test_a_model_that_divides_by_nothing_has_no_choice():
     assert mx.strategies(dataclasses.replace(SMALL, kv_heads=1, head_dim=2, hidden=7, vocab=5), 4) == []
     assert mx.strategies(SEVEN, 1) == []

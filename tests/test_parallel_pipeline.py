@@ -174,7 +174,12 @@ def test_a_run_continues_in_a_pipeline(tmp_path):
     ("layout", "axes", "options"),
     [
         ("layers@pp hidden@tp", {"pp": 2, "tp": 2}, {}),
+        ("layers@pp batch@dp", {"pp": 2, "dp": 2}, ONE_BY_ONE | {"zero": 2}),
         _slow(*THREE, {"zero": 1}),
+        _slow(*THREE, ONE_BY_ONE | {"zero": 1, "remat": "dots"}),
+        _slow(f"{mx.SEQUENCE_PARALLEL.layout} layers@pp", {"pp": 2, "tp": 2}, ONE_BY_ONE),
+        _slow(f"{mx.KV_REPLICATED.layout} layers@pp", {"pp": 2, "kv": 2, "rep": 2}, ONE_BY_ONE | {"remat": "none"}),
+        _slow(f"{mx.SEQUENCE_PARALLEL.layout} overlap layers@pp batch@dp", {"pp": 2, "tp": 2, "dp": 2}, ONE_BY_ONE),
         _slow(f"{mx.SEQUENCE_PARALLEL.layout} layers@pp", {"pp": 2, "tp": 2}, {"remat": "dots"}),
     ],
 )
@@ -190,7 +195,8 @@ def test_the_closed_form_is_what_the_programs_exchange(layout, axes, options):
     optimizer = train.adamw(1e-3)
     state = eqx.filter_eval_shape(lambda: train.TrainState.init(model, optimizer, zero=training.zero))
     shapes, static = eqx.partition(state, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
-    step = train.make_step(optimizer, compute_dtype="float32", accumulate=4, remat=training.remat)
+    options = {"remat": training.remat, "schedule": training.schedule}
+    step = train.make_step(optimizer, compute_dtype="float32", accumulate=4, **options)
     program = jax.jit(lambda shapes, rows: eqx.filter(step(eqx.combine(shapes, static), rows), eqx.is_array))
     assert exchanges(program.lower(shapes, _batch(0))) == _counted(form)
 
@@ -199,6 +205,8 @@ def test_what_has_no_closed_form_is_refused():
     strategy, axes = mx.Strategy("layers@pp batch@dp"), {"pp": 2, "dp": 2}
     with refused("no closed form", "layers@pp"):
         training_step(CONFIG, strategy, axes, batch=8, training=Training(SEQ, 3, accumulate=4))
+    with refused("1 micro-batches", "2 stages"):
+        training_step(CONFIG, strategy, axes, batch=8, training=Training(SEQ))
     with refused("generates", "leave 'layers' out"):
         communication.decoding_step(CONFIG, strategy, axes, batch=8, kv_seq=SEQ)
 

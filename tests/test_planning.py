@@ -33,7 +33,7 @@ from mistral_eqx.planning import (
     prefill,
     roofline,
 )
-from mistral_eqx.planning.arguments import lengths_of
+from mistral_eqx.planning.arguments import count_devices, lengths_of
 from mistral_eqx.planning.programs import Job, programs
 from mistral_eqx.planning.report import read_phase
 from mistral_eqx.planning.worker import _measure
@@ -340,9 +340,12 @@ def test_figures_of_the_chips_are_of_their_pages():
         "v5e": (197e12, 819e9, 400e9),
         "v5p": (459e12, 2765e9, 1200e9),
         "v6e": (918e12, 1638e9, 800e9),
+        # Half of a chip.
+        "tpu7x": (1153.5e12, 3690e9, 600e9),
     }
-    for name, gigabytes in {"v4": 32, "v5e": 16, "v5p": 96, "v6e": 32}.items():
-        assert gigabytes - 1.5 < CHIPS[name].hbm_bytes / 2**30 < gigabytes
+    assert count_devices("tpu7x:2x2x1", None) == 2 * count_devices("v5p:2x2x1", None) == 8
+    for name, gigabytes in {"v4": 32, "v5e": 16, "v5p": 96, "v6e": 32, "tpu7x": 96}.items():
+        assert gigabytes - 1.5 < CHIPS[name].hbm_bytes / 2**30 <= gigabytes
         assert CHIPS[name].source.startswith("https://docs.cloud.google.com/tpu/docs/")
 
 

@@ -12,8 +12,20 @@ from fixtures.cli import assert_refused, run
 from fixtures.generation import refused
 
 import mistral_eqx as mx
-from mistral_eqx.parallel import NAMED
-from mistral_eqx.planning import CHIPS, Memory, Phase, Training, operations, planning, rank, weights_read
+from mistral_eqx.parallel import NAMED, Choice
+from mistral_eqx.planning import (
+    CHIPS,
+    Memory,
+    Phase,
+    Training,
+    exposed,
+    operations,
+    planning,
+    rank,
+    ranking,
+    weights_read,
+)
+from mistral_eqx.planning.shapes import whole_shapes
 from mistral_eqx.planning.work import device_entries
 
 
@@ -130,17 +142,115 @@ def test_throughput_takes_as_many_rows_as_fit():
 
 
 def test_training_shards_what_does_not_fit():
-    found = rank("7b-v0.3", topology="v5p:2x2x4", objective="train", batch=32, train=Training(seq=4096))
+    found = rank("7b-v0.3", topology="v5p:1x2x2", objective="train", batch=32, train=Training(seq=4096))
     best = found.best[0]
     assert best.zero is not None
     assert 0.3 < best.utilization < 1
-    tokens, chips = 32 * 4096, 16 * CHIPS["v5p"].flops
+    tokens, chips = 32 * 4096, 4 * CHIPS["v5p"].flops
     active = 6 * (mx.PRESETS["7b-v0.3"].parameters - 32768 * 4096)
     assert best.utilization == pytest.approx(active * tokens / chips / best.seconds, rel=1e-3)
     by_stage = {one.zero: one for one in found.best if one.choice == best.choice}
     assert found.too_large[0].memory.total > found.room
     state = [one.memory.weights + one.memory.gradients + one.memory.optimizer for _, one in sorted(by_stage.items())]
     assert state == sorted(state, reverse=True)
+
+
+def _task(config, chip, devices, prompt=0, new_tokens=0):
+    return ranking._Task(config, CHIPS[chip], devices, "bfloat16", None, None, prompt, new_tokens)
+
+
+def _step(config, chip, layout, axes, batch, **options):
+    """The estimate of a step with the best number of micro-batches."""
+    choice = Choice("a layout", mx.Strategy(layout), axes)
+    return ranking._fastest_step(_task(config, chip, math.prod(axes.values())), choice, batch, Training(**options))
+
+
+def test_micro_batches_are_as_few_as_fit():
+    config, room = mx.PRESETS["7b-v0.3"], 0.9 * CHIPS["v5e"].hbm_bytes
+    found = _step(config, "v5e", "batch@dp", {"dp": 16}, 256, zero=3)
+    count = found.training.accumulate
+    assert count > 1
+    assert found.memory.total <= room
+    fewer = dataclasses.replace(found.training, accumulate=count // 2)
+    assert ranking._step_memory(_task(config, "v5e", 16), found.choice, 256, fewer).total > room
+    # A divisor that was asked for.
+    assert _step(config, "v5e", "batch@dp", {"dp": 16}, 256, zero=3, accumulate=16).training.accumulate == 16
+    # Without a number that fits, the least memory.
+    too_large = _step(config, "v5e", "batch@dp", {"dp": 16}, 256)
+    assert too_large.memory.total > room
+    assert too_large.training.accumulate == 16
+
+
+def test_a_pipeline_waits_for_the_bubble():
+    """Of M + S - 1 ticks a stage has work in M, of M + 2 (S - 1) ticks in 1F1B, and in these a forward pass more."""
+    gpipe, one_by_one = (
+        _step(CONFIG, "v5p", "layers@pp", {"pp": 4}, 8, schedule=schedule) for schedule in ("gpipe", "1f1b")
+    )
+    assert gpipe.label == "layers@pp (pp=4, ZeRO 0, 8 micro-batches, GPipe)"
+    assert one_by_one.options == "--strategy 'layers@pp' --mesh pp=4 --accumulate 8 --schedule 1f1b"
+    sizes = {"batch": 8, "seq": 4096, "context": 4097 / 2}
+    blocks = operations(CONFIG, mx.SINGLE, ONE, **sizes, logits=0)
+    head = operations(CONFIG, mx.SINGLE, ONE, **sizes, logits=4096) - blocks
+    peak, stream = CHIPS["v5p"].flops, 4096 * CONFIG.embed * 2
+    # All stages compute the head, and each of four a quarter of the blocks: forward, again, and backward.
+    assert gpipe.times.compute == pytest.approx((blocks + 4 * head) / peak)
+    assert one_by_one.times.compute == pytest.approx((5 * blocks / 4 + 4 * head) / peak)
+    permutes = 2 * (1e-6 + stream / CHIPS["v5p"].link_bandwidth)
+    assert gpipe.times.bubble == pytest.approx(3 * (blocks / 8 / peak + permutes))
+    assert one_by_one.times.bubble == pytest.approx(6 * ((5 * blocks / 4 + 4 * head) / 8 / peak + permutes))
+    # 1F1B keeps the activations of seven micro-batches, GPipe those of 11 ticks in a layer and after it. For more
+    # tokens, fewer rows of the head are there at once.
+    logits = 2 * 4 * 4096 * (8 * 1024 - 2048)
+    kept = gpipe.memory.temporary - one_by_one.memory.temporary
+    assert kept == pytest.approx((2 * 11 - (1 + 7)) * stream + logits, abs=1)
+    # Each stage has the tables, whose moments ZeRO 1 shards over the stages.
+    tables = 2 * CONFIG.vocab * CONFIG.embed
+    layers = CONFIG.matrix_entries(0) // 4
+    assert gpipe.memory.weights == 4 * (layers + tables)
+    sharded = _step(CONFIG, "v5p", "layers@pp", {"pp": 4}, 8, zero=1)
+    assert sharded.memory.optimizer == 8 * (layers + tables // 4)
+    assert _step(CONFIG, "v5p", "batch@dp", {"dp": 4}, 8).times.bubble == 0
+
+
+def test_what_bounds_may_be_the_bubble():
+    config = dataclasses.replace(CONFIG, layers=16, windows=(None,) * 16)
+    # 30 of 46 ticks.
+    found = _step(config, "v5p", "layers@pp", {"pp": 16}, 16, schedule="1f1b")
+    assert found.times.bound == found.to_dict()["bound"] == "bubble"
+    assert found.times.bubble > found.seconds / 2
+
+
+def test_pipelines_are_ranked_or_have_a_reason():
+    found = rank(CONFIG, topology="v5p:1x2x2", objective="train", batch=4, train=Training(seq=4096, accumulate=2))
+    labels = [one.label for one in found.best]
+    assert "layers@pp batch@dp (dp=2,pp=2, ZeRO 1, 2 micro-batches, 1F1B)" in labels
+    assert "sequence_parallel layers@pp overlap (pp=2,tp=2, ZeRO 2, 4 micro-batches, GPipe)" in labels
+    assert [one.seconds for one in found.best] == sorted(one.seconds for one in found.best)
+    assert not any("layers@" in label and "ZeRO 3" in label for label in labels)
+    reasons = dict(ranking._illegal(mx.PRESETS["8x7b"], 8, stages=True))
+    assert "which a model with experts cannot split" in reasons["layers@pp"]
+    with refused("2 micro-batches", "4 stages"):
+        _step(CONFIG, "v5p", "layers@pp batch@dp", {"pp": 4, "dp": 2}, 4)
+    with refused("8 rows cannot be split into 8 micro-batches", "multiple of 16"):
+        _step(CONFIG, "v5p", "layers@pp batch@dp", {"pp": 2, "dp": 2}, 8, accumulate=8)
+
+
+def test_overlapped_exchanges_take_what_products_wait():
+    task, whole = _task(CONFIG, "v5e", 8, 4096, 128), whole_shapes(CONFIG, "bfloat16", None)
+    choices = [Choice("", mx.SEQUENCE_PARALLEL + word, {"tp": 8}) for word in ("", "overlap")]
+    plain, overlapped = (ranking._request(task, choice, 1, whole) for choice in choices)
+    assert plain.memory == overlapped.memory
+    # Eight chunks of 512 tokens, of which each layer waits for four exchanges; decoding is the same.
+    sizes = {"batch": 1, "seq": 512}
+    waits = [
+        sum(one.wait for one in exposed(CONFIG, choice.strategy, {"tp": 8}, CHIPS["v5e"], **sizes))
+        for choice in choices
+    ]
+    assert overlapped.seconds - plain.seconds == pytest.approx(8 * CONFIG.layers * (waits[1] - waits[0]))
+    plain, overlapped = (_step(CONFIG, "v5e", choice.strategy.layout, {"tp": 8}, 8, seq=4096) for choice in choices)
+    assert overlapped.times.interconnect < plain.times.interconnect
+    with refused("exposed exchanges of a model with experts"):
+        ranking._request(_task(mx.PRESETS["8x7b"], "v5e", 8, 16, 16), choices[1], 1, whole)
 
 
 @pytest.mark.parametrize(

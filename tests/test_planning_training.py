@@ -14,10 +14,11 @@ from fixtures.model import SMALL
 from rich.console import Console
 
 import mistral_eqx as mx
-from mistral_eqx.parallel import read_strategy
-from mistral_eqx.planning import Exchange, Report, Training, planning, training_step
+from mistral_eqx.parallel import Choice, read_strategy
+from mistral_eqx.planning import CHIPS, Exchange, Report, Training, planning, ranking, training_step
 from mistral_eqx.planning.programs import Job, programs
 from mistral_eqx.planning.report import read_phase
+from mistral_eqx.planning.stablehlo import written
 from mistral_eqx.planning.worker import _measure
 
 
@@ -98,6 +99,44 @@ def compiled(monkeypatch, phase):
     return jobs
 
 
+def _staged(config, layout, axes, training):
+    """The program of a step of a pipeline, and what it exchanges as it is written."""
+    job = Job(config, None, math.prod(axes.values()), layout, axes, 8, 0, 0, "float32", training=training)
+    (step,) = programs(job, jax.devices()[: job.devices])
+    return step, {(one.kind, one.devices): (one.count, one.bytes) for one in written(step.lower("cpu"))}
+
+
+@pytest.mark.parametrize(
+    ("layout", "axes", "training"),
+    [
+        ("layers@pp batch@dp", {"pp": 2, "dp": 2}, Training(SEQ, 1, accumulate=4)),
+        pytest.param(
+            "kv_heads@tp hidden@tp vocab@tp layers@pp",
+            {"pp": 2, "tp": 2},
+            Training(SEQ, accumulate=8, schedule="1f1b"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_pipeline_is_counted_in_closed_form(layout, axes, training):
+    """Its exchanges as they are written, and the arrays of one device: 4 bytes of a weight, 8 of its moments."""
+    strategy = mx.Strategy(layout)
+    step, exchanged = _staged(CONFIG, layout, axes, training)
+    totals = {}
+    for one in training_step(CONFIG, strategy, axes, batch=8, training=training, dtype="float32"):
+        count, size = totals.get((one.kind, one.devices), (0, 0))
+        totals[one.kind, one.devices] = count + one.count, size + one.count * one.bytes
+    assert exchanged == totals
+    task = ranking._Task(CONFIG, CHIPS["v5e"], math.prod(axes.values()), "float32", None, None, 0, 0)
+    found = ranking._step(task, Choice("pipeline", strategy, axes), 8, training).memory
+    # Norms are left out: those of two layers, and the last one, which is split as the table is.
+    norms = (2 * LAYERS // 2 + 1) * CONFIG.embed
+    assert step.memory.weights - found.weights == step.memory.gradients - found.gradients == 4 * norms
+    shards = 4 if training.zero else 1
+    outer, dp = CONFIG.embed / shards, 2 if training.zero else 1
+    assert step.memory.optimizer - found.optimizer == 8 * ((norms - CONFIG.embed) // dp + outer) + 4
+
+
 def test_a_report_says_how_it_trains(compiled):
     training = Training(SEQ, 3, accumulate=2, offload=True)
     report = mx.plan(CONFIG, devices=4, strategy=STRATEGY, mesh=AXES, batch=4, dtype="float32", train=training)
@@ -119,6 +158,10 @@ def test_the_command_plans_several_stages(compiled):
     assert result.exit_code == 0, result.stderr
     assert [job.training for job in compiled] == [Training(64, zero, remat="dots") for zero in (1, 3)]
     assert [Report.from_dict(fields).training.zero for fields in json.loads(result.stdout)] == [1, 3]
+    options = ("--devices", 3, "--strategy", "layers@pp", "--batch", 6, "--seq", 64, "--accumulate", 3)
+    result = run("plan", "gpt-nano", *options, "--train", "--schedule", "1f1b")
+    assert "layers@pp (pp=3, ZeRO 0, 1F1B)" in " ".join(result.stdout.split())
+    assert compiled[-1].training == Training(64, accumulate=3, schedule="1f1b")
 
 
 @pytest.mark.parametrize(
@@ -129,6 +172,7 @@ def test_the_command_plans_several_stages(compiled):
         ({"batch": 3, "train": True}, ["batch of 3", "multiple of 2"]),
         ({"batch": 6, "train": Training(accumulate=2)}, ["batch of 6", "2 micro-batches", "multiple of 4"]),
         ({"train": Training(seq=10**6)}, ["1000000", "32768"]),
+        ({"strategy": "layers@tp", "train": Training(accumulate=4)}, ["4 micro-batches", "8 stages", "at least 8"]),
         ({"train": True, "prompt": 512}, ["no prompt"]),
     ],
 )

@@ -116,6 +116,12 @@ def plan(
         str | None,
         typer.Option(help="With --train: rematerialisation policy: none, dots or block; block by default."),
     ] = None,
+    schedule: Annotated[
+        Literal["gpipe", "1f1b"] | None,
+        typer.Option(
+            help="With --train and a strategy that splits layers: the order of micro-batches; gpipe unless given."
+        ),
+    ] = None,
     offload: Annotated[
         bool, typer.Option("--offload", help="With --train: keep the optimizer state in host memory.")
     ] = False,
@@ -141,7 +147,7 @@ def plan(
     if picture is not None:
         expect_picture(picture)
     config = _config(model)
-    asked = {"seq": seq, "accumulate": accumulate, "remat": remat, "offload": offload or None}
+    asked = {"seq": seq, "accumulate": accumulate, "remat": remat, "offload": offload or None, "schedule": schedule}
     trainings = _trainings(train, zero, {name: value for name, value in asked.items() if value is not None})
     if chip is not None:
         unused = {"topology": topology, "devices": devices, "strategy": strategy, "mesh": mesh, "prompt": prompt}
@@ -168,10 +174,10 @@ def plan(
         raise InputError("A training step has float weights; leave out --quantize beside --train.")
     rankings: list[Ranking] = []
     if strategy == ["best"]:
-        if topology is None or mesh is not None or zero:
+        if topology is None or mesh is not None or zero or schedule:
             raise InputError(
-                "--strategy best finds the mesh, and in training the ZeRO stage, for a chip; give --topology, and "
-                "leave out --mesh and --zero."
+                "--strategy best finds the mesh, and in training the ZeRO stage and the schedule, for a chip; give "
+                "--topology, and leave out --mesh, --zero and --schedule."
             )
         lengths = {} if train else {"prompt": prompt, "kv_seq": kv_seq, "cache_dtype": cache_dtype}
         goal = "train" if train else objective
@@ -192,10 +198,10 @@ def plan(
         plans = []
         for ranking, scheme in zip(rankings, schemes, strict=True):
             for one in ranking.best[:_COMPILED]:
-                training = ranking.training and dataclasses.replace(ranking.training, zero=one.zero)
-                plans.append((one.choice, training or False, scheme, one.batch))
+                plans.append((one.choice, one.training or False, scheme, one.batch))
     else:
-        strategies = _wanted(config, strategy or [], mesh, count_devices(topology, devices), seq)
+        lengths = {"seq": seq, "micro_batches": accumulate}
+        strategies = _wanted(config, strategy or [], mesh, count_devices(topology, devices), lengths)
         plans = [(*one, batch) for one in itertools.product(strategies, trainings, schemes)]
     for wanted, training, scheme, rows in plans:
         name = wanted if isinstance(wanted, str) else wanted.name
@@ -288,7 +294,7 @@ def _trainings(train: bool, zero: list[int] | None, asked: dict[str, Any]) -> li
 
 
 def _wanted(
-    config: MistralConfig, asked: list[str], mesh: str | None, count: int, seq: int | None
+    config: MistralConfig, asked: list[str], mesh: str | None, count: int, lengths: dict[str, int | None]
 ) -> list[Choice | str]:
     """The strategies that were asked for, those that will be refused too."""
     from ..parallel import NAMED, strategies
@@ -299,7 +305,7 @@ def _wanted(
     if count == 1:
         return ["single"]
     axes = None if mesh is None else parse_axes(mesh)
-    legal = [choice for choice in strategies(config, count, seq=seq) if axes is None or choice.axes == axes]
+    legal = [choice for choice in strategies(config, count, **lengths) if axes is None or choice.axes == axes]
     if not asked:
         return [*legal[:1]] or ["heads"]
     return [*legal, *(name for name in NAMED if all(choice.strategy != NAMED[name] for choice in legal))]

@@ -169,10 +169,14 @@ def _row_count(inputs: _Inputs, static: PyTree) -> int:
     return eqx.combine(inputs.floats, inputs.others, static).weight.row_count
 
 
+def chunk_rows(rows: int, tokens: int) -> int:
+    """The number of rows of a head whose logits exist at once for so many tokens."""
+    return min(rows, max(1, _LOGITS // max(1, tokens) // _ROWS_OF_CHUNK) * _ROWS_OF_CHUNK)
+
+
 def _chunks(rows: int, tokens: int) -> tuple[int, int, range]:
     """The number of rows of the first chunk and of every other chunk, and where the others start."""
-    chunks = max(1, _LOGITS // max(1, tokens) // _ROWS_OF_CHUNK)
-    size = min(rows, chunks * _ROWS_OF_CHUNK)
+    size = chunk_rows(rows, tokens)
     first = rows % size or size
     return first, size, range(first, rows, size)
 

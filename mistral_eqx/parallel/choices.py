@@ -61,7 +61,9 @@ class Choice:
         return make_mesh(self.axes, devices)
 
 
-def strategies(config: MistralConfig, n_devices: int, *, seq: int | None = None) -> list[Choice]:
+def strategies(
+    config: MistralConfig, n_devices: int, *, seq: int | None = None, micro_batches: int | None = None
+) -> list[Choice]:
     """The named strategies that are legal for a model on a number of devices.
 
     Each comes with every mesh that it can have. The axis `dp`, which splits `batch`, takes some or none of the devices.
@@ -72,20 +74,27 @@ def strategies(config: MistralConfig, n_devices: int, *, seq: int | None = None)
     - `config`: the model's config.
     - `n_devices`: the number of devices.
     - `seq`: the number of tokens of a row. If given, the axis `cp` takes some of the devices in further choices: it
-        splits the tokens of rows, whose keys travel along a ring or are gathered. These choices come last.
+        splits the tokens of rows, whose keys travel along a ring or are gathered. These choices come after the others.
+    - `micro_batches`: the number of micro-batches of a step of training. If given, the axis `pp` takes some of the
+        devices in further choices, at most so many: it splits the layers into stages, with or without a named strategy
+        on the other devices. These choices come last.
 
     **Returns:** the choices; those that split the weights over the most devices come first.
     """
     checked(config, MistralConfig, "config")
     n_devices = checked(n_devices, Annotated[int, Ge(1), Le(MOST_DEVICES)], "n_devices")
-    seq = checked(seq, Count | None, "seq")
+    seq, stages = checked(seq, Count | None, "seq"), checked(micro_batches, Count | None, "micro_batches") or 1
     lengths = [] if seq is None else [size for size in _divisors(n_devices)[1:] if seq % (2 * size) == 0]
+    # What one more axis splits, and its size.
+    more = [("", "", "", 1), *((*way, "cp", size) for size in lengths for way in _WAYS)]
+    more += [("stages", "layers@pp", "pp", size) for size in _divisors(n_devices)[1:] if size <= stages]
     found = []
-    for label, entries, size in [("", "", 1), *((*way, size) for size in lengths for way in _WAYS)]:
+    for label, entries, axis, size in more:
+        named = {"single": SINGLE, **NAMED} if axis == "pp" else NAMED
         for copies in _divisors(n_devices // size):
-            for name, strategy in NAMED.items():
+            for name, strategy in named.items():
                 for axes in _axes(strategy, n_devices // size // copies):
-                    choice = _with_axis(Choice(name, strategy, axes), label, entries, "cp", size)
+                    choice = _with_axis(Choice(name, strategy, axes), label, entries, axis, size)
                     choice = _with_axis(choice, "batch", "batch@dp", "dp", copies)
                     if choice is not None and _is_legal(choice.strategy, config, choice.axes):
                         found.append(choice)
@@ -102,6 +111,10 @@ def _with_axis(choice: Choice | None, label: str, entries: str, axis: str, size:
 
 
 def _axes(strategy: Strategy, devices: int) -> Iterator[dict[str, int]]:
+    if not strategy.axes():
+        if devices == 1:
+            yield {}
+        return
     if strategy.axes() == ("tp",):
         if devices > 1:
             yield {"tp": devices}

@@ -64,7 +64,8 @@ def count_devices(topology: str | None, devices: int | None) -> int:
             raise InputError(
                 f"The topology {shown(topology)} fixes the number of devices; leave out devices={shown(devices)}."
             )
-        return math.prod(_sides(topology))
+        sides, chip = _sides(topology), CHIPS.get(topology.partition(":")[0])
+        return math.prod(sides) * (1 if chip is None else chip.devices)
     if devices is None:
         raise InputError(
             "There are no devices to plan for; give a topology such as 'v4:2x2x4', or a number of virtual devices."

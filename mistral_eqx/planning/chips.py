@@ -21,6 +21,8 @@ class Chip:
     - `switched`: for GPUs, the number that one switch connects. Each then has two links, in as many directions of a
         ring, with half of what it can send; between two GPUs there are both. `None` for a torus of TPUs.
     - `source`: the data sheet.
+    - `devices`: the number of devices that JAX has of a chip. All other numbers are those of one device, which has a
+        share of each link.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Chip:
     links: int
     source: str
     switched: int | None = None
+    devices: int = 1
 
 
 _GIB = 2**30
@@ -48,6 +51,8 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
             Chip("v5e", 197e12, int(15.75 * _GIB), 819e9, 50e9, 4, _PAGES + "v5e"),
             Chip("v5p", 459e12, int(95.74 * _GIB), 2765e9, 100e9, 6, _PAGES + "v5p"),
             Chip("v6e", 918e12, int(31.25 * _GIB), 1638e9, 100e9, 4, _PAGES + "v6e"),
+            # A chip has two devices, 2307 TFLOP/s, 192 GiB, 7380 GB/s, and 1200 GB/s over links.
+            Chip("tpu7x", 2307e12 / 2, 96 * _GIB, 7380e9 / 2, 50e9, 6, _PAGES + "tpu7x", devices=2),
             # Dense operations; NVLink has 600, 900, 900 and 1800 GB/s per GPU, over both directions.
             Chip("A100", 312e12, 80 * _GB, 2039e9, 150e9, 2, _SHEETS + "a100/", 8),
             Chip("H100", 989e12, 80 * _GB, 3350e9, 225e9, 2, _SHEETS + "h100/", 8),

@@ -1,6 +1,7 @@
 """The exchanges of a forward pass or a decoding step, in closed form: nothing is traced or compiled."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
@@ -172,6 +173,15 @@ class Travel:
     per_token: int
 
 
+@functools.lru_cache(maxsize=64)
+def _of_stage(config: MistralConfig, stages: int) -> MistralConfig:
+    """The config of the layers of one stage: all stages are equal. A new config is checked, which takes long."""
+    if stages == 1:
+        return config
+    layers = config.layers // stages
+    return dataclasses.replace(config, layers=layers, windows=config.windows[:layers])
+
+
 class Ledger:
     """Lists exchanges in the order in which the modules of `nn` make them."""
 
@@ -179,10 +189,7 @@ class Ledger:
         self, config: MistralConfig, strategy: Strategy, axes: Mapping[str, int], batch: int, dtype: DTypeLike
     ):
         strategy.check(config, AbstractMesh(tuple(axes.values()), tuple(axes)))
-        layers = config.layers // strategy.parts("layers", axes)
-        # That of one stage: all stages are equal.
-        config = dataclasses.replace(config, layers=layers, windows=config.windows[:layers])
-        self.config, self.strategy, self.axes = config, strategy, axes
+        self.config, self.strategy, self.axes = _of_stage(config, strategy.parts("layers", axes)), strategy, axes
         self.rows = self.shard_size("batch", batch)
         self.narrow = jnp.dtype(dtype).itemsize
         self.wide = max(self.narrow, 4)
@@ -314,7 +321,7 @@ class Ledger:
         self.sum("feed-forward norm", "embed", layers, tokens, self.wide)
         self.feed_forward(seq)
         if micro_batches is not None:
-            self.each_tick(seq, micro_batches)
+            self.each_tick(seq, micro_batches + self.num_shards("layers") - 1)
 
         self.rows = all_rows
         self.sum("last norm", "embed", 1, self.rows, seq, self.wide)
@@ -326,17 +333,15 @@ class Ledger:
             self.sum("last token", "seq", 1, self.rows, self.local("embed"), self.narrow)
         self.sum("logits", "embed", 1, self.rows * logits, self.local("vocab"), self.wide)
 
-    def each_tick(self, seq: int, micro_batches: int, *, back: bool = False):
+    def each_tick(self, seq: int, ticks: int, *, back: bool = False):
         """Counts all exchanges so far once for each tick of a pipeline, and adds those between stages.
 
         **Arguments:**
 
         - `back`: whether gradients are sent back too.
         """
-        stages = self.num_shards("layers")
-        ticks = micro_batches + stages - 1
         self.entries = [dataclasses.replace(entry, count=entry.count * ticks) for entry in self.entries]
-        if stages > 1:
+        if self.num_shards("layers") > 1:
             size = self.rows * (seq // self.token_shards(seq)) * self.local("embed") * self.narrow
             self.write("collective_permute", "activations to the next stage", 2, (ticks, size))
             if back:

@@ -111,7 +111,7 @@ def plan(
         goal = objective if training is None else "train"
         first = rank(model, topology=topology, objective=goal, **lengths, **sizes).best[0]
         strategy, batch = first.choice, first.batch
-        training = training and dataclasses.replace(training, zero=first.zero)
+        training = first.training
     total: int = checked(8 if batch is None else batch, Count, "batch")
     label, split, axes = _strategy_and_axes(config, strategy, mesh, count)
     rows = split.parts("batch", axes)
@@ -166,6 +166,7 @@ def _check_training(
     config: MistralConfig, training: Training, split: Strategy, axes: dict[str, int], batch: int, rows: int
 ):
     Zero.init(training.zero, AbstractMesh(tuple(axes.values()), tuple(axes)), split)
+    training.check_stages(split.parts("layers", axes))
     if batch % (training.accumulate * rows):
         raise InputError(
             f"A batch of {batch} cannot be split into {training.accumulate} micro-batches on each of {rows} devices; "

@@ -18,7 +18,7 @@ from ..generation import Sampler, caches
 from ..generation.flat import Flat
 from ..generation.loop import Decoding, decode
 from ..generation.reading import CHUNK, prompt_width, read_chunk
-from ..nn import Cache, Mistral
+from ..nn import Cache, Mistral, stack
 from ..parallel import Strategy, specs, with_auto_axes
 from ..parallel.mesh import make_mesh
 from ..quant import Recipe
@@ -171,11 +171,12 @@ def _generation(job: Job, mesh: Mesh, platform: str) -> Iterator[Uncompiled]:
 def _training(job: Job, training: Training, mesh: Mesh) -> Uncompiled:
     strategy, optimizer = Strategy(job.layout), adamw(1e-4)
     options: dict[str, Any] = {"accumulate": training.accumulate, "remat": training.remat}
+    options["schedule"] = training.schedule
     step = make_step(optimizer, compute_dtype=jnp.dtype(job.dtype), **options)
 
     def init() -> TrainState:
         model = Mistral.init(job.config, dtype=jnp.float32, strategy=strategy, key=jr.key(0))
-        model = dataclasses.replace(model, mesh=mesh)
+        model = stack(dataclasses.replace(model, mesh=mesh))
         return TrainState.init(model, optimizer, zero=training.zero, offload=training.offload)
 
     shapes = eqx.filter_eval_shape(init)

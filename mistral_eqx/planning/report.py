@@ -73,21 +73,24 @@ class Roofline:
     - `compute`: the time of the operations.
     - `memory`: the time of the traffic between memory and chip.
     - `interconnect`: the time of the exchanges between chips.
+    - `bubble`: in the estimate of a pipeline, the time in which a stage has no micro-batch. A compiled program has
+        none: there a stage computes something that is not used.
     """
 
     compute: float
     memory: float
     interconnect: float
+    bubble: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """The longest of the three: a lower bound, reached if they overlap completely."""
-        return max(self.compute, self.memory, self.interconnect)
+        """The longest of the first three, and the bubble: a lower bound, reached if they overlap completely."""
+        return max(self.compute, self.memory, self.interconnect) + self.bubble
 
     @property
     def bound(self) -> str:
-        """The name of the longest of the three."""
-        return max(("compute", "memory", "interconnect"), key=lambda name: getattr(self, name))
+        """The name of the longest of the four."""
+        return max(("compute", "memory", "interconnect", "bubble"), key=lambda name: getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)

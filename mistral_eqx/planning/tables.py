@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..parallel.mesh import show
 from .fitting import Holding
-from .ranking import Ranking
+from .ranking import SCHEDULES, Ranking
 from .report import Exchange, Phase, Report
 
 
@@ -114,6 +114,8 @@ def label(report: Report) -> str:
     """A short name of a report: its strategy, its mesh, and the format of most quantized weights."""
     axes = ",".join(f"{axis}={size}" for axis, size in report.axes.items())
     words = [axes] if report.training is None else [axes, f"ZeRO {report.training.zero}"]
+    if report.training is not None and "layers@" in report.layout:
+        words.append(SCHEDULES[report.training.schedule])
     if report.formats:
         words.append(next(iter(report.formats)))
     if report.training is not None and report.training.offload:
@@ -157,7 +159,7 @@ def holdings_table(holdings: Sequence[Holding]) -> Table:
             Text(one.model),
             ", ".join(one.formats),
             f"{one.all_weights / 1e9:.1f}",
-            f"{one.devices} {one.chip.name}",
+            f"{one.devices} {'halves of ' if one.chip.devices > 1 else ''}{one.chip.name}",
             Text(f"{one.strategy} ({show(one.axes)})"),
             *(f"{size / 1e9:.2f}" for size in sizes),
             f"{one.total / one.chip.hbm_bytes:.1%}",
@@ -180,11 +182,13 @@ def ranking_table(ranking: Ranking, most: int = 10) -> Group:
     what = "a step" if training else f"{ranking.prompt} tokens read and {ranking.new_tokens} written"
     rows = _empty(f"{ranking.model} on {ranking.place} by {ranking.objective}: {what}, estimated in seconds")
     rows.add_column("layout", overflow="fold")
-    for column in ("rows", "GB", "compute", "HBM", "links", "total", "tokens/s", *(["MFU"] if training else [])):
+    of_training = (["bubble"], ["MFU"]) if training else ([], [])
+    for column in ("rows", "GB", "compute", "HBM", "links", *of_training[0], "total", "tokens/s", *of_training[1]):
         rows.add_column(column, justify="right")
     rows.add_column("bound by")
     for one in ranking.best[:most]:
-        times = (one.times.compute, one.times.memory, one.times.interconnect, one.seconds)
+        bubble = [one.times.bubble] if training else []
+        times = (one.times.compute, one.times.memory, one.times.interconnect, *bubble, one.seconds)
         rows.add_row(
             Text(one.label),
             str(one.batch),

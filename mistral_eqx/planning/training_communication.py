@@ -29,35 +29,58 @@ def training_step(
 
     - `config`, `strategy`, `axes`: as for [`mistral_eqx.planning.forward_pass`][].
     - `batch`: the number of rows, over all devices and micro-batches.
-    - `training`: the length of the rows, the ZeRO stage, and the number of micro-batches.
+    - `training`: the length of the rows, the ZeRO stage, the number of micro-batches, and their schedule.
     - `dtype`: the precision of the forward and the backward pass. Master weights and accumulated gradients are float32.
 
     **Returns:** the exchanges. In the ZeRO stages 0 and 1, gradients are summed over devices once per step, in the
-    stages 2 and 3 once per micro-batch. Where the strategy splits `layers`, the schedule is GPipe, and gradients are
-    summed once.
+    stages 2 and 3 once per micro-batch. Where the strategy splits `layers`, GPipe sums them once, and 1F1B in stage 2
+    in each tick.
 
     Experts that need tokens of other devices exchange them as in [`mistral_eqx.planning.forward_pass`][], and losses of
     routers have no weight.
 
-    **Raises:** `ValueError` if the strategy does not fit the config or the axes, the rows cannot be split, or there is
-    no closed form: for latent attention, shared experts or dense first layers, experts beside a split `seq` or
-    `overlap`, `layers` in ZeRO 3, or a strategy that splits `embed`, `head_dim` beside `kv_seq` or `seq`, or `tokens`
-    over other axes than the heads.
+    **Raises:** `ValueError` if the strategy does not fit the config or the axes, the rows cannot be split, there are
+    fewer micro-batches than stages, or there is no closed form: for latent attention, shared experts or dense first
+    layers, experts beside a split `seq` or `overlap`, `layers` in ZeRO 3, or a strategy that splits `embed`, `head_dim`
+    beside `kv_seq` or `seq`, or `tokens` over other axes than the heads.
     """
+    in_ticks, once = step_exchanges(config, strategy, axes, batch=batch, training=training, dtype=dtype)
+    return [*in_ticks, *once]
+
+
+def step_exchanges(
+    config: MistralConfig,
+    strategy: Strategy,
+    axes: Mapping[str, int],
+    *,
+    batch: int,
+    training: Training,
+    dtype: DTypeLike,
+) -> tuple[list[Collective], list[Collective]]:
+    """The exchanges of `training_step`: those of all ticks, which are micro-batches without stages, and the others."""
     if batch % training.accumulate:
         raise InputError(
             f"A batch of {batch} cannot be split into {training.accumulate} micro-batches; take a multiple of that."
         )
+    stages = strategy.parts("layers", axes)
+    training.check_stages(stages)
     ledger = _TrainingLedger(config, strategy, axes, batch // training.accumulate, dtype, training)
     ledger.check()
+    if training.schedule == "1f1b" and stages > 1:
+        # The backward pass begins with what a stage has received, so that it repeats the forward pass.
+        ledger.model(ledger.seq, ledger.kv_seq, logits=0, of_seq=training.seq)
+        ledger.entries = [entry for entry in ledger.entries if entry.what not in _OF_LOSS]
     ledger.forward()
     if training.remat != "none":
         ledger.recompute()
     ledger.backward()
-    ledger.each_tick(ledger.seq, training.accumulate, back=True)
-    ledger.entries = [ledger.outside_of_ticks(entry) for entry in ledger.entries]
+    ledger.each_tick(ledger.seq, training.ticks(stages), back=True)
+    in_ticks, ledger.entries = ledger.entries, []
+    if training.schedule == "gpipe" and strategy.axes("layers"):
+        apart = [ledger.for_all_micro_batches(entry) for entry in in_ticks if entry.what in _OF_LOSS]
+        in_ticks, ledger.entries = [entry for entry in in_ticks if entry.what not in _OF_LOSS], apart
     ledger.state()
-    return ledger.entries
+    return in_ticks, ledger.entries
 
 
 # What follows the last block.
@@ -94,12 +117,14 @@ class _TrainingLedger(Ledger):
         training: Training,
     ):
         # Without dense layers, `hidden` is the width of an expert.
-        super().__init__(dataclasses.replace(config, hidden=config.expert_hidden), strategy, axes, batch, dtype)
+        if config.routing is not None:
+            config = dataclasses.replace(config, hidden=config.expert_hidden)
+        super().__init__(config, strategy, axes, batch, dtype)
         self.training, self.seq, self.kv_seq = training, self.own_tokens(training.seq), self.own_keys(training.seq)
         self.tokens, self.splits_tokens = self.rows * self.seq, self.token_shards(self.seq) > 1
         self.splits_seq = self.num_shards("seq") > 1
         # How often queries meet keys, over all layers.
-        self.meetings = sum(self.rounds(training.seq)) if self.splits_seq else config.layers
+        self.meetings = sum(self.rounds(training.seq)) if self.splits_seq else self.config.layers
         # The dimensions that a feed-forward layer sums over.
         self.summed = "hidden" if config.routing is None else "experts hidden"
 
@@ -239,17 +264,18 @@ class _TrainingLedger(Ledger):
         self.write("all_reduce", "gradient of tokens", travel.others, (layers, tokens, row))
         self.write("all_reduce", "gradient of shares", travel.others, (layers, tokens, note))
 
-    def outside_of_ticks(self, entry: Collective) -> Collective:
-        """An exchange that a pipeline makes once for all micro-batches, and any other as it is."""
-        if not self.strategy.axes("layers") or entry.what not in _OF_LOSS:
-            return entry
-        ticks = self.training.accumulate + self.num_shards("layers") - 1
+    def for_all_micro_batches(self, entry: Collective) -> Collective:
+        """An exchange of each tick, made once for all micro-batches."""
+        ticks = self.training.ticks(self.num_shards("layers"))
         parts = 1 if entry.what == "gradient of the last norm" else self.training.accumulate
         return dataclasses.replace(entry, count=entry.count // ticks, bytes=entry.bytes * parts)
 
     def state(self):
         """Adds the exchanges of weights and their gradients, and the sums over all rows."""
-        zero, micro_batches = self.training.zero, 1 if self.strategy.axes("layers") else self.training.accumulate
+        zero, micro_batches = self.training.zero, self.training.ticks(self.num_shards("layers"))
+        if self.strategy.axes("layers") and self.training.schedule == "gpipe":
+            # One gradient is taken through all micro-batches.
+            micro_batches = 1
         sets: set[tuple[str, ...]] = set()
         for weight in self.weights():
             axes = set(self.strategy.axes(f"{weight.dims} layers" if weight.layers else weight.dims))

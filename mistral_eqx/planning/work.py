@@ -50,7 +50,7 @@ def operations(
     width = config.latent.cached if latents and config.latent is not None else config.head_dim
     keys = sum(context if window is None else min(context, window) for window in config.windows)
     scores = 4 * batch * seq * config.q_heads * width * keys
-    return total + scores / strategy.parts(f"{rows} kv_heads q_per_kv head_dim kv_seq", axes)
+    return total + scores / strategy.parts(f"{rows} layers kv_heads q_per_kv head_dim kv_seq", axes)
 
 
 def weights_read(config: MistralConfig, strategy: Strategy, axes: Mapping[str, int], *, tokens: int) -> float:
@@ -59,7 +59,7 @@ def weights_read(config: MistralConfig, strategy: Strategy, axes: Mapping[str, i
     Of the experts these are the ones that some token is expected to choose, if each is equally likely. The embedding
     is not read, but for a row of each token, unless it is the head too.
     """
-    total = 0.0 if config.tied else config.vocab * config.embed / strategy.parts("vocab embed", axes)
+    total = _embedding(config) / strategy.parts("vocab embed", axes)
     read = 0.0
     for one in _matrices(config):
         entries = one.entries / strategy.parts(one.dims, axes)
@@ -70,24 +70,41 @@ def weights_read(config: MistralConfig, strategy: Strategy, axes: Mapping[str, i
     return read / total
 
 
-def device_entries(config: MistralConfig, strategy: Strategy, axes: Mapping[str, int]) -> float:
-    """The entries of all matrices on one device; norms are left out."""
-    embedding = 0 if config.tied else config.vocab * config.embed / strategy.parts("vocab embed", axes)
-    return embedding + sum(one.entries / strategy.parts(one.dims, axes) for one in _matrices(config))
+def device_entries(
+    config: MistralConfig, strategy: Strategy, axes: Mapping[str, int], *, over: str = "", blocks: bool = False
+) -> float:
+    """The entries of all matrices on one device; norms are left out.
+
+    **Arguments:**
+
+    - `over`: further dimensions whose axes split each matrix, as ZeRO does.
+    - `blocks`: whether to count those of blocks alone, without the table and the head.
+    """
+    embedding = 0.0 if blocks else _embedding(config) / strategy.parts(f"vocab embed {over}", axes)
+    return embedding + sum(
+        one.entries / strategy.parts(f"{one.dims} {over}", axes)
+        for one in _matrices(config)
+        if not (blocks and one.head)
+    )
+
+
+def _embedding(config: MistralConfig) -> int:
+    """The entries of the table, unless it is the head too."""
+    return 0 if config.tied else config.vocab * config.embed
 
 
 def _matrices(config: MistralConfig) -> Iterator[_Matrices]:
     """All matrices that compute tokens, the head with them."""
     layers, embed, heads = config.layers, config.embed, config.q_heads
     if config.latent is None:
-        yield _Matrices(2 * layers * embed * config.head_dim * heads, "kv_heads q_per_kv head_dim embed")
-        yield _Matrices(2 * layers * embed * config.head_dim * config.kv_heads, "kv_heads head_dim embed")
+        yield _Matrices(2 * layers * embed * config.head_dim * heads, "layers kv_heads q_per_kv head_dim embed")
+        yield _Matrices(2 * layers * embed * config.head_dim * config.kv_heads, "layers kv_heads head_dim embed")
     else:
         latent = config.latent
         yield _Matrices(layers * embed * (latent.q_rank + latent.cached), "")
         of_head = latent.q_rank * config.head_dim + latent.kv_rank * latent.expanded + latent.value_dim * embed
         yield _Matrices(layers * heads * of_head, "kv_heads")
-    yield _Matrices(3 * config.dense_layers * embed * config.hidden, "hidden embed")
+    yield _Matrices(3 * config.dense_layers * embed * config.hidden, "layers hidden embed")
     if config.routing is not None:
         sparse = layers - config.dense_layers
         yield _Matrices(3 * sparse * embed * config.expert_hidden * config.routing.shared, "hidden")
