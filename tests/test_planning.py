@@ -144,7 +144,12 @@ def test_a_layer_exchanges_two_or_three_sums(strategy, each):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "axes"), [("sequence_parallel", "tp=4"), ("heads_x_kv_seq batch@dp", "dp=2,kv=2,rep=2")]
+    ("strategy", "axes"),
+    [
+        ("sequence_parallel", "tp=4"),
+        ("heads_x_kv_seq batch@dp", "dp=2,kv=2,rep=2"),
+        ("heads exchange=int8", "tp=4"),
+    ],
 )
 @pytest.mark.slow
 def test_what_is_written_is_the_closed_form(strategy, axes):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from .codes import are_coded, block_size, decode, encode
 from .strategy import Strategy
 
 
@@ -70,6 +71,9 @@ def psum_tokens(x: Array, dims: str, strategy: Strategy, *, done: Sequence[str] 
 
     A `seq` that is not a multiple of the number of devices, such as the 1 of a decoding step, stays whole.
 
+    With `exchange=int8`, the partial sums of 32 tokens and more travel as int8 codes. A device adds up those of its
+    share in float32. An all-reduce rounds the result again, to codes that all devices gather.
+
     **Arguments:**
 
     - `x`: this device's partial sums for all tokens, shape `(batch, seq, ...)`.
@@ -78,16 +82,40 @@ def psum_tokens(x: Array, dims: str, strategy: Strategy, *, done: Sequence[str] 
     """
     axes = tuple(axis for axis in strategy.axes(dims) if axis not in done)
     scattered = tuple(axis for axis in strategy.axes("tokens") if axis not in done) if axes else ()
-    devices = lax.axis_size(scattered) if scattered else 1
+    devices, coded = lax.axis_size(scattered) if scattered else 1, are_coded(strategy, x.shape[1])
     if devices == 1 or x.shape[1] % devices:
+        return _sum(x, axes, coded)
+    x = _sum(x, tuple(axis for axis in axes if axis not in scattered), coded)
+    if not coded:
+        return lax.psum_scatter(x, scattered, scatter_dimension=1, tiled=True)
+    own = x.reshape(len(x), devices, -1, *x.shape[2:])
+    return _sum_of_codes(_in_blocks(jnp.moveaxis(own, 1, 0)), scattered).reshape(own[:, 0].shape).astype(x.dtype)
+
+
+def _sum(x: Array, axes: tuple[str, ...], coded: bool) -> Array:
+    if not axes or not coded or lax.axis_size(axes) == 1:
         return lax.psum(x, axes) if axes else x
-    rest = tuple(axis for axis in axes if axis not in scattered)
-    x = lax.psum(x, rest) if rest else x
-    return lax.psum_scatter(x, scattered, scatter_dimension=1, tiled=True)
+    blocks, devices = _in_blocks(x[None])[0], lax.axis_size(axes)
+    shares = jnp.pad(blocks, ((0, -len(blocks) % devices), (0, 0))).reshape(devices, -1, blocks.shape[1])
+    sums = lax.all_gather(encode(_sum_of_codes(shares, axes)), axes, to="invarying")
+    return decode(sums, blocks.shape[1]).reshape(-1, blocks.shape[1])[: len(blocks)].reshape(x.shape).astype(x.dtype)
+
+
+def _in_blocks(x: Array) -> Array:
+    """From `(shares, batch, seq, ...)` to `(shares, blocks, block)`; the numbers of a block are of one token."""
+    return x.reshape(len(x), -1, block_size(math.prod(x.shape[3:])))
+
+
+def _sum_of_codes(shares: Array, axes: tuple[str, ...]) -> Array:
+    """The sum of this device's share, in float32, from shares `(devices, blocks, block)` of all devices."""
+    (shares,) = _varying(axes, (shares,))
+    return jnp.sum(decode(lax.all_to_all(encode(shares), axes, 0, 0, tiled=True), shares.shape[2]), axis=0)
 
 
 def all_tokens(x: Array, seq: int, strategy: Strategy, *, to: str = "varying") -> Array:
     """Gathers the tokens that `psum_tokens` scattered; `x` itself if it has all `seq` of them.
+
+    With `exchange=int8`, 32 tokens and more travel as int8 codes, and each device rounds its own tokens too.
 
     **Arguments:**
 
@@ -95,7 +123,12 @@ def all_tokens(x: Array, seq: int, strategy: Strategy, *, to: str = "varying") -
     - `to`: `"invarying"` marks the result as the same on all devices. After `"varying"`, the gradient is scattered
         directly, without a psum first.
     """
-    return x if x.shape[1] == seq else lax.all_gather(x, strategy.axes("tokens"), axis=1, tiled=True, to=to)
+    if x.shape[1] == seq or not are_coded(strategy, seq):
+        return x if x.shape[1] == seq else lax.all_gather(x, strategy.axes("tokens"), axis=1, tiled=True, to=to)
+    blocks = _in_blocks(x[None])[0]
+    codes = lax.all_gather(encode(blocks), strategy.axes("tokens"), to=to)
+    whole = jnp.moveaxis(decode(codes, blocks.shape[1]).reshape(-1, *x.shape), 0, 1)
+    return whole.reshape(len(x), seq, *x.shape[2:]).astype(x.dtype)
 
 
 def own_tokens(x: Array, tokens: int, strategy: Strategy) -> Array:

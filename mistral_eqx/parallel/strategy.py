@@ -15,10 +15,11 @@ from ..errors import InputError
 
 
 _ENTRY = re.compile(r"([a-z_]+)@([a-z_0-9]+(?:,[a-z_0-9]+)*)")
-_OVERLAP = re.compile(r"overlap(?:=([12]))?")
+_WORDS = {"overlap": re.compile(r"overlap(?:=([12]))?"), "exchange": re.compile(r"exchange=(int8)")}
 
 # The config has the sizes of the first; each call has the sizes of the second.
-_OF_CONFIG = ("vocab", "embed", "hidden", "experts", "kv_heads", "q_per_kv", "head_dim", "layers")
+_OF_WEIGHTS = ("vocab", "embed", "hidden", "experts", "kv_heads", "q_per_kv", "head_dim")
+_OF_CONFIG = (*_OF_WEIGHTS, "layers")
 _OF_CALL = ("batch", "seq", "tokens", "kv_seq")
 
 # Dimensions of the same array: one mesh axis cannot split two of them.
@@ -51,9 +52,10 @@ class Strategy:
     - `layout`: entries `dim@axis` with spaces between, such as `"kv_heads@tp hidden@tp"`; a dimension may take
         several axes, the major one first: `"hidden@kv,rep"`. A dimension that is not named is not split. Where `tokens`
         is split, the word `overlap` runs products beside the exchange of their tokens, which travel along a ring in
-        both directions; with `overlap=1` in one.
+        both directions; with `overlap=1` in one. With the word `exchange=int8`, the sums of the residual stream travel
+        as int8 codes in passes of 32 tokens and more, for inference alone.
 
-    **Raises:** `ValueError` if an entry has another form, or a dimension, one of its axes or `overlap` comes twice.
+    **Raises:** `ValueError` if an entry has another form, or a dimension, one of its axes or a word comes twice.
     """
 
     layout: str = ""
@@ -63,18 +65,19 @@ class Strategy:
         # A wrong layout is refused here, not in the middle of a trace.
         self._axes  # noqa: B018
         self.overlap  # noqa: B018
+        self.exchange  # noqa: B018
 
     @functools.cached_property
     def _axes(self) -> dict[str, tuple[str, ...]]:
         axes: dict[str, tuple[str, ...]] = {}
         for entry in self.layout.split():
             match = _ENTRY.fullmatch(entry)
-            if _OVERLAP.fullmatch(entry):
+            if any(word.fullmatch(entry) for word in _WORDS.values()):
                 continue
             if match is None:
                 raise InputError(
                     f"The entry {entry!r} of the strategy {self.layout!r} must be a dimension and its mesh axes, "
-                    "such as 'kv_heads@tp' or 'hidden@kv,rep', or the word 'overlap' or 'overlap=1'."
+                    "such as 'kv_heads@tp' or 'hidden@kv,rep', or the word 'overlap', 'overlap=1' or 'exchange=int8'."
                 )
             dim, names = match[1], tuple(match[2].split(","))
             if dim in axes:
@@ -87,10 +90,20 @@ class Strategy:
     @functools.cached_property
     def overlap(self) -> int:
         """In how many directions of a ring tokens travel beside products; 0 if products wait for exchanges."""
-        found = [match for match in map(_OVERLAP.fullmatch, self.layout.split()) if match is not None]
+        word = self._word("overlap")
+        return int(word[1] or 2) if word else 0
+
+    @functools.cached_property
+    def exchange(self) -> str | None:
+        """The type of the codes in which the sums of the residual stream travel; `None` if they travel as they are."""
+        word = self._word("exchange")
+        return word[1] if word else None
+
+    def _word(self, name: str) -> re.Match[str] | None:
+        found = [match for match in map(_WORDS[name].fullmatch, self.layout.split()) if match is not None]
         if len(found) > 1:
-            raise InputError(f"The strategy {self.layout!r} has the word 'overlap' twice; keep one.")
-        return int(found[0][1] or 2) if found else 0
+            raise InputError(f"The strategy {self.layout!r} has the word {name!r} twice; keep one.")
+        return found[0] if found else None
 
     def __add__(self, entries: str) -> "Strategy":
         checked(entries, str, "The entry added to a strategy", key="entries", remedy="for example 'batch@dp'")
@@ -280,6 +293,16 @@ class Strategy:
             raise InputError(
                 f"The strategy {self.layout!r} has the word 'overlap' but does not split 'tokens', whose exchanges it "
                 "would overlap; add 'tokens@' with the axis that splits the heads, or leave the word out."
+            )
+        if self.exchange and self.overlap:
+            raise InputError(
+                f"The strategy {self.layout!r} has the words 'exchange=int8' and 'overlap', which cannot be combined; "
+                "leave one of them out."
+            )
+        if self.exchange and not self.axes(" ".join(_OF_WEIGHTS)):
+            raise InputError(
+                f"The strategy {self.layout!r} has the word 'exchange=int8' but splits no weights, whose sums would be "
+                "exchanged; leave the word out."
             )
         if self.axes("tokens") and self.axes("embed"):
             raise InputError(

@@ -17,6 +17,7 @@ from ..generation import Sampler
 from ..nn.expert_exchange import capacity, travel_axes
 from ..nn.ring import ring_hops
 from ..parallel import Strategy
+from ..parallel.codes import are_coded, block_size, code_bytes
 
 
 # With a split vocabulary, top-p searches its threshold in this many rounds, each with this many candidates.
@@ -247,23 +248,49 @@ class Ledger:
 
     def sum_tokens(self, what: str, dims: str, count: int, seq: int, *, of_linear: bool = True):
         """Adds the sums into the residual stream, of which each device receives its own tokens."""
-        devices, size = self.token_shards(seq), self.rows * seq * self.local("embed") * self.narrow
+        devices, embed = self.token_shards(seq), self.local("embed")
         rings = of_linear and self.strategy.overlap and devices > 1
-        others = count, size // devices if rings else size
-        self.write("all_reduce", what, self.num_shards(dims) // devices, others)
+        self.all_reduce(what, self.num_shards(dims) // devices, count, seq // devices if rings else seq, embed)
         if rings:
             self.on_ring(what, count, seq)
         else:
-            self.write("reduce_scatter", what, devices, (count, size))
+            self.reduce_scatter(what, devices, count, seq, embed)
 
-    def all_tokens(self, what: str, count: int, seq: int, out_dims: str = ""):
+    def all_tokens(self, what: str, count: int, seq: int, out_dims: str = "", *, coded: bool = True):
         """Adds the all-gathers of the tokens of the residual stream, for products with these resulting dimensions."""
         devices = self.token_shards(seq)
         if self.strategy.overlap and {*self.strategy.axes("tokens")} <= {*self.strategy.axes(out_dims)}:
             self.on_ring(what, count, seq)
             return
-        size = self.rows * (seq // devices) * self.local("embed") * self.narrow
-        self.write("all_gather", what, devices, (count, size))
+        self.all_gather(what, devices, count, seq, self.local("embed"), coded=coded)
+
+    def all_reduce(self, what: str, devices: int, count: int, seq: int, numbers: int):
+        """Adds sums of the `numbers` of each of `seq` tokens in a row, on all devices."""
+        if devices < 2 or not are_coded(self.strategy, seq):
+            self.write("all_reduce", what, devices, (count, self.rows * seq, numbers, self.narrow))
+            return
+        share = code_bytes(-(-self.blocks(seq, numbers) // devices), numbers)
+        self.write("all_to_all", what, devices, (count, devices, share))
+        self.write("all_gather", what, devices, (count, share))
+
+    def reduce_scatter(self, what: str, devices: int, count: int, seq: int, numbers: int):
+        """Adds the same sums, of which each device receives those of its tokens."""
+        if are_coded(self.strategy, seq):
+            self.write("all_to_all", what, devices, (count, code_bytes(self.blocks(seq, numbers), numbers)))
+        else:
+            self.write("reduce_scatter", what, devices, (count, self.rows * seq, numbers, self.narrow))
+
+    def all_gather(self, what: str, devices: int, count: int, seq: int, numbers: int, *, coded: bool = True):
+        """Adds the gathering of the `numbers` of each of `seq` tokens in a row; with `coded`, as codes if sums are."""
+        own = seq // devices
+        if coded and are_coded(self.strategy, seq):
+            self.write("all_gather", what, devices, (count, code_bytes(self.blocks(own, numbers), numbers)))
+        else:
+            self.write("all_gather", what, devices, (count, self.rows * own, numbers, self.narrow))
+
+    def blocks(self, seq: int, numbers: int) -> int:
+        """The blocks of codes of `seq` tokens in a row."""
+        return self.rows * seq * (numbers // block_size(numbers))
 
     def on_ring(self, what: str, count: int, seq: int):
         """Adds the exchanges of tokens or of their sums that travel along a ring beside products."""
@@ -303,8 +330,9 @@ class Ledger:
 
         self.sum("attention norm", "embed", layers, tokens, self.wide)
         self.all_tokens("attention input", layers, seq, "" if self.config.latent is not None else "kv_heads head_dim")
-        self.sum("queries", "embed", layers, tokens, self.local("kv_heads q_per_kv head_dim"), self.narrow)
-        self.sum("keys and values", "embed", 2 * layers, tokens, self.local("kv_heads head_dim"), self.narrow)
+        shards = self.num_shards("embed")
+        self.all_reduce("queries", shards, layers, seq, self.local("kv_heads q_per_kv head_dim"))
+        self.all_reduce("keys and values", shards, 2 * layers, seq, self.local("kv_heads head_dim"))
         if cache_dtype is not None:
             own = self.rows * -(-(of_seq or seq) // self.num_shards("kv_seq"))
             self.sum("cache scales", "head_dim", 2 * layers, own, self.local("kv_heads"), 4)
@@ -372,8 +400,9 @@ class Ledger:
         layers = self.config.layers - dense
         whole = self.config.layers if travel is None else dense
         self.all_tokens("feed-forward input", dense, seq, "hidden")
-        self.all_tokens("feed-forward input", whole - dense, seq)
-        self.sum("gate and up", "embed", 2 * whole, self.rows * seq, self.local("hidden"), self.narrow)
+        # The tokens of routed experts travel as they are.
+        self.all_tokens("feed-forward input", whole - dense, seq, coded=routing is None or routing.shared > 0)
+        self.all_reduce("gate and up", self.num_shards("embed"), 2 * whole, seq, self.local("hidden"))
         self.sum_tokens("feed-forward output", "hidden", dense, seq)
         if routing is not None and routing.shared:
             self.sum_tokens("shared experts' output", "hidden", layers, seq)
@@ -411,8 +440,9 @@ class Ledger:
         else:
             self.write("all_gather", f"tokens of all devices{again}", devices, (there, tokens, row))
             self.write("reduce_scatter", f"sums for all tokens{again}", devices, (back, devices, tokens, row))
-        self.write("all_reduce", f"experts' output{again}", travel.others, (back, tokens, row))
-        self.write("reduce_scatter", f"experts' output{again}", travel.gathered, (back, tokens, row))
+        seq = tokens // self.rows
+        self.all_reduce(f"experts' output{again}", travel.others, back, seq, self.config.embed)
+        self.reduce_scatter(f"experts' output{again}", travel.gathered, back, seq, self.config.embed)
 
     def devices(self, axes: Iterable[str]) -> int:
         """The number of devices along mesh axes."""

@@ -64,8 +64,8 @@ def exposed(
             "There is no closed form of the exposed exchanges of a model with experts or latent attention; plan it."
         )
     ledger = Ledger(config, strategy, axes, batch, dtype)
-    tokens = ledger.rows * ledger.own_tokens(seq)
-    devices, ways = ledger.token_shards(ledger.own_tokens(seq)), strategy.overlap
+    own = ledger.own_tokens(seq)
+    tokens, devices, ways = ledger.rows * own, ledger.token_shards(own), strategy.overlap
 
     def seconds(entries: int, tokens: int) -> float:
         """The time of a product: its operations, or to read its weights."""
@@ -75,14 +75,16 @@ def exposed(
     for what, entries, dims, gathers in _products(ledger):
         product = seconds(entries, tokens)
         size = tokens * config.embed * ledger.narrow
-        if devices == 1:
-            shards = ledger.num_shards(dims)
-            if gathers or shards == 1:
+        if not ways or devices == 1:
+            ledger.entries.clear()
+            if devices == 1:
+                ledger.all_reduce(what, 1 if gathers else ledger.num_shards(dims), 1, own, config.embed)
+            else:
+                (ledger.all_gather if gathers else ledger.reduce_scatter)(what, devices, 1, own, config.embed)
+            if not ledger.entries:
                 continue
-            wait = exchange_seconds(chip, Exchange("all_reduce", shards, 1, size))
-        elif not ways:
-            kind, size = ("all_gather", size // devices) if gathers else ("reduce_scatter", size)
-            wait = exchange_seconds(chip, Exchange(kind, devices, 1, size))
+            exchanges = [Exchange(one.kind, one.devices, 1, one.bytes) for one in ledger.entries]
+            wait = sum(exchange_seconds(chip, exchange) for exchange in exchanges)
         else:
             # A device that sends along one link only has the whole of a switch for it.
             lanes = 2 if chip.switched is not None and (ways == 1 or devices == 2) else 1

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from ..config import MistralConfig
 from ..errors import InputError
 from ..parallel import Strategy
+from ..parallel.codes import NO_GRADIENT
 from .communication import Collective, Ledger, Travel
 from .training import Training
 
@@ -130,6 +131,8 @@ class _TrainingLedger(Ledger):
 
     def check(self):
         """Refuses strategies without a closed form."""
+        if self.strategy.exchange:
+            raise InputError(NO_GRADIENT)
         routing = self.config.routing
         if routing is not None and (routing.shared or routing.first_dense):
             raise InputError(

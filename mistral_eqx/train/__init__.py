@@ -12,6 +12,7 @@ from .callbacks import (
 )
 from .checkpoints import Checkpoints as Checkpoints
 from .data import Batches as Batches, batches as batches, tokenise as tokenise
+from .disk import DiskStep as DiskStep
 from .evaluation import Evaluation as Evaluation, make_evaluation as make_evaluation
 from .loss import RouterLosses as RouterLosses, Sums as Sums, loss_sums as loss_sums
 from .objective import (

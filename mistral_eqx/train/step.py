@@ -28,6 +28,7 @@ from ..parallel import (
     spmd,
     vary_alike,
 )
+from ..parallel.codes import NO_GRADIENT
 from .batch import Batch
 from .dropout import with_dropout
 from .loss import RouterLosses, Sums, loss_sums, router_losses
@@ -82,8 +83,10 @@ class TrainState(eqx.Module):
             results are the same, and each step takes longer by the two transfers.
 
         **Raises:** `ValueError` if weights are quantized without adapters beside them, there is no such stage, the
-        strategy does not split the batch, or the devices cannot access host memory.
+        strategy does not split the batch or has the word `exchange`, or the devices cannot access host memory.
         """
+        if model.strategy.exchange:
+            raise InputError(NO_GRADIENT)
         stage = Zero.init(zero, model.mesh, model.strategy)
         if offload:
             check_host(model.mesh)

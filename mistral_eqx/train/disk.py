@@ -1,0 +1,256 @@
+"""Training steps whose master weights and optimizer state are files, of which memory holds a few blocks at a time."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
+
+from ..errors import InputError
+from ..nn import Mistral, Stacked, stack
+from ..nn.precision import at_least_float32
+from .batch import Batch
+from .step import Metrics, TrainState, make_step
+from .trained import trained
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """What one update changes: one block, or all weights outside of blocks.
+
+    **Attributes:**
+
+    - `kind`: the index in the layer pattern; `None` for the weights outside of blocks.
+    - `repeat`: the repeat of the layer pattern.
+    """
+
+    kind: int | None
+    repeat: int = 0
+
+    @property
+    def name(self) -> str:
+        return "outer" if self.kind is None else f"block-{self.repeat}-{self.kind}"
+
+    @property
+    def index(self) -> Array | None:
+        """The index of its entries in the arrays of `of`; `None` for all of them."""
+        return None if self.kind is None else jnp.asarray(self.repeat, jnp.int32)
+
+    def of(self, tree: Stacked) -> PyTree:
+        """The arrays, in a tree with the structure of the weights, that have its entries."""
+        return tree.outer if self.kind is None else tree.pattern[self.kind]
+
+
+class DiskStep:
+    """A training step whose master weights and optimizer state are files.
+
+    ```python
+    step = mx.train.DiskStep(mx.train.adamw(3e-4), "run/moments")
+    state = step.init(model)  # begins, or continues what the folder holds
+    state, metrics = step(state, batch)
+    ```
+
+    Memory holds the weights and the gradients in one precision, and master weights and optimizer state of at most four
+    blocks. One compiled call computes all gradients. Then the weights are updated block by block: meanwhile one thread
+    reads the files of the next block, and another one writes those of the last block.
+
+    A step writes new files beside those that it reads. So a process that ends at any time leaves the master weights and
+    the optimizer state of the last complete step, from which `init` continues.
+
+    **Arguments:**
+
+    - `optimizer`: any elementwise optax transformation, as for [`mistral_eqx.train.TrainState`][]'s `init`.
+    - `folder`: the folder of the files, for one process. They take twice the bytes of master weights and optimizer
+        state, 24 for each trained weight with AdamW.
+    - `options`: those of [`mistral_eqx.train.make_step`][].
+    """
+
+    def __init__(self, optimizer: optax.GradientTransformation, folder: str | Path, **options: Any):
+        self.folder = Path(folder)
+        self._optimizer = optimizer
+        self._gradient = make_step(_keeping_gradients(), **options)
+        self._update = eqx.filter_jit(partial(_updated, optimizer), donate="all-except-first")
+        self._about: dict[str, Any] | None = None
+
+    def init(self, model: Mistral | Stacked, *, dtype: DTypeLike = jnp.bfloat16) -> TrainState:
+        """The state before the next step: that of the files, or, if there are none, that of a model.
+
+        **Arguments:**
+
+        - `model`: the model, on one device. Its weights in float32 are the first master weights.
+        - `dtype`: the precision of weights and gradients in memory. With float32, a step has the results of
+            [`mistral_eqx.train.make_step`][].
+
+        **Returns:** the state. Its `optimizer_state` is the clipped gradient of the last step.
+
+        **Raises:** `ValueError` if the model is on a mesh, or the files are those of another model or optimizer.
+        """
+        if model.mesh is not None:
+            raise InputError(
+                "The model is on a mesh, and a DiskStep trains on one device; leave the mesh out, or shard the state "
+                "over devices with make_step and zero=3."
+            )
+        stacked = stack(model) if isinstance(model, Mistral) else model
+        state = TrainState.init(stacked, _keeping_gradients(), dtype=dtype)
+        first = eqx.filter(stacked, trained(stacked))
+        shapes = {piece.name: _shapes(self._like(piece.of(first), piece)) for piece in _pieces(first)}
+        marker = self.folder / "about.json"
+        if not marker.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for piece in _pieces(first):
+                _write(self._file(piece, 0), self._first(piece.of(first), piece))
+            self._mark({"files": 0, "steps": 0, "skipped": 0, "shapes": shapes})
+            return state
+        about = json.loads(marker.read_text())
+        if about["shapes"] != shapes:
+            raise InputError(
+                f"The files in {self.folder} are those of another model or optimizer; take the same ones, or another "
+                "folder.",
+                file=self.folder,
+            )
+        self._about = about
+        weights, constants = eqx.partition(state.model, trained(state.model))
+        for piece in _pieces(weights):
+            master, _ = _read(self._file(piece, about["files"]), self._like(piece.of(first), piece))
+            weights = _put(weights, piece, _stored(piece.of(weights), master, piece.index))
+        return eqx.tree_at(
+            lambda state: (state.model, state.steps, state.skipped),
+            state,
+            (eqx.combine(weights, constants), *(jnp.asarray(about[name], jnp.int32) for name in ("steps", "skipped"))),
+        )
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Makes one step, and returns when its files are written. The given state cannot be used again.
+
+        **Raises:** `ValueError` as the step of [`mistral_eqx.train.make_step`][], and if `init` did not make the state.
+        """
+        if self._about is None:
+            raise InputError("A DiskStep continues from its files; make the state with its init.")
+        state, metrics = self._gradient(state, batch)
+        files = self._about["files"]
+        if bool(metrics.finite):
+            state = eqx.tree_at(lambda state: state.model, state, self._updated(state, files))
+            files = 1 - files
+        self._mark(self._about | {"files": files, "steps": int(state.steps), "skipped": int(state.skipped)})
+        return state, metrics
+
+    def _updated(self, state: TrainState, files: int) -> Stacked:
+        weights, constants = eqx.partition(state.model, trained(state.model))
+        gradient, pieces = state.optimizer_state, list(_pieces(weights))
+
+        def read(piece: _Piece) -> PyTree[np.ndarray]:
+            return _read(self._file(piece, files), self._like(piece.of(gradient), piece))
+
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+            reading, writing = reader.submit(read, pieces[0]), None
+            for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
+                stored = reading.result()
+                if following is not None:
+                    reading = reader.submit(read, following)
+                given = piece.of(gradient), stored, piece.index
+                new, stored = self._update(given, piece.of(weights))
+                weights = _put(weights, piece, new)
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(_write, self._file(piece, 1 - files), stored)
+            if writing is not None:
+                writing.result()
+        return eqx.combine(weights, constants)
+
+    def _first(self, weights: PyTree[Array], piece: _Piece) -> PyTree[Array]:
+        """The first master weights of a piece, and their optimizer state."""
+        master = jax.tree.map(lambda leaf: _entry(leaf, piece.index).astype(at_least_float32(leaf.dtype)), weights)
+        return master, self._optimizer.init(master)
+
+    def _like(self, weights: PyTree[Array], piece: _Piece) -> PyTree[jax.ShapeDtypeStruct]:
+        return jax.eval_shape(partial(self._first, piece=piece), weights)
+
+    def _file(self, piece: _Piece, files: int) -> Path:
+        return self.folder / f"{piece.name}.{files}"
+
+    def _mark(self, about: dict[str, Any]):
+        """Says which files are those of the last complete step."""
+        new = self.folder / "about.json.new"
+        new.write_text(json.dumps(about))
+        os.replace(new, self.folder / "about.json")
+        self._about = about
+
+
+def _keeping_gradients() -> optax.GradientTransformation:
+    """Changes no weights; its state is the gradient."""
+
+    def init(params: PyTree[Array]) -> PyTree[Array]:
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def update(updates: PyTree[Array], state: PyTree[Array], params: PyTree[Array] | None = None) -> Any:
+        return init(updates), updates
+
+    return optax.GradientTransformation(init, update)
+
+
+def _updated(
+    optimizer: optax.GradientTransformation,
+    given: tuple[PyTree[Array], PyTree[Array | np.ndarray], Array | None],
+    weights: PyTree[Array],
+) -> tuple[PyTree[Array], PyTree[Array]]:
+    """New weights of one piece, and its new master weights and optimizer state."""
+    gradient, (master, optimizer_state), index = given
+    gradient = jax.tree.map(lambda leaf, like: _entry(leaf, index).astype(like.dtype), gradient, master)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, master)
+    master = eqx.apply_updates(master, updates)
+    return _stored(weights, master, index), (master, optimizer_state)
+
+
+def _entry(leaf: Array, index: Array | None) -> Array:
+    return leaf if index is None else lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+
+
+def _stored(weights: PyTree[Array], master: PyTree[Array | np.ndarray], index: Array | None) -> PyTree[Array]:
+    """The weights with master weights in their precision, at an index of their first axis."""
+
+    def stored(leaf: Array, new: Array | np.ndarray) -> Array:
+        new = jnp.asarray(new).astype(leaf.dtype)
+        return new if index is None else lax.dynamic_update_index_in_dim(leaf, new, index, 0)
+
+    return jax.tree.map(stored, weights, master)
+
+
+def _pieces(weights: Stacked) -> Iterator[_Piece]:
+    """The pieces that have trained weights."""
+    in_blocks = jax.tree.leaves(weights.pattern)
+    repeats = range(in_blocks[0].shape[0] if in_blocks else 0)
+    kinds = [_Piece(kind, repeat) for repeat in repeats for kind in range(len(weights.pattern))]
+    return (piece for piece in (_Piece(None), *kinds) if jax.tree.leaves(piece.of(weights)))
+
+
+def _put(weights: Stacked, piece: _Piece, new: PyTree[Array]) -> Stacked:
+    return eqx.tree_at(piece.of, weights, new)
+
+
+def _shapes(tree: PyTree[jax.ShapeDtypeStruct]) -> list[list[Any]]:
+    """The shape and the type of each array, as JSON types."""
+    return [[list(leaf.shape), str(leaf.dtype)] for leaf in jax.tree.leaves(tree)]
+
+
+def _read(file: Path, like: PyTree[jax.ShapeDtypeStruct]) -> PyTree[np.ndarray]:
+    with file.open("rb") as opened:
+        return jax.tree.map(lambda leaf: np.fromfile(opened, leaf.dtype, leaf.size).reshape(leaf.shape), like)
+
+
+def _write(file: Path, tree: PyTree[Array]):
+    with file.open("wb") as opened:
+        for leaf in jax.tree.leaves(tree):
+            np.asarray(leaf).tofile(opened)
