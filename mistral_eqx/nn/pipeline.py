@@ -12,6 +12,7 @@ from ..parallel import Strategy, next_stage, shard_index, vary
 
 
 Sums = TypeVar("Sums")
+State = TypeVar("State")
 
 
 def pipelined(
@@ -93,6 +94,43 @@ def one_forward_one_backward(
     return sums
 
 
+def in_turn(
+    stage: Callable[[Array | None, Int[Array, ""], State], tuple[Array, State]],
+    state: State,
+    parts: int,
+    strategy: Strategy,
+) -> tuple[Array, State]:
+    """Passes the parts of a sequence through all stages, of which each has a state, such as the caches of its layers.
+
+    In tick `t`, stage `s` computes part `t - s`. So there are `parts + stages - 1` ticks, and each begins with one
+    exchange. A stage without a part computes the first part before that has come, and the last part again after it.
+    It needs no mask: what it writes before is overwritten, and what it writes again is the same.
+
+    **Arguments:**
+
+    - `stage`: computes the activations after this device's blocks, from those of the stage before, the number of the
+        part, and the state. To compute a part twice must leave the state as computing it once does.
+    - `state`: that before the first part.
+    - `parts`: the number of parts.
+
+    **Returns:** the activations of the last part, which are right on the last stage alone, and the state.
+    """
+    number, stages = shard_index("layers", strategy)
+    zero = jnp.zeros((), jnp.int32)
+    nothing = zeros_like(jax.eval_shape(lambda state: stage(None, zero, state)[0], state))
+
+    def tick(carry: tuple[Array, Array, State], at: Int[Array, ""]) -> tuple[tuple[Array, Array, State], None]:
+        sent, received, state = carry
+        own = at - number
+        received = jnp.where((own >= 0) & (own < parts), next_stage(sent, strategy), received)
+        x, state = stage(received, jnp.clip(own, 0, parts - 1), state)
+        return (x, received, state), None
+
+    ticks = jnp.arange(parts + stages - 1, dtype=jnp.int32)
+    (x, _, state), _ = lax.scan(tick, (nothing, nothing, state), ticks)
+    return x, state
+
+
 def micro_batched(rows: PyTree[Array], micro_batches: int) -> PyTree[Array]:
     """Rows in equal parts, along a new first axis."""
     return jax.tree.map(lambda leaf: leaf.reshape(micro_batches, -1, *leaf.shape[1:]), rows)
@@ -107,5 +145,9 @@ def taken(parts: PyTree[Array], at: Array) -> PyTree[Array]:
 
 def nothing_sent(stage: Callable[[Array | None, PyTree[Array]], Array], parts: PyTree[Array]) -> Array:
     """Zeros in place of what is sent before the first tick."""
-    like = jax.eval_shape(lambda parts: stage(None, jax.tree.map(lambda leaf: leaf[0], parts)), parts)
+    return zeros_like(jax.eval_shape(lambda parts: stage(None, jax.tree.map(lambda leaf: leaf[0], parts)), parts))
+
+
+def zeros_like(like: jax.ShapeDtypeStruct) -> Array:
+    """Zeros of a shape, which vary along the same mesh axes."""
     return vary(jnp.zeros(like.shape, like.dtype), sorted(like.manual_axis_type.varying))

@@ -14,19 +14,20 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..config import MistralConfig
+from ..errors import InputError
 from ..parallel import (
     LEADING,
     Strategy,
     all_tokens,
+    from_last_stage,
     in_order,
-    of_last_stage,
     psum,
     shard_index,
     specs,
     spmd,
     with_strategy,
 )
-from .block import Block
+from .block import Block, StagedBlock, check_whole
 from .context import Context
 from .embedding import Unembedding
 from .mask import Span
@@ -103,7 +104,7 @@ class Stacked(eqx.Module):
         def forward(model: Stacked, ids: Array) -> Array:
             columns = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
             hidden = model.hidden(ids, columns, Span(), micro_batches=micro_batches)
-            return model.head()(in_order(psum(of_last_stage(hidden, strategy), "layers", strategy), strategy))
+            return model.head()(in_order(from_last_stage(hidden, strategy), strategy))
 
         strategy, mesh = self.strategy, self.mesh
         strategy.check_length(ids.shape[1], mesh)
@@ -219,10 +220,12 @@ class Stacked(eqx.Module):
 
 def stack(model: Mistral) -> Stacked:
     """Stacks the blocks of a model; `unstack` reverses this."""
-    kinds = [_kind(block) for block in model.blocks]
+    check_whole(model)
+    blocks = tuple(block for block in model.blocks if isinstance(block, Block))
+    kinds = [_kind(block) for block in blocks]
     count = len(kinds)
     size = next(size for size in range(1, count + 1) if count % size == 0 and kinds == kinds[:size] * (count // size))
-    pattern = tuple(_joined(model.blocks[layer::size]) for layer in range(size))
+    pattern = tuple(_joined(blocks[layer::size]) for layer in range(size))
     return Stacked(dataclasses.replace(model, blocks=()), pattern)
 
 
@@ -238,6 +241,31 @@ def unstack(stacked: Stacked) -> Mistral:
     )
     model = dataclasses.replace(stacked.outer, blocks=blocks)
     return with_strategy(model, model.strategy.without("layers"))
+
+
+def in_stages(stacked: Stacked) -> Mistral:
+    """The model to generate with, where the strategy splits `layers`: each device keeps the layers of its stage.
+
+    It has a block for each layer of a stage, with the arrays of that layer in all stages, so that a loop that decodes
+    takes nothing out of a stack. The blocks are copied on the devices, which exchange nothing.
+
+    **Raises:** `InputError` if the strategy does not split `layers`.
+    """
+    strategy, mesh = stacked.strategy, stacked.mesh
+    if mesh is None or not strategy.axes("layers"):
+        raise InputError(
+            f"The strategy {strategy.layout!r} does not split 'layers', so there are no stages; take "
+            "mistral_eqx.nn.unstack."
+        )
+    arrays, static = eqx.partition(stacked.pattern, eqx.is_array)
+    split, repeats = specs(stacked, strategy).pattern, stacked.repeats // strategy.parts("layers", mesh)
+
+    def one_by_one(arrays: PyTree) -> list[PyTree]:
+        return [jax.tree.map(lambda leaf, at=at: leaf[at : at + 1], arrays) for at in range(repeats)]
+
+    layers = jax.jit(spmd(one_by_one, mesh, (split,), [split] * repeats))(arrays)
+    blocks = tuple(StagedBlock(block) for repeat in layers for block in eqx.combine(repeat, static))
+    return dataclasses.replace(stacked.outer, blocks=blocks)
 
 
 def _kind(block: Block) -> tuple[PyTree, list[tuple[Any, ...]]]:

@@ -105,11 +105,12 @@ class Strategy:
 
         **Arguments:**
 
-        - `dims`: the array's dimensions in order, such as `"kv_heads head_dim embed"`.
+        - `dims`: the array's dimensions in order, such as `"kv_heads head_dim embed"`. `"layers+batch"` is one
+            dimension, which has all rows of the first layer, then those of the second, and so on.
 
         **Returns:** one entry for each dimension, such as `PartitionSpec("tp", None, None)`.
         """
-        entries = [self._axes.get(dim, ()) for dim in dims.split()]
+        entries = [self.axes(dim.replace("+", " ")) for dim in dims.split()]
         return PartitionSpec(*(None if not axes else axes[0] if len(axes) == 1 else axes for axes in entries))
 
     def axes(self, dims: str | None = None) -> tuple[str, ...]:
