@@ -244,7 +244,8 @@ class Mistral(eqx.Module):
         if ids.shape[1] % parts:
             raise InputError(f"{ids.shape[1]} columns cannot be split into {parts} equal parts; give another number.")
         rows, layers = self.strategy.spec("batch"), specs(cache, self.strategy)
-        in_specs, out_specs = (specs(self, self.strategy), rows, rows, layers), (self.strategy.spec("batch"), layers)
+        in_specs = specs(self, self.strategy), rows, rows, layers
+        out_specs = self.strategy.spec("batch _ embed"), layers
         run = functools.partial(_prefill, parts=parts)
         return spmd(run, self.mesh, in_specs, out_specs)(self, ids, positions, cache)
 
