@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, PyTree
 
-from ..parallel import Strategy, next_stage, shard_index, vary
+from ..parallel import Strategy, next_stage, send_on, shard_index, vary
 
 
 Sums = TypeVar("Sums")
@@ -16,35 +16,50 @@ State = TypeVar("State")
 
 
 def pipelined(
-    stage: Callable[[Array | None, PyTree[Array]], Array],
+    stage: Callable[[Array | None, PyTree[Array], Array | int], Array],
     rows: PyTree[Array],
     micro_batches: int,
     strategy: Strategy,
+    chunks: int = 1,
 ) -> Array:
     """Passes rows through all stages, which split `layers` ([GPipe](https://arxiv.org/abs/1811.06965)).
 
     In tick `t`, stage `s` computes micro-batch `t - s`. So there are `micro_batches + stages - 1` ticks, and each
     begins with one exchange. In its other ticks, a stage computes something that is not used.
 
+    With several chunks of layers, a micro-batch passes all stages once for each chunk, on a ring
+    ([Narayanan et al., 2021](https://arxiv.org/abs/2104.04473)). As many micro-batches as there are stages follow one
+    another on the ring, chunk after chunk, and then as many others. So there are `chunks * micro_batches + stages - 1`
+    ticks, each with `1 / chunks` of the work; for `micro_batches`, take the next multiple of the stages.
+
     **Arguments:**
 
-    - `stage`: computes the activations after this device's blocks, from those of the stage before and from the rows
-        of a micro-batch. The first stage ignores the former.
+    - `stage`: computes the activations after this device's blocks of a chunk, from those of the stage before, the rows
+        of a micro-batch, and the number of the chunk. The first stage ignores the activations for the first chunk.
     - `rows`: arrays with one entry per row, which all stages have.
     - `micro_batches`: the number of equal parts of the rows.
+    - `chunks`: the number of chunks of each stage.
 
     **Returns:** the activations of all rows after this device's blocks: on the last stage, those of the last block.
     """
     number, stages = shard_index("layers", strategy)
     parts = micro_batched(rows, micro_batches)
+    together = stages if chunks > 1 else 1
+    turns = -(-micro_batches // together) * together * chunks
 
     def tick(sent: Array, at: Int[Array, ""]) -> tuple[Array, Array]:
-        x = stage(next_stage(sent, strategy), taken(parts, at - number))
+        turn = at - number
+        first, within = turn // (together * chunks) * together, turn % (together * chunks)
+        received = send_on(sent, 1, strategy, dims="layers") if chunks > 1 else next_stage(sent, strategy)
+        x = stage(received, taken(parts, first + within % together), within // together if chunks > 1 else 0)
         return x, x
 
-    _, outputs = lax.scan(tick, nothing_sent(stage, parts), jnp.arange(micro_batches + stages - 1, dtype=jnp.int32))
+    nothing = nothing_sent(lambda received, rows: stage(received, rows, 0), parts)
+    _, outputs = lax.scan(tick, nothing, jnp.arange(turns + stages - 1, dtype=jnp.int32))
     # The last stage has the first micro-batch in tick `stages - 1`.
-    return outputs[stages - 1 :].reshape(-1, *outputs.shape[2:])
+    outputs = outputs[stages - 1 :].reshape(-1, chunks, together, *outputs.shape[1:])[:, -1]
+    outputs = outputs.reshape(-1, *outputs.shape[2:])[:micro_batches]
+    return outputs.reshape(-1, *outputs.shape[2:])
 
 
 def one_forward_one_backward(
@@ -62,7 +77,7 @@ def one_forward_one_backward(
 
     **Arguments:**
 
-    - `forward`: as `stage` of [`mistral_eqx.nn.pipelined`][].
+    - `forward`: as `stage` of [`mistral_eqx.nn.pipelined`][], for one chunk.
     - `backward`: takes sums, what the stage received, the rows of a micro-batch, the gradient of the stage's
         activations, and whether there is such a micro-batch: if not, it adds zeros, and that gradient is zero. It
         returns the sums, and the gradient of what the stage received.

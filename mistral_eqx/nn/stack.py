@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
+from ..checks import Count, checked
 from ..config import MistralConfig
 from ..errors import InputError
 from ..parallel import (
@@ -61,11 +62,14 @@ class Stacked(eqx.Module):
     **Attributes:**
 
     - `outer`: the model without its blocks.
-    - `pattern`: the blocks of the layer pattern, each stacked over all repeats.
+    - `pattern`: the blocks of the layer pattern, each stacked over all repeats; with several `chunks`, those of the
+        first chunk, then those of the second, and so on.
+    - `chunks`: the number of equal chunks of consecutive layers, of which each is split over all stages.
     """
 
     outer: Mistral
     pattern: tuple[Block, ...] = eqx.field(metadata={LEADING: "layers "})
+    chunks: int = eqx.field(static=True, default=1)
 
     @property
     def config(self) -> MistralConfig:
@@ -84,12 +88,17 @@ class Stacked(eqx.Module):
 
     @property
     def repeats(self) -> int:
-        """The number of repeats of the layer pattern; inside `shard_map`, of those on this device."""
+        """The number of repeats of the layer pattern in a chunk; inside `shard_map`, of those on this device."""
         return jax.tree.leaves(eqx.filter(self.pattern, eqx.is_array))[0].shape[0]
+
+    def chunk(self, number: int) -> tuple[Block, ...]:
+        """The blocks of the layer pattern, stacked over the repeats in a chunk."""
+        size = len(self.pattern) // self.chunks
+        return self.pattern[number * size : (number + 1) * size]
 
     def on_mesh(self, mesh: Mesh) -> "Stacked":
         """This model, whose arrays were put on a mesh, with that mesh."""
-        return Stacked(self.outer.on_mesh(mesh), self.pattern)
+        return dataclasses.replace(self, outer=self.outer.on_mesh(mesh))
 
     def __call__(self, ids: Int[Array, "batch seq"], *, micro_batches: int = 1) -> Float[Array, "batch seq vocab"]:
         """The logits of the token after each of `ids`, as [`mistral_eqx.nn.Mistral`][] computes them.
@@ -157,9 +166,13 @@ class Stacked(eqx.Module):
         strategy, rows = self.strategy, (jnp.asarray(ids), jnp.asarray(positions), span)
         stage = partial(self.stage, wrapped=wrapped, gathering=gathering)
         if strategy.axes("layers"):
-            x, found = pipelined(lambda *arguments: stage(*arguments)[0], rows, micro_batches, strategy), []
+            x = pipelined(lambda *arguments: stage(*arguments)[0], rows, micro_batches, strategy, self.chunks)
+            found = []
         else:
             x, found = stage(None, rows)
+            for chunk in range(1, self.chunks):
+                x, more = stage(x, rows, chunk)
+                found += more
         seq, sums = rows[0].shape[1] // shard_index("seq", strategy)[1], None
         if found:
             sums = jax.tree.map(lambda *layers: jnp.sum(sum(layers[1:], start=layers[0]), axis=0), *found)
@@ -171,6 +184,7 @@ class Stacked(eqx.Module):
         self,
         received: Float[Array, "batch tokens embed"] | None,
         rows: tuple[Array, Array, Span | None],
+        chunk: Int[Array, ""] | int = 0,
         *,
         wrapped: Callable[[Callable[..., Any]], Callable[..., Any]],
         gathering: Gathering,
@@ -179,26 +193,30 @@ class Stacked(eqx.Module):
 
         **Arguments:**
 
-        - `received`: the stream after the blocks of the stage before; without it, zeros. The first stage begins with
-            the embedded tokens.
+        - `received`: the stream after the blocks of the stage before; without it, zeros. The first stage begins its
+            first chunk with the embedded tokens.
         - `rows`: ids, positions and span.
+        - `chunk`: which of its chunks the device computes.
         - `wrapped`, `gathering`: as for `hidden`.
         """
         ids, positions, span = rows
         strategy, dtype, rope = self.strategy, self.outer.dtype, self.config.rope
         context = Context.init(rope, positions, dtype=dtype, strategy=strategy, span=span)
-        arrays, static = eqx.partition(self.pattern, eqx.is_array)
+        chunks = range(chunk, chunk + 1) if isinstance(chunk, int) else range(self.chunks)
+        arrays, (static, *_) = zip(*(eqx.partition(self.chunk(number), eqx.is_array) for number in chunks), strict=True)
 
-        def repeat(x: Array, arrays: PyTree) -> tuple[Array, list[RouterSums]]:
+        def repeat(x: Array, arrays: tuple[PyTree, ...]) -> tuple[Array, list[RouterSums]]:
+            # Here, and not before the scan: the backward pass must not keep the weights of each tick.
+            own = arrays[0] if isinstance(chunk, int) else _selected(chunk, arrays)
             found = []
-            for block in eqx.combine(gathering.blocks(arrays), static):
+            for block in eqx.combine(gathering.blocks(own), static):
                 x, sums = block.with_router_sums(x, context)
                 found += [] if sums is None else [sums]
             return x, found
 
         x = _embedded(self.outer, context.own_ids(ids), gathering)
-        if strategy.axes("layers"):
-            is_first = shard_index("layers", strategy)[0] == 0
+        if strategy.axes("layers") or self.chunks > 1:
+            is_first = (jnp.asarray(shard_index("layers", strategy)[0]) == 0) & (jnp.asarray(chunk) == 0)
             x = jnp.where(is_first, x, jnp.zeros_like(x) if received is None else received)
         return lax.scan(wrapped(repeat), x, arrays)
 
@@ -218,15 +236,35 @@ class Stacked(eqx.Module):
         return eqx.combine(gathering.outer(arrays), static)
 
 
-def stack(model: Mistral) -> Stacked:
-    """Stacks the blocks of a model; `unstack` reverses this."""
+def stack(model: Mistral, chunks: Count = 1) -> Stacked:
+    """Stacks the blocks of a model; `unstack` reverses this.
+
+    **Arguments:**
+
+    - `model`: a model.
+    - `chunks`: where the strategy is going to split `layers` into `S` stages, each stage has so many chunks of
+        consecutive layers: stage `s` has the chunks `s`, `s + S`, and so on, of the `chunks * S` chunks of all.
+
+    **Raises:** `InputError` if the layers cannot be split into so many equal chunks.
+    """
     check_whole(model)
+    chunks = checked(chunks, Count, "chunks")
     blocks = tuple(block for block in model.blocks if isinstance(block, Block))
     kinds = [_kind(block) for block in blocks]
-    count = len(kinds)
-    size = next(size for size in range(1, count + 1) if count % size == 0 and kinds == kinds[:size] * (count // size))
-    pattern = tuple(_joined(blocks[layer::size]) for layer in range(size))
-    return Stacked(dataclasses.replace(model, blocks=()), pattern)
+    count = len(kinds) // chunks
+    sizes = (size for size in range(1, count + 1) if count % size == 0 and kinds == kinds[:size] * (len(kinds) // size))
+    if len(kinds) % chunks or (size := next(sizes, None)) is None:
+        raise InputError(
+            f"The {len(kinds)} layers of the model cannot be split into {chunks} chunks with the same windows; take "
+            "fewer chunks.",
+            key="chunks",
+        )
+    pattern = tuple(
+        _joined(blocks[start + layer : start + count : size])
+        for start in range(0, len(kinds), count)
+        for layer in range(size)
+    )
+    return Stacked(dataclasses.replace(model, blocks=()), pattern, chunks)
 
 
 def unstack(stacked: Stacked) -> Mistral:
@@ -236,8 +274,9 @@ def unstack(stacked: Stacked) -> Mistral:
     """
     blocks = tuple(
         jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat] if eqx.is_array(leaf) else leaf, block)
+        for chunk in range(stacked.chunks)
         for repeat in range(stacked.repeats)
-        for block in stacked.pattern
+        for block in stacked.chunk(chunk)
     )
     model = dataclasses.replace(stacked.outer, blocks=blocks)
     return with_strategy(model, model.strategy.without("layers"))
@@ -249,9 +288,14 @@ def in_stages(stacked: Stacked) -> Mistral:
     It has a block for each layer of a stage, with the arrays of that layer in all stages, so that a loop that decodes
     takes nothing out of a stack. The blocks are copied on the devices, which exchange nothing.
 
-    **Raises:** `InputError` if the strategy does not split `layers`.
+    **Raises:** `InputError` if the strategy does not split `layers`, or the stages have several chunks.
     """
     strategy, mesh = stacked.strategy, stacked.mesh
+    if stacked.chunks > 1:
+        raise InputError(
+            f"The stages have {stacked.chunks} chunks of layers each, between which a token would pass all stages; "
+            "stack the model with chunks=1 to generate in stages."
+        )
     if mesh is None or not strategy.axes("layers"):
         raise InputError(
             f"The strategy {strategy.layout!r} does not split 'layers', so there are no stages; take "
@@ -276,6 +320,11 @@ def _kind(block: Block) -> tuple[PyTree, list[tuple[Any, ...]]]:
 
 def _joined(blocks: tuple[Block, ...]) -> Block:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves) if eqx.is_array(leaves[0]) else leaves[0], *blocks)
+
+
+def _selected(number: Array, chunks: tuple[PyTree, ...]) -> PyTree:
+    """The arrays of one of the chunks, by a number that differs from device to device."""
+    return jax.tree.map(lambda *arrays: lax.select_n(number, *arrays), *chunks)
 
 
 def _embedded(outer: Mistral, ids: Array, gathering: Gathering) -> Array:

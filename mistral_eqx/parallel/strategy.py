@@ -162,6 +162,11 @@ class Strategy:
                     f"{self.layout!r} would cut; split another dimension, or load the model with dtype='float32'."
                 )
             devices = self.parts(dim, mesh)
+            if size % devices and dim == "layers":
+                raise InputError(
+                    f"{name} is stacked over {size} layers or repeats of a pattern, which cannot be split over "
+                    f"{devices} stages; stack the model with fewer chunks, or use fewer devices on that axis."
+                )
             if size % devices:
                 raise InputError(
                     f"{name} is stored in {size} {'unit' if size == 1 else 'units'} along {dim}, which cannot be split "
