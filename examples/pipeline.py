@@ -49,6 +49,9 @@ def main(steps=5, micro_batches=8, seq=64):
             f"{name:10} losses {', '.join(f'{loss:.4f}' for loss in losses[name])} in {seconds:.0f} s, with compiling"
         )
         np.testing.assert_allclose(losses[name], losses["one device"], rtol=1e-4)
+    for name, idle in (("gpipe", stages - 1), ("1f1b", 2 * (stages - 1))):
+        ticks = micro_batches + idle
+        print(f"{name:10} {ticks} ticks, in {idle} of which a stage waits: {idle / ticks:.0%}")
     prompts = [examples[row].inputs[: seq // 2] for row in range(rows)]
     found, expected = (
         mx.generate(model, prompts, max_new_tokens=seq // 4)
@@ -56,9 +59,6 @@ def main(steps=5, micro_batches=8, seq=64):
     )
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     print(f"Generated in stages: {known.decode(found.tokens[0].tolist())!r}")
-    for name, idle in (("gpipe", stages - 1), ("1f1b", 2 * (stages - 1))):
-        ticks = micro_batches + idle
-        print(f"{name:10} {ticks} ticks, in {idle} of which a stage waits: {idle / ticks:.0%}")
 
 
 if __name__ == "__main__":

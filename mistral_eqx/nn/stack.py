@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -249,7 +249,7 @@ def stack(model: Mistral, chunks: Count = 1) -> Stacked:
     """
     check_whole(model)
     chunks = checked(chunks, Count, "chunks")
-    blocks = tuple(block for block in model.blocks if isinstance(block, Block))
+    blocks = cast(tuple[Block, ...], model.blocks)
     kinds = [_kind(block) for block in blocks]
     count = len(kinds) // chunks
     sizes = (size for size in range(1, count + 1) if count % size == 0 and kinds == kinds[:size] * (len(kinds) // size))
