@@ -202,12 +202,12 @@ class Stacked(eqx.Module):
         ids, positions, span = rows
         strategy, dtype, rope = self.strategy, self.outer.dtype, self.config.rope
         context = Context.init(rope, positions, dtype=dtype, strategy=strategy, span=span)
-        chunks = range(chunk, chunk + 1) if isinstance(chunk, int) else range(self.chunks)
-        arrays, (static, *_) = zip(*(eqx.partition(self.chunk(number), eqx.is_array) for number in chunks), strict=True)
+        split = [eqx.partition(self.chunk(number), eqx.is_array) for number in range(self.chunks)]
+        arrays, static = tuple(arrays for arrays, _ in split), split[0][1]
 
         def repeat(x: Array, arrays: tuple[PyTree, ...]) -> tuple[Array, list[RouterSums]]:
             # Here, and not before the scan: the backward pass must not keep the weights of each tick.
-            own = arrays[0] if isinstance(chunk, int) else _selected(chunk, arrays)
+            own = _selected(jnp.asarray(chunk, jnp.int32), arrays) if self.chunks > 1 else arrays[0]
             found = []
             for block in eqx.combine(gathering.blocks(own), static):
                 x, sums = block.with_router_sums(x, context)
