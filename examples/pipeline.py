@@ -1,7 +1,8 @@
 """Differs from pretrain_sharded.py in what is split: the blocks, into stages through which micro-batches pass.
 
 Eight virtual devices: two groups take different rows, and the four devices of a group have one block each. The example
-trains in both schedules, and compares the losses with those of one device.
+trains in both schedules, and compares the losses with those of one device. Then it generates in stages: the rows of a
+group of devices are in four groups, so that each stage always has one.
 """
 
 import dataclasses
@@ -51,6 +52,13 @@ def main(steps=5, micro_batches=8, seq=64):
     for name, idle in (("gpipe", stages - 1), ("1f1b", 2 * (stages - 1))):
         ticks = micro_batches + idle
         print(f"{name:10} {ticks} ticks, in {idle} of which a stage waits: {idle / ticks:.0%}")
+    prompts = [examples[row].inputs[: seq // 2] for row in range(rows)]
+    found, expected = (
+        mx.generate(model, prompts, max_new_tokens=seq // 4)
+        for model in (mx.nn.in_stages(state.model), state.unstacked())
+    )
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    print(f"Generated in stages: {known.decode(found.tokens[0].tolist())!r}")
 
 
 if __name__ == "__main__":

@@ -84,11 +84,12 @@ def _prefill(model, batch, seq, kv_seq, cache_dtype=None):
     return exchanges(read_chunk.lower((model, ids, ids), cache))
 
 
-def _step(model, batch, kv_seq, sampler, cache_dtype=None):
+def _step(model, batch, kv_seq, sampler, cache_dtype=None, cache=None):
     none = jnp.zeros(batch, jnp.int32)
     decoding = Decoding.init(none, none > 0, jr.split(jr.key(0), batch), 8)
     kept = (Flat(model), decoding, sampler, jnp.zeros(2, jnp.int32), jnp.zeros((), jnp.int32))
-    return exchanges(decode.lower(kept, Cache.init(model.config, batch, kv_seq, model.dtype, cache_dtype)))
+    cache = cache or Cache.init(model.config, batch, kv_seq, model.dtype, cache_dtype)
+    return exchanges(decode.lower(kept, cache))
 
 
 @pytest.mark.parametrize(

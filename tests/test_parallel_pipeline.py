@@ -22,7 +22,7 @@ from test_parallel_communication import CONFIG as COUNTED, _counted
 
 import mistral_eqx as mx
 from mistral_eqx import train
-from mistral_eqx.nn import stack, unstack
+from mistral_eqx.nn import in_stages, stack, unstack
 from mistral_eqx.parallel import with_auto_axes, with_strategy
 from mistral_eqx.planning import Training, communication, training_step
 
@@ -30,6 +30,8 @@ from mistral_eqx.planning import Training, communication, training_step
 CONFIG = dataclasses.replace(SMALL, vocab=64, layers=4, windows=(3, None) * 2)
 # A program of half the size.
 PLAIN = dataclasses.replace(CONFIG, layers=2, windows=(None, None))
+CONFIG4 = dataclasses.replace(CONFIG, windows=(None,) * 4)
+DEEP = dataclasses.replace(CONFIG, layers=8, windows=(3, None) * 4)
 ROWS, SEQ = 8, 16
 ONE_BY_ONE = {"schedule": "1f1b"}
 THREE = ("layers@pp batch@dp kv_heads@tp hidden@tp vocab@tp", {"pp": 2, "dp": 2, "tp": 2})
@@ -39,8 +41,8 @@ def _slow(*case):
     return pytest.param(*case, marks=pytest.mark.slow)
 
 
-def _staged(model, layout, axes):
-    return mx.shard(stack(model), mx.make_mesh(axes), mx.Strategy(layout))
+def _staged(model, layout, axes, chunks=1):
+    return mx.shard(stack(model, chunks), mx.make_mesh(axes), mx.Strategy(layout))
 
 
 def _batch(seed):
@@ -60,7 +62,8 @@ def _gradient(model, *, zero=0, **options):
     state, metrics = train.make_step(optimizer, **options)(state, _batch(0))
     stacked = stack(model) if isinstance(model, mx.Mistral) else model
     before, after = (eqx.filter(tree, train.trained(tree)) for tree in (stacked, state.model))
-    return metrics, jax.tree.map(lambda one, other: np.asarray(one) - np.asarray(other), before, after)
+    gradient = jax.tree.map(lambda one, other: jnp.asarray(np.asarray(one) - np.asarray(other)), before, after)
+    return metrics, unstack(eqx.combine(gradient, state.model))
 
 
 @functools.cache
@@ -81,12 +84,19 @@ def _gradient_of_one_device(config):
         _slow(PLAIN, f"{THREE[0]} tokens@tp", THREE[1], {"zero": 2} | ONE_BY_ONE),
         _slow(PLAIN, "layers@a,b batch@dp", {"a": 2, "b": 1, "dp": 2}, {"zero": 3, "accumulate": 2, "remat": "dots"}),
         _slow(PLAIN, "layers@pp embed@tp batch@dp", {"pp": 2, "dp": 2, "tp": 2}, {"remat": "none"} | ONE_BY_ONE),
+        # Two chunks of two layers with different windows, and four of one.
+        _slow(DEEP, *THREE, {"chunks": 2, "zero": 2}),
+        _slow(PLAIN, "layers@a,b", {"a": 1, "b": 1}, {"chunks": 2}),
+        _slow(
+            CONFIG4, "layers@pp tokens@tp kv_heads@tp hidden@tp vocab@tp batch@dp", THREE[1], {"chunks": 2, "zero": 3}
+        ),
     ],
 )
 def test_the_gradient_of_the_training_loss_is_that_of_one_device(config, layout, axes, options):
     metrics, expected = _gradient_of_one_device(config)
+    options = dict(options)
     with precision("float64"):
-        model = _staged(random_model(config, "float64"), layout, axes)
+        model = _staged(random_model(config, "float64"), layout, axes, options.pop("chunks", 1))
         found, gradient = _gradient(model, label_smoothing=0.1, z_loss=1e-3, **options)
         np.testing.assert_allclose(found, metrics, rtol=FLOAT64_BOUND)
         # Weights near 1 have 16 digits, and their gradients near 0.01 then 14.
@@ -123,15 +133,21 @@ def test_twenty_steps_are_those_of_one_device():
 
 
 @pytest.mark.parametrize(
-    ("layout", "axes", "micro_batches"),
-    [("layers@pp vocab@tp", {"pp": 2, "tp": 2}, 2)],
+    ("config", "layout", "axes", "chunks", "micro_batches"),
+    [
+        (CONFIG, "layers@pp vocab@tp", {"pp": 2, "tp": 2}, 1, 2),
+        (CONFIG4, "layers@pp", {"pp": 2}, 2, 4),
+        # As if there were one micro-batch more, and two more.
+        _slow(CONFIG4, "layers@pp", {"pp": 2}, 2, 1),
+        _slow(dataclasses.replace(CONFIG4, layers=6, windows=(None,) * 6), "layers@pp", {"pp": 3}, 2, 4),
+    ],
 )
-def test_logits_are_those_of_one_device(layout, axes, micro_batches):
+def test_logits_are_those_of_one_device(config, layout, axes, chunks, micro_batches):
     with precision("float64"):
-        model = random_model(CONFIG, "float64")
+        model = random_model(config, "float64")
         ids = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab, (ROWS, SEQ)), jnp.int32)
         run = eqx.filter_jit(lambda model, ids, **options: model(ids, **options))
-        found = run(_staged(model, layout, axes), ids, micro_batches=micro_batches)
+        found = run(_staged(model, layout, axes, chunks), ids, micro_batches=micro_batches)
         assert worst_error(found, run(model, ids)) < FLOAT64_BOUND
 
 
@@ -152,7 +168,8 @@ def test_evaluations_adapters_and_the_model_afterwards():
     ids = jnp.asarray(_batch(1).inputs)
     logits = [np.asarray(eqx.filter_jit(one)(ids)) for one in (after, alone)]
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
-    assert worst_error(unstack(stack(alone)), alone) == 0
+    for chunks in (1, 2):
+        assert worst_error(unstack(stack(alone, chunks)), alone) == 0
 
 
 @pytest.mark.slow
@@ -207,8 +224,6 @@ def test_what_has_no_closed_form_is_refused():
         training_step(CONFIG, strategy, axes, batch=8, training=Training(SEQ, 3, accumulate=4))
     with refused("1 micro-batches", "2 stages"):
         training_step(CONFIG, strategy, axes, batch=8, training=Training(SEQ))
-    with refused("generates", "leave 'layers' out"):
-        communication.decoding_step(CONFIG, strategy, axes, batch=8, kv_seq=SEQ)
 
 
 def _ticks(stages, micro_batches, schedule):
@@ -251,8 +266,40 @@ def test_what_a_stage_needs_was_sent_to_it(schedule, stages, micro_batches):
     assert max(kept) == bound
 
 
+def _interleaved(stages, micro_batches, chunks):
+    """For each tick and stage, the micro-batch and the chunk of the forward pass."""
+
+    def own(turn):
+        if not 0 <= turn < micro_batches * chunks:
+            return None
+        first, within = divmod(turn, stages * chunks)
+        return first * stages + within % stages, within // stages
+
+    return [[own(at - stage) for stage in range(stages)] for at in range(micro_batches * chunks + stages - 1)]
+
+
+@pytest.mark.parametrize(("stages", "micro_batches", "chunks"), [(2, 4, 2), (3, 3, 4), (4, 8, 3)])
+def test_what_a_chunk_needs_was_sent_in_the_tick_before(stages, micro_batches, chunks):
+    done = {
+        (stage, *own): number
+        for number, tick in enumerate(_interleaved(stages, micro_batches, chunks))
+        for stage, own in enumerate(tick)
+        if own is not None
+    }
+    assert len(done) == stages * micro_batches * chunks
+    for (stage, micro_batch, chunk), number in done.items():
+        if stage or chunk:
+            # On the ring, the last stage is before the first.
+            source = (stage - 1, micro_batch, chunk) if stage else (stages - 1, micro_batch, chunk - 1)
+            assert done[source] == number - 1
+
+
 def test_the_pictures_of_the_page_are_the_schedules():
     page = (Path(__file__).parents[1] / "docs" / "pipelines.md").read_text()
+    ticks = _interleaved(3, 3, 2)
+    for stage in range(3):
+        cells = ["." if tick[stage] is None else f"{tick[stage][0]}{'ab'[tick[stage][1]]}" for tick in ticks]
+        assert f"    stage {stage}   {''.join(cell.ljust(4) for cell in cells).rstrip()}\n" in page
     for schedule in ("gpipe", "1f1b"):
         ticks = _ticks(3, 4, schedule)
         width = 4 if schedule == "gpipe" else 6
@@ -291,6 +338,13 @@ def test_the_bubble_is_in_the_number_of_ticks():
     step = train.make_step(optax.sgd(1.0), compute_dtype=None, accumulate=micro_batches, schedule="1f1b")
     ticks += stages - 1
     assert _permutes(eqx.filter_jit(step).lower(state, _batch(0))) == (2 * ticks, size)
+    # With two chunks, a tick has half of the work of a stage.
+    stages, chunks = 2, 2
+    state = train.TrainState.init(
+        _staged(small_model(config=config), "layers@pp", {"pp": stages}, chunks), optax.sgd(1.0)
+    )
+    step = train.make_step(optax.sgd(1.0), compute_dtype=None, accumulate=micro_batches)
+    assert _permutes(eqx.filter_jit(step).lower(state, _batch(0))) == (2 * (chunks * micro_batches + stages - 1), size)
 
 
 @pytest.mark.slow
@@ -343,6 +397,20 @@ def test_what_a_pipeline_cannot_do_is_refused():
     optimizer = optax.sgd(1.0)
     with refused("1 micro-batches", "2 stages", "at least 2"):
         train.make_step(optimizer)(train.TrainState.init(staged, optimizer), _batch(0))
+    with refused("4 layers", "3 chunks", "fewer"):
+        stack(model, chunks=3)
+    with refused("4 layers", "4 chunks with the same windows"):
+        stack(model, chunks=4)
+    with refused("over 1 layers or repeats", "2 stages", "fewer chunks"):
+        _staged(model, "layers@pp", {"pp": 2}, 2)
+    chunked = _staged(small_model(config=CONFIG4), "layers@pp", {"pp": 2}, 2)
+    with refused("2 chunks", "chunks=1"):
+        in_stages(chunked)
+    for options in ({"accumulate": 3}, {"accumulate": 4} | ONE_BY_ONE):
+        with refused("2 chunks", "'gpipe'", "multiple of the 2 stages"):
+            train.make_step(optimizer, **options)(train.TrainState.init(chunked, optimizer), _batch(0))
+    with refused("several chunks", "remat='none'"):
+        train.make_step(optimizer, accumulate=2, remat="none")(train.TrainState.init(chunked, optimizer), _batch(0))
     adapted = mx.apply_lora(model, rank=2, alpha=4.0, targets=LINEAR, dropout=0.5, key=jr.key(0))
     state = train.TrainState.init(_staged(adapted, "layers@pp", {"pp": 2}), optimizer)
     with refused("drop no entries", "'layers@pp'", "dropout=0"):

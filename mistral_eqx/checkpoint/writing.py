@@ -19,6 +19,7 @@ from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
 from ..nn import DenseWeight, Mistral
+from ..nn.block import check_whole
 from ..parallel import number_of_first
 from ..quant import FORMATS, GGUF, QUANTIZED, BlockWeight
 from . import hf, mistral, safetensors
@@ -106,6 +107,7 @@ def save(
             "tokenizer with finish=tokenizer.save.",
             key="type" if type is not None else "tokenizer",
         )
+    check_whole(model)
     config = model.config
     nodes = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_weight)[0]
     weights = {layer_path(keys): node for keys, node in nodes if is_weight(node)}

@@ -41,6 +41,7 @@ from ..generation.reading import check_chunk, check_context, place_rows
 from ..generation.request import Request as Call, placed
 from ..lora import with_several
 from ..nn import Cache, Mistral
+from ..nn.block import check_whole
 from ..parallel import broadcast, gather_to_host
 from ..text import AbstractTokenizer, StopText
 from .answer import Answer, Event, Finish, LogProb
@@ -207,6 +208,7 @@ class Engine:
         speculate: PromptLookup | None = None,
     ):
         self._base = checked(model, Mistral, "model")
+        check_whole(model)
         self.adapters = tuple(adapters or ())
         self.model = with_several(model, adapters) if adapters else model
         self.tokenizer = checked(tokenizer, AbstractTokenizer, "tokenizer")

@@ -295,8 +295,8 @@ def extend(kept: tuple[Mistral, Search, Rules, Int[Array | np.ndarray, ""]], cac
 
 def _live(model: Mistral, search: Search, cache: Cache) -> Bool[Array, "batch kv_seq"]:
     live = jnp.any(search.mask, axis=1) & (cache.positions >= 0)
-    windows = [window for block in model.blocks if (window := block.attention.window) is not None]
-    if len(windows) < len(model.blocks):
+    windows = [window for window in model.config.windows if window is not None]
+    if len(windows) < model.config.layers:
         return live
     return live & (search.position[:, None] - cache.positions < max(windows))
 
@@ -401,7 +401,7 @@ def beam_search(
     **Raises:** `ValueError` if an argument is out of its range, or as [`mistral_eqx.generate`][] does for prompts and
     end tokens; if a logit is not finite.
     """
-    checked(model, Mistral, "model", remedy="mistral_eqx.nn.unstack makes one of stacked blocks")
+    checked(model, Mistral, "model", remedy="mistral_eqx.nn.unstack or in_stages makes one")
     if sampler is not None:
         raise InputError("A beam search draws nothing and takes no sampler; leave it out, or use mistral_eqx.generate.")
     num_beams, num_return_sequences = _check_beams(num_beams, num_return_sequences, model.config.vocab)

@@ -24,10 +24,7 @@ def empty_cache(
 
     **Arguments:** as for [`mistral_eqx.nn.Cache`][].
     """
-    num_shards = parts(model, "kv_seq")
-    init = _init_cache(
-        model.config, batch, kv_seq, model.dtype, cache_dtype, chunk, num_shards, model.mesh, model.strategy
-    )
+    init = _init_cache(model.config, batch, kv_seq, model.dtype, cache_dtype, chunk, model.mesh, model.strategy)
     return init()
 
 
@@ -39,13 +36,21 @@ def _init_cache(
     dtype: jnp.dtype,
     cache_dtype: CacheDType | None,
     chunk: int | None,
-    num_shards: int,
     mesh: Mesh | None,
     strategy: Strategy,
 ) -> Callable[[], Cache]:
     platform = None if mesh is None else mesh.devices.flat[0].platform
     init = functools.partial(
-        Cache.init, config, batch, kv_seq, dtype, cache_dtype, platform=platform, chunk=chunk, num_shards=num_shards
+        Cache.init,
+        config,
+        batch,
+        kv_seq,
+        dtype,
+        cache_dtype,
+        platform=platform,
+        chunk=chunk,
+        num_shards=strategy.parts("kv_seq", mesh),
+        stages=strategy.parts("layers", mesh),
     )
     if mesh is None:
         return init

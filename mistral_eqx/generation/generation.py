@@ -107,7 +107,7 @@ def generate(
     forbids every token; if `cache_dtype` is not one of these, or not that of `prefix`; if a draft has another
     vocabulary or is on other devices; if a logit of a row that has not ended is not finite.
     """
-    vocab = checked(model, Mistral, "model", remedy="mistral_eqx.nn.unstack makes one of stacked blocks").config.vocab
+    vocab = checked(model, Mistral, "model", remedy="mistral_eqx.nn.unstack or in_stages makes one").config.vocab
     # A prefix has the beginning of sequence, which a tokenizer would write again.
     rows = checked_prompts(prompts, vocab, tokenizer if prefix is None else None)
     request = Request.init(

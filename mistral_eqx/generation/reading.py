@@ -18,7 +18,7 @@ CHUNK = 512
 
 @eqx.filter_jit(donate="all-except-first")
 def read_chunk(
-    kept: tuple[Mistral, Int[Array, "batch seq"], Int[Array, "batch seq"]], cache: Cache
+    kept: tuple[Mistral, Int[Array, "batch seq"], Int[Array, "batch seq"]], cache: Cache, parts: int = 1
 ) -> tuple[Array, Cache]:
     """Reads tokens into the cache.
 
@@ -26,13 +26,14 @@ def read_chunk(
 
     - `kept`: the model, token ids and their positions (-1 for padding).
     - `cache`: donated; it must have as many free slots as there are columns of ids.
+    - `parts`: as for `Mistral.prefill`.
 
     **Returns:** the logits after the last column, shape `(batch, vocab)`, and the cache.
     """
     model, ids, positions = kept
 
     def forward(model: Mistral, ids: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
-        hidden, cache = model.prefill(ids, positions, cache)
+        hidden, cache = model.prefill(ids, positions, cache, parts)
         return model.logits(hidden)[:, 0], cache
 
     strategy = model.strategy
@@ -45,6 +46,10 @@ def read_chunks(
     model: Mistral, ids: Int[np.ndarray, "rows seq"], positions: Int[np.ndarray, "rows seq"], cache: Cache, chunk: int
 ) -> tuple[Array, Cache]:
     """Reads tokens into a cache, at most `chunk` columns at a time, and returns the last logits and the cache."""
+    if model.strategy.axes("layers"):
+        # Chunks follow one another through the stages in one pass.
+        count = next(count for count in range(-(-ids.shape[1] // chunk), ids.shape[1] + 1) if not ids.shape[1] % count)
+        return read_chunk((model, place_rows(model, ids), place_rows(model, positions)), cache, count)
     # Devices that share the tokens of a pass hold a chunk each.
     chunk *= model.prefill_devices(cache)
     *earlier, last = (slice(start, start + chunk) for start in range(0, ids.shape[1], chunk))

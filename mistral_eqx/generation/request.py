@@ -25,6 +25,7 @@ from .clock import clock_of
 from .finite import not_finite
 from .flat import Flat
 from .guided import Allowed, Grammar, Guides, grammars_of, without_grammars
+from .in_flight import decode_in_groups
 from .loop import Decoding, decode, first_tokens, grow_state
 from .prefix import Prefix, checked_prefix
 from .processors import MinNewTokens
@@ -280,6 +281,9 @@ class Request:
         """
         if isinstance(cache, Speculation):
             return self._speculate(decoding, cache, until)
+        stages, rows = parts(self.model, "layers"), decoding.token.shape[0] // parts(self.model, "batch")
+        # Groups of rows that are in flight leave the stages in one more round, which one token is not worth.
+        in_groups = stages > 1 and rows % stages == 0 and until - int(decoding.step) > 1
         while decoding.unfinished and (step := int(decoding.step)) < until:
             used, room = int(cache.used), holds(self.model, cache.kv_seq)
             if used == room:
@@ -288,7 +292,8 @@ class Request:
                 decoding = grow_state(self.model, decoding, cache.kv_seq)
             # The last token is not in the cache yet, so each slot gives one more.
             target = np.asarray(min(until, step + room - used), np.int32)
-            decoding, cache = decode((self._flat, decoding, self.sampler, self.ends, target), cache)
+            kept = self._flat, decoding, self.sampler, self.ends, target
+            decoding, cache = decode_in_groups(kept, cache) if in_groups else decode(kept, cache)
             self._check(decoding)
         return decoding, cache
 

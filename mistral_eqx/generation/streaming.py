@@ -83,7 +83,7 @@ def stream(
 
     **Raises:** `ValueError` as `generate` does, at the call.
     """
-    vocab = checked(model, Mistral, "model", remedy="mistral_eqx.nn.unstack makes one of stacked blocks").config.vocab
+    vocab = checked(model, Mistral, "model", remedy="mistral_eqx.nn.unstack or in_stages makes one").config.vocab
     # A prefix has the beginning of sequence, which a tokenizer would write again.
     rows = checked_prompts(prompts, vocab, tokenizer if prefix is None else None)
     request = Request.init(

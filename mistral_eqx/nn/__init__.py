@@ -1,5 +1,5 @@
 from .attention import Attention as Attention
-from .block import Block as Block
+from .block import Block as Block, StagedBlock as StagedBlock
 from .buffer import Buffer as Buffer
 from .cache import (
     AbstractLayerCache as AbstractLayerCache,
@@ -19,8 +19,18 @@ from .linear import Linear as Linear
 from .mask import Span as Span, attention_mask as attention_mask
 from .model import Mistral as Mistral
 from .norm import RMSNorm as RMSNorm
-from .pipeline import one_forward_one_backward as one_forward_one_backward, pipelined as pipelined
+from .pipeline import (
+    in_turn as in_turn,
+    one_forward_one_backward as one_forward_one_backward,
+    pipelined as pipelined,
+)
 from .rotary import Rotation as Rotation
 from .router_sums import RouterSums as RouterSums
-from .stack import Gathering as Gathering, Stacked as Stacked, stack as stack, unstack as unstack
+from .stack import (
+    Gathering as Gathering,
+    Stacked as Stacked,
+    in_stages as in_stages,
+    stack as stack,
+    unstack as unstack,
+)
 from .weight import AbstractWeight as AbstractWeight, DenseWeight as DenseWeight

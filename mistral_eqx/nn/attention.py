@@ -3,6 +3,7 @@
 import functools
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -70,7 +71,7 @@ class Attention(eqx.Module):
         key_index, codes = context.key_index, None
         if cache is not None:
             cache, k, v, key_index = cache.extend(k, v, context)
-            codes = None if context.splits_seq else cache.codes
+            codes = None if context.splits_seq else jax.tree.map(context.own_rows, cache.codes)
 
         def attended(keys: tuple[Array, ...], key_index: Array) -> tuple[Array, Array]:
             k, v = keys

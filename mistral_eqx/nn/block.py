@@ -1,9 +1,11 @@
 """One layer of the model."""
 
 import equinox as eqx
-from jaxtyping import Array, Float
+import jax
+from jaxtyping import Array, Float, PyTree
 
-from ..parallel import all_tokens, own_tokens
+from ..errors import InputError
+from ..parallel import LEADING, all_tokens, own_tokens
 from .attention import Attention
 from .cache import AbstractLayerCache
 from .context import Context
@@ -57,3 +59,34 @@ class Block(eqx.Module):
     ) -> tuple[Array, AbstractLayerCache | None]:
         mixed, cache = self.attention(self.attention_norm(x), context, cache)
         return x + mixed, cache
+
+
+class StagedBlock(eqx.Module):
+    """One block of each stage of a pipeline, of which a device has that of its stage.
+
+    **Attributes:**
+
+    - `block`: these blocks, stacked.
+    """
+
+    block: Block = eqx.field(metadata={LEADING: "layers "})
+
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens embed"],
+        context: Context,
+        cache: AbstractLayerCache | None = None,
+    ) -> tuple[Float[Array, "batch tokens embed"], AbstractLayerCache | None]:
+        """Applies the block of this device, inside `shard_map`."""
+        own = jax.tree.map(lambda leaf: leaf[0] if eqx.is_array(leaf) else leaf, self.block)
+        return own(x, context, cache)
+
+
+def check_whole(model: PyTree):
+    """Refuses a model whose blocks are in stages, for what needs all layers one by one."""
+    nodes = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, StagedBlock))
+    if any(isinstance(node, StagedBlock) for node in nodes):
+        raise InputError(
+            "The model is one of mistral_eqx.nn.in_stages, whose blocks cannot be changed, saved or served; give "
+            "mistral_eqx.nn.unstack of the stacked model in its place."
+        )

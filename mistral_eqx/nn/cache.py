@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from ..checks import CacheDType, checked
 from ..config import MistralConfig
 from ..errors import InputError
-from ..parallel import AbstractNamed
+from ..parallel import LEADING, AbstractNamed
 from .buffer import Buffer
 from .context import Context
 from .kernels import Codes
@@ -109,10 +109,11 @@ class FullCache(AbstractLayerCache):
 
     def extend(self, k: New, v: New, context: Context) -> tuple["FullCache", Array, Array, Array]:
         def write(x: Array, new: Array) -> Array:
-            return lax.dynamic_update_slice_in_dim(x, new, context.own_slot, axis=2)
+            return context.put(x, new, context.own_slot)
 
         cache = FullCache(*self.written(k, v, write, context))
-        return cache, cache.k, cache.v, context.key_index
+        own = jax.tree.map(context.own_rows, cache)
+        return cache, own.k, own.v, context.key_index
 
     def grow(self, kv_seq: int) -> "FullCache":
         return FullCache(self.k_buffer.grow(kv_seq), self.v_buffer.grow(kv_seq))
@@ -143,12 +144,13 @@ class WindowCache(AbstractLayerCache):
         def write(x: Array, new: Array) -> Array:
             slot, count = context.own_slot, new.shape[2]
             if count == 1:
-                return lax.dynamic_update_slice_in_dim(x, new, slot % self.slots, axis=2)
+                return context.put(x, new, slot % self.slots)
             slots = (slot + jnp.arange(count, dtype=slot.dtype)) % self.slots
             return x.at[:, :, slots].set(new, unique_indices=True)
 
         cache = WindowCache(*self.written(k, v, write, context), self.limit)
-        return cache, cache.k, cache.v, self._newest(context.key_index, context.own_used)
+        own = jax.tree.map(context.own_rows, cache)
+        return cache, own.k, own.v, self._newest(context.key_index, context.own_used)
 
     def grow(self, kv_seq: int) -> "WindowCache":
         slots = min(kv_seq, self.limit)
@@ -204,12 +206,13 @@ class Cache(eqx.Module):
 
     **Attributes:**
 
-    - `layers`: one cache for each layer, so that each is updated in place.
+    - `layers`: one cache for each layer, so that each is updated in place. Where the strategy splits `layers`, one for
+        each layer of a stage: it has the rows of the first stage's layer, then those of the second's, and so on.
     - `positions`: the position of the token in each slot, -1 in a slot without a token, shape `(batch, kv_seq)`.
     - `used`: the first free slot.
     """
 
-    layers: tuple[AbstractLayerCache, ...]
+    layers: tuple[AbstractLayerCache, ...] = eqx.field(metadata={LEADING: "layers+"})
     positions: Int[Array, "batch kv_seq"]
     used: Int[Array, ""]
 
@@ -225,6 +228,7 @@ class Cache(eqx.Module):
         platform: str | None = None,
         chunk: int | None = None,
         num_shards: int = 1,
+        stages: int = 1,
     ) -> "Cache":
         """An empty cache.
 
@@ -241,22 +245,23 @@ class Cache(eqx.Module):
         - `chunk`: the largest number of tokens in one forward pass. If given, each layer with a window gets a
             [`mistral_eqx.nn.WindowCache`][], and rows may have padding only before their sequence.
         - `num_shards`: the number of devices over which `kv_seq` is going to be split.
+        - `stages`: the number of devices over which `layers` is going to be split.
         """
         checked(cache_dtype, CacheDType | None, "cache_dtype")
 
         def layer(window: int | None) -> AbstractLayerCache:
             if (latent := config.latent) is not None:
-                shape = batch, 1, kv_seq, latent.cached
+                shape = stages * batch, 1, kv_seq, latent.cached
                 return LatentCache(Buffer.init(shape, dtype, cache_dtype, platform=platform))
             limit = None if window is None or chunk is None else window_slots(window, chunk, num_shards)
             slots = kv_seq if limit is None else min(kv_seq, limit * num_shards)
-            shape = batch, config.kv_heads, slots, config.head_dim
+            shape = stages * batch, config.kv_heads, slots, config.head_dim
             # Two buffers, not one twice: both are donated to the loop that updates them.
             k, v = (Buffer.init(shape, dtype, cache_dtype, platform=platform) for _ in range(2))
             return FullCache(k, v) if limit is None else WindowCache(k, v, limit)
 
         return cls(
-            tuple(layer(window) for window in config.windows),
+            tuple(layer(window) for window in config.windows[: config.layers // stages]),
             jnp.full((batch, kv_seq), -1, jnp.int32),
             jnp.zeros((), jnp.int32),
         )

@@ -34,6 +34,7 @@ class Context(eqx.Module):
     - `strategy`: which dimensions are split over which axes of the mesh.
     - `splits_seq`: whether each device computes its own tokens of this pass only, and keeps their keys. A pass with a
         `mask` computes all tokens on all devices that split `seq`, and so does one with a cache unless it `prefills`.
+    - `row`: the first row of this pass in caches that have more rows; `None` if they have the rows of this pass.
     """
 
     query_rotation: Rotation
@@ -46,6 +47,7 @@ class Context(eqx.Module):
     span: Span | None
     strategy: Strategy
     splits_seq: bool = eqx.field(static=True)
+    row: Int[Array, ""] | None = None
 
     @classmethod
     def init(
@@ -59,6 +61,7 @@ class Context(eqx.Module):
         mask: Bool[Array, "batch seq kv_seq"] | None = None,
         span: Span | None = None,
         prefills: bool = False,
+        row: Int[Array, ""] | None = None,
     ) -> "Context":
         """The context of a pass.
 
@@ -68,8 +71,8 @@ class Context(eqx.Module):
         - `positions`: the position of each token in the row's sequence, -1 for padding. Like `span`, it has the tokens
             of all devices that split `seq`.
         - `dtype`: the precision of the activations.
-        - `strategy`, `mask`, `span`: see the attributes.
-        - `cached`: the cache's `positions` and `used`, before this pass.
+        - `strategy`, `mask`, `span`, `row`: see the attributes.
+        - `cached`: the cache's `positions` and `used`, before this pass, for the rows of this pass.
         - `prefills`: whether a pass with a cache splits `seq` too.
         """
         seq = positions.shape[1]
@@ -91,7 +94,8 @@ class Context(eqx.Module):
         rotation = Rotation.init(rope, positions, dtype, strategy)
         query_rotation = rotation.of_queries(rope.query_scaling, positions)
         scale = query_scale(rope.query_scaling, positions, dtype)
-        return cls(query_rotation, rotation, scale, query_index, key_index, slot, mask, span, strategy, splits_seq)
+        masks = query_index, key_index, slot, mask, span
+        return cls(query_rotation, rotation, scale, *masks, strategy, splits_seq, row)
 
     @property
     def seq(self) -> int:
@@ -115,6 +119,19 @@ class Context(eqx.Module):
     def own(self, x: Float[Array, "batch kv_heads seq head_dim"]) -> Float[Array, "batch kv_heads own head_dim"]:
         """The keys or values of the tokens that this device keeps."""
         return x if self.splits_seq else own_slots(x, self.slot, self.strategy, axis=2)
+
+    def put(self, x: Array, new: Array, slot: Int[Array, ""]) -> Array:
+        """An array `(batch, kv_heads, kv_seq, ...)` of a cache with what this pass adds, from a slot on."""
+        if self.row is None:
+            return lax.dynamic_update_slice_in_dim(x, new, slot, axis=2)
+        zero = jnp.zeros_like(slot)
+        return lax.dynamic_update_slice(x, new, (self.row, zero, slot, zero)[: x.ndim])
+
+    def own_rows(self, x: Array) -> Array:
+        """The rows of this pass of an array of a cache."""
+        if self.row is None:
+            return x
+        return lax.dynamic_slice_in_dim(x, self.row, self.query_index.shape[0], axis=0)
 
     def bounds(self, window: int | None) -> tuple[Int[Array, "batch seq"], Int[Array, "batch seq"]]:
         """The first and the last key index that each query attends to in a layer with this window."""

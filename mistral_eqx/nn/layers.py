@@ -6,6 +6,7 @@ from typing import TypeGuard, TypeVar
 import jax
 from jaxtyping import PyTree
 
+from .block import check_whole
 from .embedding import Embedding, Unembedding
 from .experts import ExpertLinear
 from .linear import Linear
@@ -23,6 +24,7 @@ def adaptable_layers(model: PyTree) -> dict[str, AdaptableLayer]:
 
 def quantizable_layers(model: PyTree) -> dict[str, QuantizableLayer]:
     """The adaptable layers and those of experts, by their path."""
+    check_whole(model)
     nodes = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_quantizable)[0]
     return {_path(keys): node for keys, node in nodes if _is_quantizable(node)}
 
@@ -36,6 +38,7 @@ def map_layers(change: Callable[[str, AdaptableLayer], AdaptableLayer], model: T
 
 def map_quantizable(change: Callable[[str, QuantizableLayer], QuantizableLayer], model: Tree) -> Tree:
     """The model with each layer that can be quantized replaced by `change` of its path and itself."""
+    check_whole(model)
     return jax.tree_util.tree_map_with_path(
         lambda keys, node: change(_path(keys), node) if _is_quantizable(node) else node, model, is_leaf=_is_quantizable
     )

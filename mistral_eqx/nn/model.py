@@ -1,12 +1,14 @@
 """The language model."""
 
 import dataclasses
+import functools
 import math
-from typing import overload
+from typing import Any, overload
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
+from jax import lax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -15,10 +17,22 @@ from ..arguments import check_key, float_dtype
 from ..checks import checked
 from ..config import Latent, MistralConfig, Routing
 from ..errors import InputError
-from ..parallel import SINGLE, Strategy, all_tokens, entered, in_order, last_token, pmax, specs, spmd
+from ..parallel import (
+    SINGLE,
+    Strategy,
+    all_tokens,
+    entered,
+    from_last_stage,
+    in_order,
+    last_token,
+    pmax,
+    shard_index,
+    specs,
+    spmd,
+)
 from .attention import Attention
-from .block import Block
-from .cache import Cache
+from .block import Block, StagedBlock
+from .cache import AbstractLayerCache, Cache
 from .context import Context
 from .embedding import Embedding, Unembedding
 from .experts import ExpertLinear, Experts, Router
@@ -27,7 +41,11 @@ from .latent_attention import LatentAttention
 from .linear import Linear
 from .mask import Span
 from .norm import RMSNorm
+from .pipeline import in_turn
 from .weight import DenseWeight
+
+
+Layers = tuple[AbstractLayerCache | None, ...]
 
 
 class Mistral(eqx.Module):
@@ -40,7 +58,8 @@ class Mistral(eqx.Module):
 
     **Attributes:**
 
-    - `embedding`, `blocks`, `norm`: the layers, in the order in which they are applied.
+    - `embedding`, `blocks`, `norm`: the layers, in the order in which they are applied. Where the strategy splits
+        `layers`, the blocks are those of a stage ([`mistral_eqx.nn.in_stages`][]).
     - `head`: the output head, or `None` if it is the embedding table.
     - `config`: the sizes of the whole model, for checks and for writing it to a file. The layers use only `config.rope`
         of it: inside `shard_map`, every size comes from this device's arrays.
@@ -49,7 +68,7 @@ class Mistral(eqx.Module):
     """
 
     embedding: Embedding
-    blocks: tuple[Block, ...]
+    blocks: tuple[Block | StagedBlock, ...]
     norm: RMSNorm
     head: Unembedding | None
     config: MistralConfig = eqx.field(static=True)
@@ -208,17 +227,27 @@ class Mistral(eqx.Module):
         return spmd(_hidden, self.mesh, in_specs, out_specs)(self, ids, positions, cache, mask, span)
 
     def prefill(
-        self, ids: Int[Array, "batch seq"], positions: Int[Array, "batch seq"], cache: Cache
+        self, ids: Int[Array, "batch seq"], positions: Int[Array, "batch seq"], cache: Cache, parts: int = 1
     ) -> tuple[Float[Array, "batch 1 embed"], Cache]:
         """What `hidden` returns with a cache, of the last token alone.
 
         If `seq` is a multiple of twice `prefill_devices`, each of these devices computes its share of the tokens, and
         keeps their keys and values. Otherwise, all devices compute all tokens.
+
+        **Arguments:**
+
+        - `ids`, `positions`, `cache`: as for `hidden`.
+        - `parts`: the number of equal parts of the columns that pass through the stages one after another, where the
+            strategy splits `layers`.
         """
         self._check_rows(ids)
+        if ids.shape[1] % parts:
+            raise InputError(f"{ids.shape[1]} columns cannot be split into {parts} equal parts; give another number.")
         rows, layers = self.strategy.spec("batch"), specs(cache, self.strategy)
-        in_specs, out_specs = (specs(self, self.strategy), rows, rows, layers), (self.strategy.spec("batch"), layers)
-        return spmd(_prefill, self.mesh, in_specs, out_specs)(self, ids, positions, cache)
+        in_specs = specs(self, self.strategy), rows, rows, layers
+        out_specs = self.strategy.spec("batch _ embed"), layers
+        run = functools.partial(_prefill, parts=parts)
+        return spmd(run, self.mesh, in_specs, out_specs)(self, ids, positions, cache)
 
     def prefill_devices(self, cache: Cache) -> int:
         """The number of devices that can share the tokens of `prefill`: those that split both `seq` and `kv_seq`, or 1.
@@ -240,11 +269,42 @@ class Mistral(eqx.Module):
         in_specs = specs(self, self.strategy), self.strategy.spec(f"batch {seq} embed")
         return spmd(forward, self.mesh, in_specs, self.strategy.spec(f"batch {seq} vocab"))(self, hidden)
 
+    def stage(
+        self,
+        received: Float[Array, "batch tokens embed"] | None,
+        ids: Int[Array, "batch seq"],
+        context: Context,
+        layers: Layers,
+    ) -> tuple[Float[Array, "batch tokens embed"], Any]:
+        """The residual stream after the blocks of this device, and their caches, inside `shard_map`.
 
-def _prefill(model: Mistral, ids: Array, positions: Array, cache: Cache) -> tuple[Array, Cache | None]:
+        **Arguments:**
+
+        - `received`: the stream after the blocks of the stage before; without it, zeros. The first stage begins with
+            the embedded tokens.
+        - `ids`, `context`: of this pass.
+        - `layers`: the caches of these blocks, or `None` for each.
+        """
+        x = self.embedding(ids)
+        is_first = shard_index("layers", self.strategy)[0] == 0
+        x = jnp.where(is_first, x, jnp.zeros_like(x) if received is None else received)
+        return self.through(x, context, layers)
+
+    def through(
+        self, x: Float[Array, "batch tokens embed"], context: Context, layers: Layers
+    ) -> tuple[Float[Array, "batch tokens embed"], Any]:
+        """What `stage` returns, from the stream before the first of the blocks."""
+        extended = []
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x, layer = block(x, context, layer)
+            extended.append(layer)
+        return x, tuple(extended)
+
+
+def _prefill(model: Mistral, ids: Array, positions: Array, cache: Cache, *, parts: int) -> tuple[Array, Cache | None]:
     devices = model.prefill_devices(cache)
     splits = devices > 1 and ids.shape[1] % (2 * devices) == 0
-    hidden, extended = _hidden(model, ids, positions, cache, None, None, prefills=splits)
+    hidden, extended = _hidden(model, ids, positions, cache, None, None, prefills=splits, parts=parts)
     return last_token(hidden, model.strategy) if splits else hidden[:, -1:], extended
 
 
@@ -257,7 +317,9 @@ def _hidden(
     span: Span | None,
     *,
     prefills: bool = False,
+    parts: int = 1,
 ) -> tuple[Array, Cache | None]:
+    """The result of `Mistral.hidden`; where several parts pass through stages, that of the last part alone."""
     strategy, seq = model.strategy, ids.shape[1]
     if positions is None:
         start = jnp.zeros(ids.shape[0], jnp.int32)
@@ -276,15 +338,40 @@ def _hidden(
         span=span,
         prefills=prefills,
     )
-    x = model.embedding(context.own_ids(ids))
-    layers = []
-    for block, layer in zip(model.blocks, (None,) * len(model.blocks) if cache is None else cache.layers, strict=True):
-        x, layer = block(x, context, layer)
-        layers.append(layer)
+    layers, own = (None,) * len(model.blocks) if cache is None else cache.layers, context.seq
+    if strategy.axes("layers"):
+        x, layers = _in_stages(model, ids, positions, context, layers, parts)
+        own //= parts
+    else:
+        x, layers = model.through(model.embedding(context.own_ids(ids)), context, layers)
     if cache is not None:
-        cache = Cache(tuple(layers), context.key_index, context.slot + seq)
-    hidden = all_tokens(model.norm(x), context.seq, strategy, to="invarying")
+        cache = Cache(layers, context.key_index, context.slot + seq)
+    hidden = all_tokens(model.norm(x), own, strategy, to="invarying")
     return in_order(hidden, strategy) if context.splits_seq and not prefills else hidden, cache
+
+
+def _in_stages(
+    model: Mistral, ids: Array, positions: Array, whole: Context, layers: Layers, parts: int
+) -> tuple[Array, Any]:
+    """What `Mistral.stage` returns on the last stage, for the last of so many parts, on all stages.
+
+    **Arguments:**
+
+    - `whole`: the context of all parts together. A part that has not come yet has its positions there, which no earlier
+        token attends to.
+    """
+    strategy, columns = model.strategy, ids.shape[1] // parts
+
+    def stage(received: Array | None, number: Array, layers: Layers) -> tuple[Array, Any]:
+        own, context = ids, whole
+        if parts > 1:
+            own, at = (lax.dynamic_slice_in_dim(x, number * columns, columns, axis=1) for x in (ids, positions))
+            cached = whole.key_index, whole.slot + number * columns
+            context = Context.init(model.config.rope, at, dtype=model.dtype, strategy=strategy, cached=cached)
+        return model.stage(received, own, context, layers)
+
+    x, layers = in_turn(stage, layers, parts, strategy)
+    return from_last_stage(x, strategy), layers
 
 
 def _block(config: MistralConfig, layer: int, key: PRNGKeyArray, dtype: DTypeLike, strategy: Strategy) -> Block:

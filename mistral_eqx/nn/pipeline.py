@@ -8,42 +8,58 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, PyTree
 
-from ..parallel import Strategy, next_stage, shard_index, vary
+from ..parallel import Strategy, next_stage, send_on, shard_index, vary
 
 
 Sums = TypeVar("Sums")
+State = TypeVar("State")
 
 
 def pipelined(
-    stage: Callable[[Array | None, PyTree[Array]], Array],
+    stage: Callable[[Array | None, PyTree[Array], Array | int], Array],
     rows: PyTree[Array],
     micro_batches: int,
     strategy: Strategy,
+    chunks: int = 1,
 ) -> Array:
     """Passes rows through all stages, which split `layers` ([GPipe](https://arxiv.org/abs/1811.06965)).
 
     In tick `t`, stage `s` computes micro-batch `t - s`. So there are `micro_batches + stages - 1` ticks, and each
     begins with one exchange. In its other ticks, a stage computes something that is not used.
 
+    With several chunks of layers, a micro-batch passes all stages once for each chunk, on a ring
+    ([Narayanan et al., 2021](https://arxiv.org/abs/2104.04473)). As many micro-batches as there are stages follow one
+    another on the ring, chunk after chunk, and then as many others. So there are `chunks * micro_batches + stages - 1`
+    ticks, each with `1 / chunks` of the work; for `micro_batches`, take the next multiple of the stages.
+
     **Arguments:**
 
-    - `stage`: computes the activations after this device's blocks, from those of the stage before and from the rows
-        of a micro-batch. The first stage ignores the former.
+    - `stage`: computes the activations after this device's blocks of a chunk, from those of the stage before, the rows
+        of a micro-batch, and the number of the chunk. The first stage ignores the activations for the first chunk.
     - `rows`: arrays with one entry per row, which all stages have.
     - `micro_batches`: the number of equal parts of the rows.
+    - `chunks`: the number of chunks of each stage.
 
     **Returns:** the activations of all rows after this device's blocks: on the last stage, those of the last block.
     """
     number, stages = shard_index("layers", strategy)
     parts = micro_batched(rows, micro_batches)
+    together = stages if chunks > 1 else 1
+    turns = -(-micro_batches // together) * together * chunks
 
     def tick(sent: Array, at: Int[Array, ""]) -> tuple[Array, Array]:
-        x = stage(next_stage(sent, strategy), taken(parts, at - number))
+        turn = at - number
+        first, within = turn // (together * chunks) * together, turn % (together * chunks)
+        received = send_on(sent, 1, strategy, dims="layers") if chunks > 1 else next_stage(sent, strategy)
+        x = stage(received, taken(parts, first + within % together), within // together if chunks > 1 else 0)
         return x, x
 
-    _, outputs = lax.scan(tick, nothing_sent(stage, parts), jnp.arange(micro_batches + stages - 1, dtype=jnp.int32))
+    nothing = nothing_sent(lambda received, rows: stage(received, rows, 0), parts)
+    _, outputs = lax.scan(tick, nothing, jnp.arange(turns + stages - 1, dtype=jnp.int32))
     # The last stage has the first micro-batch in tick `stages - 1`.
-    return outputs[stages - 1 :].reshape(-1, *outputs.shape[2:])
+    outputs = outputs[stages - 1 :].reshape(-1, chunks, together, *outputs.shape[1:])[:, -1]
+    outputs = outputs.reshape(-1, *outputs.shape[2:])[:micro_batches]
+    return outputs.reshape(-1, *outputs.shape[2:])
 
 
 def one_forward_one_backward(
@@ -61,7 +77,7 @@ def one_forward_one_backward(
 
     **Arguments:**
 
-    - `forward`: as `stage` of [`mistral_eqx.nn.pipelined`][].
+    - `forward`: as `stage` of [`mistral_eqx.nn.pipelined`][], for one chunk.
     - `backward`: takes sums, what the stage received, the rows of a micro-batch, the gradient of the stage's
         activations, and whether there is such a micro-batch: if not, it adds zeros, and that gradient is zero. It
         returns the sums, and the gradient of what the stage received.
@@ -93,6 +109,43 @@ def one_forward_one_backward(
     return sums
 
 
+def in_turn(
+    stage: Callable[[Array | None, Int[Array, ""], State], tuple[Array, State]],
+    state: State,
+    parts: int,
+    strategy: Strategy,
+) -> tuple[Array, State]:
+    """Passes the parts of a sequence through all stages, of which each has a state, such as the caches of its layers.
+
+    In tick `t`, stage `s` computes part `t - s`. So there are `parts + stages - 1` ticks, and each begins with one
+    exchange. A stage without a part computes the first part before that has come, and the last part again after it.
+    It needs no mask: what it writes before is overwritten, and what it writes again is the same.
+
+    **Arguments:**
+
+    - `stage`: computes the activations after this device's blocks, from those of the stage before, the number of the
+        part, and the state. To compute a part twice must leave the state as computing it once does.
+    - `state`: that before the first part.
+    - `parts`: the number of parts.
+
+    **Returns:** the activations of the last part, which are right on the last stage alone, and the state.
+    """
+    number, stages = shard_index("layers", strategy)
+    zero = jnp.zeros((), jnp.int32)
+    nothing = zeros_like(jax.eval_shape(lambda state: stage(None, zero, state)[0], state))
+
+    def tick(carry: tuple[Array, Array, State], at: Int[Array, ""]) -> tuple[tuple[Array, Array, State], None]:
+        sent, received, state = carry
+        own = at - number
+        received = jnp.where((own >= 0) & (own < parts), next_stage(sent, strategy), received)
+        x, state = stage(received, jnp.clip(own, 0, parts - 1), state)
+        return (x, received, state), None
+
+    ticks = jnp.arange(parts + stages - 1, dtype=jnp.int32)
+    (x, _, state), _ = lax.scan(tick, (nothing, nothing, state), ticks)
+    return x, state
+
+
 def micro_batched(rows: PyTree[Array], micro_batches: int) -> PyTree[Array]:
     """Rows in equal parts, along a new first axis."""
     return jax.tree.map(lambda leaf: leaf.reshape(micro_batches, -1, *leaf.shape[1:]), rows)
@@ -107,5 +160,9 @@ def taken(parts: PyTree[Array], at: Array) -> PyTree[Array]:
 
 def nothing_sent(stage: Callable[[Array | None, PyTree[Array]], Array], parts: PyTree[Array]) -> Array:
     """Zeros in place of what is sent before the first tick."""
-    like = jax.eval_shape(lambda parts: stage(None, jax.tree.map(lambda leaf: leaf[0], parts)), parts)
+    return zeros_like(jax.eval_shape(lambda parts: stage(None, jax.tree.map(lambda leaf: leaf[0], parts)), parts))
+
+
+def zeros_like(like: jax.ShapeDtypeStruct) -> Array:
+    """Zeros of a shape, which vary along the same mesh axes."""
     return vary(jnp.zeros(like.shape, like.dtype), sorted(like.manual_axis_type.varying))

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -13,20 +13,22 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
+from ..checks import Count, checked
 from ..config import MistralConfig
+from ..errors import InputError
 from ..parallel import (
     LEADING,
     Strategy,
     all_tokens,
+    from_last_stage,
     in_order,
-    of_last_stage,
     psum,
     shard_index,
     specs,
     spmd,
     with_strategy,
 )
-from .block import Block
+from .block import Block, StagedBlock, check_whole
 from .context import Context
 from .embedding import Unembedding
 from .mask import Span
@@ -60,11 +62,14 @@ class Stacked(eqx.Module):
     **Attributes:**
 
     - `outer`: the model without its blocks.
-    - `pattern`: the blocks of the layer pattern, each stacked over all repeats.
+    - `pattern`: the blocks of the layer pattern, each stacked over all repeats; with several `chunks`, those of the
+        first chunk, then those of the second, and so on.
+    - `chunks`: the number of equal chunks of consecutive layers, of which each is split over all stages.
     """
 
     outer: Mistral
     pattern: tuple[Block, ...] = eqx.field(metadata={LEADING: "layers "})
+    chunks: int = eqx.field(static=True, default=1)
 
     @property
     def config(self) -> MistralConfig:
@@ -83,12 +88,17 @@ class Stacked(eqx.Module):
 
     @property
     def repeats(self) -> int:
-        """The number of repeats of the layer pattern; inside `shard_map`, of those on this device."""
+        """The number of repeats of the layer pattern in a chunk; inside `shard_map`, of those on this device."""
         return jax.tree.leaves(eqx.filter(self.pattern, eqx.is_array))[0].shape[0]
+
+    def chunk(self, number: int) -> tuple[Block, ...]:
+        """The blocks of the layer pattern, stacked over the repeats in a chunk."""
+        size = len(self.pattern) // self.chunks
+        return self.pattern[number * size : (number + 1) * size]
 
     def on_mesh(self, mesh: Mesh) -> "Stacked":
         """This model, whose arrays were put on a mesh, with that mesh."""
-        return Stacked(self.outer.on_mesh(mesh), self.pattern)
+        return dataclasses.replace(self, outer=self.outer.on_mesh(mesh))
 
     def __call__(self, ids: Int[Array, "batch seq"], *, micro_batches: int = 1) -> Float[Array, "batch seq vocab"]:
         """The logits of the token after each of `ids`, as [`mistral_eqx.nn.Mistral`][] computes them.
@@ -103,7 +113,7 @@ class Stacked(eqx.Module):
         def forward(model: Stacked, ids: Array) -> Array:
             columns = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
             hidden = model.hidden(ids, columns, Span(), micro_batches=micro_batches)
-            return model.head()(in_order(psum(of_last_stage(hidden, strategy), "layers", strategy), strategy))
+            return model.head()(in_order(from_last_stage(hidden, strategy), strategy))
 
         strategy, mesh = self.strategy, self.mesh
         strategy.check_length(ids.shape[1], mesh)
@@ -156,9 +166,13 @@ class Stacked(eqx.Module):
         strategy, rows = self.strategy, (jnp.asarray(ids), jnp.asarray(positions), span)
         stage = partial(self.stage, wrapped=wrapped, gathering=gathering)
         if strategy.axes("layers"):
-            x, found = pipelined(lambda *arguments: stage(*arguments)[0], rows, micro_batches, strategy), []
+            x = pipelined(lambda *arguments: stage(*arguments)[0], rows, micro_batches, strategy, self.chunks)
+            found = []
         else:
             x, found = stage(None, rows)
+            for chunk in range(1, self.chunks):
+                x, more = stage(x, rows, chunk)
+                found += more
         seq, sums = rows[0].shape[1] // shard_index("seq", strategy)[1], None
         if found:
             sums = jax.tree.map(lambda *layers: jnp.sum(sum(layers[1:], start=layers[0]), axis=0), *found)
@@ -170,6 +184,7 @@ class Stacked(eqx.Module):
         self,
         received: Float[Array, "batch tokens embed"] | None,
         rows: tuple[Array, Array, Span | None],
+        chunk: Int[Array, ""] | int = 0,
         *,
         wrapped: Callable[[Callable[..., Any]], Callable[..., Any]],
         gathering: Gathering,
@@ -178,26 +193,30 @@ class Stacked(eqx.Module):
 
         **Arguments:**
 
-        - `received`: the stream after the blocks of the stage before; without it, zeros. The first stage begins with
-            the embedded tokens.
+        - `received`: the stream after the blocks of the stage before; without it, zeros. The first stage begins its
+            first chunk with the embedded tokens.
         - `rows`: ids, positions and span.
+        - `chunk`: which of its chunks the device computes.
         - `wrapped`, `gathering`: as for `hidden`.
         """
         ids, positions, span = rows
         strategy, dtype, rope = self.strategy, self.outer.dtype, self.config.rope
         context = Context.init(rope, positions, dtype=dtype, strategy=strategy, span=span)
-        arrays, static = eqx.partition(self.pattern, eqx.is_array)
+        split = [eqx.partition(self.chunk(number), eqx.is_array) for number in range(self.chunks)]
+        arrays, static = tuple(arrays for arrays, _ in split), split[0][1]
 
-        def repeat(x: Array, arrays: PyTree) -> tuple[Array, list[RouterSums]]:
+        def repeat(x: Array, arrays: tuple[PyTree, ...]) -> tuple[Array, list[RouterSums]]:
+            # Here, and not before the scan: the backward pass must not keep the weights of each tick.
+            own = _selected(jnp.asarray(chunk, jnp.int32), arrays) if self.chunks > 1 else arrays[0]
             found = []
-            for block in eqx.combine(gathering.blocks(arrays), static):
+            for block in eqx.combine(gathering.blocks(own), static):
                 x, sums = block.with_router_sums(x, context)
                 found += [] if sums is None else [sums]
             return x, found
 
         x = _embedded(self.outer, context.own_ids(ids), gathering)
-        if strategy.axes("layers"):
-            is_first = shard_index("layers", strategy)[0] == 0
+        if strategy.axes("layers") or self.chunks > 1:
+            is_first = (jnp.asarray(shard_index("layers", strategy)[0]) == 0) & (jnp.asarray(chunk) == 0)
             x = jnp.where(is_first, x, jnp.zeros_like(x) if received is None else received)
         return lax.scan(wrapped(repeat), x, arrays)
 
@@ -217,13 +236,35 @@ class Stacked(eqx.Module):
         return eqx.combine(gathering.outer(arrays), static)
 
 
-def stack(model: Mistral) -> Stacked:
-    """Stacks the blocks of a model; `unstack` reverses this."""
-    kinds = [_kind(block) for block in model.blocks]
-    count = len(kinds)
-    size = next(size for size in range(1, count + 1) if count % size == 0 and kinds == kinds[:size] * (count // size))
-    pattern = tuple(_joined(model.blocks[layer::size]) for layer in range(size))
-    return Stacked(dataclasses.replace(model, blocks=()), pattern)
+def stack(model: Mistral, chunks: Count = 1) -> Stacked:
+    """Stacks the blocks of a model; `unstack` reverses this.
+
+    **Arguments:**
+
+    - `model`: a model.
+    - `chunks`: where the strategy is going to split `layers` into `S` stages, each stage has so many chunks of
+        consecutive layers: stage `s` has the chunks `s`, `s + S`, and so on, of the `chunks * S` chunks of all.
+
+    **Raises:** `InputError` if the layers cannot be split into so many equal chunks.
+    """
+    check_whole(model)
+    chunks = checked(chunks, Count, "chunks")
+    blocks = cast(tuple[Block, ...], model.blocks)
+    kinds = [_kind(block) for block in blocks]
+    count = len(kinds) // chunks
+    sizes = (size for size in range(1, count + 1) if count % size == 0 and kinds == kinds[:size] * (len(kinds) // size))
+    if len(kinds) % chunks or (size := next(sizes, None)) is None:
+        raise InputError(
+            f"The {len(kinds)} layers of the model cannot be split into {chunks} chunks with the same windows; take "
+            "fewer chunks.",
+            key="chunks",
+        )
+    pattern = tuple(
+        _joined(blocks[start + layer : start + count : size])
+        for start in range(0, len(kinds), count)
+        for layer in range(size)
+    )
+    return Stacked(dataclasses.replace(model, blocks=()), pattern, chunks)
 
 
 def unstack(stacked: Stacked) -> Mistral:
@@ -233,11 +274,42 @@ def unstack(stacked: Stacked) -> Mistral:
     """
     blocks = tuple(
         jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat] if eqx.is_array(leaf) else leaf, block)
+        for chunk in range(stacked.chunks)
         for repeat in range(stacked.repeats)
-        for block in stacked.pattern
+        for block in stacked.chunk(chunk)
     )
     model = dataclasses.replace(stacked.outer, blocks=blocks)
     return with_strategy(model, model.strategy.without("layers"))
+
+
+def in_stages(stacked: Stacked) -> Mistral:
+    """The model to generate with, where the strategy splits `layers`: each device keeps the layers of its stage.
+
+    It has a block for each layer of a stage, with the arrays of that layer in all stages, so that a loop that decodes
+    takes nothing out of a stack. The blocks are copied on the devices, which exchange nothing.
+
+    **Raises:** `InputError` if the strategy does not split `layers`, or the stages have several chunks.
+    """
+    strategy, mesh = stacked.strategy, stacked.mesh
+    if stacked.chunks > 1:
+        raise InputError(
+            f"The stages have {stacked.chunks} chunks of layers each, between which a token would pass all stages; "
+            "stack the model with chunks=1 to generate in stages."
+        )
+    if mesh is None or not strategy.axes("layers"):
+        raise InputError(
+            f"The strategy {strategy.layout!r} does not split 'layers', so there are no stages; take "
+            "mistral_eqx.nn.unstack."
+        )
+    arrays, static = eqx.partition(stacked.pattern, eqx.is_array)
+    split, repeats = specs(stacked, strategy).pattern, stacked.repeats // strategy.parts("layers", mesh)
+
+    def one_by_one(arrays: PyTree) -> list[PyTree]:
+        return [jax.tree.map(lambda leaf, at=at: leaf[at : at + 1], arrays) for at in range(repeats)]
+
+    layers = jax.jit(spmd(one_by_one, mesh, (split,), [split] * repeats))(arrays)
+    blocks = tuple(StagedBlock(block) for repeat in layers for block in eqx.combine(repeat, static))
+    return dataclasses.replace(stacked.outer, blocks=blocks)
 
 
 def _kind(block: Block) -> tuple[PyTree, list[tuple[Any, ...]]]:
@@ -248,6 +320,11 @@ def _kind(block: Block) -> tuple[PyTree, list[tuple[Any, ...]]]:
 
 def _joined(blocks: tuple[Block, ...]) -> Block:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves) if eqx.is_array(leaves[0]) else leaves[0], *blocks)
+
+
+def _selected(number: Array, chunks: tuple[PyTree, ...]) -> PyTree:
+    """The arrays of one of the chunks, by a number that differs from device to device."""
+    return jax.tree.map(lambda *arrays: lax.select_n(number, *arrays), *chunks)
 
 
 def _embedded(outer: Mistral, ids: Array, gathering: Gathering) -> Array:

@@ -8,6 +8,7 @@ from .collectives import (
     all_slices as all_slices,
     all_to_all as all_to_all,
     all_tokens as all_tokens,
+    from_last_stage as from_last_stage,
     gather as gather,
     gather_shards as gather_shards,
     holders as holders,

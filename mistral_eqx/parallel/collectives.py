@@ -216,6 +216,11 @@ def of_last_stage(x: Array, strategy: Strategy) -> Array:
     return jnp.where(stage == stages - 1, x, 0) if strategy.axes("layers") else x
 
 
+def from_last_stage(x: Array, strategy: Strategy) -> Array:
+    """Sends an array of the devices that have the last layers to those of all stages."""
+    return psum(of_last_stage(x, strategy), "layers", strategy)
+
+
 def vary_alike(*arrays: Array) -> tuple[Array, ...]:
     """Marks arrays as varying along all mesh axes along which one of them varies, as the carry of a loop must be.
 

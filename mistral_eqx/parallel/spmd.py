@@ -17,7 +17,8 @@ from .collectives import vary_alike
 from .strategy import Strategy
 
 
-# The metadata of a field of stacked modules: the name of the first dimension that all of their arrays have.
+# The metadata of a field of stacked modules: the first dimension of all of their arrays, such as "layers ". "layers+"
+# joins it, as the major part, to the first dimension that they have anyway.
 LEADING = "leading dimension"
 
 

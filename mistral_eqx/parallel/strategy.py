@@ -118,11 +118,12 @@ class Strategy:
 
         **Arguments:**
 
-        - `dims`: the array's dimensions in order, such as `"kv_heads head_dim embed"`.
+        - `dims`: the array's dimensions in order, such as `"kv_heads head_dim embed"`. `"layers+batch"` is one
+            dimension, which has all rows of the first layer, then those of the second, and so on.
 
         **Returns:** one entry for each dimension, such as `PartitionSpec("tp", None, None)`.
         """
-        entries = [self._axes.get(dim, ()) for dim in dims.split()]
+        entries = [self.axes(dim.replace("+", " ")) for dim in dims.split()]
         return PartitionSpec(*(None if not axes else axes[0] if len(axes) == 1 else axes for axes in entries))
 
     def axes(self, dims: str | None = None) -> tuple[str, ...]:
@@ -174,6 +175,11 @@ class Strategy:
                     f"{self.layout!r} would cut; split another dimension, or load the model with dtype='float32'."
                 )
             devices = self.parts(dim, mesh)
+            if size % devices and dim == "layers":
+                raise InputError(
+                    f"{name} is stacked over {size} layers or repeats of a pattern, which cannot be split over "
+                    f"{devices} stages; stack the model with fewer chunks, or use fewer devices on that axis."
+                )
             if size % devices:
                 raise InputError(
                     f"{name} is stored in {size} {'unit' if size == 1 else 'units'} along {dim}, which cannot be split "

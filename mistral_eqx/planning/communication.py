@@ -101,6 +101,7 @@ def prefill(
     kv_seq: int,
     dtype: DTypeLike = jnp.bfloat16,
     cache_dtype: CacheDType | None = None,
+    parts: int = 1,
 ) -> list[Collective]:
     """The exchanges of a prefill of `seq` tokens into a cache, with logits of the last token alone.
 
@@ -110,16 +111,16 @@ def prefill(
 
     - `kv_seq`: the slots of the cache, over all devices.
     - `cache_dtype`: the codes of the cache, as in [`mistral_eqx.generate`][].
+    - `parts`: as in `Mistral.prefill`.
 
     **Raises:** `ValueError` as for `forward_pass`, and if `kv_seq` cannot be split.
     """
-    _check_no_stages(strategy)
     ledger = Ledger(config, strategy, axes, batch, dtype)
     slots, devices = ledger.shard_size("kv_seq", kv_seq), ledger.num_shards("seq")
     if strategy.axes("seq") == strategy.axes("kv_seq") and devices > 1 and seq % (2 * devices) == 0:
         ledger.model(seq // devices, slots, logits=1, cache_dtype=cache_dtype, of_seq=seq, cached=True)
     else:
-        ledger.model(seq, slots, logits=1, cache_dtype=cache_dtype)
+        ledger.with_cache(seq, slots, parts, cache_dtype=cache_dtype)
     return ledger.entries
 
 
@@ -140,18 +141,10 @@ def decoding_step(
 
     - `sampler`: the sampler; greedy unless given.
     """
-    _check_no_stages(strategy)
     ledger = Ledger(config, strategy, axes, batch, dtype)
-    ledger.model(1, ledger.shard_size("kv_seq", kv_seq), logits=1, cache_dtype=cache_dtype)
+    ledger.with_cache(1, ledger.shard_size("kv_seq", kv_seq), cache_dtype=cache_dtype)
     ledger.choice(sampler or Sampler())
     return ledger.entries
-
-
-def _check_no_stages(strategy: Strategy):
-    if strategy.axes("layers"):
-        raise InputError(
-            f"A model that generates is not split into stages; leave 'layers' out of the strategy {strategy.layout!r}."
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,6 +302,7 @@ class Ledger:
         in_order: bool = False,
         cached: bool = False,
         micro_batches: int | None = None,
+        parts: int | None = None,
     ):
         """Adds the exchanges of the model, for `seq` tokens that attend to `kv_seq` keys on each device.
 
@@ -319,6 +313,7 @@ class Ledger:
         - `in_order`: whether devices that split `seq` exchange the last activations to have them in order.
         - `cached`: whether devices that split `seq` have caches, all of whose slots travel with their indices.
         - `micro_batches`: the number of parts of the rows that pass through stages; `None` adds the exchanges of one.
+        - `parts`: the number of parts of a sequence that pass through stages, of `seq` tokens each.
         """
         all_rows, self.rows = self.rows, self.rows // (micro_batches or 1)
         split = of_seq is not None and self.num_shards("seq") > 1
@@ -348,8 +343,8 @@ class Ledger:
 
         self.sum("feed-forward norm", "embed", layers, tokens, self.wide)
         self.feed_forward(seq)
-        if micro_batches is not None:
-            self.each_tick(seq, micro_batches + self.num_shards("layers") - 1)
+        if passing := micro_batches or parts:
+            self.each_tick(seq, passing + self.num_shards("layers") - 1)
 
         self.rows = all_rows
         self.sum("last norm", "embed", 1, self.rows, seq, self.wide)
@@ -361,11 +356,25 @@ class Ledger:
             self.sum("last token", "seq", 1, self.rows, self.local("embed"), self.narrow)
         self.sum("logits", "embed", 1, self.rows * logits, self.local("vocab"), self.wide)
 
+    def with_cache(self, seq: int, slots: int, parts: int = 1, *, cache_dtype: CacheDType | None):
+        """Adds the exchanges of a pass with a cache, whose logits are those of the last token.
+
+        **Arguments:**
+
+        - `seq`: the tokens of each row, in so many `parts`.
+        - `slots`: those of this device.
+        """
+        seq //= parts
+        self.model(seq, slots, logits=1, cache_dtype=cache_dtype, parts=parts)
+        stream = self.rows * (seq // self.token_shards(seq)) * self.local("embed") * self.narrow
+        self.sum("last output of the last stage", "layers", 1, stream)
+
     def each_tick(self, seq: int, ticks: int, *, back: bool = False):
         """Counts all exchanges so far once for each tick of a pipeline, and adds those between stages.
 
         **Arguments:**
 
+        - `ticks`: the number of ticks of a pass.
         - `back`: whether gradients are sent back too.
         """
         self.entries = [dataclasses.replace(entry, count=entry.count * ticks) for entry in self.entries]

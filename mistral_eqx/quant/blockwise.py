@@ -52,6 +52,7 @@ def quantize_blocks(
     last = max(int(path.split(".")[1]) for path, one in chosen.items() if isinstance(one, AbstractCalibratedScheme))
     blocks = []
     for number, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
         prefix = f"blocks.{number}."
         own = _OwnSchemes(
             prefix, {path.removeprefix(prefix): one for path, one in chosen.items() if path.startswith(prefix)}

@@ -214,8 +214,8 @@ def make_step(
         the batch row alone: they are the same on every mesh, for every `accumulate`, and after a state was saved and
         loaded.
     - `schedule`: the order of micro-batches where the strategy splits `layers`. `"gpipe"` computes all of them forward
-        and then all backward; `"1f1b"` computes each backward as soon as possible. The latter takes less memory for
-        many micro-batches, and more time.
+        and then all backward, interleaved if the stages have several chunks ([`mistral_eqx.nn.stack`][]); `"1f1b"`
+        computes each backward as soon as possible. The latter takes less memory for many micro-batches, and more time.
 
     **Returns:** the function. It raises `ValueError` if the rows cannot be split evenly into micro-batches on all
     devices.
@@ -304,6 +304,12 @@ def make_step(
                 "ZeRO 3 gathers the weights of a layer again for the backward pass, and remat='none' would keep them; "
                 "take 'block' or 'dots'."
             )
+        if state.model.chunks > 1 and remat == "none":
+            raise InputError(
+                "Stages with several chunks take the weights of one of them in each tick, and remat='none' would keep "
+                "them; take 'block' or 'dots'.",
+                key="remat",
+            )
         if (balance_loss or router_z_loss) and state.model.outer.config.routing is None:
             raise InputError(
                 "The model has no experts, so balance_loss and router_z_loss have no effect; leave them at 0.",
@@ -324,6 +330,12 @@ def make_step(
                 f"With {accumulate} micro-batches, some of {stages} stages always wait; let accumulate be at least "
                 f"{stages}.",
                 key="accumulate",
+            )
+        if state.model.chunks > 1 and (schedule == "1f1b" or accumulate % stages):
+            raise InputError(
+                f"The stages have {state.model.chunks} chunks of layers each, for which the schedule must be 'gpipe' "
+                f"and accumulate a multiple of the {stages} stages; or stack the model with chunks=1.",
+                key="schedule" if schedule == "1f1b" else "accumulate",
             )
         divisor = accumulate * state.strategy.parts("batch", mesh)
         if batch.inputs.shape[0] % divisor:

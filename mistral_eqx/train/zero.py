@@ -96,7 +96,8 @@ class Zero:
         sharded = jax.tree.map(is_array, model) if self.stage == 3 else trained(model)
         sharded = jax.tree.map(lambda leaf, flag: flag if is_array(leaf) else None, model, sharded)
         outer = jax.tree.map(partial(shard_dim, first=0), arrays.outer, specs.outer, sharded.outer)
-        return Stacked(outer, jax.tree.map(partial(shard_dim, first=1), arrays.pattern, specs.pattern, sharded.pattern))
+        pattern = jax.tree.map(partial(shard_dim, first=1), arrays.pattern, specs.pattern, sharded.pattern)
+        return Stacked(outer, pattern, model.chunks)
 
     def specs(self, specs: PyTree[PartitionSpec], shard_dims: PyTree[Shard]) -> PyTree[PartitionSpec]:
         """The PartitionSpecs of the shards, from those without ZeRO."""
@@ -156,7 +157,11 @@ class Zero:
         if self.stage < 3:
             return AS_IT_IS
         # The scan over repeats removes the leading dimension `layers`.
-        in_scan = jax.tree.map(lambda shard: dataclasses.replace(shard, dim=max(shard.dim - 1, -1)), shard_dims.pattern)
+        in_scan = jax.tree.map(
+            # All chunks have the same shapes.
+            lambda shard: dataclasses.replace(shard, dim=max(shard.dim - 1, -1)),
+            shard_dims.chunk(0),
+        )
 
         def gathered(shards: PyTree, shard_dims: PyTree[Shard]) -> PyTree:
             # Dropout keys are not part of the state, and are never sharded.
