@@ -99,8 +99,8 @@ def staged_elsewhere(target: str | os.PathLike[str], number: int) -> Iterator[Pa
     folder = _hidden_beside(target, number) / _NEW
     if not folder.is_dir():
         raise InputError(
-            f"This process does not see the folder {str(folder.parent)!r}, in which process 0 writes; give the same path "
-            "on all processes, in a file system that their hosts share.",
+            f"This process does not see the folder {str(folder.parent)!r}, in which process 0 writes; give the same "
+            "path on all processes, in a file system that their hosts share.",
             file=target,
         )
     with _as_input_error(target, folder):
