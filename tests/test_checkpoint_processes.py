@@ -227,7 +227,7 @@ def test_trap_saving_gathered_whole_tensors(reports):
         ("absent", 2, "There is no file, folder or preset", "The checkpoint is not the same on all processes"),
         ("damaged", 3, "'lm_head.weight' holds NaN or infinity", "The content of the checkpoint is not the same"),
         ("occupied", 0, "is not empty; give another path", "The target folder is not the same on all processes"),
-        ("unshared", 2, "which another process cannot see; give the same path", "The saved checkpoint is not the same"),
+        ("unshared", 2, "in which process 0 writes; give the same path on all", "The saved checkpoint is not the same"),
         ("nonfinite", 3, "'lm_head.weight' (the model's 'head') holds NaN", "The saved checkpoint is not the same"),
         ("full", 1, "new/model.safetensors' cannot be written: File too large; f", "The saved checkpoint is not the"),
     ],

@@ -99,8 +99,8 @@ def staged_elsewhere(target: str | os.PathLike[str], number: int) -> Iterator[Pa
     folder = _hidden_beside(target, number) / _NEW
     if not folder.is_dir():
         raise InputError(
-            f"Process 0 writes {str(target)!r} in the folder {folder.parent.name!r} beside it, which another process "
-            "cannot see; give the same path on all processes, in a file system that their hosts share.",
+            f"This process does not see the folder {str(folder.parent)!r}, in which process 0 writes; give the same "
+            "path on all processes, in a file system that their hosts share.",
             file=target,
         )
     with _as_input_error(target, folder):
