@@ -107,7 +107,7 @@ def by_chips() -> dict[str, dict[str, list[tuple[int, float]]]]:
 
 
 def staged() -> list[list[str]]:
-    """The lines of a table: the best layout without stages and the best pipeline, for steps of a fixed number of rows."""
+    """The lines of a table: the best layout without stages and the best pipeline, for a fixed number of rows."""
     rows = [["model", "chips v5p", "without stages", "s", "MFU", "pipeline", "s", "MFU", "of that bubble"]]
     for model, config in SCALED.items():
         if config.routing is not None or config.latent is not None:
