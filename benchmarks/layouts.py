@@ -74,7 +74,7 @@ def _part(bound: str) -> str:
 def kind(layout: str) -> str:
     """What a layout splits beside rows."""
     names = [name.partition("@")[0].partition("=")[0] for name in layout.split()]
-    for one in ("layers", "seq", "experts", "overlap", "head_dim", "kv_seq", "tokens", "q_per_kv", "kv_heads"):
+    for one in ("experts", "overlap", "head_dim", "kv_seq", "tokens", "q_per_kv", "kv_heads"):
         if one in names:
             return one
     return "rows alone"
@@ -93,22 +93,21 @@ def ranked(model: str, sides: str, objective: str) -> Ranking | None:
         return None
 
 
-def by_chips(objective: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """For each model and kind of layout, the best time by the number of chips."""
+def by_chips() -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """For each model and kind of layout, the best time of a token by the number of chips."""
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for model in SCALED:
         for sides in SIDES:
-            ranking, best = ranked(model, sides, objective), {}
+            ranking, best = ranked(model, sides, "latency"), {}
             for one in () if ranking is None else ranking.best:
-                seconds = one.seconds / max(ranking.new_tokens, 1)
-                best.setdefault(kind(one.choice.strategy.layout), seconds)
+                best.setdefault(kind(one.choice.strategy.layout), one.seconds / ranking.new_tokens)
             for name, seconds in best.items():
                 found.setdefault(model, {}).setdefault(name, []).append((ranking.devices, seconds))
     return found
 
 
-def staged() -> str:
-    """The best layout without stages and the best pipeline, for steps of a fixed number of rows."""
+def staged() -> list[list[str]]:
+    """The lines of a table: the best layout without stages and the best pipeline, for a fixed number of rows."""
     rows = [["model", "chips v5p", "without stages", "s", "MFU", "pipeline", "s", "MFU", "of that bubble"]]
     for model, config in SCALED.items():
         if config.routing is not None or config.latent is not None:
@@ -129,16 +128,41 @@ def staged() -> str:
                     cells += [f"{one.times.bubble / one.seconds:.0%}" for one in best] or [""]
             rows.append(cells)
             name = ""
-    return table(rows)
+    return rows
 
 
-def plot(objective: str, path: Path):
+def plot_stages(rows: list[list[str]], path: Path):
+    """The MFU of the best layouts with and without stages, by the number of chips."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = by_chips(objective)
+    lines: dict[str, list[list[str]]] = {}
+    for row in rows[1:]:
+        lines.setdefault(row[0].strip("`") or next(reversed(lines)), []).append(row)
+    figure, axes = plt.subplots(1, len(lines), figsize=(3.2 * len(lines), 3), sharey=True, layout="constrained")
+    for axis, (model, found) in zip(axes, lines.items(), strict=True):
+        for column, name in ((4, "without stages"), (7, "pipeline")):
+            points = [(int(row[1].replace(",", "")), int(row[column].strip("%"))) for row in found if row[column]]
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+        axis.set_xscale("log", base=2)
+        axis.set(title=model, xlabel="chips v5p", ylim=(0, 80))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("MFU, %")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot(path: Path):
+    """The time of a token by the number of chips, for each kind of layout."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = by_chips()
     figure, axes = plt.subplots(1, len(found), figsize=(3.4 * len(found), 3.2), sharey=False, layout="constrained")
     names = sorted({name for lines in found.values() for name in lines})
     colors = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))
@@ -148,7 +172,7 @@ def plot(objective: str, path: Path):
         axis.set_title(model)
         axis.set_xlabel("chips v5p")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("seconds a token" if objective == "latency" else "seconds a step")
+    axes[0].set_ylabel("seconds a token")
     handles = [plt.Line2D([], [], color=color, marker="o", markersize=3) for color in colors.values()]
     figure.legend(handles, colors, loc="outside lower center", ncols=len(colors), title="the innermost that is split")
     figure.savefig(path, dpi=120)
@@ -183,14 +207,15 @@ def main():
     parser.add_argument("--write", action="store_true", help="put tables and plots into docs/which_layout.md")
     arguments = parser.parse_args()
     use_cpu()
-    for name, block in {"chosen": chosen(), "staged": staged(), "published": published()}.items():
+    stages = staged()
+    for name, block in {"chosen": chosen(), "staged": table(stages), "published": published()}.items():
         if arguments.write:
             write(block, name, PAGE)
         else:
             print(f"{block}\n")
     if arguments.write:
-        for objective in ("latency", "train"):
-            plot(objective, DOCS / f"which_layout_{objective}.png")
+        plot(DOCS / "which_layout_latency.png")
+        plot_stages(stages, DOCS / "which_layout_train.png")
 
 
 if __name__ == "__main__":

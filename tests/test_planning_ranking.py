@@ -142,11 +142,11 @@ def test_throughput_takes_as_many_rows_as_fit():
 
 
 def test_training_shards_what_does_not_fit():
-    found = rank("7b-v0.3", topology="v5p:1x2x2", objective="train", batch=32, train=Training(seq=4096))
+    found = rank("7b-v0.3", topology="v5p:1x1x2", objective="train", batch=32, train=Training(seq=4096))
     best = found.best[0]
     assert best.zero is not None
     assert 0.3 < best.utilization < 1
-    tokens, chips = 32 * 4096, 4 * CHIPS["v5p"].flops
+    tokens, chips = 32 * 4096, 2 * CHIPS["v5p"].flops
     active = 6 * (mx.PRESETS["7b-v0.3"].parameters - 32768 * 4096)
     assert best.utilization == pytest.approx(active * tokens / chips / best.seconds, rel=1e-3)
     by_stage = {one.zero: one for one in found.best if one.choice == best.choice}
@@ -221,10 +221,10 @@ def test_what_bounds_may_be_the_bubble():
 
 
 def test_pipelines_are_ranked_or_have_a_reason():
-    found = rank(CONFIG, topology="v5p:1x2x2", objective="train", batch=4, train=Training(seq=4096, accumulate=2))
+    found = rank(CONFIG, topology="v5p:1x1x2", objective="train", batch=4, train=Training(seq=4096, accumulate=2))
     labels = [one.label for one in found.best]
-    assert "layers@pp batch@dp (dp=2,pp=2, ZeRO 1, 2 micro-batches, 1F1B)" in labels
-    assert "sequence_parallel layers@pp overlap (pp=2,tp=2, ZeRO 2, 4 micro-batches, GPipe)" in labels
+    assert "layers@pp (pp=2, ZeRO 1, 4 micro-batches, 1F1B)" in labels
+    assert "sequence_parallel overlap (tp=2, ZeRO 0, 2 micro-batches)" in labels
     assert [one.seconds for one in found.best] == sorted(one.seconds for one in found.best)
     assert not any("layers@" in label and "ZeRO 3" in label for label in labels)
     reasons = dict(ranking._illegal(mx.PRESETS["8x7b"], 8, stages=True))
