@@ -130,7 +130,7 @@ def _chunked(inputs: _Inputs, static: PyTree, *, keeps: bool) -> tuple[_Sums, tu
 
 
 def _forward(inputs: _Inputs, static: PyTree):
-    keeps = _row_count(inputs, static) * inputs.rows.size <= _KEPT
+    keeps = keeps_logits(_row_count(inputs, static), inputs.rows.size)
     sums, kept = _chunked(inputs, static, keeps=keeps)
     return sums, (inputs, sums.log_sum, kept)
 
@@ -169,8 +169,13 @@ def _row_count(inputs: _Inputs, static: PyTree) -> int:
     return eqx.combine(inputs.floats, inputs.others, static).weight.row_count
 
 
+def keeps_logits(rows: int, tokens: int) -> bool:
+    """Whether the forward pass keeps the logits of so many rows of a head, for so many tokens."""
+    return rows * tokens <= _KEPT
+
+
 def chunk_rows(rows: int, tokens: int) -> int:
-    """The number of rows of a head whose logits exist at once for so many tokens."""
+    """The number of rows of a head whose logits are computed at once for so many tokens."""
     return min(rows, max(1, _LOGITS // max(1, tokens) // _ROWS_OF_CHUNK) * _ROWS_OF_CHUNK)
 
 

@@ -13,7 +13,7 @@ from ..checks import CacheDType, Count, checked
 from ..config import MistralConfig
 from ..errors import InputError
 from ..generation.reading import CHUNK
-from ..nn.cross_entropy import chunk_rows
+from ..nn.cross_entropy import chunk_rows, keeps_logits
 from ..nn.slots import slots_for
 from ..parallel import NAMED, SINGLE, Choice, Strategy, strategies
 from ..parallel.mesh import show
@@ -406,8 +406,10 @@ def _step_memory(task: _Task, choice: Choice, batch: int, train: Training) -> Me
         stream *= layers + 2 * stages - 1
     else:
         stream, scored = stream * (layers + 1) * train.ticks(stages), tokens * train.accumulate
-    # Logits and their gradient; and the weights in the precision of activations.
-    logits = 2 * 4 * scored * chunk_rows(config.vocab // strategy.parts("vocab", axes), int(scored))
+    # The logits that exist at once, the gradient of a chunk of them, and the weights in the precision of activations.
+    rows = config.vocab // strategy.parts("vocab", axes)
+    chunk = chunk_rows(rows, int(scored))
+    logits = 4 * scored * (chunk + (rows if keeps_logits(rows, int(scored)) else chunk))
     narrow = size * entries / (layers if train.zero == 3 else 1)
     return Memory(
         weights=int(4 * kept),
