@@ -130,7 +130,7 @@ def test_devices_exchange_16_bytes_a_token():
 
 
 def test_no_array_has_a_logit_for_each_token_and_entry_of_the_vocabulary(monkeypatch):
-    """The largest array is the head itself, or its gradient; if logits are kept, those of all chunks but the first."""
+    """The largest array is the head, or its gradient; if logits are kept, those of all chunks but the first."""
     vocab, tokens = 400, BATCH * SEQ
     head, hidden, targets = _inputs(vocab, jnp.float32)
 

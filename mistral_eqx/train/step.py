@@ -266,15 +266,15 @@ def make_step(
         norm = jnp.sqrt(psum_varying([jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient)]))
         finite = jnp.isfinite(weigh(sums.loss, router)) & jnp.isfinite(norm)
 
-        def update(weights: Stacked, optimizer_state: PyTree, gradient: Stacked) -> tuple[Stacked, PyTree]:
+        def update(weights: Any, optimizer_state: PyTree, gradient: Any) -> tuple[Any, PyTree]:
             if clip is not None:
                 shrink = jnp.minimum(1, clip / norm)
                 gradient = jax.tree.map(lambda leaf: leaf * shrink.astype(leaf.dtype), gradient)
             with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-                updates, optimizer_state = optimizer.update(cast(Any, gradient), optimizer_state, cast(Any, weights))
+                updates, optimizer_state = optimizer.update(gradient, optimizer_state, weights)
             return eqx.apply_updates(weights, updates), optimizer_state
 
-        def keep(weights: Stacked, optimizer_state: PyTree, _: Stacked) -> tuple[Stacked, PyTree]:
+        def keep(weights: Any, optimizer_state: PyTree, _: Any) -> tuple[Any, PyTree]:
             return weights, optimizer_state
 
         # A select instead would need the old moments after the new ones are there, and so a copy of both.
