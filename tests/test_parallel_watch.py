@@ -57,6 +57,8 @@ def ended(monkeypatch):
 
     monkeypatch.setattr(watch_module, "_exit", leave)
     monkeypatch.setattr(watch_module.os, "write", write)
+    # It keeps a lock until the process ends.
+    monkeypatch.setattr(watch_module.interrupts, "undo_all", lambda: None)
     monkeypatch.setattr(watch_module, "_GRACE", 0.05)
     # The threads end by an exception where processes would end.
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
