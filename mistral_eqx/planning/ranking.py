@@ -399,17 +399,17 @@ def _step_memory(task: _Task, choice: Choice, batch: int, train: Training) -> Me
     # The residual stream of a micro-batch. Blocks keep their inputs, and GPipe those of all ticks and what follows the
     # last block; 1F1B keeps what stages have received.
     stream = tokens * config.embed * size / strategy.parts("tokens", axes)
-    layers, scored = config.layers / stages, tokens
+    layers = config.layers / stages
     if stages == 1:
         stream *= layers
     elif train.schedule == "1f1b":
         stream *= layers + 2 * stages - 1
     else:
-        stream, scored = stream * (layers + 1) * train.ticks(stages), tokens * train.accumulate
+        stream *= (layers + 1) * train.ticks(stages)
     # The logits that exist at once, the gradient of a chunk of them, and the weights in the precision of activations.
-    rows = config.vocab // strategy.parts("vocab", axes)
-    chunk = chunk_rows(rows, int(scored))
-    logits = 4 * scored * (chunk + (rows if keeps_logits(rows, int(scored)) else chunk))
+    rows, scored = _logits(choice, config, batch, train)
+    chunk = chunk_rows(rows, scored)
+    logits = 4 * scored * (chunk + (rows if keeps_logits(rows, scored) else chunk))
     narrow = size * entries / (layers if train.zero == 3 else 1)
     return Memory(
         weights=int(4 * kept),
@@ -420,13 +420,21 @@ def _step_memory(task: _Task, choice: Choice, batch: int, train: Training) -> Me
     )
 
 
+def _logits(choice: Choice, config: MistralConfig, batch: int, train: Training) -> tuple[int, int]:
+    """The rows of the head on a device, and the tokens for which it computes them at once in a step of training."""
+    strategy, axes = choice.strategy, choice.axes
+    tokens = batch // strategy.parts("batch", axes) * train.seq // strategy.parts("seq", axes)
+    # GPipe computes the head for all micro-batches at once, and otherwise it is computed for each of them.
+    apart = strategy.parts("layers", axes) > 1 and train.schedule != "1f1b"
+    return config.vocab // strategy.parts("vocab", axes), tokens if apart else tokens // train.accumulate
+
+
 def _step(task: _Task, choice: Choice, batch: int, train: Training) -> Estimate:
     """The estimate of a step of training."""
     config, strategy, axes = task.config, choice.strategy, choice.axes
     size, stages = jnp.dtype(task.dtype).itemsize, strategy.parts("layers", axes)
     count, ticks = train.accumulate, train.ticks(stages)
     one_by_one = stages > 1 and train.schedule == "1f1b"
-    # GPipe computes the head for all micro-batches at once, and otherwise it is computed for each of them.
     apart = stages > 1 and not one_by_one
     in_ticks, once = step_exchanges(config, strategy, axes, batch=batch, training=train, dtype=jnp.dtype(task.dtype))
     entries = device_entries(config, strategy, axes)
@@ -438,7 +446,8 @@ def _step(task: _Task, choice: Choice, batch: int, train: Training) -> Estimate:
     again = 1.0 if train.remat == "block" else 0.0
     # 1F1B computes a stage forward once more.
     passes = 3 + again + one_by_one
-    head = (3 + again) * of_head, (3 + again) * size * (entries - blocks)
+    of_logits = 3 if keeps_logits(*_logits(choice, config, batch, train)) else 4
+    head = of_logits * of_head, of_logits * size * (entries - blocks)
     inside, outside = ((0.0, 0.0), (count * head[0], head[1])) if apart else (head, (0.0, 0.0))
     waits = _waits(task, choice, batch // count, train.seq, training=True)
     links = _exchanged(task.chip, in_ticks, waits) / ticks
