@@ -340,11 +340,12 @@ def test_a_gguf_file_is_written_and_run(smollm2_path, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_page_on_tensor_parallelism(tiny):
     page = (ROOT / "docs/parallelism.md").read_text()
-    (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    # The devices are virtual here already.
-    snippet = re.sub("jax.config.update.*", "", snippet).replace('"smollm2-135m"', repr(str(tiny)))
     names = {}
-    exec(compile(snippet.replace("tp=3", "tp=2"), "parallelism.md", "exec"), names)
+    for snippet in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        # The devices are virtual here already.
+        snippet = re.sub("jax.config.update.*", "", snippet).replace('"smollm2-135m"', repr(str(tiny)))
+        exec(compile(snippet.replace("tp=3", "tp=2"), "parallelism.md", "exec"), names)
+    assert names["model"].strategy.exchange == "int8"
     assert names["logits"].shape == (1, 3, 260)
     assert names["out"].tokens.shape == (1, 16)
 
