@@ -110,7 +110,8 @@ def test_a_reply_streams_in(open_page):
     page.wait(lambda: page.texts("article.assistant strong") == ["world"])
     assert page.texts("article.assistant > .text") == ["Hello world"]
     assert page.find("#send").text == "Stop"
-    assert page.texts(".figures")[0].startswith("≈ 3 tokens · ")
+    # Pieces that arrive in the same millisecond have no speed, so that none may be said yet.
+    assert page.texts(".figures")[0].split(" · ")[0] == "≈ 3 tokens"
     go.set()
     page.finish()
     assert page.texts("article")[0].startswith("Hi")
