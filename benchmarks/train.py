@@ -7,10 +7,10 @@ bfloat16: here by `compute_dtype`, and with transformers by torch's autocast.
 And how long does a step take to compile? That of 8 and that of 32 layers, which are scanned.
 
     python benchmarks/train.py --json train.json
-    python benchmarks/train.py --write
+    python benchmarks/train.py --float32 --write
 
-The second puts the tables into the README beside this file. Each contender runs in a process of its own, once a round;
-run nothing beside it.
+The second leaves bfloat16 out, which few processors multiply, and puts the tables into the README beside this file.
+Each contender runs in a process of its own, once a round; run nothing beside it.
 """
 
 import dataclasses
@@ -205,7 +205,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         ["", "tokens/s", f"{TIMES} transformers", "first step, s", "peak, GB", "last loss", "first loss differs by"]
     ]
-    for same_precision in STARTS.values():
+    for precision in report["precisions"]:
+        same_precision = STARTS[precision]
         theirs = next(iter(same_precision))
         for name in same_precision:
             found = measured[name]
@@ -236,7 +237,13 @@ def markdown(report: dict[str, Any]) -> str:
 def main():
     parser = options(__doc__, repetitions=None)
     parser.add_argument("--steps", type=positive, default=6, help="measured steps in each round (6)")
+    parser.add_argument(
+        "--float32",
+        action="store_true",
+        help="no products in bfloat16, for which torch takes minutes a step on a processor that cannot multiply them",
+    )
     arguments = parser.parse_args()
+    precisions = ["float32"] if arguments.float32 else list(STARTS)
     use_cpu()
 
     import mistral_eqx as mx
@@ -248,12 +255,17 @@ def main():
         parser.error(f"--steps must be less than {len(batches)}, for which {DATA.name} has tokens.")
     with exported_weights() as weights:
         task = Task(weights, batches[: arguments.steps + 1])
-        contenders = {name: (start, task) for starts in STARTS.values() for name, start in starts.items()}
+        contenders = {name: (start, task) for one in precisions for name, start in STARTS[one].items()}
         measured, others = in_rounds(measure, contenders, arguments.rounds, tell)
     shapes = {f"{layers} layers": (layers,) for layers in LAYERS}
     compiling, more_others = in_rounds(measure_compiling, shapes, arguments.rounds, tell_compiling)
     report = make_report(
-        arguments, measured, others + more_others, compiling=compiling, differences=differences(measured)
+        arguments,
+        measured,
+        others + more_others,
+        precisions=precisions,
+        compiling=compiling,
+        differences=differences(measured),
     )
     keep(report, markdown(report), "train", arguments)
     print(markdown(report))
