@@ -129,6 +129,7 @@ def test_check_names_the_tensor_and_the_rows():
         read_rows(Listed(np.full((2, 2), 1e5, np.float32)), DTYPES["float16"], check=True)
 
 
+@pytest.mark.slow
 def test_trap_a_whole_torch_model_in_memory(getkey, tmp_path, monkeypatch):
     """Reads hold no more than their chunks beside the model, and a conversion or a save one."""
     chunk = 2**16

@@ -61,6 +61,7 @@ def process(*arguments, cache, **options):
     )
 
 
+@pytest.mark.slow
 def test_figures_are_a_table_on_a_terminal_and_can_be_left_out(tiny, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     report.show([("prompt", "8 tokens"), ("first token", "after 0.10 s")])

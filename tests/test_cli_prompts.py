@@ -134,6 +134,7 @@ def test_samples_are_drawn_and_a_list(tiny, file):
     )
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_the_models(tiny, file):
     out = library(tiny, max_new_tokens=5, logprobs=2)
     options = ("--model", tiny, "-n", 5, "--ignore-eos", "--logprobs")

@@ -54,6 +54,7 @@ def test_new_tokens_are_as_many_as_the_context_has_room_for(positions, new):
     assert mx.generate(model, PROMPTS).tokens.shape == (3, new)
 
 
+@pytest.mark.slow
 def test_the_config_says_what_ends_a_row():
     model = talking_model()
     free = mx.generate(model, PROMPTS, max_new_tokens=12)

@@ -38,7 +38,7 @@ def shards(whole, tmp_path):
     return files
 
 
-@pytest.mark.parametrize("dtype", ["float32", None])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param(None, marks=pytest.mark.slow)])
 def test_a_split_model_is_that_of_one_file(dtype, whole, shards):
     expected = mx.dequantize(mx.load(whole, dtype=dtype))
     for path in (*shards, shards[0].parent):

@@ -197,7 +197,7 @@ def _gradient(model, *, zero=0, **options):
 @pytest.mark.parametrize(
     ("layout", "axes", "options"),
     [
-        (f"{GATHER} batch@dp", {"dp": 2, "cp": 2}, {"zero": 3, "accumulate": 2}),
+        _slow(f"{GATHER} batch@dp", {"dp": 2, "cp": 2}, {"zero": 3, "accumulate": 2}),
         _slow(f"{WITH_ALL} {RING}", THREE, {"zero": 2, "accumulate": 2}),
         _slow(RING, {"cp": 4}, {"zero": 3, "remat": "dots", "label_smoothing": 0.1, "z_loss": 1e-3}),
     ],

@@ -139,11 +139,12 @@ def test_other_models_and_layouts():
     compare("overlap", {"tp": 4}, layout=f"{mx.EXPERTS.layout} tokens@tp", config=routed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "zero", "axes"),
     [
         ("overlap", 3, {"dp": 2, "tp": 2}),
-        pytest.param("overlap=1", 2, {"dp": 2, "tp": 4}, marks=pytest.mark.slow),
+        ("overlap=1", 2, {"dp": 2, "tp": 4}),
     ],
 )
 def test_training_steps_are_those_of_one_device(word, zero, axes):

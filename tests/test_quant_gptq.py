@@ -186,7 +186,9 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param("gptq", marks=pytest.mark.slow), "gptq, sorted", "mixed"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("gptq", "gptq, sorted")), "mixed"]
+)
 def test_a_model_is_calibrated_and_everything_works_on_it(name, model, getkey):
     done = []
     small = mx.quantize(model, RECIPES[name], calibration=ids(), progress=lambda *counts: done.append(counts))

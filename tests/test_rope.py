@@ -145,10 +145,8 @@ def test_a_window_that_wraps_around(scaled):
     assert relative_error(found, run(model, ids)[0]) < FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "layout",
-    ["head_dim@tp hidden@tp", *(pytest.param(one, marks=pytest.mark.slow) for one in ("kv_heads@tp", "kv_seq@tp"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["head_dim@tp hidden@tp", "kv_heads@tp", "kv_seq@tp"])
 def test_tokens_of_a_sharded_model_are_those_of_one_device(scaled, layout):
     whole = mx.generate(scaled, [[5, 6, 7]], max_new_tokens=12, eos_id=())
     there = mx.shard(scaled, mesh(2), Strategy(layout))

@@ -97,7 +97,10 @@ def test_the_trainer_makes_the_steps_of_make_step(whole):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("source", [lambda: batches(STEPS), Counted], ids=["passed over", "set"])
+@pytest.mark.parametrize(
+    "source",
+    [pytest.param(lambda: batches(STEPS), id="passed over", marks=pytest.mark.slow), pytest.param(Counted, id="set")],
+)
 def test_a_run_that_goes_on_makes_the_same_steps(whole, tmp_path, source):
     """To the bit: losses, and weights at the end."""
     expected, made, _ = whole

@@ -88,6 +88,11 @@ class Strategy:
         return axes
 
     @functools.cached_property
+    def _found(self) -> dict[str | None, tuple[str, ...]]:
+        # What `axes` has returned: a planner asks for the same dimensions a million times.
+        return {}
+
+    @functools.cached_property
     def overlap(self) -> int:
         """In how many directions of a ring tokens travel beside products; 0 if products wait for exchanges."""
         word = self._word("overlap")
@@ -128,8 +133,10 @@ class Strategy:
 
     def axes(self, dims: str | None = None) -> tuple[str, ...]:
         """The mesh axes over which any of `dims` is split, by default of all dimensions; empty if none is split."""
-        split = self._axes.keys() if dims is None else dims.split()
-        return tuple(dict.fromkeys(axis for dim in split for axis in self._axes.get(dim, ())))
+        if dims not in self._found:
+            split = self._axes.keys() if dims is None else dims.split()
+            self._found[dims] = tuple(dict.fromkeys(axis for dim in split for axis in self._axes.get(dim, ())))
+        return self._found[dims]
 
     def parts(self, dims: str, mesh: Mesh | AbstractMesh | Mapping[str, int] | None) -> int:
         """The number of shards into which `dims` together are split.
