@@ -87,22 +87,31 @@ def test_losses_of_routers_are_those_of_the_formula_and_spread_tokens_over_exper
 LAYOUTS = {
     "tokens travel": ("batch@dp experts@dp kv_heads@tp hidden@tp vocab@tp", {"dp": 4, "tp": 2}),
     "tokens are split": ("batch@dp kv_heads@tp experts@tp vocab@tp tokens@tp", {"dp": 2, "tp": 2}),
+    "a ring": ("batch@dp seq@cp kv_seq@cp experts@tp", {"dp": 2, "cp": 2, "tp": 2}),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layout", "zero", "accumulate"),
+    ("layout", "zero", "accumulate", "capacity"),
     [
-        ("tokens travel", 2, 2),
+        ("tokens travel", 2, 2, None),
+        # Buffers of the capacity, and buffers that overflow: then all tokens are gathered.
+        ("tokens travel", 2, 2, 0.75),
+        ("tokens are split", 1, 1, 1.0),
         *(
             pytest.param(*case, marks=pytest.mark.long)
-            for case in (("tokens travel", 3, 1), ("tokens are split", 1, 2))
+            for case in (
+                ("tokens travel", 3, 1, None),
+                ("tokens travel", 3, 1, 1.75),
+                ("tokens are split", 1, 2, None),
+                ("a ring", 1, 2, 1.0),
+            )
         ),
     ],
 )
-def test_steps_are_those_of_one_device(layout, zero, accumulate):
-    options = {"balance_loss": 0.5, "router_z_loss": 0.25, "accumulate": accumulate}
+def test_steps_are_those_of_one_device(layout, zero, accumulate, capacity):
+    options = {"balance_loss": 0.5, "router_z_loss": 0.25, "accumulate": accumulate, "capacity": capacity}
     # 128 tokens on each of four devices are the fewest that travel by all_to_all.
     batches = [batch(seed, rows=8, seq=128, shortest=60) for seed in range(2)]
     text, axes = LAYOUTS[layout]
@@ -113,6 +122,36 @@ def test_steps_are_those_of_one_device(layout, zero, accumulate):
         expected = trained(model, [jax.tree.map(lambda x: x[rows], one) for one in batches], **options)
         split = mx.shard(model, mx.make_mesh(axes), mx.Strategy(text))
         assert_equal(trained(split, batches, zero=zero, **options), expected)
+
+
+def test_a_large_capacity_changes_nothing_and_evaluation_has_none():
+    model, ones = small_model(config=CONFIG), [batch(seed) for seed in range(2)]
+
+    def run(**options):
+        state, step = train.TrainState.init(model, OPTIMIZER), train.make_step(OPTIMIZER, **options)
+        for one in ones:
+            state, metrics = step(state, one)
+        return state, metrics
+
+    (state, metrics), expected = run(capacity=4.0), run()
+    for one, other in zip(jax.tree.leaves((state, metrics)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert metrics.router_dropped == 0
+    assert {layer.feed_forward.capacity for layer in state.model.pattern} == {None}
+    _, dropped = run(capacity=0.5)
+    # 12 columns: each row has at most 8 of its 2 choices for 12 tokens.
+    assert dropped.router_dropped > 0.2
+
+
+def test_a_capacity_bounds_the_buffers_of_tokens_that_travel():
+    """Without one, the program has a gather for buffers that overflow."""
+    config = dataclasses.replace(CONFIG, layers=1, windows=(None,))
+    model = mx.shard(small_model(config=config), mx.make_mesh({"dp": 4}), mx.Strategy("batch@dp experts@dp"))
+    state, one = train.TrainState.init(model, OPTIMIZER), batch(0, rows=4, seq=128)
+    for capacity in (None, 1.25):
+        text = eqx.filter_jit(train.make_step(OPTIMIZER, capacity=capacity)).lower(state, one).lowered.as_text()
+        assert ("stablehlo.all_gather" in text) is (capacity is None)
+        assert "stablehlo.all_to_all" in text
 
 
 def test_zero_keeps_experts_that_are_split_with_the_batch():
@@ -131,6 +170,8 @@ def test_a_dense_model_has_no_routers():
     state = train.TrainState.init(small_model(config=dataclasses.replace(CONFIG, routing=None)), OPTIMIZER)
     with refused("The model has no experts, so balance_loss and router_z_loss have no effect"):
         step(state, batch(0))
+    with refused("The model has no experts, so capacity has no effect; leave it out"):
+        train.make_step(OPTIMIZER, capacity=1.25)(state, batch(0))
 
 
 @pytest.mark.parity

@@ -101,6 +101,7 @@ class Training:
     z_loss: NotNegative = 0.0
     balance_loss: NotNegative = 0.0
     router_z_loss: NotNegative = 0.0
+    capacity: Positive | None = None
     zero: Literal[0, 1, 2, 3] = 0
     offload: bool = False
     seed: Seed = 0

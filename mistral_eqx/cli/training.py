@@ -321,6 +321,7 @@ _OF_TRAINER = (
     "z_loss",
     "balance_loss",
     "router_z_loss",
+    "capacity",
     "zero",
     "offload",
     "seed",

@@ -55,7 +55,7 @@ class Trainer:
     **Arguments:**
 
     - `optimizer`, `compute_dtype`, `accumulate`, `clip`, `remat`, `label_smoothing`, `z_loss`, `balance_loss`,
-        `router_z_loss`, `seed`, `schedule`: as for [`mistral_eqx.train.make_step`][].
+        `router_z_loss`, `capacity`, `seed`, `schedule`: as for [`mistral_eqx.train.make_step`][].
     - `dtype`, `zero`, `offload`: as for [`mistral_eqx.train.TrainState`][]'s `init`.
     - `checkpoint_dir`: the run's folder, for checkpoints, `training.csv` and `evaluation.csv`. It needs the extra
         `train`. Without it nothing is written, and an interrupted run cannot continue.
@@ -81,6 +81,7 @@ class Trainer:
     z_loss: NotNegative = 0.0
     balance_loss: NotNegative = 0.0
     router_z_loss: NotNegative = 0.0
+    capacity: Positive | None = None
     dtype: DTypeLike = jnp.float32
     zero: int = 0
     offload: bool = False
@@ -302,6 +303,7 @@ class Trainer:
             z_loss=self.z_loss,
             balance_loss=self.balance_loss,
             router_z_loss=self.router_z_loss,
+            capacity=self.capacity,
             seed=self.seed,
             schedule=self.schedule,
         )
@@ -314,6 +316,7 @@ _CHECKED = (
     "z_loss",
     "balance_loss",
     "router_z_loss",
+    "capacity",
     "seed",
     "schedule",
     "save_every",
@@ -355,7 +358,8 @@ class _Clock:
 
 
 def _floats(metrics: Metrics, state: TrainState) -> dict[str, float]:
-    of_routers = () if state.model.outer.config.routing is None else ("router_balance", "router_z")
+    of_routers = ("router_balance", "router_z", "router_dropped")
+    of_routers = () if state.model.outer.config.routing is None else of_routers
     names = ("loss", "cross_entropy", "accuracy", "gradient_norm", *of_routers)
     floats = {name: float(getattr(metrics, name)) for name in names}
     return floats | {"skipped": float(state.skipped)}
