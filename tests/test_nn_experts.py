@@ -89,7 +89,7 @@ def test_a_capacity_drops_what_numpy_drops(capacity):
     kept = kept_by_numpy(chosen, is_token, capacity)
     assert 0 < (~kept[is_token]).sum() < kept[is_token].size
     assert relative_error(y, by_numpy(module, x, kept)) < 1e-6
-    assert sums.tokens == is_token.sum()
+    assert int(sums.tokens) == is_token.sum()
     np.testing.assert_allclose(sums.dropped, (~kept[is_token]).mean(1).sum(), rtol=1e-6)
     # Without `routed`, as in generation, nothing is dropped.
     np.testing.assert_array_equal(applied(module, x), applied(layer(), x))

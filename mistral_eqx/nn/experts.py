@@ -133,7 +133,7 @@ class Experts(eqx.Module):
     down_proj: ExpertLinear
     strategy: Strategy = SINGLE
     shared: FeedForward | None = None
-    capacity: float | None = eqx.field(static=True, default=None)
+    capacity: float | None = None
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch tokens embed"]:
         return self.for_own_tokens(x, x.shape[1])
