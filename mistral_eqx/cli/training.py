@@ -324,6 +324,7 @@ _OF_TRAINER = (
     "capacity",
     "zero",
     "offload",
+    "dtype",
     "seed",
     "schedule",
     "save_every",
