@@ -22,9 +22,9 @@ TEXT = Path(__file__).parent / "data" / "moby-dick.txt"
 
 def main(steps=40, rows=8, seq=64):
     known = data.Characters(TEXT.read_text(encoding="utf-8"), seq)
-    config = dataclasses.replace(mx.PRESETS["gpt-micro"], vocab=known.vocab)
+    config = dataclasses.replace(mx.PRESETS["gpt-nano"], vocab=known.vocab)
     model = mx.Mistral.init(config, key=jr.key(0))
-    optimizer = mx.train.adamw(mx.train.warmup_cosine(4e-3, warmup=steps // 8, steps=steps))
+    optimizer = mx.train.adamw(mx.train.warmup_cosine(1e-2, warmup=steps // 8, steps=steps))
     batches = list(itertools.islice(data.batches(known, rows=rows, seq=seq), steps))
 
     in_memory = mx.train.TrainState.init(model, optimizer)
@@ -42,8 +42,6 @@ def main(steps=40, rows=8, seq=64):
                     print(f"step {int(state.steps)}: loss {float(metrics.loss):.3f}")
         sizes = [file.stat().st_size for file in Path(folder).iterdir()]
         print(f"\n{len(sizes)} files with {sum(sizes) / 1e6:.2f} MB")
-    out = mx.generate(state.unstacked(), [known.encode("Call me ")], max_new_tokens=32)
-    print(repr("Call me " + known.decode(out.tokens[0].tolist())))
 
 
 def megabytes(state):

@@ -87,6 +87,7 @@ def test_losses_of_routers_are_those_of_the_formula_and_spread_tokens_over_exper
 LAYOUTS = {
     "tokens travel": ("batch@dp experts@dp kv_heads@tp hidden@tp vocab@tp", {"dp": 4, "tp": 2}),
     "tokens are split": ("batch@dp kv_heads@tp experts@tp vocab@tp tokens@tp", {"dp": 2, "tp": 2}),
+    "a layer of all tokens": ("batch@dp experts@dp kv_heads@tp hidden@tp vocab@tp tokens@tp", {"dp": 2, "tp": 2}),
     "a ring": ("batch@dp seq@cp kv_seq@cp experts@tp", {"dp": 2, "cp": 2, "tp": 2}),
 }
 
@@ -106,6 +107,7 @@ LAYOUTS = {
                 ("tokens are split", 1, 1, 1.0),
                 ("tokens are split", 1, 2, None),
                 ("a ring", 1, 2, 1.0),
+                ("a layer of all tokens", 1, 1, 1.0),
             )
         ),
     ],
@@ -116,7 +118,10 @@ def test_steps_are_those_of_one_device(layout, zero, accumulate, capacity):
     batches = [batch(seed, rows=8, seq=128, shortest=60) for seed in range(2)]
     text, axes = LAYOUTS[layout]
     with jax.enable_x64(True):
-        model = small_model(config=dataclasses.replace(CONFIG, layers=1, windows=(None,)), dtype=jnp.float64)
+        # With shared experts, each device gathers all tokens of its rows.
+        routing = dataclasses.replace(CONFIG.routing, shared=int(layout == "a layer of all tokens"))
+        config = dataclasses.replace(CONFIG, layers=1, windows=(None,), routing=routing)
+        model = small_model(config=config, dtype=jnp.float64)
         # Each device splits its own rows into micro-batches: the same rows on one device.
         rows = np.arange(8).reshape(axes["dp"], accumulate, -1).swapaxes(0, 1).reshape(-1)
         expected = trained(model, [jax.tree.map(lambda x: x[rows], one) for one in batches], **options)

@@ -12,6 +12,7 @@ from ..parallel import (
     AbstractNamed,
     Strategy,
     all_slices,
+    all_tokens,
     gather_shards,
     own_slices,
     own_tokens,
