@@ -169,7 +169,7 @@ class Experts(eqx.Module):
         counted = own_tokens(context.query_index >= 0, x.shape[1], context.strategy)
         scores, (experts, shares) = self.router.weight.contract(x, "embed", "routes"), self.router(x)
         if self.capacity is None:
-            return None, router_sums(scores, experts, counted, jnp.ones_like(experts, bool))
+            return None, router_sums(scores, experts, counted)
         experts, _ = vary_alike(jnp.where(counted[..., None], experts, -1), shares)
         kept = within_capacity(_whole_rows(experts, context), self.capacity, scores.shape[-1])
         kept = own_slices(kept, context.strategy, axis=1) if context.splits_seq else kept

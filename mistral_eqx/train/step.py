@@ -308,7 +308,8 @@ def make_step(
         loss, cross_entropy, accuracy = means
         own = (weigh(loss, router), cross_entropy, accuracy, sums.weight, norm, finite)
         zero_loss = jnp.zeros((), jnp.float32)
-        metrics = Metrics(*own, *((zero_loss,) * 3 if router is None else router))
+        of_routers = (zero_loss,) * 3 if router is None else router
+        metrics = Metrics(*own, *(zero_loss if one is None else one for one in of_routers))
         return eqx.filter(state, eqx.is_array), metrics
 
     @partial(eqx.filter_jit, donate="all-except-first")
