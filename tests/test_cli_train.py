@@ -128,6 +128,20 @@ def test_texts_with_the_tokenizer_of_a_model(recipe, tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_keeps_its_state_on_disk(recipe, tmp_path):
+    on_disk = changed("training.offload=disk", "training.dtype=bfloat16", 'optimizer.schedule="constant"')
+    for steps in (3, 6):
+        result = run("train", recipe, *on_disk, "--steps", steps)
+        assert result.exit_code == 0, result.stderr
+    assert "The run continues after step 3.\n" in result.stderr
+    assert [step for step, _ in figures(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert mx.load(tmp_path / "run/model").dtype == "bfloat16"
+    refused = run("train", recipe)
+    assert refused.exit_code == 2
+    assert "keeps its state in files of offload='disk'; continue with it" in refused.stderr
+
+
+@pytest.mark.slow
 def test_a_pipeline_saves_a_model_of_all_layers(recipe, tmp_path):
     more = ("model.config.layers=2", "training.accumulate=2", "training.schedule=1f1b", "training.steps=2")
     result = run("train", recipe, *changed(*more), "--mesh", "pp=2", "--strategy", "layers@pp")

@@ -240,6 +240,28 @@ def test_a_pipeline_has_the_losses_of_one_device(capsys):
 
 
 @pytest.mark.slow
+def test_int8_sums_say_what_they_send_and_what_changes(run):
+    lines = run("int8_sums.py", 2, 64).splitlines()
+    assert [line.split()[-1] for line in lines[::4]] == ["vocab@tp", "exchange=int8"]
+    sent = [float(line.split()[-2]) for line in lines[1::4]]
+    # 16 numbers of a token share a scale of 4 bytes.
+    assert sent[1] / sent[0] == pytest.approx((1 + 4 / 16) / 4, abs=0.05)
+    changes = [float(line.split()[2]) for line in lines[2::4]]
+    assert changes[0] == 0 <= changes[1] < 0.1
+    assert all(line.startswith("  the text goes on with ") for line in lines[3::4])
+
+
+@pytest.mark.slow
+def test_a_disk_step_continues_where_the_process_ended(capsys):
+    runpy.run_path(str(ROOT / "examples" / "disk_step.py"))["main"](8, 2, 16)
+    out = capsys.readouterr().out
+    assert re.findall(r"begins after step (\d+)", out) == ["0", "4"]
+    assert re.findall(r"step (\d+): loss", out) == ["2", "4", "6", "8"]
+    # Two sets of files for the embedding with the head and for three blocks, and the one that says which counts.
+    assert "9 files with" in out
+
+
+@pytest.mark.slow
 def test_overlap_has_the_logits_of_one_device(capsys):
     runpy.run_path(str(ROOT / "examples" / "overlap.py"))["main"](1, 8)
     out = capsys.readouterr().out

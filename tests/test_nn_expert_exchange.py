@@ -108,6 +108,9 @@ def test_the_way_follows_from_shapes():
     # One and a half times the tokens of an even router.
     assert capacity(4096, 2, 8, 1) == 1.5 * 4096 * 2 / 8
     assert capacity(4096, 4, 64, 1) == 1.5 * 4096 * 4 / 64
+    # Never more than what experts with a capacity compute.
+    assert capacity(4096, 2, 8, 1, most=1280) == 1280
+    assert capacity(4096, 2, 8, 1, most=2000) == 1.5 * 4096 * 2 / 8
 
 
 @pytest.mark.parametrize(

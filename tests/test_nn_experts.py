@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import re
 
 import equinox as eqx
@@ -10,6 +11,7 @@ from fixtures.model import SMALL, empty_cache, relative_error, run, run_in_piece
 from fixtures.sharding import written
 
 from mistral_eqx.config import Routing
+from mistral_eqx.nn import Context
 from mistral_eqx.nn.kernels import contract_grouped, native
 from mistral_eqx.planning.hlo import kernel_flops
 
@@ -31,8 +33,8 @@ def applied(module, x):
     return module(x)
 
 
-def by_numpy(module, x):
-    """Each expert computes every token; the shares of those not chosen are zero."""
+def by_numpy(module, x, kept=True):
+    """Each expert computes every token; the shares of those not chosen, and of choices that are not kept, are zero."""
     x = np.asarray(x, np.float64)
     router, gate, up, down = (
         np.asarray(one.weight.value, np.float64)
@@ -43,6 +45,7 @@ def by_numpy(module, x):
     shares = np.zeros_like(scores)
     np.put_along_axis(shares, chosen, np.take_along_axis(scores, chosen, -1), -1)
     shares /= shares.sum(-1, keepdims=True)
+    np.put_along_axis(shares, chosen, np.take_along_axis(shares, chosen, -1) * kept, -1)
     gated = np.einsum("ehd,bsd->bseh", gate, x)
     hidden = gated / (1 + np.exp(-gated)) * np.einsum("ehd,bsd->bseh", up, x)
     return np.einsum("bse,edh,bseh->bsd", shares, down, hidden)
@@ -56,6 +59,40 @@ def test_is_that_of_numpy(dtype, bound, batch, seq, per_token):
     y = applied(module, x)
     assert y.dtype == dtype
     assert relative_error(y, by_numpy(module, x)) < bound
+
+
+def kept_by_numpy(chosen, is_token, capacity):
+    """Goes through the tokens of each row in their order, and counts those of each expert."""
+    kept = np.zeros(chosen.shape, bool)
+    for row, tokens in enumerate(is_token):
+        limit, counts = math.ceil(capacity * chosen.shape[-1] * tokens.sum() / 5), np.zeros(5, int)
+        for column in np.flatnonzero(tokens):
+            kept[row, column] = counts[chosen[row, column]] < limit
+            counts[chosen[row, column]] += 1
+    return kept
+
+
+@pytest.mark.parametrize("capacity", [0.5, 1.25])
+def test_a_capacity_drops_what_numpy_drops(capacity):
+    module, x = dataclasses.replace(layer(), capacity=capacity), activations(3, 21)
+    # Rows of all tokens, with padding at the end, and with padding between two sequences.
+    is_token = np.arange(21) < np.asarray([[21], [9], [21]])
+    is_token[2, 7:11] = False
+
+    @eqx.filter_jit
+    def dropping(module, x, positions):
+        chosen, sums = module.routed(x, Context.init(ROUTED.rope, positions))
+        return module.for_own_tokens(x, x.shape[1], chosen), sums
+
+    y, sums = dropping(module, x, jnp.where(is_token, 0, -1))
+    chosen = np.asarray(module.router(x)[0])
+    kept = kept_by_numpy(chosen, is_token, capacity)
+    assert 0 < (~kept[is_token]).sum() < kept[is_token].size
+    assert relative_error(y, by_numpy(module, x, kept)) < 1e-6
+    assert int(sums.tokens) == is_token.sum()
+    np.testing.assert_allclose(sums.dropped, (~kept[is_token]).mean(1).sum(), rtol=1e-6)
+    # Without `routed`, as in generation, nothing is dropped.
+    np.testing.assert_array_equal(applied(module, x), applied(layer(), x))
 
 
 def _used(module, x):

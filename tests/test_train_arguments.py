@@ -35,6 +35,7 @@ BATCHES = functools.partial(data.batches, [[1, 2, 3]] * 4)
         (lambda: STEP(clip=float("nan")), ["clip is nan"]),
         (lambda: STEP(label_smoothing=1.0), ["label_smoothing is 1.0", "less than 1"]),
         (lambda: STEP(z_loss=-1e-4), ["z_loss is -0.0001"]),
+        (lambda: STEP(capacity=0.0), ["capacity is 0.0", "greater than 0"]),
         (lambda: STEP(seed=-1), ["seed is -1"]),
         (lambda: mx.train.warmup_cosine(0.1, warmup=1, steps=4, end=2.0**63), ["above the peak 0.1"]),
         (lambda: mx.train.wsd(0.1, warmup=1, steps=4, decay=2, end=0.2), ["end 0.2", "above the peak 0.1"]),

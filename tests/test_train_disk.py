@@ -1,6 +1,11 @@
 """Steps whose master weights and optimizer state are files: equal to those in memory, in less memory, and safe."""
 
 import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import signal
 
 import equinox as eqx
 import jax
@@ -8,6 +13,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from fixtures import trainer as runs
+from fixtures.generation import refused
 from fixtures.model import small_model
 from test_train_zero import CONFIG, batch
 
@@ -133,3 +140,90 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(tmp_path):
     step.init(model)
     with pytest.raises(ValueError, match="those of another model or optimizer; take the same ones"):
         step.init(small_model(config=WINDOWS))
+    marker = tmp_path / "about.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"steps": 1}))
+    os.truncate(tmp_path / "outer.0", 100)
+    with refused("outer.0 has 100 bytes in place of", "damaged"):
+        step.init(model)
+    os.truncate(marker, 10)
+    with refused("about.json is not JSON", "damaged"):
+        step.init(model)
+
+
+def test_a_trainer_that_cannot_keep_its_state_on_disk_is_refused(tmp_path):
+    with refused("offload is 'disk'", "give it a checkpoint_dir"):
+        runs.trainer(offload="disk")
+    with refused("offload is 'disk'", "zero=3", "leave one of them out"):
+        runs.trainer(tmp_path, offload="disk", zero=3)
+    with refused("offload is 'disc'"):
+        runs.trainer(tmp_path, offload="disc")
+    (tmp_path / "7").mkdir()
+    with refused("has checkpoints, from which offload='disk' cannot continue"):
+        runs.trainer(tmp_path, offload="disk").fit(runs.model(), runs.batches(1))
+    with refused("There is no checkpoint in"):
+        runs.trainer(tmp_path, offload="disk").restore(runs.model())
+
+
+STEPS = 5
+
+
+@pytest.mark.slow
+def test_a_trainer_continues_from_files(tmp_path):
+    """Its losses, its evaluations and its model are those of a trainer in memory, bit for bit."""
+    options = {"evaluate_every": 2, "evaluate_on": list(runs.batches(1, seed=1))}
+    seen, others = runs.Losses(), runs.Losses()
+    expected = runs.trainer(None, others, **options).fit(runs.model(), runs.batches(STEPS), steps=STEPS)
+    options |= {"offload": "disk"}
+    for callbacks in ([runs.At(3, runs.stop)], []):
+        run = runs.trainer(tmp_path, seen, train.KeepBest(), *callbacks, **options)
+        found = run.fit(runs.model(), runs.batches(STEPS), steps=STEPS)
+    assert seen.losses == others.losses
+    assert ("start", 3) in seen.calls
+    for model in (found, run.restore(runs.model())):
+        for one, other in zip(jax.tree.leaves(model), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(one, other)
+    run.restore(runs.model(), best=True)
+    with refused("keeps its state in files of offload='disk'; continue with it"):
+        runs.trainer(tmp_path).fit(runs.model(), runs.batches(STEPS))
+    with refused("belongs to a run with the config's rope"):
+        config = dataclasses.replace(runs.CONFIG, rope_theta=5.0)
+        run.fit(mx.Mistral.init(config, key=jr.key(0)), runs.batches(STEPS))
+
+
+def _killed(folder, losses, at):
+    """What a process does that is killed when it has written half of a file: the file number `at`."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", str(folder.parent / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    write, numbers = disk._write, itertools.count(1)
+
+    def half(file, tree):
+        write(file, tree)
+        if next(numbers) == at:
+            os.truncate(file, file.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class Told(train.Callback):
+        def on_step(self, run, metrics):
+            with open(losses, "a") as file:
+                file.write(json.dumps([run.step, float(metrics.loss)]) + "\n")
+
+    disk._write = half
+    runs.trainer(folder, Told(), offload="disk").fit(runs.model(), runs.batches(STEPS), steps=STEPS)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_in_the_middle_of_a_file_continues(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mistral_eqx.public", "fixtures.trainer"])
+    losses, codes = tmp_path / "losses.jsonl", []
+    # Two files in the beginning, and two in each step: at the beginning, in the third step, in the next one, never.
+    for at in (2, 8, 2, 0):
+        process = context.Process(target=_killed, args=(tmp_path / "run", losses, at))
+        process.start()
+        process.join()
+        codes.append(process.exitcode)
+    assert codes == [-signal.SIGKILL] * 3 + [0]
+    seen = runs.Losses()
+    runs.trainer(None, seen).fit(runs.model(), runs.batches(STEPS), steps=STEPS)
+    assert [tuple(json.loads(line)) for line in losses.read_text().splitlines()] == list(seen.losses.items())

@@ -87,32 +87,77 @@ def test_losses_of_routers_are_those_of_the_formula_and_spread_tokens_over_exper
 LAYOUTS = {
     "tokens travel": ("batch@dp experts@dp kv_heads@tp hidden@tp vocab@tp", {"dp": 4, "tp": 2}),
     "tokens are split": ("batch@dp kv_heads@tp experts@tp vocab@tp tokens@tp", {"dp": 2, "tp": 2}),
+    "a layer of all tokens": ("batch@dp experts@dp kv_heads@tp hidden@tp vocab@tp tokens@tp", {"dp": 2, "tp": 2}),
+    "a ring": ("batch@dp seq@cp kv_seq@cp experts@tp", {"dp": 2, "cp": 2, "tp": 2}),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layout", "zero", "accumulate"),
+    ("layout", "zero", "accumulate", "capacity"),
     [
-        ("tokens travel", 2, 2),
+        ("tokens travel", 2, 2, None),
+        ("tokens travel", 3, 2, 0.75),
         *(
             pytest.param(*case, marks=pytest.mark.long)
-            for case in (("tokens travel", 3, 1), ("tokens are split", 1, 2))
+            for case in (
+                ("tokens travel", 3, 1, None),
+                # Here buffers may overflow: then all tokens are gathered.
+                ("tokens travel", 3, 1, 1.75),
+                ("tokens are split", 1, 1, 1.0),
+                ("tokens are split", 1, 2, None),
+                ("a ring", 1, 2, 1.0),
+                ("a layer of all tokens", 1, 1, 1.0),
+            )
         ),
     ],
 )
-def test_steps_are_those_of_one_device(layout, zero, accumulate):
-    options = {"balance_loss": 0.5, "router_z_loss": 0.25, "accumulate": accumulate}
+def test_steps_are_those_of_one_device(layout, zero, accumulate, capacity):
+    options = {"balance_loss": 0.5, "router_z_loss": 0.25, "accumulate": accumulate, "capacity": capacity}
     # 128 tokens on each of four devices are the fewest that travel by all_to_all.
     batches = [batch(seed, rows=8, seq=128, shortest=60) for seed in range(2)]
     text, axes = LAYOUTS[layout]
     with jax.enable_x64(True):
-        model = small_model(config=dataclasses.replace(CONFIG, layers=1, windows=(None,)), dtype=jnp.float64)
+        # With shared experts, each device gathers all tokens of its rows.
+        routing = dataclasses.replace(CONFIG.routing, shared=int(layout == "a layer of all tokens"))
+        config = dataclasses.replace(CONFIG, layers=1, windows=(None,), routing=routing)
+        model = small_model(config=config, dtype=jnp.float64)
         # Each device splits its own rows into micro-batches: the same rows on one device.
         rows = np.arange(8).reshape(axes["dp"], accumulate, -1).swapaxes(0, 1).reshape(-1)
         expected = trained(model, [jax.tree.map(lambda x: x[rows], one) for one in batches], **options)
         split = mx.shard(model, mx.make_mesh(axes), mx.Strategy(text))
         assert_equal(trained(split, batches, zero=zero, **options), expected)
+
+
+@pytest.mark.slow
+def test_a_large_capacity_changes_nothing_and_evaluation_has_none():
+    """Bit for bit in rows without padding, which is not computed where there is a capacity."""
+    model = small_model(config=CONFIG)
+    texts = np.random.default_rng(0).integers(0, CONFIG.vocab, (4, 13))
+
+    def run(**options):
+        state, step = train.TrainState.init(model, OPTIMIZER), train.make_step(OPTIMIZER, **options)
+        return step(state, train.one_a_row([train.causal(text) for text in texts], 12))
+
+    (state, metrics), expected = run(capacity=4.0), run()
+    for one, other in zip(jax.tree.leaves((state, metrics)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert metrics.router_dropped == 0
+    assert {layer.feed_forward.capacity for layer in state.model.pattern} == {None}
+    _, dropped = run(capacity=0.5)
+    # Each of 8 experts has at most 2 of the 24 choices of a row.
+    assert dropped.router_dropped >= 1 / 3
+
+
+def test_a_capacity_bounds_the_buffers_of_tokens_that_travel():
+    """Without one, the program has a gather for buffers that overflow."""
+    config = dataclasses.replace(CONFIG, layers=1, windows=(None,))
+    model = mx.shard(small_model(config=config), mx.make_mesh({"dp": 4}), mx.Strategy("batch@dp experts@dp"))
+    state, one = train.TrainState.init(model, OPTIMIZER), batch(0, rows=4, seq=128)
+    for capacity in (None, 1.25):
+        text = eqx.filter_jit(train.make_step(OPTIMIZER, capacity=capacity)).lower(state, one).lowered.as_text()
+        assert ("stablehlo.all_gather" in text) is (capacity is None)
+        assert "stablehlo.all_to_all" in text
 
 
 def test_zero_keeps_experts_that_are_split_with_the_batch():
@@ -131,6 +176,8 @@ def test_a_dense_model_has_no_routers():
     state = train.TrainState.init(small_model(config=dataclasses.replace(CONFIG, routing=None)), OPTIMIZER)
     with refused("The model has no experts, so balance_loss and router_z_loss have no effect"):
         step(state, batch(0))
+    with refused("The model has no experts, so capacity has no effect; leave it out"):
+        train.make_step(OPTIMIZER, capacity=1.25)(state, batch(0))
 
 
 @pytest.mark.parity

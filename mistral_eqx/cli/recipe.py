@@ -101,8 +101,10 @@ class Training:
     z_loss: NotNegative = 0.0
     balance_loss: NotNegative = 0.0
     router_z_loss: NotNegative = 0.0
+    capacity: Positive | None = None
     zero: Literal[0, 1, 2, 3] = 0
-    offload: bool = False
+    offload: bool | Literal["disk"] = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
     seed: Seed = 0
     schedule: Literal["gpipe", "1f1b"] = "gpipe"
     save_every: Count = 500

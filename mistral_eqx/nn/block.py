@@ -5,7 +5,7 @@ import jax
 from jaxtyping import Array, Float, PyTree
 
 from ..errors import InputError
-from ..parallel import LEADING, all_tokens, own_tokens
+from ..parallel import LEADING, all_tokens
 from .attention import Attention
 from .cache import AbstractLayerCache
 from .context import Context
@@ -40,13 +40,16 @@ class Block(eqx.Module):
     def with_router_sums(
         self, x: Float[Array, "batch tokens embed"], context: Context
     ) -> tuple[Float[Array, "batch tokens embed"], RouterSums | None]:
-        """The activations, and the sums over this device's tokens without padding; `None` for a dense layer."""
+        """The activations, and the sums over this device's tokens without padding; `None` for a dense layer.
+
+        A capacity of experts applies here alone.
+        """
         x, _ = self._attended(x, context, None)
-        normed, sums = self.feed_forward_norm(x), None
-        if isinstance(self.feed_forward, Experts):
-            counted = own_tokens(context.query_index >= 0, x.shape[1], context.strategy)
-            sums = self.feed_forward.router_sums(normed, counted)
-        return x + self._fed(normed, context), sums
+        normed = self.feed_forward_norm(x)
+        if not isinstance(self.feed_forward, Experts):
+            return x + self._fed(normed, context), None
+        chosen, sums = self.feed_forward.routed(normed, context)
+        return x + self.feed_forward.for_own_tokens(normed, context.seq, chosen), sums
 
     def _fed(self, normed: Array, context: Context) -> Array:
         if isinstance(self.feed_forward, FeedForward | Experts):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -38,7 +39,7 @@ Compute = Callable[
 ]
 
 
-def capacity(tokens: int, per_token: int, experts: int, count: int) -> int:
+def capacity(tokens: int, per_token: int, experts: int, count: int, most: int | None = None) -> int:
     """The tokens that a device can send to each other one by `all_to_all`; `tokens` if it is better to gather all.
 
     This is the one place that chooses between the two. The exchange by `all_to_all` sends `capacity` tokens to each
@@ -49,12 +50,14 @@ def capacity(tokens: int, per_token: int, experts: int, count: int) -> int:
     - `tokens`: the tokens of one device.
     - `per_token`: the experts of each token.
     - `experts`, `count`: the experts of the layer, and those of one device.
+    - `most`: the most tokens that one device can need, if the experts have a capacity.
     """
     if tokens < _FEWEST_TOKENS:
         return tokens
     # An even router chooses none of `count` experts with the complement of this probability.
     share = 1 - math.comb(experts - count, per_token) / math.comb(experts, per_token)
-    return min(tokens, math.ceil(_SLACK * share * tokens))
+    slots = min(tokens, math.ceil(_SLACK * share * tokens))
+    return slots if most is None else min(slots, most)
 
 
 def travel_axes(strategy: Strategy, *, tokens_split: bool) -> tuple[str, ...]:
@@ -64,7 +67,14 @@ def travel_axes(strategy: Strategy, *, tokens_split: bool) -> tuple[str, ...]:
 
 
 def exchanged(
-    compute: Compute, route: Route, x: Float[Array, "batch own embed"], seq: int, strategy: Strategy, count: int
+    compute: Compute,
+    route: Route,
+    x: Float[Array, "batch own embed"],
+    seq: int,
+    strategy: Strategy,
+    count: int,
+    chosen: tuple[Array, Array] | None = None,
+    limit: int | None = None,
 ) -> Float[Array, "batch tokens embed"]:
     """The sum over all experts of all devices, for the tokens of this device. No token is dropped.
 
@@ -76,47 +86,65 @@ def exchanged(
     - `seq`: the number of tokens of each row over all devices that split `tokens`.
     - `strategy`: which dimensions are split over which mesh axes.
     - `count`: the experts of this device.
+    - `chosen`: the experts of each token of this device, -1 for none, and their shares; those of the router unless
+        given. They travel with their tokens.
+    - `limit`: the most tokens of a row that choose one expert, if `chosen` is given.
     """
     axes = travel_axes(strategy, tokens_split=x.shape[1] != seq)
-    if x.shape[1] != seq:
-        rest = tuple(axis for axis in strategy.axes("tokens") if axis not in axes)
-        x = gather_shards(x, rest, axis=1, to="varying") if rest else x
-    chosen = route(x)
-    y = _from_other_devices(compute, route, x, chosen, axes, strategy, count) if axes else compute(x, *chosen)
+    rest = tuple(axis for axis in strategy.axes("tokens") if axis not in axes)
+    if x.shape[1] != seq and rest:
+        x, chosen = jax.tree.map(lambda leaf: gather_shards(leaf, rest, axis=1, to="varying"), (x, chosen))
+    if axes:
+        y = _from_other_devices(compute, route, x, chosen, axes, strategy, count, limit)
+    else:
+        y = compute(x, *(route(x) if chosen is None else chosen))
     return psum_tokens(y, "experts hidden", strategy, done=axes)
 
 
 def gathered(
-    compute: Compute, route: Route, x: Float[Array, "batch own embed"], axes: Sequence[str]
+    compute: Compute,
+    route: Route,
+    x: Float[Array, "batch own embed"],
+    axes: Sequence[str],
+    chosen: tuple[Array, Array] | None = None,
 ) -> Float[Array, "batch own embed"]:
     """The sums for the tokens of this device: each device along mesh axes gathers all tokens and computes them."""
-    every = gather_shards(x, axes, axis=0, to="varying")
-    return scatter_sum(compute(every, *route(every)), axes, axis=0)
+    every, chosen = jax.tree.map(lambda leaf: gather_shards(leaf, axes, axis=0, to="varying"), (x, chosen))
+    return scatter_sum(compute(every, *(route(every) if chosen is None else chosen)), axes, axis=0)
 
 
 def _from_other_devices(
     compute: Compute,
     route: Route,
     x: Array,
-    chosen: tuple[Array, Array],
+    chosen: tuple[Array, Array] | None,
     axes: tuple[str, ...],
     strategy: Strategy,
     count: int,
+    limit: int | None,
 ) -> Array:
-    def by_gathering(x: Array, *_: Array) -> Array:
-        return gathered(compute, route, x, axes)
+    experts, shares = route(x) if chosen is None else chosen
+    tokens, per_token = x.shape[0] * x.shape[1], experts.shape[-1]
+    holder, devices = holders("experts", axes, strategy)
+    most = None if limit is None else x.shape[0] * count * limit
+    slots = capacity(tokens, per_token, count * len(holder), count, most)
 
-    experts, shares = (choice.reshape(-1, choice.shape[-1]) for choice in chosen)
-    (tokens, per_token), (holder, devices) = experts.shape, holders("experts", axes, strategy)
-    slots = capacity(tokens, per_token, count * len(holder), count)
+    def by_gathering(x: Array, experts: Array, shares: Array) -> Array:
+        return gathered(compute, route, x, axes, None if chosen is None else (experts, shares))
+
     if slots == tokens:
-        return by_gathering(x)
+        return by_gathering(x, experts, shares)
+
+    def needed(experts: Array) -> Array:
+        """The device that each choice needs; the number of devices for none."""
+        experts = experts.reshape(-1, per_token)
+        return jnp.where(experts < 0, devices, holder[experts // count])
 
     def by_all_to_all(x: Array, experts: Array, shares: Array) -> Array:
         # Here their gradients are smaller than those of the buffers.
         x, shares = vary_over("experts hidden", strategy, x, shares)
-        flat = x.reshape(-1, x.shape[-1])
-        source, is_used, back = _packing(holder[experts // count], devices, slots)
+        flat, experts, shares = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (x, experts, shares))
+        source, is_used, back = _packing(needed(experts), devices, slots)
         numbers = jnp.where(is_used[..., None], experts[source], -1).astype(shares.dtype)
         notes = all_to_all(jnp.concatenate([shares[source], numbers], axis=-1), axes)
         y = compute(
@@ -124,7 +152,9 @@ def _from_other_devices(
         )
         return _summed(all_to_all(y, axes), back).astype(x.dtype).reshape(x.shape)
 
-    sent = jnp.sum(_is_sent(holder[experts // count], devices), axis=0, dtype=jnp.int32)
+    if slots == most:
+        return by_all_to_all(x, experts, shares)
+    sent = jnp.sum(_is_sent(needed(experts), devices), axis=0, dtype=jnp.int32)
     return lax.cond(largest_anywhere(jnp.max(sent)) <= slots, by_all_to_all, by_gathering, x, experts, shares)
 
 

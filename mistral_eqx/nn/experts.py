@@ -5,9 +5,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from ..parallel import SINGLE, AbstractNamed, Strategy, all_tokens, shard_index, vary_alike, vary_over
+from ..parallel import (
+    SINGLE,
+    AbstractNamed,
+    Strategy,
+    all_slices,
+    all_tokens,
+    gather_shards,
+    own_slices,
+    own_tokens,
+    shard_index,
+    vary_alike,
+    vary_over,
+)
+from .context import Context
+from .expert_capacity import capacity_limit, within_capacity
 from .expert_exchange import exchanged
 from .feed_forward import FeedForward
 from .linear import LINEAR
@@ -97,7 +111,7 @@ class Experts(eqx.Module):
     """A sparse mixture of SwiGLU experts ([Mixtral](https://arxiv.org/abs/2401.04088)).
 
     The result of a token is the sum over its chosen experts of `share * down(silu(gate(x)) * up(x))`. No token is
-    dropped, whatever the number of tokens that choose one expert.
+    dropped, whatever the number of tokens that choose one expert, except in training with a `capacity`.
 
     If the strategy splits `experts`, each device computes its own experts for all tokens; if it splits `hidden`, each
     device computes its shard of every expert. In both cases, one psum adds the partial sums, the layer's only
@@ -111,6 +125,7 @@ class Experts(eqx.Module):
     - `down_proj`: `hidden` to `embed`, for each expert.
     - `strategy`: which dimensions are split over which mesh axes.
     - `shared`: the experts that compute every token, as one layer whose result is added; `None` without such.
+    - `capacity`: the capacity factor of `routed`, see [`mistral_eqx.train.make_step`][]; `None` drops nothing.
     """
 
     router: Router
@@ -119,21 +134,47 @@ class Experts(eqx.Module):
     down_proj: ExpertLinear
     strategy: Strategy = SINGLE
     shared: FeedForward | None = None
+    capacity: float | None = None
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch tokens embed"]:
         return self.for_own_tokens(x, x.shape[1])
 
-    def for_own_tokens(self, x: Float[Array, "batch own embed"], seq: int) -> Float[Array, "batch tokens embed"]:
-        """The result for the tokens of this device, of `seq` in each row over all devices."""
-        x = x if self.shared is None else all_tokens(x, seq, self.strategy)
-        y = exchanged(self.own_sums, self.router, x, seq, self.strategy, self.gate_proj.weight.row_count)
+    def for_own_tokens(
+        self, x: Float[Array, "batch own embed"], seq: int, chosen: tuple[Array, Array] | None = None
+    ) -> Float[Array, "batch tokens embed"]:
+        """The result for the tokens of this device, of `seq` in each row over all devices.
+
+        **Arguments:**
+
+        - `chosen`: the experts of these tokens and their shares, of `routed`; those of the router unless given.
+        """
+        if self.shared is not None:
+            x, chosen = jax.tree.map(lambda leaf: all_tokens(leaf, seq, self.strategy), (x, chosen))
+        count, limit = self.gate_proj.weight.row_count, None
+        if self.capacity is not None and chosen is not None:
+            tokens = seq * shard_index("seq", self.strategy)[1]
+            limit = capacity_limit(self.capacity, tokens, self.router.per_token, self.router.weight.row_count)
+        y = exchanged(self.own_sums, self.router, x, seq, self.strategy, count, chosen, limit)
         y = checkpoint_name(y, LINEAR)
         return y if self.shared is None else y + self.shared(x)
 
-    def router_sums(self, x: Float[Array, "batch tokens embed"], counted: Bool[Array, "batch tokens"]) -> RouterSums:
-        """What the router does with the tokens of this device that count."""
-        experts, _ = self.router(x)
-        return router_sums(self.router.weight.contract(x, "embed", "routes"), experts, counted)
+    def routed(
+        self, x: Float[Array, "batch tokens embed"], context: Context
+    ) -> tuple[tuple[Array, Array] | None, RouterSums]:
+        """Applies the capacity, and sums up what the router does with the tokens of this device without padding.
+
+        **Returns:** the experts of these tokens, -1 for those dropped and for padding, and their shares; `None` without
+            a capacity. And the sums.
+        """
+        counted = own_tokens(context.query_index >= 0, x.shape[1], context.strategy)
+        scores, (experts, shares) = self.router.weight.contract(x, "embed", "routes"), self.router(x)
+        if self.capacity is None:
+            return None, router_sums(scores, experts, counted)
+        experts, _ = vary_alike(jnp.where(counted[..., None], experts, -1), shares)
+        kept = within_capacity(_whole_rows(experts, context), self.capacity, scores.shape[-1])
+        kept = own_slices(kept, context.strategy, axis=1) if context.splits_seq else kept
+        kept = own_tokens(kept, x.shape[1], context.strategy)
+        return (jnp.where(kept, experts, -1), shares), router_sums(scores, experts, counted, kept)
 
     def own_sums(
         self,
@@ -157,6 +198,13 @@ class Experts(eqx.Module):
         y = self.down_proj(jax.nn.silu(gate) * up, sizes)[_argsort(order)]
         y = jnp.where(is_own[:, None], y, 0).reshape(*shares.shape, -1)
         return jnp.sum(y * shares[..., None], axis=2).astype(x.dtype)
+
+
+def _whole_rows(x: Array, context: Context) -> Array:
+    """The tokens of whole rows, in their order, from those of this device."""
+    if x.shape[1] != context.seq:
+        x = gather_shards(x, context.strategy.axes("tokens"), axis=1, to="varying")
+    return all_slices(x, context.strategy, axis=1) if context.splits_seq else x
 
 
 def _argsort(keys: Array) -> Array:

@@ -16,18 +16,21 @@ class RouterSums(NamedTuple):
     - `chosen`: the number of tokens that chose each expert; no gradient passes.
     - `probabilities`: the probabilities of each expert.
     - `squares`: the squares of `log Σ exp(score)`.
+    - `dropped`: the fraction of its choices that a token lost by a capacity; `None` without one.
     """
 
     tokens: Float[Array, "..."]
     chosen: Float[Array, "... routes"]
     probabilities: Float[Array, "... routes"]
     squares: Float[Array, "..."]
+    dropped: Float[Array, "..."] | None
 
 
 def router_sums(
     scores: Float[Array, "batch tokens routes"],
     experts: Int[Array, "batch tokens per_token"],
     counted: Bool[Array, "batch tokens"],
+    kept: Bool[Array, "batch tokens per_token"] | None = None,
 ) -> RouterSums:
     """The sums of one layer.
 
@@ -35,12 +38,15 @@ def router_sums(
 
     - `scores`, `experts`: the router's scores, and the experts that it chose.
     - `counted`: which tokens count.
+    - `kept`: which choices a capacity keeps.
     """
     routes, weights = jnp.arange(scores.shape[-1], dtype=experts.dtype), counted.astype(scores.dtype)
+    dropped = None if kept is None else jnp.sum(weights * jnp.mean((~kept).astype(scores.dtype), axis=2))
     is_chosen = jnp.any(experts[..., None] == routes[None, None, None], axis=2)
     return RouterSums(
         tokens=jnp.sum(weights),
         chosen=jnp.sum(weights[..., None] * is_chosen.astype(scores.dtype), axis=(0, 1)),
         probabilities=jnp.sum(weights[..., None] * jax.nn.softmax(scores), axis=(0, 1)),
         squares=jnp.sum(weights * jax.nn.logsumexp(scores, axis=-1) ** 2),
+        dropped=dropped,
     )

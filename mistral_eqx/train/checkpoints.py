@@ -123,13 +123,7 @@ class Checkpoints:
         found = self._manager.restore(
             step, args=self._args.Composite(about=self._args.JsonRestore(), more=self._args.JsonRestore())
         )
-        for name in {**found["about"], **self._about}:
-            saved, now = found["about"].get(name), self._about.get(name)
-            if saved != now:
-                raise InputError(
-                    f"The checkpoint in {self.folder} belongs to a run with {name} {saved!r}, and this run has "
-                    f"{now!r}; use another folder."
-                )
+        check_same_run(self.folder, found["about"], self._about)
         arrays = _by_name(state)
         wanted = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in arrays.items()
@@ -166,6 +160,16 @@ class Checkpoints:
                     f"The checkpoint in {self.folder} has {_shown(saved.get(name))} for {name!r}, and this run has "
                     f"{_shown(now.get(name))}; use another folder, or the same model and optimizer."
                 )
+
+
+def check_same_run(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]):
+    """Refuses a checkpoint that was saved with other values of those that must be the same."""
+    for name in {**saved, **now}:
+        if saved.get(name) != now.get(name):
+            raise InputError(
+                f"The checkpoint in {folder} belongs to a run with {name} {saved.get(name)!r}, and this run has "
+                f"{now.get(name)!r}; use another folder."
+            )
 
 
 class _WriteErrors:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..errors import InputError
 from ..nn import Mistral, Stacked, stack
 from ..nn.precision import at_least_float32
 from .batch import Batch
+from .checkpoints import check_same_run
 from .step import Metrics, TrainState, make_step
 from .trained import trained
 
@@ -80,9 +81,11 @@ class DiskStep:
     def __init__(self, optimizer: optax.GradientTransformation, folder: str | Path, **options: Any):
         self.folder = Path(folder)
         self._optimizer = optimizer
-        self._gradient = make_step(_keeping_gradients(), **options)
+        self._gradient = make_step(keeping_gradients(), **options)
         self._update = eqx.filter_jit(partial(_updated, optimizer), donate="all-except-first")
         self._about: dict[str, Any] | None = None
+        # The set of files of the last step, which count after `mark`.
+        self._files = 0
 
     def init(self, model: Mistral | Stacked, *, dtype: DTypeLike = jnp.bfloat16) -> TrainState:
         """The state before the next step: that of the files, or, if there are none, that of a model.
@@ -95,7 +98,8 @@ class DiskStep:
 
         **Returns:** the state. Its `optimizer_state` is the clipped gradient of the last step.
 
-        **Raises:** `ValueError` if the model is on a mesh, or the files are those of another model or optimizer.
+        **Raises:** `ValueError` if the model is on a mesh, or the files are damaged or those of another model or
+        optimizer.
         """
         if model.mesh is not None:
             raise InputError(
@@ -103,27 +107,27 @@ class DiskStep:
                 "over devices with make_step and zero=3."
             )
         stacked = stack(model) if isinstance(model, Mistral) else model
-        state = TrainState.init(stacked, _keeping_gradients(), dtype=dtype)
+        state = TrainState.init(stacked, keeping_gradients(), dtype=dtype)
         first = eqx.filter(stacked, trained(stacked))
         shapes = {piece.name: _shapes(self._like(piece.of(first), piece)) for piece in _pieces(first)}
-        marker = self.folder / "about.json"
-        if not marker.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for piece in _pieces(first):
-                _write(self._file(piece, 0), self._first(piece.of(first), piece))
-            self._mark({"files": 0, "steps": 0, "skipped": 0, "shapes": shapes})
-            return state
-        about = json.loads(marker.read_text())
-        if about["shapes"] != shapes:
+        about = _read_json(self._marker) if self.begun else None
+        if about is not None and about["shapes"] != shapes:
             raise InputError(
                 f"The files in {self.folder} are those of another model or optimizer; take the same ones, or another "
                 "folder.",
                 file=self.folder,
             )
-        self._about = about
+        if about is None or about["steps"] == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for piece in _pieces(first):
+                _write(self._file(piece, 0), self._first(piece.of(first), piece))
+            self._files = 0
+            self._mark({"files": 0, "steps": 0, "skipped": 0, "shapes": shapes})
+            return state
+        self._about, self._files = about, about["files"]
         weights, constants = eqx.partition(state.model, trained(state.model))
         for piece in _pieces(weights):
-            master, _ = _read(self._file(piece, about["files"]), self._like(piece.of(first), piece))
+            master, _ = _read(self._file(piece, self._files), self._like(piece.of(first), piece))
             weights = _put(weights, piece, _stored(piece.of(weights), master, piece.index))
         return eqx.tree_at(
             lambda state: (state.model, state.steps, state.skipped),
@@ -136,15 +140,38 @@ class DiskStep:
 
         **Raises:** `ValueError` as the step of [`mistral_eqx.train.make_step`][], and if `init` did not make the state.
         """
+        state, metrics = self.unmarked(state, batch)
+        self.mark(state)
+        return state, metrics
+
+    def unmarked(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Makes one step whose files count after `mark` alone; call that before the next step."""
         if self._about is None:
             raise InputError("A DiskStep continues from its files; make the state with its init.")
         state, metrics = self._gradient(state, batch)
-        files = self._about["files"]
         if bool(metrics.finite):
-            state = eqx.tree_at(lambda state: state.model, state, self._updated(state, files))
-            files = 1 - files
-        self._mark(self._about | {"files": files, "steps": int(state.steps), "skipped": int(state.skipped)})
+            state = eqx.tree_at(lambda state: state.model, state, self._updated(state, self._files))
+            self._files = 1 - self._files
         return state, metrics
+
+    def mark(self, state: TrainState, **more: Any):
+        """Lets the files of the last step count, and keeps further values, as JSON types, in `about`."""
+        steps = {"steps": int(state.steps), "skipped": int(state.skipped)}
+        self._mark(self.about | {"files": self._files} | steps | more)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the folder holds the files of a run."""
+        return self._marker.exists()
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What was marked last; `init` reads it."""
+        return {} if self._about is None else self._about
+
+    @property
+    def _marker(self) -> Path:
+        return self.folder / "about.json"
 
     def _updated(self, state: TrainState, files: int) -> Stacked:
         weights, constants = eqx.partition(state.model, trained(state.model))
@@ -184,11 +211,49 @@ class DiskStep:
         """Says which files are those of the last complete step."""
         new = self.folder / "about.json.new"
         new.write_text(json.dumps(about))
-        os.replace(new, self.folder / "about.json")
+        os.replace(new, self._marker)
         self._about = about
 
 
-def _keeping_gradients() -> optax.GradientTransformation:
+class DiskCheckpoints:
+    """The files of a DiskStep in the place of [`mistral_eqx.train.Checkpoints`][]: its last step is the checkpoint.
+
+    **Arguments:**
+
+    - `step`: the step, after its `init`.
+    - `about`: as for `Checkpoints`.
+    """
+
+    def __init__(self, step: DiskStep, about: Mapping[str, Any]):
+        self._step = step
+        self._run = json.loads(json.dumps(about))
+
+    @property
+    def latest(self) -> int | None:
+        """The last complete step, or `None` before the first one."""
+        return self._step.about["steps"] or None
+
+    def save(self, state: TrainState, more: Mapping[str, Any]) -> int:
+        """Marks the last step, and keeps further values with it."""
+        self._step.mark(state, run=self._run, more=dict(more))
+        return int(state.steps)
+
+    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state, which `init` has read, and the further values.
+
+        **Raises:** `ValueError` if there is no step, or it belongs to another model.
+        """
+        if self.latest is None:
+            raise InputError(f"There is no checkpoint in {self._step.folder}; train first, or give another folder.")
+        about = self._step.about
+        check_same_run(self._step.folder, about.get("run", {}), self._run)
+        return state, about["more"]
+
+    def close(self):
+        """The files are written already."""
+
+
+def keeping_gradients() -> optax.GradientTransformation:
     """Changes no weights; its state is the gradient."""
 
     def init(params: PyTree[Array]) -> PyTree[Array]:
@@ -246,8 +311,26 @@ def _shapes(tree: PyTree[jax.ShapeDtypeStruct]) -> list[list[Any]]:
 
 
 def _read(file: Path, like: PyTree[jax.ShapeDtypeStruct]) -> PyTree[np.ndarray]:
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    found = file.stat().st_size if file.exists() else 0
+    if found != size:
+        raise _damaged(file, f"has {found} bytes in place of {size}")
     with file.open("rb") as opened:
         return jax.tree.map(lambda leaf: np.fromfile(opened, leaf.dtype, leaf.size).reshape(leaf.shape), like)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        # The state of callbacks may have infinities.
+        return json.loads(file.read_bytes())
+    except ValueError:
+        raise _damaged(file, "is not JSON") from None
+
+
+def _damaged(file: Path, how: str) -> InputError:
+    return InputError(
+        f"{file} {how}, so it is damaged; put a copy of the folder in its place, or train in another folder.", file=file
+    )
 
 
 def _write(file: Path, tree: PyTree[Array]):

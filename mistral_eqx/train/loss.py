@@ -69,7 +69,7 @@ def loss_sums(
 
 
 class RouterLosses(NamedTuple):
-    """The losses of routers, as means over the tokens of all layers.
+    """The losses of routers and what a capacity drops, as means over the tokens of all layers.
 
     With `E` experts, the fraction `f_e` of tokens that chose an expert, and its mean probability `P_e`:
 
@@ -78,10 +78,12 @@ class RouterLosses(NamedTuple):
     - `balance`: `E Σ_e f_e P_e` ([Switch Transformer](https://arxiv.org/abs/2101.03961)). It is the number of experts
         per token if all experts are chosen alike, and `E` if all tokens choose the same ones.
     - `z`: the mean of `(log Σ_e exp(score_e))²` ([ST-MoE](https://arxiv.org/abs/2202.08906)).
+    - `dropped`: the fraction of the choices that were dropped, which is no loss; `None` without a capacity.
     """
 
     balance: Float[Array, ""]
     z: Float[Array, ""]
+    dropped: Float[Array, ""] | None
 
 
 def router_losses(sums: RouterSums, share: Float[Array, ""], strategy: Strategy) -> RouterLosses:
@@ -99,4 +101,5 @@ def router_losses(sums: RouterSums, share: Float[Array, ""], strategy: Strategy)
     fractions = psum(sums.chosen, "batch seq", strategy) / tokens
     scale = share.astype(tokens.dtype) / tokens
     balance = len(fractions) * jnp.sum(fractions * sums.probabilities)
-    return RouterLosses(scale * balance, scale * sums.squares)
+    dropped = None if sums.dropped is None else scale * sums.dropped
+    return RouterLosses(scale * balance, scale * sums.squares, dropped)

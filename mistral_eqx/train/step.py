@@ -30,6 +30,7 @@ from ..parallel import (
 )
 from ..parallel.codes import NO_GRADIENT
 from .batch import Batch
+from .capacity import with_capacity
 from .dropout import with_dropout
 from .loss import RouterLosses, Sums, loss_sums, router_losses
 from .offload import check_host, to_device, to_host
@@ -161,6 +162,7 @@ class Metrics(NamedTuple):
     - `finite`: whether the loss and the gradient norm were finite; otherwise the step was skipped.
     - `router_balance`, `router_z`: the [`mistral_eqx.train.RouterLosses`][] of a model with experts, without their
         weights; otherwise 0.
+    - `router_dropped`: the fraction of the experts of tokens that `capacity` dropped.
     """
 
     loss: Float[Array, ""]
@@ -171,6 +173,7 @@ class Metrics(NamedTuple):
     finite: Array
     router_balance: Float[Array, ""]
     router_z: Float[Array, ""]
+    router_dropped: Float[Array, ""]
 
 
 _Losses = tuple[Sums, RouterLosses | None]
@@ -189,6 +192,7 @@ def make_step(
     z_loss: NotNegative = 0.0,
     balance_loss: NotNegative = 0.0,
     router_z_loss: NotNegative = 0.0,
+    capacity: Positive | None = None,
     seed: Seed = 0,
     schedule: Schedule = "gpipe",
 ) -> Step:
@@ -210,6 +214,11 @@ def make_step(
     - `label_smoothing`, `z_loss`: as for [`mistral_eqx.train.loss_sums`][].
     - `balance_loss`, `router_z_loss`: the weights of the two [`mistral_eqx.train.RouterLosses`][], which are added to
         the loss. The config of Mixtral 8x7B has 0.02 for the first; ST-MoE takes 0.01 and 0.001.
+    - `capacity`: the capacity factor of experts. An expert computes the first
+        `ceil(capacity * per_token * tokens / experts)` tokens of each row that chose it, where `tokens` counts those
+        without padding; the others do without it, and their other experts keep their shares
+        ([Switch Transformer](https://arxiv.org/abs/2101.03961), with the rows as groups of
+        [GShard](https://arxiv.org/abs/2006.16668)). `None` drops nothing, as evaluation and generation always do.
     - `seed`: the seed of the dropout of adapters. The dropped entries depend on this seed, the number of the step and
         the batch row alone: they are the same on every mesh, for every `accumulate`, and after a state was saved and
         loaded.
@@ -229,6 +238,7 @@ def make_step(
         z_loss=z_loss,
         balance_loss=balance_loss,
         router_z_loss=router_z_loss,
+        capacity=capacity,
         seed=seed,
         schedule=schedule,
     )
@@ -237,7 +247,12 @@ def make_step(
     def on_device(state: TrainState, batch: Batch, *, shard_dims: Stacked) -> tuple[TrainState, Metrics]:
         strategy, zero = state.strategy, state.zero
         weights, constants = eqx.partition(state.model, trained(state.model))
-        options = {"wrapped": wrapped, "label_smoothing": label_smoothing, "z_loss": z_loss}
+        options = {
+            "wrapped": wrapped,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "capacity": capacity,
+        }
         staged = bool(strategy.axes("layers"))
         # One gradient is taken through all micro-batches of GPipe.
         in_stages, parts = (accumulate, 1) if staged and schedule == "gpipe" else (1, accumulate)
@@ -293,7 +308,8 @@ def make_step(
         loss, cross_entropy, accuracy = means
         own = (weigh(loss, router), cross_entropy, accuracy, sums.weight, norm, finite)
         zero_loss = jnp.zeros((), jnp.float32)
-        metrics = Metrics(*own, *(RouterLosses(zero_loss, zero_loss) if router is None else router))
+        of_routers = (zero_loss,) * 3 if router is None else router
+        metrics = Metrics(*own, *(zero_loss if one is None else one for one in of_routers))
         return eqx.filter(state, eqx.is_array), metrics
 
     @partial(eqx.filter_jit, donate="all-except-first")
@@ -315,6 +331,8 @@ def make_step(
                 "The model has no experts, so balance_loss and router_z_loss have no effect; leave them at 0.",
                 key="balance_loss" if balance_loss else "router_z_loss",
             )
+        if capacity is not None and state.model.outer.config.routing is None:
+            raise InputError("The model has no experts, so capacity has no effect; leave it out.", key="capacity")
         state_specs, batch_spec = state.specs(optimizer), strategy.spec("batch")
         run = partial(on_device, shard_dims=state.shard_dims())
         state = _for_update(state)
@@ -360,8 +378,9 @@ def _loss(
     micro_batches: int,
     label_smoothing: float,
     z_loss: float,
+    capacity: float | None,
 ) -> tuple[Sums, RouterSums | None]:
-    model = with_dropout(eqx.combine(weights, constants), key, rows)
+    model = with_capacity(with_dropout(eqx.combine(weights, constants), key, rows), capacity)
     hidden, routed = model.hidden_and_router_sums(
         batch.inputs, batch.positions, batch.span, wrapped=wrapped, gathering=gathering, micro_batches=micro_batches
     )
@@ -381,9 +400,10 @@ def _of_stage(
     wrapped: Callable[..., Any],
     label_smoothing: float,
     z_loss: float,
+    capacity: float | None,
 ) -> tuple[Array, Callable[[], Sums]]:
     """The activations after this device's blocks, and a function that computes the loss: 0 but on the last stage."""
-    model = with_dropout(eqx.combine(weights, constants), key, rows)
+    model = with_capacity(with_dropout(eqx.combine(weights, constants), key, rows), capacity)
     inputs = jnp.asarray(batch.inputs), jnp.asarray(batch.positions), batch.span
     x, _ = model.stage(received, inputs, wrapped=wrapped, gathering=gathering)
 

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from .callback import Callback, Run
 from .callbacks import CSV, ProgressBar
 from .callbacks.best import BEST
 from .checkpoints import Checkpoints
+from .disk import DiskCheckpoints, DiskStep, keeping_gradients
 from .evaluation import Evaluation, make_evaluation
 from .lock import lock_folder
 from .loss import Sums
@@ -55,8 +56,11 @@ class Trainer:
     **Arguments:**
 
     - `optimizer`, `compute_dtype`, `accumulate`, `clip`, `remat`, `label_smoothing`, `z_loss`, `balance_loss`,
-        `router_z_loss`, `seed`, `schedule`: as for [`mistral_eqx.train.make_step`][].
-    - `dtype`, `zero`, `offload`: as for [`mistral_eqx.train.TrainState`][]'s `init`.
+        `router_z_loss`, `capacity`, `seed`, `schedule`: as for [`mistral_eqx.train.make_step`][].
+    - `dtype`, `zero`, `offload`: as for [`mistral_eqx.train.TrainState`][]'s `init`. With `offload="disk"`, master
+        weights and optimizer state are the files of a [`mistral_eqx.train.DiskStep`][], in the folder `disk` of
+        `checkpoint_dir`. Each step is then a checkpoint, and `dtype` is the precision of weights and gradients in
+        memory.
     - `checkpoint_dir`: the run's folder, for checkpoints, `training.csv` and `evaluation.csv`. It needs the extra
         `train`. Without it nothing is written, and an interrupted run cannot continue.
     - `save_every`: the number of steps between two checkpoints; the trainer also saves one after the last step, at
@@ -81,9 +85,10 @@ class Trainer:
     z_loss: NotNegative = 0.0
     balance_loss: NotNegative = 0.0
     router_z_loss: NotNegative = 0.0
+    capacity: Positive | None = None
     dtype: DTypeLike = jnp.float32
     zero: int = 0
-    offload: bool = False
+    offload: bool | Literal["disk"] = False
     seed: Seed = 0
     schedule: Schedule = "gpipe"
     checkpoint_dir: str | Path | None = None
@@ -99,6 +104,18 @@ class Trainer:
     def __post_init__(self):
         for name in _CHECKED:
             checked(getattr(self, name), kinds_of(Trainer)[name], f"The trainer's {name}", key=name)
+        if self.offload == "disk" and self.checkpoint_dir is None:
+            raise InputError(
+                "The trainer's offload is 'disk', which keeps the state of training in the run's folder; give it a "
+                "checkpoint_dir.",
+                key="checkpoint_dir",
+            )
+        if self.offload == "disk" and self.zero:
+            raise InputError(
+                f"The trainer's offload is 'disk', for one device, and zero={self.zero} shards the state over several; "
+                "leave one of them out.",
+                key="zero",
+            )
 
     def fit(self, model: Mistral | Stacked, batches: Iterable[Batch], *, steps: int | None = None) -> Mistral:
         """Trains a model.
@@ -122,14 +139,16 @@ class Trainer:
         vocabulary, rows longer than the model's context or rows that the devices do not divide, the checkpoints belong
         to another run, or a checkpoint cannot be written.
         """
-        state = self._state(model)
-        run = Run(state, 0, steps, None if self.checkpoint_dir is None else Path(self.checkpoint_dir).absolute())
+        folder = None if self.checkpoint_dir is None else Path(self.checkpoint_dir).absolute()
         callbacks = [*self._own_callbacks(), *self.callbacks]
         with contextlib.ExitStack() as stack:
-            checkpoints = None
-            if run.folder is not None:
-                stack.enter_context(lock_folder(run.folder))
-                checkpoints = stack.enter_context(contextlib.closing(self._checkpoints(run.folder, model)))
+            if folder is not None:
+                stack.enter_context(lock_folder(folder))
+            step = self._step(folder)
+            state, checkpoints = self._begin(model, folder, step)
+            if checkpoints is not None:
+                stack.enter_context(contextlib.closing(checkpoints))
+            run = Run(state, 0, steps, folder)
             iterator = iter(batches)
             order, first_step = self._order(batches), 0
             if checkpoints is not None and checkpoints.latest is not None:
@@ -138,7 +157,7 @@ class Trainer:
             for callback in callbacks:
                 stack.callback(callback.on_end, run)
                 callback.on_start(run)
-            self._train(run, iterator, checkpoints, callbacks, stopping, {"order": order, "begun": first_step})
+            self._train(run, iterator, step, checkpoints, callbacks, stopping, {"order": order, "begun": first_step})
         stopping.end()
         if steps is not None and run.step < steps and not run.stop:
             raise InputError(
@@ -161,25 +180,41 @@ class Trainer:
             raise InputError(
                 "This trainer has no checkpoint_dir to read a checkpoint from; give it the checkpoint_dir of the run."
             )
-        folder = Path(self.checkpoint_dir) / BEST if best else Path(self.checkpoint_dir)
+        whole = Path(self.checkpoint_dir)
+        folder = whole / BEST if best else whole / DISK if self.offload == "disk" else whole
         if not folder.is_dir():
             raise InputError(f"There is no checkpoint in {folder}; train first, or name another folder.")
-        state = self._state(model)
-        with contextlib.closing(Checkpoints(folder, {}) if best else self._checkpoints(folder, model)) as checkpoints:
+        with contextlib.ExitStack() as stack:
+            if best:
+                state, checkpoints = self._state(model), Checkpoints(folder, {})
+            else:
+                # The next step of a run would write over its files while they are read.
+                stack.enter_context(lock_folder(whole) if self.offload == "disk" else contextlib.nullcontext())
+                state, checkpoints = self._begin(model, whole, self._step(whole))
+            assert checkpoints is not None
+            stack.enter_context(contextlib.closing(checkpoints))
             return checkpoints.restore(state)[0].unstacked()
 
+    def _begin(
+        self, model: Mistral | Stacked, folder: Path | None, step: Step | DiskStep
+    ) -> tuple[TrainState, Checkpoints | DiskCheckpoints | None]:
+        """The state before the first step of a new run, or for `restore`; and the checkpoints."""
+        if folder is not None:
+            _check_offload(folder, self.offload)
+        about = {f"the config's {name}": value for name, value in dataclasses.asdict(model.config).items()}
+        if isinstance(step, DiskStep):
+            return step.init(model, dtype=self.dtype), DiskCheckpoints(step, about)
+        return self._state(model), None if folder is None else Checkpoints(folder, about, keep=self.keep)
+
     def _state(self, model: Mistral | Stacked) -> TrainState:
-        return TrainState.init(model, self.optimizer, dtype=self.dtype, zero=self.zero, offload=self.offload)
+        optimizer = keeping_gradients() if self.offload == "disk" else self.optimizer
+        return TrainState.init(model, optimizer, dtype=self.dtype, zero=self.zero, offload=self.offload is True)
 
     def _own_callbacks(self) -> list[Callback]:
         return [
             *([CSV()] if self.checkpoint_dir is not None else []),
             *([ProgressBar()] if self.progress else []),
         ]
-
-    def _checkpoints(self, folder: Path, model: Mistral | Stacked) -> Checkpoints:
-        about = {f"the config's {name}": value for name, value in dataclasses.asdict(model.config).items()}
-        return Checkpoints(folder, about, keep=self.keep)
 
     def _order(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """The values that must not change when a run continues, as JSON types, by their names in error messages."""
@@ -191,7 +226,7 @@ class Trainer:
     def _resume(
         self,
         run: Run,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | DiskCheckpoints,
         iterator: Iterator[Batch],
         callbacks: Sequence[Callback],
         order: Mapping[str, Any],
@@ -238,13 +273,15 @@ class Trainer:
         self,
         run: Run,
         iterator: Iterator[Batch],
-        checkpoints: Checkpoints | None,
+        step: Step | DiskStep,
+        checkpoints: Checkpoints | DiskCheckpoints | None,
         callbacks: Sequence[Callback],
         stopping: Stopping,
         about: Mapping[str, Any],
     ):
-        step, evaluation = self._step(), make_evaluation(compute_dtype=self.compute_dtype)
-        clock = _Clock()
+        evaluation, clock = make_evaluation(compute_dtype=self.compute_dtype), _Clock()
+        # What a step wrote counts only after the callbacks have seen it.
+        make, save_every = (step.unmarked, 1) if isinstance(step, DiskStep) else (step, self.save_every)
         start = run.step
 
         def save():
@@ -262,7 +299,7 @@ class Trainer:
                 break
             _check(batch, run.state)
             whole = _global_batch(batch, run.state)
-            run.state, metrics = step(run.state, whole)
+            run.state, metrics = make(run.state, whole)
             run.step += 1
             # `batch` has the rows of this process alone.
             clock.count(batch, whole.inputs.shape[0] // batch.inputs.shape[0])
@@ -284,36 +321,44 @@ class Trainer:
                     callback.on_evaluation(run, evaluated)
                 done = done or run.stop
                 clock.start()
-            if run.step % self.save_every == 0 and not done:
+            if run.step % save_every == 0 and not done:
                 save()
                 clock.start()
         if run.step == 0:
             raise InputError("There are no batches to train on; give at least one.")
         save()
 
-    def _step(self) -> Step:
-        return make_step(
-            self.optimizer,
-            compute_dtype=self.compute_dtype,
-            accumulate=self.accumulate,
-            clip=self.clip,
-            remat=self.remat,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            balance_loss=self.balance_loss,
-            router_z_loss=self.router_z_loss,
-            seed=self.seed,
-            schedule=self.schedule,
-        )
+    def _step(self, folder: Path | None) -> Step | DiskStep:
+        options: dict[str, Any] = {
+            "compute_dtype": self.compute_dtype,
+            "accumulate": self.accumulate,
+            "clip": self.clip,
+            "remat": self.remat,
+            "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
+            "balance_loss": self.balance_loss,
+            "router_z_loss": self.router_z_loss,
+            "capacity": self.capacity,
+            "seed": self.seed,
+            "schedule": self.schedule,
+        }
+        if self.offload == "disk" and folder is not None:
+            return DiskStep(self.optimizer, folder / DISK, **options)
+        return make_step(self.optimizer, **options)
 
+
+# The folder of a DiskStep in that of the run.
+DISK = "disk"
 
 _CHECKED = (
+    "offload",
     "accumulate",
     "clip",
     "label_smoothing",
     "z_loss",
     "balance_loss",
     "router_z_loss",
+    "capacity",
     "seed",
     "schedule",
     "save_every",
@@ -321,6 +366,24 @@ _CHECKED = (
     "evaluate_every",
     "log_every",
 )
+
+
+def _check_offload(folder: Path, offload: bool | str):
+    """Refuses a folder whose run keeps its state in another way: it would begin again."""
+    on_disk = (folder / DISK / "about.json").exists()
+    if on_disk and offload != "disk":
+        raise InputError(
+            f"The run in {folder} keeps its state in files of offload='disk'; continue with it, or use another folder.",
+            file=folder,
+            key="offload",
+        )
+    if offload == "disk" and not on_disk and any(path.name.isdigit() for path in folder.iterdir()):
+        raise InputError(
+            f"The run in {folder} has checkpoints, from which offload='disk' cannot continue; leave it out, or use "
+            "another folder.",
+            file=folder,
+            key="offload",
+        )
 
 
 class _Clock:
@@ -355,7 +418,8 @@ class _Clock:
 
 
 def _floats(metrics: Metrics, state: TrainState) -> dict[str, float]:
-    of_routers = () if state.model.outer.config.routing is None else ("router_balance", "router_z")
+    of_routers = ("router_balance", "router_z", "router_dropped")
+    of_routers = () if state.model.outer.config.routing is None else of_routers
     names = ("loss", "cross_entropy", "accuracy", "gradient_norm", *of_routers)
     floats = {name: float(getattr(metrics, name)) for name in names}
     return floats | {"skipped": float(state.skipped)}
