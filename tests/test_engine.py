@@ -427,7 +427,9 @@ def pausing(engine, *pattern):
 
 def test_a_draft_that_is_the_model_is_always_right(model):
     """So its keys and values are the model's: after prompts, known beginnings and pauses, in rows that come and go."""
-    requests = requests_of({}, MIXED[1], {"max_new_tokens": 60, "eos_ids": ()}, {}, MIXED[1], lengths=(9, 40), new=30)
+    greedy, drawn = {"eos_ids": ()}, {"eos_ids": (), **MIXED[1]}
+    requests = requests_of(greedy, drawn, {}, drawn, lengths=(9, 40), new=40)
+    requests.append(dataclasses.replace(requests[1], seed=9))
     with engine_of(model, rows=2, speculate=mx.Draft(model, tokens=3, cost=0.0)) as engine:
         pausing(engine, 2, 20, 3, 1)
         answers = [engine.submit(request) for request in requests]
@@ -437,8 +439,8 @@ def test_a_draft_that_is_the_model_is_always_right(model):
         assert event.ids == alone(model, request)[0], request
         # The end of an answer rejects what was proposed after it.
         assert answer.accepted >= answer.proposed - 3
-        assert answer.accepted > 0
-    assert sum(answer.accepted for answer in answers) == load.accepted
+    assert sum(answer.accepted for answer in answers) == load.accepted > 20
+    assert load.cached_tokens > 0
 
 
 @pytest.mark.slow
