@@ -12,9 +12,8 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from ..errors import InputError
-from ..generation import Draft, PromptLookup
 from ..generation.flat import Flat
-from ..generation.proposals import checked_speculate
+from ..generation.proposals import Draft, Speculate, checked_speculate
 from ..nn import Cache, Mistral
 from ..nn.block import check_whole
 from ..nn.cache import AbstractLayerCache
@@ -26,7 +25,7 @@ from .ring import joined, parted
 _WIDTH = 16
 
 
-def checked_proposer(speculate: PromptLookup | Draft | None, model: Mistral) -> PromptLookup | Draft | None:
+def checked_proposer(speculate: Speculate | None, model: Mistral) -> Speculate | None:
     """Checks what proposes tokens in an engine of this model.
 
     **Raises:** `ValueError` if a draft has another vocabulary, is split in another way than the model, or the strategy
