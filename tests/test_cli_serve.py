@@ -49,6 +49,8 @@ def test_what_is_refused_before_the_weights_are_read(tiny):
     assert_refused(run("serve", "--model", tiny, "--port", 70000), "--port")
     assert_refused(run("serve", "--model", tiny, "--rows", 0), "--rows")
     assert_refused(run("serve", "--model", tiny, "--timeout", 0), "--timeout")
+    assert_refused(run("serve", "--model", tiny, "--port", 0, "--draft", "absent.gguf"), "absent.gguf")
+    assert_refused(run("serve", "--model", tiny, "--port", 0, "--draft", tiny, "--prompt-lookup"), "both propose")
     assert_refused(run("serve", "--model", tiny / "nothing", "--port", 0), "nothing")
 
 
@@ -65,7 +67,7 @@ def test_a_model_is_served(tiny, tmp_path):
         return tokenizer.decode(out.tokens[0, : out.lengths[0]], after=ids)
 
     program = [sys.executable, "-m", "mistral_eqx", "serve", "--model", str(tiny), "--port", "0", "--rows", "2"]
-    program += ["--lora", f"poet={tmp_path / 'poet'}"]
+    program += ["--lora", f"poet={tmp_path / 'poet'}", "--draft", str(tiny)]
     environment = {**os.environ, "MISTRAL_EQX_API_KEY": "sesame", "JAX_NUM_CPU_DEVICES": "1"}
     with subprocess.Popen(
         program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from fixtures.generation import TOKENIZER, VOCAB, count_compilations, random_prompts, refused, talking_model
+from fixtures.generation import (
+    TOKENIZER,
+    VOCAB,
+    count_compilations,
+    near_model,
+    random_prompts,
+    refused,
+    talking_model,
+)
 from fixtures.lora import adapted
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
@@ -409,8 +417,108 @@ def test_proposed_tokens_change_nothing(model):
     assert load.proposed > load.accepted > 0
     assert sum(answer.accepted for answer in answers) == load.accepted
     assert sum(answer.proposed for answer in answers) == load.proposed
-    with refused("no draft"):
-        mx.Engine(model, TOKENIZER, speculate=mx.Draft(model))
+
+
+def pausing(engine, *pattern):
+    """Has an engine propose tokens, then not, and so on, for so many steps each."""
+    turns = itertools.cycle([number % 2 == 0 for number, steps in enumerate(pattern) for _ in range(steps)])
+    engine._balance.ready = lambda rows: next(turns)
+
+
+def test_a_draft_that_is_the_model_is_always_right(model):
+    """So its keys and values are the model's, after prompts and pauses."""
+    requests = requests_of({"eos_ids": ()}, {}, {"eos_ids": (), **MIXED[1]}, lengths=(9, 13), new=30)
+    with engine_of(model, rows=1, speculate=mx.Draft(model, tokens=3, cost=0.0)) as engine:
+        pausing(engine, 2, 20, 3, 1)
+        answers = [engine.submit(request) for request in requests]
+        events = [answer.result() for answer in answers]
+        load = engine.load
+    for request, answer, event in zip(requests, answers, events, strict=True):
+        assert event.ids == alone(model, request)[0], request
+        # The end of an answer rejects what was proposed after it.
+        assert answer.accepted >= answer.proposed - 3
+    assert sum(answer.accepted for answer in answers) == load.accepted > 20
+
+
+@pytest.mark.slow
+def test_a_draft_keeps_up_while_rows_come_and_go(model):
+    """The ring turns and grows; beginnings of prompts are known; an answer is cancelled."""
+    (start,) = random_prompts(70, seed=5)
+    options = [{"eos_ids": ()}, {"eos_ids": (), **MIXED[1]}, {"eos_ids": ()}]
+    requests = requests_of(*options * 4, lengths=(40, 5, 17), new=40)
+    requests = [
+        dataclasses.replace(request, prompt=[*start, *request.prompt]) if number % 3 else request
+        for number, request in enumerate(requests)
+    ]
+    requests[-2] = dataclasses.replace(requests[-2], max_new_tokens=300)
+    with engine_of(model, rows=2, context=512, speculate=mx.Draft(model, tokens=3, cost=0.0)) as engine:
+        pausing(engine, 3, 2, 1, 70, 5, 17)
+        first, *answers = [engine.submit(request) for request in requests]
+        for number, _ in enumerate(first):
+            if number == 3:
+                answers[0].cancel()
+        events = [answer.result() for answer in answers]
+        assert engine.load.cached_tokens > 64
+        assert engine.load.slots == 512
+    assert [event.finish for event in events] == ["cancelled", *["length"] * 10]
+    for answer in answers:
+        assert answer.accepted >= answer.proposed - 3
+    for request, event in zip(requests[3::3], events[2::3], strict=True):
+        assert event.ids == alone(model, request)[0], request
+
+
+@pytest.mark.slow
+def test_a_draft_of_another_shape_serves_adapters_and_grammars(model):
+    class Odd:
+        """A grammar, and a guide: odd tokens."""
+
+        def guide(self):
+            return self
+
+        def allowed(self):
+            return np.arange(VOCAB) % 2 == 1
+
+        def push(self, id):
+            pass
+
+    adapters = {"one": adapted(model, rank=3, targets=("q_proj", "down_proj"))}
+    requests = requests_of({"adapter": "one"}, {"grammar": Odd(), "eos_ids": ()}, lengths=(7,), new=30)
+    draft = mx.Draft(talking_model(windows=(None,) * 3, kv_heads=1), tokens=3, cost=0.0)
+    with engine_of(model, rows=1, adapters=adapters, speculate=draft) as engine:
+        answers = [engine.submit(request) for request in requests]
+        events = [answer.result() for answer in answers]
+    for request, answer, event in zip(requests, answers, events, strict=True):
+        assert (answer.proposed == 0) == (request.grammar is not None)
+        if request.grammar is None:
+            assert event.ids == alone(adapters.get(request.adapter, model), request)[0]
+        else:
+            assert all(id % 2 == 1 for id in event.ids)
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_for_a_draft_after_it_was_warmed(model):
+    with engine_of(model, rows=1, speculate=mx.Draft(near_model(), tokens=3, cost=0.0)) as engine:
+        engine.warm()
+        pausing(engine, 2, 20)
+        with count_compilations() as compiled:
+            engine.run(requests_of(*MIXED[:-1], lengths=(9, 40)))
+    assert not {"decode_rows", "enter", "resized", "read_chunk", "_take", "_put", "catch_up"} & {*compiled}
+
+
+def test_drafts_that_cannot_be_are_refused(model):
+    for draft, words in [
+        (talking_model(vocab=60), ["60 tokens", "61"]),
+        (mx.shard(model, make_mesh("dp=2"), Strategy("batch@dp")), ["other devices"]),
+    ]:
+        with refused(*words):
+            mx.Engine(model, TOKENIZER, speculate=mx.Draft(draft))
+    mesh, whole = make_mesh("tp=2"), talking_model(vocab=64)
+    split = mx.shard(whole, mesh, Strategy("hidden@tp"))
+    with refused("'vocab@tp'", "'hidden@tp'"):
+        mx.Engine(split, TOKENIZER, speculate=mx.Draft(mx.shard(whole, mesh, Strategy("vocab@tp"))))
+    split = mx.shard(whole, mesh, Strategy("kv_seq@tp"))
+    with refused("'kv_seq'"):
+        mx.Engine(split, TOKENIZER, speculate=mx.Draft(split))
 
 
 @given(ids=st.lists(st.integers(0, 2), min_size=1, max_size=16), ngram=st.integers(1, 3))
@@ -426,10 +534,10 @@ def test_proposals_that_do_not_pay_pause():
     balance.after_step(1, 0.02)
     for _ in range(4):
         passes = pauses = 0
-        while balance.ready:
+        while balance.ready(1):
             balance.after_pass(1, 1.0, 0.03)
             passes += 1
-        while not balance.ready:
+        while not balance.ready(1):
             balance.after_step(1, 0.02)
             pauses += 1
         trials.append((passes, pauses))
@@ -437,7 +545,32 @@ def test_proposals_that_do_not_pay_pause():
     # Each bad trial makes the next pause longer.
     assert trials == [(3, 8), (1, 16), (1, 32), (1, 64)]
     balance.after_pass(1, 4.0, 0.03)
-    assert balance.ready
+    assert balance.ready(1)
+
+
+def test_a_draft_is_off_where_it_loses():
+    balance = Balance(mx.Draft(talking_model(), tokens=4))
+    for _ in range(3):
+        assert not balance.ready(2)
+        balance.after_step(2, 0.02)
+    # Steps of two rows say nothing of steps of one.
+    assert balance.ready(2)
+    assert not balance.ready(1)
+    passes = 0
+    while balance.ready(2):
+        balance.after_pass(2, 1.0, 0.03)
+        passes += 1
+    # It has a longer trial than a lookup, and then pauses for as long as one, or for longer.
+    assert passes > 16
+    pauses = []
+    for _ in range(9):
+        pauses.append(0)
+        while not balance.ready(2):
+            balance.after_step(2, 0.02)
+            pauses[-1] += 1
+        balance.after_pass(2, 1.0, 0.03)
+    assert pauses == [8, 16, 32, 64, 128, 256, 512, 1024, 1024]
+    assert Balance(mx.Draft(talking_model(), cost=0.0)).ready(1)
 
 
 def test_sizes_of_the_ring():
@@ -454,6 +587,14 @@ LAYOUTS = {
 }
 # These share their ways of splitting rows, slots and the vocabulary with the others.
 _MORE = ("heads, vocab", "kv_seq", "batch")
+
+
+def _draft_like(model):
+    """A draft that is split as the model is; a lookup where there cannot be one."""
+    if model.strategy.axes("kv_seq"):
+        return LOOKUP
+    draft = near_model(vocab=64, kv_heads=4)
+    return mx.Draft(draft if model.mesh is None else mx.shard(draft, model.mesh, model.strategy), tokens=3, cost=0.0)
 
 
 @settings(
@@ -488,9 +629,11 @@ def test_the_law(layout, data):
     rows = data.draw(st.sampled_from([4, 8]), "rows")
     chunk, stride = data.draw(st.sampled_from([16, 32, 64]), "chunk"), data.draw(st.integers(1, 8), "stride")
     limit = data.draw(st.sampled_from([0, 40_000, 2**28]), "prefix cache")
-    speculate = data.draw(st.sampled_from([None, LOOKUP]), "speculate")
+    speculate = data.draw(st.sampled_from([None, LOOKUP, _draft_like(model)]), "speculate")
     options = {"chunk": chunk, "stride": stride, "prefix_cache": limit, "speculate": speculate}
     with engine_of(model, rows=rows, **options) as engine:
+        if speculate is not None:
+            pausing(engine, *(data.draw(st.integers(1, 40), "turns") for _ in range(4)))
         answers = []
         for number, (request, pause) in enumerate(zip(requests, pauses, strict=True)):
             answers.append(engine.submit(request))

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from fixtures.generation import PROMPTS, VOCAB, count_compilations, logits_of, random_prompts, refused, talking_model
+from fixtures.generation import (
+    PROMPTS,
+    VOCAB,
+    count_compilations,
+    logits_of,
+    near_model,
+    random_prompts,
+    refused,
+    talking_model,
+)
 from fixtures.model import SMALL, small_model
 from fixtures.sharding import written as writes
 from hypothesis import given, settings, strategies as st
@@ -34,13 +43,6 @@ LOOKUP = PromptLookup(tokens=3, ngram=1, cost=0.0)
 NUCLEUS = Sampler(temperature=1.5, top_p=0.95)
 # Low enough that two models often agree.
 COLD = Sampler(temperature=0.3, top_k=20)
-
-
-@functools.lru_cache
-def other_model():
-    """A draft: the model with small changes to its weights, whose likeliest tokens are often the model's."""
-    one, noise = talking_model(), small_model(seed=1, config=talking_model().config)
-    return jax.tree.map(lambda x, other: x + 0.1 * other if hasattr(x, "dtype") and x.ndim > 1 else x, one, noise)
 
 
 def compare(model, prompts, proposer, **options):
@@ -67,7 +69,7 @@ def test_greedy_tokens_are_those_without_lookups():
 
 
 def test_greedy_tokens_are_those_without_a_draft():
-    found = compare(talking_model(), PROMPTS, Draft(other_model(), tokens=3, cost=0.0))
+    found = compare(talking_model(), PROMPTS, Draft(near_model(), tokens=3, cost=0.0))
     assert 0.1 < found.rate < 1
     # The model itself is always right: one token comes from the prompt's logits, then four from each pass.
     found = compare(talking_model(), PROMPTS, Draft(talking_model(), tokens=3, cost=0.0), max_new_tokens=25)
@@ -78,7 +80,7 @@ def test_greedy_tokens_are_those_without_a_draft():
 @pytest.mark.parametrize("kind", ["lookup", "draft"])
 @pytest.mark.slow
 def test_drawn_tokens_are_those_without_speculation(kind):
-    proposer = LOOKUP if kind == "lookup" else Draft(other_model(), tokens=3, cost=0.0)
+    proposer = LOOKUP if kind == "lookup" else Draft(near_model(), tokens=3, cost=0.0)
     found = compare(talking_model(), PROMPTS, proposer, sampler=COLD, key=jr.key(3))
     assert found.accepted > 0
 
@@ -136,7 +138,7 @@ def test_a_stream_gives_each_row_its_tokens():
 @pytest.mark.slow
 def test_a_conversation_keeps_both_caches(kind):
     model = talking_model()
-    proposer = LOOKUP if kind == "lookup" else Draft(other_model(), tokens=3, cost=0.0)
+    proposer = LOOKUP if kind == "lookup" else Draft(near_model(), tokens=3, cost=0.0)
     chat, text = Conversation(model, speculate=proposer), [7, 30, 2, 11]
     for more, new in (([5, 5], 7), ([9, 1, 2], 8), ([], 5)):
         text = [*text, *more]
@@ -356,7 +358,7 @@ def test_caches_are_packed_and_grow(kind, monkeypatch):
 @pytest.mark.slow
 def test_prefixes_samples_chunks_and_codes():
     model, start = talking_model(), random_prompts(20)[0]
-    for proposer, code in ((LOOKUP, "int8"), (Draft(other_model(), tokens=3, cost=0.0), None)):
+    for proposer, code in ((LOOKUP, "int8"), (Draft(near_model(), tokens=3, cost=0.0), None)):
         prefix = prefill(model, start, cache_dtype=code)
         options = {"sampler": COLD, "key": jr.key(4), "num_samples": 2, "prefill_chunk": 5}
         compare(model, PROMPTS, proposer, prefix=prefix, **options)

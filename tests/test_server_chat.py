@@ -10,6 +10,8 @@ from fixtures.serving import FakeEngine, serving, tiny_tokenizer
 from fixtures.text import templates, tiny
 
 import mistral_eqx as mx
+from mistral_eqx.server.constraints import constraint_of
+from mistral_eqx.server.protocol import ChatRequest
 
 
 ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
@@ -391,10 +393,69 @@ def test_a_tool_must_be_called(tools_client, tools_engine):
     # What ends too early is text.
     (choice,) = create(tools_client, tools=[CLOCK], tool_choice="required", max_tokens=9).choices
     assert (choice.message.content, choice.finish_reason) == ('[{"name":', "length")
-    for options in ({"tool_choice": "required"}, {}):
-        with pytest.raises(openai.BadRequestError) as caught:
-            create(tools_client, tools=[CLOCK], response_format={"type": "json_object"}, **options)
-        assert caught.value.param == "response_format"
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(tools_client, tools=[CLOCK], response_format={"type": "json_object"}, tool_choice="required")
+    assert caught.value.param == "response_format"
+
+
+def test_json_or_tool_calls(tools_client, tools_engine):
+    options = {"tools": [WEATHER, CLOCK], "response_format": {"type": "json_object"}}
+    for stream in (False, True):
+        tools_engine.reply = ' {"a": "<tool_call>"}'
+        found = create(tools_client, stream=stream, **options)
+        parts = [chunk.choices[0].delta for chunk in found] if stream else [found.choices[0].message]
+        # The end token's name is not in it.
+        assert "".join(part.content or "" for part in parts) == ' {"a": "<tool_call>"}'
+        assert not any(part.tool_calls for part in parts)
+        tools_engine.reply = CALL + CALL
+        found = create(tools_client, stream=stream, **options)
+        parts = [chunk.choices[0].delta for chunk in found] if stream else [found.choices[0].message]
+        calls = [call.function for part in parts for call in part.tool_calls or ()]
+        assert [(call.name, json.loads(call.arguments)) for call in calls] == [("weather", {"city": "Málaga"})] * 2
+        assert not any(part.content for part in parts)
+    wrong = {**CLOCK, "function": {"name": "clock", "parameters": {"type": "wrong"}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(tools_client, **{**options, "tools": [wrong]})
+    assert caught.value.param == "tools"
+
+
+def follows(grammar, tokenizer, text):
+    """Whether a whole text follows a grammar."""
+    guide = grammar.guide()
+    for id in [*tokenizer.encode(text, add_bos=False, parse_special=True), *tokenizer.eos_ids[:1]]:
+        if not guide.allowed()[id]:
+            return False
+        guide.push(id)
+    return True
+
+
+def test_the_grammar_of_json_or_calls_is_that_of_replies(tools_engine, tmp_path):
+    """Each form of a call that is read may be written, and no other text."""
+    city, odd = (
+        '{"city": "Oslo"}',
+        {"type": "function", "function": {"name": 'o"d', "parameters": {"enum": [{"a": 1}]}}},
+    )
+    call = f'{{"name": "weather", "arguments": {city}}}'
+    bracketed = [
+        f"[TOOL_CALLS] [{call}, {call}]",
+        f"[TOOL_CALLS]weather[CALL_ID]a1b2c3d4e[ARGS]{city}",
+        f'[TOOL_CALLS]weather[ARGS]{city}[TOOL_CALLS]o"d[ARGS]{{"a": 1}}',
+    ]
+    for tokenizer, forms in (
+        (tools_engine.tokenizer, [f"<tool_call>{call}</tool_call>", f"\n<tool_call>\n{call}\n</tool_call>\n"]),
+        (mx.load_tokenizer(tiny.write_tekken(tmp_path, "v13")), bracketed),
+    ):
+        body = {**ASKED, "tools": [WEATHER, odd], "response_format": {"type": "json_object"}}
+        grammar = constraint_of(ChatRequest(**body), tokenizer).grammar
+        assert follows(grammar, tokenizer, '{"a": 1}')
+        for form in forms:
+            assert follows(grammar, tokenizer, form), form
+            (first, *_) = mx.parse_reply(tokenizer, form).tool_calls
+            assert (first.name, first.arguments) == ("weather", {"city": "Oslo"})
+        for text in ["Oslo", city + city, *(form.replace("city", "town") for form in forms)]:
+            assert not follows(grammar, tokenizer, text), text
+        once = constraint_of(ChatRequest(**body, parallel_tool_calls=False), tokenizer).grammar
+        assert follows(once, tokenizer, forms[-1]) == (tokenizer is tools_engine.tokenizer)
 
 
 def test_an_answer_that_does_not_end_well(client, engine, server):

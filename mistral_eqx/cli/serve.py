@@ -122,14 +122,6 @@ class EngineOptions:
             rich_help_panel=_ENGINE,
         ),
     ] = 256
-    prompt_lookup: Annotated[
-        bool,
-        typer.Option(
-            "--prompt-lookup",
-            help="Decode faster where an answer repeats itself or its prompt: check several tokens of it at a time.",
-            rich_help_panel=_ENGINE,
-        ),
-    ] = False
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -163,6 +155,7 @@ def serve(
     model: options.ModelOptions,
     server: ServerOptions,
     engine: EngineOptions,
+    speculation: options.SpeculationOptions,
     cache_dtype: options.CacheDType = None,
     split: options.ProcessOptions,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Write no line for each request.")] = False,
@@ -188,7 +181,7 @@ def serve(
     from ..parallel.agreement import check_same
     from ..server import LOOPBACK, create_app, is_loopback, listen, run, url
     from .devices import Devices
-    from .loading import load, locate
+    from .loading import Speculating, load, locate
     from .progress import waiting
 
     if server.api_key is not None and not server.api_key.strip():
@@ -205,10 +198,12 @@ def serve(
     with contextlib.ExitStack() as stack:
         taken = stack.enter_context(listen(server.host, server.port)) if first else None
         path = locate(model.model)
-        mesh, strategy, where = devices.place(open_checkpoint(path).config)
+        config = open_checkpoint(path).config
+        speculating = Speculating(speculation, config.vocab)
+        mesh, strategy, where = devices.place(config)
         tokenizer = mx.load_tokenizer(path)
-        asked = dataclasses.replace(engine, lora=None), [*folders], cache_dtype, model.agreed, tokenizer.eos_ids
-        check_same("command", repr(asked))
+        alike = speculation.agreed, model.agreed, tokenizer.eos_ids
+        check_same("command", repr((dataclasses.replace(engine, lora=None), [*folders], cache_dtype, *alike)))
         weights = load(path, model, mesh, strategy)
         if where and not quiet:
             processes.say(f"The model is split over devices: {where}.")
@@ -224,7 +219,7 @@ def serve(
                 prefix_cache=engine.prefix_cache * 2**20,
                 cache_dtype=cache_dtype,
                 adapters={one: mx.load_lora(weights, folder) for one, folder in folders.items()},
-                speculate=mx.PromptLookup() if engine.prompt_lookup else None,
+                speculate=speculating(model, mesh, strategy),
             )
         )
         # The first clients do not wait for the compiler.

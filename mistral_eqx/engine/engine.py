@@ -32,11 +32,12 @@ from ..generation import (
     RepetitionPenalty,
     Sampler,
 )
-from ..generation.caches import empty_cache, holds, parts, slots
+from ..generation.caches import holds, parts, slots
 from ..generation.finite import not_finite
 from ..generation.flat import Flat
 from ..generation.guided import Guide, allowed
 from ..generation.prompt import checked_prompts
+from ..generation.proposals import Draft, Speculate
 from ..generation.reading import check_chunk, check_context, place_rows
 from ..generation.request import Request as Call, placed
 from ..lora import with_several
@@ -46,12 +47,13 @@ from ..parallel import broadcast, gather_to_host
 from ..text import AbstractTokenizer, StopText
 from .answer import Answer, Event, Finish, LogProb
 from .choice import Numbers
+from .drafting import catch_up, checked_proposer
 from .pace import Pace
 from .prefix_cache import PrefixCache
 from .prompts import PromptReader, block_size
 from .proposing import Balance, History
 from .request import MOST_ENDS, Request
-from .ring import aligned, ring_capacity, spare
+from .ring import aligned, empty_ring, ring_capacity, spare
 from .rows import MOST_STEPS, Decoded, Rows, decode_rows, enter, resized
 
 
@@ -110,9 +112,11 @@ class _Job:
     deadline: float
     adapter: int
     history: History | None
+    text_ids: list[int]  # the prompt and the new tokens
     number: int = 0
     count: int = 0  # new tokens
     base: int = 0  # the ring's slot, counted from the start, of the first token
+    entered: int = 0  # that of the first new token
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -185,11 +189,11 @@ class Engine:
     - `cache_dtype`: as in [`mistral_eqx.generate`][].
     - `adapters`: models that [`mistral_eqx.load_lora`][] or [`mistral_eqx.apply_lora`][] made of `model`, by the name
         with which requests choose them; rows with several of them share a batch.
-    - `speculate`: a [`mistral_eqx.PromptLookup`][] proposes tokens, of which the model checks several in one pass. The
-        tokens are the same.
+    - `speculate`: a [`mistral_eqx.PromptLookup`][] or a [`mistral_eqx.Draft`][] proposes tokens, of which the model
+        checks several in one pass. The tokens are the same.
 
     **Raises:** `ValueError` if an argument is outside its range, or `rows` cannot be split as the strategy splits
-        `batch`.
+        `batch`; if a draft has another vocabulary, or is not split as the model is.
     """
 
     def __init__(
@@ -205,7 +209,7 @@ class Engine:
         prefix_cache: int = 2**28,
         cache_dtype: CacheDType | None = None,
         adapters: Mapping[str, Mistral] | None = None,
-        speculate: PromptLookup | None = None,
+        speculate: Speculate | None = None,
     ):
         self._base = checked(model, Mistral, "model")
         check_whole(model)
@@ -232,9 +236,8 @@ class Engine:
         self._queue = checked(queue, Count, "queue")
         self._cache_dtype: CacheDType | None = checked(cache_dtype, CacheDType | None, "cache_dtype")
         self._prefixes = PrefixCache(block_size(model), checked(prefix_cache, CountOrZero, "prefix_cache"))
-        self._speculate: PromptLookup | None = checked(
-            speculate, PromptLookup | None, "speculate", remedy="an engine takes mistral_eqx.PromptLookup(), no draft"
-        )
+        self._speculate = checked_proposer(speculate, model)
+        self._draft = speculate.flat if isinstance(speculate, Draft) else None
         self._balance = None if speculate is None else Balance(speculate)
         self._flat = Flat(self.model)
         self._reading: tuple[_Job, PromptReader] | None = None
@@ -350,17 +353,19 @@ class Engine:
         state = Rows.init(self._shards, self.config.vocab, Numbers.init(self._shards, Sampler()))
         for size in reversed(sizes):
             kv_seq, ids, known = slots(self.model, size), (0,) * size, PrefixCache(self._prefixes.block, 2**62)
-            reader = PromptReader(self._flat, ids, known, self._cache_dtype)
+            reader = PromptReader(self._flat, ids, known, self._cache_dtype, draft=self._draft)
             for power in range(4, min(size, self._pace.most).bit_length()):
-                reader = PromptReader(self._flat, ids, known, self._cache_dtype)
+                reader = PromptReader(self._flat, ids, known, self._cache_dtype, draft=self._draft)
                 reader.read(2**power)
             if self._prefixes.limit:
                 known.add(self.model, ids[: known.block], reader.cache)
-                PromptReader(self._flat, ids, known, self._cache_dtype)
+                PromptReader(self._flat, ids, known, self._cache_dtype, draft=self._draft)
             for count in self._counts:
                 self._empty(count, kv_seq)
                 self._put(state, reader.cache, 1, 0)
                 for proposed in {0, self._proposed}:
+                    if proposed and self._draft is not None:
+                        self._catch_up(self._draft, 0)
                     self._step(self._by_row(), np.full((len(self._jobs), proposed), -1, np.int32), 1)
             for count in [*reversed(self._counts[:-1]), *self._counts[1:]]:
                 self._resize(count, kv_seq)
@@ -432,7 +437,8 @@ class Engine:
             guide,
             np.inf if request.timeout is None else time.monotonic() + request.timeout,
             adapter,
-            None if self._speculate is None else History(ids, self._speculate.ngram),
+            History(ids, self._speculate.ngram) if isinstance(self._speculate, PromptLookup) else None,
+            [*ids],
         )
 
     def _started(self) -> threading.Thread:
@@ -467,7 +473,7 @@ class Engine:
                 self._changed.wait()
             came = [*self._came]
         chunk = self._pace.size if any(self._jobs) else self._pace.most
-        proposes = self._balance is not None and self._balance.ready
+        proposes = self._balance is not None and self._balance.ready(len(self._jobs))
         orders = _Orders([(job.number, job.request) for job in came], self._unwanted(), not work, chunk, proposes)
         if jax.process_count() > 1:
             broadcast(orders.written())
@@ -520,7 +526,9 @@ class Engine:
                     return
                 job = self._waiting.popleft()
                 # The last token is decoded with the other rows.
-                reader = PromptReader(self._flat, job.ids[:-1], self._prefixes, self._cache_dtype, job.adapter)
+                reader = PromptReader(
+                    self._flat, job.ids[:-1], self._prefixes, self._cache_dtype, job.adapter, self._draft
+                )
                 self._reading = job, reader
             job.answer.cached = reader.known
             self._totals["cached"] += reader.known
@@ -544,7 +552,7 @@ class Engine:
         elif (1, kv_seq) != (self._count, self._slots):
             self._empty(1, kv_seq)
         self._written = aligned(self.model, self._written)
-        job.base = self._written - aligned(self.model, length)
+        job.base, job.entered = self._written - aligned(self.model, length), self._written
         state = Rows.init(
             self._shards,
             self.config.vocab,
@@ -594,10 +602,11 @@ class Engine:
         """Makes `count` empty rows on each device and an empty ring."""
         rows = count * self._shards
         state = placed(self.model, Rows.init(rows, self.config.vocab, Numbers.init(rows, Sampler())))
-        cache = empty_cache(self.model, rows, kv_seq, cache_dtype=self._cache_dtype)
+        cache = empty_ring(self.model, self._draft, rows, kv_seq, self._cache_dtype)
         # Copies, because two arrays in one buffer could not both be donated.
         self._hold(Flat((jax.tree.map(jnp.copy, state), cache)), [None] * rows, kv_seq)
         self._written = 0  # slots of the ring, counted from the start
+        self._drafted = 0  # those that a draft has read
 
     def _hold(self, carried: Flat, jobs: list[_Job | None], kv_seq: int):
         self._carried, self._patience = carried, _PATIENCE
@@ -646,11 +655,14 @@ class Engine:
         return max(0, min(self._speculate.tokens, most))
 
     def _proposals(self) -> Int[np.ndarray, "rows proposed"]:
-        """The proposed tokens of each row, -1 for none; without columns if there are none at all."""
+        """The proposed tokens of each row, -1 for none; without columns if there are none at all.
+
+        A draft will replace those of the rows that have some.
+        """
         count = self._proposed
         found = np.full((len(self._jobs), count), -1, np.int32)
         for row, job in enumerate(self._jobs):
-            if job is not None and job.history is not None:
+            if job is not None and count:
                 # A pass, and what it skips at the end of the ring. Rows that get fewer tokens than others leave slots
                 # empty; the rest of an answer must fit all the same.
                 extent = self._written - job.base + 2 * (count + 1) + spare(self.model)
@@ -658,7 +670,7 @@ class Engine:
                 if extent > holds(self.model, self._slots) or extent + left > ring_capacity(self.context):
                     return found[:, :0]
                 if job.guide is None:
-                    found[row] = job.history.propose(count)
+                    found[row] = 0 if job.history is None else job.history.propose(count)
         return found if (found >= 0).any() else found[:, :0]
 
     def _decode(self, proposes: bool):
@@ -672,11 +684,15 @@ class Engine:
         by_row, proposals = self._by_row(), self._proposals()
         proposals = proposals if proposes else proposals[:, :0]
         jobs = [*self._jobs]
+        if self._draft is not None and proposals.shape[1] and (behind := self._behind()):
+            self._catch_up(self._draft, behind)
         start = time.perf_counter()
         decoded = self._step(by_row, proposals, steps)
         tokens, lost = gather_to_host(decoded.tokens), gather_to_host(decoded.lost)
         seconds = time.perf_counter() - start
         self._written += int(decoded.slots)
+        if proposals.shape[1]:
+            self._drafted, proposals = self._written, gather_to_host(decoded.proposals)
         self._account(proposals, tokens, seconds)
         log_probs = decoded.log_probs
         reports = any(job is not None and job.request.logprobs is not None for job in jobs)
@@ -708,8 +724,25 @@ class Engine:
 
     def _step(self, by_row: tuple[Array, ...], proposals: Int[np.ndarray, "rows proposed"], passes: int) -> Decoded:
         given = *by_row, place_rows(self.model, proposals)
-        self._carried, decoded = decode_rows((self._flat, given, np.asarray(passes, np.int32)), self._carried)
+        draft = self._draft if proposals.shape[1] else None
+        self._carried, decoded = decode_rows((self._flat, draft, given, np.asarray(passes, np.int32)), self._carried)
         return decoded
+
+    def _behind(self) -> int:
+        """How many of the last slots have tokens of rows that decode, which the draft has not read."""
+        first = min((job.entered for job in self._jobs if job is not None), default=self._written)
+        return self._written - max(first, self._drafted)
+
+    def _catch_up(self, draft: Flat, count: int):
+        """Has the draft read the last `count` slots."""
+        texts = np.zeros((len(self._jobs), self._slots), np.int32)
+        for row, job in enumerate(self._jobs):
+            if job is not None:
+                texts[row, : len(job.text_ids)] = job.text_ids
+        kept = draft, place_rows(self.model, texts), np.asarray(count, np.int32)
+        self._carried = catch_up(kept, self._carried)
+        # The time of a pass is measured without this.
+        jax.block_until_ready(self._carried)
 
     def _by_row(self) -> tuple[Array, ...]:
         """Which rows decode, which tokens guides allow, one bit each, and which rows have a guide.
@@ -747,6 +780,7 @@ class Engine:
                 break
             ids.append(id)
             job.count += 1
+            job.text_ids.append(id)
             if job.history is not None:
                 job.history.push(id)
             text += job.text.push(id)

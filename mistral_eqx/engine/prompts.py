@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from ..checks import CacheDType
-from ..generation.caches import empty_cache, parts, slots
+from ..generation.caches import parts, slots
 from ..generation.flat import Flat
 from ..generation.prompt import bucket
 from ..generation.reading import place_rows
@@ -15,29 +15,36 @@ from ..lora import for_rows
 from ..nn import Cache, Mistral
 from ..parallel import specs, spmd
 from .prefix_cache import PrefixCache
-from .ring import ring_capacity
+from .ring import empty_ring, joined, parted, ring_capacity
 
 
 @eqx.filter_jit(donate="all-except-first")
 def read_chunk(
-    kept: tuple[Flat, Int[Array, "batch seq"], Int[Array, "batch seq"], Int[Array, " batch"]], cache: Cache
+    kept: tuple[Flat, Flat | None, Int[Array, "batch seq"], Int[Array, "batch seq"], Int[Array, " batch"]], cache: Cache
 ) -> Cache:
     """Reads tokens into a cache, which is donated.
 
     **Arguments:**
 
-    - `kept`: the model, token ids and their positions, -1 for padding, and the number of each row's adapter.
+    - `kept`: the model, the draft if there is one, token ids and their positions, -1 for padding, and the number of
+        each row's adapter.
     """
-    flat, ids, positions, adapter = kept
+    flat, drafter, ids, positions, adapter = kept
     model: Mistral = flat.tree
+    draft: Mistral | None = None if drafter is None else drafter.tree
 
-    def forward(model: Mistral, ids: Array, positions: Array, adapter: Array, cache: Cache) -> Cache:
-        return for_rows(model, adapter).hidden(ids, positions, cache)[1]
+    def forward(
+        model: Mistral, draft: Mistral | None, ids: Array, positions: Array, adapter: Array, cache: Cache
+    ) -> Cache:
+        own, drafted = parted(cache, model.config.layers)
+        _, own = for_rows(model, adapter).hidden(ids, positions, own)
+        return own if draft is None else joined(own, draft.hidden(ids, positions, drafted)[1])
 
     strategy = model.strategy
     rows, layers = strategy.spec("batch"), specs(cache, strategy)
-    in_specs = specs(model, strategy), rows, rows, rows, layers
-    return spmd(forward, model.mesh, in_specs, layers)(model, ids, positions, adapter, cache)
+    drafts = None if draft is None else specs(draft, strategy)
+    in_specs = specs(model, strategy), drafts, rows, rows, rows, layers
+    return spmd(forward, model.mesh, in_specs, layers)(model, draft, ids, positions, adapter, cache)
 
 
 def chunk_width(left: int, size: int, room: int) -> int:
@@ -63,7 +70,8 @@ class PromptReader:
 
     - `ids`: the tokens to read; there may be none.
     - `known`: how many of them came out of the prefix cache.
-    - `cache`: the cache so far, once for each part of `batch`. The token of position `i` is in slot `i`.
+    - `cache`: the cache so far, of the model and of its draft if there is one, once for each part of `batch`. The token
+        of position `i` is in slot `i`.
     """
 
     def __init__(
@@ -73,15 +81,16 @@ class PromptReader:
         prefixes: PrefixCache,
         cache_dtype: CacheDType | None,
         adapter: int = -1,
+        draft: Flat | None = None,
     ):
         model: Mistral = flat.tree
         found = prefixes.find(ids, adapter)
         self.ids = ids
         self.known = len(found) * prefixes.block
-        self._flat, self._rows, self._adapter = flat, parts(model, "batch"), adapter
+        self._flat, self._draft, self._rows, self._adapter = flat, draft, parts(model, "batch"), adapter
         self._read = self.known
         self._room = ring_capacity(len(ids))
-        cache = empty_cache(model, self._rows, slots(model, self._room), cache_dtype=cache_dtype)
+        cache = empty_ring(model, draft, self._rows, slots(model, self._room), cache_dtype)
         self.cache: Cache = prefixes.restored(model, cache, found)
 
     @property
@@ -99,7 +108,7 @@ class PromptReader:
         ids[:, : len(part)], positions[:, : len(part)] = part, np.arange(start, start + len(part))
         adapter = np.full(self._rows, self._adapter, np.int32)
         ids, positions, adapter = (place_rows(model, x) for x in (ids, positions, adapter))
-        self.cache = read_chunk((self._flat, ids, positions, adapter), self.cache)
+        self.cache = read_chunk((self._flat, self._draft, ids, positions, adapter), self.cache)
         self._read += len(part)
         return width
 

@@ -4,13 +4,15 @@ import collections
 import statistics
 from collections.abc import Iterable
 
-from ..generation import PromptLookup
+from ..generation.proposals import Draft, Speculate
 
 
 # After a trial that did not pay, so many steps without proposals; twice as many after the next, up to a limit.
 _PAUSE, _LONGEST_PAUSE = 8, 128
-# Over about how many passes the average is.
-_WINDOW = 4
+# A draft then reads what it lacks, so that it may pause for longer than most answers take.
+_LONGEST_PAUSE_OF_DRAFT = 1024
+# A draft would propose in each pass, so that so many steps without are measured first.
+_STEPS = 3
 
 
 class History:
@@ -58,30 +60,34 @@ class Balance:
     - `wanted`: from the call; its `cost` is measured unless given.
     """
 
-    def __init__(self, wanted: PromptLookup):
+    def __init__(self, wanted: Speculate):
+        is_draft = isinstance(wanted, Draft)
         self._cost = wanted.cost
-        self._gain = 1 + wanted.tokens / 4
+        self._gain = 1 + wanted.tokens / (1 if is_draft else 4)
+        # Over about how many passes the average is.
+        self._window = 16 if is_draft else 4
         self._wait, self._pause = 0, _PAUSE
+        self._longest = _LONGEST_PAUSE_OF_DRAFT if is_draft else _LONGEST_PAUSE
+        self._least = _STEPS if is_draft and wanted.cost is None else 0
         self._seconds = collections.defaultdict[tuple[int, bool], collections.deque[float]](
             lambda: collections.deque(maxlen=8)
         )
 
-    @property
-    def ready(self) -> bool:
-        """Whether the next pass is one over proposals."""
-        return self._wait == 0
+    def ready(self, rows: int) -> bool:
+        """Whether the next pass, of so many rows, is one over proposals."""
+        return self._wait == 0 and len(self._seconds[rows, False]) >= self._least
 
     def after_pass(self, rows: int, tokens: float, seconds: float):
         """After a pass of so many rows that gave one that decodes so many tokens on average."""
         self._seconds[rows, True].append(seconds)
         cost = self.cost(rows)
-        self._gain += (tokens - self._gain) / _WINDOW
+        self._gain += (tokens - self._gain) / self._window
         if tokens >= cost:
             self._pause = _PAUSE
         if self._gain < cost:
             # The first pass after a pause decides again.
             self._gain, self._wait = cost, self._pause
-            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            self._pause = min(2 * self._pause, self._longest)
 
     def after_step(self, rows: int, seconds: float):
         """After a step of so many rows without proposals."""

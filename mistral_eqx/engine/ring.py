@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from ..generation.caches import parts
+from ..checks import CacheDType
+from ..generation.caches import empty_cache, parts
+from ..generation.flat import Flat
 from ..generation.prompt import bucket
 from ..nn import Cache, Mistral
 from ..parallel import Strategy, shard_index
@@ -39,6 +41,27 @@ def aligned(model: Mistral, slot: int) -> int:
     """The first slot from `slot` on at which a row can enter."""
     shards = parts(model, "kv_seq")
     return -(-slot // shards) * shards
+
+
+def empty_ring(model: Mistral, draft: Flat | None, rows: int, kv_seq: int, cache_dtype: CacheDType | None) -> Cache:
+    """An empty cache of a model, and of its draft if there is one: see `joined`."""
+    cache = empty_cache(model, rows, kv_seq, cache_dtype=cache_dtype)
+    if draft is None:
+        return cache
+    return joined(cache, empty_cache(draft.tree, rows, kv_seq, cache_dtype=cache_dtype))
+
+
+def joined(cache: Cache, drafted: Cache) -> Cache:
+    """A model's cache with the layers of its draft, which have the same slots, positions and pointer."""
+    return Cache((*cache.layers, *drafted.layers), cache.positions, cache.used)
+
+
+def parted(cache: Cache, count: int) -> tuple[Cache, Cache]:
+    """The inverse of `joined`: the first `count` layers are the model's; without a draft there are no others."""
+    own, drafted = (
+        Cache(layers, cache.positions, cache.used) for layers in (cache.layers[:count], cache.layers[count:])
+    )
+    return own, drafted
 
 
 def turned(cache: Cache, width: int, strategy: Strategy) -> tuple[Cache, Int[Array, ""]]:

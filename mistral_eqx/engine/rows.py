@@ -22,7 +22,7 @@ from ..nn import Cache, Mistral
 from ..parallel import Strategy, shard_index, specs, spmd
 from .choice import Numbers, any_row, where_any
 from .request import MOST_ENDS, MOST_LOGPROBS
-from .ring import entered_cache, resized_cache, turned
+from .ring import entered_cache, joined, parted, resized_cache, turned
 
 
 # How many tokens of a row one call can decode without proposals.
@@ -153,39 +153,75 @@ class Decoded(eqx.Module):
     - `lost`: as in `generation.loop.Decoding`; the last token of such a row is none.
     - `log_probs`: of rows that ask for them.
     - `slots`: how many slots the pointer went on.
+    - `proposals`: the proposed tokens, -1 for none.
     """
 
     tokens: Int[Array, "batch _"]
     lost: Int[Array, " batch"]
     log_probs: LogProbs
     slots: Int[Array, ""]
+    proposals: Int[Array, "batch _"]
 
     @classmethod
-    def init(cls, batch: int, vocab: int, columns: int) -> "Decoded":
+    def init(cls, vocab: int, columns: int, proposals: Int[Array, "batch _"]) -> "Decoded":
         """Without a token."""
+        batch = len(proposals)
         log_probs = LogProbs.init(batch, columns, min(MOST_LOGPROBS, vocab))
         none = jnp.zeros(batch, jnp.int32)
-        return cls(jnp.full((batch, columns), -1, jnp.int32), none, log_probs, jnp.zeros((), jnp.int32))
+        return cls(jnp.full((batch, columns), -1, jnp.int32), none, log_probs, jnp.zeros((), jnp.int32), proposals)
+
+
+def draft_tokens(
+    draft: Mistral, rows: Rows, cache: Cache, given: Int[Array, "batch proposed"]
+) -> tuple[Int[Array, "batch proposed"], Cache]:
+    """What a draft chooses, with the random numbers with which the model will choose.
+
+    **Arguments:**
+
+    - `rows`: the processors are left out, since their states belong to the model.
+    - `cache`: the draft's, in which each row's last token is missing.
+    - `given`: -1 in a row without proposals.
+
+    **Returns:** the tokens, -1 in such a row, and the cache with all of them, since the model may accept all.
+    """
+
+    def read(token: Array, number: Array | int, cache: Cache) -> tuple[Array, Cache]:
+        at = jnp.where(rows.active, rows.position + number, -1)
+        return draft.hidden(token[:, None], at[:, None], cache)
+
+    def next_token(carry: tuple[Array, Cache], number: Array) -> tuple[tuple[Array, Cache], Array]:
+        hidden, cache = read(carry[0], number, carry[1])
+        keys = jax.vmap(jr.fold_in)(jr.wrap_key_data(rows.keys), rows.step + number)
+        token, _ = rows.numbers.choose(draft.logits(hidden)[:, 0], keys, draft.strategy)
+        return (token, cache), token
+
+    count = given.shape[1]
+    (token, cache), tokens = lax.scan(next_token, (rows.token, cache), jnp.arange(count, dtype=jnp.int32))
+    _, cache = read(token, count, cache)
+    return jnp.where(given < 0, -1, tokens.T), cache
 
 
 @eqx.filter_jit(donate="all-except-first")
 def decode_rows(
-    kept: tuple[Flat, tuple[Array, ...], Int[Array | np.ndarray, ""]], carried: Flat
+    kept: tuple[Flat, Flat | None, tuple[Array, ...], Int[Array | np.ndarray, ""]], carried: Flat
 ) -> tuple[Flat, Decoded]:
     """Decodes some tokens of each row in one loop; it ends when no row decodes.
 
     **Arguments:**
 
-    - `kept`: the model; by row, whether it is still wanted, `words` and `guided` as for `Rows.next`, and proposed
-        tokens, -1 for none; the number of passes, which is 1 if there are proposals, else at most `MOST_STEPS`.
+    - `kept`: the model, and a draft that is to propose tokens; by row, whether it is still wanted, `words` and `guided`
+        as for `Rows.next`, and proposed tokens, -1 for none, which a draft replaces; the number of passes, which is 1
+        if there are proposals, else at most `MOST_STEPS`.
     - `carried`: the rows and the cache, donated and updated in place.
     """
-    flat, given, passes = kept
+    flat, drafter, given, passes = kept
     model: Mistral = flat.tree
+    draft: Mistral | None = None if drafter is None else drafter.tree
     strategy = model.strategy
 
     def loop(
         model: Mistral,
+        draft: Mistral | None,
         wanted: Array,
         words: Array,
         guided: Array,
@@ -196,6 +232,11 @@ def decode_rows(
         out: Decoded,
     ) -> tuple[Rows, Cache, Decoded]:
         width = 1 + proposals.shape[1]
+        rows = dataclasses.replace(rows, active=rows.active & wanted)
+        cache, drafted = parted(cache, model.config.layers)
+        if draft is not None:
+            proposals, drafted = draft_tokens(draft, rows, turned(drafted, width, strategy)[0], proposals)
+            out = dataclasses.replace(out, proposals=proposals)
         # No token follows the last proposal.
         following = jnp.pad(proposals, ((0, 0), (0, 1)), constant_values=-1)
 
@@ -229,7 +270,7 @@ def decode_rows(
                 proposed = lax.dynamic_index_in_dim(following, column, 1, keepdims=False)
                 goes_on = after.active & (token == proposed)
                 rows = dataclasses.replace(after, active=jnp.where(going, after.active, rows.active))
-                out = Decoded(tokens, after.lost, log_probs, out.slots)
+                out = Decoded(tokens, after.lost, log_probs, out.slots, out.proposals)
                 # All devices leave the loop together, even those whose own rows have ended.
                 return column + 1, any_row(goes_on, strategy), goes_on, rows, out
 
@@ -244,20 +285,20 @@ def decode_rows(
             return number + 1, any_row(rows.active, strategy), rows, cache, out
 
         model = for_rows(model, rows.adapter)
-        rows = dataclasses.replace(rows, active=rows.active & wanted)
         _, _, rows, cache, out = lax.while_loop(
             unfinished, next_pass, (jnp.zeros_like(passes), any_row(rows.active, strategy), rows, cache, out)
         )
-        return rows, cache, out
+        return rows, joined(cache, drafted), out
 
     rows, cache = carried.tree
     columns = max(MOST_STEPS, 1 + given[-1].shape[1])
-    out = Decoded.init(len(rows.token), rows.prompt.shape[1], columns)
+    out = Decoded.init(rows.prompt.shape[1], columns, given[-1])
     by_row, whole = strategy.spec("batch"), strategy.spec("")
     state, layers, decoded = specs(rows, strategy), specs(cache, strategy), specs(out, strategy)
-    in_specs = specs(model, strategy), *(by_row for _ in given), whole, state, layers, decoded
+    drafts = None if draft is None else specs(draft, strategy)
+    in_specs = specs(model, strategy), drafts, *(by_row for _ in given), whole, state, layers, decoded
     rows, cache, out = spmd(loop, model.mesh, in_specs, (state, layers, decoded))(
-        model, *given, passes, rows, cache, out
+        model, draft, *given, passes, rows, cache, out
     )
     return Flat((rows, cache)), out
 

@@ -36,7 +36,7 @@ def chat_job(service: Service, asked: ChatRequest) -> Job:
         "adapter": service.adapter(asked.model),
         "grammar": constraint.grammar,
         # The parser of replies needs the names of control tokens; JSON has none.
-        "skip_special": constraint.grammar is not None,
+        "skip_special": constraint.grammar is not None and not constraint.either,
     }
     request = service.request(ids, options, ignore_eos=asked.ignore_eos, param="messages")
     return Job(
@@ -118,9 +118,13 @@ def _written(call: ToolCall) -> dict[str, Any]:
     return {"id": id, "type": "function", "function": function}
 
 
-def _reader(tokenizer: AbstractTokenizer, answer: Answer, constraint: Constraint) -> "_Calls | _Text | _Parsed":
+def _reader(
+    tokenizer: AbstractTokenizer, answer: Answer, constraint: Constraint
+) -> "_Calls | _Either | _Text | _Parsed":
     if constraint.calls:
         return _Calls()
+    if constraint.either:
+        return _Either(tokenizer, answer)
     return _Text() if constraint.grammar is not None else _Parsed(tokenizer, answer, bool(constraint.tools))
 
 
@@ -165,3 +169,28 @@ class _Parsed:
             written = "".join(f"<tool_call>{json.dumps(call, ensure_ascii=False)}</tool_call>" for call in calls)
             return Reply(part.text + written, part.reasoning)
         return part
+
+
+class _Either:
+    """Reads an answer that is JSON, in which nothing is a tag, or calls, which begin with one."""
+
+    def __init__(self, tokenizer: AbstractTokenizer, answer: Answer):
+        self._tokenizer, self._calls = tokenizer, _Parsed(tokenizer, answer, with_tools=True)
+        self._begin = ""
+        self._is_json: bool | None = None
+
+    def read(self, event: Event) -> Reply:
+        if self._is_json is None:
+            self._begin += event.text
+            # The first two characters decide: JSON has no `<`, and no list of it begins with a letter `T`.
+            if len(self._begin.lstrip()) < 2 and event.finish is None:
+                return Reply()
+            self._is_json = not self._begin.lstrip().startswith(("<", "[T"))
+            event = dataclasses.replace(event, text=self._begin)
+        if not self._is_json:
+            return self._calls.read(event)
+        # The name of the end token is no part of the answer.
+        end = (
+            self._tokenizer.token_name(event.ids[-1]) if event.ids and event.ids[-1] in self._tokenizer.eos_ids else ""
+        )
+        return Reply(event.text.removesuffix(end))

@@ -1,12 +1,14 @@
 """What a chat request demands of the form of its answer: JSON, or calls of tools."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..documents import shown
 from ..errors import InputError
 from ..text import AbstractTokenizer, Grammar
+from ..text.grammar import json_rule
 from .errors import of_input, refused
 from .protocol import ChatRequest
 
@@ -24,6 +26,11 @@ class Constraint:
     grammar: Grammar | None = None
     calls: bool = False
 
+    @property
+    def either(self) -> bool:
+        """Whether the answer is JSON, or calls as the model writes them."""
+        return self.grammar is not None and bool(self.tools) and not self.calls
+
 
 def constraint_of(asked: ChatRequest, tokenizer: AbstractTokenizer) -> Constraint:
     """The constraint of a request.
@@ -38,12 +45,8 @@ def constraint_of(asked: ChatRequest, tokenizer: AbstractTokenizer) -> Constrain
         return Constraint(tools, _grammar(tokenizer, _calls_schema(forced, asked), "tools"), calls=True)
     if schema is None:
         return Constraint(tools)
-    if tools:
-        raise refused(
-            "response_format cannot be combined with tools that the model may call; set tool_choice to 'none'.",
-            "response_format",
-        )
-    return Constraint(None, _grammar(tokenizer, schema, "response_format"))
+    grammar = _grammar(tokenizer, schema, "response_format")
+    return Constraint(tools, _either(tokenizer, schema, tools, asked) if tools else grammar)
 
 
 def _schema(format: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -95,11 +98,51 @@ def _function(tool: Any) -> Mapping[str, Any]:
     return function if isinstance(function, dict) else {}
 
 
+def _either(
+    tokenizer: AbstractTokenizer, schema: Mapping[str, Any], tools: Sequence[Mapping[str, Any]], asked: ChatRequest
+) -> Grammar:
+    """JSON of a schema, or calls of tools in one of the forms that [`mistral_eqx.ReplyParser`][] reads."""
+    known, calls = tokenizer.control_tokens, _calls_schema(tools, asked)
+    # What is wrong with these alone is said of them.
+    _grammar(tokenizer, calls, "tools")
+
+    def tag(name: str) -> str:
+        return f"<[{known[name]}]>" if name in known else json.dumps(name)
+
+    more = "+" if asked.parallel_tool_calls else ""
+    rules = {
+        "start": "answer | tagged",
+        "answer": json_rule(schema),
+        "tagged": f"(gap {tag('<tool_call>')} gap call gap {tag('</tool_call>')} gap){more}",
+        "gap": r"/[ \n]{0,2}/",
+        "call": json_rule({**calls["items"], "$defs": calls["$defs"]}),
+    }
+    if "[TOOL_CALLS]" in known:
+        rules["start"] += " | listed"
+        rules["listed"] = f"{tag('[TOOL_CALLS]')} gap {json_rule(calls)}"
+    if "[TOOL_CALLS]" in known and "[ARGS]" in known:
+        id = f"({tag('[CALL_ID]')} /[A-Za-z0-9]{{9}}/)?" if "[CALL_ID]" in known else ""
+        names = [json.dumps(str(_function(tool).get("name"))) for tool in tools]
+        rules["start"] += " | named"
+        rules["named"] = f"({tag('[TOOL_CALLS]')} ({' | '.join(f'named{at}' for at in range(len(tools)))})){more}"
+        rules |= {
+            f"named{at}": f"{name} {id} {tag('[ARGS]')} {json_rule(_parameters(tool))}"
+            for at, (name, tool) in enumerate(zip(names, tools, strict=True))
+        }
+    try:
+        return Grammar.lark(tokenizer, "\n".join(f"{name}: {rule}" for name, rule in rules.items()))
+    except InputError as error:
+        raise of_input(error, "tools") from None
+
+
+def _parameters(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    return _function(tool).get("parameters") or {"type": "object"}
+
+
 def _calls_schema(tools: Sequence[Mapping[str, Any]], asked: ChatRequest) -> dict[str, Any]:
     """The schema of a list of calls of these tools."""
     definitions = {
-        f"tool{number}": _moved(_function(tool).get("parameters") or {"type": "object"}, f"#/$defs/tool{number}")
-        for number, tool in enumerate(tools)
+        f"tool{number}": _moved(_parameters(tool), f"#/$defs/tool{number}") for number, tool in enumerate(tools)
     }
     calls = [
         {

@@ -83,7 +83,7 @@ class _OfEngine(Collector):
             ("prompt_tokens", "Tokens of prompts.", load.prompt_tokens),
             ("cached_tokens", "Tokens of prompts that came out of the prefix cache.", load.cached_tokens),
             ("new_tokens", "Tokens of answers.", load.new_tokens),
-            ("proposed_tokens", "Tokens that a prompt lookup proposed.", load.proposed),
+            ("proposed_tokens", "Tokens that a prompt lookup or a draft proposed.", load.proposed),
             ("accepted_tokens", "Proposed tokens that the model chose too.", load.accepted),
         ):
             yield CounterMetricFamily(f"mistral_eqx_{name}", help, value)

@@ -149,9 +149,7 @@ class Grammar:
             schema = parse_json(schema, name, remedy="correct it")
         if not isinstance(schema, Mapping):
             raise InputError(f"{name} is {shown(schema)}; give a dict, such as {{'type': 'object'}}.")
-        content = to_json_types(dict(schema), "The values of the JSON schema")
-        source = f"start: %json {json.dumps(content | {'x-guidance': _JSON})}"
-        return cls(tokenizer, _with_few_remainders(source, name), name)
+        return cls(tokenizer, _with_few_remainders(f"start: {json_rule(schema)}", name), name)
 
     @classmethod
     def json_object(cls, tokenizer: AbstractTokenizer) -> "Grammar":
@@ -186,6 +184,12 @@ class Grammar:
     def guide(self) -> GrammarGuide:
         """Which tokens may come next, at the beginning of an answer."""
         return GrammarGuide(self, self._matcher.deep_copy())
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """JSON that a schema accepts, as the right side of a rule of [`mistral_eqx.Grammar.lark`][]."""
+    content = to_json_types(dict(schema), "The values of the JSON schema")
+    return f"%json {json.dumps(content | {'x-guidance': _JSON})}"
 
 
 class _Vocabulary:
