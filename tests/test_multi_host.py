@@ -17,6 +17,7 @@ from fixtures.model import relative_error, small_model
 from fixtures.multi_host import (
     PROMPTS,
     SIZES,
+    batches,
     engine_requests,
     environment,
     finish,
@@ -98,6 +99,49 @@ def test_hosts_train_together_end_together_and_go_on(folder):
     np.testing.assert_allclose(list(found[0]["losses"].values()), list(expected.losses.values()), rtol=2e-5)
     # Host 0 alone wrote the figures.
     assert len((folder / "run/training.csv").read_text().splitlines()) > 3
+
+
+# A layer for each stage, whose tensors are large beside the rows by which copies of a checkpoint are compared.
+STAGES = mx.MistralConfig(**SIZES | {"layers": 4, "windows": (None,) * 4, "hidden": 1024, "embed": 64})
+MORE = 12
+
+
+@pytest.mark.slow
+def test_four_processes_are_the_stages_of_a_pipeline_until_one_is_killed(folder):
+    """Each reads its own layers; the losses are those of one device, and of another layout from the last checkpoint."""
+    mx.save(small_model(config=STAGES), folder / "layers")
+    started = start("stages", 4, 4, folder)
+    codes = finish(started, seconds=240)
+    ended = time.time()
+    said = [words(folder, "stages", number)[1] for number in range(4)]
+    assert codes == [1, 1, -signal.SIGKILL, 1], said[0] + said[2]
+    assert ended - float((folder / "killed").read_text()) < 30
+    for number in (0, 1, 3):
+        assert f"Error: Process 2 is gone, so process {number} ends too" in said[number]
+
+    expected = Losses()
+    trainer(None, expected, accumulate=4).fit(mx.load(folder / "layers"), batches(MORE), steps=MORE)
+    size, reports = 4 * STAGES.parameters, [json.loads((folder / f"stages-{n}.json").read_text()) for n in range(4)]
+    for report in reports:
+        # A stage, the table, the head and the norm, and the first and the last row of each tensor.
+        outer = 2 * STAGES.vocab * STAGES.embed + STAGES.embed
+        assert report["held"] == 4 * outer + (size - 4 * outer) // 4
+        assert report["held"] < report["read"] < 1.1 * report["held"] < size / 3
+        assert report["losses"] == reports[0]["losses"]
+    found = list(reports[0]["losses"].values())
+    wanted = list(expected.losses.values())
+    # The same sums in float32 in another order, a few roundings a step.
+    np.testing.assert_allclose(found, wanted[:4], rtol=2e-5)
+
+    resumed, saved = Losses(), Losses()
+    model = mx.load(folder / "layers", mesh=mx.make_mesh("dp=2,tp=2"), strategy=mx.HEADS + "batch@dp")
+    trainer(folder / "run", resumed, accumulate=4).fit(model, batches(MORE), steps=MORE)
+    # The checkpoint that was being written when the process died may be lost, and those before it are whole.
+    assert min(resumed.losses) in (7, 9)
+    np.testing.assert_allclose(list(resumed.losses.values()), wanted[min(resumed.losses) - 1 :], rtol=2e-5)
+    trainer(None, saved).fit(mx.load(folder / "trained"), list(batches(5))[4:], steps=1)
+    np.testing.assert_allclose(saved.losses[1], wanted[4], rtol=2e-5)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
 # Process 0 has JAX's own service, and ends in another way than the others.
