@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from fixtures.checkpoint import weights
 from fixtures.cli import run, save_tiny_model
+from fixtures.equality import precision
 from fixtures.model import relative_error, small_model
 from fixtures.multi_host import (
     PROMPTS,
@@ -25,7 +27,7 @@ from fixtures.multi_host import (
     samplings,
     start,
 )
-from fixtures.trainer import Losses, host_batches, model as one_model, trainer
+from fixtures.trainer import At, Losses, host_batches, model as one_model, trainer
 
 import mistral_eqx as mx
 
@@ -119,28 +121,32 @@ def test_four_processes_are_the_stages_of_a_pipeline_until_one_is_killed(folder)
     for number in (0, 1, 3):
         assert f"Error: Process 2 is gone, so process {number} ends too" in said[number]
 
-    expected = Losses()
-    trainer(None, expected, accumulate=4).fit(mx.load(folder / "layers"), batches(MORE), steps=MORE)
     size, reports = 4 * STAGES.parameters, [json.loads((folder / f"stages-{n}.json").read_text()) for n in range(4)]
     for report in reports:
-        # A stage, the table, the head and the norm, and the first and the last row of each tensor.
-        outer = 2 * STAGES.vocab * STAGES.embed + STAGES.embed
-        assert report["held"] == 4 * outer + (size - 4 * outer) // 4
+        # A stage, the table, the head and the norm; and the first and the last row of each tensor.
+        outer = 4 * (2 * STAGES.vocab * STAGES.embed + STAGES.embed)
+        assert report["held"] == outer + (size - outer) // 4
         assert report["held"] < report["read"] < 1.1 * report["held"] < size / 3
         assert report["losses"] == reports[0]["losses"]
-    found = list(reports[0]["losses"].values())
-    wanted = list(expected.losses.values())
-    # The same sums in float32 in another order, a few roundings a step.
-    np.testing.assert_allclose(found, wanted[:4], rtol=2e-5)
 
-    resumed, saved = Losses(), Losses()
-    model = mx.load(folder / "layers", mesh=mx.make_mesh("dp=2,tp=2"), strategy=mx.HEADS + "batch@dp")
-    trainer(folder / "run", resumed, accumulate=4).fit(model, batches(MORE), steps=MORE)
+    expected, kept, resumed = Losses(), [], Losses()
+    options = {"dtype": "float64", "accumulate": 4}
+    with precision("float64"):
+        keep = At(4, lambda run: kept.append(run.model()))
+        trainer(None, expected, keep, **options).fit(mx.load(folder / "layers"), batches(MORE), steps=MORE)
+        model = mx.load(folder / "layers", mesh=mx.make_mesh("dp=2,tp=2"), strategy=mx.HEADS + "batch@dp")
+        trainer(folder / "run", resumed, **options).fit(model, batches(MORE), steps=MORE)
     # The checkpoint that was being written when the process died may be lost, and those before it are whole.
     assert min(resumed.losses) in (7, 9)
-    np.testing.assert_allclose(list(resumed.losses.values()), wanted[min(resumed.losses) - 1 :], rtol=2e-5)
-    trainer(None, saved).fit(mx.load(folder / "trained"), list(batches(5))[4:], steps=1)
-    np.testing.assert_allclose(saved.losses[1], wanted[4], rtol=2e-5)
+    found = {int(step): loss for step, loss in reports[0]["losses"].items()} | resumed.losses
+    for step, loss in found.items():
+        # Float64 has 16 digits, of which AdamW loses some where a gradient is near 0.
+        np.testing.assert_allclose(loss, expected.losses[step], rtol=1e-10)
+    for (path, saved), exact in zip(
+        weights(mx.load(folder / "trained")).items(), weights(kept[0]).values(), strict=True
+    ):
+        # A rounding to float32.
+        np.testing.assert_allclose(saved, exact, rtol=2**-23, atol=1e-9, err_msg=path)
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
