@@ -147,17 +147,18 @@ def load_stacked(
 
     **Raises:** `ValueError` as `load` does, or if the layers cannot be split into equal stages and chunks.
     """
-    placement = Placement(with_auto_axes(mesh), strategy)
+    mesh = with_auto_axes(mesh)
+    placement = Placement(mesh, strategy)
     chunks = checked(chunks, Count, "chunks")
     checkpoint, target_dtype, found = _opened(path, dtype, placement)
     if placement.several_processes:
         check_same("dtype", target_dtype.name)
         check_same("chunks", str(chunks))
     skeleton = eqx.filter_eval_shape(stack, _skeleton(checkpoint, target_dtype, strategy), chunks)
-    check_shapes(eqx.filter(skeleton, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)), placement.mesh, strategy)
+    check_shapes(eqx.filter(skeleton, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)), mesh, strategy)
     read = functools.partial(_read_dense, dtype=target_dtype, placement=placement, check=check)
     weights = _read(_stacked(found, skeleton), read, placement, progress)
-    outer = dataclasses.replace(_filled(skeleton.outer, weights), mesh=placement.mesh)
+    outer = dataclasses.replace(_filled(skeleton.outer, weights), mesh=mesh)
     return dataclasses.replace(skeleton, outer=outer, pattern=_filled(skeleton.pattern, weights))
 
 

@@ -70,14 +70,14 @@ class _Entry:
         shards: Shards = []
         for (of_layers, *index), shard in _own_shards(self.stacked, several):
             layers = range(len(self.stacked))[of_layers]
-            if self.number in layers:
+            if self.number in layers and not isinstance(shard, _Entry):
                 shards.append((tuple(index), _Entry(shard, layers.index(self.number))))
         return shards
 
     def copy_to_host(self) -> np.ndarray:
         """As `_copy_to_host`."""
         # On the CPU the host shares the memory of the device.
-        if isinstance(self.stacked, np.ndarray) or self.stacked.device.platform == "cpu":
+        if isinstance(self.stacked, np.ndarray) or self.stacked.platform() == "cpu":
             return np.asarray(self.stacked)[self.number]
         number = np.int32(self.number)  # not a constant, which would compile a program for each layer
         return _copy_to_host(jax.lax.dynamic_index_in_dim(self.stacked, number, keepdims=False))
