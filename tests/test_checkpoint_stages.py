@@ -7,6 +7,7 @@ import math
 import equinox as eqx
 import gguf
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures.checkpoint import counted_reads, random_model, tiny, weights, write_gguf
@@ -19,6 +20,7 @@ from mistral_eqx.checkpoint import load, load_stacked, open_checkpoint, save
 from mistral_eqx.checkpoint.loading import _stacked
 from mistral_eqx.checkpoint.names import layer_specs
 from mistral_eqx.checkpoint.source import sources
+from mistral_eqx.checkpoint.writing import _Entry
 from mistral_eqx.nn import stack
 from mistral_eqx.parallel import specs
 
@@ -63,6 +65,13 @@ def test_the_stack_has_the_weights_of_the_files_and_the_files_those_of_the_stack
     save(loaded, tmp_path / "again", format=format)
     names = sorted(file.name for file in (tmp_path / "model").iterdir())
     assert filecmp.cmpfiles(tmp_path / "model", tmp_path / "again", names, shallow=False) == (names, [], [])
+
+
+def test_a_layer_leaves_its_stack_on_an_accelerator(monkeypatch):
+    """One program for all layers, as if this were not the memory of the host."""
+    stacked = jnp.arange(6.0).reshape(3, 2)
+    monkeypatch.setattr(type(stacked), "platform", lambda array: "gpu")
+    assert [_Entry(stacked, layer).copy_to_host().tolist() for layer in (2, 0)] == [[4.0, 5.0], [0.0, 1.0]]
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
