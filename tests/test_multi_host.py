@@ -106,7 +106,7 @@ def test_hosts_train_together_end_together_and_go_on(folder):
 
 # A layer for each stage, whose tensors are large beside the rows by which copies of a checkpoint are compared.
 STAGES = mx.MistralConfig(**SIZES | {"layers": 4, "windows": (None,) * 4, "hidden": 1024, "embed": 64})
-MORE = 12
+MORE = 7
 
 
 @pytest.mark.slow
@@ -133,12 +133,12 @@ def test_four_processes_are_the_stages_of_a_pipeline_until_one_is_killed(folder)
     expected, kept, resumed = Losses(), [], Losses()
     options = {"dtype": "float64", "accumulate": 4, "remat": "none"}
     with precision("float64"):
-        keep = At(4, lambda run: kept.append(jax.tree.map(np.array, weights(run.state.model))))
+        keep = At(2, lambda run: kept.append(jax.tree.map(np.array, weights(run.state.model))))
         trainer(None, expected, keep, **options).fit(mx.load(folder / "layers"), batches(MORE), steps=MORE)
         model = mx.load(folder / "layers", mesh=mx.make_mesh("dp=2,tp=2"), strategy=mx.HEADS + "batch@dp")
         trainer(folder / "run", resumed, **options).fit(model, batches(MORE), steps=MORE)
     # The checkpoint that was being written when the process died may be lost, and those before it are whole.
-    assert min(resumed.losses) in (7, 9)
+    assert min(resumed.losses) in (3, 5)
     found = {int(step): loss for step, loss in reports[0]["losses"].items()} | resumed.losses
     for step, loss in found.items():
         # Float64 has 16 digits, of which AdamW loses some where a gradient is near 0.
