@@ -11,7 +11,13 @@ from . import (
     quant as quant,
     train as train,
 )
-from .checkpoint import load as load, load_lora as load_lora, save as save, save_lora as save_lora
+from .checkpoint import (
+    load as load,
+    load_lora as load_lora,
+    load_stacked as load_stacked,
+    save as save,
+    save_lora as save_lora,
+)
 from .config import Latent as Latent, MistralConfig as MistralConfig, Routing as Routing
 from .conversion import convert as convert
 from .engine import Engine as Engine, Request as Request

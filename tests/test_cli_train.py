@@ -151,6 +151,23 @@ def test_a_pipeline_saves_a_model_of_all_layers(recipe, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_pipeline_reads_weights_into_its_stages_and_writes_them_from_there(recipe, tiny, tmp_path, monkeypatch):
+    for name in ("cli.loading.load", "nn.unstack", "train.step.unstack"):
+        monkeypatch.setattr(f"mistral_eqx.{name}", None)
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n\n" * 8)
+    text = recipe.read_text().replace("config = {layers = 1, embed = 16, hidden = 32}", "weights = true")
+    recipe.write_text(text.replace("options = {length = 3, symbols = 4}", 'path = "text.txt"\nseq = 16'))
+    more = (f"model.name={tiny}", "data.kind=text", "training.accumulate=2", "training.steps=2")
+    result = run("train", recipe, *changed(*more), "--mesh", "pp=2,tp=2", "--strategy", "heads layers@pp")
+    assert result.exit_code == 0, result.stderr
+    before, after = (mx.load(path) for path in (tiny, tmp_path / "run/model"))
+    for block, other in zip(before.blocks, after.blocks, strict=True):
+        moved = np.abs(np.asarray(block.attention.q_proj.weight.value - other.attention.q_proj.weight.value))
+        # Two steps of AdamW with this rate or a smaller one.
+        assert 0 < moved.max() < 2.1e-2
+
+
+@pytest.mark.slow
 def test_quantized_weights_are_expanded(recipe, tiny, tmp_path):
     small = tmp_path / "small"
     assert run("quantize", tiny, small, "--block-size", 16).exit_code == 0

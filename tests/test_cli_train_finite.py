@@ -8,6 +8,7 @@ from fixtures.trainer import model
 
 from mistral_eqx.cli.recipe import Data, Model, Optimizer, Recipe, Training
 from mistral_eqx.cli.train import _save
+from mistral_eqx.nn import stack
 
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
@@ -16,7 +17,7 @@ def test_a_model_that_is_not_finite_is_not_saved(tmp_path, value):
     good = model()
     spoilt = eqx.tree_at(lambda one: one.norm.weight, good, good.norm.weight.at[1].set(value))
     with refused("NaN or infinite", str(tmp_path), "optimizer.learning_rate"):
-        _save(recipe, spoilt, None)
+        _save(recipe, stack(spoilt), None)
     assert not list(tmp_path.iterdir())
-    _save(recipe, good, None)
+    _save(recipe, stack(good), None)
     assert (tmp_path / "model").is_dir()

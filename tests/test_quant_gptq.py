@@ -187,7 +187,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize(
-    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("gptq", "gptq, sorted")), "mixed"]
+    "name", [*(pytest.param(one, marks=pytest.mark.slow) for one in ("gptq", "gptq, sorted")), "mixed"]
 )
 def test_a_model_is_calibrated_and_everything_works_on_it(name, model, getkey):
     done = []

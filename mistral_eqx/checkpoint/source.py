@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from ..errors import InputError
 from .names import EMBEDDING, HEAD, LayerSpec, is_derived, layer_specs
 from .placement import ON_DEFAULT_DEVICE, Index, Placement
 from .ranges import runs
-from .reader import Checkpoint, LazyTensor, read_columns
+from .reader import READS_WITH_COPY, Checkpoint, LazyTensor, aligned, read_columns
 
 
 def file_order(spec: LayerSpec, config: MistralConfig, format: str) -> np.ndarray:
@@ -59,6 +60,11 @@ class Source:
     def shape(self) -> tuple[int, ...]:
         """The shape of the array in the model."""
         return self.spec.shape(self.config) if self.stored_shape is None else self.stored_shape
+
+    @property
+    def nbytes(self) -> int:
+        """The size in the file."""
+        return self.tensor.nbytes
 
     def locate(self, index: Index) -> tuple[np.ndarray, np.ndarray | None, tuple[int, ...]]:
         """Finds the rows and columns of a shard in the file.
@@ -124,6 +130,53 @@ class Source:
             side_by_side = len(list(runs(chosen))) == 1
             block = rows[chosen[0] : chosen[-1] + 1] if side_by_side else rows[chosen]
             yield int(order[chosen[0]]), block, columns
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceOfLayers:
+    """The tensors of several layers, of which a stacked model has one array with a first axis `layers`.
+
+    **Attributes:**
+
+    - `path`: the path of the weight in the blocks of the stacked model.
+    - `layers`: the source of each layer, in order.
+    """
+
+    path: str
+    layers: Sequence[Source]
+
+    @property
+    def spec(self) -> LayerSpec:
+        """The path and the dimensions of the array."""
+        spec = self.layers[0].spec
+        return dataclasses.replace(spec, path=self.path, out_dims=f"layers {spec.out_dims}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        return len(self.layers), *self.layers[0].shape
+
+    @property
+    def nbytes(self) -> int:
+        """The size in the files."""
+        return sum(source.nbytes for source in self.layers)
+
+    def read(self, dtype: np.dtype, shards: Sequence[Index], *, check: bool = False) -> list[np.ndarray]:
+        """Reads shards of the array, as `Source.read` does; of layers that are in none of them it reads nothing."""
+        bounds = [[range(size)[axis] for axis, size in zip(shard, self.shape, strict=True)] for shard in shards]
+        arrays = [aligned(tuple(map(len, each)), dtype) for each in bounds]
+
+        def read(layer: int):
+            held = [number for number, (layers, *_) in enumerate(bounds) if layer in layers]
+            if held:
+                found = self.layers[layer].read(dtype, [shards[number][1:] for number in held], check=check)
+                for number, array in zip(held, found, strict=True):
+                    arrays[number][bounds[number][0].index(layer)] = array
+
+        with ThreadPoolExecutor(READS_WITH_COPY) as pool:
+            for _ in pool.map(read, range(len(self.layers))):
+                pass
+        return arrays
 
 
 def sources(checkpoint: Checkpoint, placement: Placement = ON_DEFAULT_DEVICE) -> list[Source]:

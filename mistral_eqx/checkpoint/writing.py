@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -18,7 +19,7 @@ from jax.typing import DTypeLike
 from ..config import MistralConfig
 from ..documents import shown
 from ..errors import InputError
-from ..nn import DenseWeight, Mistral
+from ..nn import DenseWeight, Mistral, Stacked
 from ..nn.block import check_whole
 from ..parallel import number_of_first
 from ..quant import FORMATS, GGUF, QUANTIZED, BlockWeight
@@ -39,7 +40,51 @@ from .staging import naming, number_of, staged, staged_elsewhere, sync
 
 
 Format = Literal["hf", "mistral", "gguf"]
-Shards = list[tuple[Index, jax.Array | np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """The array of one layer in a stacked array, of which nothing is copied before it is written."""
+
+    stacked: jax.Array | np.ndarray
+    number: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stacked.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.stacked.dtype)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_fully_addressable(self) -> bool:
+        return isinstance(self.stacked, np.ndarray) or self.stacked.is_fully_addressable
+
+    def own_shards(self, several: bool) -> "Shards":
+        """As `_own_shards`."""
+        shards: Shards = []
+        for (of_layers, *index), shard in _own_shards(self.stacked, several):
+            layers = range(len(self.stacked))[of_layers]
+            if self.number in layers and not isinstance(shard, _Entry):
+                shards.append((tuple(index), _Entry(shard, layers.index(self.number))))
+        return shards
+
+    def copy_to_host(self) -> np.ndarray:
+        """As `_copy_to_host`."""
+        # On the CPU the host shares the memory of the device.
+        if isinstance(self.stacked, np.ndarray) or self.stacked.platform() == "cpu":
+            return np.asarray(self.stacked)[self.number]
+        number = np.int32(self.number)  # not a constant, which would compile a program for each layer
+        return _copy_to_host(jax.lax.dynamic_index_in_dim(self.stacked, number, keepdims=False))
+
+
+Numbers = jax.Array | np.ndarray | _Entry
+Shards = list[tuple[Index, Numbers]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +101,7 @@ class _Tensor:
 
 
 def save(
-    model: Mistral,
+    model: Mistral | Stacked,
     path: str | os.PathLike[str],
     *,
     format: Format = "hf",
@@ -74,13 +119,14 @@ def save(
 
     A sharded model is written one shard at a time, each to its place in the files. If it is sharded over several
     processes, all of them must call this function, with the same path in a file system that their hosts share: each
-    writes the shards of its own devices, and process 0 the other files.
+    writes the shards of its own devices, and process 0 the other files. So each stage of a pipeline writes its layers.
 
     **Arguments:**
 
-    - `model`: a model. In the format `"hf"` its linear layers may be quantized, all in one way: NF4 is written as
-        bitsandbytes does, integers and FP8 as compressed-tensors does, so that transformers reads both. The layers of
-        experts are written one by one in the same forms, which was compared with our own reader alone.
+    - `model`: a model, whose blocks may be stacked if its weights are floats. In the format `"hf"` its linear layers
+        may be quantized, all in one way: NF4 is written as bitsandbytes does, integers and FP8 as compressed-tensors
+        does, so that transformers reads both. The layers of experts are written one by one in the same forms, which was
+        compared with our own reader alone.
     - `path`: the folder. It appears when all of its files are complete.
     - `format`: `"hf"` for `config.json` and `model.safetensors`, which transformers loads; `"mistral"` for
         `params.json` and `consolidated.safetensors`; `"gguf"` for a file that llama.cpp runs.
@@ -109,10 +155,9 @@ def save(
         )
     check_whole(model)
     config = model.config
-    nodes = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_weight)[0]
-    weights = {layer_path(keys): node for keys, node in nodes if is_weight(node)}
+    weights = _weights(model)
     specs = list(layer_specs(config))
-    unwritten: dict[str, jax.Array | np.ndarray] = {}
+    unwritten: dict[str, Numbers] = {}
     packed: dict[str, dict[str, Packing]] = {}
     in_blocks: dict[str, BlockWeight] = {}
     unquantized: dict[str, BlockWeight] = {}
@@ -128,7 +173,7 @@ def save(
             packed[spec.path] = packings(spec, weight, config)
             continue
         found = weight.value if isinstance(weight, DenseWeight) else weight
-        if not isinstance(found, jax.Array | np.ndarray):
+        if not isinstance(found, Numbers):
             raise InputError(
                 f"The model has no dense weight {spec.path!r}, which the format {format!r} requires; merge its "
                 "adapters, or expand it with mistral_eqx.dequantize if it is quantized."
@@ -207,12 +252,36 @@ def save(
         run_on_all("saved checkpoint", complete, several)
 
 
+def _weights(model: Mistral | Stacked) -> dict[str, Any]:
+    """The weights of a model by the paths of its layers; of stacked blocks, the entry of each layer."""
+    nodes = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_weight)[0]
+    weights = {layer_path(keys): node for keys, node in nodes if is_weight(node)}
+    if isinstance(model, Mistral):
+        return weights
+    by_layer: dict[str, Any] = {}
+    for path, node in weights.items():
+        field, own = path.split(".", 1)
+        if field == "outer":
+            by_layer[own] = node
+            continue
+        number, own = own.split(".", 1)
+        stacked = node.value if isinstance(node, DenseWeight) else node
+        if not isinstance(stacked, jax.Array | np.ndarray):
+            raise InputError(
+                f"The weights {own!r} of the stacked model are quantized or have adapters, and a stacked model is "
+                "saved in floats alone; save mistral_eqx.nn.unstack of it."
+            )
+        for entry, layer in enumerate(model.layers(int(number))):
+            by_layer[f"blocks.{layer}.{own}"] = _Entry(stacked, entry)
+    return by_layer
+
+
 @dataclasses.dataclass(frozen=True)
 class _ModelWeights(AbstractWeights):
     """The weights of a model, for a GGUF file."""
 
     config: MistralConfig
-    arrays: Mapping[str, jax.Array | np.ndarray]
+    arrays: Mapping[str, Numbers]
     in_blocks: Mapping[str, BlockWeight]
     allow_nonfinite: bool
 
@@ -450,8 +519,10 @@ def _joined(name: str, columns: list[list[_Tensor]]) -> _Tensor:
     return _Tensor(name, (len(columns[0]), rows, *first.shape[1:]), first.dtype)
 
 
-def _own_shards(array: jax.Array | np.ndarray, several: bool) -> Shards:
+def _own_shards(array: Numbers, several: bool) -> Shards:
     """The shards of an array that this process writes. Of `several` processes, one writes each shard."""
+    if isinstance(array, _Entry):
+        return array.own_shards(several)
     is_local = isinstance(array, np.ndarray) or array.is_fully_addressable
     if several and is_local and jax.process_index():
         return []
@@ -460,7 +531,7 @@ def _own_shards(array: jax.Array | np.ndarray, several: bool) -> Shards:
     return [(shard.index, shard.data) for shard in array.addressable_shards if shard.replica_id == 0]
 
 
-def _gathered(array: jax.Array | np.ndarray) -> np.ndarray:
+def _gathered(array: Numbers) -> np.ndarray:
     """An array of this process's devices, on the host."""
     result = np.empty(array.shape, array.dtype)
     for index, shard in _own_shards(array, several=False):
@@ -468,7 +539,9 @@ def _gathered(array: jax.Array | np.ndarray) -> np.ndarray:
     return result
 
 
-def _copy_to_host(array: jax.Array | np.ndarray) -> np.ndarray:
+def _copy_to_host(array: Numbers) -> np.ndarray:
+    if isinstance(array, _Entry):
+        return array.copy_to_host()
     if isinstance(array, np.ndarray):
         return array
     try:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from ..generation.proposals import Speculate
-    from ..nn import Mistral
+    from ..nn import Mistral, Stacked
     from ..parallel import Strategy
     from .options import ModelOptions, SpeculationOptions
 
@@ -54,6 +54,20 @@ def load(path: Path, wanted: ModelOptions, mesh: Mesh | None, strategy: Strategy
     if wanted.adapter is not None:
         model = mx.load_lora(model, wanted.adapter)
     _multiply_as_stored(model)
+    return model
+
+
+def load_stacked(path: Path, wanted: ModelOptions, mesh: Mesh, strategy: Strategy) -> Stacked:
+    """Loads the model as `load` does, without adapters, for a strategy that splits `layers`."""
+    import mistral_eqx as mx
+
+    from .progress import progress_bar
+
+    _keep_compiled_programs()
+    with progress_bar("Loading") as bar:
+        options = {"dtype": wanted.dtype, "check": wanted.check, "mesh": mesh, "strategy": strategy}
+        model = mx.load_stacked(path, progress=bar, **options)
+    _multiply_as_stored(model.outer)
     return model
 
 

@@ -113,18 +113,18 @@ def _run(
         f"tokens{', ' + where if where else ''}"
     )
     try:
-        model = trainer.fit(model, batches, steps=recipe.training.steps)
+        trained = trainer.fit_state(model, batches, steps=recipe.training.steps).model
     except (KeyboardInterrupt, SystemExit) as ended:
         processes.say(f"Interrupted after step {announce.step}; the same command continues from there.")
         raise typer.Exit(getattr(ended, "code", 130)) from None
-    target = _save(recipe, model, tokenizer)
+    target = _save(recipe, trained, tokenizer)
     _tell(Path(recipe.folder))
     processes.say(f"Saved to {target}")
     if tokenizer is not None:
         use = f"{recipe.model.name} --adapter {target}" if recipe.lora is not None else target
         processes.say(f"To use it: mistral-eqx generate --model {use} 'PROMPT'")
     if isinstance(sets.held_out, mx.train.data.AbstractProblems):
-        processes.tell(count_solved(model, sets.held_out))
+        processes.tell(count_solved(mx.nn.unstack(trained), sets.held_out))
 
 
 def _config(recipe: "Recipe") -> Any:
@@ -173,13 +173,15 @@ def _model(recipe: "Recipe", config: Any, path: Path | None, placed: Any, split:
 
     import mistral_eqx as mx
 
-    from .loading import load
+    from .loading import load, load_stacked
     from .options import DType, ModelOptions
 
     key, adapters = jr.split(jr.key(recipe.model.seed))
-    stages, split = split, split.without("layers")
+    stages, split, wanted = split, split.without("layers"), ModelOptions(dtype=DType.FLOAT32)
+    if path is not None and stages != split and recipe.lora is None:
+        return load_stacked(path, wanted, placed, stages)
     if path is not None:
-        model = load(path, ModelOptions(dtype=DType.FLOAT32), placed, split)
+        model = load(path, wanted, placed, split)
     else:
         model = eqx.filter_jit(mx.Mistral.init)(config, key=key)
         model = model if placed is None else mx.shard(model, placed, split)
@@ -215,21 +217,21 @@ def _tell(folder: Path):
                 processes.say(f"{path} holds no metrics; the model is not affected.")
 
 
-def _save(recipe: "Recipe", model: "Mistral", tokenizer: Any) -> Path:
+def _save(recipe: "Recipe", model: "Stacked", tokenizer: Any) -> Path:
     import mistral_eqx as mx
 
     _expect_finite(recipe, model)
     if recipe.lora is not None and not recipe.lora.train_embeddings:
         target = Path(recipe.folder) / "adapters"
-        mx.save_lora(model, target, base=recipe.model.name, overwrite=True)
+        mx.save_lora(mx.nn.unstack(model), target, base=recipe.model.name, overwrite=True)
     else:
         target = Path(recipe.folder) / "model"
-        model = model if recipe.lora is None else mx.merge_lora(model)
-        mx.save(model, target, overwrite=True, finish=None if tokenizer is None else tokenizer.save)
+        whole = model if recipe.lora is None else mx.merge_lora(mx.nn.unstack(model))
+        mx.save(whole, target, overwrite=True, finish=None if tokenizer is None else tokenizer.save)
     return target
 
 
-def _expect_finite(recipe: "Recipe", model: "Mistral"):
+def _expect_finite(recipe: "Recipe", model: "Stacked"):
     """**Raises:** `InputError` if a weight is NaN or infinite; nothing is written then."""
     import equinox as eqx
     import jax

@@ -96,6 +96,12 @@ class Stacked(eqx.Module):
         size = len(self.pattern) // self.chunks
         return self.pattern[number * size : (number + 1) * size]
 
+    def layers(self, number: int) -> range:
+        """The layers of the model whose blocks are stacked in an entry of `pattern`, in order."""
+        size, count = len(self.pattern) // self.chunks, self.config.layers // self.chunks
+        start = number // size * count
+        return range(start + number % size, start + count, size)
+
     def on_mesh(self, mesh: Mesh) -> "Stacked":
         """This model, whose arrays were put on a mesh, with that mesh."""
         return dataclasses.replace(self, outer=self.outer.on_mesh(mesh))

@@ -74,7 +74,8 @@ def check_shapes(arrays: PyTree, mesh: Mesh | AbstractMesh, strategy: Strategy):
     if strategy.axes("layers") and not stacked:
         raise InputError(
             f"The strategy {strategy.layout!r} splits 'layers', and the model's blocks are not stacked; load it "
-            "without that entry, and split it with mistral_eqx.shard(mistral_eqx.nn.stack(model), mesh, strategy)."
+            "with mistral_eqx.load_stacked, or split it with mistral_eqx.shard(mistral_eqx.nn.stack(model), mesh, "
+            "strategy)."
         )
 
 

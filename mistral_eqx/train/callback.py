@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..nn import Mistral
+import equinox as eqx
+import jax
+
+from ..nn import Mistral, unstack
 from .step import Metrics, TrainState
 
 
@@ -31,7 +34,8 @@ class Run:
 
     def model(self) -> Mistral:
         """A copy of the current model, to generate with or to save; training does not change the copy."""
-        return self.state.unstacked()
+        outer = jax.tree.map(lambda leaf: leaf.copy() if eqx.is_array(leaf) else leaf, self.state.model.outer)
+        return unstack(dataclasses.replace(self.state.model, outer=outer))  # blocks that are unstacked are copies
 
 
 class Callback:

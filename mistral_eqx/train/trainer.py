@@ -139,6 +139,13 @@ class Trainer:
         vocabulary, rows longer than the model's context or rows that the devices do not divide, the checkpoints belong
         to another run, or a checkpoint cannot be written.
         """
+        return self.fit_state(model, batches, steps=steps).unstacked()
+
+    def fit_state(self, model: Mistral | Stacked, batches: Iterable[Batch], *, steps: int | None = None) -> TrainState:
+        """Trains a model as `fit` does, and returns the last state.
+
+        In its model the blocks are stacked, and each stage of a pipeline has its own layers alone.
+        """
         folder = None if self.checkpoint_dir is None else Path(self.checkpoint_dir).absolute()
         callbacks = [*self._own_callbacks(), *self.callbacks]
         with contextlib.ExitStack() as stack:
@@ -164,7 +171,7 @@ class Trainer:
                 f"The batches ended after {run.step} of {steps} steps; give one for each step, or an iterable that "
                 "starts again."
             )
-        return run.model()
+        return run.state
 
     def restore(self, model: Mistral | Stacked, *, best: bool = False) -> Mistral:
         """Reads the model of the newest checkpoint, or of the best one, without training.
