@@ -24,6 +24,18 @@ class RouterSums(NamedTuple):
     squares: Float[Array, "..."]
 
 
+def packed(sums: RouterSums) -> Float[Array, "... numbers"]:
+    """The sums as one array of `2 routes + 2` numbers, so that devices exchange them at once; see `unpacked`."""
+    tokens, squares = sums.tokens[..., None], sums.squares[..., None]
+    return jnp.concatenate([tokens, squares, sums.chosen, sums.probabilities], axis=-1)
+
+
+def unpacked(numbers: Float[Array, "... numbers"]) -> RouterSums:
+    """The inverse of `packed`."""
+    chosen, probabilities = jnp.split(numbers[..., 2:], 2, axis=-1)
+    return RouterSums(numbers[..., 0], chosen, probabilities, numbers[..., 1])
+
+
 def router_sums(
     scores: Float[Array, "batch tokens routes"],
     experts: Int[Array, "batch tokens per_token"],
