@@ -77,7 +77,7 @@ def step_exchanges(
     ledger.backward()
     ledger.each_tick(ledger.seq, training.ticks(stages), back=True)
     if config.routing is not None and stages > 1:
-        # Without a weight, GPipe sends no gradients of these sums back.
+        # In GPipe, sums whose losses have no weight have no gradient.
         directions = 2 if training.schedule == "1f1b" else 1
         entry = directions * training.ticks(stages), 2 * config.routes + 2, 4
         ledger.write("collective_permute", "sums of routers to the next stage", 2, entry)
@@ -233,7 +233,9 @@ class _TrainingLedger(Ledger):
             size = self.config.embed * self.narrow
             self.write("all_reduce", "gradient of norms", devices, (2 * layers, size))
             self.write("all_reduce", "gradient of the last norm", devices, (1, size))
-            routers = 0 if routing is None else layers
+            # 1F1B sends a gradient of the sums of routers too, if only of zeros: a second use of each router.
+            uses = 2 if self.training.schedule == "1f1b" and self.strategy.axes("layers") else 1
+            routers = 0 if routing is None else uses * layers
             self.write("all_reduce", "gradient of routers", devices, (routers, self.config.routes, size))
         if travel is not None:
             self.experts_backward(travel)

@@ -94,13 +94,14 @@ def router_losses(sums: RouterSums, shares: Float[Array, " micro_batches"], stra
     **Arguments:**
 
     - `sums`: for each micro-batch, the sums over the tokens of this device's rows.
-    - `shares`: the tokens of each micro-batch, over all devices, divided by those of the whole batch.
+    - `shares`: the tokens of each micro-batch, over all devices, divided by those of the whole batch;
+        in the precision of the sums.
     - `strategy`: which dimensions are split over which mesh axes. If `layers` is split, only the last stage has terms.
     """
     tokens = jnp.maximum(psum(sums.tokens, "batch seq", strategy), 1)
     # Between stages, all sums are one array: to JAX, choices then depend on the weights too.
     chosen = lax.stop_gradient(psum(sums.chosen, "batch seq", strategy))
     balance = chosen.shape[-1] * jnp.sum(chosen * sums.probabilities, axis=-1) / tokens
-    scale = shares.astype(tokens.dtype) / tokens
+    scale = shares / tokens
     losses = RouterLosses(jnp.sum(scale * balance), jnp.sum(scale * sums.squares))
     return jax.tree.map(lambda loss: of_last_stage(loss, strategy), losses)

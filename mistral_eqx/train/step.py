@@ -433,15 +433,16 @@ def _gradient(
     light = varying if compute_dtype is None else cast_floats(varying, compute_dtype)
 
     def weighed(
-        sums: Sums, routed: RouterSums | None, micro_batch: tuple[Batch, Array]
+        found: tuple[Sums, RouterSums | None], micro_batch: tuple[Batch, Array]
     ) -> tuple[Float[Array, ""], _Losses]:
-        router = None
+        (sums, routed), router = found, None
         if routed is not None and tokens is not None:
-            router = router_losses(routed, _tokens(micro_batch[0], strategy, in_stages) / tokens, strategy)
+            own = _tokens(micro_batch[0], strategy, in_stages).astype(routed.tokens.dtype)
+            router = router_losses(routed, own / tokens.astype(own.dtype), strategy)
         return weigh(sums.loss / total.astype(sums.loss.dtype), router), (sums, router)
 
     def mean(light: Stacked, micro_batch: tuple[Batch, Array]) -> tuple[Float[Array, ""], _Losses]:
-        return weighed(*loss(light, *micro_batch), micro_batch)
+        return weighed(loss(light, *micro_batch), micro_batch)
 
     def added(so_far: tuple[Stacked, _Losses], gradient: Stacked, losses: _Losses) -> tuple[Stacked, _Losses]:
         gradient = jax.tree.map(lambda leaf, weight: leaf.astype(weight.dtype), gradient, weights)
@@ -461,7 +462,7 @@ def _gradient(
     ) -> tuple[tuple[Stacked, _Losses], Passed]:
         def run(light: Stacked, received: Passed) -> tuple[tuple[Passed, Array], _Losses]:
             passed, found = cast(Any, of_stage)(light, received, *micro_batch)
-            loss, losses = weighed(*found(), micro_batch)
+            loss, losses = weighed(found(), micro_batch)
             return (passed, loss), losses
 
         (_, loss), pull, losses = jax.vjp(run, light, received, has_aux=True)
