@@ -78,7 +78,8 @@ def _gradient_of_one_device(config):
 @pytest.mark.parametrize(
     ("config", "layout", "axes", "options"),
     [
-        (PLAIN, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 1}),
+        # The default run has GPipe with experts.
+        _slow(PLAIN, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 1}),
         (PLAIN, "layers@pp", {"pp": 2}, ONE_BY_ONE),
         _slow(CONFIG, *THREE, {"zero": 1}),
         _slow(PLAIN, f"{THREE[0]} tokens@tp", THREE[1], {"zero": 2} | ONE_BY_ONE),

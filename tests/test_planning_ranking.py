@@ -231,6 +231,9 @@ def test_pipelines_are_ranked_or_have_a_reason():
     uneven = dataclasses.replace(mx.PRESETS["8x7b"], routing=mx.Routing(8, 2, first_dense=2))
     reasons = dict(ranking._illegal(uneven, 8, stages=True))
     assert "only the first 2 of 32 layers are dense" in reasons["layers@pp"]
+    for config in (mx.PRESETS["8x7b"], mx.PRESETS["small-4-119b"]):
+        whole, half = (device_entries(config, mx.Strategy(text), {"pp": 2}, blocks=True) for text in ("", "layers@pp"))
+        assert half == whole / 2
     with refused("2 micro-batches", "4 stages"):
         _step(CONFIG, "v5p", "layers@pp batch@dp", {"pp": 4, "dp": 2}, 4)
     with refused("8 rows cannot be split into 8 micro-batches", "multiple of 16"):
