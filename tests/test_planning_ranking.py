@@ -227,8 +227,13 @@ def test_pipelines_are_ranked_or_have_a_reason():
     assert "sequence_parallel overlap (tp=2, ZeRO 0, 2 micro-batches)" in labels
     assert [one.seconds for one in found.best] == sorted(one.seconds for one in found.best)
     assert not any("layers@" in label and "ZeRO 3" in label for label in labels)
-    reasons = dict(ranking._illegal(mx.PRESETS["8x7b"], 8, stages=True))
-    assert "which a model with experts cannot split" in reasons["layers@pp"]
+    assert "layers@pp" not in dict(ranking._illegal(mx.PRESETS["8x7b"], 8, stages=True))
+    uneven = dataclasses.replace(mx.PRESETS["8x7b"], routing=mx.Routing(8, 2, first_dense=2))
+    reasons = dict(ranking._illegal(uneven, 8, stages=True))
+    assert "only the first 2 of 32 layers are dense" in reasons["layers@pp"]
+    for config in (mx.PRESETS["8x7b"], mx.PRESETS["small-4-119b"]):
+        whole, half = (device_entries(config, mx.Strategy(text), {"pp": 2}, blocks=True) for text in ("", "layers@pp"))
+        assert half == whole / 2
     with refused("2 micro-batches", "4 stages"):
         _step(CONFIG, "v5p", "layers@pp batch@dp", {"pp": 4, "dp": 2}, 4)
     with refused("8 rows cannot be split into 8 micro-batches", "multiple of 16"):

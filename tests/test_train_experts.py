@@ -186,7 +186,7 @@ def test_balance_is_the_auxiliary_loss_of_transformers():
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     model, one = small_model(config=CONFIG), batch(0, rows=6)
     sums = eqx.filter_jit(Stacked.hidden_and_router_sums)(stack(model), one.inputs, one.positions, one.span)[1]
-    found = router_losses(sums, jnp.ones(()), mx.SINGLE)
+    found = router_losses(sums, jnp.ones(1), mx.SINGLE)
     scores = [torch.from_numpy(np.array(scores).reshape(-1, 8)) for scores, _ in routed(model, one)]
     mask = torch.from_numpy((one.positions >= 0).astype(np.int64))
     expected = mixtral.load_balancing_loss_func(tuple(scores), 8, 2, mask)

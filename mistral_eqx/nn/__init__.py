@@ -28,6 +28,7 @@ from .rotary import Rotation as Rotation
 from .router_sums import RouterSums as RouterSums
 from .stack import (
     Gathering as Gathering,
+    Passed as Passed,
     Stacked as Stacked,
     in_stages as in_stages,
     stack as stack,

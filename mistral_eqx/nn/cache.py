@@ -6,7 +6,6 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -186,10 +185,11 @@ class LatentCache(AbstractLayerCache, AbstractNamed):
 
     def extend(self, k: New, v: New, context: Context) -> tuple["LatentCache", Array, Array, Array]:
         def write(x: Array, new: Array) -> Array:
-            return lax.dynamic_update_slice_in_dim(x, new, context.own_slot, axis=2)
+            return context.put(x, new, context.own_slot)
 
         cache = LatentCache(jax.tree.map(write, self.k_buffer, self.k_buffer.like(k, context.strategy)))
-        return cache, cache.k, cache.k, context.key_index
+        own = jax.tree.map(context.own_rows, cache).k
+        return cache, own, own, context.key_index
 
     def grow(self, kv_seq: int) -> "LatentCache":
         return LatentCache(self.k_buffer.grow(kv_seq))

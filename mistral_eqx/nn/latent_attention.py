@@ -1,6 +1,7 @@
 """Latent attention, whose cache has one vector for each token."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -83,7 +84,7 @@ class LatentAttention(eqx.Module):
         tokens, key_index, codes = context.own(tokens[:, None]), context.key_index, None
         if cache is not None:
             cache, tokens, _, key_index = cache.extend(tokens, tokens, context)
-            codes = None if context.splits_seq else cache.codes
+            codes = None if context.splits_seq else jax.tree.map(context.own_rows, cache.codes)
 
         def attended(keys: tuple[Array, ...], key_index: Array) -> tuple[Array, Array]:
             (tokens,) = keys

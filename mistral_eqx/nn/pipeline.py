@@ -11,17 +11,18 @@ from jaxtyping import Array, Int, PyTree
 from ..parallel import Strategy, next_stage, send_on, shard_index, vary
 
 
+Passed = TypeVar("Passed")
 Sums = TypeVar("Sums")
 State = TypeVar("State")
 
 
 def pipelined(
-    stage: Callable[[Array | None, PyTree[Array], Array | int], Array],
+    stage: Callable[[Passed | None, PyTree[Array], Array | int], Passed],
     rows: PyTree[Array],
     micro_batches: int,
     strategy: Strategy,
     chunks: int = 1,
-) -> Array:
+) -> Passed:
     """Passes rows through all stages, which split `layers` ([GPipe](https://arxiv.org/abs/1811.06965)).
 
     In tick `t`, stage `s` computes micro-batch `t - s`. So there are `micro_batches + stages - 1` ticks, and each
@@ -34,37 +35,44 @@ def pipelined(
 
     **Arguments:**
 
-    - `stage`: computes the activations after this device's blocks of a chunk, from those of the stage before, the rows
-        of a micro-batch, and the number of the chunk. The first stage ignores the activations for the first chunk.
+    - `stage`: computes what this device's blocks of a chunk pass on, such as activations, from what the stage before
+        passed on, the rows of a micro-batch, and the number of the chunk. The first stage ignores what it receives for
+        the first chunk.
     - `rows`: arrays with one entry per row, which all stages have.
     - `micro_batches`: the number of equal parts of the rows.
     - `chunks`: the number of chunks of each stage.
 
-    **Returns:** the activations of all rows after this device's blocks: on the last stage, those of the last block.
+    **Returns:** what this device's blocks pass on, on the last stage after the last block: arrays with one entry for
+        each micro-batch.
     """
     number, stages = shard_index("layers", strategy)
     parts = micro_batched(rows, micro_batches)
     together = stages if chunks > 1 else 1
     turns = -(-micro_batches // together) * together * chunks
 
-    def tick(sent: Array, at: Int[Array, ""]) -> tuple[Array, Array]:
+    def send(x: Array) -> Array:
+        return send_on(x, 1, strategy, dims="layers") if chunks > 1 else next_stage(x, strategy)
+
+    def tick(sent: Passed, at: Int[Array, ""]) -> tuple[Passed, Passed]:
         turn = at - number
         first, within = turn // (together * chunks) * together, turn % (together * chunks)
-        received = send_on(sent, 1, strategy, dims="layers") if chunks > 1 else next_stage(sent, strategy)
-        x = stage(received, taken(parts, first + within % together), within // together if chunks > 1 else 0)
-        return x, x
+        own = taken(parts, first + within % together)
+        passed = stage(jax.tree.map(send, sent), own, within // together if chunks > 1 else 0)
+        return passed, passed
+
+    def of_last_chunk(outputs: Array) -> Array:
+        # The last stage has the first micro-batch in tick `stages - 1`.
+        outputs = outputs[stages - 1 :].reshape(-1, chunks, together, *outputs.shape[1:])[:, -1]
+        return outputs.reshape(-1, *outputs.shape[2:])[:micro_batches]
 
     nothing = nothing_sent(lambda received, rows: stage(received, rows, 0), parts)
     _, outputs = lax.scan(tick, nothing, jnp.arange(turns + stages - 1, dtype=jnp.int32))
-    # The last stage has the first micro-batch in tick `stages - 1`.
-    outputs = outputs[stages - 1 :].reshape(-1, chunks, together, *outputs.shape[1:])[:, -1]
-    outputs = outputs.reshape(-1, *outputs.shape[2:])[:micro_batches]
-    return outputs.reshape(-1, *outputs.shape[2:])
+    return jax.tree.map(of_last_chunk, outputs)
 
 
 def one_forward_one_backward(
-    forward: Callable[[Array | None, PyTree[Array]], Array],
-    backward: Callable[[Sums, Array, PyTree[Array], Array, Array], tuple[Sums, Array]],
+    forward: Callable[[Passed | None, PyTree[Array]], Passed],
+    backward: Callable[[Sums, Passed, PyTree[Array], Passed, Array], tuple[Sums, Passed]],
     start: Sums,
     parts: PyTree[Array],
     strategy: Strategy,
@@ -78,9 +86,9 @@ def one_forward_one_backward(
     **Arguments:**
 
     - `forward`: as `stage` of [`mistral_eqx.nn.pipelined`][], for one chunk.
-    - `backward`: takes sums, what the stage received, the rows of a micro-batch, the gradient of the stage's
-        activations, and whether there is such a micro-batch: if not, it adds zeros, and that gradient is zero. It
-        returns the sums, and the gradient of what the stage received.
+    - `backward`: takes sums, what the stage received, the rows of a micro-batch, the gradient of what the stage passed
+        on, and whether there is such a micro-batch: if not, it adds zeros, and that gradient is zero. It returns the
+        sums, and the gradient of what the stage received.
     - `start`: the sums before the first micro-batch.
     - `parts`: arrays with one entry per micro-batch, which all stages have.
     """
@@ -89,21 +97,21 @@ def one_forward_one_backward(
     nothing = nothing_sent(forward, parts)
 
     def tick(
-        carry: tuple[Array, Array, Array, Sums], at: Int[Array, ""]
-    ) -> tuple[tuple[Array, Array, Array, Sums], None]:
+        carry: tuple[Passed, Passed, PyTree[Array], Sums], at: Int[Array, ""]
+    ) -> tuple[tuple[Passed, Passed, PyTree[Array], Sums], None]:
         sent, sent_back, kept, sums = carry
-        received = next_stage(sent, strategy)
-        kept = lax.dynamic_update_index_in_dim(kept, received, at % slots, 0)
-        x = forward(received, taken(parts, at - number))
+        received = jax.tree.map(lambda x: next_stage(x, strategy), sent)
+        kept = jax.tree.map(lambda x, new: lax.dynamic_update_index_in_dim(x, new, at % slots, 0), kept, received)
+        passed = forward(received, taken(parts, at - number))
         late = 2 * (stages - 1 - number)
         own = at - number - late
         exists = (own >= 0) & (own < count)
-        received = lax.dynamic_index_in_dim(kept, (at - late) % slots, keepdims=False)
-        gradient = jnp.where(exists, next_stage(sent_back, strategy, back=True), 0)
+        received = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, (at - late) % slots, keepdims=False), kept)
+        gradient = jax.tree.map(lambda x: jnp.where(exists, next_stage(x, strategy, back=True), 0), sent_back)
         sums, sent_back = backward(sums, received, taken(parts, own), gradient, exists)
-        return (x, sent_back, kept, sums), None
+        return (passed, sent_back, kept, sums), None
 
-    kept = jnp.broadcast_to(nothing[None], (slots, *nothing.shape))
+    kept = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (slots, *x.shape)), nothing)
     ticks = jnp.arange(count + 2 * (stages - 1), dtype=jnp.int32)
     (*_, sums), _ = lax.scan(tick, (nothing, nothing, kept, start), ticks)
     return sums
@@ -158,9 +166,10 @@ def taken(parts: PyTree[Array], at: Array) -> PyTree[Array]:
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, own, keepdims=False), parts)
 
 
-def nothing_sent(stage: Callable[[Array | None, PyTree[Array]], Array], parts: PyTree[Array]) -> Array:
+def nothing_sent(stage: Callable[[Passed | None, PyTree[Array]], Passed], parts: PyTree[Array]) -> Passed:
     """Zeros in place of what is sent before the first tick."""
-    return zeros_like(jax.eval_shape(lambda parts: stage(None, jax.tree.map(lambda leaf: leaf[0], parts)), parts))
+    shapes = jax.eval_shape(lambda parts: stage(None, jax.tree.map(lambda leaf: leaf[0], parts)), parts)
+    return jax.tree.map(zeros_like, shapes)
 
 
 def zeros_like(like: jax.ShapeDtypeStruct) -> Array:

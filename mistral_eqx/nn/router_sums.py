@@ -26,6 +26,23 @@ class RouterSums(NamedTuple):
     dropped: Float[Array, "..."] | None
 
 
+def packed(sums: RouterSums) -> Float[Array, "... numbers"]:
+    """The sums as one array of `2 routes + 2` numbers, so that devices exchange them at once; see `unpacked`.
+
+    With a capacity there is one number more.
+    """
+    alone = [sums.tokens, sums.squares, *([] if sums.dropped is None else [sums.dropped])]
+    return jnp.concatenate([*(one[..., None] for one in alone), sums.chosen, sums.probabilities], axis=-1)
+
+
+def unpacked(numbers: Float[Array, "... numbers"]) -> RouterSums:
+    """The inverse of `packed`."""
+    with_capacity = numbers.shape[-1] % 2
+    chosen, probabilities = jnp.split(numbers[..., 2 + with_capacity :], 2, axis=-1)
+    dropped = numbers[..., 2] if with_capacity else None
+    return RouterSums(numbers[..., 0], chosen, probabilities, numbers[..., 1], dropped)
+
+
 def router_sums(
     scores: Float[Array, "batch tokens routes"],
     experts: Int[Array, "batch tokens per_token"],

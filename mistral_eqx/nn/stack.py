@@ -26,6 +26,7 @@ from ..parallel import (
     shard_index,
     specs,
     spmd,
+    vary_over,
     with_strategy,
 )
 from .block import Block, StagedBlock, check_whole
@@ -34,7 +35,7 @@ from .embedding import Unembedding
 from .mask import Span
 from .model import Mistral
 from .pipeline import pipelined
-from .router_sums import RouterSums
+from .router_sums import RouterSums, packed, unpacked
 
 
 class Gathering(NamedTuple):
@@ -51,6 +52,20 @@ class Gathering(NamedTuple):
 
 
 AS_IT_IS = Gathering(lambda outer: outer, lambda blocks: blocks)
+
+
+class Passed(NamedTuple):
+    """What passes from stage to stage.
+
+    **Attributes:**
+
+    - `x`: the residual stream after the blocks so far.
+    - `routed`: what the routers of the layers so far did with the tokens of this device's rows, as
+        [`mistral_eqx.nn.RouterSums`][] in one array; `None` without experts.
+    """
+
+    x: Array
+    routed: Array | None
 
 
 class Stacked(eqx.Module):
@@ -167,40 +182,35 @@ class Stacked(eqx.Module):
     ) -> tuple[Float[Array, "batch own embed"], RouterSums | None]:
         """The result of `hidden`, and what the routers of all layers did with the tokens of this device's rows.
 
-        **Returns:** activations, and the sums; `None` for a model without experts.
+        **Returns:** activations; and the sums of each micro-batch, right where the activations are, or `None` for a
+            model without experts. Without stages, all rows are one micro-batch.
         """
         strategy, rows = self.strategy, (jnp.asarray(ids), jnp.asarray(positions), span)
         stage = partial(self.stage, wrapped=wrapped, gathering=gathering)
         if strategy.axes("layers"):
-            x = pipelined(lambda *arguments: stage(*arguments)[0], rows, micro_batches, strategy, self.chunks)
-            found = []
+            passed = pipelined(stage, rows, micro_batches, strategy, self.chunks)
+            passed = passed._replace(x=passed.x.reshape(-1, *passed.x.shape[2:]))
         else:
-            x, found = stage(None, rows)
+            passed = stage(None, rows)
             for chunk in range(1, self.chunks):
-                x, more = stage(x, rows, chunk)
-                found += more
-        seq, sums = rows[0].shape[1] // shard_index("seq", strategy)[1], None
-        if found:
-            sums = jax.tree.map(lambda *layers: jnp.sum(sum(layers[1:], start=layers[0]), axis=0), *found)
-            if x.shape[1] != seq:
-                sums = jax.tree.map(lambda leaf: psum(leaf, "tokens", strategy), sums)
-        return self.normed(x, seq, gathering), sums
+                passed = stage(passed, rows, chunk)
+        return self.finished(passed, rows[0].shape[1] // shard_index("seq", strategy)[1], gathering)
 
     def stage(
         self,
-        received: Float[Array, "batch tokens embed"] | None,
+        received: Passed | None,
         rows: tuple[Array, Array, Span | None],
         chunk: Int[Array, ""] | int = 0,
         *,
         wrapped: Callable[[Callable[..., Any]], Callable[..., Any]],
         gathering: Gathering,
-    ) -> tuple[Float[Array, "batch tokens embed"], list[RouterSums]]:
-        """The residual stream after the blocks of this device, and the sums of each layer of the pattern with experts.
+    ) -> Passed:
+        """What the blocks of this device pass on.
 
         **Arguments:**
 
-        - `received`: the stream after the blocks of the stage before; without it, zeros. The first stage begins its
-            first chunk with the embedded tokens.
+        - `received`: what the stage before passed on. Without it, or in the first chunk of the first stage, the blocks
+            begin with the embedded tokens.
         - `rows`: ids, positions and span.
         - `chunk`: which of its chunks the device computes.
         - `wrapped`, `gathering`: as for `hidden`.
@@ -221,16 +231,34 @@ class Stacked(eqx.Module):
             return x, found
 
         x = _embedded(self.outer, context.own_ids(ids), gathering)
-        if strategy.axes("layers") or self.chunks > 1:
+        (x,), before = vary_over("layers", strategy, x), None
+        if received is not None:
             is_first = (jnp.asarray(shard_index("layers", strategy)[0]) == 0) & (jnp.asarray(chunk) == 0)
-            x = jnp.where(is_first, x, jnp.zeros_like(x) if received is None else received)
-        return lax.scan(wrapped(repeat), x, arrays)
+            x = jnp.where(is_first, x, received.x)
+            before = None if received.routed is None else jnp.where(is_first, 0, received.routed)
+        x, found = lax.scan(wrapped(repeat), x, arrays)
+        if not found:
+            return Passed(x, None)
+        sums = jax.tree.map(lambda *layers: jnp.sum(sum(layers[1:], start=layers[0]), axis=0), *found)
+        return Passed(x, packed(sums) if before is None else before + packed(sums))
 
-    def normed(
-        self, x: Float[Array, "batch tokens embed"], seq: int, gathering: Gathering = AS_IT_IS
-    ) -> Float[Array, "batch own embed"]:
-        """The input of the head: the normalised residual stream after the last block, with all `seq` tokens."""
-        return all_tokens(self.whole(gathering).norm(x), seq, self.strategy, to="invarying")
+    def finished(
+        self, passed: Passed, seq: int, gathering: Gathering = AS_IT_IS
+    ) -> tuple[Float[Array, "batch own embed"], RouterSums | None]:
+        """The normalised residual stream with all `seq` tokens, the input of the head; and the sums of routers.
+
+        **Arguments:**
+
+        - `passed`: what the last stage passed on, whose sums may be those of several micro-batches.
+        - `seq`: the number of tokens of each row; where the strategy splits `seq`, of this device's.
+        - `gathering`: as for `hidden`.
+        """
+        x, routed = passed
+        hidden = all_tokens(self.whole(gathering).norm(x), seq, self.strategy, to="invarying")
+        if routed is None:
+            return hidden, None
+        routed = routed.reshape(-1, routed.shape[-1])
+        return hidden, unpacked(routed if x.shape[1] == seq else psum(routed, "tokens", self.strategy))
 
     def head(self, gathering: Gathering = AS_IT_IS) -> Unembedding:
         """The output head; with tied embeddings, its weight is the embedding table."""

@@ -335,11 +335,10 @@ class Strategy:
                 f"The strategy {self.layout!r} splits 'layers' and 'seq', which cannot be combined; leave one of "
                 "them out."
             )
-        if config.routing is not None or config.latent is not None:
-            kind = "latent attention" if config.routing is None else "experts"
+        if stages > 1 and 0 < config.dense_layers < config.layers:
             raise InputError(
-                f"The strategy {self.layout!r} splits 'layers', which a model with {kind} cannot split; leave 'layers' "
-                "out of it."
+                f"The strategy {self.layout!r} splits the layers into {stages} stages, which must be equal, but only "
+                f"the first {config.dense_layers} of {config.layers} layers are dense; leave 'layers' out of it."
             )
         if config.windows[: config.layers // stages] * stages != config.windows:
             raise InputError(

@@ -430,7 +430,7 @@ class Ledger:
         tokens = self.rows * seq // self.token_shards(seq) * gathered
         slots = capacity(tokens, routing.per_token, self.config.experts, self.local("experts"))
         others = self.devices(axis for axis in self.strategy.axes("experts hidden") if axis not in axes)
-        everywhere = self.devices(self.strategy.axes("experts batch" + " tokens" * split))
+        everywhere = self.devices(self.strategy.axes("experts batch layers" + " tokens" * split))
         return Travel(devices, gathered, others // gathered, everywhere, tokens, slots, routing.per_token)
 
     def experts(self, travel: Travel, *, there: int, back: int, again: str = ""):

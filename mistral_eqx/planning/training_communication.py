@@ -76,6 +76,11 @@ def step_exchanges(
         ledger.recompute()
     ledger.backward()
     ledger.each_tick(ledger.seq, training.ticks(stages), back=True)
+    if config.routing is not None and stages > 1:
+        # In GPipe, sums whose losses have no weight have no gradient.
+        directions = 2 if training.schedule == "1f1b" else 1
+        entry = directions * training.ticks(stages), 2 * config.routes + 2, 4
+        ledger.write("collective_permute", "sums of routers to the next stage", 2, entry)
     in_ticks, ledger.entries = ledger.entries, []
     if training.schedule == "gpipe" and strategy.axes("layers"):
         apart = [ledger.for_all_micro_batches(entry) for entry in in_ticks if entry.what in _OF_LOSS]
@@ -89,6 +94,9 @@ _OF_LOSS = (
     "last output",
     "largest logit",
     "sum of exponentials, target and whether it is first",
+    "sums of routers",
+    "tokens, and tokens of a micro-batch",
+    "choices of routers",
     "gradient of the last output",
     "gradient of the last norm",
 )
@@ -175,8 +183,7 @@ class _TrainingLedger(Ledger):
         if self.config.routing is None:
             return
         if self.splits_tokens:
-            self.sum("tokens and squares of routers", "tokens", 2, 4)
-            self.sum("choices and probabilities of routers", "tokens", 2, self.config.routes, 4)
+            self.sum("sums of routers", "tokens", 1, 2 * self.config.routes + 2, 4)
         self.sum("tokens, and tokens of a micro-batch", "batch", 2, 4)
         self.sum("choices of routers", "batch", 1, self.config.routes, 4)
 
@@ -226,7 +233,9 @@ class _TrainingLedger(Ledger):
             size = self.config.embed * self.narrow
             self.write("all_reduce", "gradient of norms", devices, (2 * layers, size))
             self.write("all_reduce", "gradient of the last norm", devices, (1, size))
-            routers = 0 if routing is None else layers
+            # 1F1B sends a gradient of the sums of routers too, if only of zeros: a second use of each router.
+            uses = 2 if self.training.schedule == "1f1b" and self.strategy.axes("layers") else 1
+            routers = 0 if routing is None else uses * layers
             self.write("all_reduce", "gradient of routers", devices, (routers, self.config.routes, size))
         if travel is not None:
             self.experts_backward(travel)
@@ -307,7 +316,8 @@ class _TrainingLedger(Ledger):
         for axes in sorted(sets):
             self.write("all_reduce", "squares of gradients", math.prod(self.axes[axis] for axis in axes), (1, 4))
         self.sum("weight of all rows", "batch", 1, 4)
-        self.sum("sums of the loss", "batch seq layers", 4 if self.config.routing is None else 7, 4)
+        self.sum("tokens of all rows", "batch", 0 if self.config.routing is None else 1, 4)
+        self.sum("sums of the loss", "batch seq layers", 4 if self.config.routing is None else 6, 4)
 
     def weights(self) -> Iterator[_Weight]:
         """All trained weights."""

@@ -101,13 +101,14 @@ def _matrices(config: MistralConfig) -> Iterator[_Matrices]:
         yield _Matrices(2 * layers * embed * config.head_dim * config.kv_heads, "layers kv_heads head_dim embed")
     else:
         latent = config.latent
-        yield _Matrices(layers * embed * (latent.q_rank + latent.cached), "")
+        yield _Matrices(layers * embed * (latent.q_rank + latent.cached), "layers")
         of_head = latent.q_rank * config.head_dim + latent.kv_rank * latent.expanded + latent.value_dim * embed
-        yield _Matrices(layers * heads * of_head, "kv_heads")
+        yield _Matrices(layers * heads * of_head, "layers kv_heads")
     yield _Matrices(3 * config.dense_layers * embed * config.hidden, "layers hidden embed")
     if config.routing is not None:
         sparse = layers - config.dense_layers
-        yield _Matrices(3 * sparse * embed * config.expert_hidden * config.routing.shared, "hidden")
-        yield _Matrices(3 * sparse * embed * config.expert_hidden * config.experts, "experts hidden", routed=True)
-        yield _Matrices(sparse * embed * config.routes, "")
+        width = 3 * sparse * embed * config.expert_hidden
+        yield _Matrices(width * config.routing.shared, "layers hidden")
+        yield _Matrices(width * config.experts, "layers experts hidden", routed=True)
+        yield _Matrices(sparse * embed * config.routes, "layers")
     yield _Matrices(config.vocab * embed, "vocab embed", head=True)

@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from ..nn import RouterSums, Unembedding, log_likelihood
@@ -86,20 +88,23 @@ class RouterLosses(NamedTuple):
     dropped: Float[Array, ""] | None
 
 
-def router_losses(sums: RouterSums, share: Float[Array, ""], strategy: Strategy) -> RouterLosses:
+def router_losses(sums: RouterSums, shares: Float[Array, " micro_batches"], strategy: Strategy) -> RouterLosses:
     """This device's terms of the losses of routers: their sum over devices and micro-batches is the loss of the batch.
 
     The fractions `f_e` are those of one micro-batch, over all devices, and micro-batches count as their tokens.
 
     **Arguments:**
 
-    - `sums`: the sums over the tokens of this device's rows.
-    - `share`: the tokens of the micro-batch, over all devices, divided by those of the whole batch.
-    - `strategy`: which dimensions are split over which mesh axes.
+    - `sums`: for each micro-batch, the sums over the tokens of this device's rows.
+    - `shares`: the tokens of each micro-batch, over all devices, divided by those of the whole batch;
+        in the precision of the sums.
+    - `strategy`: which dimensions are split over which mesh axes. If `layers` is split, only the last stage has terms.
     """
     tokens = jnp.maximum(psum(sums.tokens, "batch seq", strategy), 1)
-    fractions = psum(sums.chosen, "batch seq", strategy) / tokens
-    scale = share.astype(tokens.dtype) / tokens
-    balance = len(fractions) * jnp.sum(fractions * sums.probabilities)
-    dropped = None if sums.dropped is None else scale * sums.dropped
-    return RouterLosses(scale * balance, scale * sums.squares, dropped)
+    # Between stages, all sums are one array: to JAX, choices then depend on the weights too.
+    chosen = lax.stop_gradient(psum(sums.chosen, "batch seq", strategy))
+    balance = chosen.shape[-1] * jnp.sum(chosen * sums.probabilities, axis=-1) / tokens
+    scale = shares / tokens
+    dropped = None if sums.dropped is None else jnp.sum(scale * sums.dropped)
+    losses = RouterLosses(jnp.sum(scale * balance), jnp.sum(scale * sums.squares), dropped)
+    return jax.tree.map(lambda loss: of_last_stage(loss, strategy), losses)

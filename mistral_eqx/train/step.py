@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ..checks import Count, NotNegative, Positive, Seed, ShareBelowOne, check_arguments
 from ..errors import InputError
-from ..nn import Gathering, Mistral, RouterSums, Stacked, one_forward_one_backward, stack, unstack
+from ..nn import Gathering, Mistral, Passed, RouterSums, Stacked, one_forward_one_backward, stack, unstack
 from ..parallel import (
     Strategy,
     of_last_stage,
@@ -273,6 +273,7 @@ def make_step(
             parts,
             zero,
             shard_dims,
+            in_stages,
             of_stage if staged and schedule == "1f1b" else None,
         )
         if zero.stage in (1, 2):
@@ -390,7 +391,7 @@ def _loss(
 
 def _of_stage(
     weights: Stacked,
-    received: Array | None,
+    received: Passed | None,
     batch: Batch,
     rows: Int[Array, " batch"],
     *,
@@ -401,17 +402,21 @@ def _of_stage(
     label_smoothing: float,
     z_loss: float,
     capacity: float | None,
-) -> tuple[Array, Callable[[], Sums]]:
-    """The activations after this device's blocks, and a function that computes the loss: 0 but on the last stage."""
+) -> tuple[Passed, Callable[[], tuple[Sums, RouterSums | None]]]:
+    """What this device's blocks pass on, and a function that computes what `_loss` returns.
+
+    Only on the last stage, the loss is not 0 and the sums of routers are complete.
+    """
     model = with_capacity(with_dropout(eqx.combine(weights, constants), key, rows), capacity)
     inputs = jnp.asarray(batch.inputs), jnp.asarray(batch.positions), batch.span
-    x, _ = model.stage(received, inputs, wrapped=wrapped, gathering=gathering)
+    passed = model.stage(received, inputs, wrapped=wrapped, gathering=gathering)
 
-    def sums() -> Sums:
-        hidden = model.normed(x, own_slices(inputs[0], model.strategy, axis=1).shape[1], gathering)
-        return loss_sums(model.head(gathering), hidden, batch, label_smoothing=label_smoothing, z_loss=z_loss)
+    def found() -> tuple[Sums, RouterSums | None]:
+        hidden, routed = model.finished(passed, own_slices(inputs[0], model.strategy, axis=1).shape[1], gathering)
+        head = model.head(gathering)
+        return loss_sums(head, hidden, batch, label_smoothing=label_smoothing, z_loss=z_loss), routed
 
-    return x, sums
+    return passed, found
 
 
 def _weighed(loss: Array, router: RouterLosses | None, *, balance_loss: float, router_z_loss: float) -> Array:
@@ -431,12 +436,14 @@ def _gradient(
     accumulate: int,
     zero: Zero,
     shard_dims: Stacked,
-    of_stage: Callable[..., tuple[Array, Callable[[], Sums]]] | None,
+    in_stages: int,
+    of_stage: Callable[..., tuple[Passed, Callable[[], tuple[Sums, RouterSums | None]]]] | None,
 ) -> tuple[Stacked, Sums, RouterLosses | None]:
     """The gradient of the mean loss over the whole batch, in the precision of the master weights; and the losses.
 
-    Where weights or their updates are sharded, each device gets its shard of the gradient. With `of_stage`, the
-    backward pass of a micro-batch begins when its loss is there.
+    Where weights or their updates are sharded, each device gets its shard of the gradient. The batch is accumulated in
+    `accumulate` parts, of which each has `in_stages` micro-batches. With `of_stage`, the backward pass of a micro-batch
+    begins when its loss is there.
     """
     # Dividing by the total weight makes micro-batches of unequal weight add up to the mean of the batch.
     total = psum(jnp.sum(batch.weights), "batch", strategy)
@@ -445,12 +452,17 @@ def _gradient(
     varying = weights if zero.stage == 3 else zero.vary(weights, shard_dims)
     light = varying if compute_dtype is None else cast_floats(varying, compute_dtype)
 
-    def mean(light: Stacked, micro_batch: tuple[Batch, Array]) -> tuple[Float[Array, ""], _Losses]:
-        sums, routed = loss(light, *micro_batch)
-        router = None
+    def weighed(
+        found: tuple[Sums, RouterSums | None], micro_batch: tuple[Batch, Array]
+    ) -> tuple[Float[Array, ""], _Losses]:
+        (sums, routed), router = found, None
         if routed is not None and tokens is not None:
-            router = router_losses(routed, _tokens(micro_batch[0], strategy) / tokens, strategy)
+            own = _tokens(micro_batch[0], strategy, in_stages).astype(routed.tokens.dtype)
+            router = router_losses(routed, own / tokens.astype(own.dtype), strategy)
         return weigh(sums.loss / total.astype(sums.loss.dtype), router), (sums, router)
+
+    def mean(light: Stacked, micro_batch: tuple[Batch, Array]) -> tuple[Float[Array, ""], _Losses]:
+        return weighed(loss(light, *micro_batch), micro_batch)
 
     def added(so_far: tuple[Stacked, _Losses], gradient: Stacked, losses: _Losses) -> tuple[Stacked, _Losses]:
         gradient = jax.tree.map(lambda leaf, weight: leaf.astype(weight.dtype), gradient, weights)
@@ -463,15 +475,15 @@ def _gradient(
 
     def backward(
         so_far: tuple[Stacked, _Losses],
-        received: Array,
+        received: Passed,
         micro_batch: tuple[Batch, Array],
-        gradient: Array,
+        gradient: Passed,
         exists: Array,
-    ) -> tuple[tuple[Stacked, _Losses], Array]:
-        def run(light: Stacked, received: Array) -> tuple[tuple[Array, Array], _Losses]:
-            x, loss_of = cast(Any, of_stage)(light, received, *micro_batch)
-            sums = loss_of()
-            return (x, sums.loss / total.astype(sums.loss.dtype)), (sums, None)
+    ) -> tuple[tuple[Stacked, _Losses], Passed]:
+        def run(light: Stacked, received: Passed) -> tuple[tuple[Passed, Array], _Losses]:
+            passed, found = cast(Any, of_stage)(light, received, *micro_batch)
+            loss, losses = weighed(found(), micro_batch)
+            return (passed, loss), losses
 
         (_, loss), pull, losses = jax.vjp(run, light, received, has_aux=True)
         of_light, of_received = pull((gradient, *vary_alike(exists.astype(loss.dtype), loss)[:1]))
@@ -504,9 +516,10 @@ def _gradient(
     return gradient, *jax.tree.map(lambda sum: psum(sum, "batch seq layers", strategy), losses)
 
 
-def _tokens(batch: Batch, strategy: Strategy) -> Float[Array, ""]:
-    """The tokens of all devices' rows without padding, or 1 if there are none."""
-    return jnp.maximum(psum(jnp.sum((batch.positions >= 0).astype(jnp.float32)), "batch", strategy), 1)
+def _tokens(batch: Batch, strategy: Strategy, parts: int = 1) -> Float[Array, " parts"]:
+    """The tokens without padding in each part of all devices' rows, or 1 if there are none."""
+    counted = (batch.positions >= 0).astype(jnp.float32).reshape(parts, -1)
+    return jnp.maximum(psum(jnp.sum(counted, axis=1), "batch", strategy), 1)
 
 
 def _for_update(state: TrainState) -> TrainState:
