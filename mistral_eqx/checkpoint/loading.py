@@ -132,8 +132,8 @@ def load_stacked(
     ```
 
     Each process reads only the shards of the layers of its own devices' stages, and holds no others. The result is that
-    of `mx.shard(mx.nn.stack(mx.load(path, ...), chunks), mesh, strategy)`. One stacked weight at a time is read into
-    the memory of the host, of as many layers as this process's devices have, or a few small ones.
+    of `mx.shard(mx.nn.stack(mx.load(path, ...), chunks), mesh, strategy)`. The memory of the host holds one stacked
+    weight at a time, with as many layers as this process's devices have, or a few small weights.
 
     **Arguments:**
 

@@ -50,10 +50,11 @@ class Draft:
 
     **Attributes:**
 
-    - `model`: the draft, on the devices of the model; another strategy may split it, but for `batch`.
+    - `model`: the draft, on the devices of the model; another strategy may split it, but for `batch`. A
+        [`mistral_eqx.Engine`][] needs the strategy of the model.
     - `tokens`: how many tokens to propose at a time, at most 64.
     - `cost`: as in [`mistral_eqx.PromptLookup`][], the draft's own time included. A draft that costs more than it gives
-        is off for the rest of the call.
+        is off for the rest of the call; in an engine it pauses.
     """
 
     model: Mistral

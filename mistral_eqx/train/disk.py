@@ -68,7 +68,8 @@ class DiskStep:
     reads the files of the next block, and another one writes those of the last block.
 
     A step writes new files beside those that it reads. So a process that ends at any time leaves the master weights and
-    the optimizer state of the last complete step, from which `init` continues.
+    the optimizer state of the last complete step, from which `init` continues. [`mistral_eqx.Trainer`][] takes such
+    steps with `offload="disk"`.
 
     **Arguments:**
 
@@ -145,7 +146,7 @@ class DiskStep:
         return state, metrics
 
     def unmarked(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Makes one step whose files count after `mark` alone; call that before the next step."""
+        """Makes one step, whose files do not count before `mark`; call `mark` before the next step."""
         if self._about is None:
             raise InputError("A DiskStep continues from its files; make the state with its init.")
         state, metrics = self._gradient(state, batch)

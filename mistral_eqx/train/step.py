@@ -162,7 +162,7 @@ class Metrics(NamedTuple):
     - `finite`: whether the loss and the gradient norm were finite; otherwise the step was skipped.
     - `router_balance`, `router_z`: the [`mistral_eqx.train.RouterLosses`][] of a model with experts, without their
         weights; otherwise 0.
-    - `router_dropped`: the fraction of the experts of tokens that `capacity` dropped.
+    - `router_dropped`: the fraction of the choices of routers that `capacity` dropped; 0 without it.
     """
 
     loss: Float[Array, ""]
@@ -214,9 +214,9 @@ def make_step(
     - `label_smoothing`, `z_loss`: as for [`mistral_eqx.train.loss_sums`][].
     - `balance_loss`, `router_z_loss`: the weights of the two [`mistral_eqx.train.RouterLosses`][], which are added to
         the loss. The config of Mixtral 8x7B has 0.02 for the first; ST-MoE takes 0.01 and 0.001.
-    - `capacity`: the capacity factor of experts. An expert computes the first
-        `ceil(capacity * per_token * tokens / experts)` tokens of each row that chose it, where `tokens` counts those
-        without padding; the others do without it, and their other experts keep their shares
+    - `capacity`: the capacity factor of experts. Of the tokens of a row that chose an expert, the expert computes the
+        first `ceil(capacity * per_token * tokens / experts)`, where `tokens` counts those of the row without padding.
+        The other choices are dropped, and the shares of a token's other experts stay as they are
         ([Switch Transformer](https://arxiv.org/abs/2101.03961), with the rows as groups of
         [GShard](https://arxiv.org/abs/2006.16668)). `None` drops nothing, as evaluation and generation always do.
     - `seed`: the seed of the dropout of adapters. The dropped entries depend on this seed, the number of the step and
