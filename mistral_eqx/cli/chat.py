@@ -67,6 +67,7 @@ def chat(
     config = open_checkpoint(path).config
     speculating = Speculating(speculation, config.vocab)
     mesh, strategy, where = devices.place(config)
+    speculating.check(mesh, strategy)
     tokenizer = mx.load_tokenizer(path)
     opening = [] if system is None else [{"role": "system", "content": system}]
     first = encode_chat(tokenizer, [*opening, {"role": "user", "content": "?"}])

@@ -134,6 +134,7 @@ def generate(
     wanted.check_vocabulary(config.vocab)
     speculating = Speculating(speculation, config.vocab)
     mesh, strategy, where = devices.place(config)
+    speculating.check(mesh, strategy)
     tokenizer = mx.load_tokenizer(path)
     grammar = wanted.read_grammar(tokenizer)
 

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import InputError
 from . import processes
 from .programs import keep_programs
 
@@ -47,6 +48,12 @@ def load(path: Path, wanted: ModelOptions, mesh: Mesh | None, strategy: Strategy
 
     from .progress import progress_bar
 
+    if strategy.axes("layers"):
+        raise InputError(
+            f"The strategy {strategy.layout!r} splits 'layers' into stages, which only 'mistral-eqx train' does; leave "
+            "'layers' out of --strategy.",
+            key="strategy",
+        )
     _keep_compiled_programs()
     with progress_bar("Loading") as bar:
         options = {"dtype": wanted.dtype, "check": wanted.check, "mesh": mesh, "strategy": strategy}
@@ -90,7 +97,16 @@ class Speculating:
         self._wanted = wanted
         self._path = None if wanted.draft is None else locate(wanted.draft)
         if self._path is not None:
-            check_vocabulary(open_checkpoint(self._path).config.vocab, vocab)
+            self._config = open_checkpoint(self._path).config
+            check_vocabulary(self._config.vocab, vocab)
+
+    def check(self, mesh: Mesh | None, strategy: Strategy):
+        """Checks that the draft can be split, before anything is loaded.
+
+        **Raises:** `ValueError` if it cannot.
+        """
+        if self._path is not None and mesh is not None:
+            strategy.check(self._config, mesh)
 
     def __call__(self, model: ModelOptions, mesh: Mesh | None, strategy: Strategy) -> Speculate | None:
         """Loads a draft as the model is loaded: in the same precision, and split in the same way."""

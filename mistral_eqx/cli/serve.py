@@ -201,6 +201,13 @@ def serve(
         config = open_checkpoint(path).config
         speculating = Speculating(speculation, config.vocab)
         mesh, strategy, where = devices.place(config)
+        speculating.check(mesh, strategy)
+        if speculation.draft is not None and strategy.axes("kv_seq"):
+            raise InputError(
+                f"The strategy {strategy.name!r} splits 'kv_seq', which a server with a draft cannot; give another "
+                "--strategy, or --prompt-lookup in place of --draft.",
+                key="strategy",
+            )
         tokenizer = mx.load_tokenizer(path)
         alike = speculation.agreed, model.agreed, tokenizer.eos_ids
         check_same("command", repr((dataclasses.replace(engine, lora=None), [*folders], cache_dtype, *alike)))

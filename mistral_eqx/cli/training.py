@@ -302,7 +302,7 @@ def make_trainer(
     settings = {field.name: getattr(wanted, field.name) for field in dataclasses.fields(wanted)}
     options = {name: settings[name] for name in _OF_TRAINER}
     options["clip"] = wanted.clip or None
-    options["compute_dtype"] = None if wanted.compute_dtype == "float32" else wanted.compute_dtype
+    options["compute_dtype"] = None if wanted.compute_dtype == wanted.dtype else wanted.compute_dtype
     return train.Trainer(
         make_optimizer(recipe.optimizer, wanted.steps),
         checkpoint_dir=recipe.folder,

@@ -729,8 +729,9 @@ class Engine:
         return decoded
 
     def _behind(self) -> int:
-        """How many of the last slots have tokens of rows that decode, which the draft has not read."""
-        first = min((job.entered for job in self._jobs if job is not None), default=self._written)
+        """How many of the last slots have tokens of rows that can have proposals, which the draft has not read."""
+        entered = (job.entered for job in self._jobs if job is not None and job.guide is None)
+        first = min(entered, default=self._written)
         return self._written - max(first, self._drafted)
 
     def _catch_up(self, draft: Flat, count: int):

@@ -91,5 +91,5 @@ def check_whole(model: PyTree):
     if any(isinstance(node, StagedBlock) for node in nodes):
         raise InputError(
             "The model is one of mistral_eqx.nn.in_stages, whose blocks cannot be changed, saved or served; give "
-            "mistral_eqx.nn.unstack of the stacked model in its place."
+            "mistral_eqx.nn.unstack of the stacked model in its place, or to mistral_eqx.save the stacked model."
         )

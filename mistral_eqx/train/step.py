@@ -243,6 +243,8 @@ def make_step(
         schedule=schedule,
     )
     wrapped = rematerialised(remat)
+    # An array in the model would be traced.
+    capacity = None if capacity is None else float(capacity)
 
     def on_device(state: TrainState, batch: Batch, *, shard_dims: Stacked) -> tuple[TrainState, Metrics]:
         strategy, zero = state.strategy, state.zero
