@@ -28,6 +28,7 @@ def test_the_gathered_cache_finds_the_same_beams(getkey, tmp_path, monkeypatch):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_format_is_measured_by_its_distance_from_float32(getkey, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     import quantization
@@ -140,6 +141,7 @@ def test_experts_are_compared_with_dense_layers(monkeypatch):
     assert "| mistral_eqx float32 | 3.00 (3.00 to 3.00) | 0.50 |" in shown
 
 
+@pytest.mark.slow
 def test_a_type_is_measured_with_and_without_a_prefill(random_file):
     import peers
 

@@ -54,6 +54,7 @@ def test_results_are_on_stdout_and_figures_on_stderr(tiny, text):
     )
 
 
+@pytest.mark.slow
 def test_windows_batches_and_devices_are_options(tiny, text):
     arguments = ("evaluate", "perplexity", "--text", text, "--model", tiny)
     whole = mx.perplexity(mx.load(tiny), mx.load_tokenizer(tiny), TEXT)

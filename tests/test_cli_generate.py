@@ -417,6 +417,7 @@ def test_virtual_devices_are_made_for_the_mesh_unless_their_number_was_asked_for
         assert ("takes 2 devices and there are 1" if code else "heads on tp=2") in done.stderr
 
 
+@pytest.mark.slow
 def test_a_text_follows_a_grammar(tiny, tmp_path):
     (tmp_path / "schema.json").write_text('{"type": "array", "items": {"type": "boolean"}, "maxItems": 3}')
     (tmp_path / "sums.lark").write_text('start: N ("+" N){1,3}\nN: /[1-9]{2}/')

@@ -39,6 +39,7 @@ def test_the_sum_is_written_with_its_tokenizer(tiny, adapter, tmp_path, format):
     assert mx.load_tokenizer(tmp_path / "out").encode("Call me") == mx.load_tokenizer(tiny).encode("Call me")
 
 
+@pytest.mark.slow
 def test_quantized_weights_are_expanded(tiny, adapter, tmp_path):
     small = tmp_path / "small"
     assert run("quantize", tiny, small, "--block-size", 16).exit_code == 0

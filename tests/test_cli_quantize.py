@@ -44,7 +44,7 @@ def test_the_blocks_of_a_file_are_expanded_first(tmp_path, getkey):
     assert_same_weights(small, mx.quantize(mx.load(source, dtype="float32"), mx.NF4(16)))
 
 
-@pytest.mark.parametrize("scheme", ["gptq", "awq"])
+@pytest.mark.parametrize("scheme", [pytest.param("gptq", marks=pytest.mark.slow), "awq"])
 def test_a_text_calibrates(scheme, tiny, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Call me Ishmael. " * 40)

@@ -16,6 +16,7 @@ def _alone(tmp_path, monkeypatch):
     monkeypatch.setenv("MISTRAL_EQX_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_a_text_is_the_same_with_lookups(tiny):
     plain = run("generate", "Call me", "--model", tiny, "-n", 9, "--ignore-eos")
     found = run("generate", "Call me", "--model", tiny, "-n", 9, "--ignore-eos", "--prompt-lookup")

@@ -382,6 +382,7 @@ def test_a_model_that_is_damaged_ends_its_requests_with_a_sentence(model):
     assert "not finite" in event.error
 
 
+@pytest.mark.slow
 def test_rows_with_several_adapters_share_a_batch(model):
     models = {
         "one": adapted(model, rank=3, targets=("q_proj", "down_proj")),
@@ -400,6 +401,7 @@ def test_rows_with_several_adapters_share_a_batch(model):
     assert len({event.ids for event in events}) == 3
 
 
+@pytest.mark.slow
 def test_proposed_tokens_change_nothing(model):
     requests = requests_of(*MIXED[:2], *MIXED[5:7], MIXED[10], {"eos_ids": ()}, new=30)
     with engine_of(model, speculate=LOOKUP) as engine:

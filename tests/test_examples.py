@@ -66,6 +66,7 @@ def test_engine_gives_the_texts_of_generate(run):
     assert same == "All texts are those of mx.generate."
 
 
+@pytest.mark.slow
 def test_long_prompt_says_what_generate_says(run, tiny):
     sentence = mx.load_tokenizer(tiny).encode("The quick brown fox jumps over the lazy dog. ")
     prompt = (sentence * 300)[:300]

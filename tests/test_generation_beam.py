@@ -324,7 +324,10 @@ def on_one_device():
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in ("heads", "heads_x_kv_seq") else pytest.mark.long) for name in NAMED],
+    [
+        pytest.param(name, marks={"heads": (), "heads_x_kv_seq": pytest.mark.slow}.get(name, pytest.mark.long))
+        for name in NAMED
+    ],
 )
 def test_named_strategies_find_the_same(name, on_one_device):
     """Three prompts also where the batch is split in two."""

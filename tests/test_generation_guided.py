@@ -131,7 +131,8 @@ def test_another_grammar_compiles_nothing():
     assert first.tokens.tolist() != second.tokens.tolist()
 
 
-@pytest.mark.parametrize("layout", ["vocab@tp batch@dp", pytest.param("kv_heads@tp vocab@tp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["vocab@tp batch@dp", "kv_heads@tp vocab@tp"])
 def test_a_split_vocabulary_changes_nothing(layout):
     table = random_table(vocab=60, seed=6)
     sampler = Sampler(1.2, 40, 0.95, processors=[Guided(Automaton(table)), mx.RepetitionPenalty(1.2)])

@@ -103,7 +103,7 @@ def constrained(logits, prompt, tokens):
     [
         pytest.param([mx.RepetitionPenalty(2.5)], repeated, marks=pytest.mark.slow),
         pytest.param([mx.FrequencyPenalty(0.9), mx.PresencePenalty(1.1)], counted, marks=pytest.mark.slow),
-        ([mx.LogitBias({7: 9.0, 8: -math.inf, 9: -math.inf})], biased),
+        pytest.param([mx.LogitBias({7: 9.0, 8: -math.inf, 9: -math.inf})], biased, marks=pytest.mark.slow),
         pytest.param([mx.BannedTokens(range(0, VOCAB, 2))], banned, marks=pytest.mark.slow),
         pytest.param([constraint(table())], constrained, marks=pytest.mark.slow),
         ([constraint(table()), mx.RepetitionPenalty(2.5)], lambda *row: repeated(constrained(*row), *row[1:])),

@@ -104,6 +104,7 @@ def _no_repeats():
     return mx.Constraint(allowed, lambda last, token: token, jnp.zeros((), jnp.int32))
 
 
+@pytest.mark.slow
 def test_processors_see_the_tokens_of_each_row():
     options = {"max_new_tokens": 24, "key": jr.key(2)}
     options["sampler"] = Sampler(temperature=0.7, top_p=0.95, processors=(*PROCESSORS, _no_repeats()))

@@ -70,6 +70,7 @@ def test_the_config_says_what_ends_a_row():
     assert said == free.tokens[0].tolist()[: int(alone.lengths[0])]
 
 
+@pytest.mark.slow
 def test_a_model_comes_with_its_tokenizer(tmp_path):
     path = save_tiny_model(tmp_path / "model")
     model, tokenizer = mx.from_pretrained(path, dtype="bfloat16")

@@ -179,7 +179,7 @@ def not_divided(tensors, values):
     return found, values
 
 
-@pytest.mark.parametrize("change", [fused, not_divided])
+@pytest.mark.parametrize("change", [pytest.param(fused, marks=pytest.mark.slow), not_divided])
 def test_other_forms_of_a_file_are_read(change, model, tokenizer, tmp_path):
     for kind in ("F32", "Q8_0") if change is fused else ("F32",):
         mx.save(model, tmp_path / f"{kind}.gguf", format="gguf", type=kind, tokenizer=tokenizer)

@@ -56,6 +56,7 @@ def test_entries_are_dropped_on_the_way_to_the_adapter_and_the_others_are_larger
         assert np.abs(kept.mean(axes) - (1 - DROPOUT)).max() < 5 * deviation
 
 
+@pytest.mark.slow
 def test_each_layer_and_row_has_its_own_key():
     model = adapted(adapted(dropout=DROPOUT), targets=("q_proj",), dropout=DROPOUT)
     with_keys = with_dropout(stack(model), jr.key(0), jnp.arange(ROWS))

@@ -319,6 +319,7 @@ def _permutes(lowered):
     return count, size
 
 
+@pytest.mark.slow
 def test_the_bubble_is_in_the_number_of_ticks():
     """A tick is one exchange; a stage has work in `micro_batches` of them."""
     stages, micro_batches = 4, 8

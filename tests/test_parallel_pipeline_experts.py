@@ -76,7 +76,7 @@ def _trained(model, optimizer, batches, *, zero=0, **options):
 @pytest.mark.parametrize(
     ("config", "layout", "axes", "options"),
     [
-        (EXPERTS, "layers@pp batch@dp experts@ep", {"pp": 2, "dp": 2, "ep": 2}, {"remat": "none", "zero": 1}),
+        _slow(EXPERTS, "layers@pp batch@dp experts@ep", {"pp": 2, "dp": 2, "ep": 2}, {"remat": "none", "zero": 1}),
         _long(EXPERTS, *EVERYTHING, ONE_BY_ONE | {"accumulate": 4}),
         _long(EXPERTS, *TRAVEL, {"zero": 1, "seq": FAR}),
         _slow(EXPERTS, *TRAVEL, ONE_BY_ONE | {"zero": 2, "seq": FAR, "capacity": 0.75}),

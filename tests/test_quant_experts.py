@@ -104,6 +104,7 @@ def errors_of_experts(numbers, weight, inputs):
     return np.einsum("eoi,eij,eoj->e", change, inputs.hessian.astype(np.float64), change)
 
 
+@pytest.mark.slow
 def test_each_expert_is_calibrated_by_its_own_tokens(monkeypatch):
     """Statistics are those of the tokens that chose an expert, and errors are below those of rounding."""
     model, ids = small_model(config=ROUTED), np.random.default_rng(0).integers(0, 80, (6, 40)).astype(np.int32)

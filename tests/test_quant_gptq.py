@@ -257,12 +257,13 @@ def test_a_scheme_with_calibration_is_refused_where_weights_are_read(model, tmp_
         mx.load(tmp_path / "model", quantize=mx.GPTQ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme",
     [
-        pytest.param(mx.GPTQ(group_size=16), marks=pytest.mark.slow),
+        mx.GPTQ(group_size=16),
         mx.GPTQ(8, 16, zero_point=False, act_order=True),
-        pytest.param(mx.AWQ(group_size=16), marks=pytest.mark.slow),
+        mx.AWQ(group_size=16),
     ],
 )
 def test_what_is_saved_is_loaded(scheme, model, tmp_path):

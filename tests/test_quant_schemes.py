@@ -82,6 +82,7 @@ def test_absmax_and_zero_point_by_their_definition():
     np.testing.assert_allclose(by_column.scale, np.abs(numbers).max(axis=0) / 127, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_zeros_have_a_scale():
     for scheme in SCHEMES.values():
         dense = scheme.weight(np.zeros((2, 64), np.float32), Layer("layer", 1)).dense()
