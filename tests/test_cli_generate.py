@@ -376,6 +376,7 @@ def test_a_strategy_of_one_axis_takes_all_devices(tiny, monkeypatch):
             "There is no strategy 'head'; the names are single, heads, sequence_parallel",
         ),
         (("--mesh", "tp=2", "--strategy", "heds@tp"), "splits 'heds', which is not a dimension"),
+        (("--mesh", "pp=2", "--strategy", "layers@pp"), "into stages, which only 'mistral-eqx train' does"),
         (("--strategy", "kv-replicated"), "add, for example, --mesh kv=2,rep=2."),
         (("--num-processes", 2), "--coordinator, --num-processes and --process-id; give all three"),
         (("--coordinator", "auto"), "Neither SLURM nor Cloud TPU nor Open MPI started this process"),

@@ -51,6 +51,8 @@ def test_what_is_refused_before_the_weights_are_read(tiny):
     assert_refused(run("serve", "--model", tiny, "--timeout", 0), "--timeout")
     assert_refused(run("serve", "--model", tiny, "--port", 0, "--draft", "absent.gguf"), "absent.gguf")
     assert_refused(run("serve", "--model", tiny, "--port", 0, "--draft", tiny, "--prompt-lookup"), "both propose")
+    split = ("--mesh", "kv=2,rep=2", "--strategy", "heads_x_kv_seq")
+    assert_refused(run("serve", "--model", tiny, "--port", 0, "--draft", tiny, *split), "kv_seq", "--prompt-lookup")
     assert_refused(run("serve", "--model", tiny / "nothing", "--port", 0), "nothing")
 
 

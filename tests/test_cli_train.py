@@ -227,6 +227,15 @@ def test_gradients_are_not_clipped_where_clip_is_zero(recipe):
     assert clips("training.clip=0.5") == 0.5
 
 
+def test_products_have_the_type_that_is_asked_for_whatever_the_weights_have(recipe):
+    def cast(*entries):
+        return make_trainer(read_recipe(recipe, entries), Sets(None, None, None, 6), None, (0, 1)).compute_dtype
+
+    assert cast() is None
+    assert cast("training.dtype=bfloat16") == "float32"
+    assert cast("training.compute_dtype=bfloat16") == "bfloat16"
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples/recipes").iterdir()), ids=lambda path: path.stem)
 def test_the_recipes_can_be_read(path):
     read_recipe(path, []).check()
