@@ -252,7 +252,7 @@ def _talk(model):
     return said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_conversation_on_a_mesh_is_that_of_one_device():
     assert _talk(_on(_talking(), *TALKS)) == _talk(_talking())
 

@@ -94,7 +94,10 @@ def _step(model, batch, kv_seq, sampler, cache_dtype=None, cache=None):
 
 @pytest.mark.parametrize(
     ("layout", "axes"),
-    [*LAYOUTS[::3], *(pytest.param(*LAYOUTS[i], marks=pytest.mark.slow) for i in range(len(LAYOUTS)) if i % 3)],
+    [
+        pytest.param(*case, marks=((), pytest.mark.slow, pytest.mark.long)[number % 3])
+        for number, case in enumerate(LAYOUTS)
+    ],
 )
 def test_the_closed_form_is_what_the_programs_exchange(layout, axes):
     model = _on(layout, axes)

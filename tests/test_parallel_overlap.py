@@ -118,10 +118,9 @@ def test_a_model_is_that_of_one_device():
 @pytest.mark.parametrize(
     ("word", "devices", "seq"),
     [
-        ("overlap", 2, 8),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("overlap", 2, 8), ("overlap", 8, 8))),
         ("overlap=1", 4, 12),
-        ("overlap", 8, 8),
-        ("overlap=1", 8, 8),
+        pytest.param("overlap=1", 8, 8, marks=pytest.mark.long),
         ("overlap", 8, 9),
     ],
 )

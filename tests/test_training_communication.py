@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from fixtures.cases import every_second
 from fixtures.generation import refused
 from fixtures.model import SMALL, small_model
 from fixtures.sharding import exchanges
@@ -89,28 +90,30 @@ ODD = dataclasses.replace(CONFIG, embed=27)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "training", "options"),
-    [
-        ("heads_x_kv_seq", Training(SEQ, 0), {"dtype": "bfloat16"}),
-        ("head_dim", Training(SEQ, 3), {"dtype": "bfloat16"}),
-        ("sequence_parallel", Training(SEQ, 2), {"dtype": "bfloat16"}),
-        ("heads", Training(SEQ, 2, accumulate=2), {}),
-        ("heads", Training(SEQ, 3, accumulate=2), {}),
-        ("heads", Training(SEQ, 3), {"config": TURNS}),
-        ("sequence_parallel", Training(SEQ, 1), {"config": TURNS}),
-        ("heads", Training(SEQ, 3), {"config": ODD}),
-        ("heads", Training(SEQ, 2, accumulate=2), {"config": ODD}),
-        ("heads_x_kv_seq", Training(SEQ, 2, remat="dots"), {}),
-        ("sequence_parallel", Training(SEQ, 3, remat="dots"), {}),
-        ("heads_x_kv_seq", Training(SEQ, 2, remat="none"), {}),
-        # A window skips the second of three hops; heads of queries share the keys that travel.
-        ("ring", Training(16, 3, accumulate=2), {"config": TURNS, "axes": {"dp": 1, "cp": 4, "tp": 2}}),
-        ("gather", Training(SEQ, 2, remat="dots"), {"config": TURNS, "dtype": "bfloat16"}),
-        ("ring", Training(SEQ, 1, remat="none"), {}),
-        # Attention in tiles, and lengths that are not dealt out evenly.
-        ("heads_x_kv_seq", Training(2048), {}),
-        ("sequence_parallel", Training(7), {}),
-        ("heads_x_kv_seq", Training(7), {}),
-    ],
+    every_second(
+        [
+            ("heads_x_kv_seq", Training(SEQ, 0), {"dtype": "bfloat16"}),
+            ("head_dim", Training(SEQ, 3), {"dtype": "bfloat16"}),
+            ("sequence_parallel", Training(SEQ, 2), {"dtype": "bfloat16"}),
+            ("heads", Training(SEQ, 2, accumulate=2), {}),
+            ("heads", Training(SEQ, 3, accumulate=2), {}),
+            ("heads", Training(SEQ, 3), {"config": TURNS}),
+            ("sequence_parallel", Training(SEQ, 1), {"config": TURNS}),
+            ("heads", Training(SEQ, 3), {"config": ODD}),
+            ("heads", Training(SEQ, 2, accumulate=2), {"config": ODD}),
+            ("heads_x_kv_seq", Training(SEQ, 2, remat="dots"), {}),
+            ("sequence_parallel", Training(SEQ, 3, remat="dots"), {}),
+            ("heads_x_kv_seq", Training(SEQ, 2, remat="none"), {}),
+            # A window skips the second of three hops; heads of queries share the keys that travel.
+            ("ring", Training(16, 3, accumulate=2), {"config": TURNS, "axes": {"dp": 1, "cp": 4, "tp": 2}}),
+            ("gather", Training(SEQ, 2, remat="dots"), {"config": TURNS, "dtype": "bfloat16"}),
+            ("ring", Training(SEQ, 1, remat="none"), {}),
+            # Attention in tiles, and lengths that are not dealt out evenly.
+            ("heads_x_kv_seq", Training(2048), {}),
+            ("sequence_parallel", Training(7), {}),
+            ("heads_x_kv_seq", Training(7), {}),
+        ]
+    ),
 )
 def test_the_closed_form_of_other_steps(name, training, options):
     check(name, training, **options)
@@ -127,17 +130,19 @@ FAR = 128
         ("experts@ep hidden@tp batch@dp", {"dp": 2, "ep": 2, "tp": 2}, Training(SEQ, 3), {}),
         ("batch@dp experts@dp hidden@tp", {"dp": 4, "tp": 2}, Training(FAR, 1), {"batch": 4}),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("experts@ep batch@dp", {"dp": 2, "ep": 4}, Training(SEQ, 2, accumulate=2), {"dtype": "bfloat16"}),
-                ("experts@ep kv_heads@tp hidden@tp", {"ep": 2, "tp": 2}, Training(SEQ, remat="none"), {}),
-                ("kv_heads@tp hidden@tp vocab@tp tokens@tp batch@dp", {"dp": 2, "tp": 2}, Training(SEQ, 1), {}),
-                ("experts@ep kv_heads@tp hidden@tp vocab@tp tokens@tp", {"ep": 2, "tp": 2}, Training(SEQ), {}),
-                ("batch@dp experts@dp hidden@tp", {"dp": 2, "tp": 2}, Training(SEQ, 2), {}),
-                ("batch@dp,ep experts@ep", {"dp": 2, "ep": 4}, Training(FAR, 3), {"batch": 8, "dtype": "bfloat16"}),
-                ("batch@dp experts@ep,dp", {"dp": 4, "ep": 2}, Training(FAR, remat="dots"), {}),
-                ("kv_heads@tp experts@tp vocab@tp tokens@tp batch@dp", {"dp": 2, "tp": 4}, Training(2 * FAR), {}),
-                ("kv_heads@tp experts@tp vocab@tp tokens@tp batch@dp", {"dp": 2, "tp": 4}, Training(SEQ, 3), {}),
+            pytest.param(*case, marks=pytest.mark.long if number % 2 else pytest.mark.slow)
+            for number, case in enumerate(
+                (
+                    ("experts@ep batch@dp", {"dp": 2, "ep": 4}, Training(SEQ, 2, accumulate=2), {"dtype": "bfloat16"}),
+                    ("experts@ep kv_heads@tp hidden@tp", {"ep": 2, "tp": 2}, Training(SEQ, remat="none"), {}),
+                    ("kv_heads@tp hidden@tp vocab@tp tokens@tp batch@dp", {"dp": 2, "tp": 2}, Training(SEQ, 1), {}),
+                    ("experts@ep kv_heads@tp hidden@tp vocab@tp tokens@tp", {"ep": 2, "tp": 2}, Training(SEQ), {}),
+                    ("batch@dp experts@dp hidden@tp", {"dp": 2, "tp": 2}, Training(SEQ, 2), {}),
+                    ("batch@dp,ep experts@ep", {"dp": 2, "ep": 4}, Training(FAR, 3), {"batch": 8, "dtype": "bfloat16"}),
+                    ("batch@dp experts@ep,dp", {"dp": 4, "ep": 2}, Training(FAR, remat="dots"), {}),
+                    ("kv_heads@tp experts@tp vocab@tp tokens@tp batch@dp", {"dp": 2, "tp": 4}, Training(2 * FAR), {}),
+                    ("kv_heads@tp experts@tp vocab@tp tokens@tp batch@dp", {"dp": 2, "tp": 4}, Training(SEQ, 3), {}),
+                )
             )
         ),
     ],
