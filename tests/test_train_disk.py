@@ -150,6 +150,13 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(tmp_path):
         step.init(model)
 
 
+def test_several_processes_are_refused_before_they_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with refused("are for one process, and there are 2", "zero=3"):
+        runs.trainer(tmp_path / "run", offload="disk").fit(None, [])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_trainer_that_cannot_keep_its_state_on_disk_is_refused(tmp_path):
     with refused("offload is 'disk'", "give it a checkpoint_dir"):
         runs.trainer(offload="disk")

@@ -77,9 +77,17 @@ class DiskStep:
     - `folder`: the folder of the files, for one process. They take twice the bytes of master weights and optimizer
         state, 24 for each trained weight with AdamW.
     - `options`: those of [`mistral_eqx.train.make_step`][].
+
+    **Raises:** `ValueError` if there are several processes.
     """
 
     def __init__(self, optimizer: optax.GradientTransformation, folder: str | Path, **options: Any):
+        if jax.process_count() > 1:
+            raise InputError(
+                f"Master weights and optimizer state in files are for one process, and there are {jax.process_count()}; "
+                "start one, or shard the state over devices with a mesh and zero=3.",
+                key="offload",
+            )
         self.folder = Path(folder)
         self._optimizer = optimizer
         self._gradient = make_step(keeping_gradients(), **options)

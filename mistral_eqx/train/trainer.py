@@ -147,11 +147,11 @@ class Trainer:
         In its model the blocks are stacked, and each stage of a pipeline has its own layers alone.
         """
         folder = None if self.checkpoint_dir is None else Path(self.checkpoint_dir).absolute()
+        step = self._step(folder)
         callbacks = [*self._own_callbacks(), *self.callbacks]
         with contextlib.ExitStack() as stack:
             if folder is not None:
                 stack.enter_context(lock_folder(folder))
-            step = self._step(folder)
             state, checkpoints = self._begin(model, folder, step)
             if checkpoints is not None:
                 stack.enter_context(contextlib.closing(checkpoints))
@@ -195,9 +195,10 @@ class Trainer:
             if best:
                 state, checkpoints = self._state(model), Checkpoints(folder, {})
             else:
+                step = self._step(whole)
                 # The next step of a run would write over its files while they are read.
                 stack.enter_context(lock_folder(whole) if self.offload == "disk" else contextlib.nullcontext())
-                state, checkpoints = self._begin(model, whole, self._step(whole))
+                state, checkpoints = self._begin(model, whole, step)
             assert checkpoints is not None
             stack.enter_context(contextlib.closing(checkpoints))
             return checkpoints.restore(state)[0].unstacked()
