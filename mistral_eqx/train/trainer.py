@@ -26,7 +26,7 @@ from .callback import Callback, Run
 from .callbacks import CSV, ProgressBar
 from .callbacks.best import BEST
 from .checkpoints import Checkpoints
-from .disk import DiskCheckpoints, DiskStep, keeping_gradients
+from .disk import DiskCheckpoints, DiskStep, complete_steps, keeping_gradients
 from .evaluation import Evaluation, make_evaluation
 from .lock import lock_folder
 from .loss import Sums
@@ -152,6 +152,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             if folder is not None:
                 stack.enter_context(lock_folder(folder))
+                _check_offload(folder, self.offload)
             state, checkpoints = self._begin(model, folder, step)
             if checkpoints is not None:
                 stack.enter_context(contextlib.closing(checkpoints))
@@ -189,15 +190,17 @@ class Trainer:
             )
         whole = Path(self.checkpoint_dir)
         folder = whole / BEST if best else whole / DISK if self.offload == "disk" else whole
-        if not folder.is_dir():
+        on_disk = self.offload == "disk" and not best
+        if not folder.is_dir() or (on_disk and not complete_steps(folder)):
             raise InputError(f"There is no checkpoint in {folder}; train first, or name another folder.")
+        _check_offload(whole, self.offload)
         with contextlib.ExitStack() as stack:
             if best:
                 state, checkpoints = self._state(model), Checkpoints(folder, {})
             else:
                 step = self._step(whole)
                 # The next step of a run would write over its files while they are read.
-                stack.enter_context(lock_folder(whole) if self.offload == "disk" else contextlib.nullcontext())
+                stack.enter_context(lock_folder(whole) if on_disk else contextlib.nullcontext())
                 state, checkpoints = self._begin(model, whole, step)
             assert checkpoints is not None
             stack.enter_context(contextlib.closing(checkpoints))
@@ -207,8 +210,6 @@ class Trainer:
         self, model: Mistral | Stacked, folder: Path | None, step: Step | DiskStep
     ) -> tuple[TrainState, Checkpoints | DiskCheckpoints | None]:
         """The state before the first step of a new run, or for `restore`; and the checkpoints."""
-        if folder is not None:
-            _check_offload(folder, self.offload)
         about = {f"the config's {name}": value for name, value in dataclasses.asdict(model.config).items()}
         if isinstance(step, DiskStep):
             return step.init(model, dtype=self.dtype), DiskCheckpoints(step, about)
@@ -378,14 +379,14 @@ _CHECKED = (
 
 def _check_offload(folder: Path, offload: bool | str):
     """Refuses a folder whose run keeps its state in another way: it would begin again."""
-    on_disk = (folder / DISK / "about.json").exists()
+    on_disk = complete_steps(folder / DISK) > 0
     if on_disk and offload != "disk":
         raise InputError(
             f"The run in {folder} keeps its state in files of offload='disk'; continue with it, or use another folder.",
             file=folder,
             key="offload",
         )
-    if offload == "disk" and not on_disk and any(path.name.isdigit() for path in folder.iterdir()):
+    if offload == "disk" and not on_disk and any(path.name.isdigit() for path in folder.glob("*")):
         raise InputError(
             f"The run in {folder} has checkpoints, from which offload='disk' cannot continue; leave it out, or use "
             "another folder.",
