@@ -118,7 +118,7 @@ def test_a_table_with_fewer_columns_is_kept(tmp_path):
         run = object.__new__(Run)  # without a state, which takes a second
         run.step, run.folder = step, None
         table.on_start(run)
-        with pytest.warns(UserWarning, match=rf"other columns, so it is kept as .*{name} and a new one begins"):
+        with pytest.warns(UserWarning, match=rf"other columns; it is kept as .*{name}, and a new one begins"):
             table.on_log(run, {"loss": 0.3, "more": 1.0})
         run.step += 1
         table.on_log(run, {"loss": 0.2, "more": 2.0})

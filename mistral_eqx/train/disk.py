@@ -89,8 +89,8 @@ class DiskStep:
     def __init__(self, optimizer: optax.GradientTransformation, folder: str | Path, **options: Any):
         if jax.process_count() > 1:
             raise InputError(
-                f"Master weights and optimizer state in files are for one process, and there are {jax.process_count()}; "
-                "start one, or shard the state over devices with a mesh and zero=3.",
+                "Master weights and optimizer state in files are for one process, and there are "
+                f"{jax.process_count()}; start one, or shard the state over devices with a mesh and zero=3.",
                 key="offload",
             )
         self.folder = Path(folder)
@@ -361,4 +361,4 @@ def _write(file: Path, tree: PyTree[Array]):
     with file.open("wb") as opened:
         for leaf in jax.tree.leaves(tree):
             # `tofile` does not say why the system refused.
-            opened.write(np.asarray(leaf).reshape(-1).view(np.uint8))
+            opened.write(np.asarray(leaf).reshape(-1).view(np.uint8).data)

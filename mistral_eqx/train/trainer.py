@@ -139,13 +139,21 @@ class Trainer:
         vocabulary, rows longer than the model's context or rows that the devices do not divide, the checkpoints belong
         to another run, or a checkpoint cannot be written.
         """
-        return self.fit_state(model, batches, steps=steps).unstacked()
+        given = [model]
+        del model
+        return self._fit(given, batches, steps).unstacked()
 
     def fit_state(self, model: Mistral | Stacked, batches: Iterable[Batch], *, steps: int | None = None) -> TrainState:
         """Trains a model as `fit` does, and returns the last state.
 
         In its model the blocks are stacked, and each stage of a pipeline has its own layers alone.
         """
+        given = [model]
+        del model
+        return self._fit(given, batches, steps)
+
+    def _fit(self, given: list[Mistral | Stacked], batches: Iterable[Batch], steps: int | None) -> TrainState:
+        """Trains the model that a list gives, and removes it there, so that memory need not hold it any longer."""
         folder = None if self.checkpoint_dir is None else Path(self.checkpoint_dir).absolute()
         step = self._step(folder)
         callbacks = [*self._own_callbacks(), *self.callbacks]
@@ -153,7 +161,7 @@ class Trainer:
             if folder is not None:
                 stack.enter_context(lock_folder(folder))
                 _check_offload(folder, self.offload)
-            state, checkpoints = self._begin(model, folder, step)
+            state, checkpoints = self._begin(given.pop(), folder, step)
             if checkpoints is not None:
                 stack.enter_context(contextlib.closing(checkpoints))
             run = Run(state, 0, steps, folder)
@@ -325,14 +333,14 @@ class Trainer:
                 jax.block_until_ready(metrics)
                 clock.start()
             if self.evaluate_on is not None and (run.step % self.evaluate_every == 0 or run.step == run.steps):
-                evaluated = _evaluate(evaluation, run.state, self.evaluate_on)
-                for callback in callbacks:
-                    callback.on_evaluation(run, evaluated)
+                with clock.paused(metrics):
+                    evaluated = _evaluate(evaluation, run.state, self.evaluate_on)
+                    for callback in callbacks:
+                        callback.on_evaluation(run, evaluated)
                 done = done or run.stop
-                clock.start()
             if run.step % save_every == 0 and not done:
-                save()
-                clock.start()
+                with clock.paused(metrics):
+                    save()
         if run.step == 0:
             raise InputError("There are no batches to train on; give at least one.")
         save()
@@ -405,6 +413,15 @@ class _Clock:
 
     def start(self):
         self._start, self._tokens = time.perf_counter(), 0
+
+    @contextlib.contextmanager
+    def paused(self, metrics: Metrics) -> Iterator[None]:
+        """Leaves out the time inside this context; `metrics` are of the last step, which ends before."""
+        jax.block_until_ready(metrics)
+        start = time.perf_counter()
+        yield
+        if self._start is not None:
+            self._start += time.perf_counter() - start
 
     def count(self, batch: Batch, processes: int):
         self._tokens += int(np.sum(np.asarray(batch.positions) >= 0)) * processes

@@ -69,7 +69,7 @@ def _set_aside(path: Path):
     names = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
     kept = next(file for name in names if not (file := path.with_suffix(f".csv.foreign{name}")).exists())
     path.replace(kept)
-    warnings.warn(f"{path} is damaged or has other columns, so it is kept as {kept} and a new one begins.", stacklevel=2)
+    warnings.warn(f"{path} is damaged or has other columns; it is kept as {kept}, and a new one begins.", stacklevel=2)
 
 
 def _drop_lines_after(path: Path, step: int):
