@@ -45,7 +45,13 @@ def test_the_best_model_is_kept(tmp_path):
         def on_evaluation(self, run, metrics):
             measured[metrics["loss"]] = np.asarray(run.model().norm.weight)
 
-    run = trainer(tmp_path, train.KeepBest(), Kept(), evaluate_on=list(batches(1, seed=5)), evaluate_every=1)
+        def on_checkpoint(self, run):
+            # A process that is killed now continues with this lowest loss, so its model must be complete.
+            best = 1 + list(measured).index(min(measured))
+            assert (tmp_path / "best" / str(best)).is_dir()
+
+    options = {"evaluate_on": list(batches(1, seed=5)), "evaluate_every": 1, "save_every": 1}
+    run = trainer(tmp_path, train.KeepBest(), Kept(), **options)
     last = run.fit(model(), batches(6), steps=6)
     best = run.restore(model(), best=True)
     np.testing.assert_array_equal(best.norm.weight, measured[min(measured)])
@@ -101,6 +107,23 @@ def test_lines_behind_a_checkpoint_are_made_again(tmp_path):
         lines = list(csv.DictReader(file))
     assert [int(line["step"]) for line in lines] == [1, 2, 3, 4, 5, 6]
     assert float(lines[4]["loss"]) == pytest.approx(seen.losses[5], rel=1e-8)
+
+
+def test_a_table_with_fewer_columns_is_kept(tmp_path):
+    """As of a run that began with an earlier version; then longer lines followed, which earlier versions wrote too."""
+    path, old = tmp_path / "training.csv", "step,loss\n1,0.5\n2,0.4,7\n"
+    for name, step in (("training.csv.foreign", 2), ("training.csv.foreign-2", 3)):
+        path.write_text(old)
+        table = train.CSV(tmp_path)
+        run = object.__new__(Run)  # without a state, which takes a second
+        run.step, run.folder = step, None
+        table.on_start(run)
+        with pytest.warns(UserWarning, match=rf"other columns; it is kept as .*{name}, and a new one begins"):
+            table.on_log(run, {"loss": 0.3, "more": 1.0})
+        run.step += 1
+        table.on_log(run, {"loss": 0.2, "more": 2.0})
+        assert (tmp_path / name).read_text() == old
+        assert path.read_text() == f"step,loss,more\n{step},0.3,1\n{step + 1},0.2,2\n"
 
 
 @pytest.mark.filterwarnings("ignore")

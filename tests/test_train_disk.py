@@ -137,17 +137,54 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(tmp_path):
         step.init(mx.shard(model, mx.make_mesh("tp=2"), mx.HEADS))
     with pytest.raises(ValueError, match="make the state with its init"):
         step(train.TrainState.init(model, OPTIMIZER), batch(0))
-    step.init(model)
+    state = step.init(model)
+    step.mark(eqx.tree_at(lambda state: state.steps, state, jnp.asarray(7, jnp.int32)))
+    (tmp_path / "about.json.new").symlink_to("/dev/full")
+    with refused(f"written to {tmp_path}: [Errno 28] No space left on device. The one of step 7 is complete; free"):
+        step.mark(state)
     with pytest.raises(ValueError, match="those of another model or optimizer; take the same ones"):
         step.init(small_model(config=WINDOWS))
     marker = tmp_path / "about.json"
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"steps": 1}))
+    assert json.loads(marker.read_text())["steps"] == 7
     os.truncate(tmp_path / "outer.0", 100)
     with refused("outer.0 has 100 bytes in place of", "damaged"):
         step.init(model)
     os.truncate(marker, 10)
     with refused("about.json is not JSON", "damaged"):
         step.init(model)
+
+
+@pytest.mark.slow
+def test_a_run_continues_when_a_full_disk_has_room_again(tmp_path):
+    file = tmp_path / "disk" / "outer.1"
+
+    def fill(_):
+        file.unlink()
+        file.symlink_to("/dev/full")
+
+    start = tmp_path / "disk" / "outer.0"
+    start.parent.mkdir()
+    start.symlink_to("/dev/full")
+    with refused(f"written to {start.parent}: [Errno 28] No space left on device. None is complete yet; free space"):
+        runs.trainer(tmp_path, offload="disk").fit(runs.model(), runs.batches(3))
+    start.unlink()
+    # A run that ended before its first step may begin again in another way.
+    (tmp_path / "other" / "disk").mkdir(parents=True)
+    (tmp_path / "other" / "disk" / "about.json").write_text('{"steps": 0}')
+    runs.trainer(tmp_path / "other").fit(runs.model(), runs.batches(1))
+    with refused("No space left on device. The one of step 2 is complete"):
+        runs.trainer(tmp_path, runs.At(2, fill), offload="disk").fit(runs.model(), runs.batches(3))
+    file.unlink()
+    seen = runs.Losses()
+    runs.trainer(tmp_path, seen, offload="disk").fit(runs.model(), runs.batches(3))
+    assert list(seen.losses) == [3]
+
+
+def test_several_processes_are_refused_before_they_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with refused("are for one process, and there are 2", "zero=3"):
+        runs.trainer(tmp_path / "run", offload="disk").fit(None, [])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_trainer_that_cannot_keep_its_state_on_disk_is_refused(tmp_path):
@@ -162,6 +199,16 @@ def test_a_trainer_that_cannot_keep_its_state_on_disk_is_refused(tmp_path):
         runs.trainer(tmp_path, offload="disk").fit(runs.model(), runs.batches(1))
     with refused("There is no checkpoint in"):
         runs.trainer(tmp_path, offload="disk").restore(runs.model())
+    marker = tmp_path / "run" / "disk" / "about.json"
+    marker.parent.mkdir(parents=True)
+    marker.write_text('{"steps": 0}')
+    with refused("There is no checkpoint in"):
+        runs.trainer(tmp_path / "run", offload="disk").restore(None)
+    assert [*(tmp_path / "run").rglob("*")] == [marker.parent, marker]
+    marker.write_text('{"steps": 1}')
+    (tmp_path / "run" / "best").mkdir()
+    with refused("keeps its state in files of offload='disk'; continue with it"):
+        runs.trainer(tmp_path / "run").restore(None, best=True)
 
 
 STEPS = 5

@@ -2,8 +2,11 @@
 
 import csv
 import dataclasses
+import multiprocessing
 import os
 import signal
+import types
+import weakref
 
 import equinox as eqx
 import jax
@@ -163,6 +166,51 @@ def test_a_signal_saves_and_ends(whole, tmp_path, number, ended):
     assert seen.calls[-2:] == [("checkpoint", 4), ("end", 4)]
     trainer(tmp_path, seen).fit(model(), batches(STEPS), steps=STEPS)
     assert seen.losses == expected.losses
+
+
+@pytest.mark.slow
+def test_tokens_a_second_are_those_of_all_steps_since_the_last_metrics(tmp_path, monkeypatch):
+    """Without the time of evaluations and checkpoints, by a clock that the callbacks advance."""
+    now, seen = [0.0], {}
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr("mistral_eqx.train.trainer.time", clock)
+
+    class Ticks(train.Callback):
+        def on_step(self, run, metrics):
+            now[0] += run.step
+
+        def on_log(self, run, metrics):
+            seen[run.step] = metrics["tokens_per_second"]
+
+        def on_evaluation(self, run, metrics):
+            now[0] += 100
+
+        def on_checkpoint(self, run):
+            now[0] += 100
+
+    options = {"evaluate_on": list(batches(1, seed=1)), "evaluate_every": 2, "log_every": 4, "offload": "disk"}
+    trainer(tmp_path, Ticks(), **options).fit(model(), batches(8), steps=8)
+    tokens = 4 * (SEQ - 1)
+    assert seen[4] == 3 * tokens / (2 + 3 + 4)
+    assert seen[8] == 4 * tokens / (5 + 6 + 7 + 8)
+
+
+def _first_model(alive):
+    """Sends whether the given model is in memory after a step; this process has no type checks, which would keep it."""
+    given = [model()]
+    found = weakref.ref(given[0].norm.weight)
+    look = At(1, lambda _: alive.send(found() is not None))
+    trainer(None, look).fit(given.pop(), batches(1))
+
+
+@pytest.mark.slow
+def test_a_run_does_not_keep_the_model_that_it_begins_with():
+    here, there = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=_first_model, args=(there,))
+    process.start()
+    assert here.poll(120)
+    assert not here.recv()
+    process.join()
 
 
 def test_without_a_folder_nothing_is_written(whole, tmp_path, monkeypatch):

@@ -98,7 +98,8 @@ def _run(
     show = continuations(sets, recipe.training.samples, eos_ids)
     announce = Announce()
     trainer = make_trainer(recipe, sets, show, shard, allow_changes, announce)
-    model = _model(recipe, config, path, placed, split)
+    # The call that trains takes the model out of the list, so that memory need not hold it any longer.
+    given = [_model(recipe, config, path, placed, split)]
     batches = mx.train.batches(
         sets.known,
         rows=recipe.data.rows,
@@ -113,7 +114,7 @@ def _run(
         f"tokens{', ' + where if where else ''}"
     )
     try:
-        trained = trainer.fit_state(model, batches, steps=recipe.training.steps).model
+        trained = trainer.fit_state(given.pop(), batches, steps=recipe.training.steps).model
     except (KeyboardInterrupt, SystemExit) as ended:
         processes.say(f"Interrupted after step {announce.step}; the same command continues from there.")
         raise typer.Exit(getattr(ended, "code", 130)) from None

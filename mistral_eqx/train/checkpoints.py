@@ -184,14 +184,19 @@ class _WriteErrors:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any):
         # The writing threads raise errors of several types, also those of the file system.
         if isinstance(error, Exception):
-            latest = self._checkpoints.latest
-            complete = "None is complete yet" if latest is None else f"The one of step {latest} is complete"
-            reason = " ".join(str(error).split())
-            reason = reason if len(reason) < 120 else f"{reason[:60]} ... {reason[-55:]}"
-            raise InputError(
-                f"A checkpoint could not be written to {self._checkpoints.folder}: {reason}. {complete}; free space or "
-                "repair the folder, and run the training again."
-            ) from error
+            raise not_written(self._checkpoints.folder, error, self._checkpoints.latest) from error
+
+
+def not_written(folder: Path, error: Exception, latest: int | None) -> InputError:
+    """The error for a checkpoint that cannot be written to a folder, whose newest complete one is that of a step."""
+    complete = "None is complete yet" if latest is None else f"The one of step {latest} is complete"
+    reason = " ".join(str(error).split())
+    reason = reason if len(reason) < 120 else f"{reason[:60]} ... {reason[-55:]}"
+    return InputError(
+        f"A checkpoint could not be written to {folder}: {reason}. {complete}; free space or repair the folder, and "
+        "run the training again.",
+        file=folder,
+    )
 
 
 def _by_name(state: TrainState) -> dict[str, Array]:

@@ -1,5 +1,6 @@
 """Training steps whose master weights and optimizer state are files, of which memory holds a few blocks at a time."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,9 +23,13 @@ from ..errors import InputError
 from ..nn import Mistral, Stacked, stack
 from ..nn.precision import at_least_float32
 from .batch import Batch
-from .checkpoints import check_same_run
+from .checkpoints import check_same_run, not_written
 from .step import Metrics, TrainState, make_step
 from .trained import trained
+
+
+# The file that says which files are those of the last complete step.
+_MARKER = "about.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +82,17 @@ class DiskStep:
     - `folder`: the folder of the files, for one process. They take twice the bytes of master weights and optimizer
         state, 24 for each trained weight with AdamW.
     - `options`: those of [`mistral_eqx.train.make_step`][].
+
+    **Raises:** `ValueError` if there are several processes.
     """
 
     def __init__(self, optimizer: optax.GradientTransformation, folder: str | Path, **options: Any):
+        if jax.process_count() > 1:
+            raise InputError(
+                "Master weights and optimizer state in files are for one process, and there are "
+                f"{jax.process_count()}; start one, or shard the state over devices with a mesh and zero=3.",
+                key="offload",
+            )
         self.folder = Path(folder)
         self._optimizer = optimizer
         self._gradient = make_step(keeping_gradients(), **options)
@@ -99,8 +112,8 @@ class DiskStep:
 
         **Returns:** the state. Its `optimizer_state` is the clipped gradient of the last step.
 
-        **Raises:** `ValueError` if the model is on a mesh, or the files are damaged or those of another model or
-        optimizer.
+        **Raises:** `ValueError` if the model is on a mesh, the files are damaged or those of another model or
+        optimizer, or they cannot be written.
         """
         if model.mesh is not None:
             raise InputError(
@@ -111,7 +124,7 @@ class DiskStep:
         state = TrainState.init(stacked, keeping_gradients(), dtype=dtype)
         first = eqx.filter(stacked, trained(stacked))
         shapes = {piece.name: _shapes(self._like(piece.of(first), piece)) for piece in _pieces(first)}
-        about = _read_json(self._marker) if self.begun else None
+        about = _read_about(self.folder)
         if about is not None and about["shapes"] != shapes:
             raise InputError(
                 f"The files in {self.folder} are those of another model or optimizer; take the same ones, or another "
@@ -119,9 +132,10 @@ class DiskStep:
                 file=self.folder,
             )
         if about is None or about["steps"] == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for piece in _pieces(first):
-                _write(self._file(piece, 0), self._first(piece.of(first), piece))
+            with self._write_errors():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for piece in _pieces(first):
+                    _write(self._file(piece, 0), self._first(piece.of(first), piece))
             self._files = 0
             self._mark({"files": 0, "steps": 0, "skipped": 0, "shapes": shapes})
             return state
@@ -139,7 +153,8 @@ class DiskStep:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Makes one step, and returns when its files are written. The given state cannot be used again.
 
-        **Raises:** `ValueError` as the step of [`mistral_eqx.train.make_step`][], and if `init` did not make the state.
+        **Raises:** `ValueError` as the step of [`mistral_eqx.train.make_step`][], and if `init` did not make the state
+        or the files cannot be written, as on a full disk; `init` then continues from the last complete step.
         """
         state, metrics = self.unmarked(state, batch)
         self.mark(state)
@@ -151,7 +166,8 @@ class DiskStep:
             raise InputError("A DiskStep continues from its files; make the state with its init.")
         state, metrics = self._gradient(state, batch)
         if bool(metrics.finite):
-            state = eqx.tree_at(lambda state: state.model, state, self._updated(state, self._files))
+            with self._write_errors():
+                state = eqx.tree_at(lambda state: state.model, state, self._updated(state, self._files))
             self._files = 1 - self._files
         return state, metrics
 
@@ -161,18 +177,9 @@ class DiskStep:
         self._mark(self.about | {"files": self._files} | steps | more)
 
     @property
-    def begun(self) -> bool:
-        """Whether the folder holds the files of a run."""
-        return self._marker.exists()
-
-    @property
     def about(self) -> dict[str, Any]:
         """What was marked last; `init` reads it."""
         return {} if self._about is None else self._about
-
-    @property
-    def _marker(self) -> Path:
-        return self.folder / "about.json"
 
     def _updated(self, state: TrainState, files: int) -> Stacked:
         weights, constants = eqx.partition(state.model, trained(state.model))
@@ -211,9 +218,18 @@ class DiskStep:
     def _mark(self, about: dict[str, Any]):
         """Says which files are those of the last complete step."""
         new = self.folder / "about.json.new"
-        new.write_text(json.dumps(about))
-        os.replace(new, self._marker)
+        with self._write_errors():
+            new.write_text(json.dumps(about))
+            os.replace(new, self.folder / _MARKER)
         self._about = about
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Raises `InputError` if files cannot be written; it names the last complete step."""
+        try:
+            yield
+        except OSError as error:
+            raise not_written(self.folder, error, self.about.get("steps") or None) from error
 
 
 class DiskCheckpoints:
@@ -252,6 +268,12 @@ class DiskCheckpoints:
 
     def close(self):
         """The files are written already."""
+
+
+def complete_steps(folder: Path) -> int:
+    """The number of steps of the run whose files a folder holds; 0 if there is none."""
+    about = _read_about(folder)
+    return 0 if about is None else about["steps"]
 
 
 def keeping_gradients() -> optax.GradientTransformation:
@@ -320,10 +342,11 @@ def _read(file: Path, like: PyTree[jax.ShapeDtypeStruct]) -> PyTree[np.ndarray]:
         return jax.tree.map(lambda leaf: np.fromfile(opened, leaf.dtype, leaf.size).reshape(leaf.shape), like)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_about(folder: Path) -> dict[str, Any] | None:
+    file = folder / _MARKER
     try:
         # The state of callbacks may have infinities.
-        return json.loads(file.read_bytes())
+        return json.loads(file.read_bytes()) if file.exists() else None
     except ValueError:
         raise _damaged(file, "is not JSON") from None
 
@@ -337,4 +360,5 @@ def _damaged(file: Path, how: str) -> InputError:
 def _write(file: Path, tree: PyTree[Array]):
     with file.open("wb") as opened:
         for leaf in jax.tree.leaves(tree):
-            np.asarray(leaf).tofile(opened)
+            # `tofile` does not say why the system refused.
+            opened.write(np.asarray(leaf).reshape(-1).view(np.uint8).data)

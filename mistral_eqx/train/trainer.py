@@ -26,7 +26,7 @@ from .callback import Callback, Run
 from .callbacks import CSV, ProgressBar
 from .callbacks.best import BEST
 from .checkpoints import Checkpoints
-from .disk import DiskCheckpoints, DiskStep, keeping_gradients
+from .disk import DiskCheckpoints, DiskStep, complete_steps, keeping_gradients
 from .evaluation import Evaluation, make_evaluation
 from .lock import lock_folder
 from .loss import Sums
@@ -139,20 +139,29 @@ class Trainer:
         vocabulary, rows longer than the model's context or rows that the devices do not divide, the checkpoints belong
         to another run, or a checkpoint cannot be written.
         """
-        return self.fit_state(model, batches, steps=steps).unstacked()
+        given = [model]
+        del model
+        return self._fit(given, batches, steps).unstacked()
 
     def fit_state(self, model: Mistral | Stacked, batches: Iterable[Batch], *, steps: int | None = None) -> TrainState:
         """Trains a model as `fit` does, and returns the last state.
 
         In its model the blocks are stacked, and each stage of a pipeline has its own layers alone.
         """
+        given = [model]
+        del model
+        return self._fit(given, batches, steps)
+
+    def _fit(self, given: list[Mistral | Stacked], batches: Iterable[Batch], steps: int | None) -> TrainState:
+        """Trains the model that a list gives, and removes it there, so that memory need not hold it any longer."""
         folder = None if self.checkpoint_dir is None else Path(self.checkpoint_dir).absolute()
+        step = self._step(folder)
         callbacks = [*self._own_callbacks(), *self.callbacks]
         with contextlib.ExitStack() as stack:
             if folder is not None:
                 stack.enter_context(lock_folder(folder))
-            step = self._step(folder)
-            state, checkpoints = self._begin(model, folder, step)
+                _check_offload(folder, self.offload)
+            state, checkpoints = self._begin(given.pop(), folder, step)
             if checkpoints is not None:
                 stack.enter_context(contextlib.closing(checkpoints))
             run = Run(state, 0, steps, folder)
@@ -189,15 +198,18 @@ class Trainer:
             )
         whole = Path(self.checkpoint_dir)
         folder = whole / BEST if best else whole / DISK if self.offload == "disk" else whole
-        if not folder.is_dir():
+        on_disk = self.offload == "disk" and not best
+        if not folder.is_dir() or (on_disk and not complete_steps(folder)):
             raise InputError(f"There is no checkpoint in {folder}; train first, or name another folder.")
+        _check_offload(whole, self.offload)
         with contextlib.ExitStack() as stack:
             if best:
                 state, checkpoints = self._state(model), Checkpoints(folder, {})
             else:
+                step = self._step(whole)
                 # The next step of a run would write over its files while they are read.
-                stack.enter_context(lock_folder(whole) if self.offload == "disk" else contextlib.nullcontext())
-                state, checkpoints = self._begin(model, whole, self._step(whole))
+                stack.enter_context(lock_folder(whole) if on_disk else contextlib.nullcontext())
+                state, checkpoints = self._begin(model, whole, step)
             assert checkpoints is not None
             stack.enter_context(contextlib.closing(checkpoints))
             return checkpoints.restore(state)[0].unstacked()
@@ -206,8 +218,6 @@ class Trainer:
         self, model: Mistral | Stacked, folder: Path | None, step: Step | DiskStep
     ) -> tuple[TrainState, Checkpoints | DiskCheckpoints | None]:
         """The state before the first step of a new run, or for `restore`; and the checkpoints."""
-        if folder is not None:
-            _check_offload(folder, self.offload)
         about = {f"the config's {name}": value for name, value in dataclasses.asdict(model.config).items()}
         if isinstance(step, DiskStep):
             return step.init(model, dtype=self.dtype), DiskCheckpoints(step, about)
@@ -323,14 +333,14 @@ class Trainer:
                 jax.block_until_ready(metrics)
                 clock.start()
             if self.evaluate_on is not None and (run.step % self.evaluate_every == 0 or run.step == run.steps):
-                evaluated = _evaluate(evaluation, run.state, self.evaluate_on)
-                for callback in callbacks:
-                    callback.on_evaluation(run, evaluated)
+                with clock.paused(metrics):
+                    evaluated = _evaluate(evaluation, run.state, self.evaluate_on)
+                    for callback in callbacks:
+                        callback.on_evaluation(run, evaluated)
                 done = done or run.stop
-                clock.start()
             if run.step % save_every == 0 and not done:
-                save()
-                clock.start()
+                with clock.paused(metrics):
+                    save()
         if run.step == 0:
             raise InputError("There are no batches to train on; give at least one.")
         save()
@@ -377,14 +387,14 @@ _CHECKED = (
 
 def _check_offload(folder: Path, offload: bool | str):
     """Refuses a folder whose run keeps its state in another way: it would begin again."""
-    on_disk = (folder / DISK / "about.json").exists()
+    on_disk = complete_steps(folder / DISK) > 0
     if on_disk and offload != "disk":
         raise InputError(
             f"The run in {folder} keeps its state in files of offload='disk'; continue with it, or use another folder.",
             file=folder,
             key="offload",
         )
-    if offload == "disk" and not on_disk and any(path.name.isdigit() for path in folder.iterdir()):
+    if offload == "disk" and not on_disk and any(path.name.isdigit() for path in folder.glob("*")):
         raise InputError(
             f"The run in {folder} has checkpoints, from which offload='disk' cannot continue; leave it out, or use "
             "another folder.",
@@ -403,6 +413,15 @@ class _Clock:
 
     def start(self):
         self._start, self._tokens = time.perf_counter(), 0
+
+    @contextlib.contextmanager
+    def paused(self, metrics: Metrics) -> Iterator[None]:
+        """Leaves out the time inside this context; `metrics` are of the last step, which ends before."""
+        jax.block_until_ready(metrics)
+        start = time.perf_counter()
+        yield
+        if self._start is not None:
+            self._start += time.perf_counter() - start
 
     def count(self, batch: Batch, processes: int):
         self._tokens += int(np.sum(np.asarray(batch.positions) >= 0)) * processes

@@ -36,6 +36,9 @@ class KeepBest(Callback):
             self._checkpoints.close()
 
     def get_state(self) -> dict[str, Any]:
+        # A checkpoint of the run must not say that a model is kept which a killed process did not write.
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
         return {"least": self._lowest}
 
     def set_state(self, state: dict[str, Any]):

@@ -1,6 +1,7 @@
 """Metrics in CSV files."""
 
 import csv
+import itertools
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,8 @@ class CSV(Callback):
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_file() and _head(path) not in ("", ",".join(["step", *metrics])):
+                _set_aside(path)
             with path.open("a", newline="") as file:
                 lines = csv.writer(file)
                 if file.tell() == 0:
@@ -56,6 +59,19 @@ class CSV(Callback):
             warnings.warn(f"Metrics of step {run.step} are lost: {path}: {error.strerror or error}.", stacklevel=2)
 
 
+def _head(path: Path) -> str:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline().rstrip("\n")
+
+
+def _set_aside(path: Path):
+    """Renames a file of another program or with other columns, so that a new one can begin."""
+    names = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    kept = next(file for name in names if not (file := path.with_suffix(f".csv.foreign{name}")).exists())
+    path.replace(kept)
+    warnings.warn(f"{path} is damaged or has other columns; it is kept as {kept}, and a new one begins.", stacklevel=2)
+
+
 def _drop_lines_after(path: Path, step: int):
     """Removes the lines of later steps, and a last line that was cut off."""
     try:
@@ -63,11 +79,10 @@ def _drop_lines_after(path: Path, step: int):
             head, *lines = csv.reader(file)
         if head[:1] != ["step"]:
             raise ValueError
-        kept = [line for line in lines if len(line) == len(head) and int(line[0]) <= step]
+        kept = [line for line in lines if len(line) >= len(head) and int(line[0]) <= step]
     except (ValueError, csv.Error, IndexError):
-        # A file that another program wrote, or that is damaged, is renamed and not overwritten.
         if path.stat().st_size:
-            path.replace(path.with_suffix(".csv.foreign"))
+            _set_aside(path)
         else:
             path.unlink()
         return
