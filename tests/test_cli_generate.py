@@ -238,15 +238,17 @@ def test_a_signal_and_a_closed_pipe_are_quiet(tmp_path):
     [
         ("generate hi --model {tiny} -n 4", ">&-", 141),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [
-                ("inspect {tiny}", ">&-", 141),
-                ("--help", ">&-", 141),
-                ("convert {tiny} {out}", ">&-", 0),
-                ("generate hi --model {tiny} -n 4", "2>&-", 0),
-                ("generate --model {tiny}", "<&-", 2),
-                ("generate hi --model {tiny} -n 4", "<&- >&- 2>&-", 141),
-            ]
+            pytest.param(*case, marks=pytest.mark.long if number % 2 else pytest.mark.slow)
+            for number, case in enumerate(
+                [
+                    ("inspect {tiny}", ">&-", 141),
+                    ("--help", ">&-", 141),
+                    ("convert {tiny} {out}", ">&-", 0),
+                    ("generate hi --model {tiny} -n 4", "2>&-", 0),
+                    ("generate --model {tiny}", "<&-", 2),
+                    ("generate hi --model {tiny} -n 4", "<&- >&- 2>&-", 141),
+                ]
+            )
         ),
     ],
 )

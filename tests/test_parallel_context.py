@@ -199,7 +199,12 @@ def _gradient(model, *, zero=0, **options):
     [
         _slow(f"{GATHER} batch@dp", {"dp": 2, "cp": 2}, {"zero": 3, "accumulate": 2}),
         _slow(f"{WITH_ALL} {RING}", THREE, {"zero": 2, "accumulate": 2}),
-        _slow(RING, {"cp": 4}, {"zero": 3, "remat": "dots", "label_smoothing": 0.1, "z_loss": 1e-3}),
+        pytest.param(
+            RING,
+            {"cp": 4},
+            {"zero": 3, "remat": "dots", "label_smoothing": 0.1, "z_loss": 1e-3},
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_the_gradient_of_the_training_loss_is_that_of_one_device(layout, axes, options):

@@ -41,6 +41,10 @@ def _slow(*case):
     return pytest.param(*case, marks=pytest.mark.slow)
 
 
+def _long(*case):
+    return pytest.param(*case, marks=pytest.mark.long)
+
+
 def _staged(model, layout, axes, chunks=1):
     return mx.shard(stack(model, chunks), mx.make_mesh(axes), mx.Strategy(layout))
 
@@ -79,12 +83,12 @@ def _gradient_of_one_device(config):
     ("config", "layout", "axes", "options"),
     [
         # The default run has GPipe with experts.
-        _slow(PLAIN, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 1}),
+        _long(PLAIN, "layers@pp batch@dp", {"pp": 2, "dp": 2}, {"zero": 1}),
         (PLAIN, "layers@pp", {"pp": 2}, ONE_BY_ONE),
         _slow(CONFIG, *THREE, {"zero": 1}),
         _slow(PLAIN, f"{THREE[0]} tokens@tp", THREE[1], {"zero": 2} | ONE_BY_ONE),
-        _slow(PLAIN, "layers@a,b batch@dp", {"a": 2, "b": 1, "dp": 2}, {"zero": 3, "accumulate": 2, "remat": "dots"}),
-        _slow(PLAIN, "layers@pp embed@tp batch@dp", {"pp": 2, "dp": 2, "tp": 2}, {"remat": "none"} | ONE_BY_ONE),
+        _long(PLAIN, "layers@a,b batch@dp", {"a": 2, "b": 1, "dp": 2}, {"zero": 3, "accumulate": 2, "remat": "dots"}),
+        _long(PLAIN, "layers@pp embed@tp batch@dp", {"pp": 2, "dp": 2, "tp": 2}, {"remat": "none"} | ONE_BY_ONE),
         # Two chunks of two layers with different windows, and four of one.
         _slow(DEEP, *THREE, {"chunks": 2, "zero": 2}),
         _slow(
@@ -191,12 +195,12 @@ def test_a_run_continues_in_a_pipeline(tmp_path):
     [
         ("layers@pp hidden@tp", {"pp": 2, "tp": 2}, {}),
         ("layers@pp batch@dp", {"pp": 2, "dp": 2}, ONE_BY_ONE | {"zero": 2}),
-        _slow(*THREE, {"zero": 1}),
+        _long(*THREE, {"zero": 1}),
         _slow(*THREE, ONE_BY_ONE | {"zero": 1, "remat": "dots"}),
         _slow(f"{mx.SEQUENCE_PARALLEL.layout} layers@pp", {"pp": 2, "tp": 2}, ONE_BY_ONE),
-        _slow(f"{mx.KV_REPLICATED.layout} layers@pp", {"pp": 2, "kv": 2, "rep": 2}, ONE_BY_ONE | {"remat": "none"}),
+        _long(f"{mx.KV_REPLICATED.layout} layers@pp", {"pp": 2, "kv": 2, "rep": 2}, ONE_BY_ONE | {"remat": "none"}),
         _slow(f"{mx.SEQUENCE_PARALLEL.layout} overlap layers@pp batch@dp", {"pp": 2, "tp": 2, "dp": 2}, ONE_BY_ONE),
-        _slow(f"{mx.SEQUENCE_PARALLEL.layout} layers@pp", {"pp": 2, "tp": 2}, {"remat": "dots"}),
+        _long(f"{mx.SEQUENCE_PARALLEL.layout} layers@pp", {"pp": 2, "tp": 2}, {"remat": "dots"}),
     ],
 )
 def test_the_closed_form_is_what_the_programs_exchange(layout, axes, options):

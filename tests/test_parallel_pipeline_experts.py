@@ -14,7 +14,7 @@ from fixtures.latent import LATENT
 from fixtures.model import SMALL, small_model
 from fixtures.sharding import exchanges
 from test_parallel_communication import _counted
-from test_parallel_pipeline import ONE_BY_ONE, _slow, _staged
+from test_parallel_pipeline import ONE_BY_ONE, _long, _slow, _staged
 
 import mistral_eqx as mx
 from mistral_eqx import train
@@ -41,10 +41,6 @@ LATENT4 = dataclasses.replace(LATENT, layers=4, windows=(None,) * 4, routing=Non
 ROWS, SEQ, FAR = 8, 16, 128
 TRAVEL = ("layers@pp batch@dp experts@dp", {"pp": 2, "dp": 4})
 EVERYTHING = ("layers@pp batch@dp experts@ep kv_heads@tp hidden@tp vocab@tp", {"pp": 2, "dp": 1, "ep": 2, "tp": 2})
-
-
-def _long(*case):
-    return pytest.param(*case, marks=(pytest.mark.slow, pytest.mark.long))
 
 
 def _batch(seed, seq=SEQ):
