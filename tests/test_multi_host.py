@@ -136,7 +136,7 @@ def test_four_processes_are_the_stages_of_a_pipeline_until_one_is_killed(folder)
         keep = At(2, lambda run: kept.append(jax.tree.map(np.array, weights(run.state.model))))
         trainer(None, expected, keep, **options).fit(mx.load(folder / "layers"), batches(MORE), steps=MORE)
         model = mx.load(folder / "layers", mesh=mx.make_mesh("dp=2,tp=2"), strategy=mx.HEADS + "batch@dp")
-        trainer(folder / "run", resumed, **options).fit(model, batches(MORE), steps=MORE)
+        trainer(folder / "staged", resumed, **options).fit(model, batches(MORE), steps=MORE)
     # The checkpoint that was being written when the process died may be lost, and those before it are whole.
     assert min(resumed.losses) in (3, 5)
     found = {int(step): loss for step, loss in reports[0]["losses"].items()} | resumed.losses
