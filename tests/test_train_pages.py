@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fixtures.model import small_model
 
 import mistral_eqx as mx
 
@@ -34,11 +35,27 @@ def test_the_page_on_training(capsys):
 
 @pytest.mark.slow
 def test_the_page_on_pipelines():
-    (snippet,) = _snippets("pipelines.md")
+    snippet, _ = _snippets("pipelines.md")
     names = {}
     exec(compile(snippet, "pipelines.md", "exec"), names)
     assert names["logits"].shape == (2, 64, 256)
     assert bool(names["metrics"].finite)
+
+
+@pytest.mark.slow
+def test_the_page_on_pipelines_of_several_hosts(tmp_path):
+    _, snippet = _snippets("pipelines.md")
+    # On one host, for a few steps.
+    smaller = {"pp=4,tp=4": "pp=2,tp=2", "/models": str(tmp_path), "/shared": str(tmp_path)}
+    smaller |= {"accumulate=8": "accumulate=2", "steps=1000": "steps=2"}
+    for word, other in smaller.items():
+        assert word in snippet
+        snippet = snippet.replace(word, other)
+    model = small_model()
+    mx.save(model, tmp_path / "7b")
+    batch = mx.train.one_a_row([mx.train.causal([1, 2, 3])] * 4, seq=8)
+    exec(compile(snippet, "pipelines.md", "exec"), {"mx": mx, "batches": [batch] * 2})
+    assert mx.load(tmp_path / "out").config == model.config
 
 
 def test_the_page_on_objectives():
