@@ -151,7 +151,7 @@ def test_a_type_is_measured_with_and_without_a_prefill(random_file):
     assert len(peers.measure_after_prefill(peers.start_after_prefill, task)["decode"]) == task.repetitions
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_of_a_type_is_one_row(random_file):
     import packed
 

@@ -439,7 +439,7 @@ def test_quantized_weights_and_passes_of_fewer_than_16_rows():
     compare(model, rows[:1], Draft(model, tokens=4, cost=0.0))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_real_model(smollm2_path):
     model, tokenizer = mx.load(smollm2_path, dtype="float32"), mx.load_tokenizer(smollm2_path)
     text = "The frame was cast in an iron works down by the river, and on a wet morning in March sixteen horses pulled "

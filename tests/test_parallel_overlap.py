@@ -128,7 +128,7 @@ def test_a_model_is_that_of_one_device_in_one_and_in_both_directions(word, devic
     compare(word, {"tp": devices}, seq)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_other_models_and_layouts():
     compare("overlap seq@cp kv_seq@cp", {"cp": 2, "tp": 4}, seq=16)
     # The sums over the other axis come behind the ring; keys and values are gathered at once.

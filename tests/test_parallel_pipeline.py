@@ -154,7 +154,7 @@ def test_logits_are_those_of_one_device(config, layout, axes, chunks, micro_batc
         assert worst_error(found, run(model, ids)) < FLOAT64_BOUND
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_evaluations_adapters_and_the_model_afterwards():
     """In float32, sums in another order."""
     model = small_model(config=PLAIN)

@@ -129,7 +129,7 @@ def test_steps_are_those_of_one_device(layout, zero, accumulate, capacity):
         assert_equal(trained(split, batches, zero=zero, **options), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_large_capacity_changes_nothing_and_evaluation_has_none():
     """Bit for bit in rows without padding, which is not computed where there is a capacity."""
     model = small_model(config=CONFIG)
