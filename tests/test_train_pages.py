@@ -7,9 +7,9 @@ import runpy
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from fixtures.model import small_model
 
 import mistral_eqx as mx
 
@@ -51,7 +51,7 @@ def test_the_page_on_pipelines_of_several_hosts(tmp_path):
     for word, other in smaller.items():
         assert word in snippet
         snippet = snippet.replace(word, other)
-    model = small_model()
+    model = mx.Mistral.init(mx.PRESETS["gpt-micro"], key=jax.random.key(0))
     mx.save(model, tmp_path / "7b")
     batch = mx.train.one_a_row([mx.train.causal([1, 2, 3])] * 4, seq=8)
     exec(compile(snippet, "pipelines.md", "exec"), {"mx": mx, "batches": [batch] * 2})
