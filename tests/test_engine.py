@@ -165,14 +165,14 @@ def test_a_step_computes_the_rows_that_are_needed(model, monkeypatch):
         assert event.ids == alone(model, request)[0]
 
 
-def test_a_chunk_takes_at_most_one_and_a_half_steps():
+def test_a_chunk_takes_as_long_as_two_steps():
     pace = Pace(300)
     assert (pace.most, pace.size) == (288, 32)
     for _ in range(8):
         pace.step(0.01)
     sizes = []
-    # A token takes a 25th of a step, then a fifth.
-    for token in [0.0004] * 5 + [0.002] * 4:
+    # A token takes a twentieth of a step, then a fifth.
+    for token in [0.0005] * 5 + [0.002] * 4:
         pace.chunk(pace.size, pace.size * token)
         sizes.append(pace.size)
     assert sizes == [32, 32, 32, 32, 32, 16, 16, 16, 16]

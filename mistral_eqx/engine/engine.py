@@ -180,7 +180,7 @@ class Engine:
     - `context`: the most tokens of a prompt and its answer; by default the model's context, at most 4096. The KV cache
         grows up to it as needed, and shrinks again.
     - `chunk`: the most tokens of a prefill chunk. While rows decode, they wait for one chunk at a time, and the engine
-        makes it so small that it takes at most one and a half steps.
+        makes it so small that it takes at most two steps.
     - `stride`: how many tokens, at most 8, are decoded in one call while no request waits for a row; requests with a
         grammar are decoded one token at a time.
     - `queue`: the most requests that wait for a row.

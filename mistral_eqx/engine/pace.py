@@ -4,17 +4,17 @@ import collections
 import statistics
 
 
-# A chunk may take as long as so many steps. With the step itself, the others then wait for less than three.
-_STEPS = 1.5
+# A chunk may take as long as so many steps. With the step itself, the others then wait for three.
+_STEPS = 2
 # Fewer tokens take hardly less time, and quantized products of fewer round in another way on CPUs.
 _LEAST = 16
 
 
 class Pace:
-    """Measures steps and chunks, and finds the largest chunk that takes at most one and a half steps.
+    """Measures steps and chunks, and finds the largest chunk that takes at most two steps.
 
-    Sizes are powers of two, and `most`. A chunk that takes too long halves the size; one that takes less than half as
-    long doubles it.
+    Sizes are powers of two, and `most`. A chunk that takes too long halves the size; one that takes less than a step
+    doubles it.
 
     **Attributes:**
 
@@ -36,5 +36,5 @@ class Pace:
         step = statistics.median(self._steps) if self._steps else seconds
         if seconds > _STEPS * step and self.size > _LEAST:
             self.size = max(_LEAST, 2 ** ((self.size - 1).bit_length() - 1))
-        elif seconds < _STEPS / 2 * step and width >= self.size:
+        elif seconds < step and width >= self.size:
             self.size = min(self.most, 2 ** (self.size.bit_length()))
