@@ -204,21 +204,27 @@ def test_a_run_continues_in_a_pipeline(tmp_path):
     ],
 )
 def test_the_closed_form_is_what_the_programs_exchange(layout, axes, options):
-    strategy, config = mx.Strategy(layout), dataclasses.replace(COUNTED, layers=4, windows=(3, None) * 2)
+    config = dataclasses.replace(COUNTED, layers=4, windows=(3, None) * 2)
+    check_exchanges(config, layout, axes, _batch(0), accumulate=4, **options)
+
+
+def check_exchanges(config, layout, axes, batch, *, accumulate, **options):
+    """The exchanges of a forward pass and of a step in so many micro-batches are those of the closed forms."""
+    rows, seq = batch.inputs.shape
+    strategy, sizes = mx.Strategy(layout), {"batch": rows, "dtype": "float32"}
     model = with_strategy(stack(small_model(config=config)), strategy).on_mesh(with_auto_axes(mx.make_mesh(axes)))
-    sizes = {"batch": ROWS, "dtype": "float32"}
-    form = communication.forward_pass(config, strategy, axes, seq=SEQ, micro_batches=4, **sizes)
-    run = eqx.filter_jit(lambda model, ids: model(ids, micro_batches=4))
-    assert exchanges(run.lower(model, jnp.zeros((ROWS, SEQ), jnp.int32))) == _counted(form)
-    training = Training(SEQ, accumulate=4, **options)
+    form = communication.forward_pass(config, strategy, axes, seq=seq, micro_batches=accumulate, **sizes)
+    run = eqx.filter_jit(lambda model, ids: model(ids, micro_batches=accumulate))
+    assert exchanges(run.lower(model, jnp.zeros((rows, seq), jnp.int32))) == _counted(form)
+    training = Training(seq, accumulate=accumulate, **options)
     form = training_step(config, strategy, axes, training=training, **sizes)
     optimizer = train.adamw(1e-3)
     state = eqx.filter_eval_shape(lambda: train.TrainState.init(model, optimizer, zero=training.zero))
     shapes, static = eqx.partition(state, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
     options = {"remat": training.remat, "schedule": training.schedule}
-    step = train.make_step(optimizer, compute_dtype="float32", accumulate=4, **options)
-    program = jax.jit(lambda shapes, rows: eqx.filter(step(eqx.combine(shapes, static), rows), eqx.is_array))
-    assert exchanges(program.lower(shapes, _batch(0))) == _counted(form)
+    step = train.make_step(optimizer, compute_dtype="float32", accumulate=accumulate, **options)
+    program = jax.jit(lambda shapes, batch: eqx.filter(step(eqx.combine(shapes, static), batch), eqx.is_array))
+    assert exchanges(program.lower(shapes, batch)) == _counted(form)
 
 
 def test_what_has_no_closed_form_is_refused():

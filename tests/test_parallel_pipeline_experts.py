@@ -11,16 +11,12 @@ import pytest
 from fixtures.equality import FLOAT64_BOUND, precision, random_model, worst_error
 from fixtures.generation import random_prompts
 from fixtures.latent import LATENT
-from fixtures.model import SMALL, small_model
-from fixtures.sharding import exchanges
-from test_parallel_communication import _counted
-from test_parallel_pipeline import ONE_BY_ONE, _long, _slow, _staged
+from fixtures.model import SMALL
+from test_parallel_pipeline import ONE_BY_ONE, _long, _slow, _staged, check_exchanges
 
 import mistral_eqx as mx
 from mistral_eqx import train
-from mistral_eqx.nn import expert_exchange, in_stages, stack
-from mistral_eqx.parallel import with_auto_axes, with_strategy
-from mistral_eqx.planning import Training, communication, training_step
+from mistral_eqx.nn import expert_exchange, in_stages
 
 
 EXPERTS = dataclasses.replace(
@@ -170,17 +166,4 @@ def test_tokens_are_those_of_one_device(config, layout, axes, rows, options):
     ],
 )
 def test_the_closed_form_is_what_the_programs_exchange(layout, axes, seq, options):
-    strategy, config, sizes = mx.Strategy(layout), EXPERTS4, {"batch": ROWS, "dtype": "float32"}
-    model = with_strategy(stack(small_model(config=config)), strategy).on_mesh(with_auto_axes(mx.make_mesh(axes)))
-    form = communication.forward_pass(config, strategy, axes, seq=seq, micro_batches=2, **sizes)
-    run = eqx.filter_jit(lambda model, ids: model(ids, micro_batches=2))
-    assert exchanges(run.lower(model, jnp.zeros((ROWS, seq), jnp.int32))) == _counted(form)
-    training = Training(seq, accumulate=2, **options)
-    form = training_step(config, strategy, axes, training=training, **sizes)
-    optimizer = train.adamw(1e-3)
-    state = eqx.filter_eval_shape(lambda: train.TrainState.init(model, optimizer, zero=training.zero))
-    shapes, static = eqx.partition(state, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
-    options = {"remat": training.remat, "schedule": training.schedule}
-    step = train.make_step(optimizer, compute_dtype="float32", accumulate=2, **options)
-    program = jax.jit(lambda shapes, rows: eqx.filter(step(eqx.combine(shapes, static), rows), eqx.is_array))
-    assert exchanges(program.lower(shapes, _batch(0, seq))) == _counted(form)
+    check_exchanges(EXPERTS4, layout, axes, _batch(0, seq), accumulate=2, **options)
