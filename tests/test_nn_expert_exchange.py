@@ -12,7 +12,7 @@ from fixtures.model import SMALL, relative_error, small_model
 from jax.sharding import AbstractMesh
 
 import mistral_eqx as mx
-from mistral_eqx.nn.expert_exchange import capacity
+from mistral_eqx.nn.expert_exchange import exchange_slots
 from mistral_eqx.parallel import specs, with_strategy
 from mistral_eqx.parallel.mesh import make_mesh
 
@@ -71,7 +71,7 @@ def test_a_layer_and_its_gradients_are_those_of_one_device(layout, axes):
         # Tokens that are alike choose the same experts, so that they exceed the buffer of the device that has them.
         for x, fits in ((draw(SHAPE), True), (0.01 * draw(SHAPE) + draw(SMALL.embed), False)):
             x = jnp.asarray(x)
-            assert bool(_sent(module.router(x)[0], count) <= capacity(128, 2, 8, count)) is fits
+            assert bool(_sent(module.router(x)[0], count) <= exchange_slots(128, 2, 8, count)) is fits
             pairs = zip(jax.tree.leaves(found(arrays, x)), jax.tree.leaves(expected(arrays, x)), strict=True)
             assert max(relative_error(one, other) for one, other in pairs) < FLOAT64_BOUND
 
@@ -103,14 +103,14 @@ def test_tokens_are_those_of_one_device():
 
 def test_the_way_follows_from_shapes():
     # Few tokens, and devices that need most of the tokens anyway: all devices gather them.
-    assert capacity(8, 2, 8, 1) == 8
-    assert capacity(4096, 2, 8, 4) == 4096
+    assert exchange_slots(8, 2, 8, 1) == 8
+    assert exchange_slots(4096, 2, 8, 4) == 4096
     # One and a half times the tokens of an even router.
-    assert capacity(4096, 2, 8, 1) == 1.5 * 4096 * 2 / 8
-    assert capacity(4096, 4, 64, 1) == 1.5 * 4096 * 4 / 64
+    assert exchange_slots(4096, 2, 8, 1) == 1.5 * 4096 * 2 / 8
+    assert exchange_slots(4096, 4, 64, 1) == 1.5 * 4096 * 4 / 64
     # Never more than what experts with a capacity compute.
-    assert capacity(4096, 2, 8, 1, most=1280) == 1280
-    assert capacity(4096, 2, 8, 1, most=2000) == 1.5 * 4096 * 2 / 8
+    assert exchange_slots(4096, 2, 8, 1, most=1280) == 1280
+    assert exchange_slots(4096, 2, 8, 1, most=2000) == 1.5 * 4096 * 2 / 8
 
 
 @pytest.mark.parametrize(

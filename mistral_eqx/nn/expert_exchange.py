@@ -39,10 +39,10 @@ Compute = Callable[
 ]
 
 
-def capacity(tokens: int, per_token: int, experts: int, count: int, most: int | None = None) -> int:
+def exchange_slots(tokens: int, per_token: int, experts: int, count: int, most: int | None = None) -> int:
     """The tokens that a device can send to each other one by `all_to_all`; `tokens` if it is better to gather all.
 
-    This is the one place that chooses between the two. The exchange by `all_to_all` sends `capacity` tokens to each
+    This is the one place that chooses between the two. The exchange by `all_to_all` sends so many tokens to each
     device and back, the other one sends all of them. If more tokens than this choose one device, all are gathered too.
 
     **Arguments:**
@@ -127,7 +127,7 @@ def _from_other_devices(
     tokens, per_token = x.shape[0] * x.shape[1], experts.shape[-1]
     holder, devices = holders("experts", axes, strategy)
     most = None if limit is None else x.shape[0] * count * limit
-    slots = capacity(tokens, per_token, count * len(holder), count, most)
+    slots = exchange_slots(tokens, per_token, count * len(holder), count, most)
 
     def by_gathering(x: Array, experts: Array, shares: Array) -> Array:
         return gathered(compute, route, x, axes, None if chosen is None else (experts, shares))

@@ -14,7 +14,7 @@ from ..checks import CacheDType
 from ..config import MistralConfig
 from ..errors import InputError
 from ..generation import Sampler
-from ..nn.expert_exchange import capacity, travel_axes
+from ..nn.expert_exchange import exchange_slots, travel_axes
 from ..nn.ring import ring_hops
 from ..parallel import Strategy
 from ..parallel.codes import are_coded, block_size, code_bytes
@@ -428,7 +428,7 @@ class Ledger:
             return None
         gathered = self.devices(axis for axis in self.strategy.axes("tokens") if split and axis not in axes)
         tokens = self.rows * seq // self.token_shards(seq) * gathered
-        slots = capacity(tokens, routing.per_token, self.config.experts, self.local("experts"))
+        slots = exchange_slots(tokens, routing.per_token, self.config.experts, self.local("experts"))
         others = self.devices(axis for axis in self.strategy.axes("experts hidden") if axis not in axes)
         everywhere = self.devices(self.strategy.axes("experts batch layers" + " tokens" * split))
         return Travel(devices, gathered, others // gathered, everywhere, tokens, slots, routing.per_token)
