@@ -39,6 +39,14 @@ def getkey():
     return lambda: next(keys)
 
 
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """Loads and quantizes weights as where the C++ kernels are missing, so that no product rounds activations."""
+    from mistral_eqx.nn.kernels import native
+
+    monkeypatch.setattr(native, "instructions", lambda: None)
+
+
 @pytest.fixture(scope="session")
 def smollm2_path():
     """The GGUF file of the default model, fetched if this machine does not have it yet."""

@@ -168,25 +168,28 @@ def test_trap_a_whole_torch_model_in_memory(getkey, tmp_path, monkeypatch):
 def test_slow_storage_has_several_reads_in_flight(getkey, tmp_path, monkeypatch):
     """A network disk answers each read late: ranges of a large tensor wait together, and so do small tensors."""
     checkpoint.save(random_model(tiny(layers=4, windows=(None,) * 4), getkey()), tmp_path / "hf")
-    lock, flying, most = threading.Lock(), 0, 0
+    change, flying, most, reads = threading.Condition(), 0, 0, reader.READS
 
     def slow(path, ranges, into):
         nonlocal flying, most
-        with lock:
+        with change:
             flying += 1
             most = max(most, flying)
+            change.notify_all()
+            # Until there are as many as there should be, however late a thread comes.
+            change.wait_for(lambda: most >= reads, timeout=5)
         time.sleep(0.01)
-        with lock:
+        with change:
             flying -= 1
         read_ranges(path, ranges, into)
 
     monkeypatch.setattr(safetensors, "read_ranges", slow)
     assert_same_weights(checkpoint.load(tmp_path / "hf"), checkpoint.load(tmp_path / "hf", check=True))
-    assert most == reader.READS
+    assert most == reads
     table = open_checkpoint(tmp_path / "hf").tensors["model.embed_tokens.weight"]
     monkeypatch.setattr(reader, "CHUNK_BYTES", table.nbytes // 16)
-    for dtype, reads in ((DTYPES["float32"], reader.READS), (DTYPES["bfloat16"], reader.READS_WITH_COPY)):
-        most = 0
+    for dtype, wanted in ((DTYPES["float32"], reader.READS), (DTYPES["bfloat16"], reader.READS_WITH_COPY)):
+        most, reads = 0, wanted
         read_rows(table, dtype)
         assert most == reads
 

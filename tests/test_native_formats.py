@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures.model import relative_error
+from fixtures.model import product_bound, relative_error
 
 import mistral_eqx as mx
 from mistral_eqx.nn.kernels import native
@@ -62,14 +62,10 @@ def test_products_are_those_of_the_dequantized_weight(name):
     assert native.supports(name)
     raw = random_blocks(name, 48)
     weight, numbers = in_panels(name, raw), numbers_of(name, raw).astype(np.float64)
-    # How rows are divided is the same for all formats (tests/test_quant_blocks.py); from 16 on weights are dequantized.
+    # How rows are divided is the same for all formats (tests/test_quant_blocks.py); from 16 on there are tiles of them.
     for rows in (1, 8, 21):
         x = random_x(rows)
-        # Each activation is rounded by at most half of 1/127 of 1/254 of the largest of its 32; then sums in float32.
-        largest = np.repeat(np.abs(x).reshape(rows, -1, 32).max(axis=-1), 32, axis=-1)
-        step = 0 if name in FLOATS else 0.5 / 127 / 254
-        bound = (step * largest + 2e-6 * np.abs(x)) @ np.abs(numbers).T
-        assert (np.abs(product(weight, x) - x @ numbers.T) <= bound).all()
+        assert (np.abs(product(weight, x) - x @ numbers.T) <= product_bound(x, numbers, name not in FLOATS)).all()
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)

@@ -18,7 +18,7 @@ import pytest
 from fixtures.cases import every_third
 from fixtures.checkpoint import random_model, tiny, write_gguf
 from fixtures.generation import refused
-from fixtures.model import relative_error
+from fixtures.model import product_bound, relative_error
 
 import mistral_eqx as mx
 from mistral_eqx import train
@@ -90,11 +90,6 @@ def test_blocks_that_fit_no_axes():
     assert merged_sizes((2, 4, 4), 32) == (2, 4, 4)
 
 
-@pytest.fixture
-def without_kernels(monkeypatch):
-    monkeypatch.setattr(native, "instructions", lambda: None)
-
-
 needs_kernels = pytest.mark.skipif(native.instructions() is None, reason="The C++ kernels were not built.")
 
 
@@ -122,14 +117,11 @@ def test_panels_hold_the_same_numbers(name):
 def test_products_of_kernels_are_those_of_the_dequantized_weight(name):
     weight, numbers = weight_in_panels(name, 48, 512)
     numbers = numbers.astype(np.float64)
-    # Numbers of rows that the kernel takes at once, and those that are left; from 16 on it dequantizes weights.
+    # Numbers of rows that the kernel takes at once, and those that are left; from 16 on it makes tiles of them.
     for rows in (1, 2, 3, 4, 7, 8, 13, 16, 21):
         x = np.random.default_rng(rows).normal(size=(1, rows, 512)).astype(np.float32)
         found = np.asarray(jax.jit(lambda x: weight.contract(x, "a", "b"))(jnp.asarray(x)))
-        # Each activation is rounded by at most half of 1/127 of 1/254 of the largest of its 32; then sums in float32.
-        largest = np.repeat(np.abs(x).reshape(rows, -1, 32).max(axis=-1), 32, axis=-1)
-        step = 0 if name in ("BF16", "F16") else 0.5 / 127 / 254
-        bound = (step * largest + 2e-6 * np.abs(x)) @ np.abs(numbers).T
+        bound = product_bound(x[0], numbers, name not in ("BF16", "F16"))
         assert (np.abs(found[0] - x[0] @ numbers.T) <= bound).all()
 
 
@@ -141,7 +133,7 @@ def test_a_row_gives_what_it_gives_alone(name):
     few = weight.contract(x[:, :15], "a", "b")
     for row in (0, 3, 14):
         np.testing.assert_array_equal(weight.contract(x[:, row : row + 1], "a", "b")[0, 0], few[0, row])
-    # From 16 rows on, weights are dequantized.
+    # From 16 rows on, a product has another order.
     many = weight.contract(x, "a", "b")
     np.testing.assert_array_equal(weight.contract(x[:, 3:22], "a", "b"), many[:, 3:22])
 

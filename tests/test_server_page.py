@@ -92,8 +92,8 @@ def open_page(chromium):
     (page,) = opened
     requests = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
     sent = [one["params"] for one in requests if one["method"] == "Network.requestWillBeSent"]
-    # Chromium's own first page has addresses that begin with chrome:.
-    addresses = {one["request"]["url"] for one in sent if not one["documentURL"].startswith("chrome:")}
+    # Chromium's own first page, and what that has in it, have addresses that begin with chrome: or chrome-untrusted:.
+    addresses = {one["request"]["url"] for one in sent if not one["documentURL"].startswith("chrome")}
     assert page.server.address + "/v1/models" in addresses
     assert {one for one in addresses if not one.startswith((page.server.address + "/", "data:"))} == set()
     said = [entry["message"] for entry in chromium.get_log("browser")]

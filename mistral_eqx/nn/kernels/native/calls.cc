@@ -105,28 +105,46 @@ void multiply(ffi::ThreadPool& pool, const Instructions& set, const float* x, in
               std::vector<Weight>& weights) {
   if (rows == 0) return;
   int64_t parts = 0;
-  bool all_exact = true;
+  bool any_codes = false, any_numbers = false;
   for (Weight& weight : weights) {
     // Parts of 128 KB, and not fewer than eight, so that threads end together.
     weight.part = std::max<int64_t>(1, std::min(weight.count / 8, (128 * 1024) / weight.bytes));
+    if (rows >= MANY) weight.part += weight.part % 2;
     if (weight.count * weight.bytes * rows < SMALL) weight.part = weight.count;
     weight.first_of_all = parts;
     parts += weight.parts();
-    all_exact &= weight.format.exact;
+    (weight.format.exact ? any_numbers : any_codes) = true;
   }
-  Activations activations{x, nullptr, nullptr, nullptr, nullptr, rows, inputs};
+  const bool many = rows >= MANY;
+  if (many && !set.pair_tile) any_numbers = true, any_codes = false;
+  Activations activations{};
+  activations.numbers = x, activations.rows = rows, activations.inputs = inputs;
   std::unique_ptr<int8_t[]> codes;
-  std::unique_ptr<float[]> scales, tiles;
-  if (rows >= MANY) {
+  std::unique_ptr<int32_t[]> pairs;
+  std::unique_ptr<float[]> scales, tiles, pair_scales;
+  if (any_codes) {
+    codes.reset(new int8_t[rows * inputs * 2]), scales.reset(new float[rows * (inputs / 32) * 3]);
+    activations.codes = codes.get(), activations.scales = scales.get();
+    activations.sums = scales.get() + rows * (inputs / 32);
+    if (!many)
+      for (int64_t row = 0; row < rows; row++) set.quantize(activations, row);
+    else {
+      const int64_t count = (rows + set.pair_tile - 1) / set.pair_tile, all = count * set.pair_tile;
+      pairs.reset(new int32_t[all * inputs / 2]), pair_scales.reset(new float[all * (inputs / 32) * 3]);
+      activations.pairs = pairs.get(), activations.pair_scales = pair_scales.get();
+      activations.pair_sums = pair_scales.get() + all * (inputs / 32);
+      in_parallel(pool, count, [&](int64_t tile) {
+        for (int64_t row = tile * set.pair_tile; row < std::min(rows, (tile + 1) * set.pair_tile); row++)
+          set.quantize(activations, row);
+        set.arrange_pairs(activations, tile);
+      });
+    }
+  }
+  if (many && any_numbers) {
     const int64_t count = (rows + set.tile - 1) / set.tile;
     tiles.reset(new float[count * set.tile * inputs]);
     activations.tiles = tiles.get();
     in_parallel(pool, count, [&](int64_t tile) { set.arrange(activations, tile); });
-  } else if (!all_exact) {
-    codes.reset(new int8_t[rows * inputs * 2]), scales.reset(new float[rows * (inputs / 32) * 3]);
-    activations.codes = codes.get(), activations.scales = scales.get();
-    activations.sums = scales.get() + rows * (inputs / 32);
-    for (int64_t row = 0; row < rows; row++) set.quantize(activations, row);
   }
   in_parallel(pool, parts, [&](int64_t part) {
     auto weight = weights.end();
@@ -134,14 +152,12 @@ void multiply(ffi::ThreadPool& pool, const Instructions& set, const float* x, in
     }
     const int64_t begin = (part - weight->first_of_all) * weight->part;
     const int64_t end = std::min(weight->count, begin + weight->part), stride = 16 * weight->count;
-    alignas(64) float numbers[STRETCH * 16];
-    for (int64_t at = begin; at < end; at++) {
-      const uint8_t* panel = weight->panels + at * weight->bytes;
-      float* y = weight->y + 16 * at;
-      const Format& format = weight->format;
-      if (rows < MANY) format.product(format, panel, activations, 0, rows, y, stride);
-      else format.product_of_many(format, panel, activations, y, stride, numbers);
-    }
+    const Format& format = weight->format;
+    const uint8_t* panels = weight->panels + begin * weight->bytes;
+    float* y = weight->y + 16 * begin;
+    if (many) return format.product_of_many(format, panels, weight->bytes, end - begin, activations, y, stride);
+    for (int64_t at = 0; at < end - begin; at++)
+      format.product(format, panels + at * weight->bytes, activations, 0, rows, y + 16 * at, stride);
   });
 }
 

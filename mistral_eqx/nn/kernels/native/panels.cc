@@ -195,9 +195,123 @@ __attribute__((noinline)) void multiply_tile(const float* weights, const float* 
     }
 }
 
+#if defined(PAIRS)
+
+// Two panels at a time share each load of activations. So many rows that their sums of codes and of numbers stay in registers.
+constexpr int TOGETHER = 2, PAIR_TILE = 6;
+
+// A stretch of a panel: two neighbouring codes of each row in 16 bits a lane, and the scale and offset of each 16 or 32.
+struct Unpacked {
+  Words pairs[STRETCH / 2];
+  Floats scales[STRETCH / 16], offsets[STRETCH / 16];
+};
+
 template <class F>
-void product_of_many(const Format& format, const uint8_t* panel, const Activations& x, float* y, int64_t stride,
-                     float* weights) {
+void unpack(const Format& format, const uint8_t* panel, int64_t from, int64_t to, Unpacked& out) {
+  const int64_t size = size_of<F>(format), bytes = bytes_of<F>(format);
+  constexpr int groups = 32 / F::group;
+  for (int64_t at = from, part = 0; at < to; at += 32, part++) {
+    F f;
+    f.block = panel + at / size * ROWS * bytes, f.strip = 0;
+    const int own = int(at % size / 32);
+    Words w[8];
+    f.codes(own, w);
+    for (int i = 0; i < 16; i++) {
+      const Words two = i % 2 ? w[i / 2] >> 16 : w[i / 2];
+      const Shorts apart = (Shorts)((two & 0xffu) | (two & 0xff00u) << 8);
+      out.pairs[part * 16 + i] = (Words)(F::largest ? apart - int16_t(F::zero) : apart << 8 >> 8);
+    }
+    for (int g = 0; g < groups; g++) {
+      out.scales[part * groups + g] = f.scale(own * groups + g);
+      if constexpr (F::has_offset) out.offsets[part * groups + g] = f.offset(own * groups + g);
+    }
+  }
+}
+
+// Adds the products of a stretch of `parts` times 32 inputs and the rows of a tile, whose codes, scales and sums for it are
+// given, to the results of each panel; or begins with them.
+template <int groups, bool has_offset>
+__attribute__((noinline)) void multiply_pairs(const Unpacked* w, const int32_t* pairs, const float* scales, const float* sums,
+                                              int64_t parts, int64_t rows, bool first, float* const* y, int64_t stride) {
+  Floats total[TOGETHER][PAIR_TILE];
+  for (int p = 0; p < TOGETHER; p++)
+    for (int m = 0; m < PAIR_TILE; m++) total[p][m] = first || m >= rows ? Floats{} : load<Floats>(y[p] + m * stride);
+  constexpr int own = 16 / groups;
+  for (int64_t group = 0; group < parts * groups; group++) {
+    Ints products[TOGETHER][PAIR_TILE] = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < own; i++)
+#pragma GCC unroll 8
+      for (int m = 0; m < PAIR_TILE; m++)
+#pragma GCC unroll 2
+        for (int p = 0; p < TOGETHER; p++)
+          products[p][m] = dot_pairs(products[p][m], w[p].pairs[group * own + i], pairs[(group * own + i) * PAIR_TILE + m]);
+#pragma GCC unroll 8
+    for (int m = 0; m < PAIR_TILE; m++) {
+      const float* sum = sums + group * (2 / groups) * PAIR_TILE + m;
+      const float scale = scales[group / groups * PAIR_TILE + m], all = groups == 2 ? sum[0] : sum[0] + sum[PAIR_TILE];
+#pragma GCC unroll 2
+      for (int p = 0; p < TOGETHER; p++) {
+        total[p][m] += floats(products[p][m]) * (w[p].scales[group] * scale);
+        if constexpr (has_offset) total[p][m] += w[p].offsets[group] * all;
+      }
+    }
+  }
+  for (int p = 0; p < TOGETHER; p++)
+    for (int m = 0; m < PAIR_TILE && m < rows; m++) std::memcpy(y[p] + m * stride, &total[p][m], sizeof total[p][m]);
+}
+
+template <class F>
+void product_of_many_codes(const Format& format, const uint8_t* panels, int64_t bytes, int64_t count, const Activations& x,
+                           float* y, int64_t stride) {
+  Unpacked w[TOGETHER];
+  for (int64_t panel = 0; panel < count; panel += TOGETHER) {
+    // An odd last panel is multiplied twice, with the same results.
+    const int64_t own[TOGETHER] = {panel, std::min(panel + 1, count - 1)};
+    for (int64_t from = 0; from < x.inputs; from += STRETCH) {
+      const int64_t to = std::min(x.inputs, from + STRETCH);
+      for (int p = 0; p < TOGETHER; p++) unpack<F>(format, panels + own[p] * bytes, from, to, w[p]);
+      for (int64_t row = 0; row < x.rows; row += PAIR_TILE) {
+        float* const results[TOGETHER] = {y + row * stride + own[0] * ROWS, y + row * stride + own[1] * ROWS};
+        multiply_pairs<32 / F::group, F::has_offset>(
+            w, x.pairs + row * x.inputs / 2 + from / 2 * PAIR_TILE,
+            x.pair_scales + row * (x.inputs / 32) + from / 32 * PAIR_TILE,
+            x.pair_sums + row * (x.inputs / 16) + from / 16 * PAIR_TILE, (to - from) / 32,
+            std::min<int64_t>(PAIR_TILE, x.rows - row), from == 0, results, stride);
+      }
+    }
+  }
+}
+
+void arrange_pairs(const Activations& x, int64_t tile) {
+  const int64_t from = tile * PAIR_TILE, rows = std::min<int64_t>(PAIR_TILE, x.rows - from), parts = x.inputs / 32;
+  int32_t* pairs = x.pairs + from * x.inputs / 2;
+  float *scales = x.pair_scales + from * parts, *sums = x.pair_sums + from * parts * 2;
+  for (int64_t part = 0; part < parts; part++)
+    for (int64_t m = 0; m < PAIR_TILE; m++) {
+      const bool is = m < rows;
+      const int8_t* codes = x.codes + ((from + m) * parts + part) * 64;
+      for (int i = 0; i < 16; i++) {
+        int16_t two[2] = {};
+        for (int j = 0; j < 2 && is; j++) two[j] = int16_t(codes[2 * i + j] * int(FINER) + codes[32 + 2 * i + j]);
+        pairs[(part * 16 + i) * PAIR_TILE + m] = load<int32_t>(two);
+      }
+      scales[part * PAIR_TILE + m] = is ? x.scales[(from + m) * parts + part] * (1 / FINER) : 0;
+      for (int half = 0; half < 2; half++)
+        sums[(part * 2 + half) * PAIR_TILE + m] = is ? x.sums[((from + m) * parts + part) * 2 + half] : 0;
+    }
+}
+
+#else
+
+constexpr int PAIR_TILE = 0;
+constexpr void (*arrange_pairs)(const Activations& x, int64_t tile) = nullptr;
+
+#endif
+
+template <class F>
+void product_of_many_numbers(const Format& format, const uint8_t* panel, const Activations& x, float* y, int64_t stride) {
+  alignas(64) float weights[STRETCH * ROWS];
   for (int64_t from = 0; from < x.inputs; from += STRETCH) {
     const int64_t count = std::min(STRETCH, x.inputs - from);
     if constexpr (F::exact) dequantize_floats<F>(format, panel, from, from + count, weights);
@@ -206,6 +320,17 @@ void product_of_many(const Format& format, const uint8_t* panel, const Activatio
       multiply_tile(weights, x.tiles + row * x.inputs + from * TILE, count, std::min<int64_t>(TILE, x.rows - row), from == 0,
                     y + row * stride, stride);
   }
+}
+
+template <class F>
+void product_of_many(const Format& format, const uint8_t* panels, int64_t bytes, int64_t count, const Activations& x, float* y,
+                     int64_t stride) {
+#if defined(PAIRS)
+  if constexpr (!F::exact) product_of_many_codes<F>(format, panels, bytes, count, x, y, stride);
+  else
+#endif
+    for (int64_t panel = 0; panel < count; panel++)
+      product_of_many_numbers<F>(format, panels + panel * bytes, x, y + panel * ROWS, stride);
 }
 
 template <class F, int rows>
@@ -283,5 +408,6 @@ constexpr Format FORMATS[] = {
 #define TEXT(x) #x
 #define NAME(x) TEXT(x)
 namespace SET {
-const Instructions instructions = {NAME(SET), FORMATS, int(sizeof FORMATS / sizeof *FORMATS), quantize, TILE, arrange};
+const Instructions instructions = {NAME(SET), FORMATS, int(sizeof FORMATS / sizeof *FORMATS), quantize,
+                                   TILE,       arrange, PAIR_TILE,                            arrange_pairs};
 }

@@ -12,7 +12,12 @@ struct Activations {
   int8_t* codes;         // (rows, inputs / 32, 2, 32): the first codes of 32 numbers, then their second ones
   float* scales;         // (rows, inputs / 32)
   float* sums;           // (rows, inputs / 16): of each 16 numbers, scale * codes added up
-  float* tiles;          // (rows / tile, inputs, tile): the numbers of some rows side by side, 0 where there is no row
+  // Of many rows, those of a tile side by side, 0 where there is no row; either their numbers, or two neighbouring codes of
+  // 16 bits, FINER * first + second, in each lane, and what these are multiplied by.
+  float* tiles;          // (rows / tile, inputs, tile)
+  int32_t* pairs;        // (rows / tile, inputs / 2, tile)
+  float* pair_scales;    // (rows / tile, inputs / 32, tile)
+  float* pair_sums;      // (rows / tile, inputs / 16, tile)
   int64_t rows, inputs;
 };
 
@@ -32,10 +37,10 @@ struct Format {
   // y[row * stride + 0 ... 15].
   void (*product)(const Format& format, const uint8_t* panel, const Activations& x, int64_t from, int64_t to, float* y,
                   int64_t stride);
-  // The same for many rows, from the tiles of activations. A stretch of the panel is dequantized at a time, which pays if
-  // enough rows use it; `weights` has room for STRETCH * 16 numbers.
-  void (*product_of_many)(const Format& format, const uint8_t* panel, const Activations& x, float* y, int64_t stride,
-                          float* weights);
+  // The same for many rows and `count` panels of so many bytes, from the tiles of activations. A stretch of a panel is unpacked
+  // at a time, which pays if enough rows use it.
+  void (*product_of_many)(const Format& format, const uint8_t* panels, int64_t bytes, int64_t count, const Activations& x,
+                          float* y, int64_t stride);
 
   // This format with blocks of so many numbers, a multiple of `step()`.
   Format of_size(int numbers) const {
@@ -50,7 +55,7 @@ struct Format {
 // A block has at most so many numbers.
 constexpr int LARGEST_BLOCK = 1 << 20;
 
-// So many inputs of a panel are dequantized at a time; a multiple of 32.
+// So many inputs of a panel are unpacked at a time; a multiple of 32.
 constexpr int64_t STRETCH = 256;
 
 struct Instructions {
@@ -58,9 +63,12 @@ struct Instructions {
   const Format* formats;
   int count;
   void (*quantize)(const Activations& x, int64_t row);
-  // How many rows a tile has; and makes a tile.
+  // How many rows a tile of numbers has; and makes one.
   int64_t tile;
   void (*arrange)(const Activations& x, int64_t tile);
+  // The same for a tile of codes; 0 where products of numbers are as fast, and are used for all formats.
+  int64_t pair_tile;
+  void (*arrange_pairs)(const Activations& x, int64_t tile);
 };
 
 namespace avx512 { extern const Instructions instructions; }
