@@ -19,10 +19,24 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]):
-    """A test that is `long` is `slow` too."""
+    """Of the cases of a test at most one is slow, and none if others run by default. Further ones are `long`.
+
+    What is `long` is `slow` too.
+    """
+    slow = {item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("long")}
+    seen = {_test_of(item) for item in items if item not in slow}
     for item in items:
-        if item.get_closest_marker("long"):
-            item.add_marker("slow")
+        if item not in slow:
+            continue
+        item.add_marker("slow")
+        if _test_of(item) in seen:
+            item.add_marker("long")
+        elif not item.get_closest_marker("long"):
+            seen.add(_test_of(item))
+
+
+def _test_of(item: pytest.Item) -> str:
+    return item.nodeid.split("[")[0]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -150,7 +150,7 @@ def test_a_pipeline_saves_a_model_of_all_layers(recipe, tmp_path):
     assert mx.load(tmp_path / "run/model").config.layers == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pipeline_reads_weights_into_its_stages_and_writes_them_from_there(recipe, tiny, tmp_path, monkeypatch):
     for name in ("cli.loading.load", "nn.unstack", "train.step.unstack"):
         monkeypatch.setattr(f"mistral_eqx.{name}", None)

@@ -382,7 +382,7 @@ def test_a_model_that_is_damaged_ends_its_requests_with_a_sentence(model):
     assert "not finite" in event.error
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_with_several_adapters_share_a_batch(model):
     models = {
         "one": adapted(model, rank=3, targets=("q_proj", "down_proj")),
@@ -401,7 +401,7 @@ def test_rows_with_several_adapters_share_a_batch(model):
     assert len({event.ids for event in events}) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_proposed_tokens_change_nothing(model):
     requests = requests_of(*MIXED[:2], *MIXED[5:7], MIXED[10], {"eos_ids": ()}, new=30)
     with engine_of(model, speculate=LOOKUP) as engine:
@@ -442,7 +442,7 @@ def test_a_draft_that_is_the_model_is_always_right(model):
     assert sum(answer.accepted for answer in answers) == load.accepted > 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_draft_keeps_up_while_rows_come_and_go(model):
     """The ring turns and grows; beginnings of prompts are known; an answer is cancelled."""
     (start,) = random_prompts(70, seed=5)
@@ -469,7 +469,7 @@ def test_a_draft_keeps_up_while_rows_come_and_go(model):
         assert event.ids == alone(model, request)[0], request
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_draft_of_another_shape_serves_adapters_and_grammars(model):
     class Odd:
         """A grammar, and a guide: odd tokens."""

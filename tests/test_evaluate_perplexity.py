@@ -93,7 +93,7 @@ def test_progress_tells_what_was_measured_so_far(model):
     assert seen[0] == first
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_quantized_cache_costs_smollm2_little(smollm2_path):
     """The text and the windows of `examples/quantize.py`."""
     smollm2, tokenizer = mx.load(smollm2_path, dtype="float32"), mx.load_tokenizer(smollm2_path)

@@ -205,7 +205,7 @@ def test_tools_bear_a_model_that_writes_no_call(run):
     assert lines[1].startswith('<tool_call>{"name": "multiply", "arguments": {"a":')
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tensor_parallel_says_the_same_on_all_meshes(run):
     alone, *others = run("tensor_parallel.py", 2).splitlines()
     assert [line.split()[0] for line in others] == [
@@ -220,7 +220,7 @@ def test_tensor_parallel_says_the_same_on_all_meshes(run):
     assert all(text in line for line in others)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_long_context_has_the_losses_of_one_device(capsys):
     runpy.run_path(str(ROOT / "examples" / "long_context.py"))["main"](1, 2, 32)
     lines = capsys.readouterr().out.splitlines()
@@ -230,7 +230,7 @@ def test_long_context_has_the_losses_of_one_device(capsys):
     assert "18 x collective_permute of 2 kB: keys and values on the ring" in lines[2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pipeline_has_the_losses_of_one_device(capsys):
     runpy.run_path(str(ROOT / "examples" / "pipeline.py"))["main"](1, 4, 16)
     lines = capsys.readouterr().out.splitlines()
@@ -252,7 +252,7 @@ def test_int8_sums_say_what_they_send_and_what_changes(run):
     assert all(line.startswith("  the text goes on with ") for line in lines[3::4])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_disk_step_continues_where_the_process_ended(capsys):
     runpy.run_path(str(ROOT / "examples" / "disk_step.py"))["main"](8, 2, 16)
     out = capsys.readouterr().out
@@ -262,7 +262,7 @@ def test_a_disk_step_continues_where_the_process_ended(capsys):
     assert "9 files with" in out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_overlap_has_the_logits_of_one_device(capsys):
     runpy.run_path(str(ROOT / "examples" / "overlap.py"))["main"](1, 8)
     out = capsys.readouterr().out
@@ -284,7 +284,7 @@ def test_own_strategy_splits_both_sides_of_a_weight(run):
     assert parts[-1] == "(4, 8, 6) in parts of (2, 8, 3)"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_experts_are_split_in_five_ways(capsys):
     runpy.run_path(str(ROOT / "examples/experts.py"))["main"](4)
     counts, first, *lines = capsys.readouterr().out.splitlines()
@@ -385,7 +385,7 @@ def test_the_page_on_generation(tiny, capsys):
     assert len(names["answer"]) > 5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_page_on_sampling(tiny, capsys):
     snippets, names = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sampling.md").read_text(), flags=re.DOTALL), {}
     for snippet in snippets:

@@ -258,7 +258,7 @@ def test_a_split_vocabulary_changes_nothing(index, devices, getkey):
     assert exchanged == {}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_mesh_changes_nothing():
     model = talking_model(windows=(None,), vocab=60)
     prompts = [[min(id, 59) for id in prompt] for prompt in PROMPTS]

@@ -356,7 +356,7 @@ def test_caches_are_packed_and_grow(kind, monkeypatch):
         assert packed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_prefixes_samples_chunks_and_codes():
     model, start = talking_model(), random_prompts(20)[0]
     for proposer, code in ((LOOKUP, "int8"), (Draft(near_model(), tokens=3, cost=0.0), None)):

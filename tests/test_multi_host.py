@@ -52,7 +52,7 @@ def words(folder, check, number):
     return tuple((folder / f"{check}-{number}.{stream}").read_text() for stream in ("out", "err"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_processes_of_four_devices_give_the_tokens_and_logits_of_one(folder):
     # A quarter of a minute on two cores that have nothing else to do.
     codes = finish(start("sharded_runs", 4, 4, folder), seconds=240)
@@ -242,7 +242,7 @@ def test_on_the_command_line_only_process_0_prints(tiny, tmp_path):
     assert others == [("", "", 0)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_turns_reach_all_processes_of_a_chat(tiny, tmp_path):
     turns = "Hi\nAnd you?\n"
     options = ("chat", "--model", tiny, "-n", 6)

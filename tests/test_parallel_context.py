@@ -148,7 +148,7 @@ def test_in_tiles_and_with_latent_attention_and_experts(layout, config, monkeypa
         assert worst_error(found[1], expected[1]) < FLOAT64_BOUND
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_positions_and_spans_are_those_of_the_whole_row():
     draw, model = np.random.default_rng(0), small_model(config=CONFIG)
     ids = jnp.asarray(draw.integers(0, CONFIG.vocab, (2, SEQ)), jnp.int32)
@@ -218,7 +218,7 @@ def test_the_gradient_of_the_training_loss_is_that_of_one_device(layout, axes, o
         assert worst_error(gradient, expected) < FLOAT64_BOUND
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_drop_the_same_entries():
     with precision("float64"):
         model = random_model(CONFIG, "float64")

@@ -117,7 +117,7 @@ def _trained(model, steps, **options):
     return losses, state
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_twenty_steps_are_those_of_one_device():
     """Four stages; a tied table, whose gradient comes from the first and from the last."""
     config = dataclasses.replace(CONFIG, tied=True, windows=(3,) * 4)

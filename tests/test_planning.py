@@ -413,7 +413,7 @@ def test_pictures(tmp_path, report):
         picture([], tmp_path / "none.png")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_example(capsys):
     runpy.run_path(str(Path(__file__).parents[1] / "examples" / "plan.py"))["main"]()
     refused, *_, head_dim, kv_seq = capsys.readouterr().out.splitlines()

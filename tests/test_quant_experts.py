@@ -153,7 +153,7 @@ def test_experts_that_saw_few_tokens_are_rounded_to_the_nearest():
     assert max(errors[:2]) < 1e-6 < 1e-2 < errors[2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_latent_attention_and_shared_experts_are_calibrated():
     latent = mx.Latent(q_rank=32, kv_rank=32, nope_dim=16, rope_dim=16, value_dim=32)
     routing = dataclasses.replace(LATENT.routing, experts=4, groups=2, groups_per_token=1, per_token=2, hidden=32)

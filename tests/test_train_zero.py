@@ -118,7 +118,7 @@ def test_twenty_steps_at_every_stage(name):
 EPSILON32, OPERATIONS = 2.0**-23, 100
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["HEADS_X_KV_SEQ", pytest.param("alone", marks=pytest.mark.long)])
 def test_twenty_steps_in_float32(name):
     """Losses, as far as rounding can move them; docs/sharded_training.md derives the bound.

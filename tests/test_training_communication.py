@@ -7,7 +7,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
-from fixtures.cases import every_second
 from fixtures.generation import refused
 from fixtures.model import SMALL, small_model
 from fixtures.sharding import exchanges
@@ -90,30 +89,28 @@ ODD = dataclasses.replace(CONFIG, embed=27)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "training", "options"),
-    every_second(
-        [
-            ("heads_x_kv_seq", Training(SEQ, 0), {"dtype": "bfloat16"}),
-            ("head_dim", Training(SEQ, 3), {"dtype": "bfloat16"}),
-            ("sequence_parallel", Training(SEQ, 2), {"dtype": "bfloat16"}),
-            ("heads", Training(SEQ, 2, accumulate=2), {}),
-            ("heads", Training(SEQ, 3, accumulate=2), {}),
-            ("heads", Training(SEQ, 3), {"config": TURNS}),
-            ("sequence_parallel", Training(SEQ, 1), {"config": TURNS}),
-            ("heads", Training(SEQ, 3), {"config": ODD}),
-            ("heads", Training(SEQ, 2, accumulate=2), {"config": ODD}),
-            ("heads_x_kv_seq", Training(SEQ, 2, remat="dots"), {}),
-            ("sequence_parallel", Training(SEQ, 3, remat="dots"), {}),
-            ("heads_x_kv_seq", Training(SEQ, 2, remat="none"), {}),
-            # A window skips the second of three hops; heads of queries share the keys that travel.
-            ("ring", Training(16, 3, accumulate=2), {"config": TURNS, "axes": {"dp": 1, "cp": 4, "tp": 2}}),
-            ("gather", Training(SEQ, 2, remat="dots"), {"config": TURNS, "dtype": "bfloat16"}),
-            ("ring", Training(SEQ, 1, remat="none"), {}),
-            # Attention in tiles, and lengths that are not dealt out evenly.
-            ("heads_x_kv_seq", Training(2048), {}),
-            ("sequence_parallel", Training(7), {}),
-            ("heads_x_kv_seq", Training(7), {}),
-        ]
-    ),
+    [
+        ("heads_x_kv_seq", Training(SEQ, 0), {"dtype": "bfloat16"}),
+        ("head_dim", Training(SEQ, 3), {"dtype": "bfloat16"}),
+        ("sequence_parallel", Training(SEQ, 2), {"dtype": "bfloat16"}),
+        ("heads", Training(SEQ, 2, accumulate=2), {}),
+        ("heads", Training(SEQ, 3, accumulate=2), {}),
+        ("heads", Training(SEQ, 3), {"config": TURNS}),
+        ("sequence_parallel", Training(SEQ, 1), {"config": TURNS}),
+        ("heads", Training(SEQ, 3), {"config": ODD}),
+        ("heads", Training(SEQ, 2, accumulate=2), {"config": ODD}),
+        ("heads_x_kv_seq", Training(SEQ, 2, remat="dots"), {}),
+        ("sequence_parallel", Training(SEQ, 3, remat="dots"), {}),
+        ("heads_x_kv_seq", Training(SEQ, 2, remat="none"), {}),
+        # A window skips the second of three hops; heads of queries share the keys that travel.
+        ("ring", Training(16, 3, accumulate=2), {"config": TURNS, "axes": {"dp": 1, "cp": 4, "tp": 2}}),
+        ("gather", Training(SEQ, 2, remat="dots"), {"config": TURNS, "dtype": "bfloat16"}),
+        ("ring", Training(SEQ, 1, remat="none"), {}),
+        # Attention in tiles, and lengths that are not dealt out evenly.
+        ("heads_x_kv_seq", Training(2048), {}),
+        ("sequence_parallel", Training(7), {}),
+        ("heads_x_kv_seq", Training(7), {}),
+    ],
 )
 def test_the_closed_form_of_other_steps(name, training, options):
     check(name, training, **options)
