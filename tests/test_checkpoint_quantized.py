@@ -59,7 +59,7 @@ def test_a_published_folder_has_the_numbers_it_stands_for(form, config, getkey, 
         assert relative_error(eqx.filter_jit(split)(ids), logits) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_double_quantization_stays_as_it_is(getkey, tmp_path):
     config = tiny(embed=64, hidden=1152, head_dim=32, q_per_kv=2, vocab=64, layers=1, windows=(None,))
     pack, settings = quantized.nf4(64, double=True, share=256, table=DYNAMIC_CODES)

@@ -100,7 +100,7 @@ def test_a_recipe_is_trained_and_goes_on(recipe, tmp_path):
     assert again.stdout.startswith(f"{right} of ")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_texts_with_the_tokenizer_of_a_model(recipe, tiny, tmp_path):
     """On a mesh, under ZeRO, with samples: what is saved has the tokenizer and its end token."""
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n\n" * 8)

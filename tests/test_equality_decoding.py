@@ -226,7 +226,7 @@ def _expected_streams():
     return [(one, _streamed(model, **one)) for one in options]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stream_from_a_mesh_is_that_of_one_device():
     model = _on(_talking(), *STREAMS)
     for options, expected in _expected_streams():

@@ -295,7 +295,7 @@ def test_experts_are_split_in_five_ways(capsys):
     assert held == ["(1, 128, 64)", "(8, 16, 64)", "(2, 64, 64)", "(2, 128, 64)", "(4, 32, 64)"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_page_on_experts():
     names = {}
     for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "docs/experts.md").read_text(), flags=re.DOTALL):

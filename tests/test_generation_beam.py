@@ -255,7 +255,7 @@ def test_16_bit_models(dtype):
             assert score == pytest.approx(score_of(model, prompt, text) / 8, rel=0.03)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_cache_grows_with_the_text_and_not_with_the_beams(monkeypatch):
     monkeypatch.setattr(beam, "_STEPS", 4)
     monkeypatch.setattr(beam, "capacity", lambda slots: slots)

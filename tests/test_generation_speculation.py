@@ -379,7 +379,7 @@ def _divisible(norm_eps=1e-5):
 
 
 @pytest.mark.parametrize(("axes", "layout", "drafted"), STRATEGIES)
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_strategy_gives_the_tokens_of_one_device(axes, layout, drafted):
     mesh = mx.make_mesh(axes)
     split = mx.shard(_divisible(), mesh, Strategy(layout))
@@ -429,7 +429,7 @@ def test_drawn_tokens_have_the_models_distribution(kind):
     assert statistic < chi2.ppf(0.999, cells - 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_quantized_weights_and_passes_of_fewer_than_16_rows():
     """Products of so few rows round each row alike, however many there are."""
     config = dataclasses.replace(SMALL, embed=64, hidden=96, kv_heads=2, head_dim=32, vocab=96)

@@ -215,7 +215,7 @@ def test_llama_cpp_runs_what_is_written(smollm2_path, tmp_path):
     assert found == mx.generate(model, [prompt], max_new_tokens=24, tokenizer=tokenizer).texts[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("mixture", ["Q2_K", "Q3_K_M", "Q4_K_M"])
 def test_a_mixture_of_a_model_is_that_of_llama_quantize(mixture, smollm2_path, tmp_path, monkeypatch):
     """SmolLM2: 256 divides the rows of `down_proj` alone."""

@@ -74,7 +74,7 @@ def test_four_processes_of_four_devices_give_the_tokens_and_logits_of_one(folder
             assert found[f"{name}_share"] == share
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_engine_of_two_processes_gives_the_tokens_of_one(folder):
     codes = finish(start("engine_runs", 2, 4, folder), seconds=240)
     assert codes == [0] * 2, words(folder, "engine_runs", 0)[1] + words(folder, "engine_runs", 1)[1]
@@ -230,7 +230,7 @@ def commands(*arguments, processes=2, stdin="", cache):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_on_the_command_line_only_process_0_prints(tiny, tmp_path):
     options = ("generate", "--model", tiny, "-n", 9, "--ignore-eos", "--mesh", "kv=2,rep=2")
     (text, figures, code), *others = commands(*options, stdin="Call me\n", cache=tmp_path)

@@ -195,7 +195,7 @@ def test_a_report_has_the_bytes_by_format(monkeypatch):
     assert f"{blocks / 2e6:,.1f} MB in NF4/32" in out.getvalue()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_quantized_model_is_compiled():
     """XLA counts the same arrays, and the loop's operations are those of floats and of the codes."""
     options = {"devices": 2, "batch": 2, "prompt": 16, "kv_seq": 64}

@@ -250,7 +250,7 @@ def test_blocks_are_not_cut(getkey, tmp_path):
 
 
 @needs_kernels
-@pytest.mark.slow
+@pytest.mark.long
 def test_scores_and_steps_are_those_of_the_expanded_model(getkey, tmp_path):
     """The head's rows are taken in chunks of whole panels."""
     model = random_model(tiny(vocab=2080), getkey())
@@ -274,7 +274,7 @@ def test_scores_and_steps_are_those_of_the_expanded_model(getkey, tmp_path):
 
 
 @needs_kernels
-@pytest.mark.slow
+@pytest.mark.long
 def test_smollm2_says_what_it_says_in_float32(smollm2_path):
     packed, dense = (mx.load(smollm2_path, dtype=dtype) for dtype in (None, "float32"))
     assert formats(packed) == ["Q4_1", "Q8_0"]

@@ -203,7 +203,7 @@ def _first_model(alive):
     trainer(None, look).fit(given.pop(), batches(1))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_does_not_keep_the_model_that_it_begins_with():
     here, there = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=_first_model, args=(there,))

@@ -99,7 +99,7 @@ def twenty_steps_alone():
 _OFTEN = ("HEADS_X_KV_SEQ", "SEQUENCE_PARALLEL", "alone")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in _OFTEN else pytest.mark.long) for name in STRATEGIES]
 )
