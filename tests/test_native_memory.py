@@ -42,7 +42,7 @@ def build(folder: Path, own: str) -> Path:
     return folder / "fuzz"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(native.instructions() is None, reason="The C++ kernels were not built.")
 @pytest.mark.skipif(platform.system() != "Linux" or shutil.which("g++") is None, reason="Needs g++ and its sanitizers.")
 def test_random_bytes_stay_in_their_memory(tmp_path):
