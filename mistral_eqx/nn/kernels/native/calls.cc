@@ -105,17 +105,18 @@ void multiply(ffi::ThreadPool& pool, const Instructions& set, const float* x, in
               std::vector<Weight>& weights) {
   if (rows == 0) return;
   int64_t parts = 0;
+  const bool many = rows >= MANY;
   bool any_codes = false, any_numbers = false;
   for (Weight& weight : weights) {
     // Parts of 128 KB, and not fewer than eight, so that threads end together.
     weight.part = std::max<int64_t>(1, std::min(weight.count / 8, (128 * 1024) / weight.bytes));
-    if (rows >= MANY) weight.part += weight.part % 2;
+    // Of many rows, panels are multiplied in pairs.
+    if (many) weight.part += weight.part % 2;
     if (weight.count * weight.bytes * rows < SMALL) weight.part = weight.count;
     weight.first_of_all = parts;
     parts += weight.parts();
     (weight.format.exact ? any_numbers : any_codes) = true;
   }
-  const bool many = rows >= MANY;
   if (many && !set.pair_tile) any_numbers = true, any_codes = false;
   Activations activations{};
   activations.numbers = x, activations.rows = rows, activations.inputs = inputs;
